@@ -1,0 +1,375 @@
+"""Typed, immutable configuration: YAML and dotted overrides in, cross-field checks, one-line errors.
+
+The vocabulary is MindFormers' where it has a word (`expert_num`, `num_experts_chosen`, `capacity_factor`,
+`aux_loss_factor`, `data_parallel`, ...), else the field's own. Nothing here imports MindSpore.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from switchyard.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` is not the number 1."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("input should not be true or false")
+        return value
+
+
+class ModelConfig(Section):
+    """The decoder-only Transformer."""
+
+    num_layers: Positive = Field(4, description="Transformer layers")
+    hidden_size: Positive = Field(128, description="width D of the residual stream")
+    num_heads: Positive = Field(4, description="query heads")
+    n_kv_heads: Positive | None = Field(None, description="key/value heads; null = num_heads, fewer = grouped-query")
+    intermediate_size: Positive | None = Field(None, description="hidden width F of a dense feed-forward; null = 4 D")
+    seq_length: Positive = Field(64, description="tokens S of a training sequence")
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="pre-norm before attention and feed-forward")
+    norm_eps: Annotated[float, Field(gt=0)] = Field(1e-5, description="added to the variance")
+    position: Literal["rotary", "learned"] = Field("rotary", description="how a token knows its place")
+    theta: Annotated[float, Field(gt=0)] = Field(10000.0, description="base of the rotary frequencies")
+    activation: Literal["relu", "gelu", "swiglu"] = Field("relu", description="feed-forward non-linearity")
+    tie_word_embeddings: bool = Field(True, description="the output head is the embedding table")
+    dropout: Fraction = Field(0.0, description="on the embedding and on each residual branch")
+    init_method_std: Annotated[float, Field(gt=0)] = Field(0.02, description="standard deviation of initial weights")
+    compute_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="of matrix multiplications; parameters, router and loss stay float32"
+    )
+
+
+class MoEConfig(Section):
+    """The conditional layer. `expert_num: 1` is a dense model."""
+
+    router: str = Field("switch", description="how rows choose experts: `python -m switchyard.routing` lists them")
+    expert_num: Positive = Field(1, description="experts E of a layer; 1 = dense feed-forward everywhere")
+    num_experts_chosen: Positive = Field(1, description="experts K that each row goes to")
+    norm_topk_prob: bool = Field(True, description="top_k with K >= 2: gates of a row sum to 1")
+    layers: Literal["all"] | Positive | list[NotNegative] = Field(
+        "all", description="which layers are conditional: all, every n-th (the n-th, 2n-th, ...), or a list from 0"
+    )
+    moe_intermediate_size: Positive | None = Field(
+        None, description="hidden width F of one expert; null = the dense width"
+    )
+    shared_expert_num: NotNegative = Field(0, description="experts that every row visits besides")
+    capacity_factor: Annotated[float, Field(gt=0)] = Field(
+        1.25, description="training: slots of an expert / its fair share of choices"
+    )
+    eval_capacity_factor: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="the same at evaluation; null = dropless, by blocks of one expert each"
+    )
+    drop_order: Literal["position", "probability"] = Field(
+        "position", description="who gets the slots when an expert is full: the first, or the most probable"
+    )
+    dropless_block_size: Positive | None = Field(
+        None, description="rows of a block in dropless evaluation; null = a quarter of an expert's fair share, 8 to 128"
+    )
+    aux_loss_factor: Weight = Field(0.01, description="weight of the load-balance loss of each layer")
+    z_loss_factor: Weight = Field(0.001, description="weight of the router z-loss of each layer")
+    jitter: Fraction = Field(0.0, description="training: router input times U(1 - jitter, 1 + jitter), anew each step")
+    groups: Positive | None = Field(
+        None, description="groups G that route for themselves; null = the data-parallel slices"
+    )
+
+
+class DataConfig(Section):
+    """Where text comes from and how it becomes tokens."""
+
+    path: str | None = Field(
+        None, description="text file, folder, glob or MindRecord; null = this Python's standard library"
+    )
+    tokenizer: str = Field("byte", description="byte, char, or the path of a tokenizer.json")
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.1, description="of one file: its last part; of many: the files whose path hashes there"
+    )
+    batch_size: Positive = Field(12, description="sequences of a micro-batch, over all devices together")
+
+
+class OptimizerConfig(Section):
+    """AdamW (arXiv 1711.05101) with decay on matrices only."""
+
+    type: Literal["adamw"] = Field("adamw", description="the optimizer")
+    beta1: Fraction = Field(0.9, description="decay of the first moment")
+    beta2: Fraction = Field(0.99, description="decay of the second moment")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: Weight = Field(0.1, description="of matrices; norms and vectors do not decay")
+    clip_grad: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global gradient norm; null = off")
+
+
+class ScheduleConfig(Section):
+    """Learning rate: linear warm-up, then a curve from `learning_rate` to `lr_end`."""
+
+    type: Literal["cosine", "linear", "constant"] = Field("cosine", description="the curve after warm-up")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak")
+    lr_end: Weight = Field(1e-4, description="value at total_steps and after")
+    warmup_steps: NotNegative = Field(100, description="steps of linear warm-up from 0")
+    total_steps: Positive | None = Field(None, description="steps at which the curve ends; null = train.steps")
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "run", description="the run's folder is output_dir/name"
+    )
+    output_dir: str = Field("runs", description="where run folders stand")
+    steps: Positive = Field(2000, description="optimizer steps")
+    seed: NotNegative = Field(1, description="of weights, batches and noise")
+    gradient_accumulation_steps: Positive = Field(1, description="micro-batches of one optimizer step")
+    log_every: Positive = Field(20, description="steps between two lines of the log")
+    eval_every: NotNegative = Field(500, description="steps between evaluations; 0 = only at the end")
+    eval_batches: NotNegative = Field(20, description="batches of an evaluation during training; 0 = the whole set")
+    checkpoint_every: NotNegative = Field(500, description="steps between checkpoints; 0 = only at the end")
+    keep_checkpoints: Positive = Field(2, description="newest checkpoints kept, besides the best")
+    init_loss_scale: Annotated[float, Field(gt=0)] = Field(65536.0, description="float16: first dynamic loss scale")
+
+
+class ParallelConfig(Section):
+    """How the program is cut over devices."""
+
+    data_parallel: Positive = Field(1, description="slices of the batch")
+    expert_parallel: Positive = Field(1, description="slices of the experts; divides data_parallel")
+    model_parallel: Positive = Field(1, description="slices of heads and hidden width (tensor parallel)")
+    pipeline_stage: Positive = Field(1, description="stages of layers")
+    micro_batch_num: Positive = Field(1, description="micro-batches of a pipeline")
+    optimizer_shard: Literal[0, 1, 3] = Field(0, description="ZeRO level")
+    sequence_parallel: bool = Field(False, description="cut norms and dropout along the sequence")
+    recompute: bool = Field(False, description="recompute activations in the backward pass")
+
+
+class ContextConfig(Section):
+    """The device and the execution mode."""
+
+    device_target: Literal["auto", "Ascend", "GPU", "CPU"] = Field("auto", description="auto = Ascend, then GPU, CPU")
+    device_id: NotNegative | None = Field(None, description="which device of this host; null = MindSpore's choice")
+    mode: Literal["graph", "pynative"] = Field("graph", description="graph compiles; pynative is for debugging")
+
+
+class ExportConfig(Section):
+    """The exported directory."""
+
+    max_length: Positive | None = Field(None, description="longest prompt plus answer; null = model.seq_length")
+    key_file: str | None = Field(None, description="file with 16, 24 or 32 bytes: encrypts the MindIR with AES-GCM")
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    context: ContextConfig = ContextConfig()
+    export: ExportConfig = ExportConfig()
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices, from 0, of the layers that are conditional."""
+        count, which = self.model.num_layers, self.moe.layers
+        if self.moe.expert_num == 1:
+            return ()
+        if which == "all":
+            return tuple(range(count))
+        if isinstance(which, int):
+            return tuple(range(which - 1, count, which))
+        return tuple(sorted(set(which)))
+
+    @property
+    def dense_width(self) -> int:
+        """Hidden width F of a dense feed-forward."""
+        return self.model.intermediate_size or 4 * self.model.hidden_size
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width F of one expert."""
+        return self.moe.moe_intermediate_size or self.dense_width
+
+    @property
+    def groups(self) -> int:
+        """Groups G that route for themselves."""
+        return self.moe.groups or self.parallel.data_parallel
+
+    @property
+    def devices(self) -> int:
+        """Devices that the parallel degrees ask for."""
+        cut = self.parallel
+        return cut.data_parallel * cut.model_parallel * cut.pipeline_stage
+
+    def to_yaml(self) -> str:
+        """The resolved whole as YAML, in the order of the sections."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, width=100)
+
+
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Reads a YAML file and `section.key=value` overrides.
+
+    Raises:
+        UserError: missing file, broken YAML, unknown key, wrong type or impossible combination.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"config file '{path}': {reason}; give the path of a YAML file") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        where = f" line {error.problem_mark.line + 1}:" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"config file '{path}':{where} broken YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config file '{path}': holds a {type(tree).__name__}, wants sections such as 'model:'")
+    return build(tree, overrides)
+
+
+def build(tree: dict[str, Any], overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Makes a checked Config of nested mappings and `section.key=value` overrides (UserError as in `load`)."""
+    tree = {name: dict(part) if isinstance(part, dict) else part for name, part in tree.items()}
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        config = Config(**{name: {} if part is None else part for name, part in tree.items()})
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+    except TypeError as error:
+        raise UserError(f"config: section names must be text: {error}") from None
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuses combinations that no single field can see (UserError)."""
+    for holds, key, value, allowed in _laws(config):
+        if not holds:
+            raise UserError(f"{key}: {value}; {allowed}")
+
+
+def _laws(config: Config):
+    """(holds, key, value, what is allowed) of each cross-field law."""
+    model, moe, cut = config.model, config.moe, config.parallel
+    heads, experts = model.num_heads, moe.expert_num
+    kv_heads = model.n_kv_heads or heads
+    yield (
+        model.hidden_size % heads == 0,
+        "model.num_heads",
+        heads,
+        f"must divide model.hidden_size ({model.hidden_size})",
+    )
+    yield heads % kv_heads == 0, "model.n_kv_heads", kv_heads, f"must divide model.num_heads ({heads})"
+    head_size = model.hidden_size // heads
+    yield (
+        model.position != "rotary" or head_size % 2 == 0,
+        "model.position",
+        "rotary",
+        f"needs an even head size, not {head_size}; change model.hidden_size or model.num_heads, or take 'learned'",
+    )
+    chosen = moe.num_experts_chosen
+    yield chosen <= experts, "moe.num_experts_chosen", chosen, f"at most moe.expert_num ({experts})"
+    if moe.router == "switch":
+        yield chosen == 1, "moe.num_experts_chosen", chosen, "moe.router 'switch' chooses 1; take 'top_k' for more"
+    if isinstance(moe.layers, list):
+        top = max(moe.layers, default=0)
+        yield top < model.num_layers, "moe.layers", top, f"at most model.num_layers - 1 ({model.num_layers - 1})"
+    if isinstance(moe.layers, int):
+        count = model.num_layers
+        yield moe.layers <= count, "moe.layers", moe.layers, f"every n-th needs n <= model.num_layers ({count})"
+    per_step = config.data.batch_size
+    yield (
+        per_step % config.groups == 0,
+        "data.batch_size",
+        per_step,
+        f"must be a multiple of the routing groups ({config.groups}: moe.groups or parallel.data_parallel)",
+    )
+    yield (
+        experts % cut.expert_parallel == 0,
+        "parallel.expert_parallel",
+        cut.expert_parallel,
+        f"must divide moe.expert_num ({experts})",
+    )
+    yield (
+        cut.data_parallel % cut.expert_parallel == 0,
+        "parallel.expert_parallel",
+        cut.expert_parallel,
+        f"must divide parallel.data_parallel ({cut.data_parallel})",
+    )
+    yield (
+        kv_heads % cut.model_parallel == 0,
+        "parallel.model_parallel",
+        cut.model_parallel,
+        f"must divide the key/value heads ({kv_heads})",
+    )
+    yield (
+        cut.pipeline_stage <= model.num_layers,
+        "parallel.pipeline_stage",
+        cut.pipeline_stage,
+        f"at most model.num_layers ({model.num_layers})",
+    )
+    yield (
+        config.schedule.lr_end <= config.schedule.learning_rate,
+        "schedule.lr_end",
+        config.schedule.lr_end,
+        f"at most schedule.learning_rate ({config.schedule.learning_rate})",
+    )
+    length = config.export.max_length
+    yield (
+        length is None or model.position == "rotary" or length <= model.seq_length,
+        "export.max_length",
+        length,
+        f"learned positions end at model.seq_length ({model.seq_length}); take model.position=rotary for longer",
+    )
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Writes one `section.key=value` into the tree."""
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise UserError(f"override '{override}': write section.key=value, such as train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override '{override}': the value is not YAML; quote it") from None
+    part = tree.setdefault(section, {})
+    if part is None:
+        part = tree[section] = {}
+    if not isinstance(part, dict):
+        raise UserError(f"{section}: {part!r}; must be a section of keys")
+    part[key] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem of a pydantic report as `key: value; what is allowed`."""
+    problems = error.errors(include_url=False)
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    path = [str(step) for step in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        known = list(Config.model_fields)
+        if len(path) > 1:
+            known = list(Config.model_fields[path[0]].annotation.model_fields)
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return f"{'.'.join(path)}: unknown key; {hint}"
+    key = ".".join(path[:2])
+    same_key = [p["msg"] for p in problems if [str(s) for s in p["loc"]][:2] == path[:2]]
+    same_key = [message.removeprefix("Value error, ") for message in same_key]
+    allowed = " or ".join(dict.fromkeys(m[0].lower() + m[1:] for m in same_key))
+    return f"{key}: {first['input']!r}; {allowed}"
