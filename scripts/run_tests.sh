@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# ==============================================================================
+# The checks of the repository: ruff (lint, then format), then pytest.
+#
+# Usage: bash scripts/run_tests.sh [ARGUMENTS OF PYTEST]
+#
+# Examples: bash scripts/run_tests.sh                            everything, at most 20 minutes on 2 cores
+#           bash scripts/run_tests.sh -m "not slow"              what answers quickly
+#           bash scripts/run_tests.sh tests/data -k corpus       one room
+# ==============================================================================
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+help_if_asked "$0" "$@"
+set_up tests
+cd "$ROOT"
+"$VENV/bin/python" -m ruff check .
+"$VENV/bin/python" -m ruff format --check .
+"$VENV/bin/python" -m pytest "$@"
