@@ -1,0 +1,113 @@
+"""Data: text or MindRecord in, a tokenizer and resumable batches out. `load_data` is the way in."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from switchyard.config import Config
+from switchyard.data import mindrecord
+from switchyard.data.batches import Batch, EvalBatches, TrainBatches, eval_batches
+from switchyard.data.corpus import Corpus, load_text
+from switchyard.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, read_tokenizer, reconcile
+from switchyard.errors import UserError
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "Data",
+    "EvalBatches",
+    "StreamDecoder",
+    "Tokenizer",
+    "TrainBatches",
+    "eval_batches",
+    "load_data",
+    "load_text",
+    "load_tokenizer",
+]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What training and evaluation read.
+
+    Attributes:
+        tokenizer: text to ids and back.
+        train: micro-batches by index.
+        validation: gives fresh batches over the whole validation set.
+        validation_tokens: predictions of one pass: all tokens but the first.
+        validation_bytes: UTF-8 bytes that those tokens stand for; bits per byte = loss * tokens / bytes / ln 2.
+        description: one line for logs.
+    """
+
+    tokenizer: Tokenizer
+    train: TrainBatches
+    validation: Callable[[], EvalBatches]
+    validation_tokens: int
+    validation_bytes: int
+    description: str
+
+
+def load_data(config: Config, tokenizer_json: str | None = None, rank: int = 0, world: int = 1) -> Data:
+    """Reads the data that a configuration names.
+
+    Args:
+        config: sections data, model.seq_length and train.seed are read.
+        tokenizer_json: the tokenizer of a checkpoint, when one is continued or evaluated.
+        rank, world: the slice of each micro-batch of data.batch_size sequences; validation is not cut.
+
+    Raises:
+        UserError: missing, empty, undecodable or too short text; another vocabulary than the checkpoint's.
+    """
+    if config.data.batch_size % world:
+        raise UserError(f"data.batch_size: {config.data.batch_size}; must be a multiple of the {world} processes")
+    folder = mindrecord.locate(config.data.path)
+    read = _read_text if folder is None else _read_records
+    tokenizer, source, stream, description = read(config, tokenizer_json)
+    batch_size, seq_length = config.data.batch_size, config.model.seq_length
+    train = TrainBatches(source, batch_size // world, seq_length, config.train.seed, rank, world)
+    eval_batches(stream, batch_size, seq_length)  # too little text is said now, not after training
+    return Data(
+        tokenizer=tokenizer,
+        train=train,
+        validation=lambda: eval_batches(stream, batch_size, seq_length),
+        validation_tokens=len(stream) - 1,
+        validation_bytes=tokenizer.byte_length(stream[1:]),
+        description=f"{description}; {tokenizer.kind} tokenizer, vocabulary {tokenizer.vocab_size:,}",
+    )
+
+
+def _read_text(config: Config, tokenizer_json: str | None) -> tuple[Tokenizer, np.ndarray, np.ndarray, str]:
+    """(tokenizer, training stream [T], validation stream [T], description) of text."""
+    corpus = load_text(config.data)
+    named = config.data.tokenizer
+    if tokenizer_json is not None and named not in ("byte", "char") and not os.path.exists(os.path.expanduser(named)):
+        tokenizer = Tokenizer.from_json(tokenizer_json, "of the checkpoint")  # its file has gone; the copy serves
+    else:
+        tokenizer = load_tokenizer(config.data, corpus)
+        if tokenizer_json is not None:
+            tokenizer = reconcile(tokenizer, tokenizer_json)
+    train, validation = tokenizer.encode_documents(corpus.train), tokenizer.encode_documents(corpus.validation)
+    return tokenizer, train, validation, corpus.description
+
+
+def _read_records(
+    config: Config, tokenizer_json: str | None
+) -> tuple[Tokenizer, mindrecord.RecordSource, np.ndarray, str]:
+    """(tokenizer, training source, validation stream [T], description) of a prepared folder."""
+    folder = mindrecord.locate(config.data.path)
+    manifest, tokenizer = mindrecord.read_manifest(folder)
+    if config.model.seq_length != manifest.seq_length:
+        raise UserError(
+            f"model.seq_length: {config.model.seq_length}; '{folder}' holds blocks for {manifest.seq_length}; "
+            f"set model.seq_length={manifest.seq_length} or prepare the text with another --seq-length"
+        )
+    if config.data.tokenizer not in ("byte", "char"):  # those two words are not checked: the folder's own rules
+        reconcile(read_tokenizer(config.data.tokenizer), tokenizer.to_json())
+    if tokenizer_json is not None:
+        tokenizer = reconcile(tokenizer, tokenizer_json)
+    width = manifest.seq_length + 1
+    source = mindrecord.RecordSource(folder / manifest.train.file, manifest.train.tokens // width)
+    stream = mindrecord.read_stream(folder, manifest, manifest.validation)
+    return tokenizer, source, stream, f"MindRecord '{folder}' of {manifest.source}"

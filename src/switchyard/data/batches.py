@@ -1,0 +1,154 @@
+"""Tokens to batches: training batches by index, a pure function of (seed, index); validation batches in order.
+
+Nothing is remembered between two batches, so a run resumes by asking for the next index.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from switchyard.errors import UserError
+
+SHUFFLE_STREAM = 0x6461_7461  # sets these draws apart from other draws of the same seed
+
+
+class Batch(NamedTuple):
+    """One micro-batch: predict `labels` from `tokens` where `valid` is 1."""
+
+    tokens: np.ndarray  # [B, S] int32
+    labels: np.ndarray  # [B, S] int32
+    valid: np.ndarray  # [B, S] float32: 1 = a real prediction, 0 = padding
+
+
+class Source(Protocol):
+    """Tokens that can be read as windows of S + 1, each of which makes one training sequence."""
+
+    def __len__(self) -> int:
+        """Windows of an epoch."""
+
+    slack: int
+    """Largest offset by which an epoch may move all its windows."""
+
+    def read(self, order: np.ndarray, start: int, stop: int, offset: int) -> np.ndarray:
+        """Windows order[start:stop] as [stop - start, S + 1] int32; `order` is one epoch of this rank."""
+
+
+class TextSource:
+    """Windows of a stream of tokens in memory, side by side from the epoch's offset on."""
+
+    def __init__(self, stream: np.ndarray, seq_length: int):
+        width = seq_length + 1
+        if len(stream) < width:
+            fit = f"set model.seq_length to at most {len(stream) - 1} or " if len(stream) > 1 else ""
+            raise UserError(
+                f"model.seq_length: {seq_length}; the training text has only {len(stream)} tokens, a block takes "
+                f"{width}; {fit}give more text in data.path"
+            )
+        self._stream, self._width = stream, width
+        self._count = max(1, (len(stream) - seq_length) // width)
+        self.slack = min(seq_length, len(stream) - self._count * width)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, order: np.ndarray, start: int, stop: int, offset: int) -> np.ndarray:
+        first = offset + order[start:stop].astype(np.int64) * self._width  # [B]
+        return self._stream[first[:, None] + np.arange(self._width)].astype(np.int32)  # [B, S+1]
+
+
+class TrainBatches:
+    """Training batches by index: `at(i)` for any i >= 0, in any order, on any process.
+
+    An epoch moves the windows by an offset and permutes them, both drawn by (seed, epoch). Batch i of the world takes
+    the next `batch_size * world` windows of the permutation and rank r the r-th slice of them: the ranks' batches,
+    joined, are the batch of one process. The windows that do not fill a last batch wait for another epoch.
+
+    Args:
+        tokens: stream [T] of any integer type, or a `Source`.
+        batch_size: sequences B of one rank's batch.
+        seq_length: tokens S of a sequence.
+        seed: of the shuffle.
+        rank, world: which slice of how many.
+
+    Raises:
+        UserError: fewer tokens than one block, or fewer windows than one batch.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray | Source, batch_size: int, seq_length: int, seed: int, rank: int = 0, world: int = 1
+    ):
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+        self._source: Source = TextSource(tokens, seq_length) if isinstance(tokens, np.ndarray) else tokens
+        self._batch_size, self._seed, self._rank, self._world = batch_size, seed, rank, world
+        together = batch_size * world
+        self.batches_per_epoch = len(self._source) // together
+        if not self.batches_per_epoch:
+            raise UserError(
+                f"data.batch_size: {together}; the training text has only {len(self._source)} blocks of "
+                f"{seq_length + 1} tokens; lower data.batch_size or model.seq_length, or give more text"
+            )
+        self._epoch = -1  # the permutation of one epoch is kept, for speed alone
+        self._order = np.zeros(0, np.int64)
+        self._offset = 0
+
+    def at(self, index: int) -> Batch:
+        """Micro-batch `index` of the whole training."""
+        if index < 0:
+            raise IndexError(f"batch {index}: counted from 0")
+        epoch, place = divmod(index, self.batches_per_epoch)
+        if epoch != self._epoch:
+            self._order, self._offset = self._shuffle(epoch)
+            self._epoch = epoch
+        start = place * self._batch_size
+        windows = self._source.read(self._order, start, start + self._batch_size, self._offset)  # [B, S+1]
+        tokens, labels = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])  # [B, S] each
+        return Batch(tokens, labels, np.ones(tokens.shape, np.float32))
+
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, int]:
+        """(window indices of this rank in the order of its batches, offset of all windows)."""
+        random = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
+        offset = int(random.integers(self._source.slack + 1))
+        order = random.permutation(len(self._source))
+        order = order[: self.batches_per_epoch * self._world * self._batch_size]
+        order = order.reshape(self.batches_per_epoch, self._world, self._batch_size)
+        return order[:, self._rank].reshape(-1), offset
+
+
+class EvalBatches:
+    """The whole validation stream once, as consecutive windows: every token but the first is predicted exactly once.
+
+    Iterating starts anew each time; `at(i)` reads any batch, `len` counts them. The last window and the last batch are
+    filled up with token 0 and `valid` 0, so that all batches have one shape.
+    """
+
+    def __init__(self, stream: np.ndarray, batch_size: int, seq_length: int):
+        if len(stream) < 2:
+            raise UserError(
+                f"data.val_fraction: leaves {len(stream)} validation tokens, 2 is the least; raise it or give more text"
+            )
+        self._stream, self._batch_size, self._seq_length = stream, batch_size, seq_length
+
+    def __len__(self) -> int:
+        return -(-(len(self._stream) - 1) // (self._batch_size * self._seq_length))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.at(index) for index in range(len(self)))
+
+    def at(self, index: int) -> Batch:
+        """Batch `index`, 0 <= index < len."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"validation batch {index} of {len(self)}")
+        shape = (self._batch_size, self._seq_length)
+        size = shape[0] * shape[1]
+        piece = self._stream[index * size : (index + 1) * size + 1].astype(np.int32)  # [<= B*S + 1]
+        real = len(piece) - 1
+        tokens, labels, valid = np.zeros(size, np.int32), np.zeros(size, np.int32), np.zeros(size, np.float32)
+        tokens[:real], labels[:real], valid[:real] = piece[:-1], piece[1:], 1.0
+        return Batch(tokens.reshape(shape), labels.reshape(shape), valid.reshape(shape))  # [B*S] -> [B, S]
+
+
+def eval_batches(tokens: np.ndarray, batch_size: int, seq_length: int) -> EvalBatches:
+    """Batches that cover the stream `tokens` [T] once (UserError if T < 2)."""
+    return EvalBatches(tokens, batch_size, seq_length)

@@ -1,0 +1,194 @@
+"""Prepared data: a folder of two MindRecord files, the tokenizer and a manifest. MindSpore is imported on use.
+
+    DIR/train.mindrecord       blocks of seq_length + 1 tokens, read by index through `mindspore.dataset`
+    DIR/validation.mindrecord  the same blocks; read whole and joined to a stream
+    DIR/tokenizer.json
+    DIR/manifest.json          block length, vocabulary, counts, sizes, sha256
+
+The last block of a file is filled up with token 0; the manifest's token count says where the text ends.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from switchyard.data.tokenizer import Tokenizer, smallest_dtype
+from switchyard.errors import UserError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+COLUMN = "tokens"
+WRITE_BLOCKS = 1024  # blocks handed to the writer at a time
+STREAM_BLOCKS = 65_536  # blocks of one opened pipeline: bounds the list of indices that the sampler copies
+PREPARE = "python -m switchyard.data.prepare"
+
+
+class Split(BaseModel):
+    """One MindRecord file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    tokens: int  # of text, without the filling of the last block
+    blocks: int
+    size: int  # bytes of the file
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a prepared folder holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["switchyard-mindrecord-1"] = "switchyard-mindrecord-1"
+    source: str
+    seq_length: int
+    vocab_size: int
+    tokenizer_fingerprint: str
+    train: Split
+    validation: Split
+
+
+def locate(path: str | None) -> Path | None:
+    """The prepared folder that `data.path` names: the folder itself or a `*.mindrecord` in it; None for text.
+
+    Raises:
+        UserError: MindRecord without a manifest beside it.
+    """
+    if path is None:
+        return None
+    place = Path(os.path.expanduser(path))
+    if place.suffix == ".mindrecord":
+        if not os.path.isfile(place.parent / MANIFEST):
+            raise UserError(f"data.path: '{path}'; no {MANIFEST} beside it; write the folder with {PREPARE}")
+        return place.parent
+    if not os.path.isdir(place) or not any(place.glob("*.mindrecord")):
+        return None
+    if not os.path.isfile(place / MANIFEST):
+        raise UserError(f"data.path: '{path}'; MindRecord without {MANIFEST}; write the folder with {PREPARE}")
+    return place
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, Tokenizer]:
+    """The manifest and the tokenizer of a prepared folder, after a check that all files are there and whole.
+
+    Sizes are compared, not checksums: hashing every byte at each start would cost minutes on large data.
+
+    Raises:
+        UserError: a file is missing, cut or altered.
+    """
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        tokenizer = Tokenizer.from_json((folder / TOKENIZER).read_text(encoding="utf-8"), str(folder / TOKENIZER))
+    except ValidationError as error:
+        where = ".".join(str(step) for step in error.errors()[0]["loc"]) or "JSON"
+        raise UserError(f"data.path: '{folder / MANIFEST}': broken at '{where}'; write the folder anew") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.path: '{folder}': {error}; write the folder anew with {PREPARE}") from None
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(f"data.path: '{folder / TOKENIZER}': is not the tokenizer that wrote the blocks; restore it")
+    for split in (manifest.train, manifest.validation):
+        file = folder / split.file
+        size = file.stat().st_size if file.is_file() else None
+        if size != split.size or not Path(f"{file}.db").is_file():
+            found = "missing or without its .db" if size in (None, split.size) else f"{size} bytes, not {split.size}"
+            raise UserError(f"data.path: '{file}': {found}; copy it again or write the folder anew")
+    return manifest, tokenizer
+
+
+def write_split(file: Path, stream: np.ndarray, seq_length: int, advance: Callable[[int], Any]) -> Split:
+    """Writes a stream [T] as blocks of seq_length + 1 and tells `advance` how many went out.
+
+    Raises:
+        UserError: MindSpore could not write (a full disk, for one).
+    """
+    try:
+        count = _write_blocks(file, stream, seq_length + 1, advance)
+    except RuntimeError as error:  # what MindSpore raises; its first line is the message, a C++ stack follows
+        raise UserError(f"--out: '{file.parent}': {str(error).strip().splitlines()[0]}; free some space") from None
+    for part in (file, Path(f"{file}.db")):
+        part.chmod(0o644)  # the writer makes them unreadable for others
+    with open(file, "rb") as handle:
+        digest = _sha256(handle)
+    return Split(file=file.name, tokens=len(stream), blocks=count, size=file.stat().st_size, sha256=digest)
+
+
+def _write_blocks(file: Path, stream: np.ndarray, width: int, advance: Callable[[int], Any]) -> int:
+    """Writes the stream and counts the blocks."""
+    from mindspore.mindrecord import FileWriter
+
+    count = -(-len(stream) // width)
+    writer = FileWriter(str(file), shard_num=1)
+    writer.add_schema({COLUMN: {"type": "int32", "shape": [width]}}, "blocks of tokens")
+    for start in range(0, count, WRITE_BLOCKS):
+        piece = stream[start * width : (start + WRITE_BLOCKS) * width].astype(np.int32)
+        blocks = np.pad(piece, (0, -len(piece) % width)).reshape(-1, width)  # [n, S+1]
+        writer.write_raw_data([{COLUMN: block} for block in blocks])
+        advance(len(blocks))
+    writer.commit()
+    return count
+
+
+def write_manifest(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    """Writes the two small files of a prepared folder."""
+    (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+    text = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_stream(folder: Path, manifest: Manifest, split: Split) -> np.ndarray:
+    """The whole stream [T] of a split."""
+    source = RecordSource(folder / split.file, split.blocks)
+    blocks = source.read(np.arange(split.blocks), 0, split.blocks, 0)  # [n, S+1]
+    return blocks.reshape(-1)[: split.tokens].astype(smallest_dtype(manifest.vocab_size))  # [n, S+1] -> [T]
+
+
+class RecordSource:
+    """Blocks of one MindRecord file as a source of training windows.
+
+    Batches asked for in order come from one open pipeline; any other index opens a new one there.
+    """
+
+    slack = 0  # blocks were cut when they were written
+
+    def __init__(self, file: Path, blocks: int):
+        self._file, self._blocks = file, blocks
+        self._order: np.ndarray | None = None
+        self._next = -1
+        self._rows: Iterator[np.ndarray] = iter(())
+
+    def __len__(self) -> int:
+        return self._blocks
+
+    def read(self, order: np.ndarray, start: int, stop: int, offset: int) -> np.ndarray:
+        """Blocks order[start:stop] as [stop - start, S + 1] int32."""
+        if order is not self._order or start != self._next:
+            self._rows = self._stream(order, start)
+        self._order, self._next = order, stop
+        return np.stack([next(self._rows) for _ in range(start, stop)])
+
+    def _stream(self, order: np.ndarray, start: int) -> Iterator[np.ndarray]:
+        """Blocks order[start:] one by one."""
+        import mindspore.dataset as dataset
+
+        for first in range(start, len(order), STREAM_BLOCKS):
+            sampler = dataset.SubsetSampler(order[first : first + STREAM_BLOCKS].tolist())
+            pipeline = dataset.MindDataset(
+                str(self._file), columns_list=[COLUMN], sampler=sampler, num_parallel_workers=1
+            )
+            for (row,) in pipeline.create_tuple_iterator(num_epochs=1, output_numpy=True):
+                yield row
+
+
+def _sha256(handle: Any) -> str:
+    """sha256 of an open file (`hashlib.file_digest` wants Python 3.11)."""
+    digest = hashlib.sha256()
+    while piece := handle.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()

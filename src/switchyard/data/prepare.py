@@ -1,0 +1,174 @@
+"""`python -m switchyard.data.prepare`: text to a folder of MindRecord files, with a byte-level BPE trained on the way.
+
+The folder appears whole or not at all; `data.path` takes it.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from switchyard.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+
+SMALLEST_VOCABULARY = 257  # 256 bytes and the separator
+STOPPED_BY_SIGINT = 130  # as shells report it
+TRAINING_PIECE = 1_000_000  # characters that the BPE trainer gets at a time
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m switchyard.data.prepare",
+        description="Trains a byte-level BPE tokenizer and writes text as MindRecord for data.path.",
+    )
+    made.add_argument("--input", required=True, help="text file, folder or glob, or the word stdlib")
+    made.add_argument("--out", required=True, help="folder to make; must not exist")
+    made.add_argument("--vocab-size", type=int, default=4096, help="tokens of the BPE vocabulary (%(default)s)")
+    made.add_argument("--seq-length", type=int, default=256, help="tokens of a training sequence (%(default)s)")
+    made.add_argument("--val-fraction", type=float, default=0.1, help="part held out for validation (%(default)s)")
+    made.add_argument("--tokenizer", help="tokenizer.json to use instead of training one; or byte, char")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and gives its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        folder = prepare(
+            options.input,
+            Path(options.out),
+            options.vocab_size,
+            options.seq_length,
+            options.val_fraction,
+            options.tokenizer,
+        )
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return STOPPED_BY_SIGINT
+    print(f"done: train with data.path={folder}")
+    return EXIT_OK
+
+
+def prepare(source: str, out: Path, vocab_size: int, seq_length: int, val_fraction: float, tokenizer: str | None):
+    """Reads `source`, trains or reads the tokenizer and writes the folder `out`, which it returns.
+
+    Raises:
+        UserError: impossible arguments, `out` exists, or the text is missing, undecodable or too short.
+    """
+    _check(out, vocab_size, seq_length, val_fraction, tokenizer)
+    from switchyard.config import DataConfig
+    from switchyard.data import mindrecord
+    from switchyard.data.batches import TextSource, eval_batches
+    from switchyard.data.corpus import load_text
+    from switchyard.data.tokenizer import load_tokenizer
+
+    if source != "stdlib" and mindrecord.locate(source):
+        raise UserError(f"--input: '{source}' is prepared already; name text")
+    # any word but `byte` makes load_text insist on characters, which BPE training needs too
+    data = DataConfig(
+        path=None if source == "stdlib" else source, tokenizer=tokenizer or "bpe", val_fraction=val_fraction
+    )
+    corpus = load_text(data)
+    print(corpus.description, flush=True)
+    made = load_tokenizer(data, corpus) if tokenizer else train_bpe(corpus.train, vocab_size)
+    train, validation = made.encode_documents(corpus.train), made.encode_documents(corpus.validation)
+    TextSource(train, seq_length)  # both refuse too little text, before anything is written
+    eval_batches(validation, 1, seq_length)
+    print(f"{made.vocab_size:,} tokens; {len(train):,} train / {len(validation):,} validation", flush=True)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        width = seq_length + 1
+        with _progress(-(-len(train) // width) - (-len(validation) // width)) as advance:
+            splits = {
+                name: mindrecord.write_split(partial / f"{name}.mindrecord", stream, seq_length, advance)
+                for name, stream in (("train", train), ("validation", validation))
+            }
+        manifest = mindrecord.Manifest(
+            source=corpus.description,
+            seq_length=seq_length,
+            vocab_size=made.vocab_size,
+            tokenizer_fingerprint=made.fingerprint,
+            **splits,
+        )
+        mindrecord.write_manifest(partial, manifest, made)
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def train_bpe(documents, vocab_size: int):
+    """A byte-level BPE tokenizer (arXiv 1508.07909, bytes as in GPT-2) learnt from the text of `documents`.
+
+    The end-of-text token separates documents. The vocabulary is smaller than asked if the text has no more pairs.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from switchyard.data.tokenizer import END_OF_TEXT, LibraryTokenizer
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    print(f"training a byte-level BPE of {vocab_size:,} tokens ...", flush=True)
+    start = time.perf_counter()
+    library.train_from_iterator(_pieces(documents), trainer)
+    print(f"trained in {time.perf_counter() - start:.1f} s", flush=True)
+    return LibraryTokenizer(library.to_str())
+
+
+def _pieces(documents) -> Iterator[str]:
+    """The text in pieces that the trainer can count in parallel."""
+    for document in documents:
+        text = document.text()
+        for start in range(0, len(text), TRAINING_PIECE):
+            yield text[start : start + TRAINING_PIECE]
+
+
+def _check(out: Path, vocab_size: int, seq_length: int, val_fraction: float, tokenizer: str | None) -> None:
+    """Refuses impossible arguments before any work (UserError)."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"--out: '{out}' exists; remove it or name another folder")
+    if not tokenizer and vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"--vocab-size: {vocab_size}; at least {SMALLEST_VOCABULARY}: 256 bytes and a separator")
+    if seq_length < 1:
+        raise UserError(f"--seq-length: {seq_length}; at least 1")
+    if not 0.0 < val_fraction < 1.0:
+        raise UserError(f"--val-fraction: {val_fraction}; between 0 and 1, both excluded")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of blocks on a terminal, a line for each tenth elsewhere."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc="writing", unit=" blocks", unit_scale=True) as bar:
+            yield bar.update
+        return
+    written = 0
+
+    def advance(count: int) -> None:
+        nonlocal written
+        before, written = written, written + count
+        if written * 10 // total > before * 10 // total:
+            print(f"writing {written:,} of {total:,} blocks", flush=True)
+
+    yield advance
+
+
+if __name__ == "__main__":
+    sys.exit(main())

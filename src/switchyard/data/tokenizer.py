@@ -1,0 +1,379 @@
+"""Text to token ids and back: bytes, characters, or a `tokenizer.json` of the `tokenizers` library.
+
+Documents are joined by one separator token. It stands for one NUL byte, which text does not hold, in every tokenizer:
+bits per byte of different tokenizers then have the same denominator. A byte model needs no 257th token for it.
+"""
+
+import codecs
+import hashlib
+import json
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from switchyard.config import DataConfig
+from switchyard.data.corpus import Corpus, Document
+from switchyard.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in foreign files, the first that exists
+Ids = Sequence[int] | np.ndarray
+
+
+class Tokenizer(ABC):
+    """What the program asks of a tokenizer. Ids are 0 .. vocab_size - 1."""
+
+    kind: str
+    vocab_size: int
+    separator: int | None  # the token between two documents; None = documents follow each other without a mark
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Ids [T] int32 of a text. UserError on a character that the vocabulary lacks."""
+
+    @abstractmethod
+    def decode(self, ids: Ids) -> str:
+        """The text of ids; bytes that are no character become U+FFFD."""
+
+    @abstractmethod
+    def byte_length(self, ids: Ids) -> int:
+        """UTF-8 bytes that the ids stand for; a separator is one byte."""
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """The whole tokenizer as JSON, for checkpoints and exports; `Tokenizer.from_json` reads it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what the tokenizer does: equal fingerprints give equal ids."""
+        canonical = json.dumps(json.loads(self.to_json()), sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+    @staticmethod
+    def from_json(text: str, name: str = "tokenizer.json") -> "Tokenizer":
+        """The tokenizer that `to_json` wrote, or any `tokenizer.json` of the `tokenizers` library.
+
+        Raises:
+            UserError: not such a file; `name` says which in the message.
+        """
+        try:
+            tree = json.loads(text)
+        except ValueError:
+            tree = None
+        if isinstance(tree, dict) and tree.get("kind") == "byte":
+            return ByteTokenizer()
+        if isinstance(tree, dict) and tree.get("kind") == "char" and _is_alphabet(tree.get("characters")):
+            return CharTokenizer(tree["characters"], separated=tree.get("separated") is True)
+        if isinstance(tree, dict) and "model" in tree:
+            return LibraryTokenizer(text, name)
+        raise UserError(f"tokenizer '{name}': not a tokenizer.json; give byte, char, or a file that `tokenizers` wrote")
+
+    def encode_documents(self, documents: Iterable[Document]) -> np.ndarray:
+        """One stream [T] of all documents with separators between them, in the smallest unsigned integer type.
+
+        Empty documents leave no trace.
+
+        Raises:
+            UserError: undecodable bytes (file and offset) or a character outside the vocabulary.
+        """
+        dtype = smallest_dtype(self.vocab_size)
+        mark = np.array([] if self.separator is None else [self.separator], dtype)
+        pieces: list[np.ndarray] = []
+        for ids in self._encode_each(documents):
+            if len(ids):
+                pieces += [ids.astype(dtype, copy=False), mark]
+        return np.concatenate(pieces[:-1]) if pieces else np.zeros(0, dtype)
+
+    def _encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
+        """Ids of each document."""
+        for document in documents:
+            text = document.text()
+            try:
+                yield self.encode(text)
+            except UserError as error:
+                raise UserError(f"data.path: '{document.name}': {error}") from None
+
+
+class ByteTokenizer(Tokenizer):
+    """Id = byte; 256 of them. NUL is the separator."""
+
+    kind = "byte"
+    vocab_size = 256
+    separator = 0
+
+    def encode(self, text: str) -> np.ndarray:
+        raw = text.encode("utf-8", "surrogateescape")  # command-line arguments may carry raw bytes so
+        return np.frombuffer(raw, np.uint8).astype(np.int32)
+
+    def decode(self, ids: Ids) -> str:
+        return bytes(np.asarray(ids, np.uint8)).decode("utf-8", "replace")
+
+    def byte_length(self, ids: Ids) -> int:
+        return len(ids)
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": self.kind})
+
+    def _encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
+        for document in documents:
+            yield np.frombuffer(document.raw, np.uint8)
+
+
+class CharTokenizer(Tokenizer):
+    """Id = place of the character in the sorted vocabulary (as nanoGPT's shakespeare_char).
+
+    `separated` says that documents were joined: then NUL is in the vocabulary and is the separator.
+    """
+
+    kind = "char"
+
+    def __init__(self, characters: str, separated: bool = False):
+        self.characters = characters
+        self.separated = separated
+        self.vocab_size = len(characters)
+        self.separator = characters.index("\0") if separated else None
+        self._id_of = np.full(sys.maxunicode + 1, -1, np.int32)
+        self._id_of[_code_points(characters)] = np.arange(self.vocab_size)
+        self._bytes = np.array([len(character.encode("utf-8", "surrogatepass")) for character in characters], np.int64)
+
+    @classmethod
+    def of(cls, documents: Sequence[Document], separated: bool) -> "CharTokenizer":
+        """The sorted set of characters of the documents."""
+        found: set[str] = {"\0"} if separated else set()
+        for document in documents:
+            found.update(document.text())
+        return cls("".join(sorted(found)), separated)
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = self._id_of[_code_points(text)]
+        wrong = np.flatnonzero(ids < 0)
+        if len(wrong):
+            place = int(wrong[0])
+            raise UserError(
+                f"text: character {_show(text[place])} at position {place} is not in the vocabulary of "
+                f"{self.vocab_size} characters; remove it, or train with text that has it"
+            )
+        return ids
+
+    def decode(self, ids: Ids) -> str:
+        return "".join(self.characters[int(i)] for i in ids)
+
+    def byte_length(self, ids: Ids) -> int:
+        return int(self._bytes[np.asarray(ids, np.int64)].sum())
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": self.kind, "characters": self.characters, "separated": self.separated})
+
+
+class LibraryTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` library, truncation and padding off."""
+
+    kind = "tokenizers"
+    _BATCH_SIZE = 4_000_000  # bytes handed to the library at a time: it holds about 100 bytes a token meanwhile
+
+    def __init__(self, text: str, name: str = "tokenizer.json"):
+        import tokenizers
+
+        try:
+            self._library = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(
+                f"tokenizer '{name}': the tokenizers library refuses it: {' '.join(str(error).split())}"
+            ) from None
+        self._library.no_truncation()
+        self._library.no_padding()
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if not self.vocab_size:
+            raise UserError(f"tokenizer '{name}': its vocabulary is empty; train it first")
+        self.separator = next((vocabulary[token] for token in SEPARATORS if token in vocabulary), None)
+        self._bytes = self._token_bytes(vocabulary)
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
+        except UnicodeEncodeError as error:
+            raise UserError(f"text: not UTF-8 at position {error.start}; correct the encoding") from None
+
+    def decode(self, ids: Ids) -> str:
+        return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def byte_length(self, ids: Ids) -> int:
+        if self._bytes is not None:
+            return int(self._bytes[np.asarray(ids, np.int64)].sum())
+        separators = 0 if self.separator is None else int((np.asarray(ids) == self.separator).sum())
+        return len(self.decode(ids).encode("utf-8")) + separators
+
+    def to_json(self) -> str:
+        return self._library.to_str()
+
+    def _token_bytes(self, vocabulary: dict[str, int]) -> np.ndarray | None:
+        """Bytes of each id [V] of a byte-level tokenizer (one letter of a token = one byte); None for other kinds."""
+        if '"ByteLevel"' not in json.dumps(json.loads(self.to_json()).get("decoder")):
+            return None
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, index in vocabulary.items():
+            sizes[index] = len(token)
+        for index, token in self._library.get_added_tokens_decoder().items():
+            sizes[index] = 0 if token.special else len(token.content.encode("utf-8"))
+        if self.separator is not None:
+            sizes[self.separator] = 1
+        return sizes
+
+    def _encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
+        batch: list[str] = []
+        size = 0
+        for document in documents:
+            if size + len(document.raw) > self._BATCH_SIZE and batch:
+                yield from self._encode_batch(batch)
+                batch, size = [], 0
+            if len(document.raw) > self._BATCH_SIZE:
+                yield np.concatenate([ids for part in self._parts(document.text()) for ids in self._encode_batch(part)])
+            else:
+                batch.append(document.text())
+                size += len(document.raw)
+        yield from self._encode_batch(batch)
+
+    def _encode_batch(self, texts: list[str]) -> Iterator[np.ndarray]:
+        for encoding in self._library.encode_batch(texts, add_special_tokens=False):
+            yield np.array(encoding.ids, np.int32)
+
+    def _parts(self, text: str) -> Iterator[list[str]]:
+        """A long text as lists of pieces, cut after lone line ends where that leaves the ids as they are."""
+        joined, apart = self.encode("a\nb").tolist(), self.encode("a\n").tolist() + self.encode("b").tolist()
+        if joined != apart:
+            yield [text]
+            return
+        lone_end = re.compile(r"(?<=\S)\n(?=\S)")
+        part, start = [], 0
+        while start < len(text):
+            found = lone_end.search(text, start + self._BATCH_SIZE // 8)
+            stop = found.end() if found else len(text)
+            part.append(text[start:stop])
+            start = stop
+            if len(part) == 8:
+                yield part
+                part = []
+        yield part
+
+
+class StreamDecoder:
+    """Decodes ids as they come and never emits half a character.
+
+    The pieces of all `push` calls and the final `flush` join to `tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._push = self._push_characters
+        if isinstance(tokenizer, ByteTokenizer):
+            self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+            self._push = self._push_bytes
+        elif isinstance(tokenizer, LibraryTokenizer):
+            from tokenizers.decoders import DecodeStream
+
+            self._stream = DecodeStream(skip_special_tokens=True)
+            self._ids: list[int] = []
+            self._emitted = 0
+            self._push = self._push_library
+
+    def push(self, ids: Ids) -> str:
+        """The characters that are complete now."""
+        return self._push([int(i) for i in ids])
+
+    def flush(self) -> str:
+        """What was held back, with U+FFFD for bytes that never became a character. Ends the stream."""
+        if isinstance(self._tokenizer, ByteTokenizer):
+            return self._utf8.decode(b"", final=True)
+        if isinstance(self._tokenizer, LibraryTokenizer):
+            return self._tokenizer.decode(self._ids)[self._emitted :]
+        return ""
+
+    def _push_bytes(self, ids: list[int]) -> str:
+        return self._utf8.decode(bytes(ids))
+
+    def _push_characters(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+    def _push_library(self, ids: list[int]) -> str:
+        pieces = [self._stream.step(self._tokenizer._library, i) or "" for i in ids]
+        self._ids += ids
+        text = "".join(pieces)
+        self._emitted += len(text)
+        return text
+
+
+def load_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names; `char` takes its vocabulary from train and validation text together.
+
+    Raises:
+        UserError: no such file, not a tokenizer.json, or undecodable text for `char`.
+    """
+    if data.tokenizer == "byte":
+        return ByteTokenizer()
+    if data.tokenizer == "char":
+        separated = max(len(corpus.train), len(corpus.validation)) > 1
+        return CharTokenizer.of(corpus.train + corpus.validation, separated)
+    return read_tokenizer(data.tokenizer)
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file (UserError if there is none)."""
+    try:
+        return Tokenizer.from_json(Path(path).expanduser().read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(
+            f"data.tokenizer: '{path}'; {reason}; give byte, char or the path of a tokenizer.json"
+        ) from None
+
+
+def reconcile(tokenizer: Tokenizer, of_checkpoint: str) -> Tokenizer:
+    """The checkpoint's tokenizer, if the data's tokenizer gives the same ids.
+
+    A char vocabulary is drawn from text, so text with fewer characters than the checkpoint knows is in order.
+
+    Raises:
+        UserError: another vocabulary; names both sizes and fingerprints.
+    """
+    known = Tokenizer.from_json(of_checkpoint, "of the checkpoint")
+    if known.fingerprint == tokenizer.fingerprint:
+        return known
+    extra = ""
+    if isinstance(known, CharTokenizer) and isinstance(tokenizer, CharTokenizer):
+        unknown = sorted(set(tokenizer.characters) - set(known.characters))
+        if not unknown:
+            return known
+        extra = f", which lacks {_show(unknown[0])}"
+    raise UserError(
+        f"data.tokenizer: {_label(tokenizer)}, but the checkpoint was trained with {_label(known)}{extra}; "
+        "use the checkpoint's tokenizer and text, or train anew"
+    )
+
+
+def smallest_dtype(vocab_size: int) -> Any:
+    """The unsigned integer type that holds every id."""
+    return np.min_scalar_type(vocab_size - 1)
+
+
+def _label(tokenizer: Tokenizer) -> str:
+    return f"{tokenizer.kind} vocabulary of {tokenizer.vocab_size} ({tokenizer.fingerprint[:8]})"
+
+
+def _show(character: str) -> str:
+    return f"{character!r} (U+{ord(character):04X})"
+
+
+def _code_points(text: str) -> np.ndarray:
+    """Unicode code points [T] uint32; sorted characters give sorted code points."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _is_alphabet(characters: object) -> bool:
+    """A text whose characters are distinct and sorted."""
+    return isinstance(characters, str) and len(characters) > 0 and list(characters) == sorted(set(characters))
