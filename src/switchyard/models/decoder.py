@@ -1,0 +1,215 @@
+"""The decoder-only Transformer with conditional layers, and its two halves for generation.
+
+Legend: B batch, S sequence, N = B * S tokens, D width, V vocabulary, L layers, J key/value heads, h head size,
+M cache length, G groups that route for themselves.
+"""
+
+import math
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from switchyard.config import Config
+from switchyard.experts import FeedForwardExperts
+from switchyard.kernels.noise import NoiseSlices
+from switchyard.kernels.norm import create_norm
+from switchyard.models.layers import Attention, Dropout, Embedding, Linear
+from switchyard.moe import MoELayer, check_sort_keys
+
+DTYPES = {"float32": mstype.float32, "float16": mstype.float16, "bfloat16": mstype.bfloat16}
+
+
+class Block(nn.Cell):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward is dense or conditional."""
+
+    def __init__(
+        self, config: Config, conditional: bool, length: int, random: np.random.Generator, slices: NoiseSlices
+    ):
+        super().__init__()
+        model, dtype = config.model, DTYPES[config.model.compute_dtype]
+        std = model.init_method_std
+        std_out = std / math.sqrt(2 * model.num_layers)  # GPT-2: residual branches start small together
+        self.groups, self.conditional = config.groups, conditional
+        self.attention_norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
+        self.attention = Attention(model, length, std_out, random, dtype)
+        self.feed_forward_norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
+        if conditional:
+            self.feed_forward = MoELayer(config, (std, std_out), random, dtype, slices)
+        else:
+            width, hidden = model.hidden_size, config.dense_width
+            self.feed_forward = FeedForwardExperts(1, width, hidden, model.activation, (std, std_out), random, dtype)
+        self.attention_dropout = Dropout(model.dropout, slices)
+        self.feed_forward_dropout = Dropout(model.dropout, slices)
+
+    def construct(self, x: Tensor, batch: int, valid: Tensor, noise: Tensor):
+        """x [N, D], valid [N], noise [.., N, D] -> (x, losses or (), Audit or {})."""
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), batch), noise)
+        return self.feed(x, valid, noise)
+
+    def feed(self, x: Tensor, valid: Tensor, noise: Tensor):
+        """The second half: x [N, D] -> (x, losses or (), Audit or {})."""
+        rows, losses, audit = self.feed_forward_norm(x), (), {}
+        if self.conditional:
+            grouped = rows.reshape(self.groups, -1, rows.shape[1])  # [G, N / G, D]
+            out, losses, audit = self.feed_forward(grouped, valid.reshape(self.groups, -1), noise)
+        else:
+            out = self.feed_forward(rows.expand_dims(0))  # [1, N, D]: a dense layer is one expert
+        return x + self.feed_forward_dropout(out.reshape(x.shape), noise), losses, audit
+
+
+class Decoder(nn.Cell):
+    """Tokens [B, S] -> (logits [N, V] float32, losses, Audit).
+
+    losses: (balance losses [M], z-losses [M]) of the M conditional layers, () when there are none; the Audit's figures
+    have the same leading axis, {} when there are none.
+
+    Args:
+        config: the whole configuration.
+        vocab_size: entries V of the tokenizer.
+        length: longest sequence, for positions and the causal mask; at least model.seq_length.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, length: int | None = None):
+        super().__init__()
+        check_sort_keys(config)
+        model, random = config.model, np.random.default_rng(config.train.seed)
+        length = max(length or 0, model.seq_length)
+        self.vocab_size, self.length, self.head_size = vocab_size, length, model.hidden_size // model.num_heads
+        self.kv_heads = model.n_kv_heads or model.num_heads
+        self.moe_layers = config.moe_layers
+        self.embedding = Embedding(vocab_size, model.hidden_size, model.init_method_std, random)
+        self.position = None
+        if model.position == "learned":
+            self.position = Embedding(model.seq_length, model.hidden_size, model.init_method_std, random)
+        slices = NoiseSlices()
+        self.dropout = Dropout(model.dropout, slices)
+        self.layers = nn.CellList(
+            [Block(config, index in self.moe_layers, length, random, slices) for index in range(model.num_layers)]
+        )
+        self.noise_slices = slices.count
+        self.norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
+        self.tied, self.dtype = model.tie_word_embeddings, DTYPES[model.compute_dtype]
+        self.head = None
+        if not self.tied:
+            self.head = Linear(model.hidden_size, vocab_size, model.init_method_std, random, self.dtype)
+        self.tied_product = ops.MatMul(transpose_b=True)
+
+    def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor):
+        """Tokens [B, S] int32, valid [B, S] float32, noise [max(noise_slices, 1), N, D] of U(0, 1).
+
+        At evaluation the noise is not read: any [1, 1, 1] serves.
+        """
+        batch, length = tokens.shape
+        valid = valid.reshape(-1)  # [N]
+        x = self.dropout(self.embed(tokens, ops.arange(length)), noise)  # [N, D]
+        losses, audits = (), ()
+        for layer in self.layers:
+            x, loss, audit = layer(x, batch, valid, noise)
+            if layer.conditional:
+                losses, audits = (*losses, loss), (*audits, audit)
+        return self.logits(x), stack_losses(losses), stack_audits(audits)
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Tokens [B, S] at positions [S] -> [N, D]."""
+        x = self.embedding(tokens)  # [N, D]
+        if self.position is None:
+            return x
+        places = self.position(positions)  # [S, D]
+        return (x.reshape(tokens.shape[0], -1, x.shape[1]) + places).reshape(x.shape)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[N, D] -> [N, V] float32."""
+        x = self.norm(x)
+        if self.tied:
+            return self.tied_product(x.astype(self.dtype), self.embedding.table.astype(self.dtype)).astype(
+                mstype.float32
+            )
+        return self.head(x).astype(mstype.float32)
+
+
+def stack_losses(losses: tuple) -> tuple:
+    """(balance loss, z-loss) of each conditional layer -> (balance losses [M], z-losses [M])."""
+    if len(losses) == 0:
+        return ()
+    return ops.stack([loss[0] for loss in losses], 0), ops.stack([loss[1] for loss in losses], 0)
+
+
+def stack_audits(audits: tuple) -> dict:
+    """Audits of the conditional layers -> one whose figures have a leading layer axis."""
+    if len(audits) == 0:
+        return {}
+    return {
+        "load": _stack(audits, "load"),
+        "importance": _stack(audits, "importance"),
+        "dropped": _stack(audits, "dropped"),
+        "entropy": _stack(audits, "entropy"),
+        "max_violation": _stack(audits, "max_violation"),
+        "z": _stack(audits, "z"),
+    }
+
+
+def _stack(audits: tuple, name: str) -> Tensor:
+    return ops.stack([audit[name] for audit in audits], 0)
+
+
+class Prefill(nn.Cell):
+    """Reads whole prompts: tokens [B, S], right-padded, of real lengths [B] -> (logits [B, V], keys, values).
+
+    The logits are those at each prompt's last token; keys and values are caches [L, B, J, M, h], M = max_length.
+    """
+
+    def __init__(self, decoder: Decoder, max_length: int):
+        super().__init__()
+        self.decoder, self.max_length = decoder, max_length
+
+    def construct(self, tokens: Tensor, length: Tensor):
+        decoder = self.decoder
+        batch, count = tokens.shape
+        places = ops.arange(count)
+        valid = (ops.expand_dims(places, 0) < ops.expand_dims(length, 1)).astype(mstype.float32).reshape(-1)  # [N]
+        x = decoder.embed(tokens, places)
+        nothing = ops.zeros((1, 1, 1), mstype.float32)
+        keys, values = (), ()
+        for layer in decoder.layers:
+            mixed, key, value = layer.attention.attend_causal(layer.attention_norm(x), batch)
+            x, _, _ = layer.feed(x + mixed, valid, nothing)
+            keys, values = (*keys, self._cache(key)), (*values, self._cache(value))
+        last = ops.arange(batch) * count + (length - 1)  # [B]
+        logits = decoder.logits(ops.gather(x, last, 0))  # [B, V]
+        return logits, ops.stack(keys, 0), ops.stack(values, 0)
+
+    def _cache(self, part: Tensor) -> Tensor:
+        """[B, J, S, h] -> [B, J, M, h], zeros behind."""
+        batch, heads, count, size = part.shape
+        empty = ops.zeros((batch, heads, self.max_length - count, size), mstype.float32)
+        return ops.concat((part.astype(mstype.float32), empty), 2)
+
+
+class Decode(nn.Cell):
+    """Reads one token a sequence: tokens [B], positions [B], caches [L, B, J, M, h] -> (logits [B, V], keys, values)."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def construct(self, tokens: Tensor, position: Tensor, keys: Tensor, values: Tensor):
+        decoder = self.decoder
+        x = decoder.embedding(tokens)  # [B, D]
+        if decoder.position is not None:
+            x = x + decoder.position(position)
+        valid = ops.ones_like(tokens).astype(mstype.float32)  # [B]
+        nothing = ops.zeros((1, 1, 1), mstype.float32)
+        new_keys, new_values = (), ()
+        for index, layer in enumerate(decoder.layers):
+            mixed, key, value = layer.attention.attend_cached(
+                layer.attention_norm(x), position, keys[index], values[index]
+            )
+            x, _, _ = layer.feed(x + mixed, valid, nothing)
+            new_keys, new_values = (*new_keys, key), (*new_values, value)
+        return decoder.logits(x), ops.stack(new_keys, 0), ops.stack(new_values, 0)
+
+
+def create_model(config: Config, vocab_size: int, length: int | None = None) -> Decoder:
+    """The decoder of a configuration, weights drawn by `train.seed`."""
+    return Decoder(config, vocab_size, length)

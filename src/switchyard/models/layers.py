@@ -1,0 +1,159 @@
+"""Parts of a Transformer: embedding, rotary positions, attention, dropout.
+
+Legend: B batch, S sequence, N = B * S tokens, D width, H query heads, J key/value heads, R = H / J query heads of one
+key/value head, h head size, M cache length.
+"""
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from switchyard.config import ModelConfig
+from switchyard.kernels.noise import NoiseSlices
+from switchyard.kernels.softmax import Softmax
+
+MASKED = -1e9  # added to the score of a position that must not be seen
+
+
+class Embedding(nn.Cell):
+    """Table [V, D]; tokens [...] -> [N, D]."""
+
+    def __init__(self, entries: int, width: int, std: float, random: np.random.Generator):
+        super().__init__()
+        self.table = Parameter(Tensor(random.normal(0.0, std, (entries, width)).astype(np.float32)), name="table")
+        self.take = ops.Gather()
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        return self.take(self.table, tokens.reshape(-1), 0)
+
+
+class Linear(nn.Cell):
+    """x W, no bias: [N, I] -> [N, O] in `dtype`."""
+
+    def __init__(self, size_in: int, size_out: int, std: float, random: np.random.Generator, dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.weight = Parameter(Tensor(random.normal(0.0, std, (size_in, size_out)).astype(np.float32)), name="weight")
+        self.product = ops.MatMul()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.product(x.astype(self.dtype), self.weight.astype(self.dtype))
+
+
+class Dropout(nn.Cell):
+    """Zeroes a share `rate` of the values and scales the rest by 1 / (1 - rate): [N, D], noise [.., N, D] of U(0, 1).
+
+    The noise is an input, so a resumed run draws what the uninterrupted one would have.
+    """
+
+    def __init__(self, rate: float, slices: NoiseSlices):
+        super().__init__()
+        self.rate, self.slice = rate, slices.take(rate > 0)
+
+    def construct(self, x: Tensor, noise: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        return x * ((noise[self.slice] >= self.rate).astype(mstype.float32) * (1.0 / (1.0 - self.rate)))
+
+
+class Rotary(nn.Cell):
+    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34), halves paired: [..., S, h] with tables [S, h / 2]."""
+
+    def __init__(self, length: int, head_size: int, theta: float):
+        super().__init__()
+        half = head_size // 2
+        angles = np.outer(np.arange(length), theta ** (-np.arange(half) / half))
+        self.cos_table = Tensor(np.cos(angles).astype(np.float32))
+        self.sin_table = Tensor(np.sin(angles).astype(np.float32))
+        self.split = ops.Split(-1, 2)
+        self.join = ops.Concat(-1)
+        self.take = ops.Gather()
+
+    def tables(self, positions: Tensor):
+        """Cosines and sines of positions [...]: two tensors [..., h / 2]."""
+        return self.take(self.cos_table, positions, 0), self.take(self.sin_table, positions, 0)
+
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = self.split(x)  # [..., S, h / 2]
+        cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+        return self.join((first * cos - second * sin, second * cos + first * sin))
+
+
+class Attention(nn.Cell):
+    """Causal multi-head (arXiv 1706.03762, eq. 1) or grouped-query (arXiv 2305.13245) attention: [N, D] -> [N, D].
+
+    One matrix makes queries, keys and values, ordered key/value head by key/value head ([D, J * (R + 2) * h]), so that
+    a slice of it by heads is whole.
+    """
+
+    def __init__(self, model: ModelConfig, length: int, std_out: float, random: np.random.Generator, dtype):
+        super().__init__()
+        self.kv_heads = model.n_kv_heads or model.num_heads
+        self.repeat = model.num_heads // self.kv_heads
+        self.head_size = model.hidden_size // model.num_heads
+        self.scale = self.head_size**-0.5
+        width = self.kv_heads * (self.repeat + 2) * self.head_size
+        self.qkv = Linear(model.hidden_size, width, model.init_method_std, random, dtype)
+        self.out = Linear(model.hidden_size, model.hidden_size, std_out, random, dtype)
+        self.rotary = None
+        if model.position == "rotary":
+            self.rotary = Rotary(length, self.head_size, model.theta)
+        self.split = ops.Split(2, 3)
+        self.transpose = ops.Transpose()
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.softmax = Softmax()
+        self.mix = ops.BatchMatMul()
+        self.causal = Tensor(np.triu(np.full((length, length), MASKED, np.float32), 1))
+
+    def construct(self, x: Tensor, batch: int) -> Tensor:
+        """Every position sees itself and those before it."""
+        return self.attend_causal(x, batch)[0]
+
+    def attend_causal(self, x: Tensor, batch: int):
+        """(output [N, D], keys [B, J, S, h], values [B, J, S, h]): what a cache wants to keep."""
+        query, key, value = self._project(x, batch)
+        length = query.shape[3]
+        if self.rotary is not None:
+            positions = ops.arange(length)
+            cos, sin = self.rotary.tables(positions)  # [S, h / 2]
+            query, key = self.rotary(query, cos, sin), self.rotary(key, cos, sin)
+        return self._attend(query, key, value, self.causal[:length, :length]), key, value
+
+    def attend_cached(self, x: Tensor, position: Tensor, keys: Tensor, values: Tensor):
+        """One new token a sequence: x [B, D], position [B], caches [B, J, M, h] -> (output [B, D], keys, values)."""
+        batch, length = position.shape[0], keys.shape[2]
+        query, key, value = self._project(x, batch)  # [B, J, R or 1, 1, h]
+        if self.rotary is not None:
+            cos, sin = self.rotary.tables(position)  # [B, h / 2]
+            cos, sin = cos.reshape(batch, 1, 1, 1, -1), sin.reshape(batch, 1, 1, 1, -1)
+            query = self.rotary(query, cos, sin)
+            key = self.rotary(key.expand_dims(2), cos, sin).squeeze(2)
+        places = ops.arange(length).reshape(1, 1, length, 1)
+        here = (places == position.reshape(batch, 1, 1, 1)).astype(mstype.float32)  # [B, 1, M, 1]
+        keys = keys * (1.0 - here) + key.astype(mstype.float32) * here
+        values = values * (1.0 - here) + value.astype(mstype.float32) * here
+        unseen = (ops.arange(length).reshape(1, length) > position.reshape(batch, 1)).astype(mstype.float32)
+        mask = (unseen * MASKED).reshape(batch, 1, 1, 1, length)
+        return self._attend(query, keys.astype(query.dtype), values.astype(query.dtype), mask), keys, values
+
+    def _project(self, x: Tensor, batch: int):
+        """Queries [B, J, R, S, h], keys [B, J, S, h], values [B, J, S, h]."""
+        qkv = self.qkv(x).reshape(batch, -1, self.kv_heads, self.repeat + 2, self.head_size)  # [B, S, J, R + 2, h]
+        qkv = self.transpose(qkv, (0, 2, 3, 1, 4))  # [B, J, R + 2, S, h]
+        if self.repeat == 1:
+            query, key, value = self.split(qkv)
+        else:
+            query, key, value = ops.split(qkv, [self.repeat, 1, 1], 2)
+        return query, key.squeeze(2), value.squeeze(2)
+
+    def _attend(self, query, key, value, mask):
+        """Queries [B, J, R, S, h], keys and values [B, J, T, h], mask broadcast to [B, J, R, S, T] -> [B * S, D]."""
+        batch, heads, repeat, length, size = query.shape
+        keys = key.shape[2]
+        query = (query * self.scale).reshape(batch * heads, repeat * length, size)  # [B * J, R * S, h]
+        scores = self.scores(query, key.reshape(batch * heads, keys, size))  # [B * J, R * S, T]
+        scores = scores.astype(mstype.float32).reshape(batch, heads, repeat, length, keys) + mask
+        weights = self.softmax(scores).astype(query.dtype).reshape(batch * heads, repeat * length, keys)
+        mixed = self.mix(weights, value.reshape(batch * heads, keys, size))  # [B * J, R * S, h]
+        mixed = self.transpose(mixed.reshape(batch, heads * repeat, length, size), (0, 2, 1, 3))  # [B, S, H, h]
+        return self.out(mixed.reshape(batch * length, -1)).astype(mstype.float32)
