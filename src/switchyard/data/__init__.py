@@ -74,7 +74,7 @@ def load_data(config: Config, tokenizer_json: str | None = None, rank: int = 0, 
         validation=lambda: eval_batches(stream, batch_size, seq_length),
         validation_tokens=len(stream) - 1,
         validation_bytes=tokenizer.byte_length(stream[1:]),
-        description=f"{description}; {tokenizer.kind} tokenizer, vocabulary {tokenizer.vocab_size:,}",
+        description=f"{description}; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind})",
     )
 
 

@@ -47,7 +47,7 @@ class TextSource:
             )
         self._stream, self._width = stream, width
         self._count = max(1, (len(stream) - seq_length) // width)
-        self.slack = min(seq_length, len(stream) - self._count * width)
+        self.slack = len(stream) - self._count * width  # S or more, so that every token has its turn as a label
 
     def __len__(self) -> int:
         return self._count

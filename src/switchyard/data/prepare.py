@@ -8,11 +8,16 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from switchyard.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+
+if TYPE_CHECKING:
+    from switchyard.data.corpus import Document
+    from switchyard.data.tokenizer import LibraryTokenizer
 
 SMALLEST_VOCABULARY = 257  # 256 bytes and the separator
 STOPPED_BY_SIGINT = 130  # as shells report it
@@ -56,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def prepare(source: str, out: Path, vocab_size: int, seq_length: int, val_fraction: float, tokenizer: str | None):
+def prepare(
+    source: str, out: Path, vocab_size: int, seq_length: int, val_fraction: float, tokenizer: str | None
+) -> Path:
     """Reads `source`, trains or reads the tokenizer and writes the folder `out`, which it returns.
 
     Raises:
@@ -105,7 +112,7 @@ def prepare(source: str, out: Path, vocab_size: int, seq_length: int, val_fracti
     return out
 
 
-def train_bpe(documents, vocab_size: int):
+def train_bpe(documents: Iterable["Document"], vocab_size: int) -> "LibraryTokenizer":
     """A byte-level BPE tokenizer (arXiv 1508.07909, bytes as in GPT-2) learnt from the text of `documents`.
 
     The end-of-text token separates documents. The vocabulary is smaller than asked if the text has no more pairs.
@@ -130,7 +137,7 @@ def train_bpe(documents, vocab_size: int):
     return LibraryTokenizer(library.to_str())
 
 
-def _pieces(documents) -> Iterator[str]:
+def _pieces(documents: Iterable["Document"]) -> Iterator[str]:
     """The text in pieces that the trainer can count in parallel."""
     for document in documents:
         text = document.text()

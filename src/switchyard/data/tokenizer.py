@@ -173,7 +173,7 @@ class CharTokenizer(Tokenizer):
 class LibraryTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library, truncation and padding off."""
 
-    kind = "tokenizers"
+    kind = "tokenizer.json"
     _BATCH_SIZE = 4_000_000  # bytes handed to the library at a time: it holds about 100 bytes a token meanwhile
 
     def __init__(self, text: str, name: str = "tokenizer.json"):
