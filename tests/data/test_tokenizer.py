@@ -135,6 +135,14 @@ def test_character_outside_the_vocabulary_is_named_with_its_place():
         CharTokenizer("ab").encode_documents((Document("7.txt", b"az"),))
 
 
+def test_raw_bytes_of_a_command_line():
+    assert ByteTokenizer().encode("a\udcffb").tolist() == [97, 255, 98]
+    with pytest.raises(UserError, match="not UTF-8 at position 1"):
+        BPE.encode("a\udcffb")
+    with pytest.raises(UserError, match="position 1"):
+        CharTokenizer("ab").encode("a\udcffb")
+
+
 def test_truncation_and_padding_of_a_file_are_off():
     tree = json.loads(BPE.to_json())
     tree["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}

@@ -90,7 +90,10 @@ def prepare(
     eval_batches(validation, 1, seq_length)
     print(f"{made.vocab_size:,} tokens; {len(train):,} train / {len(validation):,} validation", flush=True)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out: '{out}'; {error.strerror}; name a folder that can be made") from None
     try:
         width = seq_length + 1
         with _progress(-(-len(train) // width) - (-len(validation) // width)) as advance:

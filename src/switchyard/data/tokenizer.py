@@ -196,9 +196,10 @@ class LibraryTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         try:
-            return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
-        except UnicodeEncodeError as error:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # command-line arguments may carry raw bytes as lone surrogates
             raise UserError(f"text: not UTF-8 at position {error.start}; correct the encoding") from None
+        return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Ids) -> str:
         return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
