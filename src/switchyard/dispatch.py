@@ -23,7 +23,8 @@ EXACT_FLOAT = 2**24  # float32 holds every integer up to here: the sort keys mus
 
 def capacity(rows: int, experts: int, choices: int, factor: float) -> int:
     """Slots of one expert in one group: ceil(N * K * factor / E), at most N (GShard, arXiv 2006.16668, section 2.2)."""
-    return min(rows, math.ceil(rows * choices * factor / experts))
+    share = round(rows * choices * factor / experts, 6)  # 100 * 1.1 / 10 is 11, not 11.000000000000002
+    return min(rows, max(1, math.ceil(share)))
 
 
 def block_size(rows: int, experts: int, choices: int) -> int:
