@@ -35,12 +35,12 @@ class Audit(TypedDict):
 
 
 class MoELayer(nn.Cell):
-    """Rows [G, N, D] -> (rows [G, N, D], losses, Audit). A row without a slot comes back as zero: the residual carries it.
+    """Rows [G, N, D] -> (rows [G, N, D], losses, Audit). A row without a slot comes back as zero.
 
     losses: (balance loss, z-loss), unweighted scalars, the ones that carry a gradient.
 
     In training an expert has ceil(N * K * capacity_factor / E) slots of each group. At evaluation
-    `eval_capacity_factor` rules, and null, the default, drops nothing: then a row's output does not depend on the batch.
+    `eval_capacity_factor` rules, and null, the default, drops nothing: a row's output does not depend on its batch.
 
     Args:
         config: the whole configuration.
@@ -115,7 +115,7 @@ def audit(routing: dict, plan: dict, valid: Tensor) -> dict:
     return {
         "load": stop(loads),
         "importance": stop(balance.importance(probabilities, valid).sum(0)),
-        "dropped": stop(1.0 - plan["kept"].sum() / ops.maximum(loads.sum(), 1.0)),
+        "dropped": stop((loads.sum() - plan["kept"].sum()) / ops.maximum(loads.sum(), 1.0)),
         "entropy": stop(balance.entropy(probabilities, valid)),
         "max_violation": stop(balance.max_violation(loads)),
         "z": stop(balance.z_loss(routing["logits"], valid)),
