@@ -1,0 +1,36 @@
+"""What every test shares: quiet logs, one hypothesis profile, the two execution modes as fixtures.
+
+The folder of this file is on `sys.path`, so tests import the references that they compare with from `oracles`.
+"""
+
+import os
+
+os.environ.setdefault("GLOG_v", "3")  # read once, when MindSpore is imported
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("switchyard", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("switchyard")
+
+
+def _in_mode(mode: int):
+    import mindspore as ms
+
+    before = ms.get_context("mode")
+    # Synchronous: an error names its own line, and small operators run several times faster.
+    ms.set_context(mode=mode, pynative_synchronize=True)
+    yield
+    ms.set_context(mode=before, pynative_synchronize=False)
+
+
+@pytest.fixture
+def pynative():
+    """Operators run one by one: right for a shape that is used once."""
+    yield from _in_mode(1)
+
+
+@pytest.fixture
+def graph():
+    """Cells are compiled: right for one shape with many contents, and for what only a compiler gets wrong."""
+    yield from _in_mode(0)
