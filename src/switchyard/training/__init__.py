@@ -1,0 +1,1 @@
+"""Training room: the compiled step, its schedule, checkpoints, metrics, the loop and evaluation."""

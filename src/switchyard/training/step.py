@@ -1,0 +1,274 @@
+"""One optimizer step as one compiled graph, and its counterpart for evaluation.
+
+Legend: A micro-batches, B batch, S sequence, N = B * S tokens, D width, V vocabulary, M conditional layers, J noise
+slices.
+"""
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from switchyard.config import Config
+from switchyard.errors import UserError
+from switchyard.kernels.adam import AdamW, GlobalNorm
+from switchyard.kernels.cross_entropy import TokenLosses
+
+NOISE_RULE = "float32 U(0,1) of numpy SFC64 seeded by (train.seed, step, micro-batch)"
+AUDIT_SUMS = ("load", "importance")  # of a step: sums over its micro-batches; the other audit figures are means
+AUDIT_MEANS = ("dropped", "entropy", "max_violation", "z")
+GROWTH_INTERVAL = 2000  # good steps before the loss scale doubles, as torch.amp.GradScaler
+MAX_LOSS_SCALE = 2.0**24
+
+
+def draw_noise(seed: int, step: int, micro_batches: int, slices: int, rows: int, width: int) -> np.ndarray:
+    """The randomness of one step: [A, J, N, D] float32 of U(0, 1), or zeros [A, 1, 1, 1] where a model needs none.
+
+    A pure function of its arguments, so a resumed run repeats it (NOISE_RULE).
+    """
+    if not slices:
+        return np.zeros((micro_batches, 1, 1, 1), np.float32)
+    noise = np.empty((micro_batches, slices, rows, width), np.float32)
+    for micro in range(micro_batches):
+        generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, step, micro))))
+        generator.random(dtype=np.float32, out=noise[micro])
+    return noise
+
+
+class LossCell(nn.Cell):
+    """What training makes small: cross-entropy plus the routers' balance and z-losses.
+
+    total = mean over valid tokens of the cross-entropy
+            + moe.aux_loss_factor * sum over layers of balance_loss + moe.z_loss_factor * sum over layers of z_loss
+
+    Args:
+        model: (tokens [B, S], valid [B, S], noise) -> (logits [N, V] float32, losses, audit), see models.Decoder.
+        config: the factors are read.
+    """
+
+    def __init__(self, model: nn.Cell, config: Config):
+        super().__init__(auto_prefix=False)
+        self.model, self.token_losses = model, TokenLosses()
+        self.conditional = bool(config.moe_layers)
+        self.balance_factor, self.z_factor = config.moe.aux_loss_factor, config.moe.z_loss_factor
+
+    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor):
+        """tokens, labels [B, S] int32, valid [B, S] float32, noise [max(J, 1), N, D] -> (total [], figures).
+
+        figures is a tuple that `name_figures` names: loss (cross-entropy alone), balance_loss and z_loss (means over
+        layers, 0 when dense), then the audit where the model is conditional.
+        """
+        logits, layer_losses, audit = self.model(tokens, valid, noise)  # [N, V]
+        weights = valid.reshape(-1)  # [N]
+        losses = self.token_losses(logits, labels.reshape(-1))  # [N]
+        loss = (losses * weights).sum() / ops.maximum(weights.sum(), 1.0)
+        if not self.conditional:
+            zero = ops.zeros_like(loss)
+            return loss, (loss, zero, zero)
+        balance, z = layer_losses  # [M] each
+        total = loss + self.balance_factor * balance.sum() + self.z_factor * z.sum()
+        return total, (loss, balance.mean(), z.mean(), *flat_audit(audit))
+
+
+def flat_audit(audit: dict) -> tuple:
+    """The audit's figures in the order of AUDIT_SUMS + AUDIT_MEANS, () when dense.
+
+    What leaves a compiled graph must be a flat tuple: MindSpore 2.9 hands out a dict through the Python interpreter,
+    which is slow and, worse, repeats the values of the first call.
+    """
+    if len(audit) == 0:
+        return ()
+    sums = (audit["load"], audit["importance"])
+    return (*sums, audit["dropped"], audit["entropy"], audit["max_violation"], audit["z"])
+
+
+def name_figures(figures: tuple) -> dict:
+    """A flat tuple of figures -> {loss, balance_loss, z_loss, audit: {...}}, audit {} when dense."""
+    audit = dict(zip(AUDIT_SUMS + AUDIT_MEANS, figures[3:]))
+    return {"loss": figures[0], "balance_loss": figures[1], "z_loss": figures[2], "audit": audit}
+
+
+class StepGraph(nn.Cell):
+    """The graph of `TrainStep`: tensors in, a flat tuple of figures out."""
+
+    def __init__(self, model: nn.Cell, config: Config):
+        super().__init__(auto_prefix=False)
+        optimizer = config.optimizer
+        self.loss = LossCell(model, config)
+        self.micro_batches = config.train.gradient_accumulation_steps
+        self.scaled = config.model.compute_dtype == "float16"
+        self.clip = optimizer.clip_grad
+        self.optimizer = AdamW(
+            model.trainable_params(),
+            optimizer.beta1,
+            optimizer.beta2,
+            optimizer.eps,
+            optimizer.weight_decay,
+            self.scaled,
+        )
+        self.norm = GlobalNorm()
+        self.accumulated = None
+        if self.micro_batches > 1:
+            self.accumulated = self.optimizer.parameters.clone("accumulated", init="zeros")
+        self.loss_scale = Parameter(Tensor(config.train.init_loss_scale, mstype.float32), "loss_scale", False)
+        self.good_steps = Parameter(Tensor(0, mstype.int32), "good_steps", False)
+        self.gradient = ops.value_and_grad(self.scaled_loss, None, self.optimizer.parameters, has_aux=True)
+        self.assign, self.assign_add, self.is_finite = ops.Assign(), ops.AssignAdd(), ops.IsFinite()
+        self.one = Tensor(1.0, mstype.float32)
+        layers, experts = len(config.moe_layers), config.moe.expert_num
+        shapes = [()] * 3
+        if self.loss.conditional:
+            shapes += [(layers, experts)] * len(AUDIT_SUMS) + [(layers,)] * len(AUDIT_MEANS)
+        self.is_sum = tuple(len(shape) == 2 for shape in shapes)
+        self.no_figures = tuple(Tensor(np.zeros(shape, np.float32)) for shape in shapes)
+
+    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor, learning_rate: Tensor) -> tuple:
+        """See TrainStep; returns (gradient_norm [], loss_scale [], skipped [], figures of LossCell...)."""
+        scale = self.scale()
+        if self.micro_batches == 1:
+            (_, figures), gradients = self.gradient(tokens[0], labels[0], valid[0], noise[0], scale)
+        else:
+            figures, gradients = self.accumulate(tokens, labels, valid, noise, scale)
+        norm = self.norm(gradients) / scale
+        alive = self.is_finite(norm)
+        self.optimizer(self.clipped(gradients, norm, scale), learning_rate, alive)
+        skipped = ops.zeros_like(norm)
+        if self.scaled:
+            skipped = 1.0 - alive.astype(mstype.float32)
+            self.adjust_scale(alive)
+        return (norm, scale, skipped, *figures)
+
+    def scaled_loss(self, tokens, labels, valid, noise, factor):
+        total, figures = self.loss(tokens, labels, valid, noise)
+        return total * factor, figures
+
+    def scale(self):
+        """The loss scale []: a parameter's value with float16, else 1."""
+        return self.loss_scale * 1.0 if self.scaled else self.one
+
+    def accumulate(self, tokens, labels, valid, noise, scale):
+        """(figures of the step, its gradients times `scale`): a loop in the graph, so its size does not grow with A."""
+        for total in self.accumulated:
+            self.assign(total, ops.zeros_like(total))
+        count = ops.maximum(valid.sum(), 1.0)
+        sums, index = self.no_figures, Tensor(0, mstype.int32)
+        while index < self.micro_batches:
+            mask = ops.gather(valid, index, 0)  # [A, B, S] -> [B, S]
+            share = mask.sum() / count
+            (_, figures), gradients = self.gradient(
+                ops.gather(tokens, index, 0),
+                ops.gather(labels, index, 0),
+                mask,
+                ops.gather(noise, index, 0),  # [A, J, N, D] -> [J, N, D]
+                scale * share,
+            )
+            for total, gradient in zip(self.accumulated, gradients):
+                self.assign_add(total, gradient)
+            sums = self.add_figures(sums, figures, share)
+            index = index + 1
+        return sums, self.accumulated
+
+    def add_figures(self, sums, figures, share):
+        """`sums` plus the figures of a micro-batch; those that are means count by its share of the tokens."""
+        added = ()
+        for index, figure in enumerate(figures):
+            added = (*added, sums[index] + (figure if self.is_sum[index] else share * figure))
+        return added
+
+    def clipped(self, gradients, norm, scale):
+        """Gradients without the loss scale and of global norm at most `clip`: one pass, or none where neither is on."""
+        if self.clip is None and not self.scaled:
+            return gradients
+        factor = 1.0 / scale
+        if self.clip is not None:
+            factor = factor * ops.minimum(self.clip / (norm + 1e-6), 1.0)
+        shorter = ()
+        for gradient in gradients:
+            shorter = (*shorter, gradient * factor)
+        return shorter
+
+    def adjust_scale(self, alive):
+        """Halves the loss scale after a step that is not finite, doubles it after GROWTH_INTERVAL good ones."""
+        good = ops.select(alive, self.good_steps + 1, ops.zeros_like(self.good_steps))
+        grown = good >= GROWTH_INTERVAL
+        scale = ops.select(alive, self.loss_scale * 1.0, ops.maximum(self.loss_scale * 0.5, 1.0))
+        scale = ops.select(grown, ops.minimum(scale * 2.0, MAX_LOSS_SCALE), scale)
+        self.assign(self.loss_scale, scale)
+        self.assign(self.good_steps, ops.select(grown, ops.zeros_like(good), good))
+
+
+class TrainStep:
+    """One optimizer step as one compiled graph: forward, backward, accumulation, clip and AdamW, all in place.
+
+    With more than one micro-batch the graph loops over them and adds up gradients in place, each weighted by its share
+    of the valid tokens: the cross-entropy's gradient is that of the joined batch. Balance losses are per micro-batch.
+
+    With float16 the loss is scaled: a step whose gradients are not finite is skipped and halves the scale, and
+    GROWTH_INTERVAL good steps double it. Scale and counter are parameters.
+
+    Args:
+        model: see LossCell; its trainable parameters are float32.
+        config: optimizer, accumulation, loss factors, compute_dtype.
+    """
+
+    def __init__(self, model: nn.Cell, config: Config):
+        self.graph = StepGraph(model, config)
+        self.graph.set_train(True)
+
+    def __call__(self, tokens, labels, valid, noise, learning_rate: float) -> dict:
+        """tokens, labels [A, B, S] int32, valid [A, B, S] float32, noise [A, max(J, 1), N, D]: NumPy arrays.
+
+        Returns figures of the whole step as tensors: those of `name_figures`; gradient_norm [] before the clip;
+        loss_scale [] and skipped [] (1 where the update was refused).
+        """
+        self.graph.set_train(True)  # evaluation switches the same model over
+        inputs = [Tensor(array) for array in (tokens, labels, valid, noise)]
+        norm, scale, skipped, *figures = self.graph(*inputs, Tensor(learning_rate, mstype.float32))
+        return {**name_figures(tuple(figures)), "gradient_norm": norm, "loss_scale": scale, "skipped": skipped}
+
+    def optimizer_state(self) -> dict[str, Parameter]:
+        """Everything besides the weights that the next step reads: name -> parameter."""
+        graph = self.graph
+        return {**graph.optimizer.state(), "loss_scale": graph.loss_scale, "good_steps": graph.good_steps}
+
+    def load_optimizer_state(self, arrays: dict[str, np.ndarray]) -> None:
+        """Sets the optimizer's state, strictly by name and shape (UserError)."""
+        set_parameters(self.optimizer_state(), arrays, "optimizer state")
+
+
+class EvalStep(nn.Cell):
+    """Losses of one batch without dropout, jitter or capacity of training.
+
+    Args:
+        model: see LossCell.
+    """
+
+    def __init__(self, model: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.model, self.token_losses = model, TokenLosses()
+        self.no_noise = Tensor(np.zeros((1, 1, 1), np.float32))
+
+    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor):
+        """tokens, labels [B, S] int32, valid [B, S] float32 -> (sum of losses [B], valid tokens [B], audit...)."""
+        logits, _, audit = self.model(tokens, valid, self.no_noise)  # [N, V]
+        losses = self.token_losses(logits, labels.reshape(-1)).reshape(valid.shape)  # [N] -> [B, S]
+        return ((losses * valid).sum(1), valid.sum(1), *flat_audit(audit))
+
+
+def set_parameters(parameters: dict[str, Parameter], arrays: dict[str, np.ndarray], what: str) -> None:
+    """Writes arrays into parameters of the same names, shapes and types.
+
+    Raises:
+        UserError: a name is missing or unknown, or a shape or type differs.
+    """
+    for name in sorted(parameters.keys() ^ arrays.keys()):
+        problem = "missing in the checkpoint" if name in parameters else "unknown to this configuration"
+        raise UserError(f"{what} '{name}': {problem}; use the configuration of the checkpoint")
+    for name, parameter in parameters.items():
+        array = arrays[name]
+        if tuple(array.shape) != tuple(parameter.shape):
+            raise UserError(
+                f"{what} '{name}': shape {tuple(array.shape)} in the checkpoint, {tuple(parameter.shape)} by this "
+                "configuration; use the configuration of the checkpoint"
+            )
+    for name, parameter in parameters.items():
+        parameter.set_data(Tensor(arrays[name], parameter.dtype))
