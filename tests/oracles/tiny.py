@@ -15,6 +15,7 @@ NO_NOISE = np.zeros((1, 1, 1), np.float32)
 def tiny_config(activation: str = "relu", width: int = 6, hidden: int = 5, **moe) -> Config:
     """A configuration of one conditional layer: top_k of 4 experts unless `moe` says otherwise."""
     model = {"hidden_size": width, "intermediate_size": hidden, "activation": activation, "num_heads": 1}
+    model["position"] = "learned"  # of no consequence here, and allows an odd width
     return build({"model": model, "moe": {"router": "top_k", "expert_num": 4} | moe, "data": {"batch_size": 24}})
 
 
