@@ -9,9 +9,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config
-from switchyard.errors import UserError
 from switchyard.kernels.adam import AdamW, GlobalNorm
 from switchyard.kernels.cross_entropy import TokenLosses
+from switchyard.training.checkpoint import set_parameters
 
 NOISE_RULE = "float32 U(0,1) of numpy SFC64 seeded by (train.seed, step, micro-batch)"
 AUDIT_SUMS = ("load", "importance")  # of a step: sums over its micro-batches; the other audit figures are means
@@ -252,23 +252,3 @@ class EvalStep(nn.Cell):
         logits, _, audit = self.model(tokens, valid, self.no_noise)  # [N, V]
         losses = self.token_losses(logits, labels.reshape(-1)).reshape(valid.shape)  # [N] -> [B, S]
         return ((losses * valid).sum(1), valid.sum(1), *flat_audit(audit))
-
-
-def set_parameters(parameters: dict[str, Parameter], arrays: dict[str, np.ndarray], what: str) -> None:
-    """Writes arrays into parameters of the same names, shapes and types.
-
-    Raises:
-        UserError: a name is missing or unknown, or a shape or type differs.
-    """
-    for name in sorted(parameters.keys() ^ arrays.keys()):
-        problem = "missing in the checkpoint" if name in parameters else "unknown to this configuration"
-        raise UserError(f"{what} '{name}': {problem}; use the configuration of the checkpoint")
-    for name, parameter in parameters.items():
-        array = arrays[name]
-        if tuple(array.shape) != tuple(parameter.shape):
-            raise UserError(
-                f"{what} '{name}': shape {tuple(array.shape)} in the checkpoint, {tuple(parameter.shape)} by this "
-                "configuration; use the configuration of the checkpoint"
-            )
-    for name, parameter in parameters.items():
-        parameter.set_data(Tensor(arrays[name], parameter.dtype))

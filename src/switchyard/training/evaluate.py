@@ -1,0 +1,207 @@
+"""Evaluation: losses with a confidence interval, and what the routers did."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from switchyard import config as configuration
+from switchyard.config import Config
+from switchyard.data import Batch, load_data
+from switchyard.device import check_parallel, set_context
+from switchyard.errors import UserError
+from switchyard.models import create_model
+from switchyard.training import checkpoint
+from switchyard.training.step import AUDIT_MEANS, AUDIT_SUMS, EvalStep
+
+# what an override may not change: these decide names and shapes of the weights
+SHAPE_KEYS = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_heads",
+    "model.n_kv_heads",
+    "model.intermediate_size",
+    "model.norm",
+    "model.position",
+    "model.activation",
+    "model.tie_word_embeddings",
+    "moe.expert_num",
+    "moe.layers",
+    "moe.moe_intermediate_size",
+    "moe.shared_expert_num",
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures over a validation set.
+
+    Attributes:
+        loss: mean cross-entropy of a token, nats.
+        loss_ci95: 95 % confidence interval of it: (low, high).
+        bits_per_byte: loss in bits over the UTF-8 bytes that the tokens stand for.
+        tokens: predictions that were scored.
+        layers: audits of the conditional layers, [] when dense: {layer (index from 0), load [E], importance [E],
+            dropped, entropy, max_violation, z}. load and importance are sums over the set, max_violation is that of
+            the summed load, the others are means over tokens.
+    """
+
+    loss: float
+    loss_ci95: tuple[float, float]
+    bits_per_byte: float
+    tokens: int
+    layers: list[dict[str, Any]]
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `eval.py --json` prints: loss, loss_ci95, perplexity, bits_per_byte, tokens, layers."""
+        return {
+            "loss": self.loss,
+            "loss_ci95": list(self.loss_ci95),
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "layers": self.layers,
+        }
+
+    def to_text(self) -> str:
+        """The same for people: a line, and one for each conditional layer."""
+        lines = [
+            f"loss {self.loss:.4f} ({self.loss_ci95[0]:.4f}..{self.loss_ci95[1]:.4f} at 95 %)  perplexity "
+            f"{self.perplexity:.3f}  {self.bits_per_byte:.4f} bits/byte  {self.tokens:,} tokens"
+        ]
+        for layer in self.layers:
+            mean = max(sum(layer["load"]) / len(layer["load"]), 1e-9)
+            loads = " ".join(f"{choices / mean:.2f}" for choices in layer["load"])
+            lines.append(
+                f"layer {layer['layer']}: load / mean {loads}  MaxVio {layer['max_violation']:.2f}  dropped "
+                f"{100 * layer['dropped']:.1f} %  entropy {layer['entropy']:.2f} nats  z {layer['z']:.2f}"
+            )
+        return "\n".join(lines)
+
+
+class Evaluator:
+    """Evaluates one model again and again with one compiled graph.
+
+    Args:
+        model: see models.Decoder; it is switched to evaluation for the time of a call.
+        moe_layers: indices of its conditional layers.
+        tokens_per_byte: of the validation set, for bits per byte.
+    """
+
+    def __init__(self, model: nn.Cell, moe_layers: tuple[int, ...], tokens_per_byte: float):
+        self._step, self._moe_layers, self._tokens_per_byte = EvalStep(model), moe_layers, tokens_per_byte
+        self.is_compiled = False
+
+    def __call__(self, batches: Iterable[Batch], on_batch: Callable[[int], None] = lambda index: None) -> Evaluation:
+        """Scores batches; `on_batch` is called after each with its number from 1, and may raise to stop."""
+        self._step.set_train(False)
+        sums, counts = [], []
+        audit: dict[str, np.ndarray | float] = dict.fromkeys(AUDIT_SUMS + AUDIT_MEANS, 0.0)
+        for index, batch in enumerate(batches):
+            total, count, *figures = self._step(Tensor(batch.tokens), Tensor(batch.labels), Tensor(batch.valid))
+            sums.append(total.asnumpy().astype(np.float64))  # [B]
+            counts.append(count.asnumpy().astype(np.float64))  # [B]
+            for name, figure in zip(AUDIT_SUMS + AUDIT_MEANS, figures):
+                weight = counts[-1].sum() if name in AUDIT_MEANS else 1.0
+                audit[name] = audit[name] + weight * figure.asnumpy().astype(np.float64)
+            self.is_compiled = True
+            on_batch(index + 1)
+        sums, counts = np.concatenate(sums), np.concatenate(counts)  # [sequences]
+        loss, interval = mean_with_interval(sums, counts)
+        tokens = int(counts.sum())
+        bits = loss / math.log(2) * self._tokens_per_byte
+        return Evaluation(loss, interval, bits, tokens, self._layers(audit, tokens))
+
+    def _layers(self, audit: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
+        """One audit a conditional layer."""
+        layers = []
+        for place, layer in enumerate(self._moe_layers):
+            load = audit["load"][place]  # [E]
+            means = {name: float(audit[name][place] / tokens) for name in AUDIT_MEANS}
+            means["max_violation"] = float(load.max() / max(load.mean(), 1e-9) - 1)
+            layers.append(
+                {
+                    "layer": layer,
+                    "load": [int(choices) for choices in load],
+                    "importance": [float(mass) for mass in audit["importance"][place]],
+                    **means,
+                }
+            )
+        return layers
+
+
+def mean_with_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Mean loss of a token and its 95 % interval, from the sums of losses and the token counts of n sequences.
+
+    The sequences' mean losses, weighted by their tokens, are taken as independent (ratio estimator, Cochran, Sampling
+    Techniques, 1977, eq. 6.13). Consecutive sequences of one text are not quite, so the true interval is wider.
+    """
+    used = counts > 0
+    sums, counts = sums[used], counts[used]
+    mean = sums.sum() / counts.sum()
+    number = len(counts)
+    if number < 2:
+        return float(mean), (float(mean), float(mean))
+    error = math.sqrt(number / (number - 1) * ((sums - mean * counts) ** 2).sum()) / counts.sum()
+    return float(mean), (float(mean - 1.96 * error), float(mean + 1.96 * error))
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` indices evenly over range(count), all of them where `wanted` is 0 or more than there are."""
+    if not wanted or wanted >= count:
+        return list(range(count))
+    return [index * count // wanted for index in range(wanted)]
+
+
+def evaluate(
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    say: Callable[[str], None] = print,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Evaluates a checkpoint over its whole validation set.
+
+    Args:
+        path: a run folder (its newest checkpoint) or one checkpoint.
+        overrides: `section.key=value`, such as data.path=..., moe.eval_capacity_factor=1.25, data.batch_size=8.
+        say: receives lines about device, checkpoint and data.
+        on_batch: called after each batch with (batches done, batches in all).
+
+    Raises:
+        UserError: a damaged checkpoint, data that cannot be read, an override that would change the weights' shapes.
+    """
+    held = checkpoint.read(path, with_optimizer=False)
+    config = _overridden(held.config, overrides)
+    check_parallel(config)
+    set_context(config.context, config.train.seed, config.model.compute_dtype, say)
+    data = load_data(config, held.tokenizer_json)
+    say(f"checkpoint: {held.path}")
+    say(f"data: {data.description}")
+    model = create_model(config, data.tokenizer.vocab_size)
+    checkpoint.load_weights(model, held.weights)
+    batches = data.validation()
+    evaluator = Evaluator(model, config.moe_layers, data.validation_tokens / data.validation_bytes)
+    return evaluator(batches, lambda done: on_batch(done, len(batches)))
+
+
+def _overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+    """The configuration of a checkpoint with overrides that keep the weights' shapes (UserError)."""
+    changed = configuration.build(config.model_dump(), overrides)
+    keys = SHAPE_KEYS
+    if config.model.position == "learned":
+        keys = (*keys, "model.seq_length")
+    for key in keys:
+        section, name = key.split(".")
+        old, new = getattr(getattr(config, section), name), getattr(getattr(changed, section), name)
+        if old != new:
+            raise UserError(f"{key}: {new}; the checkpoint's weights were trained with {old}: leave the override out")
+    return changed

@@ -1,0 +1,358 @@
+"""The training loop: a run folder, exact resume, evaluation, checkpoints and a clean stop on a signal."""
+
+import json
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from switchyard.config import Config
+from switchyard.data import Data, load_data
+from switchyard.device import check_parallel, set_context
+from switchyard.errors import Interrupted, UserError
+from switchyard.models import create_model
+from switchyard.training import checkpoint
+from switchyard.training.checkpoint import Checkpoint
+from switchyard.training.evaluate import Evaluation, Evaluator, spread
+from switchyard.training.metrics import MetricsLog, Progress, load_range, train_figures
+from switchyard.training.schedule import learning_rate
+from switchyard.training.step import NOISE_RULE, TrainStep, draw_noise
+
+RESULT = "result.json"
+
+# keys that a resumed run may change: they do not touch the sequence of losses (schedule.total_steps=null follows steps)
+FREE_ON_RESUME = (
+    "train.name",
+    "train.output_dir",
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "moe.eval_capacity_factor",
+    "moe.dropless_block_size",
+    "data.path",
+    "context.device_target",
+    "context.device_id",
+    "context.mode",
+    "export.max_length",
+    "export.key_file",
+)
+
+
+def train(config: Config, resume: bool = False) -> dict[str, Any]:
+    """Trains a run from its beginning, or goes on from its newest valid checkpoint.
+
+    Args:
+        config: the whole configuration; the run folder is train.output_dir/train.name.
+        resume: go on. The losses that follow are, bit for bit, those of an uninterrupted run.
+
+    Returns:
+        The object that is written to result.json, see `_result`.
+
+    Raises:
+        UserError: a run of that name exists and `resume` is off; a key was changed that would change the model; bad
+            data; a loss that is not finite.
+        Interrupted: SIGINT or SIGTERM came and the run was saved.
+    """
+    check_parallel(config)
+    run = Path(config.train.output_dir) / config.train.name
+    held = find_start(run, config, resume)
+    set_context(config.context, config.train.seed, config.model.compute_dtype)
+    data = load_data(config, held.tokenizer_json if held else None)
+    model = create_model(config, data.tokenizer.vocab_size)
+    step = TrainStep(model, config)
+    if held:
+        checkpoint.load_weights(model, held.weights)
+        step.load_optimizer_state(held.optimizer)
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
+    checkpoint.write_whole(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
+    with StopSignals() as stop:
+        return Trainer(config, run, data, model, step, held.state if held else None).run_to_end(stop)
+
+
+def find_start(run: Path, config: Config, resume: bool) -> Checkpoint | None:
+    """The checkpoint that training goes on from, None to begin anew (UserError as in `train`)."""
+    if not resume:
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise UserError(
+                f"train.name: {config.train.name}; the run '{run}' exists: choose another name, or go on with --resume"
+            )
+        return None
+    held, damaged = None, []
+    for path in reversed(checkpoint.listed(run)):
+        try:
+            held = checkpoint.read(path)
+            break
+        except checkpoint.DamagedError as error:
+            print(f"warning: {error}", flush=True)
+            damaged.append(path)
+    if held is None and damaged:
+        raise UserError(f"--resume: no checkpoint of '{run}' is whole; train again under another train.name")
+    if held is None:
+        print(f"resume: '{run}' holds no checkpoint yet: starting from step 0", flush=True)
+        return None
+    check_resumable(held.config, config)
+    if held.step > config.train.steps:
+        raise UserError(f"train.steps: {config.train.steps}; the run '{run}' is at step {held.step} already: raise it")
+    for path in damaged:  # out of the way, so that it is neither counted nor read as the newest
+        path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+    return held
+
+
+def check_resumable(old: Config, new: Config) -> None:
+    """Refuses changes that would give another model or another sequence of losses (UserError names the key)."""
+    before, now = old.model_dump(), new.model_dump()
+    for section, part in now.items():
+        for name, value in part.items():
+            key, held = f"{section}.{name}", before[section][name]
+            if value != held and key not in FREE_ON_RESUME:
+                raise UserError(
+                    f"{key}: {value}; the run was trained with {held}: keep it, or choose another train.name"
+                )
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM instead of dying of them; a second one has its usual effect."""
+
+    def __init__(self):
+        self.name = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Clock:
+    """Seconds of training steps alone: compiling, evaluations and checkpoints are not counted.
+
+    Attributes:
+        seconds: in all.
+        mark_seconds: the same at the last call of `rate`.
+        mark_steps: steps since then.
+    """
+
+    seconds: float = 0.0
+    mark_seconds: float = 0.0
+    mark_steps: int = 0
+
+    def add(self, seconds: float) -> None:
+        """One more step."""
+        self.seconds += seconds
+        self.mark_steps += 1
+
+    def rate(self, tokens: int) -> float | None:
+        """Tokens a second since the last call, with `tokens` a step; None if there was no step."""
+        seconds, steps = self.seconds - self.mark_seconds, self.mark_steps
+        self.mark_seconds, self.mark_steps = self.seconds, 0
+        return tokens * steps / seconds if steps else None
+
+
+class Trainer:
+    """One run in progress.
+
+    Args:
+        config: the whole configuration.
+        run: the run folder, which exists.
+        data: what to train on.
+        model, step: set to the state to start from.
+        state: of the checkpoint that they come from; None for a new run.
+    """
+
+    def __init__(self, config: Config, run: Path, data: Data, model, step: TrainStep, state: dict[str, Any] | None):
+        self.config, self.run, self.data, self.model, self.step = config, run, data, model, step
+        train, state = config.train, state or {"step": 0, "seconds": 0.0}
+        self.done = state["step"]
+        self.saved = self.done  # the newest step that needs no saving
+        self.clock = Clock(seconds=state["seconds"], mark_seconds=state["seconds"])
+        best = checkpoint.best(run)
+        self.best_loss = best[1] if best and best[0].name <= checkpoint.name_of(self.done) else math.inf
+        self.tokens_per_step = train.gradient_accumulation_steps * config.data.batch_size * config.model.seq_length
+        self.evaluator = Evaluator(model, config.moe_layers, data.validation_tokens / data.validation_bytes)
+        self.validation = data.validation()
+        self.sample = spread(len(self.validation), train.eval_batches)
+        self.metrics, self.progress = MetricsLog(run, self.done), Progress(train.steps, self.done)
+        self.compile_seconds: float | None = None
+
+    def run_to_end(self, stop: StopSignals) -> dict[str, Any]:
+        """Steps until train.steps, then evaluates over the whole validation set and writes result.json."""
+        train = self.config.train
+        try:
+            self._announce()
+            if self.done and self._is_due(train.eval_every) and not self.metrics.is_evaluated(self.done):
+                self._evaluate_sample(stop)  # a signal came in the middle of it
+            while self.done < train.steps:
+                self._advance()
+                self._stop_if_asked(stop)
+                if self._is_due(train.eval_every) and self.done < train.steps:
+                    self._evaluate_sample(stop)
+                if self._is_due(train.checkpoint_every):
+                    self._save()
+            self._save()
+            return self._finish(stop)
+        finally:
+            self.metrics.close()
+            self.progress.close()
+
+    def _announce(self) -> None:
+        say, config = self.progress.say, self.config
+        count = sum(parameter.size for parameter in self.model.trainable_params())
+        say(f"run: {self.run}" + (f", resumed after step {self.done}" if self.done else ""))
+        say(f"data: {self.data.description}")
+        say(f"model: {count:,} parameters; {self.tokens_per_step:,} tokens a step, {config.train.steps:,} steps")
+        if config.context.mode == "graph" and self.done < config.train.steps:
+            say(f"compiling the training step: takes about {expected_compile_seconds(config):.0f} s on two CPU cores")
+
+    def _advance(self) -> None:
+        """One optimizer step, and its line where one is due."""
+        started = time.perf_counter()
+        rate = learning_rate(self.config, self.done + 1)
+        figures = self.step(*self._inputs(), rate)
+        loss = float(figures["loss"].asnumpy())  # waits for the step
+        seconds = time.perf_counter() - started
+        self._check_finite(loss, figures)
+        self.done += 1
+        self.progress.advance()
+        if self.compile_seconds is None:
+            self.compile_seconds = seconds
+            if self.config.context.mode == "graph":
+                self.progress.say(f"compiled, and made the first step, in {seconds:.1f} s")
+        else:
+            self.clock.add(seconds)
+        if self.done == 1 or self._is_due(self.config.train.log_every):
+            line = train_figures(self.done, figures, rate, self.clock.rate(self.tokens_per_step))
+            if self.config.model.compute_dtype != "float16":
+                del line["loss_scale"], line["skipped"]
+            self.metrics.write(line)
+            self.progress.say(self.progress.train_line(line))
+
+    def _inputs(self) -> tuple[np.ndarray, ...]:
+        """tokens [A, B, S], labels [A, B, S], valid [A, B, S] and noise [A, max(J, 1), N, D] of the next step."""
+        count, seed = self.config.train.gradient_accumulation_steps, self.config.train.seed
+        batches = [self.data.train.at(self.done * count + micro) for micro in range(count)]
+        tokens, labels, valid = (np.stack(part) for part in zip(*batches))  # [A, B, S] each
+        slices, width = self.model.noise_slices, self.config.model.hidden_size
+        return tokens, labels, valid, draw_noise(seed, self.done, count, slices, tokens[0].size, width)
+
+    def _check_finite(self, loss: float, figures: dict[str, Any]) -> None:
+        """Ends the run where the loss is no number, unless the loss scale has refused the step (UserError)."""
+        refused = bool(figures["skipped"].asnumpy()) and float(figures["loss_scale"].asnumpy()) > 1.0
+        if math.isfinite(loss) or refused:
+            return
+        found = checkpoint.listed(self.run)
+        kept = f"'{found[-1]}' was not touched" if found else "no checkpoint was written"
+        raise UserError(
+            f"train: the loss is {loss} at step {self.done + 1}; {kept}; lower schedule.learning_rate or set "
+            "optimizer.clip_grad, under another train.name"
+        )
+
+    def _is_due(self, every: int) -> bool:
+        return bool(every) and self.done % every == 0
+
+    def _stop_if_asked(self, stop: StopSignals) -> None:
+        if stop.name:
+            self._save()
+            raise Interrupted(f"{stop.name}: saved step {self.done} of '{self.run}'; go on with --resume")
+
+    def _evaluate_sample(self, stop: StopSignals) -> None:
+        """Scores train.eval_batches batches; weights that are the best so far are saved."""
+        found = self._evaluate(self.sample, stop)
+        if found.loss < self.best_loss:
+            self.best_loss = found.loss
+            self._save()
+            checkpoint.mark_best(self.run, self.done, found.loss)
+
+    def _evaluate(self, places: list[int], stop: StopSignals) -> Evaluation:
+        """Scores some batches of the validation set and writes the line."""
+        if not self.evaluator.is_compiled and self.config.context.mode == "graph":
+            self.progress.say("compiling the evaluation")
+        batches = (self.validation.at(place) for place in places)
+        found = self.evaluator(batches, lambda index: self._stop_if_asked(stop))
+        part = "" if len(places) == len(self.validation) else f" on {len(places)} of {len(self.validation)} batches"
+        self.progress.say(
+            f"step {self.done}/{self.config.train.steps}  validation loss {found.loss:.4f} "
+            f"({found.loss_ci95[0]:.4f}..{found.loss_ci95[1]:.4f})  {found.bits_per_byte:.4f} bits/byte{part}"
+        )
+        self.metrics.write({"kind": "evaluation", "step": self.done, "whole": not part, **found.to_dict()})
+        self.metrics.flush()
+        return found
+
+    def _save(self) -> None:
+        """Writes a checkpoint of this step, if there is none yet."""
+        if self.saved == self.done:
+            return
+        config = self.config
+        state = {
+            "step": self.done,
+            "data_index": self.done * config.train.gradient_accumulation_steps,
+            "train_seed": config.train.seed,
+            "noise_rule": NOISE_RULE,
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            "seconds": self.clock.seconds,
+        }
+        weights = {parameter.name: parameter.asnumpy() for parameter in self.model.get_parameters()}
+        optimizer = {name: parameter.asnumpy() for name, parameter in self.step.optimizer_state().items()}
+        self.metrics.flush()
+        checkpoint.save(self.run, config, self.data.tokenizer.to_json(), weights, optimizer, state)
+        self.saved = self.done
+
+    def _finish(self, stop: StopSignals) -> dict[str, Any]:
+        """The whole validation set, the best checkpoint, result.json."""
+        if self.config.train.eval_every and len(self.sample) < len(self.validation):
+            self._evaluate_sample(stop)  # comparable with those before it
+        found = self._evaluate(spread(len(self.validation), 0), stop)
+        comparable = len(self.sample) == len(self.validation) or not self.config.train.eval_every
+        if comparable and found.loss < self.best_loss:
+            checkpoint.mark_best(self.run, self.done, found.loss)
+        result = self._result(found)
+        checkpoint.write_whole(self.run / RESULT, json.dumps(result, indent=1))
+        self.progress.say(f"done: {self.run / RESULT}")
+        return result
+
+    def _result(self, found: Evaluation) -> dict[str, Any]:
+        """What result.json holds: the run in figures; seconds are those of steps alone, over all resumptions."""
+        best = checkpoint.best(self.run)
+        figures = found.to_dict()
+        loads = np.array([layer["load"] for layer in found.layers])  # [M, E]
+        low, high = load_range(loads) if found.layers else (None, None)
+        return {
+            "name": self.config.train.name,
+            "steps": self.done,
+            "seconds": self.clock.seconds,
+            "compile_seconds": self.compile_seconds,
+            "tokens_per_second": self.tokens_per_step * self.done / self.clock.seconds if self.clock.seconds else None,
+            "parameters": sum(parameter.size for parameter in self.model.trainable_params()),
+            "validation_loss": figures.pop("loss"),
+            "validation_tokens": figures.pop("tokens"),
+            **figures,
+            "load_min": low,
+            "load_max": high,
+            "checkpoint": checkpoint.name_of(self.done),
+            "best_checkpoint": best[0].name if best else None,
+        }
+
+
+def expected_compile_seconds(config: Config) -> float:
+    """About how long the training step compiles on two CPU cores; it does not depend on the model's width."""
+    conditional = len(config.moe_layers)
+    return 2.0 + 0.5 * (config.model.num_layers - conditional) + 1.0 * conditional

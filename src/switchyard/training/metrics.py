@@ -1,0 +1,173 @@
+"""What a run writes down: JSON lines, TensorBoard events, and lines or a progress bar for whoever watches."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard events of a run folder.
+
+    Each line is one JSON object with `kind` ("train" or "evaluation") and `step`; see `train_figures` and
+    `Evaluation.to_dict` for the rest.
+
+    Args:
+        run: the run folder.
+        resume_step: lines and events after this step are dropped; 0 starts anew.
+    """
+
+    def __init__(self, run: Path, resume_step: int = 0):
+        from tensorboardX import SummaryWriter
+
+        path = run / METRICS
+        kept = [line for line in _lines(path) if _step_of(line) <= resume_step] if resume_step else []
+        self._evaluated = {step for line in kept if (step := _evaluated_step(line)) is not None}
+        temporary = path.with_name(f".{METRICS}")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        self._events = SummaryWriter(str(run), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(self, figures: dict[str, Any]) -> None:
+        """Appends one object; its numbers become TensorBoard scalars named kind/key."""
+        self._file.write(json.dumps(_finite(figures)) + "\n")
+        self._file.flush()
+        for key, value in figures.items():
+            if isinstance(value, (int, float)) and key != "step":
+                self._events.add_scalar(f"{figures['kind']}/{key}", value, figures["step"])
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the lines of the run so far hold an evaluation of this step."""
+        return step in self._evaluated
+
+    def flush(self) -> None:
+        """Brings events to the disk, so that a run that is killed later shows them."""
+        self._events.flush()
+
+    def close(self) -> None:
+        """Ends both files."""
+        self._file.close()
+        self._events.close()
+
+
+class Progress:
+    """Shows a run: a bar and lines on a terminal, plain lines elsewhere.
+
+    Args:
+        total: steps of the run.
+        done: steps that a resumed run has behind it.
+    """
+
+    def __init__(self, total: int, done: int):
+        self._total = total
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def train_line(self, figures: dict[str, Any]) -> str:
+        """The line of a logged step."""
+        parts = [
+            f"step {figures['step']}/{self._total}",
+            f"loss {figures['loss']:.4f}",
+            f"lr {figures['learning_rate']:.2e}",
+            f"grad {figures['gradient_norm']:.3f}",
+        ]
+        if figures["tokens_per_second"]:
+            parts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
+        if "load_min" in figures:
+            parts.insert(2, f"balance {figures['balance_loss']:.3f} z {figures['z_loss']:.3f}")
+            parts.append(f"load {figures['load_min']:.2f}..{figures['load_max']:.2f}")
+            parts.append(f"dropped {100 * figures['dropped']:.1f}%")
+        if "loss_scale" in figures:
+            parts.append(f"scale {figures['loss_scale']:g}" + (" skipped" if figures["skipped"] else ""))
+        return "  ".join(parts)
+
+
+def train_figures(
+    step: int, figures: dict[str, Any], learning_rate: float, tokens_per_second: float | None
+) -> dict[str, Any]:
+    """The object of one logged step.
+
+    Args:
+        step: number of the step, from 1.
+        figures: what TrainStep returned.
+        learning_rate: of the step.
+        tokens_per_second: since the last logged step, evaluations and checkpoints not counted; None at the first.
+
+    Returns:
+        kind, step, loss, balance_loss, z_loss, gradient_norm, learning_rate, tokens_per_second; of a conditional model
+        also load_min and load_max (over layers and experts, relative to the mean load of the layer), dropped (mean
+        over layers, a fraction) and the lists load [M][E], entropy [M]; with float16 also loss_scale and skipped.
+    """
+    out = {"kind": "train", "step": step}
+    for name in ("loss", "balance_loss", "z_loss", "gradient_norm"):
+        out[name] = float(figures[name].asnumpy())
+    out |= {"learning_rate": learning_rate, "tokens_per_second": tokens_per_second}
+    if "loss_scale" in figures:
+        out["loss_scale"] = float(figures["loss_scale"].asnumpy())
+        out["skipped"] = int(figures["skipped"].asnumpy())
+    if figures["audit"]:
+        audit = {name: tensor.asnumpy() for name, tensor in figures["audit"].items()}
+        low, high = load_range(audit["load"])
+        out |= {"load_min": low, "load_max": high, "dropped": float(audit["dropped"].mean())}
+        out |= {"load": audit["load"].astype(int).tolist(), "entropy": [float(value) for value in audit["entropy"]]}
+    return out
+
+
+def load_range(load: np.ndarray) -> tuple[float, float]:
+    """Least and largest load of an expert relative to the mean load of its layer: [M, E] -> (min, max)."""
+    relative = load / np.maximum(load.mean(1, keepdims=True), 1e-9)
+    return float(relative.min()), float(relative.max())
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a metrics file; the last may have been cut by a kill and is then left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines(True) if line.endswith("\n")]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _evaluated_step(line: str) -> int | None:
+    figures = json.loads(line)
+    return figures["step"] if figures.get("kind") == "evaluation" else None
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
