@@ -1,0 +1,75 @@
+"""What a run wrote down while it went, read back: losses and expert loads by step. Nothing here imports MindSpore.
+
+Legend: T logged steps, M conditional layers, E experts.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from switchyard import config as configuration
+from switchyard.errors import UserError
+from switchyard.training.metrics import METRICS
+
+
+@dataclass(frozen=True)
+class History:
+    """A run's figures by step.
+
+    Attributes:
+        steps, losses: [T] training cross-entropy, nats per token.
+        validation_steps, validation_losses: the evaluations.
+        load: [T, M, E] choices of each expert before dropping; M is 0 for a dense model.
+        layers: indices of the M conditional layers, from 0.
+    """
+
+    steps: np.ndarray
+    losses: np.ndarray
+    validation_steps: np.ndarray
+    validation_losses: np.ndarray
+    load: np.ndarray
+    layers: tuple[int, ...]
+
+    @property
+    def relative_load(self) -> np.ndarray:
+        """[T, M, E] load over the mean load of its layer and step."""
+        return self.load / np.maximum(self.load.mean(2, keepdims=True), 1e-9)
+
+
+def read_history(run: Path) -> History:
+    """Reads `metrics.jsonl` and `config.yaml` of a run folder; the last line may have been cut by a kill.
+
+    Raises:
+        UserError: no such file, or no logged step in it.
+    """
+    path = run / METRICS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"run '{run}': {METRICS}: {error.strerror}; give a run folder such as runs/NAME") from None
+    records = [record for record in map(_parsed, lines) if record]
+    train = [record for record in records if record["kind"] == "train"]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    if not train:
+        raise UserError(f"run '{run}': {METRICS} holds no logged step; train for at least one")
+    layers = configuration.load(run / "config.yaml").moe_layers
+    load = np.array([record["load"] for record in train], float) if layers else np.zeros((len(train), 0, 0))
+    return History(
+        steps=np.array([record["step"] for record in train]),
+        losses=np.array([record["loss"] for record in train], float),
+        validation_steps=np.array([record["step"] for record in evaluations]),
+        validation_losses=np.array([record["loss"] for record in evaluations], float),
+        load=load,
+        layers=layers,
+    )
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "kind" in record and "step" in record else None

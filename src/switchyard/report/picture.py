@@ -1,0 +1,95 @@
+"""The picture of a run: loss curves above, below them which expert got how much of each layer's load.
+
+`python -m switchyard.report.picture runs/NAME` draws `runs/NAME/picture.png`.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from switchyard.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from switchyard.report.history import History, read_history
+
+NAME = "picture.png"
+COLUMNS = 4  # heat maps side by side
+TOP_LOAD = 2.0  # colours end at twice the mean load
+
+
+def draw(history: History, title: str, path: Path) -> None:
+    """Writes the picture of a run, whole or not at all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers = history.load.shape[1]
+    rows = -(-layers // COLUMNS)
+    columns = min(layers, COLUMNS) or 1
+    figure = pyplot.figure(figsize=(10, 4 + 2.2 * rows), layout="constrained")
+    grid = figure.add_gridspec(1 + rows, columns, height_ratios=[1.6, *[1.0] * rows])
+    _draw_losses(figure.add_subplot(grid[0, :]), history, title)
+    maps = [figure.add_subplot(grid[1 + layer // COLUMNS, layer % COLUMNS]) for layer in range(layers)]
+    for layer, axes in enumerate(maps):
+        image = _draw_load(axes, history, layer)
+        axes.set_ylabel("expert" if layer % COLUMNS == 0 else "")
+    if maps:
+        figure.colorbar(image, ax=maps, label="load / mean load", extend="max")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        figure.savefig(partial, format="png", dpi=120)
+        os.replace(partial, path)
+    finally:
+        pyplot.close(figure)
+        partial.unlink(missing_ok=True)
+
+
+def _draw_losses(axes, history: History, title: str) -> None:
+    axes.plot(history.steps, history.losses, color="0.6", linewidth=1, label="training")
+    axes.plot(history.validation_steps, history.validation_losses, "o-", color="C0", markersize=4, label="validation")
+    if len(history.validation_losses):
+        end = (history.validation_steps[-1], history.validation_losses[-1])
+        axes.annotate(f"{end[1]:.3f}", end, (0, 8), textcoords="offset points", ha="right")
+    axes.set(title=title, xlabel="step", ylabel="loss (nats / token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_load(axes, history: History, layer: int):
+    """Heat map of a layer: steps to the right, experts upwards; white is the mean, red more, blue less."""
+    load = history.relative_load[:, layer].T  # [E, T]
+    experts = np.arange(len(load))
+    image = axes.pcolormesh(history.steps, experts, load, cmap="RdBu_r", vmin=0, vmax=TOP_LOAD, shading="nearest")
+    axes.set(title=f"layer {history.layers[layer]}", xlabel="step", yticks=experts if len(experts) <= 16 else [])
+    return image
+
+
+def picture(run: Path, out: Path | None = None) -> Path:
+    """Draws the run folder `run` and gives the picture's path.
+
+    Raises:
+        UserError: the folder holds no metrics.
+    """
+    out = out or run / NAME
+    draw(read_history(run), run.name, out)
+    return out
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m switchyard.report.picture", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"the picture (default: RUN/{NAME})")
+    options = parser.parse_args(arguments)
+    try:
+        print(picture(options.run, options.out))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
