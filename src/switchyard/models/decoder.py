@@ -45,14 +45,14 @@ class Block(nn.Cell):
     def construct(self, x: Tensor, batch: int, valid: Tensor, noise: Tensor):
         """x [N, D], valid [N], noise [.., N, D] -> (x, losses or (), Audit or {})."""
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), batch), noise)
-        return self.feed(x, valid, noise)
+        return self.feed(x, valid, noise, self.groups)
 
-    def feed(self, x: Tensor, valid: Tensor, noise: Tensor):
-        """The second half: x [N, D] -> (x, losses or (), Audit or {})."""
+    def feed(self, x: Tensor, valid: Tensor, noise: Tensor, groups: int):
+        """The second half: x [N, D] -> (x, losses or (), Audit or {}). Generation has one group, so any B will do."""
         rows, losses, audit = self.feed_forward_norm(x), (), {}
         if self.conditional:
-            grouped = rows.reshape(self.groups, -1, rows.shape[1])  # [G, N / G, D]
-            out, losses, audit = self.feed_forward(grouped, valid.reshape(self.groups, -1), noise)
+            grouped = rows.reshape(groups, -1, rows.shape[1])  # [G, N / G, D]
+            out, losses, audit = self.feed_forward(grouped, valid.reshape(groups, -1), noise)
         else:
             out = self.feed_forward(rows.expand_dims(0))  # [1, N, D]: a dense layer is one expert
         return x + self.feed_forward_dropout(out.reshape(x.shape), noise), losses, audit
@@ -173,7 +173,7 @@ class Prefill(nn.Cell):
         keys, values = (), ()
         for layer in decoder.layers:
             mixed, key, value = layer.attention.attend_causal(layer.attention_norm(x), batch)
-            x, _, _ = layer.feed(x + mixed, valid, nothing)
+            x, _, _ = layer.feed(x + mixed, valid, nothing, 1)
             keys, values = (*keys, self._cache(key)), (*values, self._cache(value))
         last = ops.arange(batch) * count + (length - 1)  # [B]
         logits = decoder.logits(ops.gather(x, last, 0))  # [B, V]
@@ -187,7 +187,7 @@ class Prefill(nn.Cell):
 
 
 class Decode(nn.Cell):
-    """Reads one token a sequence: tokens [B], positions [B], caches [L, B, J, M, h] -> (logits [B, V], keys, values)."""
+    """One token a sequence: tokens [B], positions [B], caches [L, B, J, M, h] -> (logits [B, V], keys, values)."""
 
     def __init__(self, decoder: Decoder):
         super().__init__()
@@ -205,7 +205,7 @@ class Decode(nn.Cell):
             mixed, key, value = layer.attention.attend_cached(
                 layer.attention_norm(x), position, keys[index], values[index]
             )
-            x, _, _ = layer.feed(x + mixed, valid, nothing)
+            x, _, _ = layer.feed(x + mixed, valid, nothing, 1)
             new_keys, new_values = (*new_keys, key), (*new_values, value)
         return decoder.logits(x), ops.stack(new_keys, 0), ops.stack(new_values, 0)
 
