@@ -1,0 +1,116 @@
+"""Documents against the repository: generated parts, links, names of files and modules, the two languages."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ("README.md", "README_CN.md", "CONTRIBUTING.md", "docs/architecture.md")
+MODEL_ZOO_ORDER = [
+    "Contents",
+    "Description",
+    "Model Architecture",
+    "Dataset",
+    "Features",
+    "Environment Requirements",
+    "Quick Start",
+    "Script Description",
+    "Training",
+    "Evaluation",
+    "Export",
+    "Inference",
+    "Performance",
+    "Description of Random Situation",
+    "FAQ",
+]
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def headings(text):
+    """(level, title without its link) of every heading outside code."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^(#+) (.+)$", text, flags=re.MULTILINE)
+    return [(len(marks), re.sub(r"\[(.+?)\]\(.*?\)", r"\1", title)) for marks, title in found]
+
+
+def commands(text):
+    """The lines of bash blocks, without comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    lines = (re.sub(r"\s*#.*", "", line) for block in blocks for line in block.splitlines())
+    return [line for line in lines if line]
+
+
+def anchor(title):
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+@pytest.fixture(scope="module")
+def renew_readmes():
+    spec = importlib.util.spec_from_file_location("renew_readmes", ROOT / "scripts" / "renew_readmes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_CN.md"])
+def test_tree_and_parameters_are_those_of_the_code(renew_readmes, name):
+    text = read(name)
+    assert renew_readmes.renewed(name, text) == text, "run: python scripts/renew_readmes.py"
+
+
+def test_every_parameter_is_translated(renew_readmes):
+    meanings = renew_readmes.table_meanings(renew_readmes.section(read("README_CN.md"), "parameters"))
+    untranslated = [key for key, meaning in meanings.items() if not re.search("[\u4e00-\u9fff]", meaning)]
+    assert untranslated == []
+
+
+def test_renewing_keeps_comments_and_translations(renew_readmes):
+    text = read("README_CN.md")
+    assert "残差流的宽度 D" in text
+    old = text.replace("| `model.hidden_size` | integer >= 1 |", "| `model.hidden_size` | other |")
+    old = re.sub(r"^  errors\.py .*\n", "", old, flags=re.MULTILINE)
+    assert old != text
+    renewed = renew_readmes.renewed("README_CN.md", old)
+    assert "| `model.hidden_size` | integer >= 1 | `128` | 残差流的宽度 D |" in renewed
+    assert re.search(r"^  errors\.py +# What a user did wrong, said in one line", renewed, flags=re.MULTILINE)
+    assert re.search(r"^  experts\.py +# 谁来计算", renewed, flags=re.MULTILINE)
+
+
+def test_headings_stand_in_the_order_of_the_model_zoo():
+    assert [title for level, title in headings(read("README.md")) if level == 2] == MODEL_ZOO_ORDER
+
+
+def test_both_languages_have_the_same_parts():
+    english, chinese = read("README.md"), read("README_CN.md")
+    assert [level for level, _ in headings(english)] == [level for level, _ in headings(chinese)]
+    assert commands(english) == commands(chinese)
+    assert [len(re.findall(r"^\|", text, re.MULTILINE)) for text in (english, chinese)].count(0) == 0
+    assert len(re.findall(r"^\|", english, re.MULTILINE)) == len(re.findall(r"^\|", chinese, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    text = read(name)
+    anchors = {anchor(title) for _, title in headings(text)}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("https://"):
+            assert (ROOT / name).parent.joinpath(target).exists(), target
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_and_modules_that_are_named_exist(name):
+    text = read(name)
+    for path in re.findall(r"\b((?:scripts|config|benchmarks|docs)/\w+\.\w+)", text):
+        assert (ROOT / path).exists() or path == "config/mine.yaml", path
+    for path in re.findall(r"python (\w+\.py)", text):
+        assert (ROOT / path).exists(), path
+    for module in re.findall(r"python -m (switchyard[\w.]*)", text):
+        found = importlib.util.find_spec(module)
+        assert found and (found.submodule_search_locations is None or importlib.util.find_spec(f"{module}.__main__"))
