@@ -235,10 +235,17 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         where = f" line {error.problem_mark.line + 1}:" if getattr(error, "problem_mark", None) else ""
-        raise UserError(f"config file '{path}':{where} broken YAML: {getattr(error, 'problem', error)}") from None
+        raise UserError(
+            f"config file '{path}':{where} broken YAML: {_flat(getattr(error, 'problem', error))}"
+        ) from None
     if not isinstance(tree, dict):
         raise UserError(f"config file '{path}': holds a {type(tree).__name__}, wants sections such as 'model:'")
     return build(tree, overrides)
+
+
+def _flat(message: object) -> str:
+    """A report of several lines as one."""
+    return " ".join(str(message).split())
 
 
 def build(tree: dict[str, Any], overrides: tuple[str, ...] | list[str] = ()) -> Config:
@@ -348,12 +355,21 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"override '{override}': the value is not YAML; quote it") from None
+    if _is_text(section, key) and not isinstance(value, str | None):
+        value = text.strip()  # train.name=001 is a name, not a number
     part = tree.setdefault(section, {})
     if part is None:
         part = tree[section] = {}
     if not isinstance(part, dict):
         raise UserError(f"{section}: {part!r}; must be a section of keys")
     part[key] = value
+
+
+def _is_text(section: str, key: str) -> bool:
+    """Whether a key exists and holds text."""
+    known = Config.model_fields.get(section)
+    field = known.annotation.model_fields.get(key) if known else None
+    return field is not None and field.annotation in (str, str | None)
 
 
 def _one_line(error: ValidationError) -> str:
