@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mindspore import Tensor
 from mindspore import dtype as mstype
 from oracles.capacity_law import slots
@@ -81,7 +83,8 @@ def test_training_layer_equals_loop(name, pynative):
 
 
 def test_training_layer_equals_loop_when_compiled(graph):
-    _compare(CASES["k2-swiglu-drops-shared"], True, lambda config: config.moe.capacity_factor)
+    case = CASES["k2-swiglu-drops-shared"] | {"groups": 2}
+    _compare(case, True, lambda config: config.moe.capacity_factor)
 
 
 @pytest.mark.parametrize("case", [SWIGLU, {"moe": {"router": "switch", "jitter": 0.3}}], ids=["k2-swiglu", "k1"])
@@ -143,6 +146,27 @@ def test_same_row_same_output_in_any_batch(block, pynative):
         shared = run_layer(layer, company, np.ones(company.shape[:2], np.float32))[0]
         here = 0 if np.array_equal(company[0, 0], rows[0, 0]) else -1
         np.testing.assert_allclose(shared[0, here], out[0, 0], atol=1e-6)
+
+
+def test_permuted_rows_give_permuted_outputs(graph):
+    """Without drops; and with drops by probability, where the order of the rows does not decide who stays."""
+    rows, valid = tiny_rows(rows=20)
+    layers = [
+        tiny_layer(tiny_config(num_experts_chosen=2, dropless_block_size=4), train=False),
+        tiny_layer(tiny_config(num_experts_chosen=2, capacity_factor=0.6, drop_order="probability")),
+    ]
+    straight = [run_layer(layer, rows, valid) for layer in layers]
+    assert [float(out[3]["dropped"]) > 0 for out in straight] == [False, True]
+
+    @given(st.permutations(range(20)))
+    @settings(max_examples=15)
+    def holds(order):
+        for layer, (out, *losses, _) in zip(layers, straight):
+            permuted, *other_losses, _ = run_layer(layer, rows[:, order], valid)
+            np.testing.assert_allclose(permuted, out[:, order], atol=1e-6)
+            assert other_losses == pytest.approx(losses, abs=1e-6)
+
+    holds()
 
 
 def test_dropless_blocks_equal_a_slot_for_everyone(pynative):
@@ -230,6 +254,20 @@ def test_router_is_float32_whatever_the_experts_compute_in(pynative):
     assert full[1:3] == half[1:3]
     for name, value in full[3].items():
         np.testing.assert_array_equal(half[3][name], value)
+
+
+def test_half_precision_gradients_are_near(pynative):
+    """Parameters and their gradients stay float32 where the products are float16."""
+    config = tiny_config("swiglu", num_experts_chosen=2)
+    rows, valid = tiny_rows()
+    d_out = np.random.default_rng(3).normal(0, 1, rows.shape).astype(np.float32)
+    full, half = (
+        layer_gradients(tiny_layer(config, dtype=dtype), rows, valid, d_out, 0.1, 0.1)
+        for dtype in (mstype.float32, mstype.float16)
+    )
+    for name, value in full.items():
+        assert half[name].dtype == np.float32
+        np.testing.assert_allclose(half[name], value, atol=5e-3 * np.abs(value).max(), err_msg=name)
 
 
 def test_shared_experts_serve_every_row(pynative):

@@ -58,7 +58,8 @@ def test_logits_equal_the_numpy_reference(name, pynative):
 
 
 def test_logits_equal_the_numpy_reference_when_compiled(graph):
-    config = _config(*VARIANTS["grouped-query-swiglu"])
+    model, moe = VARIANTS["experts-everywhere"]
+    config = _config(model | {"n_kv_heads": 2}, moe | {"groups": 2})
     decoder, tokens = create_model(config, VOCABULARY).set_train(False), _tokens()
     wanted = decoder_loop(weights_of(decoder), config, tokens)
     np.testing.assert_allclose(_run(decoder, tokens)[0], wanted, atol=2e-5, rtol=1e-4)
