@@ -63,6 +63,9 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     check_parallel(config)
     run = Path(config.train.output_dir) / config.train.name
     held = find_start(run, config, resume)
+    if held and (result := _finished(run, config)):
+        print(f"run: '{run}' has made its {config.train.steps} steps; raise train.steps to go on", flush=True)
+        return result
     set_context(config.context, config.train.seed, config.model.compute_dtype)
     data = load_data(config, held.tokenizer_json if held else None)
     model = create_model(config, data.tokenizer.vocab_size)
@@ -104,6 +107,15 @@ def find_start(run: Path, config: Config, resume: bool) -> Checkpoint | None:
     for path in damaged:  # out of the way, so that it is neither counted nor read as the newest
         path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
     return held
+
+
+def _finished(run: Path, config: Config) -> dict[str, Any] | None:
+    """result.json, if it is that of train.steps steps."""
+    try:
+        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if result["steps"] == config.train.steps else None
 
 
 def check_resumable(old: Config, new: Config) -> None:
@@ -256,8 +268,9 @@ class Trainer:
 
     def _check_finite(self, loss: float, figures: dict[str, Any]) -> None:
         """Ends the run where the loss is no number, unless the loss scale has refused the step (UserError)."""
-        refused = bool(figures["skipped"].asnumpy()) and float(figures["loss_scale"].asnumpy()) > 1.0
-        if math.isfinite(loss) or refused:
+        if math.isfinite(loss):
+            return
+        if figures["skipped"].asnumpy() and figures["loss_scale"].asnumpy() > 1.0:
             return
         found = checkpoint.listed(self.run)
         kept = f"'{found[-1]}' was not touched" if found else "no checkpoint was written"
@@ -318,11 +331,11 @@ class Trainer:
 
     def _finish(self, stop: StopSignals) -> dict[str, Any]:
         """The whole validation set, the best checkpoint, result.json."""
-        if self.config.train.eval_every and len(self.sample) < len(self.validation):
+        whole = len(self.sample) == len(self.validation)
+        if self.config.train.eval_every and not whole and not self.metrics.is_evaluated(self.done):
             self._evaluate_sample(stop)  # comparable with those before it
         found = self._evaluate(spread(len(self.validation), 0), stop)
-        comparable = len(self.sample) == len(self.validation) or not self.config.train.eval_every
-        if comparable and found.loss < self.best_loss:
+        if (whole or not self.config.train.eval_every) and found.loss < self.best_loss:
             checkpoint.mark_best(self.run, self.done, found.loss)
         result = self._result(found)
         checkpoint.write_whole(self.run / RESULT, json.dumps(result, indent=1))
