@@ -13,8 +13,6 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${SWITCHYARD_VENV:-$ROOT/.venv}"
 SUPPORTED="3.10, 3.11 or 3.12"
 RIGHT_VERSION='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
-# MindSpore's warnings about devices that this machine lacks drown everything else.
-export GLOG_v="${GLOG_v:-3}"
 
 say() {
     printf '%s\n' "$*" >&2

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from switchyard.cli import run
 from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.report import picture as picture_module
@@ -14,7 +15,7 @@ from switchyard.report.picture import picture
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def write_run(folder, load_by_step, validation=((20, 2.5),), tail="", **moe):
+def write_run(folder, load_by_step, validation=((20, 2.7), (20, 2.5)), tail="", **moe):
     """A run folder whose training loss is 3 - step / 100."""
     config = build({"model": {"num_layers": 3}, "moe": moe})
     (folder / "config.yaml").write_text(config.to_yaml())
@@ -64,15 +65,15 @@ def test_picture_is_a_picture(two_steps, monkeypatch):
 @pytest.mark.parametrize("moe", [{"expert_num": 1}, {"expert_num": 2, "layers": "all"}], ids=["dense", "one step"])
 def test_picture_of_little(tmp_path, moe):
     load = [[1, 3]] * 3 if moe["expert_num"] > 1 else None
-    run = write_run(tmp_path, {1: load}, validation=(), **moe)
-    assert picture(run, tmp_path / "other.png").read_bytes().startswith(PNG)
+    folder = write_run(tmp_path, {1: load}, validation=(), **moe)
+    assert picture(folder, tmp_path / "other.png").read_bytes().startswith(PNG)
 
 
 def test_nothing_to_draw_is_said(tmp_path, capsys):
     with pytest.raises(UserError, match=r"metrics\.jsonl: No such file"):
         read_history(tmp_path)
     write_run(tmp_path, {}, expert_num=4)
-    assert picture_module.main([str(tmp_path)]) == 2
+    assert run(picture_module.main, [str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1

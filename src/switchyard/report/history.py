@@ -52,7 +52,8 @@ def read_history(run: Path) -> History:
         raise UserError(f"run '{run}': {METRICS}: {error.strerror}; give a run folder such as runs/NAME") from None
     records = [record for record in map(_parsed, lines) if record]
     train = [record for record in records if record["kind"] == "train"]
-    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    # the last of a step counts: the final one is over the whole validation set, those before it over a sample
+    evaluations = list({record["step"]: record for record in records if record["kind"] == "evaluation"}.values())
     if not train:
         raise UserError(f"run '{run}': {METRICS} holds no logged step; train for at least one")
     layers = configuration.load(run / "config.yaml").moe_layers

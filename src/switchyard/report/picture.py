@@ -3,14 +3,13 @@
 `python -m switchyard.report.picture runs/NAME` draws `runs/NAME/picture.png`.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from switchyard.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from switchyard.cli import Parser, run
 from switchyard.report.history import History, read_history
 
 NAME = "picture.png"
@@ -77,19 +76,14 @@ def picture(run: Path, out: Path | None = None) -> Path:
     return out
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m switchyard.report.picture", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m switchyard.report.picture", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"the picture (default: RUN/{NAME})")
     options = parser.parse_args(arguments)
-    try:
-        print(picture(options.run, options.out))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return EXIT_OK
+    print(picture(options.run, options.out))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

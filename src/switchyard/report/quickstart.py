@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from switchyard.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from switchyard.cli import Parser, run
+from switchyard.errors import UserError
 from switchyard.report.picture import picture
 from switchyard.training.metrics import load_range
 
@@ -81,21 +82,15 @@ def _seconds(word: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"'{word}': write step=seconds") from None
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m switchyard.report.quickstart", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m switchyard.report.quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--seconds", nargs="*", type=_seconds, default=[], metavar="STEP=S", help="time of each step")
     options = parser.parse_args(arguments)
-    try:
-        table = text(rows(options.run, dict(options.seconds)))
-        path = picture(options.run)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    print(f"\n{table}\nloss and load: {path}")
-    return EXIT_OK
+    table = text(rows(options.run, dict(options.seconds)))
+    print(f"\n{table}\nloss and load: {picture(options.run)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))
