@@ -73,6 +73,9 @@ checksum() { # of everything that decides what stands in .venv: the files named,
 # Makes $VENV anew. Where Python came without ensurepip (Debian's bare python3), its own pip puts a pip inside.
 make_venv() {
     local python
+    if [[ -e "$VENV" && ! -f "$VENV/pyvenv.cfg" ]]; then
+        fail "$VENV: is no Python environment; move it away, or say SWITCHYARD_VENV=DIR"
+    fi
     python="$(find_python)" || exit $?
     say "Making ${VENV#"$ROOT/"} with $python ($("$python" -c 'import platform; print(platform.python_version())'))"
     if "$python" -c 'import ensurepip' 2>/dev/null; then
@@ -115,6 +118,7 @@ set_up() {
     log="$VENV/install.log"
     if [[ ! -e "$VENV/installing" ]] && "$VENV/bin/python" -c "$RIGHT_VERSION" 2>/dev/null; then
         [[ -f "$stamp" && "$(cat "$stamp")" == "$(checksum "${files[@]}")" ]] && return
+        "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
     else
         make_venv
     fi

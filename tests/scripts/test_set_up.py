@@ -142,6 +142,17 @@ def test_environment_of_ones_own_is_left_alone(tmp_path):
     assert not (clone.root / ".venv").exists()
 
 
+def test_what_is_no_environment_is_not_cleared(tmp_path):
+    clone = Clone(tmp_path)
+    clone.real("python3")
+    (clone.root / ".venv").mkdir()
+    (clone.root / ".venv" / "mine").write_text("precious")
+    done = clone.run("run_eval.sh")
+    assert done.returncode == 2
+    assert done.stderr.endswith(".venv: is no Python environment; move it away, or say SWITCHYARD_VENV=DIR\n")
+    assert (clone.root / ".venv" / "mine").read_text() == "precious"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
