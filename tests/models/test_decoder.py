@@ -1,4 +1,4 @@
-"""The decoder against a plain numpy reference; causality, placement, noise, generation halves, a golden loss."""
+"""The decoder against a plain numpy reference; causality, placement, noise, a golden loss."""
 
 import mindspore as ms
 import numpy as np
@@ -6,52 +6,18 @@ import pytest
 from mindspore import Tensor, nn, ops
 from oracles.decoder_loop import decoder_loop
 from oracles.tiny import NO_NOISE, weights_of
+from oracles.tiny_decoder import EXPERTS, VARIANTS, VOCABULARY, decoder_config, random_tokens, run_decoder
 
-from switchyard.config import build
-from switchyard.models import Decode, Prefill, create_model
-
-VOCABULARY = 13
-
-
-def _config(model=None, moe=None, batch=2, seed=1):
-    tree = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "seq_length": 8, "intermediate_size": 20}
-    tree |= {"init_method_std": 0.3}  # large enough that every part is seen in the logits
-    return build(
-        {"model": tree | (model or {}), "moe": moe or {}, "data": {"batch_size": batch}, "train": {"seed": seed}}
-    )
-
-
-def _tokens(batch=2, length=8, seed=0):
-    return np.random.default_rng(seed).integers(0, VOCABULARY, (batch, length)).astype(np.int32)
-
-
-def _run(model, tokens, valid=None, noise=NO_NOISE):
-    valid = np.ones(tokens.shape, np.float32) if valid is None else valid
-    logits, losses, audit = model(Tensor(tokens), Tensor(valid), Tensor(noise))
-    return logits.asnumpy().reshape(*tokens.shape, -1), losses, audit
-
-
-EXPERTS = {"expert_num": 4, "router": "top_k", "num_experts_chosen": 2}
-VARIANTS = {
-    "dense-rotary-tied": ({}, {}),
-    "dense-learned-free-layernorm-gelu": (
-        {"position": "learned", "tie_word_embeddings": False, "norm": "layernorm", "activation": "gelu"},
-        {},
-    ),
-    "grouped-query-swiglu": ({"n_kv_heads": 2, "activation": "swiglu", "theta": 100.0}, {}),
-    "multi-query-free": ({"n_kv_heads": 1, "tie_word_embeddings": False}, {}),
-    "experts-everywhere": ({"activation": "swiglu"}, EXPERTS | {"shared_expert_num": 1, "moe_intermediate_size": 7}),
-    "experts-in-the-second": ({"n_kv_heads": 2, "position": "learned"}, {"expert_num": 4, "layers": 2}),
-}
+from switchyard.models import create_model
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_the_numpy_reference(name, pynative):
     model, moe = VARIANTS[name]
-    config = _config(model, moe)
+    config = decoder_config(model, moe)
     decoder = create_model(config, VOCABULARY).set_train(False)
-    tokens = _tokens()
-    logits, losses, audit = _run(decoder, tokens)
+    tokens = random_tokens()
+    logits, losses, audit = run_decoder(decoder, tokens)
     np.testing.assert_allclose(logits, decoder_loop(weights_of(decoder), config, tokens), atol=2e-5, rtol=1e-4)
     assert (len(losses), len(audit)) == ((2, 6) if moe else (0, 0))
     assert (decoder.head is None) == config.model.tie_word_embeddings
@@ -59,40 +25,40 @@ def test_logits_equal_the_numpy_reference(name, pynative):
 
 def test_logits_equal_the_numpy_reference_when_compiled(graph):
     model, moe = VARIANTS["experts-everywhere"]
-    config = _config(model | {"n_kv_heads": 2}, moe | {"groups": 2})
-    decoder, tokens = create_model(config, VOCABULARY).set_train(False), _tokens()
+    config = decoder_config(model | {"n_kv_heads": 2}, moe | {"groups": 2})
+    decoder, tokens = create_model(config, VOCABULARY).set_train(False), random_tokens()
     wanted = decoder_loop(weights_of(decoder), config, tokens)
-    np.testing.assert_allclose(_run(decoder, tokens)[0], wanted, atol=2e-5, rtol=1e-4)
+    np.testing.assert_allclose(run_decoder(decoder, tokens)[0], wanted, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["dense-rotary-tied", "dense-learned-free-layernorm-gelu", "experts-everywhere"])
 def test_a_token_changes_nothing_before_it(name, pynative):
-    decoder = create_model(_config(*VARIANTS[name]), VOCABULARY).set_train(False)
-    tokens = _tokens()
-    logits = _run(decoder, tokens)[0]
+    decoder = create_model(decoder_config(*VARIANTS[name]), VOCABULARY).set_train(False)
+    tokens = random_tokens()
+    logits = run_decoder(decoder, tokens)[0]
     for place in (1, 4, 7):
         changed = tokens.copy()
         changed[:, place] = (changed[:, place] + 1) % VOCABULARY
-        other = _run(decoder, changed)[0]
+        other = run_decoder(decoder, changed)[0]
         np.testing.assert_allclose(other[:, :place], logits[:, :place], atol=1e-6)
         assert np.abs(other[:, place:] - logits[:, place:]).max(axis=(0, 2)).min() > 1e-3  # and everything after
 
 
 def test_same_sequence_same_logits_in_any_batch(pynative):
-    decoder = create_model(_config(*VARIANTS["experts-everywhere"]), VOCABULARY).set_train(False)
-    tokens = _tokens(4)
-    together = _run(decoder, tokens)[0]
+    decoder = create_model(decoder_config(*VARIANTS["experts-everywhere"]), VOCABULARY).set_train(False)
+    tokens = random_tokens(4)
+    together = run_decoder(decoder, tokens)[0]
     for row in range(4):
-        np.testing.assert_allclose(_run(decoder, tokens[row : row + 1])[0][0], together[row], atol=1e-5)
+        np.testing.assert_allclose(run_decoder(decoder, tokens[row : row + 1])[0][0], together[row], atol=1e-5)
 
 
 def test_padding_changes_no_real_token_and_no_figure(pynative):
     """A short batch padded on the right and below: logits of real tokens, load, entropy and losses are unchanged."""
-    decoder = create_model(_config(*VARIANTS["experts-everywhere"]), VOCABULARY).set_train(False)
-    tokens, padded, valid = _tokens(1, 5), _tokens(2, 8, seed=9), np.zeros((2, 8), np.float32)
+    decoder = create_model(decoder_config(*VARIANTS["experts-everywhere"]), VOCABULARY).set_train(False)
+    tokens, padded, valid = random_tokens(1, 5), random_tokens(2, 8, seed=9), np.zeros((2, 8), np.float32)
     padded[0, :5], valid[0, :5] = tokens[0], 1
-    logits, losses, audit = _run(decoder, tokens)
-    mixed, mixed_losses, mixed_audit = _run(decoder, padded, valid)
+    logits, losses, audit = run_decoder(decoder, tokens)
+    mixed, mixed_losses, mixed_audit = run_decoder(decoder, padded, valid)
     np.testing.assert_allclose(mixed[0, :5], logits[0], atol=1e-5)
     for one, two in zip(losses, mixed_losses):
         np.testing.assert_allclose(one.asnumpy(), two.asnumpy(), atol=1e-5)
@@ -106,10 +72,10 @@ def test_padding_changes_no_real_token_and_no_figure(pynative):
     [("all", (0, 1, 2, 3)), (2, (1, 3)), (3, (2,)), (4, (3,)), ([0, 3], (0, 3)), ([2, 1, 2], (1, 2)), ([], ())],
 )
 def test_placement_of_conditional_layers(layers, wanted, pynative):
-    decoder = create_model(_config({"num_layers": 4}, {"expert_num": 4, "layers": layers}), VOCABULARY)
+    decoder = create_model(decoder_config({"num_layers": 4}, {"expert_num": 4, "layers": layers}), VOCABULARY)
     found = [index for index, layer in enumerate(decoder.layers) if layer.conditional]
     assert tuple(found) == decoder.moe_layers == wanted
-    _, losses, audit = _run(decoder, _tokens())
+    _, losses, audit = run_decoder(decoder, random_tokens())
     if wanted:
         assert all(loss.shape == (len(wanted),) for loss in losses)
         assert audit["load"].shape == audit["importance"].shape == (len(wanted), 4)
@@ -119,13 +85,14 @@ def test_placement_of_conditional_layers(layers, wanted, pynative):
 
 
 def test_one_expert_is_a_dense_model(pynative):
-    decoder = create_model(_config(moe={"expert_num": 1}), VOCABULARY)
-    assert decoder.moe_layers == () and _run(decoder, _tokens())[1:] == ((), {})
+    decoder = create_model(decoder_config(moe={"expert_num": 1}), VOCABULARY)
+    assert decoder.moe_layers == () and run_decoder(decoder, random_tokens())[1:] == ((), {})
 
 
 def test_weights_follow_the_seed():
     one, same, other = (
-        weights_of(create_model(_config(*VARIANTS["experts-everywhere"], seed=seed), VOCABULARY)) for seed in (1, 1, 2)
+        weights_of(create_model(decoder_config(*VARIANTS["experts-everywhere"], seed=seed), VOCABULARY))
+        for seed in (1, 1, 2)
     )
     assert one.keys() == same.keys()
     for name, value in one.items():
@@ -139,7 +106,7 @@ def test_weights_follow_the_seed():
 
 
 def test_parameter_names_are_unique_and_say_where():
-    decoder = create_model(_config(*VARIANTS["experts-everywhere"]), VOCABULARY)
+    decoder = create_model(decoder_config(*VARIANTS["experts-everywhere"]), VOCABULARY)
     names = [name for name, _ in decoder.parameters_and_names()]
     assert names == [parameter.name for parameter in decoder.get_parameters()]
     assert len(set(names)) == len(names)
@@ -148,21 +115,21 @@ def test_parameter_names_are_unique_and_say_where():
 
 def test_dropout_reads_the_noise_in_training_only(pynative):
     """Five slices: the embedding and two branches of each of two layers; with jitter one more for each router."""
-    decoder = create_model(_config({"dropout": 0.5}, EXPERTS | {"jitter": 0.1}), VOCABULARY)
+    decoder = create_model(decoder_config({"dropout": 0.5}, EXPERTS | {"jitter": 0.1}), VOCABULARY)
     assert decoder.noise_slices == 5 + 2
-    tokens, random = _tokens(), np.random.default_rng(0)
+    tokens, random = random_tokens(), np.random.default_rng(0)
     noise = random.random((2, 7, 16, 16)).astype(np.float32)
     decoder.set_train(True)
-    first, again, other = (_run(decoder, tokens, noise=n)[0] for n in (noise[0], noise[0], noise[1]))
+    first, again, other = (run_decoder(decoder, tokens, noise=n)[0] for n in (noise[0], noise[0], noise[1]))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-2
     decoder.set_train(False)
-    np.testing.assert_array_equal(_run(decoder, tokens, noise=noise[0])[0], _run(decoder, tokens)[0])
+    np.testing.assert_array_equal(run_decoder(decoder, tokens, noise=noise[0])[0], run_decoder(decoder, tokens)[0])
 
 
 def test_dropout_keeps_the_mean(pynative):
     """Noise below the rate zeroes a value, the rest is scaled by 1 / (1 - rate)."""
-    decoder = create_model(_config({"dropout": 0.25}), VOCABULARY).set_train(True)
+    decoder = create_model(decoder_config({"dropout": 0.25}), VOCABULARY).set_train(True)
     noise = np.array([[[0.0, 0.2499, 0.25, 0.99]]], np.float32)
     dropped = decoder.dropout(ops.ones((1, 4)), Tensor(noise)).asnumpy()
     np.testing.assert_allclose(dropped, [[0, 0, 4 / 3, 4 / 3]], rtol=1e-6)
@@ -170,67 +137,29 @@ def test_dropout_keeps_the_mean(pynative):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_training_groups_do_not_change_evaluation(groups, pynative):
-    tokens = _tokens(4)
-    config = _config(moe=EXPERTS | {"groups": groups}, batch=4)
-    logits = _run(create_model(config, VOCABULARY).set_train(False), tokens)[0]
-    plain = _run(create_model(_config(moe=EXPERTS, batch=4), VOCABULARY).set_train(False), tokens)[0]
+    tokens = random_tokens(4)
+    config = decoder_config(moe=EXPERTS | {"groups": groups}, batch=4)
+    logits = run_decoder(create_model(config, VOCABULARY).set_train(False), tokens)[0]
+    plain = run_decoder(create_model(decoder_config(moe=EXPERTS, batch=4), VOCABULARY).set_train(False), tokens)[0]
     np.testing.assert_allclose(logits, plain, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["experts-everywhere", "grouped-query-swiglu", "dense-learned-free-layernorm-gelu"])
-def test_prefill_and_decode_equal_the_whole_forward(name, pynative):
-    """Prompts of different length, right-padded, then token by token to the end of the cache."""
-    config = _config(*VARIANTS[name])
-    decoder = create_model(config, VOCABULARY).set_train(False)
-    tokens, lengths = _tokens(), np.array([3, 5], np.int32)
-    whole = _run(decoder, tokens)[0]
-    prompt = tokens[:, :5].copy()
-    prompt[0, 3:] = 0
-    logits, keys, values = Prefill(decoder, 8)(Tensor(prompt), Tensor(lengths))
-    kv_heads = config.model.n_kv_heads or 4
-    assert keys.shape == values.shape == (2, 2, kv_heads, 8, 4)
-    np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], lengths - 1], atol=1e-5, rtol=1e-5)
-    decode = Decode(decoder)
-    for step in range(3):
-        position = lengths + step
-        logits, keys, values = decode(Tensor(tokens[[0, 1], position]), Tensor(position), keys, values)
-        np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], position], atol=1e-5, rtol=1e-5)
-
-
-def test_prefill_of_a_prompt_as_long_as_the_cache(pynative):
-    decoder, tokens = create_model(_config(), VOCABULARY).set_train(False), _tokens()
-    logits, keys, _ = Prefill(decoder, 8)(Tensor(tokens), Tensor(np.array([8, 8], np.int32)))
-    assert keys.shape[3] == 8
-    np.testing.assert_allclose(logits.asnumpy(), _run(decoder, tokens)[0][:, -1], atol=1e-5)
 
 
 def test_length_beyond_the_training_sequence(pynative):
     """Rotary positions go on: a longer model has the same weights and the same logits where both reach."""
-    config = _config()
+    config = decoder_config()
     short, long = (create_model(config, VOCABULARY, length).set_train(False) for length in (None, 12))
-    tokens = _tokens(2, 12)
-    np.testing.assert_allclose(_run(long, tokens)[0][:, :8], _run(short, tokens[:, :8])[0], atol=1e-5)
+    tokens = random_tokens(2, 12)
+    np.testing.assert_allclose(run_decoder(long, tokens)[0][:, :8], run_decoder(short, tokens[:, :8])[0], atol=1e-5)
 
 
 def test_half_precision_is_near(pynative):
-    tokens = _tokens()
+    tokens = random_tokens()
     full, half = (
-        _run(create_model(_config({"compute_dtype": kind}), VOCABULARY).set_train(False), tokens)[0]
+        run_decoder(create_model(decoder_config({"compute_dtype": kind}), VOCABULARY).set_train(False), tokens)[0]
         for kind in ("float32", "float16")
     )
     assert half.dtype == np.float32
     assert 0 < np.abs(full - half).max() < 0.05
-
-
-def test_generation_of_one_sequence_by_a_model_of_many_groups(pynative):
-    """Groups are of training: prompts need not be a multiple of them."""
-    decoder = create_model(_config(moe=EXPERTS | {"groups": 2}), VOCABULARY).set_train(False)
-    tokens = _tokens(2)
-    whole = _run(decoder, tokens)[0]
-    logits, keys, values = Prefill(decoder, 8)(Tensor(tokens[:1, :7]), Tensor(np.array([7], np.int32)))
-    np.testing.assert_allclose(logits.asnumpy(), whole[:1, 6], atol=1e-5, rtol=1e-5)
-    logits, _, _ = Decode(decoder)(Tensor(tokens[:1, 7]), Tensor(np.array([7], np.int32)), keys, values)
-    np.testing.assert_allclose(logits.asnumpy(), whole[:1, 7], atol=1e-5, rtol=1e-5)
 
 
 class Objective(nn.Cell):
@@ -251,11 +180,11 @@ GOLDEN = [3.097257, 2.386034, 1.994844, 1.654187, 1.407926]
 
 def test_golden_loss_of_five_steps(graph):
     """Plain gradient descent from seed 1; the figures change only when the mathematics does."""
-    decoder = create_model(_config(*VARIANTS["experts-everywhere"]), VOCABULARY).set_train(True)
+    decoder = create_model(decoder_config(*VARIANTS["experts-everywhere"]), VOCABULARY).set_train(True)
     objective = Objective(decoder)
     parameters = ms.ParameterTuple(decoder.trainable_params())
     step = ms.value_and_grad(objective, None, parameters)
-    tokens = _tokens(2, 9)
+    tokens = random_tokens(2, 9)
     inputs = Tensor(tokens[:, :-1]), Tensor(tokens[:, 1:].reshape(-1)), Tensor(np.ones((2, 8), np.float32))
     found = []
     for _ in range(5):

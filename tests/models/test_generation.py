@@ -1,0 +1,52 @@
+"""The two halves of generation equal the whole forward pass, token by token."""
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+from oracles.tiny_decoder import EXPERTS, VARIANTS, VOCABULARY, decoder_config, random_tokens, run_decoder
+
+from switchyard.models import Decode, Prefill, create_model
+
+LENGTH = 8  # of the cache
+
+
+def prefill(decoder, tokens, lengths):
+    return Prefill(decoder, LENGTH)(Tensor(np.ascontiguousarray(tokens)), Tensor(np.array(lengths, np.int32)))
+
+
+@pytest.mark.parametrize("name", ["experts-everywhere", "grouped-query-swiglu", "dense-learned-free-layernorm-gelu"])
+def test_prefill_and_decode_equal_the_whole_forward(name, pynative):
+    """Prompts of different length, right-padded, then token by token to the end of the cache."""
+    config = decoder_config(*VARIANTS[name])
+    decoder = create_model(config, VOCABULARY).set_train(False)
+    tokens, lengths = random_tokens(), np.array([3, 5], np.int32)
+    whole = run_decoder(decoder, tokens)[0]
+    prompt = tokens[:, :5].copy()
+    prompt[0, 3:] = 0
+    logits, keys, values = prefill(decoder, prompt, lengths)
+    kv_heads = config.model.n_kv_heads or 4
+    assert keys.shape == values.shape == (2, 2, kv_heads, 8, 4)
+    np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], lengths - 1], atol=1e-5, rtol=1e-5)
+    decode = Decode(decoder)
+    for step in range(3):
+        position = lengths + step
+        logits, keys, values = decode(Tensor(tokens[[0, 1], position]), Tensor(position), keys, values)
+        np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], position], atol=1e-5, rtol=1e-5)
+
+
+def test_prefill_of_a_prompt_as_long_as_the_cache(pynative):
+    decoder, tokens = create_model(decoder_config(), VOCABULARY).set_train(False), random_tokens()
+    logits, keys, _ = prefill(decoder, tokens, [8, 8])
+    assert keys.shape[3] == 8
+    np.testing.assert_allclose(logits.asnumpy(), run_decoder(decoder, tokens)[0][:, -1], atol=1e-5)
+
+
+def test_generation_of_one_sequence_by_a_model_of_many_groups(pynative):
+    """Groups are of training: prompts need not be a multiple of them."""
+    decoder = create_model(decoder_config(moe=EXPERTS | {"groups": 2}), VOCABULARY).set_train(False)
+    tokens = random_tokens(2)
+    whole = run_decoder(decoder, tokens)[0]
+    logits, keys, values = prefill(decoder, tokens[:1, :7], [7])
+    np.testing.assert_allclose(logits.asnumpy(), whole[:1, 6], atol=1e-5, rtol=1e-5)
+    logits, _, _ = Decode(decoder)(Tensor(tokens[:1, 7]), Tensor(np.array([7], np.int32)), keys, values)
+    np.testing.assert_allclose(logits.asnumpy(), whole[:1, 7], atol=1e-5, rtol=1e-5)
