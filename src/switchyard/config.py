@@ -76,7 +76,7 @@ class MoEConfig(Section):
         None, description="the same at evaluation; null = dropless, by blocks of one expert each"
     )
     drop_order: Literal["position", "probability"] = Field(
-        "position", description="who gets the slots when an expert is full: the first, or the most probable"
+        "position", description="who gets the slots when an expert is full: the first, or the largest gates"
     )
     dropless_block_size: Positive | None = Field(
         None, description="rows of a block in dropless evaluation; null = a quarter of an expert's fair share, 8 to 128"

@@ -75,9 +75,8 @@ class MoELayer(nn.Cell):
         """Rows [G, N, D], valid [G, N] (1 = real, 0 = padding), noise [.., G * N, D] of U(0, 1)."""
         routed = rows
         if self.training and self.jitter > 0:
-            routed = rows * (
-                1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice].reshape(rows.shape)
-            )  # arXiv 2101.03961, section 2.4
+            factor = 1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice]  # arXiv 2101.03961, section 2.4
+            routed = rows * factor.reshape(rows.shape)
         routing = self.router(routed, {"valid": valid})
         plan = self.train_plan if self.training else self.eval_plan
         plan = plan(routing["experts"], routing["gates"])

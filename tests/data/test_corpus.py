@@ -65,11 +65,13 @@ def test_one_file_is_cut_where_nanogpt_cuts(tmp_path, text, fraction):
     assert corpus.validation[0].text() == text[cut:]
 
 
-def test_one_file_that_is_no_text_is_cut_between_bytes(tmp_path):
+@pytest.mark.parametrize("tokenizer", ["byte", "char"])
+def test_bytes_that_are_no_text_are_refused(tmp_path, tokenizer):
     file = tmp_path / "latin.txt"
-    file.write_bytes(b"\xff" * 10)
-    corpus = load_text(DataConfig(path=str(file), val_fraction=0.2))
-    assert (len(corpus.train[0].raw), len(corpus.validation[0].raw)) == (8, 2)
+    file.write_bytes(b"caf\xe9" * 10)
+    for path in (file, tmp_path):
+        with pytest.raises(UserError, match=r"latin\.txt' is not UTF-8: byte 0xe9 at offset 3; convert"):
+            load_text(DataConfig(path=str(path), tokenizer=tokenizer))
 
 
 def test_folder_skips_hidden_and_binary_files(tmp_path):
@@ -124,7 +126,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
         ("*.none", "byte", ["data.path", "*.none", "no file matches"]),
         ("empty.txt", "byte", ["data.path", "empty.txt", "empty"]),
         ("hollow", "byte", ["data.path", "hollow", "no text file"]),
-        ("latin.txt", "char", ["data.path", "latin.txt", "UTF-8", "0xe9", "offset 3", "data.tokenizer=byte"]),
+        ("latin.txt", "char", ["data.path", "latin.txt", "UTF-8", "0xe9", "offset 3", "convert"]),
     ],
 )
 def test_refused_in_one_line(tmp_path, monkeypatch, path, tokenizer, words):

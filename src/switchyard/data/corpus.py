@@ -35,7 +35,7 @@ class Document:
         except UnicodeDecodeError as error:
             raise UserError(
                 f"data.path: '{self.name}' is not UTF-8: byte 0x{self.raw[error.start]:02x} at offset {error.start}; "
-                "convert the file, or take data.tokenizer=byte, which reads any bytes"
+                "convert the file to UTF-8 or leave it out"
             ) from None
 
 
@@ -55,7 +55,7 @@ def load_text(data: DataConfig) -> Corpus:
     whose relative path hashes (sha256) below the fraction validate, so a file keeps its side when others come and go.
 
     Raises:
-        UserError: nothing there, nothing readable, empty text, or undecodable bytes where characters are needed.
+        UserError: nothing there, nothing readable, empty text, or bytes that are not UTF-8.
     """
     if data.path is None:
         return _standard_library(data)
@@ -67,6 +67,8 @@ def load_text(data: DataConfig) -> Corpus:
     else:
         root, paths = _matches(data.path)
     documents = _text_documents(root, paths)
+    for document in documents:
+        document.text()  # a folder of text means UTF-8, whatever the tokenizer reads
     if not any(document.raw for document in documents):
         raise UserError(f"data.path: '{data.path}' holds no text file with anything in it; name UTF-8 text files")
     binary = len(paths) - len(documents)
@@ -95,15 +97,11 @@ def _standard_library(data: DataConfig) -> Corpus:
 
 
 def _one_file(document: Document, data: DataConfig) -> Corpus:
-    """Head and tail of one text, cut between two characters (between two bytes if the bytes are no characters)."""
+    """Head and tail of one text, cut between two characters."""
     if not document.raw:
         raise UserError(f"data.path: '{document.name}'; the file is empty; name a file with text")
-    raw = document.raw
-    if data.tokenizer == "byte" and not _is_utf8(raw):
-        cut = int(len(raw) * (1 - data.val_fraction))
-    else:
-        text = document.text()
-        cut = len(text[: int(len(text) * (1 - data.val_fraction))].encode("utf-8"))
+    raw, text = document.raw, document.text()
+    cut = len(text[: int(len(text) * (1 - data.val_fraction))].encode("utf-8"))
     description = f"'{document.name}': {_size(len(raw))}, the last {data.val_fraction:.3g} of it validation"
     return Corpus((Document(document.name, raw[:cut]),), (Document(document.name, raw[cut:]),), description)
 

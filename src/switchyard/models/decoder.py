@@ -14,7 +14,7 @@ from switchyard.config import Config
 from switchyard.experts import FeedForwardExperts
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.norm import create_norm
-from switchyard.models.layers import Attention, Dropout, Embedding, Linear
+from switchyard.models.layers import Attention, Dropout, Embedding, Linear, causal_mask
 from switchyard.moe import MoELayer, check_sort_keys
 
 DTYPES = {"float32": mstype.float32, "float16": mstype.float16, "bfloat16": mstype.bfloat16}
@@ -24,7 +24,7 @@ class Block(nn.Cell):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward is dense or conditional."""
 
     def __init__(
-        self, config: Config, conditional: bool, length: int, random: np.random.Generator, slices: NoiseSlices
+        self, config: Config, conditional: bool, causal: Tensor, random: np.random.Generator, slices: NoiseSlices
     ):
         super().__init__()
         model, dtype = config.model, DTYPES[config.model.compute_dtype]
@@ -32,7 +32,7 @@ class Block(nn.Cell):
         std_out = std / math.sqrt(2 * model.num_layers)  # GPT-2: residual branches start small together
         self.groups, self.conditional = config.groups, conditional
         self.attention_norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
-        self.attention = Attention(model, length, std_out, random, dtype)
+        self.attention = Attention(model, causal, std_out, random, dtype)
         self.feed_forward_norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
         if conditional:
             self.feed_forward = MoELayer(config, (std, std_out), random, dtype, slices)
@@ -84,8 +84,9 @@ class Decoder(nn.Cell):
             self.position = Embedding(model.seq_length, model.hidden_size, model.init_method_std, random)
         slices = NoiseSlices()
         self.dropout = Dropout(model.dropout, slices)
+        causal = causal_mask(length)
         self.layers = nn.CellList(
-            [Block(config, index in self.moe_layers, length, random, slices) for index in range(model.num_layers)]
+            [Block(config, index in self.moe_layers, causal, random, slices) for index in range(model.num_layers)]
         )
         self.noise_slices = slices.count
         self.norm = create_norm(model.norm, model.hidden_size, model.norm_eps)

@@ -79,14 +79,22 @@ class Rotary(nn.Cell):
         return self.join((first * cos - second * sin, second * cos + first * sin))
 
 
+def causal_mask(length: int) -> Tensor:
+    """What is added to scores [S, S]: 0 where a position may look, MASKED where it may not."""
+    return Tensor(np.triu(np.full((length, length), MASKED, np.float32), 1))
+
+
 class Attention(nn.Cell):
     """Causal multi-head (arXiv 1706.03762, eq. 1) or grouped-query (arXiv 2305.13245) attention: [N, D] -> [N, D].
 
     One matrix makes queries, keys and values, ordered key/value head by key/value head ([D, J * (R + 2) * h]), so that
     a slice of it by heads is whole.
+
+    Args:
+        causal: `causal_mask` of the longest sequence; the layers share one.
     """
 
-    def __init__(self, model: ModelConfig, length: int, std_out: float, random: np.random.Generator, dtype):
+    def __init__(self, model: ModelConfig, causal: Tensor, std_out: float, random: np.random.Generator, dtype):
         super().__init__()
         self.kv_heads = model.n_kv_heads or model.num_heads
         self.repeat = model.num_heads // self.kv_heads
@@ -97,13 +105,13 @@ class Attention(nn.Cell):
         self.out = Linear(model.hidden_size, model.hidden_size, std_out, random, dtype)
         self.rotary = None
         if model.position == "rotary":
-            self.rotary = Rotary(length, self.head_size, model.theta)
+            self.rotary = Rotary(causal.shape[0], self.head_size, model.theta)
         self.split = ops.Split(2, 3)
         self.transpose = ops.Transpose()
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.softmax = Softmax()
         self.mix = ops.BatchMatMul()
-        self.causal = Tensor(np.triu(np.full((length, length), MASKED, np.float32), 1))
+        self.causal = causal
 
     def construct(self, x: Tensor, batch: int) -> Tensor:
         """Every position sees itself and those before it."""
