@@ -58,10 +58,10 @@ def set_context(
     if compute_dtype not in COMPUTE_DTYPES[target]:
         allowed = " or ".join(COMPUTE_DTYPES[target])
         raise UserError(f"model.compute_dtype: {compute_dtype}; MindSpore cannot train with it on {target}; {allowed}")
-    if context.device_id is None:
-        ms.set_device(target)
-    else:
+    if context.device_id is not None:
         ms.set_device(target, context.device_id)
+    elif ms.get_context("device_target") != target:
+        ms.set_device(target)
     ms.set_context(mode=ms.GRAPH_MODE if context.mode == "graph" else ms.PYNATIVE_MODE)
     ms.set_seed(seed)
     chosen = "chosen by auto" if context.device_target == "auto" else "as asked"

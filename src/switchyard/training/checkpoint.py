@@ -146,10 +146,11 @@ def save(
     for name in (*FILES, MANIFEST):
         _flush(temporary / name)
     _flush(temporary)
-    if place.exists():  # a damaged one that a resumed run has reached again
-        _set_aside(place)
+    aside = _set_aside(place) if place.exists() else None  # a damaged one that a resumed run has reached again
     os.replace(temporary, place)
     _flush(folder)
+    if aside is not None:
+        _remove(aside)
     _drop_old(run, config.train.keep_checkpoints)
     return place
 

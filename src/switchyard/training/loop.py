@@ -131,10 +131,13 @@ def check_resumable(old: Config, new: Config) -> None:
 
 
 class StopSignals:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second one has its usual effect."""
+    """Notes SIGINT and SIGTERM instead of dying of them; a second one has its usual effect.
+
+    Which of the two it was is not kept: once a graph has run, MindSpore turns SIGINT into SIGTERM.
+    """
 
     def __init__(self):
-        self.name = ""
+        self.came = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -145,8 +148,8 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
-    def _note(self, number: int, _frame: object) -> None:
-        self.name = signal.Signals(number).name
+    def _note(self, _number: int, _frame: object) -> None:
+        self.came = True
         self._restore()
 
     def _restore(self) -> None:
@@ -283,9 +286,9 @@ class Trainer:
         return bool(every) and self.done % every == 0
 
     def _stop_if_asked(self, stop: StopSignals) -> None:
-        if stop.name:
+        if stop.came:
             self._save()
-            raise Interrupted(f"{stop.name}: saved step {self.done} of '{self.run}'; go on with --resume")
+            raise Interrupted(f"saved step {self.done} of '{self.run}'; go on with --resume")
 
     def _evaluate_sample(self, stop: StopSignals) -> None:
         """Scores train.eval_batches batches; weights that are the best so far are saved."""

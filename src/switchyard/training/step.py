@@ -39,6 +39,7 @@ class LossCell(nn.Cell):
 
     total = mean over valid tokens of the cross-entropy
             + moe.aux_loss_factor * sum over layers of balance_loss + moe.z_loss_factor * sum over layers of z_loss
+            + sum over layers of the weighted losses of moe.losses
 
     Args:
         model: (tokens [B, S], valid [B, S], noise) -> (logits [N, V] float32, losses, audit), see models.Decoder.
@@ -64,8 +65,8 @@ class LossCell(nn.Cell):
         if not self.conditional:
             zero = ops.zeros_like(loss)
             return loss, (loss, zero, zero)
-        balance, z = layer_losses  # [M] each
-        total = loss + self.balance_factor * balance.sum() + self.z_factor * z.sum()
+        balance, z, further = layer_losses  # [M] each
+        total = loss + self.balance_factor * balance.sum() + self.z_factor * z.sum() + further.sum()
         return total, (loss, balance.mean(), z.mean(), *flat_audit(audit))
 
 

@@ -1,0 +1,132 @@
+"""Command lines as a user calls them: one line and an exit code for each mistake, one JSON object from eval.py."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from oracles.tiny_run import run_config, write_text
+
+from switchyard import cli
+from switchyard.config import load
+from switchyard.errors import Interrupted, UserError
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "config" / "quickstart.yaml")
+
+
+def _call(script: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+
+
+MISTAKES = [
+    ("train.py", ["--config", "missing.yaml"], "config file 'missing.yaml': No such file or directory"),
+    (
+        "train.py",
+        ["--config", QUICKSTART, "moe.expert_nun=8"],
+        "moe.expert_nun: unknown key; did you mean 'expert_num'?",
+    ),
+    ("train.py", ["--config", QUICKSTART, "moe.router=top_k", "moe.num_experts_chosen=9"], "moe.num_experts_chosen: 9"),
+    ("train.py", ["--config", QUICKSTART, "model.num_heads=5"], "model.num_heads: 5; must divide model.hidden_size"),
+    ("train.py", ["--config", QUICKSTART, "train.steps=many"], "train.steps: 'many'"),
+    ("train.py", ["--config", QUICKSTART, "steps"], "override 'steps': write section.key=value"),
+    ("train.py", ["--config", QUICKSTART, "--steps=3"], "unrecognized arguments: --steps=3; see train.py --help"),
+    ("train.py", [], "the following arguments are required: --config; see train.py --help"),
+    ("train.py", ["--config", QUICKSTART, "parallel.model_parallel=2"], "parallel.model_parallel: 2; not available"),
+    ("train.py", ["--config", QUICKSTART, "data.path=nowhere.txt"], "nowhere.txt"),
+    ("train.py", ["--config", QUICKSTART, "model.compute_dtype=bfloat16", "context.device_target=CPU"], "bfloat16"),
+    ("eval.py", ["--checkpoint", "nowhere"], "checkpoint 'nowhere': does not exist; give a run folder"),
+    ("eval.py", ["--checkpoint", "."], "checkpoint '.': holds none; train first"),
+]
+
+
+@pytest.mark.parametrize("script, arguments, text", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(script, arguments, text, tmp_path):
+    done = _call(script, *arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert text in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_is_quick_and_does_not_import_mindspore(script, tmp_path):
+    code = (
+        "import sys; from switchyard import cli\n"
+        f"try: cli.{script[:-3]}_main(['--help'])\n"
+        "finally: print('mindspore' in sys.modules)"
+    )
+    started = time.perf_counter()
+    done = _call(script, "--help", folder=tmp_path)
+    assert time.perf_counter() - started < 3  # a second on a machine that does nothing else
+    assert done.returncode == 0 and "section.key=value" in done.stdout
+    code = f"import sys; from switchyard import cli\ntry: cli.{script[:-3]}_main(['--help'])\nfinally: print('mindspore' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("False\n")
+
+
+def test_print_config_shows_the_resolved_whole(tmp_path):
+    """Overrides may stand anywhere; what is printed is a configuration itself."""
+    done = _call(
+        "train.py", "moe.expert_num=16", "--config", QUICKSTART, "--print-config", "train.steps=7", folder=tmp_path
+    )
+    assert done.returncode == 0 and not done.stderr
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(done.stdout)
+    config = load(shown)
+    assert config.moe.expert_num == 16 and config.train.steps == 7 and config.to_yaml() == done.stdout
+    assert set(yaml.safe_load(done.stdout)) == set(type(config).model_fields)
+
+
+@pytest.mark.slow
+def test_train_then_eval_prints_one_json_object(tmp_path):
+    """And a checkpoint that was cut is one line of eval.py, which names the one before."""
+    write_text(tmp_path)
+    config = run_config(tmp_path, moe={"expert_num": 4}, train={"steps": 4, "checkpoint_every": 2})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert _call("train.py", "--config", "config.yaml", folder=tmp_path).returncode == 0
+    run = tmp_path / "runs" / "tiny"
+    done = _call("eval.py", "--json", "data.batch_size=8", "--checkpoint", "runs/tiny", folder=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1 and "device: CPU" in done.stderr
+    found = json.loads(done.stdout)
+    assert list(found) == ["loss", "loss_ci95", "perplexity", "bits_per_byte", "tokens", "layers"]
+    assert found["loss"] == pytest.approx(json.loads((run / "result.json").read_text())["validation_loss"], abs=1e-5)
+    assert list(found["layers"][0]) == ["layer", "load", "importance", "dropped", "entropy", "max_violation", "z"]
+    weights = run / "checkpoints" / "step-00000004" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    done = _call("eval.py", "--checkpoint", "runs/tiny", folder=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+    assert "weights.safetensors" in done.stderr and "use the previous checkpoint" in done.stderr
+    done = _call("eval.py", "--checkpoint", "runs/tiny/checkpoints/step-00000002", folder=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("loss ") and "MaxVio" in done.stdout
+
+
+def _raise(error):
+    def main(arguments):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "error, code, text",
+    [
+        (UserError("a: 1; b"), 2, "error: a: 1; b\n"),
+        (UserError("two\nlines"), 2, "error: two lines\n"),
+        (Interrupted("saved"), 75, "interrupted: saved\n"),
+        (KeyboardInterrupt(), 130, "interrupted: there was nothing to save\n"),
+        (PermissionError(13, "Permission denied", "runs"), 2, "error: 'runs': Permission denied\n"),
+    ],
+)
+def test_exit_codes(error, code, text, capsys):
+    assert cli.run(_raise(error), []) == code
+    assert capsys.readouterr().err == text
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError):
+        cli.run(_raise(RuntimeError("a defect")), [])
