@@ -64,7 +64,6 @@ def test_help_is_quick_and_does_not_import_mindspore(script, tmp_path):
     done = _call(script, "--help", folder=tmp_path)
     assert time.perf_counter() - started < 3  # a second on a machine that does nothing else
     assert done.returncode == 0 and "section.key=value" in done.stdout
-    code = f"import sys; from switchyard import cli\ntry: cli.{script[:-3]}_main(['--help'])\nfinally: print('mindspore' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.endswith("False\n")
 

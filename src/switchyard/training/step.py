@@ -39,6 +39,7 @@ class LossCell(nn.Cell):
 
     total = mean over valid tokens of the cross-entropy
             + moe.aux_loss_factor * sum over layers of balance_loss + moe.z_loss_factor * sum over layers of z_loss
+            + sum over layers of further losses, which the model has weighted
             + sum over layers of the weighted losses of moe.losses
 
     Args:
