@@ -84,6 +84,9 @@ class MoEConfig(Section):
     aux_loss_factor: Weight = Field(0.01, description="weight of the load-balance loss of each layer")
     z_loss_factor: Weight = Field(0.001, description="weight of the router z-loss of each layer")
     jitter: Fraction = Field(0.0, description="training: router input times U(1 - jitter, 1 + jitter), anew each step")
+    losses: dict[str, Weight] = Field(
+        {}, description="further balance losses and their weights: importance, load, mutual_information"
+    )
     groups: Positive | None = Field(
         None, description="groups G that route for themselves; null = the data-parallel slices"
     )

@@ -10,11 +10,11 @@ from typing import TypedDict
 from mindspore import Tensor, nn, ops
 
 from switchyard.config import Config
-from switchyard.dispatch import EXACT_FLOAT, BlockPlan, CapacityPlan
+from switchyard.dispatch import EXACT_FLOAT
 from switchyard.errors import UserError
 from switchyard.experts import FeedForwardExperts
 from switchyard.kernels.noise import NoiseSlices
-from switchyard.kernels.rows import Combine, Dispatch
+from switchyard.paths import create_path
 from switchyard.routing import balance, create_router
 
 
@@ -37,7 +37,8 @@ class Audit(TypedDict):
 class MoELayer(nn.Cell):
     """Rows [G, N, D] -> (rows [G, N, D], losses, Audit). A row without a slot comes back as zero.
 
-    losses: (balance loss, z-loss), unweighted scalars, the ones that carry a gradient.
+    losses: three scalars, the ones that carry a gradient: the balance loss and the z-loss, unweighted, and the weighted
+    sum of those of `moe.losses`.
 
     In training an expert has ceil(N * K * capacity_factor / E) slots of each group. At evaluation
     `eval_capacity_factor` rules, and null, the default, drops nothing: a row's output does not depend on its batch.
@@ -47,74 +48,70 @@ class MoELayer(nn.Cell):
         std: (first, last) initial standard deviation of the experts' matrices.
         random: numpy generator of the initial weights.
         dtype: of the experts' matrix products.
-        slices: hands out the slice of noise that jitter reads.
+        slices: hands out the slices of noise that jitter and the router read.
+        vocab_size: of the tokens whose ids come along, for routers that choose by token.
     """
 
-    def __init__(self, config: Config, std: tuple[float, float], random, dtype, slices: NoiseSlices):
+    def __init__(
+        self,
+        config: Config,
+        std: tuple[float, float],
+        random,
+        dtype,
+        slices: NoiseSlices,
+        vocab_size: int | None = None,
+    ):
         super().__init__()
         moe, width = config.moe, config.model.hidden_size
         self.expert_num, self.choices, self.jitter = moe.expert_num, moe.num_experts_chosen, moe.jitter
         self.slice = slices.take(self.jitter > 0)
-        self.router = create_router(config, random)
+        self.router = create_router(config, random, slices, vocab_size)
         hidden, activation = config.expert_width, config.model.activation
         self.experts = FeedForwardExperts(moe.expert_num, width, hidden, activation, std, random, dtype)
         self.shared = None
         if moe.shared_expert_num:
             self.shared = FeedForwardExperts(1, width, hidden * moe.shared_expert_num, activation, std, random, dtype)
-        self.train_plan = CapacityPlan(moe.expert_num, self.choices, moe.capacity_factor, moe.drop_order)
-        self.dropless = moe.eval_capacity_factor is None
-        if self.dropless:
-            self.eval_plan = BlockPlan(moe.expert_num, self.choices, moe.dropless_block_size)
-        else:
-            self.eval_plan = CapacityPlan(moe.expert_num, self.choices, moe.eval_capacity_factor, moe.drop_order)
-        self.dispatch = Dispatch(self.choices)
-        self.combine = Combine(self.choices)
-        self.to_experts, self.to_groups = ops.Transpose(), ops.Transpose()
+        self.train_path = create_path(self.router.form, moe, True)
+        self.eval_path = create_path(self.router.eval_form or self.router.form, moe, False)
+        self.losses = balance.WeightedLosses(moe, self.router)
 
-    def construct(self, rows: Tensor, valid: Tensor, noise: Tensor):
-        """Rows [G, N, D], valid [G, N] (1 = real, 0 = padding), noise [.., G * N, D] of U(0, 1)."""
+    def construct(self, rows: Tensor, valid: Tensor, noise: Tensor, token_ids: Tensor = None, task_ids: Tensor = None):
+        """Rows [G, N, D], valid [G, N] (1 = real, 0 = padding), noise [.., G * N, D] of U(0, 1); ids [G, N] int32."""
         routed = rows
         if self.training and self.jitter > 0:
             factor = 1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice]  # arXiv 2101.03961, section 2.4
             routed = rows * factor.reshape(rows.shape)
-        routing = self.router(routed, {"valid": valid})
-        plan = self.train_plan if self.training else self.eval_plan
-        plan = plan(routing["experts"], routing["gates"])
-        out = self.work(rows, routing["gates"], plan)
+        context = {"valid": valid, "noise": noise, "token_ids": token_ids, "task_ids": task_ids}
+        routing = self.router(routed, context)
+        if self.training:
+            out, served = self.work(self.train_path, rows, routing)
+        else:
+            out, served = self.work(self.eval_path, rows, routing)
         if self.shared is not None:
             groups, count, width = rows.shape
             shared = self.shared(rows.reshape(1, groups * count, width))  # [1, G * N, D]
             out = out + shared.reshape(groups, count, width)
-        probabilities, chosen, logits = routing["probabilities"], routing["chosen"], routing["logits"]
-        balance_loss = balance.switch_balance(chosen, probabilities, valid, self.choices)
-        return out, (balance_loss, balance.z_loss(logits, valid)), audit(routing, plan, valid)
+        return out, self.losses(routing, valid), audit(routing, served, valid)
 
-    def work(self, rows: Tensor, gates: Tensor, plan: dict) -> Tensor:
-        """Dispatch, experts, combine: rows [G, N, D], gates [G, N, K], Plan -> [G, N, D]."""
-        groups, _, width = rows.shape
-        choice_of, slot_of, kept = plan["choice_of"], plan["slot_of"], plan["kept"]
-        slots = self.dispatch(rows, choice_of, slot_of, kept)  # [G, M, D]
+    def work(self, path: nn.Cell, rows: Tensor, routing: dict):
+        """Plan, dispatch, experts, combine: rows [G, N, D] and a Routing -> (rows [G, N, D], choices served)."""
+        plan = path.plan(routing)
+        slots = path.dispatch(rows, plan)  # [E, S, D] or [P, b, D]
         if "block_expert" in plan:
-            block_expert = plan["block_expert"].reshape(-1)  # [G * P]
-            slots = self.experts.blocks(slots.reshape(block_expert.shape[0], -1, width), block_expert)  # [G * P, b, D]
+            slots = self.experts.blocks(slots, plan["block_expert"].reshape(-1))
         else:
-            slots = slots.reshape(groups, self.expert_num, -1, width)  # [G, E, C, D]
-            slots = self.to_experts(slots, (1, 0, 2, 3)).reshape(self.expert_num, -1, width)  # [E, G * C, D]
-            slots = self.experts(slots).reshape(self.expert_num, groups, -1, width)  # [E, G, C, D]
-            slots = self.to_groups(slots, (1, 0, 2, 3))  # [G, E, C, D]
-        slots = slots.reshape(groups, -1, width)  # [G, M, D]
-        gates = gates.reshape(groups, -1)  # [G, N * K]
-        return self.combine(slots, gates, choice_of, slot_of, plan["filled"], kept)
+            slots = self.experts(slots)
+        return path.combine(slots, plan), path.served(routing, plan)
 
 
-def audit(routing: dict, plan: dict, valid: Tensor) -> dict:
-    """The figures of one pass: a pure function of Routing, Plan and valid [G, N]."""
+def audit(routing: dict, served: Tensor, valid: Tensor) -> dict:
+    """The figures of one pass: a pure function of a Routing, the choices served and valid [G, N]."""
     probabilities, loads = routing["probabilities"], balance.load(routing["chosen"]).sum(0)  # [E]
     stop = ops.stop_gradient
     return {
         "load": stop(loads),
-        "importance": stop(balance.importance(probabilities, valid).sum(0)),
-        "dropped": stop((loads.sum() - plan["kept"].sum()) / ops.maximum(loads.sum(), 1.0)),
+        "importance": stop(balance.importance(routing["mass"], valid).sum(0)),
+        "dropped": stop((loads.sum() - served) / ops.maximum(loads.sum(), 1.0)),
         "entropy": stop(balance.entropy(probabilities, valid)),
         "max_violation": stop(balance.max_violation(loads)),
         "z": stop(balance.z_loss(routing["logits"], valid)),

@@ -24,7 +24,13 @@ class Block(nn.Cell):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward is dense or conditional."""
 
     def __init__(
-        self, config: Config, conditional: bool, causal: Tensor, random: np.random.Generator, slices: NoiseSlices
+        self,
+        config: Config,
+        conditional: bool,
+        causal: Tensor,
+        random: np.random.Generator,
+        slices: NoiseSlices,
+        vocab_size: int,
     ):
         super().__init__()
         model, dtype = config.model, DTYPES[config.model.compute_dtype]
@@ -35,24 +41,25 @@ class Block(nn.Cell):
         self.attention = Attention(model, causal, std_out, random, dtype)
         self.feed_forward_norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
         if conditional:
-            self.feed_forward = MoELayer(config, (std, std_out), random, dtype, slices)
+            self.feed_forward = MoELayer(config, (std, std_out), random, dtype, slices, vocab_size)
         else:
             width, hidden = model.hidden_size, config.dense_width
             self.feed_forward = FeedForwardExperts(1, width, hidden, model.activation, (std, std_out), random, dtype)
         self.attention_dropout = Dropout(model.dropout, slices)
         self.feed_forward_dropout = Dropout(model.dropout, slices)
 
-    def construct(self, x: Tensor, batch: int, valid: Tensor, noise: Tensor):
-        """x [N, D], valid [N], noise [.., N, D] -> (x, losses or (), Audit or {})."""
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), batch), noise)
-        return self.feed(x, valid, noise, self.groups)
+    def construct(self, x: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor):
+        """x [N, D], tokens [B, S], valid [N], noise [.., N, D] -> (x, losses or (), Audit or {})."""
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), tokens.shape[0]), noise)
+        return self.feed(x, tokens, valid, noise, self.groups)
 
-    def feed(self, x: Tensor, valid: Tensor, noise: Tensor, groups: int):
+    def feed(self, x: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, groups: int):
         """The second half: x [N, D] -> (x, losses or (), Audit or {}). Generation has one group, so any B will do."""
         rows, losses, audit = self.feed_forward_norm(x), (), {}
         if self.conditional:
             grouped = rows.reshape(groups, -1, rows.shape[1])  # [G, N / G, D]
-            out, losses, audit = self.feed_forward(grouped, valid.reshape(groups, -1), noise)
+            ids = tokens.reshape(groups, -1)  # [G, N / G]
+            out, losses, audit = self.feed_forward(grouped, valid.reshape(groups, -1), noise, ids)
         else:
             out = self.feed_forward(rows.expand_dims(0))  # [1, N, D]: a dense layer is one expert
         return x + self.feed_forward_dropout(out.reshape(x.shape), noise), losses, audit
@@ -61,8 +68,8 @@ class Block(nn.Cell):
 class Decoder(nn.Cell):
     """Tokens [B, S] -> (logits [N, V] float32, losses, Audit).
 
-    losses: (balance losses [M], z-losses [M]) of the M conditional layers, () when there are none; the Audit's figures
-    have the same leading axis, {} when there are none.
+    losses: (balance losses [M], z-losses [M], weighted sums of further losses [M]) of the M conditional layers, () when
+    there are none; the Audit's figures have the same leading axis, {} when there are none.
 
     Args:
         config: the whole configuration.
@@ -86,7 +93,10 @@ class Decoder(nn.Cell):
         self.dropout = Dropout(model.dropout, slices)
         causal = causal_mask(length)
         self.layers = nn.CellList(
-            [Block(config, index in self.moe_layers, causal, random, slices) for index in range(model.num_layers)]
+            [
+                Block(config, index in self.moe_layers, causal, random, slices, vocab_size)
+                for index in range(model.num_layers)
+            ]
         )
         self.noise_slices = slices.count
         self.norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
@@ -101,12 +111,12 @@ class Decoder(nn.Cell):
 
         At evaluation the noise is not read: any [1, 1, 1] serves.
         """
-        batch, length = tokens.shape
+        length = tokens.shape[1]
         valid = valid.reshape(-1)  # [N]
         x = self.dropout(self.embed(tokens, ops.arange(length)), noise)  # [N, D]
         losses, audits = (), ()
         for layer in self.layers:
-            x, loss, audit = layer(x, batch, valid, noise)
+            x, loss, audit = layer(x, tokens, valid, noise)
             if layer.conditional:
                 losses, audits = (*losses, loss), (*audits, audit)
         return self.logits(x), stack_losses(losses), stack_audits(audits)
@@ -130,10 +140,14 @@ class Decoder(nn.Cell):
 
 
 def stack_losses(losses: tuple) -> tuple:
-    """(balance loss, z-loss) of each conditional layer -> (balance losses [M], z-losses [M])."""
+    """The three losses of each conditional layer -> three tensors [M]."""
     if len(losses) == 0:
         return ()
-    return ops.stack([loss[0] for loss in losses], 0), ops.stack([loss[1] for loss in losses], 0)
+    return (
+        ops.stack([loss[0] for loss in losses], 0),
+        ops.stack([loss[1] for loss in losses], 0),
+        ops.stack([loss[2] for loss in losses], 0),
+    )
 
 
 def stack_audits(audits: tuple) -> dict:
@@ -174,7 +188,7 @@ class Prefill(nn.Cell):
         keys, values = (), ()
         for layer in decoder.layers:
             mixed, key, value = layer.attention.attend_causal(layer.attention_norm(x), batch)
-            x, _, _ = layer.feed(x + mixed, valid, nothing, 1)
+            x, _, _ = layer.feed(x + mixed, tokens, valid, nothing, 1)
             keys, values = (*keys, self._cache(key)), (*values, self._cache(value))
         last = ops.arange(batch) * count + (length - 1)  # [B]
         logits = decoder.logits(ops.gather(x, last, 0))  # [B, V]
@@ -206,7 +220,7 @@ class Decode(nn.Cell):
             mixed, key, value = layer.attention.attend_cached(
                 layer.attention_norm(x), position, keys[index], values[index]
             )
-            x, _, _ = layer.feed(x + mixed, valid, nothing, 1)
+            x, _, _ = layer.feed(x + mixed, tokens, valid, nothing, 1)
             new_keys, new_values = (*new_keys, key), (*new_values, value)
         return decoder.logits(x), ops.stack(new_keys, 0), ops.stack(new_values, 0)
 

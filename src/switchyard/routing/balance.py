@@ -3,7 +3,9 @@
 Every mean is over real rows of a group (`valid` [G, N] is 1 there), then over the groups.
 """
 
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
+
+from switchyard.errors import UserError
 
 
 def rows_of(valid: Tensor) -> Tensor:
@@ -11,9 +13,9 @@ def rows_of(valid: Tensor) -> Tensor:
     return ops.maximum(valid.sum(1), 1.0)
 
 
-def importance(probabilities: Tensor, valid: Tensor) -> Tensor:
-    """Gate mass that each expert gets (arXiv 1701.06538, eq. 6): [G, N, E] -> [G, E]."""
-    return (probabilities * ops.expand_dims(valid, -1)).sum(1)
+def importance(mass: Tensor, valid: Tensor) -> Tensor:
+    """What each expert gets of the router's mass (arXiv 1701.06538, eq. 6): [G, N, E] -> [G, E]."""
+    return (mass * ops.expand_dims(valid, -1)).sum(1)
 
 
 def load(chosen: Tensor) -> Tensor:
@@ -53,3 +55,74 @@ def entropy(probabilities: Tensor, valid: Tensor) -> Tensor:
 def max_violation(loads: Tensor) -> Tensor:
     """MaxVio = largest load / mean load - 1 (arXiv 2408.15664, section 4.1): [E] -> scalar."""
     return loads.max() / ops.maximum(loads.mean(), 1e-9) - 1.0
+
+
+def squared_variation(amounts: Tensor) -> Tensor:
+    """Squared coefficient of variation over the experts (arXiv 1701.06538, eq. 7 and 11): [G, E] -> scalar."""
+    mean = amounts.mean(-1, keep_dims=True)  # [G, 1]
+    variance = ((amounts - mean) ** 2).mean(-1)  # [G]
+    return (variance / (mean.squeeze(-1) ** 2 + 1e-10)).mean()
+
+
+def importance_loss(routing: dict, valid: Tensor) -> Tensor:
+    """CV^2 of the experts' importance (arXiv 1701.06538, eq. 6 and 7). Scalar."""
+    return squared_variation(importance(routing["mass"], valid))
+
+
+def load_loss(routing: dict, valid: Tensor) -> Tensor:
+    """CV^2 of the experts' smooth load (arXiv 1701.06538, eq. 8 to 11). Scalar."""
+    return squared_variation(importance(routing["smooth_load"], valid))
+
+
+def mutual_information_loss(routing: dict, valid: Tensor) -> Tensor:
+    """Minus the information that a row gives about its expert (Mod-Squad, arXiv 2212.08066, eq. 4): H(E|X) - H(E).
+
+    Small when rows are sure of their experts and the experts together are used evenly. Scalar.
+    """
+    mean = importance(routing["probabilities"], valid) / ops.expand_dims(rows_of(valid), -1)  # p(e), [G, E]
+    marginal = -(mean * ops.log(ops.maximum(mean, 1e-20))).sum(-1).mean()
+    return entropy(routing["probabilities"], valid) - marginal
+
+
+# name in moe.losses -> function of (Routing, valid); `switch` and `z` have factors of their own
+LOSSES = {
+    "importance": importance_loss,
+    "load": load_loss,
+    "mutual_information": mutual_information_loss,
+}
+
+
+class WeightedLosses(nn.Cell):
+    """(balance loss, z-loss, weighted sum of `moe.losses`) of a Routing and valid [G, N]: three scalars.
+
+    Args:
+        moe: whose `losses` name the extra ones.
+        router: whose `losses` say what it can give.
+
+    Raises:
+        UserError: a loss that is unknown or that this router cannot give.
+    """
+
+    def __init__(self, moe, router: nn.Cell):
+        super().__init__()
+        self.choices = moe.num_experts_chosen
+        self.switch, self.z = "switch" in router.losses, "z" in router.losses
+        self.extra = tuple((name, weight) for name, weight in moe.losses.items() if weight > 0)
+        for name, _ in self.extra:
+            able = [known for known in LOSSES if known in router.losses]
+            if name not in able:
+                reason = f"router '{moe.router}' gives {', '.join(able) or 'none'}"
+                raise UserError(f"moe.losses.{name}: {'unknown' if name not in LOSSES else 'not available'}; {reason}")
+
+    def construct(self, routing: dict, valid: Tensor):
+        nothing = ops.zeros_like(valid).sum()
+        balance_loss, router_z, extra = nothing, nothing, nothing
+        if self.switch:
+            balance_loss = switch_balance(routing["chosen"], routing["probabilities"], valid, self.choices)
+        if self.z:
+            router_z = z_loss(routing["logits"], valid)
+        for name, weight in self.extra:
+            extra = extra + weight * LOSSES[name](routing, valid)
+        if "own_loss" in routing:
+            extra = extra + routing["own_loss"]
+        return balance_loss, router_z, extra

@@ -3,35 +3,76 @@
 Legend: G groups that route for themselves, N rows of a group, E experts, K choices of a row, D width.
 """
 
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.config import MoEConfig
 from switchyard.errors import UserError
+from switchyard.kernels.noise import NoiseSlices
 
 
 class Routing(TypedDict):
-    """What a token-choice router decided, before any capacity (a dict: compiled graphs keep its gradients).
+    """What a router decided, before any capacity (a dict: compiled graphs keep its gradients).
 
-    experts [G, N, K] int32: the choices, best first; E, which is no expert, for a padded row.
-    gates [G, N, K] float32: what a choice's output is multiplied by; 0 for a padded row.
-    probabilities [G, N, E] float32, logits [G, N, E] float32.
-    chosen [G, N, E] float32: 1 where a real row chose an expert.
+    Every form has, float32 [G, N, E]:
+        probabilities   the router's distribution over the experts
+        logits          what the z-loss keeps small; zeros where a router has none
+        mass            what counts as importance: the probabilities, or the gates alone where the paper says so
+        chosen          1 where a real row works with an expert
+    and `smooth_load` [G, N, E] where the router estimates it, `own_loss` scalar where it brings one.
+    Form "token_choice":
+        experts [G, N, K] int32: the choices, best first; E, which is no expert, for a padded row
+        gates [G, N, K] float32: what a choice's output is multiplied by; 0 for a padded row
+    Form "expert_choice": rows [G, E, C] int32 and gates [G, E, C] float32, 0 for a slot that nobody fills.
+    Form "soft": dispatch and combine [G, N, E, C] float32 weights. Forms "dense" and "merged": gates [G, N, E] float32.
     """
 
-    experts: Tensor
-    gates: Tensor
     probabilities: Tensor
     logits: Tensor
+    mass: Tensor
     chosen: Tensor
+    smooth_load: Tensor
+    own_loss: Tensor
+    experts: Tensor
+    gates: Tensor
+    rows: Tensor
+    dispatch: Tensor
+    combine: Tensor
 
 
 class Context(TypedDict):
-    """What a router may look at besides the rows. valid [G, N] float32: 1 for a real row, 0 for padding."""
+    """What a router may look at besides the rows.
+
+    valid [G, N] float32: 1 for a real row, 0 for padding. noise [.., G * N, D] float32 of U(0, 1), read in training
+    only. token_ids, task_ids [G, N] int32, None where the network has none.
+    """
 
     valid: Tensor
+    noise: Tensor
+    token_ids: Tensor
+    task_ids: Tensor
+
+
+@dataclass(frozen=True)
+class RouterSetting:
+    """What a router is built from.
+
+    moe: its section of the configuration. width: D. random: draws initial weights and tables. slices: hands out the
+    slices of noise. vocab_size: of the token ids in the context, None where there are none.
+    """
+
+    moe: MoEConfig
+    width: int
+    random: np.random.Generator
+    slices: NoiseSlices
+    vocab_size: int | None = None
 
 
 _ROUTERS: dict[str, type] = {}
@@ -53,33 +94,56 @@ def known_routers() -> dict[str, type]:
     return dict(sorted(_ROUTERS.items()))
 
 
-def create_router(config, random: np.random.Generator) -> nn.Cell:
+def find_router(name: str) -> type:
+    """The class of a YAML name, or of `module.Class` in a file of the user's own (UserError if there is none)."""
+    if name in _ROUTERS:
+        return _ROUTERS[name]
+    module, dot, attribute = name.rpartition(".")
+    if not dot:
+        raise UserError(f"moe.router: {name!r}; known routers: {', '.join(known_routers())}")
+    try:
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))  # a file beside the command, as `python train.py` would find it
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise UserError(f"moe.router: {name!r}; the module cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Router)):
+        raise UserError(f"moe.router: {name!r}; must be a class that extends switchyard.routing.Router")
+    return found
+
+
+def create_router(config, random: np.random.Generator, slices=None, vocab_size: int | None = None) -> nn.Cell:
     """The router that `moe.router` names.
 
     Raises:
-        UserError: no router has that name.
+        UserError: no router has that name, or it needs what the network does not give.
     """
-    name = config.moe.router
-    if name not in _ROUTERS:
-        raise UserError(f"moe.router: {name!r}; known routers: {', '.join(known_routers())}")
-    return _ROUTERS[name](config.moe, config.model.hidden_size, random)
+    router = find_router(config.moe.router)
+    if "token_ids" in router.needs and vocab_size is None:
+        raise UserError(f"moe.router: {config.moe.router!r}; chooses by token id, which this network does not have")
+    return router(RouterSetting(config.moe, config.model.hidden_size, random, slices or NoiseSlices(), vocab_size))
 
 
 class Router(nn.Cell):
     """Rows in, Routing out. Arithmetic is float32 whatever the model computes in (arXiv 2101.03961, section 2.4).
 
     A subclass states what it is in the class attributes and implements `construct(rows, context) -> Routing`.
-    `batch_independent`: the same row gets the same experts and gates whatever batch it stands in.
+
+    name: in YAML. paper: where it is from. form: of its Routing; eval_form: of the one at evaluation, where it differs.
+    learnable: has weights. causal: a row's routing at evaluation does not look at later rows. batch_independent: the
+    same row gets the same experts and gates whatever batch it stands in. needs: entries of the Context it cannot do
+    without. losses: names in `moe.losses` that it can give; `switch` and `z` also by aux_loss_factor and z_loss_factor.
     """
 
-    name = ""
-    learnable = True
-    causal = True
-    batch_independent = True
+    name, paper = "", ""
+    form, eval_form = "token_choice", None
+    learnable, causal, batch_independent = True, True, True
+    needs: tuple = ()
+    losses: tuple = ("switch", "z", "importance", "sequence", "mutual_information")
 
-    def __init__(self, moe, width: int, random: np.random.Generator):
+    def __init__(self, setting: RouterSetting):
         super().__init__()
-        self.expert_num, self.choices = moe.expert_num, moe.num_experts_chosen
+        self.expert_num, self.choices = setting.moe.expert_num, setting.moe.num_experts_chosen
 
     def construct(self, rows: Tensor, context: dict) -> dict:
         """Rows [G, N, D] float32 and a Context -> Routing."""
@@ -114,3 +178,25 @@ class TopChoices(nn.Cell):
             scores = scores - mask * 1e30
             experts, masks = (*experts, expert), (*masks, mask)
         return ops.stack(experts, -1), masks
+
+
+class Choosing(nn.Cell):
+    """The K best-scored experts of each row; their gates are their probabilities."""
+
+    def __init__(self, experts: int, choices: int):
+        super().__init__()
+        self.expert_num = experts
+        self.top = TopChoices(experts, choices)
+        self.sum = ops.ReduceSum()
+
+    def construct(self, scores: Tensor, probabilities: Tensor, valid: Tensor):
+        """[G, N, E] twice and valid [G, N] -> (experts [G, N, K], gates [G, N, K], chosen [G, N, E])."""
+        valid = ops.expand_dims(valid, -1)  # [G, N, 1]
+        experts, masks = self.top(scores)  # [G, N, K]
+        gates, chosen = (), masks[0]
+        for mask in masks:
+            gates = (*gates, self.sum(probabilities * mask, -1))  # [G, N]
+        for mask in masks[1:]:
+            chosen = chosen + mask
+        experts = ops.where(valid > 0, experts, ops.full_like(experts, self.expert_num))
+        return experts, ops.stack(gates, -1) * valid, chosen * valid
