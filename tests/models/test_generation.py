@@ -11,7 +11,12 @@ LENGTH = 8  # of the cache
 
 
 def prefill(decoder, tokens, lengths):
-    return Prefill(decoder, LENGTH)(Tensor(np.ascontiguousarray(tokens)), Tensor(np.array(lengths, np.int32)))
+    """Logits and caches with room for LENGTH places; what is behind a prompt must not be seen, so it is loud."""
+    logits, *caches = Prefill(decoder)(Tensor(np.ascontiguousarray(tokens)), Tensor(np.array(lengths, np.int32)))
+    more = LENGTH - tokens.shape[1]
+    return logits, *(
+        Tensor(np.pad(one.asnumpy(), [(0, 0)] * 3 + [(0, more), (0, 0)], constant_values=99)) for one in caches
+    )
 
 
 @pytest.mark.parametrize("name", ["experts-everywhere", "grouped-query-swiglu", "dense-learned-free-layernorm-gelu"])
@@ -27,7 +32,7 @@ def test_prefill_and_decode_equal_the_whole_forward(name, pynative):
     kv_heads = config.model.n_kv_heads or 4
     assert keys.shape == values.shape == (2, 2, kv_heads, 8, 4)
     np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], lengths - 1], atol=1e-5, rtol=1e-5)
-    decode = Decode(decoder)
+    decode = Decode(decoder, LENGTH)
     for step in range(3):
         position = lengths + step
         logits, keys, values = decode(Tensor(tokens[[0, 1], position]), Tensor(position), keys, values)
@@ -48,5 +53,5 @@ def test_generation_of_one_sequence_by_a_model_of_many_groups(pynative):
     whole = run_decoder(decoder, tokens)[0]
     logits, keys, values = prefill(decoder, tokens[:1, :7], [7])
     np.testing.assert_allclose(logits.asnumpy(), whole[:1, 6], atol=1e-5, rtol=1e-5)
-    logits, _, _ = Decode(decoder)(Tensor(tokens[:1, 7]), Tensor(np.array([7], np.int32)), keys, values)
+    logits, _, _ = Decode(decoder, LENGTH)(Tensor(tokens[:1, 7]), Tensor(np.array([7], np.int32)), keys, values)
     np.testing.assert_allclose(logits.asnumpy(), whole[:1, 7], atol=1e-5, rtol=1e-5)

@@ -1,7 +1,7 @@
-"""The decoder-only Transformer with conditional layers, and its two halves for generation.
+"""The decoder-only Transformer with conditional layers.
 
-Legend: B batch, S sequence, N = B * S tokens, D width, V vocabulary, L layers, J key/value heads, h head size,
-M cache length, G groups that route for themselves.
+Legend: B batch, S sequence, N = B * S tokens, D width, V vocabulary, M conditional layers, G groups that route for
+themselves.
 """
 
 import math
@@ -166,63 +166,6 @@ def stack_audits(audits: tuple) -> dict:
 
 def _stack(audits: tuple, name: str) -> Tensor:
     return ops.stack([audit[name] for audit in audits], 0)
-
-
-class Prefill(nn.Cell):
-    """Reads whole prompts: tokens [B, S], right-padded, of real lengths [B] -> (logits [B, V], keys, values).
-
-    The logits are those at each prompt's last token; keys and values are caches [L, B, J, M, h], M = max_length.
-    """
-
-    def __init__(self, decoder: Decoder, max_length: int):
-        super().__init__()
-        self.decoder, self.max_length = decoder, max_length
-
-    def construct(self, tokens: Tensor, length: Tensor):
-        decoder = self.decoder
-        batch, count = tokens.shape
-        places = ops.arange(count)
-        valid = (ops.expand_dims(places, 0) < ops.expand_dims(length, 1)).astype(mstype.float32).reshape(-1)  # [N]
-        x = decoder.embed(tokens, places)
-        nothing = ops.zeros((1, 1, 1), mstype.float32)
-        keys, values = (), ()
-        for layer in decoder.layers:
-            mixed, key, value = layer.attention.attend_causal(layer.attention_norm(x), batch)
-            x, _, _ = layer.feed(x + mixed, tokens, valid, nothing, 1)
-            keys, values = (*keys, self._cache(key)), (*values, self._cache(value))
-        last = ops.arange(batch) * count + (length - 1)  # [B]
-        logits = decoder.logits(ops.gather(x, last, 0))  # [B, V]
-        return logits, ops.stack(keys, 0), ops.stack(values, 0)
-
-    def _cache(self, part: Tensor) -> Tensor:
-        """[B, J, S, h] -> [B, J, M, h], zeros behind."""
-        batch, heads, count, size = part.shape
-        empty = ops.zeros((batch, heads, self.max_length - count, size), mstype.float32)
-        return ops.concat((part.astype(mstype.float32), empty), 2)
-
-
-class Decode(nn.Cell):
-    """One token a sequence: tokens [B], positions [B], caches [L, B, J, M, h] -> (logits [B, V], keys, values)."""
-
-    def __init__(self, decoder: Decoder):
-        super().__init__()
-        self.decoder = decoder
-
-    def construct(self, tokens: Tensor, position: Tensor, keys: Tensor, values: Tensor):
-        decoder = self.decoder
-        x = decoder.embedding(tokens)  # [B, D]
-        if decoder.position is not None:
-            x = x + decoder.position(position)
-        valid = ops.ones_like(tokens).astype(mstype.float32)  # [B]
-        nothing = ops.zeros((1, 1, 1), mstype.float32)
-        new_keys, new_values = (), ()
-        for index, layer in enumerate(decoder.layers):
-            mixed, key, value = layer.attention.attend_cached(
-                layer.attention_norm(x), position, keys[index], values[index]
-            )
-            x, _, _ = layer.feed(x + mixed, tokens, valid, nothing, 1)
-            new_keys, new_values = (*new_keys, key), (*new_values, value)
-        return decoder.logits(x), ops.stack(new_keys, 0), ops.stack(new_values, 0)
 
 
 def create_model(config: Config, vocab_size: int, length: int | None = None) -> Decoder:

@@ -1,7 +1,7 @@
 """Parts of a Transformer: embedding, rotary positions, attention, dropout.
 
 Legend: B batch, S sequence, N = B * S tokens, D width, H query heads, J key/value heads, R = H / J query heads of one
-key/value head, h head size, M cache length.
+key/value head, h head size.
 """
 
 import numpy as np
@@ -126,23 +126,6 @@ class Attention(nn.Cell):
             cos, sin = self.rotary.tables(positions)  # [S, h / 2]
             query, key = self.rotary(query, cos, sin), self.rotary(key, cos, sin)
         return self._attend(query, key, value, self.causal[:length, :length]), key, value
-
-    def attend_cached(self, x: Tensor, position: Tensor, keys: Tensor, values: Tensor):
-        """One new token a sequence: x [B, D], position [B], caches [B, J, M, h] -> (output [B, D], keys, values)."""
-        batch, length = position.shape[0], keys.shape[2]
-        query, key, value = self._project(x, batch)  # [B, J, R or 1, 1, h]
-        if self.rotary is not None:
-            cos, sin = self.rotary.tables(position)  # [B, h / 2]
-            cos, sin = cos.reshape(batch, 1, 1, 1, -1), sin.reshape(batch, 1, 1, 1, -1)
-            query = self.rotary(query, cos, sin)
-            key = self.rotary(key.expand_dims(2), cos, sin).squeeze(2)
-        places = ops.arange(length).reshape(1, 1, length, 1)
-        here = (places == position.reshape(batch, 1, 1, 1)).astype(mstype.float32)  # [B, 1, M, 1]
-        keys = keys * (1.0 - here) + key.astype(mstype.float32) * here
-        values = values * (1.0 - here) + value.astype(mstype.float32) * here
-        unseen = (ops.arange(length).reshape(1, length) > position.reshape(batch, 1)).astype(mstype.float32)
-        mask = (unseen * MASKED).reshape(batch, 1, 1, 1, length)
-        return self._attend(query, keys.astype(query.dtype), values.astype(query.dtype), mask), keys, values
 
     def _project(self, x: Tensor, batch: int):
         """Queries [B, J, R, S, h], keys [B, J, S, h], values [B, J, S, h]."""
