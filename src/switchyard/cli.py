@@ -77,9 +77,17 @@ def eval_main(arguments: list[str]) -> None:
     chosen = parser.parse_intermixed_args(arguments)
     _prepare()
     with stdout_to_stderr() as out:
+        from tqdm import tqdm
+
         from switchyard.training.evaluate import evaluate
 
-        found = evaluate(chosen.checkpoint, chosen.overrides)
+        with tqdm(unit="batch", disable=None, leave=False) as bar:  # None: only on a terminal
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            found = evaluate(chosen.checkpoint, chosen.overrides, on_batch=show)
         text = json.dumps(found.to_dict()) if chosen.json else found.to_text()
         out.write(text + "\n")
 

@@ -121,6 +121,16 @@ def _finished(run: Path, config: Config) -> dict[str, Any] | None:
 def check_resumable(old: Config, new: Config) -> None:
     """Refuses changes that would give another model or another sequence of losses (UserError names the key)."""
     before, now = old.model_dump(), new.model_dump()
+    held_total = before["schedule"]["total_steps"] or before["train"]["steps"]
+    total = now["schedule"]["total_steps"]
+    if total in (None, held_total):  # nothing that the user has asked to change
+        before["schedule"]["total_steps"] = total
+        if total is None and new.train.steps != held_total:
+            print(
+                f"resume: the learning-rate curve ends at step {new.train.steps} now, not {held_total}; "
+                f"schedule.total_steps={held_total} keeps it",
+                flush=True,
+            )
     for section, part in now.items():
         for name, value in part.items():
             key, held = f"{section}.{name}", before[section][name]
@@ -371,4 +381,4 @@ class Trainer:
 def expected_compile_seconds(config: Config) -> float:
     """About how long the training step compiles on two CPU cores; it does not depend on the model's width."""
     conditional = len(config.moe_layers)
-    return 2.0 + 0.5 * (config.model.num_layers - conditional) + 1.0 * conditional
+    return 1.0 + 0.7 * (config.model.num_layers - conditional) + 2.0 * conditional
