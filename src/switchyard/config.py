@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from switchyard.errors import UserError
+from switchyard.laws import laws
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -83,6 +84,21 @@ class MoEConfig(Section):
     )
     aux_loss_factor: Weight = Field(0.01, description="weight of the load-balance loss of each layer")
     z_loss_factor: Weight = Field(0.001, description="weight of the router z-loss of each layer")
+    hash_table: Literal["balanced", "random"] = Field(
+        "balanced", description="hash: every expert gets as many token ids as any other, or each id one at random"
+    )
+    random_draw: Literal["token", "step"] = Field(
+        "token", description="random: the expert of a token id is fixed, or drawn anew at each training step (THOR)"
+    )
+    consistency_loss_factor: Weight = Field(
+        0.0, description="weight of THOR's loss between two passes with other random experts; 0 = one pass"
+    )
+    n_group: Positive = Field(1, description="groups that the experts are split into, one beside the other")
+    task_num: Positive = Field(1, description="tasks T that rows may belong to: task, multi_gate, random_in_group")
+    task_experts: list[list[NotNegative]] | None = Field(
+        None, description="task: the K experts of each task; null = sets of K in turn"
+    )
+    slots_per_expert: Positive = Field(1, description="soft: slots of an expert in each group")
     jitter: Fraction = Field(0.0, description="training: router input times U(1 - jitter, 1 + jitter), anew each step")
     losses: dict[str, Weight] = Field(
         {}, description="further balance losses and their weights: importance, load, mutual_information"
@@ -189,7 +205,7 @@ class Config(Section):
     def moe_layers(self) -> tuple[int, ...]:
         """Indices, from 0, of the layers that are conditional."""
         count, which = self.model.num_layers, self.moe.layers
-        if self.moe.expert_num == 1:
+        if self.moe.expert_num == 1 and self.moe.router != "mixture_of_depths":
             return ()
         if which == "all":
             return tuple(range(count))
@@ -268,84 +284,9 @@ def build(tree: dict[str, Any], overrides: tuple[str, ...] | list[str] = ()) -> 
 
 def check(config: Config) -> None:
     """Refuses combinations that no single field can see (UserError)."""
-    for holds, key, value, allowed in _laws(config):
+    for holds, key, value, allowed in laws(config):
         if not holds:
             raise UserError(f"{key}: {value}; {allowed}")
-
-
-def _laws(config: Config):
-    """(holds, key, value, what is allowed) of each cross-field law."""
-    model, moe, cut = config.model, config.moe, config.parallel
-    heads, experts = model.num_heads, moe.expert_num
-    kv_heads = model.n_kv_heads or heads
-    yield (
-        model.hidden_size % heads == 0,
-        "model.num_heads",
-        heads,
-        f"must divide model.hidden_size ({model.hidden_size})",
-    )
-    yield heads % kv_heads == 0, "model.n_kv_heads", kv_heads, f"must divide model.num_heads ({heads})"
-    head_size = model.hidden_size // heads
-    yield (
-        model.position != "rotary" or head_size % 2 == 0,
-        "model.position",
-        "rotary",
-        f"needs an even head size, not {head_size}; change model.hidden_size or model.num_heads, or take 'learned'",
-    )
-    chosen = moe.num_experts_chosen
-    yield chosen <= experts, "moe.num_experts_chosen", chosen, f"at most moe.expert_num ({experts})"
-    if moe.router == "switch":
-        yield chosen == 1, "moe.num_experts_chosen", chosen, "moe.router 'switch' chooses 1; take 'top_k' for more"
-    if isinstance(moe.layers, list):
-        top = max(moe.layers, default=0)
-        yield top < model.num_layers, "moe.layers", top, f"at most model.num_layers - 1 ({model.num_layers - 1})"
-    if isinstance(moe.layers, int):
-        count = model.num_layers
-        yield moe.layers <= count, "moe.layers", moe.layers, f"every n-th needs n <= model.num_layers ({count})"
-    per_step = config.data.batch_size
-    yield (
-        per_step % config.groups == 0,
-        "data.batch_size",
-        per_step,
-        f"must be a multiple of the routing groups ({config.groups}: moe.groups or parallel.data_parallel)",
-    )
-    yield (
-        experts % cut.expert_parallel == 0,
-        "parallel.expert_parallel",
-        cut.expert_parallel,
-        f"must divide moe.expert_num ({experts})",
-    )
-    yield (
-        cut.data_parallel % cut.expert_parallel == 0,
-        "parallel.expert_parallel",
-        cut.expert_parallel,
-        f"must divide parallel.data_parallel ({cut.data_parallel})",
-    )
-    yield (
-        kv_heads % cut.model_parallel == 0,
-        "parallel.model_parallel",
-        cut.model_parallel,
-        f"must divide the key/value heads ({kv_heads})",
-    )
-    yield (
-        cut.pipeline_stage <= model.num_layers,
-        "parallel.pipeline_stage",
-        cut.pipeline_stage,
-        f"at most model.num_layers ({model.num_layers})",
-    )
-    yield (
-        config.schedule.lr_end <= config.schedule.learning_rate,
-        "schedule.lr_end",
-        config.schedule.lr_end,
-        f"at most schedule.learning_rate ({config.schedule.learning_rate})",
-    )
-    length = config.export.max_length
-    yield (
-        length is None or model.position == "rotary" or length <= model.seq_length,
-        "export.max_length",
-        length,
-        f"learned positions end at model.seq_length ({model.seq_length}); take model.position=rotary for longer",
-    )
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -1,0 +1,126 @@
+"""What no field of the configuration can see by itself: laws between fields."""
+
+ONE_CHOICE = ("switch", "hash", "lsh", "random", "random_in_group", "tree", "mixture_of_depths")
+POWER_OF_TWO = ("lsh", "tree")
+
+
+def router_laws(moe):
+    """(holds, key, value, what is allowed) of what single routers ask of the section `moe`."""
+    router, experts, chosen = moe.router, moe.expert_num, moe.num_experts_chosen
+    if router in ONE_CHOICE:
+        yield chosen == 1, "moe.num_experts_chosen", chosen, f"moe.router '{router}' chooses 1; take 'top_k' for more"
+    if router in POWER_OF_TWO:
+        even = experts & (experts - 1) == 0
+        yield even, "moe.expert_num", experts, f"moe.router '{router}' needs a power of two"
+    if router == "mixture_of_depths":
+        yield (
+            experts == 1,
+            "moe.expert_num",
+            experts,
+            "moe.router 'mixture_of_depths' has one expert, or none, for a row",
+        )
+        factor = moe.capacity_factor
+        yield factor <= 1, "moe.capacity_factor", factor, "the share of rows that mixture_of_depths works on: at most 1"
+    if router == "random_in_group":
+        groups = moe.n_group
+        yield experts % groups == 0, "moe.n_group", groups, f"must divide moe.expert_num ({experts})"
+    if moe.consistency_loss_factor:
+        drawn = router == "random" and moe.random_draw == "step"
+        yield (
+            drawn,
+            "moe.consistency_loss_factor",
+            moe.consistency_loss_factor,
+            "needs moe.router 'random', random_draw 'step'",
+        )
+    if moe.task_experts is not None:
+        yield from _task_laws(moe)
+
+
+def _task_laws(moe):
+    """Laws of the table of experts by task."""
+    sets, chosen = moe.task_experts, moe.num_experts_chosen
+    yield (
+        len(sets) == moe.task_num,
+        "moe.task_experts",
+        sets,
+        f"must name a set for each of moe.task_num ({moe.task_num})",
+    )
+    for task in sets:
+        distinct = len(task) == len(set(task)) == chosen
+        yield distinct, "moe.task_experts", task, f"a set needs moe.num_experts_chosen ({chosen}) different experts"
+        known = max(task, default=0) < moe.expert_num
+        yield known, "moe.task_experts", task, f"experts are numbered from 0 below moe.expert_num ({moe.expert_num})"
+
+
+def laws(config):
+    """(holds, key, value, what is allowed) of each cross-field law of a Config."""
+    model, moe, cut = config.model, config.moe, config.parallel
+    heads, experts = model.num_heads, moe.expert_num
+    kv_heads = model.n_kv_heads or heads
+    yield (
+        model.hidden_size % heads == 0,
+        "model.num_heads",
+        heads,
+        f"must divide model.hidden_size ({model.hidden_size})",
+    )
+    yield heads % kv_heads == 0, "model.n_kv_heads", kv_heads, f"must divide model.num_heads ({heads})"
+    head_size = model.hidden_size // heads
+    yield (
+        model.position != "rotary" or head_size % 2 == 0,
+        "model.position",
+        "rotary",
+        f"needs an even head size, not {head_size}; change model.hidden_size or model.num_heads, or take 'learned'",
+    )
+    chosen = moe.num_experts_chosen
+    yield chosen <= experts, "moe.num_experts_chosen", chosen, f"at most moe.expert_num ({experts})"
+    yield from router_laws(moe)
+    if isinstance(moe.layers, list):
+        top = max(moe.layers, default=0)
+        yield top < model.num_layers, "moe.layers", top, f"at most model.num_layers - 1 ({model.num_layers - 1})"
+    if isinstance(moe.layers, int):
+        count = model.num_layers
+        yield moe.layers <= count, "moe.layers", moe.layers, f"every n-th needs n <= model.num_layers ({count})"
+    per_step = config.data.batch_size
+    yield (
+        per_step % config.groups == 0,
+        "data.batch_size",
+        per_step,
+        f"must be a multiple of the routing groups ({config.groups}: moe.groups or parallel.data_parallel)",
+    )
+    yield (
+        experts % cut.expert_parallel == 0,
+        "parallel.expert_parallel",
+        cut.expert_parallel,
+        f"must divide moe.expert_num ({experts})",
+    )
+    yield (
+        cut.data_parallel % cut.expert_parallel == 0,
+        "parallel.expert_parallel",
+        cut.expert_parallel,
+        f"must divide parallel.data_parallel ({cut.data_parallel})",
+    )
+    yield (
+        kv_heads % cut.model_parallel == 0,
+        "parallel.model_parallel",
+        cut.model_parallel,
+        f"must divide the key/value heads ({kv_heads})",
+    )
+    yield (
+        cut.pipeline_stage <= model.num_layers,
+        "parallel.pipeline_stage",
+        cut.pipeline_stage,
+        f"at most model.num_layers ({model.num_layers})",
+    )
+    yield (
+        config.schedule.lr_end <= config.schedule.learning_rate,
+        "schedule.lr_end",
+        config.schedule.lr_end,
+        f"at most schedule.learning_rate ({config.schedule.learning_rate})",
+    )
+    length = config.export.max_length
+    yield (
+        length is None or model.position == "rotary" or length <= model.seq_length,
+        "export.max_length",
+        length,
+        f"learned positions end at model.seq_length ({model.seq_length}); take model.position=rotary for longer",
+    )
