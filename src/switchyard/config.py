@@ -101,7 +101,7 @@ class MoEConfig(Section):
     slots_per_expert: Positive = Field(1, description="soft: slots of an expert in each group")
     jitter: Fraction = Field(0.0, description="training: router input times U(1 - jitter, 1 + jitter), anew each step")
     losses: dict[str, Weight] = Field(
-        {}, description="further balance losses and their weights: importance, load, mutual_information"
+        {}, description="further balance losses and their weights: importance, load, mutual_information, sequence"
     )
     groups: Positive | None = Field(
         None, description="groups G that route for themselves; null = the data-parallel slices"

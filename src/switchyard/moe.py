@@ -50,6 +50,7 @@ class MoELayer(nn.Cell):
         dtype: of the experts' matrix products.
         slices: hands out the slices of noise that jitter and the router read.
         vocab_size: of the tokens whose ids come along, for routers that choose by token.
+        has_tasks: whether task ids come along, for routers that choose by task.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class MoELayer(nn.Cell):
         dtype,
         slices: NoiseSlices,
         vocab_size: int | None = None,
+        has_tasks: bool = False,
     ):
         super().__init__()
         moe, width = config.moe, config.model.hidden_size
         self.expert_num, self.choices, self.jitter = moe.expert_num, moe.num_experts_chosen, moe.jitter
         self.slice = slices.take(self.jitter > 0)
-        self.router = create_router(config, random, slices, vocab_size)
+        self.router = create_router(config, random, slices, vocab_size, has_tasks)
         hidden, activation = config.expert_width, config.model.activation
         self.experts = FeedForwardExperts(moe.expert_num, width, hidden, activation, std, random, dtype)
         self.shared = None
@@ -73,7 +75,7 @@ class MoELayer(nn.Cell):
             self.shared = FeedForwardExperts(1, width, hidden * moe.shared_expert_num, activation, std, random, dtype)
         self.train_path = create_path(self.router.form, moe, True)
         self.eval_path = create_path(self.router.eval_form or self.router.form, moe, False)
-        self.losses = balance.WeightedLosses(moe, self.router)
+        self.losses = balance.WeightedLosses(moe, self.router, config.model.seq_length)
 
     def construct(self, rows: Tensor, valid: Tensor, noise: Tensor, token_ids: Tensor = None, task_ids: Tensor = None):
         """Rows [G, N, D], valid [G, N] (1 = real, 0 = padding), noise [.., G * N, D] of U(0, 1); ids [G, N] int32."""

@@ -64,17 +64,22 @@ def squared_variation(amounts: Tensor) -> Tensor:
     return (variance / (mean.squeeze(-1) ** 2 + 1e-10)).mean()
 
 
-def importance_loss(routing: dict, valid: Tensor) -> Tensor:
+def by_sequence(values: Tensor, length: int) -> Tensor:
+    """Groups of whole sequences as one sequence each: [G, N, ...] -> [G * N / S, S, ...]."""
+    return values.reshape(-1, length, *values.shape[2:])
+
+
+def importance_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
     """CV^2 of the experts' importance (arXiv 1701.06538, eq. 6 and 7). Scalar."""
     return squared_variation(importance(routing["mass"], valid))
 
 
-def load_loss(routing: dict, valid: Tensor) -> Tensor:
+def load_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
     """CV^2 of the experts' smooth load (arXiv 1701.06538, eq. 8 to 11). Scalar."""
     return squared_variation(importance(routing["smooth_load"], valid))
 
 
-def mutual_information_loss(routing: dict, valid: Tensor) -> Tensor:
+def mutual_information_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
     """Minus the information that a row gives about its expert (Mod-Squad, arXiv 2212.08066, eq. 4): H(E|X) - H(E).
 
     Small when rows are sure of their experts and the experts together are used evenly. Scalar.
@@ -84,11 +89,23 @@ def mutual_information_loss(routing: dict, valid: Tensor) -> Tensor:
     return entropy(routing["probabilities"], valid) - marginal
 
 
-# name in moe.losses -> function of (Routing, valid); `switch` and `z` have factors of their own
+def sequence_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
+    """The balance loss of each sequence by itself (DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20, without its alpha).
+
+    Eq. 18 is f, eq. 20 is P, over the S rows of one sequence instead of all: a router that is balanced only on average
+    over the sequences is not enough. Mean over the sequences; a scalar.
+    """
+    chosen, probabilities = by_sequence(routing["chosen"], length), by_sequence(routing["probabilities"], length)
+    return switch_balance(chosen, probabilities, by_sequence(valid, length), choices)
+
+
+# name in moe.losses -> function of (Routing, valid, K, length S of a sequence) that gives a scalar;
+# `switch` and `z` have factors of their own
 LOSSES = {
     "importance": importance_loss,
     "load": load_loss,
     "mutual_information": mutual_information_loss,
+    "sequence": sequence_loss,
 }
 
 
@@ -98,14 +115,15 @@ class WeightedLosses(nn.Cell):
     Args:
         moe: whose `losses` name the extra ones.
         router: whose `losses` say what it can give.
+        length: rows S of a sequence; a group holds whole sequences in training, when further losses are computed.
 
     Raises:
         UserError: a loss that is unknown or that this router cannot give.
     """
 
-    def __init__(self, moe, router: nn.Cell):
+    def __init__(self, moe, router: nn.Cell, length: int):
         super().__init__()
-        self.choices = moe.num_experts_chosen
+        self.choices, self.length = moe.num_experts_chosen, length
         self.switch, self.z = "switch" in router.losses, "z" in router.losses
         self.extra = tuple((name, weight) for name, weight in moe.losses.items() if weight > 0)
         for name, _ in self.extra:
@@ -121,8 +139,9 @@ class WeightedLosses(nn.Cell):
             balance_loss = switch_balance(routing["chosen"], routing["probabilities"], valid, self.choices)
         if self.z:
             router_z = z_loss(routing["logits"], valid)
-        for name, weight in self.extra:
-            extra = extra + weight * LOSSES[name](routing, valid)
+        if self.training:
+            for name, weight in self.extra:
+                extra = extra + weight * LOSSES[name](routing, valid, self.choices, self.length)
         if "own_loss" in routing:
             extra = extra + routing["own_loss"]
         return balance_loss, router_z, extra

@@ -31,7 +31,8 @@ class Routing(TypedDict):
         experts [G, N, K] int32: the choices, best first; E, which is no expert, for a padded row
         gates [G, N, K] float32: what a choice's output is multiplied by; 0 for a padded row
     Form "expert_choice": rows [G, E, C] int32 and gates [G, E, C] float32, 0 for a slot that nobody fills.
-    Form "soft": dispatch and combine [G, N, E, C] float32 weights. Forms "dense" and "merged": gates [G, N, E] float32.
+    Form "soft": dispatch and combine [G, N, E, C] float32 weights. Form "dense": gates [G, N, E] float32. Form
+    "merged": gates [G, E] float32, one mixture of the experts' parameters for a group.
     """
 
     probabilities: Tensor
@@ -65,7 +66,8 @@ class RouterSetting:
     """What a router is built from.
 
     moe: its section of the configuration. width: D. random: draws initial weights and tables. slices: hands out the
-    slices of noise. vocab_size: of the token ids in the context, None where there are none.
+    slices of noise. vocab_size: of the token ids in the context, None where there are none. has_tasks: whether task ids
+    come along. length: rows of a sequence, None where rows are no sequence.
     """
 
     moe: MoEConfig
@@ -73,6 +75,8 @@ class RouterSetting:
     random: np.random.Generator
     slices: NoiseSlices
     vocab_size: int | None = None
+    has_tasks: bool = False
+    length: int | None = None
 
 
 _ROUTERS: dict[str, type] = {}
@@ -112,16 +116,22 @@ def find_router(name: str) -> type:
     return found
 
 
-def create_router(config, random: np.random.Generator, slices=None, vocab_size: int | None = None) -> nn.Cell:
-    """The router that `moe.router` names.
+def create_router(
+    config, random: np.random.Generator, slices=None, vocab_size: int | None = None, has_tasks: bool = False
+) -> nn.Cell:
+    """The router that `moe.router` names; a network with a vocabulary has sequences of model.seq_length.
 
     Raises:
         UserError: no router has that name, or it needs what the network does not give.
     """
-    router = find_router(config.moe.router)
+    router, name = find_router(config.moe.router), config.moe.router
     if "token_ids" in router.needs and vocab_size is None:
-        raise UserError(f"moe.router: {config.moe.router!r}; chooses by token id, which this network does not have")
-    return router(RouterSetting(config.moe, config.model.hidden_size, random, slices or NoiseSlices(), vocab_size))
+        raise UserError(f"moe.router: {name!r}; chooses by token id, which this network does not have")
+    if "task_ids" in router.needs and not has_tasks:
+        raise UserError(f"moe.router: {name!r}; chooses by task id, which this network does not have")
+    length = None if vocab_size is None else config.model.seq_length
+    width, slices = config.model.hidden_size, slices or NoiseSlices()
+    return router(RouterSetting(config.moe, width, random, slices, vocab_size, has_tasks, length))
 
 
 class Router(nn.Cell):
@@ -129,13 +139,14 @@ class Router(nn.Cell):
 
     A subclass states what it is in the class attributes and implements `construct(rows, context) -> Routing`.
 
-    name: in YAML. paper: where it is from. form: of its Routing; eval_form: of the one at evaluation, where it differs.
-    learnable: has weights. causal: a row's routing at evaluation does not look at later rows. batch_independent: the
-    same row gets the same experts and gates whatever batch it stands in. needs: entries of the Context it cannot do
-    without. losses: names in `moe.losses` that it can give; `switch` and `z` also by aux_loss_factor and z_loss_factor.
+    name: in YAML. paper: where it is from. unit: what it decides for: row (of the layer), token (by its id) or task.
+    form: of its Routing; eval_form: of the one at evaluation, where it differs. learnable: has weights. causal: a row's
+    routing at evaluation does not look at later rows. batch_independent: the same row gets the same experts and gates
+    whatever batch it stands in. needs: entries of the Context it cannot do without. losses: names in `moe.losses` that
+    it can give; `switch` and `z` also by aux_loss_factor and z_loss_factor.
     """
 
-    name, paper = "", ""
+    name, paper, unit = "", "", "row"
     form, eval_form = "token_choice", None
     learnable, causal, batch_independent = True, True, True
     needs: tuple = ()
@@ -154,6 +165,21 @@ def router_weight(width: int, experts: int, random: np.random.Generator) -> Para
     """The gate's matrix [D, E], small so that no expert starts ahead (arXiv 2101.03961, section 2.4: scale 0.1)."""
     scale = 0.1 / np.sqrt(width)
     return Parameter(Tensor(random.normal(0.0, scale, (width, experts)).astype(np.float32)), name="weight")
+
+
+class LinearRouter(Router):
+    """A router that scores experts by x W, in float32."""
+
+    def __init__(self, setting: RouterSetting):
+        super().__init__(setting)
+        self.weight = router_weight(setting.width, self.expert_num, setting.random)
+        self.product = ops.MatMul()
+
+    def score(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Rows [G, N, D] times a matrix [D, X] -> [G, N, X]."""
+        groups, count, width = rows.shape
+        scores = self.product(rows.reshape(groups * count, width).astype(mstype.float32), weight)  # [G * N, X]
+        return scores.reshape(groups, count, -1)
 
 
 class TopChoices(nn.Cell):

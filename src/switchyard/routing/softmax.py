@@ -4,25 +4,20 @@ Legend: G groups, N rows of a group, E experts, K choices of a row, D width.
 """
 
 from mindspore import Tensor, ops
-from mindspore import dtype as mstype
 
-from switchyard.routing.base import Choosing, Router, RouterSetting, register, router_weight
+from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, register
 
 
-class SoftmaxRouter(Router):
+class SoftmaxRouter(LinearRouter):
     """p = softmax(x W) (arXiv 2101.03961, eq. 1), the K most probable experts, gates made of their probabilities."""
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
-        self.weight = router_weight(setting.width, self.expert_num, setting.random)
-        self.product = ops.MatMul()
         self.softmax = ops.Softmax(-1)
         self.choose = Choosing(self.expert_num, self.choices)
 
     def construct(self, rows: Tensor, context: dict) -> dict:
-        groups, count, width = rows.shape
-        logits = self.product(rows.reshape(groups * count, width).astype(mstype.float32), self.weight)  # [G * N, E]
-        logits = logits.reshape(groups, count, self.expert_num)  # [G, N, E]
+        logits = self.score(rows, self.weight)  # [G, N, E]
         probabilities = self.softmax(logits)  # arXiv 2101.03961, eq. 1
         experts, gates, chosen = self.choose(logits, probabilities, context["valid"])
         return {
