@@ -98,7 +98,8 @@ class Decoder(nn.Cell):
                 for index in range(model.num_layers)
             ]
         )
-        self.noise_slices = slices.count
+        passes = 2 if config.moe.consistency_loss_factor and self.moe_layers else 1  # see training.step.LossCell
+        self.noise_slices = slices.count * passes
         self.norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
         self.tied, self.dtype = model.tie_word_embeddings, DTYPES[model.compute_dtype]
         self.head = None

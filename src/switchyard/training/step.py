@@ -39,8 +39,11 @@ class LossCell(nn.Cell):
 
     total = mean over valid tokens of the cross-entropy
             + moe.aux_loss_factor * sum over layers of balance_loss + moe.z_loss_factor * sum over layers of z_loss
-            + sum over layers of further losses, which the model has weighted
-            + sum over layers of the weighted losses of moe.losses
+            + sum over layers of further losses, which the model has weighted (moe.losses)
+
+    With moe.consistency_loss_factor the model reads the batch twice, each time with noise of its own and so with other
+    random experts; the cross-entropy is the mean of both and factor * symmetric KL of their outputs is added (THOR,
+    arXiv 2110.04260, eq. 3, halved). The audit is that of the first pass.
 
     Args:
         model: (tokens [B, S], valid [B, S], noise) -> (logits [N, V] float32, losses, audit), see models.Decoder.
@@ -52,6 +55,8 @@ class LossCell(nn.Cell):
         self.model, self.token_losses = model, TokenLosses()
         self.conditional = bool(config.moe_layers)
         self.balance_factor, self.z_factor = config.moe.aux_loss_factor, config.moe.z_loss_factor
+        self.consistency = config.moe.consistency_loss_factor if self.conditional else 0.0
+        self.log_softmax = ops.LogSoftmax(-1)
 
     def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor):
         """tokens, labels [B, S] int32, valid [B, S] float32, noise [max(J, 1), N, D] -> (total [], figures).
@@ -62,13 +67,25 @@ class LossCell(nn.Cell):
         logits, layer_losses, audit = self.model(tokens, valid, noise)  # [N, V]
         weights = valid.reshape(-1)  # [N]
         losses = self.token_losses(logits, labels.reshape(-1))  # [N]
+        apart = ops.zeros_like(losses)  # [N]
+        if self.consistency > 0:
+            other, _, _ = self.model(tokens, valid, noise[noise.shape[0] // 2 :])  # [N, V]
+            losses = (losses + self.token_losses(other, labels.reshape(-1))) / 2
+            apart = self.divergence(logits, other)
         loss = (losses * weights).sum() / ops.maximum(weights.sum(), 1.0)
         if not self.conditional:
             zero = ops.zeros_like(loss)
             return loss, (loss, zero, zero)
         balance, z, further = layer_losses  # [M] each
         total = loss + self.balance_factor * balance.sum() + self.z_factor * z.sum() + further.sum()
+        if self.consistency > 0:
+            total = total + self.consistency * (apart * weights).sum() / ops.maximum(weights.sum(), 1.0)
         return total, (loss, balance.mean(), z.mean(), *flat_audit(audit))
+
+    def divergence(self, one: Tensor, other: Tensor) -> Tensor:
+        """(KL(p || q) + KL(q || p)) / 2 of the distributions of two logits [N, V] -> [N]."""
+        one, other = self.log_softmax(one), self.log_softmax(other)
+        return ((ops.exp(one) - ops.exp(other)) * (one - other)).sum(-1) / 2
 
 
 def flat_audit(audit: dict) -> tuple:
