@@ -117,11 +117,13 @@ def _raise(error):
         (UserError("a: 1; b"), 2, "error: a: 1; b\n"),
         (UserError("two\nlines"), 2, "error: two lines\n"),
         (Interrupted("saved"), 75, "interrupted: saved\n"),
+        (BrokenPipeError(), 141, ""),
         (KeyboardInterrupt(), 130, "interrupted: there was nothing to save\n"),
         (PermissionError(13, "Permission denied", "runs"), 2, "error: 'runs': Permission denied\n"),
     ],
 )
-def test_exit_codes(error, code, text, capsys):
+def test_exit_codes(error, code, text, capsys, monkeypatch):
+    monkeypatch.setattr(cli.os, "dup2", lambda *_: None)  # the stdout of the tests is read to the end
     assert cli.run(_raise(error), []) == code
     assert capsys.readouterr().err == text
 

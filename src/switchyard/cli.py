@@ -12,6 +12,7 @@ from switchyard import config as configuration
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Interrupted, UserError
 
 EXIT_KILLED = 130  # Ctrl-C where there was nothing to save: what a shell reports for SIGINT
+EXIT_PIPE = 141  # nobody reads stdout any more: what a shell reports for SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +46,7 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = N
         return _say("interrupted: there was nothing to save", EXIT_KILLED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
-        return EXIT_OK
+        return EXIT_PIPE
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise

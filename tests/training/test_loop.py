@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from oracles.tiny_run import losses_of, metrics_of, run_config, write_text
 
+from switchyard.data import EvalBatches
 from switchyard.errors import Interrupted, UserError
 from switchyard.training import checkpoint
 from switchyard.training.loop import StopSignals, train
@@ -177,6 +178,26 @@ def test_a_signal_saves_and_a_resumed_run_repeats_the_rest(tmp_path, pynative, m
     assert checkpoint.read(runs / "other").step == 3 and list(losses_of(runs / "other")) == [1, 2, 3]
     train(other, resume=True)
     assert losses_of(runs / "other") == losses_of(runs / "tiny")
+
+
+def test_a_signal_in_an_evaluation_saves_and_the_evaluation_is_made_up_for(tmp_path, pynative, monkeypatch):
+    write_text(tmp_path)
+    config = run_config(tmp_path, train={"steps": 4, "eval_every": 2, "eval_batches": 2}, context={"mode": "pynative"})
+    original = EvalBatches.at
+
+    def batch_and_signal(self, index):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, index)
+
+    monkeypatch.setattr(EvalBatches, "at", batch_and_signal)
+    with pytest.raises(Interrupted, match="saved step 2"):
+        train(config)
+    monkeypatch.setattr(EvalBatches, "at", original)
+    run = tmp_path / "runs" / "tiny"
+    assert not metrics_of(run, "evaluation")
+    train(config, resume=True)
+    assert [line["step"] for line in metrics_of(run, "evaluation")] == [2, 4, 4]  # the last over the whole set
+    assert list(losses_of(run)) == [1, 2, 3, 4]
 
 
 def _command(folder: Path, *arguments: str) -> list[str]:
