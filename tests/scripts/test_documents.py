@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,13 @@ def test_files_and_modules_that_are_named_exist(name):
     for module in re.findall(r"python -m (switchyard[\w.]*)", text):
         found = importlib.util.find_spec(module)
         assert found and (found.submodule_search_locations is None or importlib.util.find_spec(f"{module}.__main__"))
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_CN.md"])
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "export.py", "infer.py", "-m switchyard.data.prepare"])
+def test_command_lines_are_those_of_help(name, program):
+    row = next(line for line in read(name).splitlines() if line.startswith(f"| `python {program}` |"))
+    shown = subprocess.run([sys.executable, *program.split(), "--help"], capture_output=True, text=True, cwd=ROOT)
+    flags = set(re.findall(r"--[a-z][a-z-]*", shown.stdout.split("usage:")[1].split("\n\n")[0]))
+    assert flags == set(re.findall(r"--[a-z][a-z-]*", row))
+    assert ("section.key=value" in row) == ("section.key=value" in shown.stdout)

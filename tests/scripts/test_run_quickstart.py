@@ -21,7 +21,7 @@ export: {max_length: 48}
 
 @pytest.mark.slow
 def test_quickstart_from_end_to_end(tmp_path):
-    text, config, out = tmp_path / "text.txt", tmp_path / "tiny.yaml", tmp_path / "my runs"
+    text, config, out = tmp_path / "text.txt", tmp_path / "tiny.yaml", tmp_path / "my_runs"
     text.write_text("def double(x):\n    return 2 * x\n\n" * 100)
     config.write_text(TINY.replace("TEXT", str(text)))
     (out / "quickstart").mkdir(parents=True)  # an earlier run, which must be left alone

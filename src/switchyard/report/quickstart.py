@@ -1,4 +1,4 @@
-"""The closing table of the quickstart, from the files that its steps left in the run folder.
+"""The generated text and the closing table of the quickstart, from the files that its steps left in the run folder.
 
     python -m switchyard.report.quickstart runs/NAME --seconds training=201 evaluation=12
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from switchyard.cli import Parser, run
 from switchyard.errors import UserError
+from switchyard.inference import manifest
 from switchyard.report.picture import picture
 from switchyard.training.metrics import load_range
 
@@ -32,8 +33,9 @@ def rows(run: Path, seconds: dict[str, float]) -> list[tuple[str, str]]:
         UserError: a file is missing or holds something else.
     """
     evaluation = _read(run / EVALUATION, ("loss", "loss_ci95", "bits_per_byte", "layers"))
-    manifest = _read(run / EXPORT / "manifest.json", ("parity",))
+    parity = manifest.read(run / EXPORT).parity
     generation = _read(run / GENERATION, ("tokens_per_second",))
+    missed = f", {len(parity.not_reached)} experts not reached" if parity.not_reached else ""
     low, high = evaluation["loss_ci95"]
     total = sum(seconds.values())
     table = [
@@ -44,13 +46,10 @@ def rows(run: Path, seconds: dict[str, float]) -> list[tuple[str, str]]:
     for layer in evaluation["layers"]:
         least, most = load_range(np.array([layer["load"]], float))  # [1, E]
         table.append((f"expert load, layer {layer['layer']}", f"{least:.2f} to {most:.2f} of the mean"))
-    table.append(("export parity", _parity(manifest["parity"])))
+    figure = f"largest difference of a logit {parity.max_abs_difference:.1e} (bound {parity.bound:.0e}{missed})"
+    table.append(("export parity", figure))
     table.append(("generation", f"{generation['tokens_per_second']:.0f} tokens/s"))
     return table
-
-
-def _parity(parity: dict[str, Any]) -> str:
-    return f"largest difference of a logit {parity['max_abs_difference']:.1e}"
 
 
 def text(table: list[tuple[str, str]]) -> str:
@@ -89,7 +88,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seconds", nargs="*", type=_seconds, default=[], metavar="STEP=S", help="time of each step")
     options = parser.parse_args(arguments)
     table = text(rows(options.run, dict(options.seconds)))
-    print(f"\n{table}\nloss and load: {picture(options.run)}")
+    generation = _read(options.run / GENERATION, ("prompt", "text"))
+    print(f"{generation['prompt']}{generation['text']}\n\n{table}\nloss and load: {picture(options.run)}")
 
 
 if __name__ == "__main__":
