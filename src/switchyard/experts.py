@@ -37,6 +37,7 @@ class FeedForwardExperts(nn.Cell):
         self.product_out = ops.BatchMatMul()
         self.activation = create_activation(activation)
         self.take = ops.Gather()
+        self.mix = ops.MatMul()
 
     def construct(self, rows: Tensor) -> Tensor:
         """Rows [E, S, D], those of expert e in slice e."""
@@ -46,6 +47,15 @@ class FeedForwardExperts(nn.Cell):
         """Rows [P, b, D], those of block p all of expert `block_expert` [P]: the chosen experts' weights only."""
         w_gate = self.take(self.w_gate, block_expert, 0) if self.gated else None  # [P, D, F]
         return self._work(rows, self.take(self.w_in, block_expert, 0), w_gate, self.take(self.w_out, block_expert, 0))
+
+    def merged(self, rows: Tensor, gates: Tensor) -> Tensor:
+        """Rows [G, N, D] through one network a group: the experts' parameters weighted by gates [G, E] and summed."""
+        w_gate = self._mean(self.w_gate, gates) if self.gated else None  # [G, D, F]
+        return self._work(rows, self._mean(self.w_in, gates), w_gate, self._mean(self.w_out, gates))
+
+    def _mean(self, weight, gates):
+        experts, rows, columns = weight.shape
+        return self.mix(gates, weight.reshape(experts, -1)).reshape(-1, rows, columns)  # [G, D, F]
 
     def _work(self, rows, w_in, w_gate, w_out):
         rows = rows.astype(self.dtype)

@@ -101,6 +101,8 @@ class MoELayer(nn.Cell):
         slots = path.dispatch(rows, plan)  # [E, S, D] or [P, b, D]
         if "block_expert" in plan:
             slots = self.experts.blocks(slots, plan["block_expert"].reshape(-1))
+        elif "merged" in plan:
+            slots = self.experts.merged(slots, plan["merged"])  # [G, N, D]
         else:
             slots = self.experts(slots)
         return path.combine(slots, plan), path.served(routing, plan)

@@ -2,17 +2,20 @@
 
 A path is asked three things: `plan(routing)`, `dispatch(rows, plan)` and `combine(outputs, plan)`. What dispatch
 returns goes through the experts: [E, S, D] through all of them or, where the plan has a `block_expert`, blocks
-[P, b, D] through the chosen ones. `served(routing, plan)` counts the choices that got a place.
+[P, b, D] through the chosen ones or, where it has `merged` gates, [G, N, D] through one mixture of them a group.
+`served(routing, plan)` counts the choices that got a place.
 
 Legend: G groups, N rows of a group, E experts, C capacity, K choices of a row, M slots of a group, P blocks, b rows of
 a block, D width.
 """
 
 from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
 
 from switchyard.config import MoEConfig
 from switchyard.dispatch import BlockPlan, CapacityPlan
 from switchyard.kernels.rows import Combine, Dispatch
+from switchyard.onehot import OneHotCombine, OneHotDispatch
 
 
 class TokenChoicePath(nn.Cell):
@@ -65,7 +68,119 @@ class TokenChoicePath(nn.Cell):
         return plan["kept"].sum()
 
 
-PATHS = {"token_choice": TokenChoicePath}
+class OpenPath(nn.Cell):
+    """Base of the paths on which nothing is dropped: every choice is served."""
+
+    def __init__(self, moe: MoEConfig, training: bool):
+        super().__init__()
+        self.expert_num = moe.expert_num
+
+    def served(self, routing: dict, plan: dict) -> Tensor:
+        """All choices: scalar."""
+        return routing["chosen"].sum()
+
+
+class ExpertChoicePath(OpenPath):
+    """Each expert gets the rows that it took (arXiv 2202.09368, section 3.2): a gather, and a sum of segments back.
+
+    The gradient of the one is the other. The index runs over the rows of all groups.
+    """
+
+    def __init__(self, moe: MoEConfig, training: bool):
+        super().__init__(moe, training)
+        self.take, self.turn = ops.Gather(), ops.Transpose()
+
+    def plan(self, routing: dict) -> dict:
+        """{index [E, G * C] int32 into all rows, gates [E, G * C], chosen [G, N, E]}."""
+        groups, count, experts = routing["chosen"].shape
+        first = (ops.arange(groups) * count).astype(mstype.int32).reshape(groups, 1, 1)
+        index = self.turn(routing["rows"] + first, (1, 0, 2)).reshape(experts, -1)  # [E, G * C]
+        gates = self.turn(routing["gates"], (1, 0, 2)).reshape(experts, -1)  # [E, G * C]
+        return {"index": ops.stop_gradient(index), "gates": gates, "chosen": routing["chosen"]}
+
+    def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
+        """Rows [G, N, D] -> [E, G * C, D]."""
+        return self.take(rows.reshape(-1, rows.shape[-1]), plan["index"], 0)
+
+    def combine(self, outputs: Tensor, plan: dict) -> Tensor:
+        """[E, G * C, D] -> [G, N, D]: y = sum of gates * outputs over the slots that hold the row (eq. 3)."""
+        groups, count, _ = plan["chosen"].shape
+        width = outputs.shape[-1]
+        weighted = (outputs * ops.expand_dims(plan["gates"], -1)).reshape(-1, width)  # [E * G * C, D]
+        rows = ops.unsorted_segment_sum(weighted, plan["index"].reshape(-1), groups * count)  # [G * N, D]
+        return rows.reshape(groups, count, width)
+
+
+class DensePath(OpenPath):
+    """Every expert gets all rows; the outputs are summed, weighted by the gates."""
+
+    def __init__(self, moe: MoEConfig, training: bool):
+        super().__init__(moe, training)
+        self.turn = ops.Transpose()
+
+    def plan(self, routing: dict) -> dict:
+        """{gates [G, N, E]}."""
+        return {"gates": routing["gates"]}
+
+    def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
+        """Rows [G, N, D] -> [E, G * N, D]."""
+        rows = rows.reshape(1, -1, rows.shape[-1])
+        return ops.tile(rows, (self.expert_num, 1, 1))
+
+    def combine(self, outputs: Tensor, plan: dict) -> Tensor:
+        """[E, G * N, D] -> [G, N, D]."""
+        groups, count, experts = plan["gates"].shape
+        gates = self.turn(plan["gates"].reshape(-1, experts), (1, 0))  # [E, G * N]
+        return (outputs * ops.expand_dims(gates, -1)).sum(0).reshape(groups, count, -1)
+
+
+class SoftPath(OpenPath):
+    """Slots are mixtures of rows, rows are mixtures of slots (arXiv 2308.00951, eq. 2 and 3)."""
+
+    def __init__(self, moe: MoEConfig, training: bool):
+        super().__init__(moe, training)
+        self.to_slots, self.to_rows = OneHotDispatch(), OneHotCombine()
+        self.to_experts, self.to_groups = ops.Transpose(), ops.Transpose()
+
+    def plan(self, routing: dict) -> dict:
+        """{dispatch, combine [G, N, E, C]}."""
+        return {"dispatch": routing["dispatch"], "combine": routing["combine"]}
+
+    def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
+        """Rows [G, N, D] -> [E, G * C, D]."""
+        slots = self.to_slots(rows, plan["dispatch"])  # [G, E, C, D]
+        return self.to_experts(slots, (1, 0, 2, 3)).reshape(self.expert_num, -1, rows.shape[-1])
+
+    def combine(self, outputs: Tensor, plan: dict) -> Tensor:
+        """[E, G * C, D] -> [G, N, D]."""
+        groups, _, _, slots = plan["combine"].shape
+        outputs = outputs.reshape(self.expert_num, groups, slots, -1)  # [E, G, C, D]
+        return self.to_rows(self.to_groups(outputs, (1, 0, 2, 3)), plan["combine"])
+
+
+class MergedPath(OpenPath):
+    """All rows of a group go through one expert, whose parameters are the experts' mean weighted by the gates."""
+
+    def plan(self, routing: dict) -> dict:
+        """{merged [G, E], real [G, N, 1]}."""
+        return {"merged": routing["gates"], "real": routing["chosen"][:, :, :1]}
+
+    def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
+        """[G, N, D], as they are."""
+        return rows
+
+    def combine(self, outputs: Tensor, plan: dict) -> Tensor:
+        """[G, N, D]; padded rows come back as zero."""
+        return outputs * plan["real"]
+
+
+PATHS = {
+    "token_choice": TokenChoicePath,
+    "expert_choice": ExpertChoicePath,
+    "dense": DensePath,
+    "soft": SoftPath,
+    "merged": MergedPath,
+}
 
 
 def create_path(form: str, moe: MoEConfig, training: bool) -> nn.Cell:

@@ -24,7 +24,7 @@ def table() -> str:
 
 
 LEGEND = (
-    "unit: what a decision is made for: a row of the layer, a token by its id, or a task.",
+    "unit: what a decision is made for: a row of the layer, a token by its id, a task, or a whole group.",
     "form: how rows and experts meet in training; after / at evaluation, where it differs.",
     "causal: at evaluation no row's routing looks at later rows; the decoder takes these only.",
     "losses: switch by moe.aux_loss_factor, z by moe.z_loss_factor, the others by moe.losses.",
