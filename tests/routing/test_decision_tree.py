@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
-from mindspore import dtype as mstype
 from oracles.tiny import tiny_config
 
 from switchyard.routing import create_router
