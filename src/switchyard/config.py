@@ -62,7 +62,9 @@ class MoEConfig(Section):
     router: str = Field("switch", description="how rows choose experts: `python -m switchyard.routing` lists them")
     expert_num: Positive = Field(1, description="experts E of a layer; 1 = dense feed-forward everywhere")
     num_experts_chosen: Positive = Field(1, description="experts K that each row goes to")
-    norm_topk_prob: bool = Field(True, description="top_k with K >= 2: gates of a row sum to 1")
+    norm_topk_prob: bool = Field(
+        True, description="top_k, sigmoid, cosine, sinkhorn, two_level with K >= 2: gates of a row sum to 1"
+    )
     layers: Literal["all"] | Positive | list[NotNegative] = Field(
         "all", description="which layers are conditional: all, every n-th (the n-th, 2n-th, ...), or a list from 0"
     )
@@ -70,14 +72,27 @@ class MoEConfig(Section):
         None, description="hidden width F of one expert; null = the dense width"
     )
     shared_expert_num: NotNegative = Field(0, description="experts that every row visits besides")
+    use_shared_expert_gating: bool = Field(
+        False, description="the shared experts' output times a learned sigmoid gate of the row"
+    )
     capacity_factor: Annotated[float, Field(gt=0)] = Field(
         1.25, description="training: slots of an expert / its fair share of choices"
     )
     eval_capacity_factor: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the same at evaluation; null = dropless, by blocks of one expert each"
     )
-    drop_order: Literal["position", "probability"] = Field(
-        "position", description="who gets the slots when an expert is full: the first, or the largest gates"
+    drop_order: Literal["position", "probability", "batch_priority", "random"] = Field(
+        "position", description="who gets a full expert's slots: first rows, largest gates, surest rows, or by lot"
+    )
+    min_capacity: Positive = Field(1, description="slots of an expert at least")
+    reroute: NotNegative = Field(
+        0, description="rounds in which a choice without a slot asks the row's next best expert with free room"
+    )
+    force_balance: bool = Field(
+        False, description="experts in turn whatever the router says, to time perfect balance; gates stay live"
+    )
+    copies: Positive = Field(
+        1, description="groups of experts that each get a copy of every row and route it by themselves to K experts"
     )
     dropless_block_size: Positive | None = Field(
         None, description="rows of a block in dropless evaluation; null = a quarter of an expert's fair share, 8 to 128"
@@ -93,6 +108,18 @@ class MoEConfig(Section):
     consistency_loss_factor: Weight = Field(
         0.0, description="weight of THOR's loss between two passes with other random experts; 0 = one pass"
     )
+    second_expert: Literal["all", "sampling", "threshold"] = Field(
+        "all", description="gshard: second choices that count: all, by lot in proportion (training), or large gates"
+    )
+    second_expert_threshold: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.2, description="gshard, second_expert 'threshold': the gate that a second choice must exceed"
+    )
+    topk_bias_update_rate: Weight = Field(
+        0.001, description="sigmoid: step of the bias that balances the load; 0 = off"
+    )
+    topk_group: Positive = Field(1, description="sigmoid, two_level: groups that a row may choose experts from")
+    routed_scaling_factor: Annotated[float, Field(gt=0)] = Field(1.0, description="sigmoid: factor of the gates")
+    sinkhorn_iterations: Positive = Field(8, description="sinkhorn, training: passes that balance rows and experts")
     n_group: Positive = Field(1, description="groups that the experts are split into, one beside the other")
     task_num: Positive = Field(1, description="tasks T that rows may belong to: task, multi_gate, random_in_group")
     task_experts: list[list[NotNegative]] | None = Field(
@@ -106,6 +133,11 @@ class MoEConfig(Section):
     groups: Positive | None = Field(
         None, description="groups G that route for themselves; null = the data-parallel slices"
     )
+
+    @property
+    def choices(self) -> int:
+        """Experts that a row goes to in all: K of each copy."""
+        return self.num_experts_chosen * self.copies
 
 
 class DataConfig(Section):

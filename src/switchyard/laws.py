@@ -1,6 +1,7 @@
 """What no field of the configuration can see by itself: laws between fields."""
 
-ONE_CHOICE = ("switch", "hash", "lsh", "random", "random_in_group", "tree", "mixture_of_depths")
+ONE_CHOICE = ("switch", "hash", "lsh", "random", "random_in_group", "tree", "mixture_of_depths", "base")
+GROUP_LIMITED = ("sigmoid", "two_level")
 POWER_OF_TWO = ("lsh", "tree")
 
 
@@ -21,6 +22,7 @@ def router_laws(moe):
         )
         factor = moe.capacity_factor
         yield factor <= 1, "moe.capacity_factor", factor, "the share of rows that mixture_of_depths works on: at most 1"
+    yield from _token_choice_laws(moe)
     if router == "random_in_group":
         groups = moe.n_group
         yield experts % groups == 0, "moe.n_group", groups, f"must divide moe.expert_num ({experts})"
@@ -34,6 +36,41 @@ def router_laws(moe):
         )
     if moe.task_experts is not None:
         yield from _task_laws(moe)
+
+
+def _token_choice_laws(moe):
+    """Laws of learned token choice; E and K are those of one copy."""
+    router, copies, chosen = moe.router, moe.copies, moe.num_experts_chosen
+    yield moe.expert_num % copies == 0, "moe.copies", copies, f"must divide moe.expert_num ({moe.expert_num})"
+    experts = moe.expert_num // copies
+    yield (
+        copies == 1 or chosen <= experts,
+        "moe.num_experts_chosen",
+        chosen,
+        f"at most moe.expert_num / moe.copies ({experts})",
+    )
+    if router == "gshard":
+        yield chosen == 2, "moe.num_experts_chosen", chosen, "moe.router 'gshard' chooses 2"
+    if router == "prototype":
+        yield experts % chosen == 0, "moe.num_experts_chosen", chosen, f"prototype: must divide the experts ({experts})"
+    if router in GROUP_LIMITED:
+        groups, taken = moe.n_group, moe.topk_group
+        yield router != "two_level" or groups > 1, "moe.n_group", groups, "two_level needs 2 or more groups of experts"
+        yield experts % groups == 0, "moe.n_group", groups, f"must divide the experts ({experts})"
+        yield taken <= groups, "moe.topk_group", taken, f"at most moe.n_group ({groups})"
+        room = taken * (experts // groups)
+        yield (
+            chosen <= room,
+            "moe.num_experts_chosen",
+            chosen,
+            f"at most the {room} experts of moe.topk_group ({taken}) groups",
+        )
+    yield (
+        not moe.use_shared_expert_gating or moe.shared_expert_num > 0,
+        "moe.use_shared_expert_gating",
+        True,
+        "needs moe.shared_expert_num of 1 or more",
+    )
 
 
 def _task_laws(moe):

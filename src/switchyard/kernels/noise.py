@@ -1,5 +1,9 @@
 """Randomness is an input: the host draws it by (seed, step), so that a resumed run repeats it on any device."""
 
+import math
+
+from mindspore import Tensor, nn, ops
+
 
 class NoiseSlices:
     """Hands out the slices of the noise tensor while a model is built; `count` is how many one training pass reads."""
@@ -13,3 +17,40 @@ class NoiseSlices:
             return 0
         self.count += 1
         return self.count - 1
+
+
+class UniformRows(nn.Cell):
+    """The noise of a reader that wants some columns of U(0, 1) a row: noise [J, N, D] -> [N, columns].
+
+    Args:
+        slices: as many are taken as the columns need.
+        width: D of the noise.
+        columns: how many a row gets.
+    """
+
+    def __init__(self, slices: NoiseSlices, width: int, columns: int):
+        super().__init__()
+        self.columns = columns
+        self.slices = tuple(slices.take(True) for _ in range(-(-columns // width)))
+
+    def construct(self, noise: Tensor) -> Tensor:
+        parts = ()
+        for index in self.slices:
+            parts = (*parts, noise[index])  # [N, D]
+        rows = parts[0] if len(parts) == 1 else ops.concat(parts, 1)
+        return rows[:, : self.columns]
+
+
+class NormalRows(nn.Cell):
+    """Standard normals from uniforms by the Box-Muller transform: noise [J, N, D] -> [N, columns]."""
+
+    def __init__(self, slices: NoiseSlices, width: int, columns: int):
+        super().__init__()
+        self.columns, self.half = columns, -(-columns // 2)
+        self.uniform = UniformRows(slices, width, 2 * self.half)
+
+    def construct(self, noise: Tensor) -> Tensor:
+        uniform = self.uniform(noise)  # [N, 2 * half]
+        radius = ops.sqrt(-2.0 * ops.log(1.0 - uniform[:, : self.half]))  # U is below 1, so the logarithm is finite
+        angle = 2.0 * math.pi * uniform[:, self.half :]
+        return ops.concat((radius * ops.cos(angle), radius * ops.sin(angle)), 1)[:, : self.columns]

@@ -1,12 +1,18 @@
 """WHERE a row goes: routers, found by their YAML name, and the balance of what they decide."""
 
-from switchyard.routing import (  # noqa: F401  (register their routers)
+from switchyard.routing import (  # noqa: F401  (they register their routers)
+    assignment,
+    cosine,
     decision_tree,
     expert_choice,
     fixed,
+    gshard,
     multi_gate,
+    noisy,
+    sigmoid,
     soft,
     softmax,
+    tree,
 )
 from switchyard.routing.base import Router, RouterSetting, Routing, create_router, known_routers, register
 

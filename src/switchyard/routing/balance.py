@@ -34,10 +34,10 @@ def switch_balance(chosen: Tensor, probabilities: Tensor, valid: Tensor, choices
     return (share * mean).sum(-1).mean() * chosen.shape[-1]
 
 
-def log_partition(logits: Tensor) -> Tensor:
-    """log of the sum of exponentials over the experts: [G, N, E] -> [G, N]."""
-    top = ops.stop_gradient(ops.ReduceMax(keep_dims=True)(logits, -1))  # [G, N, 1]
-    return ops.log(ops.exp(logits - top).sum(-1)) + top.squeeze(-1)
+def log_partition(logits: Tensor, axis: int = -1) -> Tensor:
+    """log of the sum of exponentials over the experts, or another axis: [G, N, E] -> [G, N]."""
+    top = ops.stop_gradient(ops.ReduceMax(keep_dims=True)(logits, axis))  # [G, N, 1]
+    return ops.log(ops.exp(logits - top).sum(axis)) + top.squeeze(axis)
 
 
 def z_loss(logits: Tensor, valid: Tensor) -> Tensor:

@@ -134,6 +134,17 @@ def create_router(
     return router(RouterSetting(config.moe, width, random, slices, vocab_size, has_tasks, length))
 
 
+def require_causal(moe: MoEConfig) -> None:
+    """Refuses a router that looks at later rows (UserError): a causal model must not see what it is to predict."""
+    if find_router(moe.router).causal:
+        return
+    causal = ", ".join(name for name, router in known_routers().items() if router.causal)
+    raise UserError(
+        f"moe.router: {moe.router!r}; looks at the whole sequence, later tokens too, which a causal model must not: "
+        f"take one of {causal}"
+    )
+
+
 class Router(nn.Cell):
     """Rows in, Routing out. Arithmetic is float32 whatever the model computes in (arXiv 2101.03961, section 2.4).
 
@@ -168,11 +179,11 @@ def router_weight(width: int, experts: int, random: np.random.Generator) -> Para
 
 
 class LinearRouter(Router):
-    """A router that scores experts by x W, in float32."""
+    """A router that scores experts by x W, in float32; W [D, E], or of other columns."""
 
-    def __init__(self, setting: RouterSetting):
+    def __init__(self, setting: RouterSetting, columns: int | None = None):
         super().__init__(setting)
-        self.weight = router_weight(setting.width, self.expert_num, setting.random)
+        self.weight = router_weight(setting.width, columns or self.expert_num, setting.random)
         self.product = ops.MatMul()
 
     def score(self, rows: Tensor, weight: Tensor) -> Tensor:
@@ -180,6 +191,11 @@ class LinearRouter(Router):
         groups, count, width = rows.shape
         scores = self.product(rows.reshape(groups * count, width).astype(mstype.float32), weight)  # [G * N, X]
         return scores.reshape(groups, count, -1)
+
+
+def normalised(gates: Tensor) -> Tensor:
+    """Gates [G, N, K] divided by their sum; a padded row's stay 0."""
+    return gates / ops.maximum(gates.sum(-1, keepdims=True), 1e-20)
 
 
 class TopChoices(nn.Cell):
@@ -217,8 +233,12 @@ class Choosing(nn.Cell):
 
     def construct(self, scores: Tensor, probabilities: Tensor, valid: Tensor):
         """[G, N, E] twice and valid [G, N] -> (experts [G, N, K], gates [G, N, K], chosen [G, N, E])."""
-        valid = ops.expand_dims(valid, -1)  # [G, N, 1]
         experts, masks = self.top(scores)  # [G, N, K]
+        return self.weigh(experts, masks, probabilities, valid)
+
+    def weigh(self, experts: Tensor, masks: tuple, probabilities: Tensor, valid: Tensor):
+        """The same of choices that are made: experts [G, N, K] and the one-hot of each, K x [G, N, E]."""
+        valid = ops.expand_dims(valid, -1)  # [G, N, 1]
         gates, chosen = (), masks[0]
         for mask in masks:
             gates = (*gates, self.sum(probabilities * mask, -1))  # [G, N]

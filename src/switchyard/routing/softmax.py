@@ -5,21 +5,22 @@ Legend: G groups, N rows of a group, E experts, K choices of a row, D width.
 
 from mindspore import Tensor, ops
 
-from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, register
+from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, normalised, register
 
 
 class SoftmaxRouter(LinearRouter):
     """p = softmax(x W) (arXiv 2101.03961, eq. 1), the K most probable experts, gates made of their probabilities."""
 
-    def __init__(self, setting: RouterSetting):
-        super().__init__(setting)
+    def __init__(self, setting: RouterSetting, columns: int | None = None):
+        super().__init__(setting, columns)
         self.softmax = ops.Softmax(-1)
         self.choose = Choosing(self.expert_num, self.choices)
 
     def construct(self, rows: Tensor, context: dict) -> dict:
-        logits = self.score(rows, self.weight)  # [G, N, E]
+        logits = self.logits(rows)  # [G, N, E]
         probabilities = self.softmax(logits)  # arXiv 2101.03961, eq. 1
-        experts, gates, chosen = self.choose(logits, probabilities, context["valid"])
+        scores = self.rank(logits, context["valid"])
+        experts, gates, chosen = self.choose(scores, probabilities, context["valid"])
         return {
             "experts": experts,
             "gates": self.weigh(gates),
@@ -28,6 +29,14 @@ class SoftmaxRouter(LinearRouter):
             "mass": probabilities,
             "chosen": chosen,
         }
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Rows [G, N, D] -> scores whose softmax are the probabilities [G, N, E]."""
+        return self.score(rows, self.weight)
+
+    def rank(self, logits: Tensor, valid: Tensor) -> Tensor:
+        """What the choice goes by: logits [G, N, E] and valid [G, N] -> [G, N, E]."""
+        return logits
 
     def weigh(self, gates: Tensor) -> Tensor:
         """Gates of the chosen experts' probabilities [G, N, K]."""
@@ -44,20 +53,19 @@ class Switch(SoftmaxRouter):
     paper = "arXiv 2101.03961"
 
 
-@register("top_k")
-class TopK(SoftmaxRouter):
-    """Top-k softmax gate (arXiv 1701.06538, section 2.1; Mixtral, arXiv 2401.04088, section 2.1).
+class NormalisedRouter(SoftmaxRouter):
+    """`norm_topk_prob` divides K >= 2 gates by their sum; one alone it does not, for the reason that Switch gives."""
 
-    `norm_topk_prob` divides the K gates by their sum. With K = 1 it does not, for the reason that Switch gives.
-    """
-
-    paper = "arXiv 1701.06538, 2401.04088"
-
-    def __init__(self, setting: RouterSetting):
-        super().__init__(setting)
+    def __init__(self, setting: RouterSetting, columns: int | None = None):
+        super().__init__(setting, columns)
         self.normalise = setting.moe.norm_topk_prob and self.choices > 1
 
     def weigh(self, gates: Tensor) -> Tensor:
-        if self.normalise:
-            return gates / ops.maximum(gates.sum(-1, keepdims=True), 1e-20)  # a padded row's gates are 0
-        return gates
+        return normalised(gates) if self.normalise else gates
+
+
+@register("top_k")
+class TopK(NormalisedRouter):
+    """Top-k softmax gate (arXiv 1701.06538, section 2.1; Mixtral, arXiv 2401.04088, section 2.1)."""
+
+    paper = "arXiv 1701.06538, 2401.04088"

@@ -1,0 +1,154 @@
+"""Balanced assignment: in training rows and experts are matched so that every expert gets its share.
+
+Legend: G groups, N rows of a group, E experts, K choices of a row, D width.
+"""
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from switchyard.dispatch import ChoiceOrder
+from switchyard.routing.balance import log_partition, rows_of
+from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, register
+from switchyard.routing.softmax import NormalisedRouter
+
+FAR = 1e30  # beyond every score
+
+
+@register("sinkhorn")
+class Sinkhorn(NormalisedRouter):
+    """The K largest of a balanced matrix (arXiv 2202.01169, section 3.2 and appendix B.2.1: S-BASE).
+
+    In training `moe.sinkhorn_iterations` passes scale exp(x W) until each row sums to 1 and each expert's column to its
+    share of the rows, in logarithms: an expert that all want has its price raised. The choice is made by the scaled
+    matrix, which carries no gradient; the gates are the softmax's, as in top_k. At evaluation a row cannot look at the
+    others: plain top-k.
+    """
+
+    paper = "arXiv 2202.01169"
+
+    def __init__(self, setting: RouterSetting):
+        super().__init__(setting)
+        self.iterations = setting.moe.sinkhorn_iterations
+
+    def rank(self, logits: Tensor, valid: Tensor) -> Tensor:
+        if not self.training:
+            return logits
+        logits = ops.stop_gradient(logits)
+        share = ops.log(rows_of(valid) / self.expert_num).reshape(-1, 1, 1)  # of an expert, [G, 1, 1]
+        away = (1.0 - ops.expand_dims(valid, -1)) * FAR  # padding counts in no column, [G, N, 1]
+        of_expert = ops.zeros_like(logits[:, :1])  # logarithm of a column's factor, [G, 1, E]
+        for _ in range(self.iterations):
+            of_row = -ops.expand_dims(log_partition(logits + of_expert), -1) - away  # [G, N, 1]
+            of_expert = share - ops.expand_dims(log_partition(logits + of_row, 1), 1)  # [G, 1, E]
+        return logits + of_expert  # a row's own factor does not change its order
+
+
+@register("base")
+class Base(LinearRouter):
+    """BASE layer (arXiv 2103.16716, section 3): in training a linear assignment gives every expert as many rows.
+
+    The assignment maximises the sum of the scores x w_e (eq. 2) by an auction. Without padding and with E a divisor of
+    N an expert gets exactly N / E rows, else at most ceil(N / E); so there is no balance loss to weigh, and a capacity
+    factor of 1 drops nothing. At evaluation a row goes to its best expert (section 3.2). The gate is sigmoid(x w_e)
+    (eq. 1). The probabilities, of which the audit's entropy is made, are the softmax of the scores.
+    """
+
+    paper = "arXiv 2103.16716"
+
+    def __init__(self, setting: RouterSetting):
+        super().__init__(setting)
+        self.auction = Auction(self.expert_num)
+        self.choose = Choosing(self.expert_num, 1)
+        self.softmax, self.sigmoid, self.one_hot = ops.Softmax(-1), ops.Sigmoid(), ops.OneHot()
+        self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+
+    def construct(self, rows: Tensor, context: dict) -> dict:
+        logits = self.score(rows, self.weight)  # [G, N, E]
+        scores, probabilities = self.sigmoid(logits), self.softmax(logits)
+        if self.training:
+            expert = self.auction(logits, context["valid"])  # [G, N]
+            mask = self.one_hot(expert, self.expert_num, self.on, self.off)  # [G, N, E]
+            experts, gates, chosen = self.choose.weigh(ops.expand_dims(expert, -1), (mask,), scores, context["valid"])
+        else:
+            experts, gates, chosen = self.choose(logits, scores, context["valid"])
+        return {
+            "experts": experts,
+            "gates": gates,
+            "probabilities": probabilities,
+            "logits": logits,
+            "mass": probabilities,
+            "chosen": chosen,
+        }
+
+
+class Auction(nn.Cell):
+    """One expert for each real row, at most ceil(real rows / E) rows for an expert, nearly the largest sum of scores.
+
+    Bertsekas' auction for identical seats: a row without a seat bids for the expert with the best score minus price as
+    much as leaves it no worse off than its second best, plus a step; an expert keeps its highest bids, and once it is
+    full its price is the lowest of them. With a step of 1 / 50 of the scores' range the sum ends within that, a row, of
+    the largest. After 64 rounds those still without a seat take the free ones in turn. Shapes are static, the number of
+    rounds is not; nothing has a gradient.
+    """
+
+    rounds, fraction = 64, 0.02
+
+    def __init__(self, experts: int):
+        super().__init__()
+        self.expert_num = experts
+        self.order = ChoiceOrder(experts, 1, "probability")
+        self.argmax = ops.Argmax(axis=-1, output_type=mstype.int32)
+        self.one_hot = ops.OneHot()
+        self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+        self.highest, self.lowest = ops.ReduceMax(), ops.ReduceMin()
+        self.prefix, self.before = ops.CumSum(), ops.CumSum(exclusive=True)
+
+    def construct(self, scores: Tensor, valid: Tensor) -> Tensor:
+        """Scores [G, N, E] and valid [G, N] -> expert [G, N] int32, E for a padded row."""
+        scores, real = scores * ops.expand_dims(valid, -1), valid > 0
+        count = valid.sum(1, keepdims=True).astype(mstype.int32)  # [G, 1]
+        seats = (count + (self.expert_num - 1)) // self.expert_num
+        spread = self.highest(scores, (1, 2)) - self.lowest(scores, (1, 2))  # [G]
+        step = ops.expand_dims(ops.maximum(self.fraction * spread, 1e-6), -1)  # [G, 1]
+        nowhere = ops.zeros_like(valid).astype(mstype.int32) + self.expert_num  # [G, N]
+        expert, bid, price = nowhere, ops.zeros_like(valid), ops.zeros_like(scores[:, 0])  # price [G, E]
+        waiting = self.waiting(expert, real)
+        index = Tensor(0, mstype.int32)
+        while ops.logical_and(index < self.rounds, waiting.sum() > 0):
+            asked, offer = self.offers(scores, price, step)
+            expert, bid = ops.where(waiting > 0, asked, expert), ops.where(waiting > 0, offer, bid)
+            expert, price = self.settle(expert, bid, price, seats)
+            waiting = self.waiting(expert, real)
+            index = index + 1
+        return self.fill(expert, waiting, seats)
+
+    def bprop(self, scores, valid, out, d_out):
+        return ops.zeros_like(scores), ops.zeros_like(valid)
+
+    def waiting(self, expert: Tensor, real: Tensor) -> Tensor:
+        """1 where a real row has no seat: [G, N]."""
+        return ops.logical_and(expert == self.expert_num, real).astype(mstype.float32)
+
+    def offers(self, scores: Tensor, price: Tensor, step: Tensor):
+        """The expert that each row would bid for and its bid: scores [G, N, E], price [G, E] -> [G, N] twice."""
+        value = scores - ops.expand_dims(price, 1)  # [G, N, E]
+        asked = self.argmax(value)
+        mask = self.one_hot(asked, self.expert_num, self.on, self.off)  # [G, N, E]
+        second = self.highest(value - mask * FAR, -1)  # [G, N]
+        return asked, (scores * mask).sum(-1) - second + step
+
+    def settle(self, expert: Tensor, bid: Tensor, price: Tensor, seats: Tensor):
+        """Each expert keeps its highest bids: -> (expert [G, N], those who lost at E, price [G, E])."""
+        _, position, count, _ = self.order(expert, bid)
+        expert = ops.where(position < seats, expert, ops.zeros_like(expert) + self.expert_num)
+        mask = self.one_hot(expert, self.expert_num, self.on, self.off)  # [G, N, E]
+        lowest = self.lowest(ops.expand_dims(bid, -1) * mask + (1.0 - mask) * FAR, 1)  # [G, E]
+        return expert, ops.where(count >= seats, lowest, price)
+
+    def fill(self, expert: Tensor, waiting: Tensor, seats: Tensor) -> Tensor:
+        """Gives the rows still waiting [G, N] the free seats, expert by expert."""
+        held = self.one_hot(expert, self.expert_num, self.on, self.off).sum(1)  # [G, E]
+        last = self.prefix(seats.astype(mstype.float32) - held, 1)  # free seats up to here, [G, E]
+        number = self.before(waiting, 1)  # of a waiting row among them, [G, N]
+        found = (ops.expand_dims(last, 1) <= ops.expand_dims(number, 2)).astype(mstype.float32).sum(2)  # [G, N]
+        return ops.where(waiting > 0, found.astype(mstype.int32), expert)
