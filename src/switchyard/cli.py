@@ -45,7 +45,7 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = N
     except KeyboardInterrupt:
         return _say("interrupted: there was nothing to save", EXIT_KILLED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its end
         return EXIT_PIPE
     except OSError as error:
         if error.filename is None or error.strerror is None:
