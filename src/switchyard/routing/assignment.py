@@ -101,6 +101,7 @@ class Auction(nn.Cell):
         self.one_hot = ops.OneHot()
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
         self.highest, self.lowest = ops.ReduceMax(), ops.ReduceMin()
+        self.nothing = ops.ZerosLike()
         self.prefix, self.before = ops.CumSum(), ops.CumSum(exclusive=True)
 
     def construct(self, scores: Tensor, valid: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ class Auction(nn.Cell):
         return self.fill(expert, waiting, seats)
 
     def bprop(self, scores, valid, out, d_out):
-        return ops.zeros_like(scores), ops.zeros_like(valid)
+        return self.nothing(scores), self.nothing(valid)
 
     def waiting(self, expert: Tensor, real: Tensor) -> Tensor:
         """1 where a real row has no seat: [G, N]."""

@@ -14,10 +14,10 @@ from switchyard.routing.sigmoid import GroupLimit
 class TwoLevel(LinearRouter):
     """Hierarchical mixture of experts (arXiv 1701.06538, appendix B): expert j of group i has p_i p_(j|i).
 
-    Eq. 12 is the product. A primary gate is a softmax over the Q = `moe.n_group` groups, a secondary one over the experts of each group, which
-    stand one beside the other. A row goes to the K experts of the largest p_ij within its `moe.topk_group` most
-    probable groups; with one group and K = 1 to the best expert of the best group. `norm_topk_prob` divides K >= 2
-    gates by their sum. The logits are the sum of both levels'.
+    Eq. 12 is the product. A primary gate is a softmax over the Q = `moe.n_group` groups, a secondary one over the
+    experts of each group, which stand one beside the other. A row goes to the K experts of the largest product within
+    its `moe.topk_group` most probable groups; with one group and K = 1 to the best expert of the best group.
+    `norm_topk_prob` divides K >= 2 gates by their sum. The logits are the sum of both levels'.
     """
 
     paper = "arXiv 1701.06538, appendix B"
