@@ -6,17 +6,18 @@ from mindspore import Tensor
 from oracles.tiny_decoder import EXPERTS, VARIANTS, VOCABULARY, decoder_config, random_tokens, run_decoder
 
 from switchyard.models import Decode, Prefill, create_model
+from switchyard.models.generation import OpenBlockPlan
 
 LENGTH = 8  # of the cache
 
 
 def prefill(decoder, tokens, lengths):
     """Logits and caches with room for LENGTH places; what is behind a prompt must not be seen, so it is loud."""
-    logits, *caches = Prefill(decoder)(Tensor(np.ascontiguousarray(tokens)), Tensor(np.array(lengths, np.int32)))
-    more = LENGTH - tokens.shape[1]
-    return logits, *(
-        Tensor(np.pad(one.asnumpy(), [(0, 0)] * 3 + [(0, more), (0, 0)], constant_values=99)) for one in caches
-    )
+    lengths = Tensor(np.array(lengths, np.int32))
+    logits, keys, values = Prefill(decoder, LENGTH)(Tensor(np.ascontiguousarray(tokens)), lengths)
+    room = [(0, 0)] * 3 + [(0, LENGTH - tokens.shape[1]), (0, 0)]
+    keys, values = (Tensor(np.pad(cache.asnumpy(), room, constant_values=99)) for cache in (keys, values))
+    return logits, keys, values
 
 
 @pytest.mark.parametrize("name", ["experts-everywhere", "grouped-query-swiglu", "dense-learned-free-layernorm-gelu"])
@@ -55,3 +56,25 @@ def test_generation_of_one_sequence_by_a_model_of_many_groups(pynative):
     np.testing.assert_allclose(logits.asnumpy(), whole[:1, 6], atol=1e-5, rtol=1e-5)
     logits, _, _ = Decode(decoder, LENGTH)(Tensor(tokens[:1, 7]), Tensor(np.array([7], np.int32)), keys, values)
     np.testing.assert_allclose(logits.asnumpy(), whole[:1, 7], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 4, 8])
+def test_the_plan_of_prefill(block, pynative):
+    """Every choice has a slot of its own in a block of its expert; padding has the last slot, which nobody owns."""
+    experts = np.random.default_rng(block).integers(0, 6, 24).astype(np.int32)  # 5 is no expert: padding
+    choice_of, slot_of, block_expert = (part.asnumpy() for part in OpenBlockPlan(5, block)(Tensor(experts)))
+    assert choice_of.shape == (24 + 5 * block,) and block_expert.shape == (24 // block + 5,)
+    real = np.flatnonzero(experts < 5)
+    np.testing.assert_array_equal(choice_of[slot_of[real]], real)
+    np.testing.assert_array_equal(block_expert[slot_of[real] // block], experts[real])
+    assert len(set(slot_of[real])) == len(real)
+    np.testing.assert_array_equal(slot_of[experts == 5], len(choice_of) - 1)
+    assert len(choice_of) - 1 not in slot_of[real]
+
+
+def test_the_plan_when_all_choose_one_expert(pynative):
+    """By hand: 4 choices of expert 1 of 2 in blocks of 2 take blocks 0 and 1; the last of the four blocks is spare."""
+    choice_of, slot_of, block_expert = OpenBlockPlan(2, 2)(Tensor(np.array([1, 1, 1, 1], np.int32)))
+    assert slot_of.asnumpy().tolist() == [0, 1, 2, 3]
+    assert choice_of.asnumpy().tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
+    assert block_expert.asnumpy().tolist() == [1, 1, 1, 1]

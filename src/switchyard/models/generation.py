@@ -1,12 +1,14 @@
 """The two halves of generation: `Prefill` reads prompts, `Decode` goes on by one token a call.
 
 Both read the layers of a Decoder and hold no weights of their own. No shape of theirs is a constant but the sizes of
-the model: batch, prompt length and cache length may change from call to call. `Decode` has no arithmetic on shapes
-either (every reshape has one open axis, ranges come from prefix sums), so that a graph loaded from MindIR becomes
-wholly static for the shapes it is called with: a dynamic one costs ten times as much a token on CPU.
+the model: batch, prompt length and cache length may change from call to call. They have no arithmetic on shapes
+either: a reshape has one open axis, ranges are prefix sums, an axis is split by a gather with an index of two axes. A
+graph that was loaded from MindIR becomes wholly static so, for the shapes it is called with; one with shapes to be
+worked out at run time costs ten times as much a token on CPU.
 
 Legend: B batch, S prompt length, N = B * S, D width, V vocabulary, L layers, H query heads, J key/value heads,
-R = H / J, h head size, T cache length, M longest sequence, K choices of a row.
+R = H / J, h head size, W = J * (R + 2) * h, T cache length, M longest sequence, E experts, K choices of a row, b rows
+of a block, P blocks.
 """
 
 import numpy as np
@@ -19,35 +21,143 @@ from switchyard.models.decoder import Decoder
 from switchyard.models.layers import MASKED, Linear, Rotary
 
 
-class Prefill(nn.Cell):
+class _Half(nn.Cell):
+    """What both halves share: embedding, projections turned to their places, the head."""
+
+    def __init__(self, decoder: Decoder, max_length: int):
+        super().__init__()
+        self.decoder, self.dtype, self.last_place = decoder, decoder.dtype, max_length - 1
+        attention = decoder.layers[0].attention
+        self.heads, self.repeat, self.size = attention.kv_heads, attention.repeat, attention.head_size
+        self.width = self.heads * self.repeat * self.size  # D
+        self.turns = attention.rotary is not None
+        cos, sin = rotation_tables(attention.rotary, max_length, self.repeat, self.size, attention.scale)
+        self.cos, self.sin = Tensor(cos), Tensor(sin)
+        self.swap = Tensor(np.roll(np.eye(self.size, dtype=np.float32), self.size // 2, 1))
+        self.norms = nn.CellList([PlainNorm(norm) for norm in _norms(decoder)])
+        self.by_choice = chooses_tokens(decoder)
+        self.nothing = Tensor(np.zeros((1, 1, 1), np.float32))
+        self.take, self.product, self.prefix = ops.Gather(), ops.MatMul(), ops.CumSum()
+        self.scores, self.mix = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
+        self.split = ops.Split(2, 3)
+        # The training graph's: ops.Softmax differs from it by 4e-6, which sharp attention multiplies
+        self.softmax = Softmax()
+
+    def embed(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """Tokens and positions [N] -> [N, D]."""
+        x = self.take(self.decoder.embedding.table, tokens, 0)
+        if self.decoder.position is not None:
+            x = x + self.take(self.decoder.position.table, position, 0)
+        return x
+
+    def turn(self, position: Tensor) -> tuple:
+        """What projections at positions [N] are multiplied by: two [N, W]."""
+        cos, sin = self.take(self.cos, position, 0), self.take(self.sin, position, 0)  # [N, (R + 2) * h]
+        return ops.tile(cos, (1, self.heads)), ops.tile(sin, (1, self.heads))
+
+    def project(self, attention: nn.Cell, x: Tensor, turn: tuple) -> Tensor:
+        """[N, D] -> [N, J, R + 2, h]: queries, scaled, and a key, both turned to their places, and a value."""
+        qkv = attention.qkv(x).astype(mstype.float32)  # [N, W]
+        if self.turns:
+            swapped = self.product(qkv.reshape(-1, self.size), self.swap)  # [N * J * (R + 2), h]
+            qkv = qkv * turn[0] + swapped.reshape(-1, self.heads * (self.repeat + 2) * self.size) * turn[1]
+        else:
+            qkv = qkv * turn[0]
+        return qkv.astype(self.dtype).reshape(-1, self.heads, self.repeat + 2, self.size)
+
+    def parts(self, qkv: Tensor):
+        """[., J, R + 2, ...] -> queries [., J, R, ...], a key and a value [., J, 1, ...]."""
+        if self.repeat == 1:
+            return self.split(qkv)
+        return ops.split(qkv, [self.repeat, 1, 1], 2)
+
+    def feed(self, layer: nn.Cell, x: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
+        """The feed-forward of normed rows [N, D] of tokens [1, N], valid [1, N] -> [N, D]."""
+        rows = ops.expand_dims(x, 0)  # [1, N, D]
+        if not layer.conditional:
+            return layer.feed_forward(rows).reshape(-1, self.width)
+        moe = layer.feed_forward
+        if not self.by_choice:
+            return moe(rows, valid, self.nothing, tokens)[0].reshape(-1, self.width)
+        context = {"valid": valid, "noise": self.nothing, "token_ids": tokens, "task_ids": None}
+        routing = moe.router(rows, context)
+        out = self.work(moe, x, routing["experts"].reshape(-1), routing["gates"].reshape(-1, moe.choices))
+        if moe.shared is not None:
+            out = out + moe.shared(rows).reshape(-1, self.width)
+        return out
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[B, D] -> [B, V] float32."""
+        decoder, x = self.decoder, self.norms[-1](x)
+        if decoder.tied:
+            table = decoder.embedding.table.astype(self.dtype)
+            return decoder.tied_product(x.astype(self.dtype), table).astype(mstype.float32)
+        return decoder.head(x).astype(mstype.float32)
+
+
+class Prefill(_Half):
     """Reads whole prompts: tokens [B, S], right-padded, of real lengths [B] -> (logits [B, V], keys, values).
 
-    The logits are those after each prompt's last token; keys and values are caches [L, B, J, S, h] in the model's
-    compute dtype. What they hold behind a prompt's end is overwritten by `Decode` before it is seen.
+    The logits are those after each prompt's last token; keys and values are caches [L, B, J, S, h] in the compute
+    dtype. What they hold behind a prompt's end is overwritten by `Decode` before it is seen.
+
+    Args:
+        decoder: whose layers are read.
+        max_length: M, the longest sequence.
+        block: b, rows of an expert's block (see dispatch.BlockPlan); S must be a multiple of it.
     """
 
-    def __init__(self, decoder: Decoder):
-        super().__init__()
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, max_length: int, block: int = 1):
+        super().__init__(decoder, max_length)
+        self.plans = nn.CellList(
+            [OpenBlockPlan(layer.feed_forward.expert_num, block) for layer in decoder.layers if layer.conditional][:1]
+        )
+        self.block, self.transpose = block, ops.Transpose()
+        self.first_row = ops.StridedSlice(end_mask=0b10)
+        self.smallest, self.largest = ops.ReduceMin(), ops.ReduceMax(keep_dims=True)
 
     def construct(self, tokens: Tensor, length: Tensor):
-        decoder = self.decoder
-        batch, count = tokens.shape
-        places = ops.arange(count)
-        valid = (ops.expand_dims(places, 0) < ops.expand_dims(length, 1)).astype(mstype.float32).reshape(-1)  # [N]
-        x = decoder.embed(tokens, places)  # [N, D]
-        nothing = ops.zeros((1, 1, 1), mstype.float32)
+        ones = ops.ones_like(tokens)  # [B, S]
+        places = self.prefix(ones, 1) - 1
+        number = (self.prefix(ones, 0) - 1) * (self.largest(places) + 1) + places  # [B, S]: which of the N rows
+        valid = (places < ops.expand_dims(length, 1)).astype(mstype.float32).reshape(1, -1)  # [1, N]
+        row = self.first_row(places, (0, 0), (1, 0), (1, 1)).astype(mstype.float32)  # [1, S]
+        mask = (row.reshape(1, 1, 1, 1, -1) > row.reshape(1, 1, 1, -1, 1)).astype(mstype.float32) * MASKED
+        position = ops.minimum(places, self.last_place).reshape(-1)  # [N]; padding may lie behind the last place
+        x, turn = self.embed(tokens.reshape(-1), position), self.turn(position)  # [N, D]
         keys, values = (), ()
-        for layer in decoder.layers:
-            mixed, key, value = layer.attention.attend_causal(layer.attention_norm(x), batch)  # [N, D], [B, J, S, h]
-            x, _, _ = layer.feed(x + mixed, tokens, valid, nothing, 1)
-            keys, values = (*keys, key.astype(decoder.dtype)), (*values, value.astype(decoder.dtype))
-        last = ops.arange(batch) * count + (length - 1)  # [B]
-        logits = decoder.logits(ops.gather(x, last, 0))  # [B, V]
-        return logits, ops.stack(keys, 0), ops.stack(values, 0)
+        for index, layer in enumerate(self.decoder.layers):
+            qkv = self.project(layer.attention, self.norms[2 * index](x), turn)  # [N, J, R + 2, h]
+            qkv = self.transpose(self.take(qkv, number, 0), (0, 2, 3, 1, 4))  # [B, J, R + 2, S, h]
+            query, key, value = self.parts(qkv)  # [B, J, R, S, h], [B, J, 1, S, h] twice
+            mixed = self.attend(query, key, value, mask)  # [N, D]
+            x = x + layer.attention.out(mixed).astype(mstype.float32)
+            x = x + self.feed(layer, self.norms[2 * index + 1](x), tokens.reshape(1, -1), valid)
+            keys, values = (*keys, key), (*values, value)
+        last = self.smallest(number, 1) + length - 1  # [B]
+        logits = self.logits(self.take(x, last, 0))  # [B, V]
+        return logits, ops.concat(keys, 2).transpose(2, 0, 1, 3, 4), ops.concat(values, 2).transpose(2, 0, 1, 3, 4)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Queries [B, J, R, S, h], keys and values [B, J, 1, S, h], mask [1, 1, 1, S, S] -> [N, D]."""
+        if self.repeat > 1:
+            key, value = (ops.tile(part, (1, 1, self.repeat, 1, 1)) for part in (key, value))  # [B, J, R, S, h]
+        scores = self.scores(query, key).astype(mstype.float32) + mask  # [B, J, R, S, S]
+        mixed = self.mix(self.softmax(scores).astype(self.dtype), value)  # [B, J, R, S, h]
+        return self.transpose(mixed, (0, 3, 1, 2, 4)).reshape(-1, self.width)  # [N, D]
+
+    def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        """Rows [N, D], experts [N * K], gates [N, K] -> [N, D], by blocks of one expert each."""
+        choice_of, slot_of, block_expert = self.plans[0](experts)
+        slots = self.take(x, choice_of // moe.choices, 0).reshape(-1, self.block, self.width)  # [P, b, D]
+        slots = moe.experts.blocks(slots, block_expert).reshape(-1, self.width)  # [P * b, D]
+        out = self.take(slots, slot_of, 0) * gates.reshape(-1, 1)  # [N * K, D]
+        if moe.choices > 1:
+            out = out.reshape(-1, moe.choices, self.width).sum(1)  # [N, D]
+        return out
 
 
-class Decode(nn.Cell):
+class Decode(_Half):
     """One token a sequence: tokens [B], positions [B], caches [L, B, J, T, h] -> (logits [B, V], keys, values).
 
     `positions` are the places of the new tokens, below T; what the caches hold at and behind them is not read. A row
@@ -62,35 +172,15 @@ class Decode(nn.Cell):
     """
 
     def __init__(self, decoder: Decoder, max_length: int):
-        super().__init__()
-        self.decoder, self.dtype = decoder, decoder.dtype
-        attention = decoder.layers[0].attention
-        self.heads, self.repeat, self.size = attention.kv_heads, attention.repeat, attention.head_size
-        self.width = self.heads * self.repeat * self.size
-        self.rotary = attention.rotary is not None
-        cos, sin = rotation_tables(attention.rotary, max_length, self.repeat, self.size, attention.scale)
-        self.cos, self.sin = Tensor(cos), Tensor(sin)
-        self.swap = Tensor(np.roll(np.eye(self.size, dtype=np.float32), self.size // 2, 1))
+        super().__init__(decoder, max_length)
         self.spread = Tensor(np.zeros((1, self.heads, 1, self.size), np.int32))
         self.spread_mask = Tensor(np.zeros((1, self.heads, self.repeat, 1), np.float32))
         self.unstack = ops.Unstack(0, len(decoder.layers))
         self.first_row = ops.StridedSlice(end_mask=0b01000)
-        self.prefix = ops.CumSum()
         self.write = ops.TensorScatterElements(axis=2)
-        self.take = ops.Gather()
-        self.split = ops.Split(2, 3)
-        self.scores, self.mix, self.product = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(), ops.MatMul()
-        self.softmax = Softmax()  # the training graph's: ops.Softmax differs by 4e-6, which sharp attention multiplies
-        self.nothing = Tensor(np.zeros((1, 1, 1), np.float32))
-        self.by_choice = chooses_tokens(decoder)
-        self.norms = nn.CellList([PlainNorm(norm) for norm in _norms(decoder)])
 
     def construct(self, tokens: Tensor, position: Tensor, keys: Tensor, values: Tensor):
-        decoder = self.decoder
-        x = self.take(decoder.embedding.table, tokens, 0)  # [B, D]
-        if decoder.position is not None:
-            x = x + self.take(decoder.position.table, position, 0)
-        turn = (self._table(self.cos, position), self._table(self.sin, position))
+        x, turn = self.embed(tokens, position), self.turn(position)  # [B, D]
         places = self.first_row(keys, (0, 0, 0, 0, 0), (1, 1, 1, 0, 1), (1, 1, 1, 1, 1))  # [1, 1, 1, T, 1]
         places = self.prefix(ops.ones_like(places).astype(mstype.float32), 3).reshape(1, 1, 1, -1) - 1.0
         here = position.reshape(-1, 1, 1, 1)
@@ -99,62 +189,55 @@ class Decode(nn.Cell):
         valid = ops.ones_like(tokens).astype(mstype.float32).reshape(1, -1)  # [1, B]
         new_keys, new_values = (), ()
         old_keys, old_values = self.unstack(keys), self.unstack(values)  # L x [B, J, T, h]
-        for index, layer in enumerate(decoder.layers):
-            query, key, value = self._project(layer.attention, self.norms[2 * index](x), turn)
+        for index, layer in enumerate(self.decoder.layers):
+            query, key, value = self.parts(self.project(layer.attention, self.norms[2 * index](x), turn))
             key, value = self.write(old_keys[index], here, key), self.write(old_values[index], here, value)
             new_keys, new_values = (*new_keys, key), (*new_values, value)
             scores = self.scores(query, key).astype(mstype.float32) + mask  # [B, J, R, T]
             mixed = self.mix(self.softmax(scores).astype(self.dtype), value).reshape(-1, self.width)  # [B, D]
             x = x + layer.attention.out(mixed).astype(mstype.float32)
-            x = x + self._feed(layer, self.norms[2 * index + 1](x), tokens, valid)
-        logits = self._logits(self.norms[-1](x))  # [B, V]
-        return logits, ops.stack(new_keys, 0), ops.stack(new_values, 0)
+            x = x + self.feed(layer, self.norms[2 * index + 1](x), tokens.reshape(1, -1), valid)
+        return self.logits(x), ops.stack(new_keys, 0), ops.stack(new_values, 0)
 
-    def _table(self, table: Tensor, position: Tensor) -> Tensor:
-        """Rows of a rotation table for all heads: [B] -> [B, J * (R + 2) * h]."""
-        return ops.tile(self.take(table, position, 0), (1, self.heads))
-
-    def _project(self, attention: nn.Cell, x: Tensor, turn: tuple):
-        """[B, D] -> queries [B, J, R, h], scaled, and keys and values [B, J, 1, h], turned to their places."""
-        qkv = attention.qkv(x).astype(mstype.float32)  # [B, J * (R + 2) * h]
-        if self.rotary:
-            swapped = self.product(qkv.reshape(-1, self.size), self.swap)  # [B * J * (R + 2), h]
-            swapped = swapped.reshape(-1, self.heads * (self.repeat + 2) * self.size)
-            qkv = qkv * turn[0] + swapped * turn[1]
-        else:
-            qkv = qkv * turn[0]
-        qkv = qkv.astype(self.dtype).reshape(-1, self.heads, self.repeat + 2, self.size)  # [B, J, R + 2, h]
-        if self.repeat == 1:
-            return self.split(qkv)
-        return ops.split(qkv, [self.repeat, 1, 1], 2)
-
-    def _feed(self, layer: nn.Cell, x: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-        """The feed-forward of normed rows [B, D]; tokens [B]."""
-        rows = ops.expand_dims(x, 0)  # [1, B, D]
-        if not layer.conditional:
-            return layer.feed_forward(rows).reshape(-1, self.width)
-        moe, ids = layer.feed_forward, tokens.reshape(1, -1)
-        if not self.by_choice:
-            return moe(rows, valid, self.nothing, ids)[0].reshape(-1, self.width)
-        context = {"valid": valid, "noise": self.nothing, "token_ids": ids, "task_ids": None}
-        routing = moe.router(rows, context)
+    def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        """Rows [B, D], experts [B * K], gates [B, K] -> [B, D], by blocks of one row."""
         rows = ops.expand_dims(x, 1)  # [B, 1, D]
         if moe.choices > 1:
             rows = ops.tile(rows, (1, moe.choices, 1)).reshape(-1, 1, self.width)  # [B * K, 1, D]
-        out = moe.experts.blocks(rows, routing["experts"].reshape(-1))  # [B * K, 1, D]
-        gates = routing["gates"].reshape(-1, 1, moe.choices)  # [B, 1, K]
-        out = self.mix(gates, out.reshape(-1, moe.choices, self.width)).reshape(-1, self.width)  # [B, D]
-        if moe.shared is not None:
-            out = out + moe.shared(ops.expand_dims(x, 0)).reshape(-1, self.width)
-        return out
+        out = moe.experts.blocks(rows, experts)  # [B * K, 1, D]
+        return self.mix(ops.expand_dims(gates, 1), out.reshape(-1, moe.choices, self.width)).reshape(-1, self.width)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """Normed rows [B, D] -> [B, V] float32."""
-        decoder = self.decoder
-        if decoder.tied:
-            table = decoder.embedding.table.astype(self.dtype)
-            return decoder.tied_product(x.astype(self.dtype), table).astype(mstype.float32)
-        return decoder.head(x).astype(mstype.float32)
+
+class OpenBlockPlan(nn.Cell):
+    """dispatch.BlockPlan of one group without arithmetic on shapes: C choices, a multiple of b, P = C / b + E blocks.
+
+    Of P * b slots at least E stay empty, the last among them; a choice of no expert (E) is given that one.
+    """
+
+    def __init__(self, experts: int, block: int):
+        super().__init__()
+        self.experts, self.block = experts, block
+        self.spare = Tensor(np.zeros(experts * block, np.int32))
+        self.each = Tensor(np.arange(experts, dtype=np.float32).reshape(1, -1))
+        self.prefix, self.sum = ops.CumSum(), ops.ReduceSum()
+        self.write = ops.TensorScatterElements(axis=0)
+        self.largest = ops.ReduceMax()
+
+    def construct(self, experts: Tensor):
+        """Experts [C] int32 -> (choice_of [P * b], slot_of [C], block_expert [P]), int32."""
+        mine = (experts.astype(mstype.float32).reshape(-1, 1) == self.each).astype(mstype.float32)  # [C, E]
+        count = self.sum(mine, 0)  # [E]
+        last = self.prefix(ops.ceil(count / self.block), 0)  # [E]: the block behind an expert's last
+        first = (last - ops.ceil(count / self.block)) * self.block  # [E]: its first slot
+        slot_of = self.sum((self.prefix(mine, 0) - 1.0 + first.reshape(1, -1)) * mine, 1).astype(mstype.int32)  # [C]
+        number = self.prefix(ops.ones_like(experts), 0) - 1  # [C]
+        empty = ops.concat((ops.zeros_like(experts), self.spare))  # [P * b]
+        end = self.prefix(ops.ones_like(empty), 0) - 1  # [P * b]
+        slot_of = ops.select(experts < self.experts, slot_of, self.largest(end) + ops.zeros_like(slot_of))
+        choice_of = self.write(empty, slot_of, number)
+        starts = end.reshape(-1, self.block)[:, :1].astype(mstype.float32) / self.block  # [P, 1]
+        block_expert = self.sum((starts >= last.reshape(1, -1)).astype(mstype.float32), 1).astype(mstype.int32)  # [P]
+        return choice_of, slot_of, ops.minimum(block_expert, self.experts - 1)
 
 
 class PlainNorm(nn.Cell):
@@ -166,7 +249,7 @@ class PlainNorm(nn.Cell):
         self.mean, self.rsqrt = ops.ReduceMean(keep_dims=True), ops.Rsqrt()
 
     def construct(self, x: Tensor) -> Tensor:
-        """[B, D] -> [B, D]."""
+        """[N, D] -> [N, D]."""
         if self.centred:
             x = x - self.mean(x, -1)
         x = x * self.rsqrt(self.mean(x * x, -1) + self.norm.eps) * self.norm.gain.reshape(1, -1)

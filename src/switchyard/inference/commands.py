@@ -1,0 +1,101 @@
+"""The command lines export.py and infer.py: arguments in, one call, text out. Nothing heavy is imported for --help."""
+
+import json
+import sys
+
+from switchyard.cli import Parser, create_parser, stdout_to_stderr
+from switchyard.errors import UserError
+
+
+def export_main(arguments: list[str]) -> None:
+    """`export.py`: see its --help."""
+    parser = create_parser("export.py", "Writes a checkpoint as MindIR, after comparing it with the training graph.")
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or one checkpoint in it")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument(
+        "--key-file", metavar="FILE", help="16, 24 or 32 raw bytes: encrypts the MindIR files with AES-GCM"
+    )
+    chosen = parser.parse_intermixed_args(arguments)
+    _prepare()
+    from switchyard.inference.export import export
+
+    export(chosen.checkpoint, chosen.out, chosen.overrides, chosen.key_file, say)
+
+
+def infer_main(arguments: list[str]) -> None:
+    """`infer.py`: see its --help."""
+    parser = Parser(prog="infer.py", description="Continues text with an exported model.")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that export.py made")
+    parser.add_argument("--prompt", metavar="TEXT", help="the beginning of the text")
+    parser.add_argument("--prompts-file", metavar="FILE", help="instead: one prompt a line, run as one batch")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="most tokens of an answer (200)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (0.8)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable; 0 = all (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from a mass of P; 1 = all (1)")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the draws (1)")
+    parser.add_argument("--key-file", metavar="FILE", help="the key of an encrypted export")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, a list for --prompts-file")
+    chosen = parser.parse_args(arguments)
+    if (chosen.prompt is None) == (chosen.prompts_file is None):
+        raise UserError("--prompt: give one of --prompt TEXT and --prompts-file FILE")
+    _prepare()
+    with stdout_to_stderr() as out:
+        _infer(chosen, out)
+
+
+def _infer(chosen, out) -> None:
+    from switchyard.inference.generate import generate, read_prompts, to_dict
+    from switchyard.inference.mindir import open_model
+    from switchyard.inference.sampling import Sampling
+
+    out.reconfigure(errors="surrogateescape")  # bytes of a prompt that are no text come out as they came in
+    sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p, chosen.seed)
+    prompts = read_prompts(chosen.prompts_file) if chosen.prompts_file is not None else [chosen.prompt]
+    model = open_model(chosen.model, chosen.key_file, say)
+    streams = chosen.prompts_file is None and not chosen.json
+
+    def stream(text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    if streams:
+        first = [chosen.prompt]
+
+        def on_text(text: str) -> None:
+            if first:
+                stream(first.pop())
+            stream(text)
+    else:
+
+        def on_text(text: str) -> None:
+            pass
+
+    found, timing = generate(model, prompts, chosen.max_new_tokens, sampling, on_text)
+    if streams:
+        on_text("\n")
+    elif chosen.json:
+        objects = [to_dict(one, timing) for one in found]
+        stream(json.dumps(objects if chosen.prompts_file is not None else objects[0]) + "\n")
+    else:
+        for one in found:
+            stream(f"{one.prompt}{one.text}\n{'-' * 40}\n")
+    for one in found:
+        if one.stopped == "max length":
+            say(f"note: stopped after {one.tokens} tokens at the model's max_length ({model.max_length})")
+    say(
+        f"prefill: {timing.prompt_tokens} tokens in {timing.prefill_seconds:.3f} s "
+        f"({timing.prefill_tokens_per_second:,.0f} tokens/s)  decode: {timing.decode_tokens} tokens in "
+        f"{timing.decode_seconds:.3f} s ({timing.tokens_per_second:,.0f} tokens/s)  "
+        f"compile: {timing.compile_seconds:.1f} s"
+    )
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal; stdout is for text and JSON."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _prepare() -> None:
+    from switchyard.device import prepare_environment
+
+    prepare_environment()

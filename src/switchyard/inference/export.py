@@ -1,0 +1,218 @@
+"""A checkpoint becomes a directory that runs without this code: two MindIR graphs, tokenizer, manifest.
+
+The directory appears whole or not at all, and only after its files, loaded again, agreed with the training graph.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mindspore as ms
+from mindspore import nn
+
+import switchyard
+from switchyard.config import Config, ParallelConfig
+from switchyard.data import load_data
+from switchyard.device import set_context
+from switchyard.dispatch import block_size
+from switchyard.errors import UserError
+from switchyard.inference import manifest as manifests
+from switchyard.inference.manifest import DECODE, PREFILL, Figures, Limits, Manifest, Source
+from switchyard.inference.mindir import ExportedModel
+from switchyard.inference.parity import Reference, compare, reference
+from switchyard.models import Decoder, create_model
+from switchyard.models.generation import Decode, Prefill, cast_products
+from switchyard.training import checkpoint
+from switchyard.training.evaluate import _overridden
+
+
+def export(
+    path: str | Path,
+    out: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    key_file: str | Path | None = None,
+    say: Callable[[str], None] = print,
+) -> Manifest:
+    """Exports a checkpoint.
+
+    Args:
+        path: a run folder (its newest checkpoint) or one checkpoint.
+        out: the directory to make; an earlier export there is replaced when the new one is whole.
+        overrides: `section.key=value`, such as export.max_length=512 or data.path=... for the comparison.
+        key_file: file with the AES-GCM key; None = export.key_file of the configuration.
+        say: receives lines about what is done.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        UserError: a damaged checkpoint, a directory that is something else, a bad key, an override that would change
+            the weights' shapes, or logits that differ. Nothing is written then.
+    """
+    held = checkpoint.read(path, with_optimizer=False)
+    config = _overridden(held.config, overrides)
+    field = "--key-file" if key_file is not None else "export.key_file"
+    key_file = key_file if key_file is not None else config.export.key_file
+    key = None if key_file is None else manifests.read_key(key_file, field)
+    out = Path(out)
+    check_free(out)
+    set_context(config.context, config.train.seed, config.model.compute_dtype, say)
+    say(f"checkpoint: {held.path}")
+    data = load_data(config, held.tokenizer_json)
+    max_length = config.export.max_length or config.model.seq_length
+    config = inference_config(config)
+    decoder = create_model(config, data.tokenizer.vocab_size, length=max_length)
+    checkpoint.load_weights(decoder, held.weights)
+    check_causal(config, decoder)
+    decoder.set_train(False)
+    expected = reference(decoder, data.validation(), max_length, config.train.seed)
+    source = Source(
+        checkpoint=held.path.as_posix(), step=held.step, mindspore=ms.__version__, switchyard=switchyard.__version__
+    )
+    temporary = out.absolute().parent / f".tmp-{out.absolute().name}-{os.getpid()}"
+    temporary.mkdir(parents=True)
+    try:
+        (temporary / manifests.TOKENIZER).write_text(data.tokenizer.to_json(), encoding="utf-8")
+        graphs = write_graphs(decoder, temporary, max_length, prefill_block(config, max_length), key)
+        unchecked = _manifest(config, decoder, graphs, key, source, expected, temporary)
+        found = compare(ExportedModel(temporary, unchecked, key), expected, config.model.compute_dtype)
+        written = unchecked.model_copy(update={"parity": found}).signed()
+        (temporary / manifests.MANIFEST).write_text(written.model_dump_json(indent=1), encoding="utf-8")
+        _put(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    report(out, written, say)
+    return written
+
+
+def inference_config(config: Config) -> Config:
+    """The configuration that generation runs with: one device, one group, no drops."""
+    moe = config.moe.model_copy(update={"groups": 1, "eval_capacity_factor": None})
+    return config.model_copy(update={"moe": moe, "parallel": ParallelConfig()})
+
+
+def prefill_block(config: Config, max_length: int) -> int:
+    """Rows of an expert's block in prefill: what serves one prompt of full length, at most 32, or short ones suffer."""
+    moe = config.moe
+    if not config.moe_layers:
+        return 1
+    return moe.dropless_block_size or min(32, block_size(max_length, moe.expert_num, moe.num_experts_chosen))
+
+
+def check_causal(config: Config, decoder: Decoder) -> None:
+    """Refuses routers with which a token's output depends on later tokens or on other sequences (UserError)."""
+    for layer in decoder.layers:
+        if layer.conditional and not (layer.feed_forward.router.causal and layer.feed_forward.router.batch_independent):
+            raise UserError(
+                f"moe.router: {config.moe.router}; it looks at later tokens or other sequences, so text cannot be "
+                "generated token by token: export a model with another router"
+            )
+
+
+def check_free(out: Path) -> None:
+    """Refuses a place that holds something else than an earlier export (UserError)."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out: '{out}' is a file; name a folder that is to be made")
+    if any(out.iterdir()):
+        try:
+            manifests.read(out)
+        except UserError:
+            raise UserError(f"--out: '{out}' holds other files; name a new folder, or an export to replace") from None
+
+
+def write_graphs(decoder: Decoder, directory: Path, max_length: int, block: int, key: bytes | None) -> dict[str, str]:
+    """Writes both graphs with their weights; graph -> the file name that MindSpore chose."""
+    cast_products(decoder)
+    int32 = ms.int32
+
+    def anything(*shape: int | None, dtype=int32) -> ms.Tensor:
+        return ms.Tensor(shape=list(shape), dtype=dtype)
+
+    cache = anything(len(decoder.layers), None, decoder.kv_heads, None, decoder.head_size, dtype=decoder.dtype)
+    _write(Prefill(decoder, max_length, block), directory / PREFILL, key, anything(None, None), anything(None))
+    _write(Decode(decoder, max_length), directory / DECODE, key, anything(None), anything(None), cache, cache)
+    return {graph: _written_name(directory, graph) for graph in (PREFILL, DECODE)}
+
+
+def report(out: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
+    """Says what was written and how it compared."""
+    for name, file in manifest.files.items():
+        say(f"{out / name}  {file.bytes / 1e6:,.1f} MB")
+    parity = manifest.parity
+    say(
+        f"parity: largest difference of a logit {parity.max_abs_difference:.1e} (bound {parity.bound:.0e}) at "
+        f"{parity.prefill_positions:,} prefill and {parity.decode_positions:,} decode places of validation text"
+    )
+    if manifest.model.moe_layers:
+        missing = ", ".join(f"{expert} of layer {layer} ({graph})" for layer, expert, graph in parity.not_reached)
+        say(f"parity: experts that this text does not reach: {missing}" if missing else "parity: every expert reached")
+    say(f"export: '{out}', up to {manifest.limits.max_length} tokens of prompt and answer, any number of prompts")
+
+
+def _write(cell: nn.Cell, path: Path, key: bytes | None, *inputs: ms.Tensor) -> None:
+    options = {"enc_key": key, "enc_mode": manifests.AES_GCM} if key else {}
+    cell.set_train(False)
+    ms.export(cell, *inputs, file_name=str(path), file_format="MINDIR", **options)
+
+
+def _written_name(directory: Path, graph: str) -> str:
+    """NAME.mindir, or NAME_graph.mindir beside NAME_variables where the weights exceed 1 GB."""
+    for file in directory.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)  # MindSpore writes them read-only
+    names = [name for name in (f"{graph}.mindir", f"{graph}_graph.mindir") if (directory / name).exists()]
+    return names[0]
+
+
+def _manifest(
+    config: Config,
+    decoder: Decoder,
+    graphs: dict[str, str],
+    key: bytes | None,
+    source: Source,
+    expected: Reference,
+    directory: Path,
+) -> Manifest:
+    """The manifest before the comparison."""
+    model = config.model
+    figures = Figures(
+        vocab_size=decoder.vocab_size,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_heads,
+        n_kv_heads=decoder.kv_heads,
+        head_size=decoder.head_size,
+        expert_num=config.moe.expert_num,
+        num_experts_chosen=config.moe.num_experts_chosen,
+        moe_layers=config.moe_layers,
+        parameters=sum(parameter.size for parameter in decoder.get_parameters()),
+        compute_dtype=model.compute_dtype,
+    )
+    max_length = config.export.max_length or model.seq_length
+    limits = Limits(
+        max_length=max_length,
+        prompt_multiple=prefill_block(config, max_length),
+        dynamic=("batch", "prompt length", "cache length"),
+    )
+    return Manifest(
+        graphs=graphs,
+        encryption=manifests.AES_GCM if key else None,
+        model=figures,
+        limits=limits,
+        parity=None,
+        source=source,
+        files=manifests.fingerprints(directory),
+    )
+
+
+def _put(temporary: Path, out: Path) -> None:
+    """Renames the finished directory into its place; an earlier export makes way at the last moment."""
+    old = None
+    if out.exists() and any(out.iterdir()):
+        old = temporary.with_name(f"{temporary.name}-old")
+        os.replace(out, old)
+    os.replace(temporary, out)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)

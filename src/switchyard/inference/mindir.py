@@ -1,0 +1,176 @@
+"""Runs an exported directory with no model code: the graphs, what they take, and one line where something is wrong.
+
+Legend: B batch, S prompt length, T cache length, L layers, J key/value heads, h head size, V vocabulary.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from switchyard.data.tokenizer import Tokenizer
+from switchyard.errors import UserError
+from switchyard.inference import manifest as manifests
+from switchyard.inference.manifest import AES_GCM, DECODE, PREFILL, Manifest
+
+SMALLEST_BUCKET = 16
+
+
+class ExportedModel:
+    """The two graphs of an exported directory. MindSpore's device and mode are set before one is made.
+
+    A graph is compiled for each new shape it meets, so lengths are rounded up to powers of two.
+
+    Args:
+        directory: where the files are.
+        manifest: verified already.
+        key: of an encrypted export.
+
+    Raises:
+        UserError: MindSpore cannot load a file, or the key is not the one it was written with.
+    """
+
+    def __init__(self, directory: str | Path, manifest: Manifest, key: bytes | None = None):
+        self.manifest, self.max_length = manifest, manifest.limits.max_length
+        self.vocab_size = manifest.model.vocab_size
+        directory = Path(directory)
+        self.tokenizer = Tokenizer.from_json(
+            (directory / manifests.TOKENIZER).read_text(encoding="utf-8"), str(directory / manifests.TOKENIZER)
+        )
+        if self.tokenizer.vocab_size > self.vocab_size:
+            raise UserError(
+                f"--model: '{directory}': the tokenizer has {self.tokenizer.vocab_size} entries, the model "
+                f"{self.vocab_size}; export the checkpoint again"
+            )
+        self._prefill = load_graph(directory / manifest.graphs[PREFILL], key)
+        self._decode = load_graph(directory / manifest.graphs[DECODE], key)
+
+    def bucket(self, length: int) -> int:
+        """The length that a prompt or a cache of `length` is filled up to."""
+        size = min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), self.max_length)
+        multiple = self.manifest.limits.prompt_multiple
+        return -(-size // multiple) * multiple
+
+    def prefill(self, prompts: Sequence[np.ndarray]):
+        """Reads prompts, each ids [<= max_length], B of them -> (logits [B, V] float32, keys, values).
+
+        Keys and values are tensors [L, B, J, S, h], S = the longest prompt's bucket.
+
+        Raises:
+            UserError: no prompt, an empty or too long one, an id outside the vocabulary.
+        """
+        from mindspore import Tensor
+
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        self._check_prompts(prompts, lengths)
+        tokens = np.zeros((len(prompts), self.bucket(int(lengths.max()))), np.int32)  # [B, S]
+        for row, prompt in zip(tokens, prompts):
+            row[: len(prompt)] = prompt
+        logits, keys, values = self._prefill(Tensor(tokens), Tensor(lengths))
+        return logits.asnumpy(), keys, values
+
+    def grow(self, keys, values, length: int):
+        """Caches with room for at least `length` places: [L, B, J, T, h] -> [L, B, J, >= length, h]."""
+        from mindspore import ops
+
+        more = self.bucket(length) - keys.shape[3]
+        if more <= 0:
+            return keys, values
+        empty = ops.zeros((*keys.shape[:3], more, keys.shape[4]), keys.dtype)
+        return ops.concat((keys, empty), 3), ops.concat((values, empty), 3)
+
+    def decode(self, tokens: np.ndarray, positions: np.ndarray, keys, values):
+        """One step: ids [B] at their places [B], caches [L, B, J, T, h] -> (logits [B, V] float32, keys, values).
+
+        Raises:
+            UserError: shapes that do not belong together, a place behind the cache, an id outside the vocabulary.
+        """
+        from mindspore import Tensor
+
+        self._check_step(tokens, positions, keys, values)
+        tokens, positions = Tensor(tokens.astype(np.int32)), Tensor(positions.astype(np.int32))
+        logits, keys, values = self._decode(tokens, positions, keys, values)
+        return logits.asnumpy(), keys, values
+
+    def compile(self, batch: int, prompt_length: int, length: int) -> float:
+        """Compiles both graphs for B prompts and caches of `length` places; seconds it took."""
+        start = time.perf_counter()
+        one = np.zeros(prompt_length, np.int32)
+        _, keys, values = self.prefill([one] * batch)
+        keys, values = self.grow(keys, values, length)
+        self.decode(np.zeros(batch, np.int32), np.zeros(batch, np.int32), keys, values)
+        return time.perf_counter() - start
+
+    def _check_prompts(self, prompts: Sequence[np.ndarray], lengths: np.ndarray) -> None:
+        if not len(lengths) or lengths.min() == 0:
+            raise UserError("prompt: empty; give at least one character")
+        if lengths.max() > self.max_length:
+            raise UserError(
+                f"prompt: {lengths.max()} tokens; the model holds {self.max_length}: shorten it, or export with a "
+                "larger export.max_length"
+            )
+        for prompt in prompts:
+            self._check_ids(np.asarray(prompt))
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise UserError(f"tokens: an id outside 0 .. {self.vocab_size - 1}; use the export's own tokenizer")
+
+    def _check_step(self, tokens: np.ndarray, positions: np.ndarray, keys, values) -> None:
+        model = self.manifest.model
+        batch, length = len(tokens), keys.shape[3] if len(keys.shape) == 5 else 0
+        wanted = (model.num_layers, batch, model.n_kv_heads, length, model.head_size)
+        for name, shape, expected in (
+            ("tokens", tokens.shape, (batch,)),
+            ("positions", positions.shape, (batch,)),
+            ("keys", tuple(keys.shape), wanted),
+            ("values", tuple(values.shape), wanted),
+        ):
+            if shape != expected:
+                raise UserError(f"{name}: shape {shape}; must be {expected} here")
+        places = min(length, self.max_length)
+        if positions.min() < 0 or positions.max() >= places:
+            raise UserError(f"positions: {positions.min()} .. {positions.max()}; must be in 0 .. {places - 1}")
+        self._check_ids(tokens)
+
+
+def open_model(directory: str | Path, key_file: str | Path | None = None, say=print) -> ExportedModel:
+    """Verifies an exported directory, sets the device and loads its graphs.
+
+    Args:
+        directory: what export.py made.
+        key_file: file with the key of an encrypted export.
+        say: receives the line about the device.
+
+    Raises:
+        UserError: a missing, cut or altered file; a key that is missing, wrong or not asked for.
+    """
+    manifest = manifests.read(directory)
+    key = None
+    if manifest.encryption == AES_GCM:
+        if key_file is None:
+            raise UserError(f"--key-file: not given; '{directory}' is encrypted: name the file with its key")
+        key = manifests.read_key(key_file)
+    elif key_file is not None:
+        raise UserError(f"--key-file: '{key_file}'; '{directory}' is not encrypted: leave it out")
+    manifests.verify(directory, manifest)
+    from switchyard.config import ContextConfig
+    from switchyard.device import set_context
+
+    set_context(ContextConfig(), compute_dtype=manifest.model.compute_dtype, say=say)
+    return ExportedModel(directory, manifest, key)
+
+
+def load_graph(path: Path, key: bytes | None):
+    """The callable graph in a MindIR file (UserError where MindSpore refuses it)."""
+    import mindspore as ms
+    from mindspore import nn
+
+    options = {"dec_key": key, "dec_mode": AES_GCM} if key else {}
+    try:
+        return nn.GraphCell(ms.load(str(path), **options))
+    except (RuntimeError, ValueError) as error:
+        if key:
+            raise UserError(f"--key-file: it does not open '{path}'; give the key of the export") from None
+        raise UserError(f"--model: MindSpore cannot load '{path}': {str(error).splitlines()[0]}") from None

@@ -1,0 +1,154 @@
+"""Do the exported files compute what the training graph computes? Asked on real text, of every expert.
+
+Validation windows are run by the training graph (`Decoder` at evaluation). Of each window the exported `prefill` reads
+the beginning, cut at a random place, and `decode` the next few tokens; logits are compared at the last place that
+prefill reads and at each that decode reads. Windows are added until every expert of every layer was visited by a
+compared place of either graph: an expert of the last layer changes no other logits than those of its own places.
+
+Legend: B windows, S tokens of a window, V vocabulary, M conditional layers, E experts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from switchyard.data import EvalBatches
+from switchyard.errors import UserError
+from switchyard.inference.manifest import DECODE, PREFILL, Parity
+from switchyard.inference.mindir import ExportedModel
+
+STEPS = 4  # decode steps of a window
+LONG, SHORT = 2, 32  # windows of full length that are compared first, and the length of those after them
+MOST_BATCHES = 200
+# A logit of a few units may differ so: rounding of float32; of 11 and 8 significant bits where products are half width
+BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """One batch of windows and what the training graph makes of it.
+
+    Attributes:
+        tokens: [B, S] int32.
+        lengths: [B], the places that prefill reads; decode reads the next STEPS.
+        logits: [B, 1 + steps, V] float32 at places lengths - 1, ..., lengths - 1 + steps.
+        reached: graph -> choices [M, E] that the compared places made.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    logits: np.ndarray
+    reached: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the exported files must compute: batches of windows, and (layer, expert, graph) that no window reached."""
+
+    batches: tuple[Windows, ...]
+    not_reached: tuple[tuple[int, int, str], ...]
+
+
+def reference(decoder: nn.Cell, validation: EvalBatches, max_length: int, seed: int) -> Reference:
+    """Runs the training graph over validation windows until every expert was reached, or the text ends.
+
+    Args:
+        decoder: at evaluation, without drops.
+        validation: the run's validation text.
+        max_length: of the export.
+        seed: of the places where windows are cut.
+    """
+    random = np.random.default_rng(seed)
+    layers = decoder.moe_layers
+    found: list[Windows] = []
+    missing: tuple = ()
+    for tokens in _windows(validation, max_length):
+        found.append(_run(decoder, tokens, random))
+        missing = tuple(
+            (layers[place], int(expert), graph)
+            for graph in (PREFILL, DECODE)
+            for place, expert in np.argwhere(sum(one.reached[graph] for one in found) == 0)
+        )
+        if len(found) > 1 and not missing:
+            break
+    return Reference(tuple(found), missing)
+
+
+def compare(model: ExportedModel, expected: Reference, dtype: str) -> Parity:
+    """Runs the reloaded files on the windows and measures.
+
+    Raises:
+        UserError: a logit differs by more than the bound of the compute dtype.
+    """
+    worst = {PREFILL: 0.0, DECODE: 0.0}
+    places = {PREFILL: 0, DECODE: 0}
+    for windows in expected.batches:
+        for graph, logits, wanted in _exported(model, windows):
+            difference = float(np.abs(logits - wanted).max())
+            worst[graph] = max(worst[graph], difference if np.isfinite(difference) else np.inf)
+            places[graph] += len(logits)
+    bound = BOUNDS[dtype]
+    for graph, difference in worst.items():
+        if difference > bound:
+            raise UserError(
+                f"export: a logit of {graph}.mindir differs from the training graph by {difference:.1e}, more than "
+                f"{bound:.0e} ({dtype}): nothing was written; report it with the checkpoint"
+            )
+    return Parity(
+        max_abs_difference=max(worst.values()),
+        prefill_max_abs_difference=worst[PREFILL],
+        decode_max_abs_difference=worst[DECODE],
+        bound=bound,
+        prefill_positions=places[PREFILL],
+        decode_positions=places[DECODE],
+        not_reached=expected.not_reached,
+    )
+
+
+def _exported(model: ExportedModel, windows: Windows) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(graph, its logits [B, V], those of the training graph [B, V]) of each compared place."""
+    rows = np.arange(len(windows.tokens))
+    prompts = [row[:length] for row, length in zip(windows.tokens, windows.lengths)]
+    logits, keys, values = model.prefill(prompts)
+    yield PREFILL, logits, windows.logits[:, 0]
+    keys, values = model.grow(keys, values, windows.tokens.shape[1])
+    for step in range(1, windows.logits.shape[1]):
+        places = windows.lengths + step - 1
+        logits, keys, values = model.decode(windows.tokens[rows, places], places, keys, values)
+        yield DECODE, logits, windows.logits[:, step]
+
+
+def _windows(validation: EvalBatches, max_length: int) -> Iterator[np.ndarray]:
+    """Batches of windows [B, S] of real text: one of full length, then short ones."""
+    for number, batch in enumerate(validation):
+        if number == MOST_BATCHES:
+            return
+        whole = batch.tokens[batch.valid.min(1) > 0] if number else batch.tokens[:, : int(batch.valid[0].sum())]
+        if not len(whole):
+            continue
+        if not number:
+            yield whole[:LONG, :max_length]
+        size = min(SHORT, whole.shape[1], max_length)
+        pieces = whole.shape[1] // size
+        yield whole[:, : pieces * size].reshape(-1, size)  # [B * pieces, S]
+
+
+def _run(decoder: nn.Cell, tokens: np.ndarray, random: np.random.Generator) -> Windows:
+    """The training graph on windows [B, S], each cut at a random place."""
+    batch, size = tokens.shape
+    steps = min(STEPS, size - 1)
+    lengths = random.integers(1, size - steps + 1, batch)
+    lengths[0] = size - steps  # one reads all that it can
+    loads = []
+    for end in (lengths - 1, lengths, lengths + steps):
+        valid = (np.arange(size) < end[:, None]).astype(np.float32)  # [B, S]
+        logits, _, audit = decoder(Tensor(tokens), Tensor(valid), ops.zeros((1, 1, 1), mstype.float32))
+        loads.append(audit["load"].asnumpy() if audit else np.ones((0, 1)))  # [M, E]
+    places = (lengths - 1)[:, None] + np.arange(steps + 1)  # [B, 1 + steps]
+    logits = logits.asnumpy().reshape(batch, size, -1)[np.arange(batch)[:, None], places]  # [B, 1 + steps, V]
+    # causal and without drops: what later places choose does not touch earlier ones, so loads can be subtracted
+    reached = {PREFILL: loads[1] - loads[0], DECODE: loads[2] - loads[1]}
+    return Windows(tokens, lengths, logits, reached)
