@@ -118,7 +118,7 @@ class MoEConfig(Section):
         0.001, description="sigmoid: step of the bias that balances the load; 0 = off"
     )
     topk_group: Positive = Field(1, description="sigmoid, two_level: groups that a row may choose experts from")
-    routed_scaling_factor: Annotated[float, Field(gt=0)] = Field(1.0, description="sigmoid: factor of the gates")
+    routed_scaling_factor: Annotated[float, Field(gt=0)] = Field(1.0, description="softmax and sigmoid routers: factor of the gates")
     sinkhorn_iterations: Positive = Field(8, description="sinkhorn, training: passes that balance rows and experts")
     n_group: Positive = Field(1, description="groups that the experts are split into, one beside the other")
     task_num: Positive = Field(1, description="tasks T that rows may belong to: task, multi_gate, random_in_group")

@@ -13,6 +13,7 @@ class SoftmaxRouter(LinearRouter):
 
     def __init__(self, setting: RouterSetting, columns: int | None = None):
         super().__init__(setting, columns)
+        self.factor = setting.moe.routed_scaling_factor
         self.softmax = ops.Softmax(-1)
         self.choose = Choosing(self.expert_num, self.choices)
 
@@ -23,7 +24,7 @@ class SoftmaxRouter(LinearRouter):
         experts, gates, chosen = self.choose(scores, probabilities, context["valid"])
         return {
             "experts": experts,
-            "gates": self.weigh(gates),
+            "gates": self.weigh(gates) * self.factor,
             "probabilities": probabilities,
             "logits": logits,
             "mass": probabilities,
