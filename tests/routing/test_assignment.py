@@ -96,7 +96,7 @@ def _assign(scores):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_auction_comes_near_the_best_assignment(seed, pynative):
-    """Within the auction's own step of the optimum (SciPy's linear assignment on E * N / E seats), a row."""
+    """Within a fraction of the scores' range, a row, of SciPy's linear assignment on N seats."""
     scores = np.stack([_skewed(48, 6, seed), _skewed(48, 6, seed + 10)])
     found = _assign(scores)
     for g in range(2):
@@ -104,13 +104,13 @@ def test_auction_comes_near_the_best_assignment(seed, pynative):
         rows, columns = linear_sum_assignment(-seats)
         best = seats[rows, columns].sum()
         total = scores[g][np.arange(48), found[g]].sum()
-        assert best - 48 * 0.02 * (scores[g].max() - scores[g].min()) <= total <= best + 1e-4
+        assert best - 48 * 0.005 * (scores[g].max() - scores[g].min()) <= total <= best + 1e-4
         greedy = scores[g].max(-1).sum()
         assert total < greedy  # the best experts are too popular for everybody to have theirs
 
 
 def test_base_compiles_with_its_gradient(graph):
-    """A loop of a length that is not known, inside a compiled gradient; the weight learns through the gate alone."""
+    """The assignment inside a compiled gradient: the weight learns through the gate alone."""
     router = identity_router("base", 1, 4, True)
 
     class Step(nn.Cell):

@@ -33,14 +33,22 @@ class Sinkhorn(NormalisedRouter):
     def rank(self, logits: Tensor, valid: Tensor) -> Tensor:
         if not self.training:
             return logits
-        logits = ops.stop_gradient(logits)
-        share = ops.log(rows_of(valid) / self.expert_num).reshape(-1, 1, 1)  # of an expert, [G, 1, 1]
-        away = (1.0 - ops.expand_dims(valid, -1)) * FAR  # padding counts in no column, [G, N, 1]
-        of_expert = ops.zeros_like(logits[:, :1])  # logarithm of a column's factor, [G, 1, E]
-        for _ in range(self.iterations):
-            of_row = -ops.expand_dims(log_partition(logits + of_expert), -1) - away  # [G, N, 1]
-            of_expert = share - ops.expand_dims(log_partition(logits + of_row, 1), 1)  # [G, 1, E]
-        return logits + of_expert  # a row's own factor does not change its order
+        # a row's own factor does not change its order
+        return logits + scaling(ops.stop_gradient(logits), valid, self.iterations)
+
+
+def scaling(logits: Tensor, valid: Tensor, iterations: int) -> Tensor:
+    """Logarithm of each expert's factor in Sinkhorn's scaling: logits [G, N, E], valid [G, N] -> [G, 1, E].
+
+    Rows and columns in turn are scaled until a real row sums to 1 and a column to real rows / E.
+    """
+    share = ops.log(rows_of(valid) / logits.shape[-1]).reshape(-1, 1, 1)  # [G, 1, 1]
+    away = (1.0 - ops.expand_dims(valid, -1)) * FAR  # padding counts in no column, [G, N, 1]
+    of_expert = share * 0.0
+    for _ in range(iterations):
+        of_row = -ops.expand_dims(log_partition(logits + of_expert), -1) - away  # [G, N, 1]
+        of_expert = share - ops.expand_dims(log_partition(logits + of_row, 1), 1)  # [G, 1, E]
+    return of_expert
 
 
 @register("base")
@@ -68,9 +76,9 @@ class Base(LinearRouter):
         if self.training:
             expert = self.auction(logits, context["valid"])  # [G, N]
             mask = self.one_hot(expert, self.expert_num, self.on, self.off)  # [G, N, E]
-            experts, gates, chosen = self.choose.weigh(ops.expand_dims(expert, -1), (mask,), scores, context["valid"])
+            experts, gates, chosen = self.choose.weigh(ops.expand_dims(expert, -1), (mask,), scores, context)
         else:
-            experts, gates, chosen = self.choose(logits, scores, context["valid"])
+            experts, gates, chosen = self.choose(logits, scores, context)
         return {
             "experts": experts,
             "gates": gates,
@@ -86,12 +94,13 @@ class Auction(nn.Cell):
 
     Bertsekas' auction for identical seats: a row without a seat bids for the expert with the best score minus price as
     much as leaves it no worse off than its second best, plus a step; an expert keeps its highest bids, and once it is
-    full its price is the lowest of them. With a step of 1 / 50 of the scores' range the sum ends within that, a row, of
-    the largest. After 64 rounds those still without a seat take the free ones in turn. Shapes are static, the number of
-    rounds is not; nothing has a gradient.
+    full its price is the lowest of them. Prices start where Sinkhorn's scaling at the temperature of the step, 1 / 50
+    of the scores' range, puts them: then eight rounds seat all but a few rows, which get the free seats in turn, and
+    the sum is within 0.1 % of the range, a row, of the largest (768 rows, 8 or 64 experts), where an auction from zero
+    needs 67 to 258 rounds. Everything is static and without a gradient.
     """
 
-    rounds, fraction = 64, 0.02
+    rounds, passes, fraction = 8, 16, 0.02
 
     def __init__(self, experts: int):
         super().__init__()
@@ -101,30 +110,25 @@ class Auction(nn.Cell):
         self.one_hot = ops.OneHot()
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
         self.highest, self.lowest = ops.ReduceMax(), ops.ReduceMin()
-        self.nothing = ops.ZerosLike()
         self.prefix, self.before = ops.CumSum(), ops.CumSum(exclusive=True)
 
     def construct(self, scores: Tensor, valid: Tensor) -> Tensor:
         """Scores [G, N, E] and valid [G, N] -> expert [G, N] int32, E for a padded row."""
-        scores, real = scores * ops.expand_dims(valid, -1), valid > 0
+        scores, real = ops.stop_gradient(scores) * ops.expand_dims(valid, -1), valid > 0
         count = valid.sum(1, keepdims=True).astype(mstype.int32)  # [G, 1]
         seats = (count + (self.expert_num - 1)) // self.expert_num
         spread = self.highest(scores, (1, 2)) - self.lowest(scores, (1, 2))  # [G]
         step = ops.expand_dims(ops.maximum(self.fraction * spread, 1e-6), -1)  # [G, 1]
-        nowhere = ops.zeros_like(valid).astype(mstype.int32) + self.expert_num  # [G, N]
-        expert, bid, price = nowhere, ops.zeros_like(valid), ops.zeros_like(scores[:, 0])  # price [G, E]
-        waiting = self.waiting(expert, real)
-        index = Tensor(0, mstype.int32)
-        while ops.logical_and(index < self.rounds, waiting.sum() > 0):
+        heat = ops.expand_dims(step, -1)  # [G, 1, 1]
+        price = (-heat * scaling(scores / heat, valid, self.passes)).squeeze(1)  # [G, E]
+        expert = ops.zeros_like(valid).astype(mstype.int32) + self.expert_num  # [G, N]
+        bid = ops.zeros_like(valid)
+        for _ in range(self.rounds):
+            waiting = self.waiting(expert, real)
             asked, offer = self.offers(scores, price, step)
             expert, bid = ops.where(waiting > 0, asked, expert), ops.where(waiting > 0, offer, bid)
             expert, price = self.settle(expert, bid, price, seats)
-            waiting = self.waiting(expert, real)
-            index = index + 1
-        return self.fill(expert, waiting, seats)
-
-    def bprop(self, scores, valid, out, d_out):
-        return self.nothing(scores), self.nothing(valid)
+        return self.fill(expert, self.waiting(expert, real), seats)
 
     def waiting(self, expert: Tensor, real: Tensor) -> Tensor:
         """1 where a real row has no seat: [G, N]."""
@@ -141,7 +145,7 @@ class Auction(nn.Cell):
     def settle(self, expert: Tensor, bid: Tensor, price: Tensor, seats: Tensor):
         """Each expert keeps its highest bids: -> (expert [G, N], those who lost at E, price [G, E])."""
         _, position, count, _ = self.order(expert, bid)
-        expert = ops.where(position < seats, expert, ops.zeros_like(expert) + self.expert_num)
+        expert = ops.where(position < seats, expert, ops.full_like(expert, self.expert_num))
         mask = self.one_hot(expert, self.expert_num, self.on, self.off)  # [G, N, E]
         lowest = self.lowest(ops.expand_dims(bid, -1) * mask + (1.0 - mask) * FAR, 1)  # [G, E]
         return expert, ops.where(count >= seats, lowest, price)
