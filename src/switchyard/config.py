@@ -118,7 +118,9 @@ class MoEConfig(Section):
         0.001, description="sigmoid: step of the bias that balances the load; 0 = off"
     )
     topk_group: Positive = Field(1, description="sigmoid, two_level: groups that a row may choose experts from")
-    routed_scaling_factor: Annotated[float, Field(gt=0)] = Field(1.0, description="softmax and sigmoid routers: factor of the gates")
+    routed_scaling_factor: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="softmax and sigmoid routers: factor of the gates"
+    )
     sinkhorn_iterations: Positive = Field(8, description="sinkhorn, training: passes that balance rows and experts")
     n_group: Positive = Field(1, description="groups that the experts are split into, one beside the other")
     task_num: Positive = Field(1, description="tasks T that rows may belong to: task, multi_gate, random_in_group")
@@ -126,6 +128,8 @@ class MoEConfig(Section):
         None, description="task: the K experts of each task; null = sets of K in turn"
     )
     slots_per_expert: Positive = Field(1, description="soft: slots of an expert in each group")
+    record: str | None = Field(None, description="safetensors file that gets the experts chosen in this run")
+    replay: str | None = Field(None, description="recorded file whose choices are forced; the gates stay live")
     jitter: Fraction = Field(0.0, description="training: router input times U(1 - jitter, 1 + jitter), anew each step")
     losses: dict[str, Weight] = Field(
         {}, description="further balance losses and their weights: importance, load, mutual_information, sequence"

@@ -36,6 +36,7 @@ def router_laws(moe):
         )
     if moe.task_experts is not None:
         yield from _task_laws(moe)
+    yield from _replay_laws(moe)
 
 
 def _token_choice_laws(moe):
@@ -71,6 +72,15 @@ def _token_choice_laws(moe):
         True,
         "needs moe.shared_expert_num of 1 or more",
     )
+
+
+def _replay_laws(moe):
+    """Laws of recorded choices."""
+    for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
+        if file is not None and moe.router == "gshard":
+            yield moe.second_expert == "all", key, file, "a second choice may not be refused: moe.second_expert 'all'"
+    if moe.record is not None:
+        yield moe.record != moe.replay, "moe.record", moe.record, "must not be the file that moe.replay reads"
 
 
 def _task_laws(moe):

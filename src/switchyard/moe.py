@@ -7,15 +7,18 @@ and the transpose [G, E, C, D] <-> [E, G * C, D] is the only thing that crosses 
 
 from typing import TypedDict
 
-from mindspore import Tensor, nn, ops
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
 
-from switchyard.config import Config
+from switchyard.config import Config, MoEConfig
 from switchyard.dispatch import EXACT_FLOAT
 from switchyard.errors import UserError
 from switchyard.experts import FeedForwardExperts
-from switchyard.kernels.noise import NoiseSlices
+from switchyard.kernels.noise import NoiseSlices, UniformRows
 from switchyard.paths import create_path
 from switchyard.routing import balance, create_router
+from switchyard.routing.base import require_choices
 
 
 class Audit(TypedDict):
@@ -23,7 +26,7 @@ class Audit(TypedDict):
 
     load [E]: choices per expert before dropping. importance [E]: gate mass per expert. dropped: share of the choices
     that got no slot. entropy: of the router, nats. max_violation: largest load / mean load - 1. z: mean squared
-    log-partition.
+    log-partition. experts [G * N, K] int32: the choices themselves, only where moe.record asks for them.
     """
 
     load: Tensor
@@ -32,6 +35,7 @@ class Audit(TypedDict):
     entropy: Tensor
     max_violation: Tensor
     z: Tensor
+    experts: Tensor
 
 
 class MoELayer(nn.Cell):
@@ -65,35 +69,56 @@ class MoELayer(nn.Cell):
     ):
         super().__init__()
         moe, width = config.moe, config.model.hidden_size
-        self.expert_num, self.choices, self.jitter = moe.expert_num, moe.num_experts_chosen, moe.jitter
+        self.expert_num, self.choices, self.jitter = moe.expert_num, moe.choices, moe.jitter
         self.slice = slices.take(self.jitter > 0)
+        self.lot = UniformRows(slices, width, 1) if moe.drop_order == "random" else None
         self.router = create_router(config, random, slices, vocab_size, has_tasks)
         hidden, activation = config.expert_width, config.model.activation
         self.experts = FeedForwardExperts(moe.expert_num, width, hidden, activation, std, random, dtype)
         self.shared = None
         if moe.shared_expert_num:
-            self.shared = FeedForwardExperts(1, width, hidden * moe.shared_expert_num, activation, std, random, dtype)
+            self.shared = SharedExperts(config, std, random, dtype)
+        self.balanced = InTurn(moe) if moe.force_balance else None
         self.train_path = create_path(self.router.form, moe, True)
         self.eval_path = create_path(self.router.eval_form or self.router.form, moe, False)
+        self.records = moe.record is not None
+        if self.records or moe.replay is not None or moe.force_balance:
+            require_choices(moe)
         self.losses = balance.WeightedLosses(moe, self.router, config.model.seq_length)
 
-    def construct(self, rows: Tensor, valid: Tensor, noise: Tensor, token_ids: Tensor = None, task_ids: Tensor = None):
-        """Rows [G, N, D], valid [G, N] (1 = real, 0 = padding), noise [.., G * N, D] of U(0, 1); ids [G, N] int32."""
+    def construct(
+        self,
+        rows: Tensor,
+        valid: Tensor,
+        noise: Tensor,
+        token_ids: Tensor = None,
+        task_ids: Tensor = None,
+        replay: Tensor = None,
+    ):
+        """Rows [G, N, D], valid [G, N] (1 = real, 0 = padding), noise [.., G * N, D] of U(0, 1); ids [G, N] int32;
+        choices to force [G, N, K] int32, -1 where the router's own stand."""
         routed = rows
         if self.training and self.jitter > 0:
             factor = 1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice]  # arXiv 2101.03961, section 2.4
             routed = rows * factor.reshape(rows.shape)
         context = {"valid": valid, "noise": noise, "token_ids": token_ids, "task_ids": task_ids}
+        if self.balanced is not None:
+            context["replay"] = self.balanced(valid)
+        elif replay is not None:
+            context["replay"] = replay
         routing = self.router(routed, context)
+        if self.training and self.lot is not None:
+            routing["lot"] = self.lot(noise).reshape(valid.shape)  # [G, N]
         if self.training:
             out, served = self.work(self.train_path, rows, routing)
         else:
             out, served = self.work(self.eval_path, rows, routing)
         if self.shared is not None:
-            groups, count, width = rows.shape
-            shared = self.shared(rows.reshape(1, groups * count, width))  # [1, G * N, D]
-            out = out + shared.reshape(groups, count, width)
-        return out, self.losses(routing, valid), audit(routing, served, valid)
+            out = out + self.shared(rows)
+        figures = audit(routing, served, valid)
+        if self.records:
+            figures["experts"] = ops.stop_gradient(routing["experts"]).reshape(-1, self.choices)  # [G * N, K]
+        return out, self.losses(routing, valid), figures
 
     def work(self, path: nn.Cell, rows: Tensor, routing: dict):
         """Plan, dispatch, experts, combine: rows [G, N, D] and a Routing -> (rows [G, N, D], choices served)."""
@@ -106,6 +131,50 @@ class MoELayer(nn.Cell):
         else:
             slots = self.experts(slots)
         return path.combine(slots, plan), path.served(routing, plan)
+
+
+class SharedExperts(nn.Cell):
+    """What every row visits besides: [G, N, D] -> [G, N, D].
+
+    `moe.shared_expert_num` experts that all rows go to are one expert of as many times the width. With
+    `moe.use_shared_expert_gating` its output is weighted by sigmoid(x w) (Qwen2-MoE, arXiv 2407.10671, section 2.2.2).
+    """
+
+    def __init__(self, config: Config, std: tuple[float, float], random, dtype):
+        super().__init__()
+        width, hidden = config.model.hidden_size, config.expert_width * config.moe.shared_expert_num
+        self.expert = FeedForwardExperts(1, width, hidden, config.model.activation, std, random, dtype)
+        self.gate = None
+        if config.moe.use_shared_expert_gating:
+            self.gate = Parameter(Tensor(random.normal(0.0, std[0], (width, 1)).astype(np.float32)), name="gate")
+        self.product, self.sigmoid = ops.MatMul(), ops.Sigmoid()
+
+    def construct(self, rows: Tensor) -> Tensor:
+        flat = rows.reshape(-1, rows.shape[-1])  # [G * N, D]
+        out = self.expert(ops.expand_dims(flat, 0)).reshape(flat.shape)  # [G * N, D]
+        if self.gate is not None:
+            out = out * self.sigmoid(self.product(flat.astype(mstype.float32), self.gate))
+        return out.reshape(rows.shape)
+
+
+class InTurn(nn.Cell):
+    """Choices that balance perfectly, to time what the best router could give: valid [G, N] -> experts [G, N, K] int32.
+
+    Choice k of row n is expert n * K + k, modulo E; of each copy where there are several.
+    """
+
+    def __init__(self, moe: MoEConfig):
+        super().__init__()
+        self.each, self.copies, self.size = moe.num_experts_chosen, moe.copies, moe.expert_num // moe.copies
+
+    def construct(self, valid: Tensor) -> Tensor:
+        rows = ops.arange(valid.shape[1]) * self.each  # [N]
+        experts = ()
+        for choice in range(self.each * self.copies):
+            turn = (rows + choice % self.each) % self.size + choice // self.each * self.size
+            experts = (*experts, turn.astype(mstype.int32))
+        in_turn = ops.stack(experts, -1)  # [N, K]
+        return ops.tile(ops.expand_dims(in_turn, 0), (valid.shape[0], 1, 1))
 
 
 def audit(routing: dict, served: Tensor, valid: Tensor) -> dict:
@@ -125,7 +194,7 @@ def audit(routing: dict, served: Tensor, valid: Tensor) -> dict:
 def check_sort_keys(config: Config) -> None:
     """Refuses batches whose sort keys float32 cannot hold exactly (UserError)."""
     rows = config.data.batch_size * config.model.seq_length // config.groups
-    key = (config.moe.expert_num + 1) * rows * config.moe.num_experts_chosen
+    key = (config.moe.expert_num + 1) * rows * config.moe.choices
     if config.moe_layers and key >= EXACT_FLOAT:
         raise UserError(
             f"data.batch_size: {config.data.batch_size}; (experts + 1) * rows of a group * choices is {key}, "

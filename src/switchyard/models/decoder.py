@@ -16,6 +16,7 @@ from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.norm import create_norm
 from switchyard.models.layers import Attention, Dropout, Embedding, Linear, causal_mask
 from switchyard.moe import MoELayer, check_sort_keys
+from switchyard.routing.base import require_causal
 
 DTYPES = {"float32": mstype.float32, "float16": mstype.float16, "bfloat16": mstype.bfloat16}
 
@@ -48,18 +49,20 @@ class Block(nn.Cell):
         self.attention_dropout = Dropout(model.dropout, slices)
         self.feed_forward_dropout = Dropout(model.dropout, slices)
 
-    def construct(self, x: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor):
-        """x [N, D], tokens [B, S], valid [N], noise [.., N, D] -> (x, losses or (), Audit or {})."""
+    def construct(self, x: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor = None):
+        """x [N, D], tokens [B, S], valid [N], noise [.., N, D], replay [N, K] -> (x, losses or (), Audit or {})."""
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), tokens.shape[0]), noise)
-        return self.feed(x, tokens, valid, noise, self.groups)
+        return self.feed(x, tokens, valid, noise, self.groups, replay)
 
-    def feed(self, x: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, groups: int):
+    def feed(self, x: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, groups: int, replay: Tensor = None):
         """The second half: x [N, D] -> (x, losses or (), Audit or {}). Generation has one group, so any B will do."""
         rows, losses, audit = self.feed_forward_norm(x), (), {}
         if self.conditional:
             grouped = rows.reshape(groups, -1, rows.shape[1])  # [G, N / G, D]
             ids = tokens.reshape(groups, -1)  # [G, N / G]
-            out, losses, audit = self.feed_forward(grouped, valid.reshape(groups, -1), noise, ids)
+            if replay is not None:
+                replay = replay.reshape(groups, -1, replay.shape[-1])  # [G, N / G, K]
+            out, losses, audit = self.feed_forward(grouped, valid.reshape(groups, -1), noise, ids, None, replay)
         else:
             out = self.feed_forward(rows.expand_dims(0))  # [1, N, D]: a dense layer is one expert
         return x + self.feed_forward_dropout(out.reshape(x.shape), noise), losses, audit
@@ -75,6 +78,9 @@ class Decoder(nn.Cell):
         config: the whole configuration.
         vocab_size: entries V of the tokenizer.
         length: longest sequence, for positions and the causal mask; at least model.seq_length.
+
+    Raises:
+        UserError: a router that is not causal, or that asks for task ids, which text does not have.
     """
 
     def __init__(self, config: Config, vocab_size: int, length: int | None = None):
@@ -91,6 +97,8 @@ class Decoder(nn.Cell):
             self.position = Embedding(model.seq_length, model.hidden_size, model.init_method_std, random)
         slices = NoiseSlices()
         self.dropout = Dropout(model.dropout, slices)
+        if self.moe_layers:
+            require_causal(config.moe)
         causal = causal_mask(length)
         self.layers = nn.CellList(
             [
@@ -107,17 +115,21 @@ class Decoder(nn.Cell):
             self.head = Linear(model.hidden_size, vocab_size, model.init_method_std, random, self.dtype)
         self.tied_product = ops.MatMul(transpose_b=True)
 
-    def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor):
+    def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor = None):
         """Tokens [B, S] int32, valid [B, S] float32, noise [max(noise_slices, 1), N, D] of U(0, 1).
 
-        At evaluation the noise is not read: any [1, 1, 1] serves.
+        At evaluation the noise is not read: any [1, 1, 1] serves. replay [M, N, K] int32: choices of experts to force,
+        -1 where the router's own stand, see switchyard.routing.replay.
         """
         length = tokens.shape[1]
         valid = valid.reshape(-1)  # [N]
         x = self.dropout(self.embed(tokens, ops.arange(length)), noise)  # [N, D]
         losses, audits = (), ()
         for layer in self.layers:
-            x, loss, audit = layer(x, tokens, valid, noise)
+            if replay is not None and layer.conditional:
+                x, loss, audit = layer(x, tokens, valid, noise, replay[len(losses)])
+            else:
+                x, loss, audit = layer(x, tokens, valid, noise)
             if layer.conditional:
                 losses, audits = (*losses, loss), (*audits, audit)
         return self.logits(x), stack_losses(losses), stack_audits(audits)
@@ -155,7 +167,7 @@ def stack_audits(audits: tuple) -> dict:
     """Audits of the conditional layers -> one whose figures have a leading layer axis."""
     if len(audits) == 0:
         return {}
-    return {
+    stacked = {
         "load": _stack(audits, "load"),
         "importance": _stack(audits, "importance"),
         "dropped": _stack(audits, "dropped"),
@@ -163,6 +175,9 @@ def stack_audits(audits: tuple) -> dict:
         "max_violation": _stack(audits, "max_violation"),
         "z": _stack(audits, "z"),
     }
+    if "experts" in audits[0]:
+        stacked["experts"] = _stack(audits, "experts")  # [M, N, K]
+    return stacked
 
 
 def _stack(audits: tuple, name: str) -> Tensor:

@@ -52,13 +52,15 @@ class Context(TypedDict):
     """What a router may look at besides the rows.
 
     valid [G, N] float32: 1 for a real row, 0 for padding. noise [.., G * N, D] float32 of U(0, 1), read in training
-    only. token_ids, task_ids [G, N] int32, None where the network has none.
+    only. token_ids, task_ids [G, N] int32, None where the network has none. replay [G, N, K] int32: choices that are
+    forced, -1 where the router's own stand (see switchyard.routing.replay); there only in a run that replays.
     """
 
     valid: Tensor
     noise: Tensor
     token_ids: Tensor
     task_ids: Tensor
+    replay: Tensor
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,14 @@ def require_causal(moe: MoEConfig) -> None:
         f"moe.router: {moe.router!r}; looks at the whole sequence, later tokens too, which a causal model must not: "
         f"take one of {causal}"
     )
+
+
+def require_choices(moe: MoEConfig) -> None:
+    """Refuses to record or replay where no row has K experts of its own, in training or at evaluation (UserError)."""
+    router = find_router(moe.router)
+    key, file = ("moe.record", moe.record) if moe.record is not None else ("moe.replay", moe.replay)
+    if router.form != "token_choice" or router.eval_form:
+        raise UserError(f"{key}: {file}; router {moe.router!r} does not choose experts row by row; take one that does")
 
 
 class Router(nn.Cell):
@@ -231,14 +241,15 @@ class Choosing(nn.Cell):
         self.top = TopChoices(experts, choices)
         self.sum = ops.ReduceSum()
 
-    def construct(self, scores: Tensor, probabilities: Tensor, valid: Tensor):
-        """[G, N, E] twice and valid [G, N] -> (experts [G, N, K], gates [G, N, K], chosen [G, N, E])."""
+    def construct(self, scores: Tensor, probabilities: Tensor, context: dict):
+        """[G, N, E] twice and a Context -> (experts [G, N, K], gates [G, N, K], chosen [G, N, E])."""
         experts, masks = self.top(scores)  # [G, N, K]
-        return self.weigh(experts, masks, probabilities, valid)
+        return self.weigh(experts, masks, probabilities, context)
 
-    def weigh(self, experts: Tensor, masks: tuple, probabilities: Tensor, valid: Tensor):
+    def weigh(self, experts: Tensor, masks: tuple, probabilities: Tensor, context: dict):
         """The same of choices that are made: experts [G, N, K] and the one-hot of each, K x [G, N, E]."""
-        valid = ops.expand_dims(valid, -1)  # [G, N, 1]
+        experts, masks = self.replayed(experts, masks, context)
+        valid = ops.expand_dims(context["valid"], -1)  # [G, N, 1]
         gates, chosen = (), masks[0]
         for mask in masks:
             gates = (*gates, self.sum(probabilities * mask, -1))  # [G, N]
@@ -246,3 +257,20 @@ class Choosing(nn.Cell):
             chosen = chosen + mask
         experts = ops.where(valid > 0, experts, ops.full_like(experts, self.expert_num))
         return experts, ops.stack(gates, -1) * valid, chosen * valid
+
+    def replayed(self, experts: Tensor, masks: tuple, context: dict):
+        """Choices and the one-hot of each, those of the context's `replay` in the place of the router's own."""
+        if "replay" not in context:
+            return experts, masks
+        experts, forced = replay_choices(experts, context["replay"], self.expert_num), ()
+        for k in range(len(masks)):
+            mask = self.top.one_hot(experts[..., k], self.expert_num, self.top.on, self.top.off)  # [G, N, E]
+            forced = (*forced, mask)
+        return experts, forced
+
+
+def replay_choices(experts: Tensor, replay: Tensor, expert_num: int) -> Tensor:
+    """Choices [G, N, K], or where all K entries of `replay` [G, N, K] name an expert, those."""
+    named = ops.logical_and(replay >= 0, replay < expert_num).astype(mstype.float32)
+    named = named.sum(-1, keepdims=True) == replay.shape[-1]  # [G, N, 1]
+    return ops.where(named, replay, experts)

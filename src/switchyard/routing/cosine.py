@@ -71,7 +71,7 @@ class Prototype(LinearRouter):
         within = self.softmax(grouped).reshape(groups, count, experts)  # [G, N, E]
         _, masks = self.best(grouped)
         scores = within - (1.0 - masks[0].reshape(groups, count, experts)) * FAR
-        experts, gates, chosen = self.choose(scores, within, context["valid"])
+        experts, gates, chosen = self.choose(scores, within, context)
         probabilities = within / self.choices
         return {
             "experts": experts,

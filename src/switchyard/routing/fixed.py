@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.routing.base import Router, RouterSetting, register
+from switchyard.routing.base import Router, RouterSetting, register, replay_choices
 
 
 def constant(values: np.ndarray, name: str) -> Parameter:
@@ -60,7 +60,10 @@ class FixedRouter(Router):
         self.take = ops.Gather()
 
     def construct(self, rows: Tensor, context: dict) -> dict:
-        return self.assign(self.pick(rows, context), context["valid"])
+        experts = self.pick(rows, context)
+        if "replay" in context:
+            experts = replay_choices(experts, context["replay"], self.expert_num)
+        return self.assign(experts, context["valid"])
 
     def pick(self, rows: Tensor, context: dict) -> Tensor:
         """The experts of each row [G, N, K] int32, those of padded rows included."""

@@ -35,7 +35,7 @@ class GShard(SoftmaxRouter):
     def construct(self, rows: Tensor, context: dict) -> dict:
         logits = self.score(rows, self.weight)  # [G, N, E]
         probabilities = self.softmax(logits)
-        experts, gates, chosen = self.choose(logits, probabilities, context["valid"])
+        experts, gates, chosen = self.choose(logits, probabilities, context)
         gates = normalised(gates)  # [G, N, 2]
         if self.policy == "threshold":
             experts, gates, chosen = self.refuse(gates[..., 1] > self.threshold, experts, gates, chosen)

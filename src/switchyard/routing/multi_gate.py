@@ -40,7 +40,7 @@ class MultiGate(Router):
         own = self.one_hot(context["task_ids"], self.task_num, self.on, self.off)  # [G, N, T]
         logits = (logits * ops.expand_dims(own, -1)).sum(2)  # [G, N, E], those of the row's own gate
         probabilities = self.softmax(logits)  # eq. 7
-        experts, gates, chosen = self.choose(logits, probabilities, context["valid"])
+        experts, gates, chosen = self.choose(logits, probabilities, context)
         if self.normalise:
             gates = gates / ops.maximum(gates.sum(-1, keepdims=True), 1e-20)  # a padded row's gates are 0
         return {

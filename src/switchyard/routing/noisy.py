@@ -48,11 +48,11 @@ class NoisyTopK(LinearRouter):
         experts, masks = self.top(scores)  # [G, N, K + 1]
         probabilities = self.softmax(scores)
         kept = self.kept(masks)
-        sparse = probabilities * kept  # [G, N, E]
+        first, own = self.choose.replayed(experts[..., : self.choices], masks[: self.choices], context)
+        sparse = probabilities * self.kept(own)  # [G, N, E]
         if self.choices > 1:
             sparse = sparse / sparse.sum(-1, keepdims=True)  # softmax of the K largest alone: eq. 3 and 5
-        first = masks[: self.choices]
-        experts, gates, chosen = self.choose.weigh(experts[..., : self.choices], first, sparse, context["valid"])
+        experts, gates, chosen = self.choose.weigh(first, own, sparse, context)
         smooth_load = chosen
         if self.training and self.choices < self.expert_num:
             smooth_load = self.chance(clean, scores, deviation, masks, kept)

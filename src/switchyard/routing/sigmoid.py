@@ -45,7 +45,7 @@ class Sigmoid(LinearRouter):
         biased = ops.stop_gradient(scores) + self.bias  # eq. 16
         if self.limit is not None:
             biased = self.limit(biased)
-        experts, gates, chosen = self.choose(biased, scores, context["valid"])
+        experts, gates, chosen = self.choose(biased, scores, context)
         if self.normalise:
             gates = normalised(gates)  # eq. 13
         if self.training and self.rate > 0:

@@ -21,7 +21,7 @@ class SoftmaxRouter(LinearRouter):
         logits = self.logits(rows)  # [G, N, E]
         probabilities = self.softmax(logits)  # arXiv 2101.03961, eq. 1
         scores = self.rank(logits, context["valid"])
-        experts, gates, chosen = self.choose(scores, probabilities, context["valid"])
+        experts, gates, chosen = self.choose(scores, probabilities, context)
         return {
             "experts": experts,
             "gates": self.weigh(gates) * self.factor,

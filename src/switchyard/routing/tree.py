@@ -39,7 +39,7 @@ class TwoLevel(LinearRouter):
         grouped = secondary.reshape(*primary.shape, self.size)  # [G, N, Q, E / Q]
         joint = ops.expand_dims(group_probabilities, -1) * self.softmax(grouped)  # eq. 12
         joint = joint.reshape(secondary.shape)  # [G, N, E]
-        experts, gates, chosen = self.choose(self.limit(joint, primary), joint, context["valid"])
+        experts, gates, chosen = self.choose(self.limit(joint, primary), joint, context)
         if self.normalise:
             gates = normalised(gates)
         return {

@@ -58,18 +58,20 @@ class LossCell(nn.Cell):
         self.consistency = config.moe.consistency_loss_factor if self.conditional else 0.0
         self.log_softmax = ops.LogSoftmax(-1)
 
-    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor):
+    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor, replay: Tensor = None):
         """tokens, labels [B, S] int32, valid [B, S] float32, noise [max(J, 1), N, D] -> (total [], figures).
+
+        replay [M, N, K] int32: see models.Decoder.
 
         figures is a tuple that `name_figures` names: loss (cross-entropy alone), balance_loss and z_loss (means over
         layers, 0 when dense), then the audit where the model is conditional.
         """
-        logits, layer_losses, audit = self.model(tokens, valid, noise)  # [N, V]
+        logits, layer_losses, audit = self.read(tokens, valid, noise, replay)  # [N, V]
         weights = valid.reshape(-1)  # [N]
         losses = self.token_losses(logits, labels.reshape(-1))  # [N]
         apart = ops.zeros_like(losses)  # [N]
         if self.consistency > 0:
-            other, _, _ = self.model(tokens, valid, noise[noise.shape[0] // 2 :])  # [N, V]
+            other, _, _ = self.read(tokens, valid, noise[noise.shape[0] // 2 :], replay)  # [N, V]
             losses = (losses + self.token_losses(other, labels.reshape(-1))) / 2
             apart = self.divergence(logits, other)
         loss = (losses * weights).sum() / ops.maximum(weights.sum(), 1.0)
@@ -81,6 +83,12 @@ class LossCell(nn.Cell):
         if self.consistency > 0:
             total = total + self.consistency * (apart * weights).sum() / ops.maximum(weights.sum(), 1.0)
         return total, (loss, balance.mean(), z.mean(), *flat_audit(audit))
+
+    def read(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor):
+        """What the model makes of a batch; only a run that replays hands it choices."""
+        if replay is None:
+            return self.model(tokens, valid, noise)
+        return self.model(tokens, valid, noise, replay)
 
     def divergence(self, one: Tensor, other: Tensor) -> Tensor:
         """(KL(p || q) + KL(q || p)) / 2 of the distributions of two logits [N, V] -> [N]."""
@@ -97,12 +105,15 @@ def flat_audit(audit: dict) -> tuple:
     if len(audit) == 0:
         return ()
     sums = (audit["load"], audit["importance"])
-    return (*sums, audit["dropped"], audit["entropy"], audit["max_violation"], audit["z"])
+    figures = (*sums, audit["dropped"], audit["entropy"], audit["max_violation"], audit["z"])
+    if "experts" in audit:
+        figures = (*figures, audit["experts"])  # moe.record
+    return figures
 
 
 def name_figures(figures: tuple) -> dict:
     """A flat tuple of figures -> {loss, balance_loss, z_loss, audit: {...}}, audit {} when dense."""
-    audit = dict(zip(AUDIT_SUMS + AUDIT_MEANS, figures[3:]))
+    audit = dict(zip((*AUDIT_SUMS, *AUDIT_MEANS, "experts"), figures[3:]))
     return {"loss": figures[0], "balance_loss": figures[1], "z_loss": figures[2], "audit": audit}
 
 
@@ -139,14 +150,26 @@ class StepGraph(nn.Cell):
             shapes += [(layers, experts)] * len(AUDIT_SUMS) + [(layers,)] * len(AUDIT_MEANS)
         self.is_sum = tuple(len(shape) == 2 for shape in shapes)
         self.no_figures = tuple(Tensor(np.zeros(shape, np.float32)) for shape in shapes)
+        if self.loss.conditional and config.moe.record is not None:
+            rows = config.data.batch_size * config.model.seq_length
+            shape = (self.micro_batches, layers, rows, config.moe.num_experts_chosen)  # [A, M, N, K]
+            self.no_figures = (*self.no_figures, Tensor(np.zeros(shape, np.int32)))
 
-    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor, learning_rate: Tensor) -> tuple:
+    def construct(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        valid: Tensor,
+        noise: Tensor,
+        learning_rate: Tensor,
+        replay: Tensor = None,
+    ) -> tuple:
         """See TrainStep; returns (gradient_norm [], loss_scale [], skipped [], figures of LossCell...)."""
         scale = self.scale()
         if self.micro_batches == 1:
-            (_, figures), gradients = self.gradient(tokens[0], labels[0], valid[0], noise[0], scale)
+            (_, figures), gradients = self.differentiate(tokens[0], labels[0], valid[0], noise[0], scale, replay, 0)
         else:
-            figures, gradients = self.accumulate(tokens, labels, valid, noise, scale)
+            figures, gradients = self.accumulate(tokens, labels, valid, noise, scale, replay)
         norm = self.norm(gradients) / scale
         alive = self.is_finite(norm)
         self.optimizer(self.clipped(gradients, norm, scale), learning_rate, alive)
@@ -156,15 +179,21 @@ class StepGraph(nn.Cell):
             self.adjust_scale(alive)
         return (norm, scale, skipped, *figures)
 
-    def scaled_loss(self, tokens, labels, valid, noise, factor):
-        total, figures = self.loss(tokens, labels, valid, noise)
+    def scaled_loss(self, tokens, labels, valid, noise, factor, replay=None):
+        total, figures = self.loss(tokens, labels, valid, noise, replay)
         return total * factor, figures
+
+    def differentiate(self, tokens, labels, valid, noise, factor, replay, index):
+        """((scaled loss, figures), gradients) of micro-batch `index`, which reads its part of the choices to replay."""
+        if replay is None:
+            return self.gradient(tokens, labels, valid, noise, factor)
+        return self.gradient(tokens, labels, valid, noise, factor, ops.gather(replay, index, 0))
 
     def scale(self):
         """The loss scale []: a parameter's value with float16, else 1."""
         return self.loss_scale * 1.0 if self.scaled else self.one
 
-    def accumulate(self, tokens, labels, valid, noise, scale):
+    def accumulate(self, tokens, labels, valid, noise, scale, replay):
         """(figures of the step, its gradients times `scale`): a loop in the graph, so its size does not grow with A."""
         for total in self.accumulated:
             self.assign(total, ops.zeros_like(total))
@@ -173,24 +202,30 @@ class StepGraph(nn.Cell):
         while index < self.micro_batches:
             mask = ops.gather(valid, index, 0)  # [A, B, S] -> [B, S]
             share = mask.sum() / count
-            (_, figures), gradients = self.gradient(
+            (_, figures), gradients = self.differentiate(
                 ops.gather(tokens, index, 0),
                 ops.gather(labels, index, 0),
                 mask,
                 ops.gather(noise, index, 0),  # [A, J, N, D] -> [J, N, D]
                 scale * share,
+                replay,
+                index,
             )
             for total, gradient in zip(self.accumulated, gradients):
                 self.assign_add(total, gradient)
-            sums = self.add_figures(sums, figures, share)
+            sums = self.add_figures(sums, figures, share, index)
             index = index + 1
         return sums, self.accumulated
 
-    def add_figures(self, sums, figures, share):
+    def add_figures(self, sums, figures, share, micro):
         """`sums` plus the figures of a micro-batch; those that are means count by its share of the tokens."""
         added = ()
         for index, figure in enumerate(figures):
-            added = (*added, sums[index] + (figure if self.is_sum[index] else share * figure))
+            if index < len(self.is_sum):
+                added = (*added, sums[index] + (figure if self.is_sum[index] else share * figure))
+            else:
+                place = (ops.arange(self.micro_batches) == micro).astype(mstype.int32).reshape(-1, 1, 1, 1)
+                added = (*added, sums[index] + place * figure)  # choices: [A, M, N, K]
         return added
 
     def clipped(self, gradients, norm, scale):
@@ -233,15 +268,19 @@ class TrainStep:
         self.graph = StepGraph(model, config)
         self.graph.set_train(True)
 
-    def __call__(self, tokens, labels, valid, noise, learning_rate: float) -> dict:
-        """tokens, labels [A, B, S] int32, valid [A, B, S] float32, noise [A, max(J, 1), N, D]: NumPy arrays.
+    def __call__(self, tokens, labels, valid, noise, learning_rate: float, replay=None) -> dict:
+        """tokens, labels [A, B, S] int32, valid [A, B, S] float32, noise [A, max(J, 1), N, D]: NumPy arrays; replay, if
+        any, [A, M, N, K] int32.
 
         Returns figures of the whole step as tensors: those of `name_figures`; gradient_norm [] before the clip;
         loss_scale [] and skipped [] (1 where the update was refused).
         """
         self.graph.set_train(True)  # evaluation switches the same model over
         inputs = [Tensor(array) for array in (tokens, labels, valid, noise)]
-        norm, scale, skipped, *figures = self.graph(*inputs, Tensor(learning_rate, mstype.float32))
+        inputs.append(Tensor(learning_rate, mstype.float32))
+        if replay is not None:
+            inputs.append(Tensor(replay, mstype.int32))
+        norm, scale, skipped, *figures = self.graph(*inputs)
         return {**name_figures(tuple(figures)), "gradient_norm": norm, "loss_scale": scale, "skipped": skipped}
 
     def optimizer_state(self) -> dict[str, Parameter]:
@@ -266,8 +305,14 @@ class EvalStep(nn.Cell):
         self.model, self.token_losses = model, TokenLosses()
         self.no_noise = Tensor(np.zeros((1, 1, 1), np.float32))
 
-    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor):
-        """tokens, labels [B, S] int32, valid [B, S] float32 -> (sum of losses [B], valid tokens [B], audit...)."""
-        logits, _, audit = self.model(tokens, valid, self.no_noise)  # [N, V]
+    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, replay: Tensor = None):
+        """tokens, labels [B, S] int32, valid [B, S] float32 -> (sum of losses [B], valid tokens [B], audit...).
+
+        replay [M, N, K] int32: see models.Decoder.
+        """
+        if replay is None:
+            logits, _, audit = self.model(tokens, valid, self.no_noise)  # [N, V]
+        else:
+            logits, _, audit = self.model(tokens, valid, self.no_noise, replay)
         losses = self.token_losses(logits, labels.reshape(-1)).reshape(valid.shape)  # [N] -> [B, S]
         return ((losses * valid).sum(1), valid.sum(1), *flat_audit(audit))
