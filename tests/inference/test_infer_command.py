@@ -1,0 +1,107 @@
+"""export.py and infer.py as a user calls them, in processes of their own."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from oracles.tiny_export import save_run
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL_CODE = ("models", "moe", "routing", "training", "experts", "dispatch", "paths", "kernels")
+
+
+def call(script: str, *arguments, folder=None) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=folder, timeout=300)
+
+
+@pytest.mark.parametrize("script", ["export.py", "infer.py"])
+def test_help_in_less_than_a_second_without_mindspore(script):
+    code = f"import sys; sys.argv = [{script!r}, '--help']; import runpy\n"
+    code += f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+    code += "except SystemExit: print('mindspore' in sys.modules)"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("usage: ") and done.stdout.endswith("False\n")
+    assert time.perf_counter() - start < 5  # a second, on a machine that does nothing else
+
+
+def test_export_then_infer(tmp_path):
+    """A checkpoint becomes text, in a folder that stays clean."""
+    run, _ = save_run(tmp_path)
+    place = tmp_path / "place"
+    place.mkdir()
+    done = call("export.py", "--checkpoint", run, "--out", "out", "export.max_length=24", folder=place)
+    assert done.returncode == 0, done.stderr
+    assert "parity: every expert reached" in done.stderr and done.stdout == ""
+    done = call(
+        "infer.py", "--model", "out", "--prompt", "jump", "--max-new-tokens", 99, "--temperature", 0, folder=place
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("jump") and done.stdout.endswith("\n") and len(done.stdout) == 25
+    assert "note: stopped after 20 tokens at the model's max_length (24)" in done.stderr
+    assert "prefill: 4 tokens" in done.stderr and "decode: 19 tokens" in done.stderr
+    assert sorted(path.name for path in place.iterdir()) == ["out"]
+
+
+def test_json_of_one_and_of_a_file(exported, tmp_path):
+    options = ("--model", exported, "--max-new-tokens", 5, "--temperature", 0.9, "--top-k", 9, "--top-p", 0.9)
+    done = call("infer.py", *options, "--prompt", "jump", "--json", "--seed", 7)
+    assert done.returncode == 0, done.stderr
+    one = json.loads(done.stdout)
+    keys = ("prompt", "text", "tokens", "stopped", "prefill_seconds", "decode_seconds", "tokens_per_second")
+    assert tuple(one) == keys and one["tokens"] == len(one["text"]) == 5 and one["prompt"] == "jump"
+    (tmp_path / "prompts").write_text("jump\nover the gates\n")
+    done = call("infer.py", *options, "--prompts-file", tmp_path / "prompts", "--json", "--seed", 7)
+    both = json.loads(done.stdout)
+    assert [each["prompt"] for each in both] == ["jump", "over the gates"] and both[0]["text"] == one["text"]
+
+
+def test_no_model_code_is_imported(exported):
+    """A process that generates has imported nothing that knows the model, its routing or its training."""
+    arguments = ["--model", str(exported), "--prompt", "jump", "--max-new-tokens", "3"]
+    code = f"""
+import sys
+from switchyard.cli import run
+from switchyard.inference.commands import infer_main
+code = run(infer_main, {arguments!r})
+print(code, sorted(name for name in sys.modules if name.startswith("switchyard")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "\n0 ['switchyard'" in done.stdout, done.stderr
+    loaded = done.stdout.splitlines()[-1]
+    assert "switchyard.inference.mindir" in loaded
+    assert not [part for part in MODEL_CODE if f"switchyard.{part}'" in loaded or f"switchyard.{part}." in loaded]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--model", "none", "--prompt", "a"), "error: --model: 'none' does not exist"),
+        (("--model", ".", "--prompt", "a"), "error: --model: '.' holds no manifest.json"),
+        (("--model", "OUT"), "error: --prompt: give one of --prompt TEXT and --prompts-file FILE"),
+        (("--model", "OUT", "--prompt", "a", "--prompts-file", "b"), "error: --prompt: give one of"),
+        (("--prompt", "a"), "error: the following arguments are required: --model"),
+        (("--model", "OUT", "--prompt", ""), "error: prompt: empty"),
+        (("--model", "OUT", "--prompt", "jump Ω"), "error: prompt: text: character 'Ω' (U+03A9)"),
+        (("--model", "OUT", "--prompt", "1" * 30), "error: prompt: 30 tokens; the model holds 24"),
+        (("--model", "OUT", "--prompt", "a", "--key-file", "key"), "error: --key-file: 'key'; "),
+        (("--model", "OUT", "--prompt", "a", "--top-p", "2"), "error: --top-p: 2.0; above 0 and at most 1"),
+        (("--model", "OUT", "--prompt", "a", "--top-k", "x"), "error: argument --top-k: invalid int value: 'x'"),
+        (("--model", "OUT", "--prompt", "a", "--max-new-tokens", "-3"), "error: --max-new-tokens: -3; at least 1"),
+    ],
+)
+def test_one_line_for_what_is_wrong(arguments, said, exported, tmp_path, monkeypatch, capfd):
+    """In this process, for speed: the line on stderr, exit code 2, nothing on stdout, no traceback."""
+    from switchyard.cli import run
+    from switchyard.inference.commands import infer_main
+
+    (tmp_path / "key").write_bytes(b"a key of sixteen")
+    monkeypatch.chdir(tmp_path)
+    code = run(infer_main, [str(exported) if argument == "OUT" else argument for argument in arguments])
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("device: ")]
+    assert code == 2 and out == "" and len(lines) == 1 and lines[0].startswith(said), err
