@@ -1,0 +1,54 @@
+"""All causal routers on the same text: same active FLOPs, same steps, next to the dense model.
+
+    python benchmarks/experiments/causal_routers.py [--short]
+
+Eight experts, one chosen (two with half the hidden width where the router wants two), capacity factor 1.25.
+"""
+
+import matplotlib
+from common import arguments, repeat, save, sections
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HALF = 128  # hidden width of an expert where two are chosen
+ONE = {"expert_num": 8, "num_experts_chosen": 1}
+TWO = {"expert_num": 16, "num_experts_chosen": 2, "moe_intermediate_size": HALF}
+CASES = {
+    "dense model": {},
+    "switch": {**ONE, "router": "switch"},
+    "top_k": {**TWO, "router": "top_k"},
+    "gshard": {**TWO, "router": "gshard"},
+    "noisy_top_k": {**TWO, "router": "noisy_top_k", "losses": {"importance": 0.1, "load": 0.1}},
+    "sigmoid": {**TWO, "router": "sigmoid", "aux_loss_factor": 0.0},
+    "sinkhorn": {**ONE, "router": "sinkhorn"},
+    "base": {**ONE, "router": "base"},
+    "cosine": {**ONE, "router": "cosine"},
+    "prototype": {**TWO, "router": "prototype"},
+    "two_level": {**ONE, "router": "two_level", "n_group": 2},
+    "tree": {**ONE, "router": "tree"},
+    "dense (soft-dynamic)": {**ONE, "router": "dense"},
+    "mixture_of_depths": {"router": "mixture_of_depths", "expert_num": 1, "capacity_factor": 0.5},
+    "hash": {**ONE, "router": "hash"},
+    "lsh": {**ONE, "router": "lsh"},
+    "random (by token)": {**ONE, "router": "random", "random_draw": "token"},
+    "random (each step)": {**ONE, "router": "random", "random_draw": "step"},
+}
+
+
+def main() -> None:
+    args, rows = arguments(__doc__), []
+    for name, moe in CASES.items():
+        rows.append(repeat(name, lambda seed, moe=moe: sections(moe=moe, steps=args.steps, seed=seed), args.seeds))
+        save(args.out, "causal_routers", "All causal routers", args, rows)  # what is done is not lost
+    figure, axes = plt.subplots(figsize=(7, 5))
+    ordered = sorted(rows, key=lambda row: row["mean"]["loss"], reverse=True)
+    names, losses = [row["name"] for row in ordered], [row["mean"]["loss"] for row in ordered]
+    axes.barh(names, losses, xerr=[row["deviation"]["loss"] for row in ordered])
+    axes.set(xlabel="validation loss, nats a byte", xlim=(0.95 * min(losses), 1.02 * max(losses)))
+    figure.tight_layout()
+    figure.savefig(args.out / "causal_routers.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What the routing experiments share: one short training on real text, its figures, and files of results.
+
+Every experiment is one command. `--short` ends in minutes on two cores; results go to `--out` (results/NAME.json), the
+picture beside it. `docs/routing.md` is made of those files by `tables.py`; no figure there is typed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # MindSpore's kernels have a pool of their own
+os.environ.setdefault("GLOG_v", "3")
+
+import mindspore as ms
+import numpy as np
+
+from switchyard.config import Config, build
+from switchyard.data import load_data
+from switchyard.models import create_model
+from switchyard.training.schedule import learning_rate
+from switchyard.training.step import EvalStep, TrainStep, draw_noise, name_figures
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "seq_length": 64, "intermediate_size": 256}
+DATA = {"batch_size": 16, "val_fraction": 0.02}
+SCHEDULE = {"learning_rate": 3e-3, "lr_end": 3e-4, "warmup_steps": 30}
+EVAL_BATCHES = 40
+
+
+def sections(model: dict | None = None, moe: dict | None = None, steps: int = 400, seed: int = 1) -> dict:
+    """The experiments' configuration: a two-layer byte model of the standard library, changed by `model` and `moe`."""
+    return {
+        "model": {**MODEL, **(model or {})},
+        "moe": moe or {},
+        "data": DATA,
+        "schedule": SCHEDULE,
+        "train": {"steps": steps, "seed": seed},
+    }
+
+
+def measure(tree: dict) -> dict:
+    """Trains a configuration and evaluates it: name -> figure.
+
+    loss: of the validation batches, nats a byte. cv_importance, cv_load, max_over_mean, max_violation, unused: of the
+    validation load and importance, means over the conditional layers. dropped: share of the choices of the last tenth
+    of training. entropy: of the router, nats. step_ms: median. parameters: count. active_flops: see `active_flops`.
+    """
+    config = build(tree)
+    ms.set_context(mode=ms.GRAPH_MODE)
+    data = load_data(config)
+    model = create_model(config, data.tokenizer.vocab_size)
+    step, seconds, dropped = TrainStep(model, config), [], []
+    rows, width = config.data.batch_size * config.model.seq_length, config.model.hidden_size
+    for number in range(config.train.steps):
+        batch = data.train.at(number)
+        noise = draw_noise(config.train.seed, number, 1, model.noise_slices, rows, width)
+        start = time.perf_counter()
+        parts = [part[None] for part in batch]
+        figures = step(*parts, noise, learning_rate(config, number))
+        float(figures["loss"])
+        seconds.append(time.perf_counter() - start)
+        if figures["audit"] and number >= 0.9 * config.train.steps:
+            dropped.append(float(figures["audit"]["dropped"].asnumpy().mean()))
+    result = evaluate(model, data)
+    result["dropped"] = statistics.mean(dropped) if dropped else 0.0
+    result["step_ms"] = statistics.median(seconds[5:] or seconds) * 1e3
+    result["parameters"] = int(sum(parameter.size for parameter in model.trainable_params()))
+    result["active_flops"] = active_flops(config)
+    return result
+
+
+def evaluate(model, data) -> dict:
+    """Loss and balance over evenly spaced validation batches."""
+    graph = EvalStep(model)
+    graph.set_train(False)
+    batches = data.validation()
+    places = np.unique(np.linspace(0, len(batches) - 1, EVAL_BATCHES).astype(int))
+    loss = tokens = 0.0
+    load = importance = 0.0
+    entropy = []
+    for place in places:
+        losses, counts, *flat = graph(*(ms.Tensor(part) for part in batches.at(int(place))))
+        loss, tokens = loss + float(losses.asnumpy().sum()), tokens + float(counts.asnumpy().sum())
+        audit = name_figures((0, 0, 0, *flat))["audit"]
+        if audit:
+            load = load + audit["load"].asnumpy()
+            importance = importance + audit["importance"].asnumpy()
+            entropy.append(float(audit["entropy"].asnumpy().mean()))
+    result = {"loss": loss / tokens}
+    if entropy:
+        result.update(balance(load, importance), entropy=statistics.mean(entropy))
+    return result
+
+
+def balance(load: np.ndarray, importance: np.ndarray) -> dict:
+    """Figures of load and importance [M, E], means over the layers."""
+
+    def variation(amounts):
+        return float((amounts.std(-1) / np.maximum(amounts.mean(-1), 1e-9)).mean())
+
+    mean = np.maximum(load.mean(-1, keepdims=True), 1e-9)
+    return {
+        "cv_importance": variation(importance),
+        "cv_load": variation(load),
+        "max_over_mean": float((load / mean).max(-1).mean()),
+        "max_violation": float((load / mean).max(-1).mean() - 1),
+        "unused": float((load < 0.01 * mean).mean()),
+    }
+
+
+def active_flops(config: Config) -> int:
+    """FLOPs (multiplications and additions) of the matrices that one token visits forward; attention itself left out."""
+    model, moe = config.model, config.moe
+    width, head = model.hidden_size, model.hidden_size // model.num_heads
+    kv_heads = model.n_kv_heads or model.num_heads
+    matrices = 3 if model.activation == "swiglu" else 2
+    attention = width * (model.num_heads + 2 * kv_heads) * head + width * width
+    conditional = len(config.moe_layers)
+    dense = (model.num_layers - conditional) * matrices * width * config.dense_width
+    chosen = {"dense": moe.expert_num, "mixture_of_depths": moe.capacity_factor}.get(moe.router, moe.num_experts_chosen)
+    visited = chosen + moe.shared_expert_num
+    routed = conditional * (visited * matrices * width * config.expert_width + width * moe.expert_num)
+    return round(2 * (model.num_layers * attention + dense + routed + width * 256))
+
+
+def repeat(name: str, tree_of_seed, seeds) -> dict:
+    """The runs of several seeds and, by figure, their mean and standard deviation."""
+    runs = []
+    for seed in seeds:
+        runs.append(measure(tree_of_seed(seed)))
+        print(f"{name:44} seed {seed}: " + "  ".join(f"{k} {v:.4g}" for k, v in runs[-1].items()), flush=True)
+    summary = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
+    spread = {key: statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0 for key in runs[0]}
+    return {"name": name, "mean": summary, "deviation": spread, "runs": runs}
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """--short, --steps, --seeds, --out of an experiment."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="one seed and a quarter of the steps")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a run")
+    parser.add_argument("--seeds", type=int, help="runs of each setting")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the picture")
+    args = parser.parse_args()
+    args.steps = args.steps or (150 if args.short else 600)
+    args.seeds = range(1, 1 + (args.seeds or (1 if args.short else 3)))
+    return args
+
+
+def save(out: Path, name: str, title: str, args: argparse.Namespace, rows: list[dict]) -> None:
+    """results/NAME.json: what was run and what came out."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"title": title, "steps": args.steps, "seeds": len(args.seeds), "rows": rows}
+    partial = out / f".{name}.json.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, out / f"{name}.json")
+    print(f"written: {out / name}.json")
