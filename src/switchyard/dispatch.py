@@ -21,10 +21,13 @@ from mindspore import dtype as mstype
 EXACT_FLOAT = 2**24  # float32 holds every integer up to here: the sort keys must stay below
 
 
-def capacity(rows: int, experts: int, choices: int, factor: float) -> int:
-    """Slots of one expert in one group: ceil(N * K * factor / E), at most N (GShard, arXiv 2006.16668, section 2.2)."""
+def capacity(rows: int, experts: int, choices: int, factor: float, least: int = 1) -> int:
+    """Slots of one expert in one group: ceil(N * K * factor / E) (GShard, arXiv 2006.16668, section 2.2).
+
+    Never below `least`, and never above N, since a row goes to an expert once.
+    """
     share = round(rows * choices * factor / experts, 6)  # 100 * 1.1 / 10 is 11, not 11.000000000000002
-    return min(rows, max(1, math.ceil(share)))
+    return min(rows, max(least, math.ceil(share)))
 
 
 def block_size(rows: int, experts: int, choices: int) -> int:
@@ -41,37 +44,48 @@ def block_size(rows: int, experts: int, choices: int) -> int:
 class ChoiceOrder(nn.Cell):
     """Sorts the choices of each group by expert and, within an expert, by who comes first.
 
-    Order "position": all first choices before any second, each by row. Order "probability": the largest gate first.
+    Order "position": all first choices before any second, each by row. "probability": the largest gate first.
+    "batch_priority": all first choices before any second, each by the row's largest gate (V-MoE, arXiv 2106.05974,
+    section 3.1). "random": the same by lot, and by row where none is drawn.
     Choices of padded rows (expert = E) come last and are counted nowhere.
     """
 
     def __init__(self, experts: int, choices: int, order: str):
         super().__init__()
-        self.experts, self.choices, self.by_probability = experts, choices, order == "probability"
+        self.experts, self.choices, self.kind = experts, choices, order
+        self.largest = ops.ReduceMax()
         self.sort = ops.Sort(axis=1)
         self.one_hot = ops.OneHot()
         self.prefix = ops.CumSum(exclusive=True)
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
-    def construct(self, experts: Tensor, gates: Tensor):
-        """Experts and gates [G, N * K] -> (order, position, count, start).
+    def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None):
+        """Experts and gates [G, N * K], lot [G, N] where one is drawn -> (order, position, count, start).
 
         order [G, N * K]: the choice at each rank; position [G, N * K]: the place of a choice among its expert's;
         count [G, E]: choices of each expert; start [G, E]: the rank of an expert's first. All int32.
         """
         total = experts.shape[1]
-        if self.by_probability:
-            place = self._inverse(self._argsort(-gates))  # [G, N * K]
-        else:
-            index = ops.arange(total)
-            place = index % self.choices * (total // self.choices) + index // self.choices  # k * N + n
-            place = ops.expand_dims(place, 0)  # [1, N * K]
+        place = self._place(gates, lot)
         order = self._argsort((experts * total + place).astype(mstype.float32))
         rank = self._inverse(order)
         count = self.one_hot(experts, self.experts, self.on, self.off).sum(1)  # [G, E]
         start = self.prefix(count, 1).astype(mstype.int32)
         own_start = ops.gather_elements(start, 1, ops.minimum(experts, self.experts - 1))  # [G, N * K]
         return order, rank - own_start, count.astype(mstype.int32), start
+
+    def _place(self, gates, lot):
+        """Who comes first, from 0, among all choices: gates [G, N * K] -> [G, N * K], or [1, N * K] for all groups."""
+        if self.kind == "probability":
+            return self._inverse(self._argsort(-gates))
+        groups, total = gates.shape
+        rows = total // self.choices
+        rank = ops.expand_dims(ops.arange(rows), 0)  # [1, N]
+        if self.kind == "batch_priority":
+            rank = self._inverse(self._argsort(-self.largest(gates.reshape(groups, rows, self.choices), -1)))  # [G, N]
+        elif self.kind == "random" and lot is not None:
+            rank = self._inverse(self._argsort(lot))  # [G, N]
+        return (ops.expand_dims(rank, 2) + ops.arange(self.choices) * rows).reshape(-1, total)  # k * N + rank
 
     def _argsort(self, keys):
         return self.sort(keys)[1]
@@ -83,17 +97,17 @@ class ChoiceOrder(nn.Cell):
 class CapacityPlan(nn.Cell):
     """Every expert owns C slots: M = E * C; choices beyond an expert's C are dropped."""
 
-    def __init__(self, experts: int, choices: int, factor: float, order: str):
+    def __init__(self, experts: int, choices: int, factor: float, order: str, least: int = 1):
         super().__init__()
-        self.experts, self.choices, self.factor = experts, choices, factor
+        self.experts, self.choices, self.factor, self.least = experts, choices, factor, least
         self.order = ChoiceOrder(experts, choices, order)
 
-    def construct(self, experts: Tensor, gates: Tensor) -> dict:
-        """Experts [G, N, K] (E = nowhere) and gates [G, N, K] -> Plan."""
+    def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None) -> dict:
+        """Experts [G, N, K] (E = nowhere), gates [G, N, K] and the lot of ChoiceOrder -> Plan."""
         groups, rows, choices = experts.shape
-        slots = capacity(rows, self.experts, choices, self.factor)
+        slots = capacity(rows, self.experts, choices, self.factor, self.least)
         experts = experts.reshape(groups, rows * choices)  # [G, N * K]
-        order, position, count, start = self.order(experts, gates.reshape(groups, rows * choices))
+        order, position, count, start = self.order(experts, gates.reshape(groups, rows * choices), lot)
         within = ops.expand_dims(ops.expand_dims(ops.arange(slots), 0), 0)  # [1, 1, C]
         rank = (ops.expand_dims(start, 2) + within).reshape(groups, -1)  # [G, E * C]
         filled = (within < ops.expand_dims(count, 2)).astype(mstype.float32).reshape(groups, -1)  # [G, E * C]
@@ -116,8 +130,8 @@ class BlockPlan(nn.Cell):
         self.order = ChoiceOrder(experts, choices, "position")
         self.prefix = ops.CumSum()
 
-    def construct(self, experts: Tensor, gates: Tensor) -> dict:
-        """Experts [G, N, K] (E = nowhere) and gates [G, N, K] -> Plan with `block_expert`."""
+    def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None) -> dict:
+        """Experts [G, N, K] (E = nowhere) and gates [G, N, K] -> Plan with `block_expert`; nobody draws lots."""
         groups, rows, choices = experts.shape
         total = rows * choices
         block = self.block or block_size(rows, self.experts, choices)

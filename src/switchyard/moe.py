@@ -114,7 +114,9 @@ class MoELayer(nn.Cell):
         else:
             out, served = self.work(self.eval_path, rows, routing)
         if self.shared is not None:
-            out = out + self.shared(rows)
+            groups, count, width = rows.shape
+            shared = self.shared(rows.reshape(1, groups * count, width))  # [1, G * N, D]
+            out = out + shared.reshape(groups, count, width)
         figures = audit(routing, served, valid)
         if self.records:
             figures["experts"] = ops.stop_gradient(routing["experts"]).reshape(-1, self.choices)  # [G * N, K]
@@ -133,28 +135,27 @@ class MoELayer(nn.Cell):
         return path.combine(slots, plan), path.served(routing, plan)
 
 
-class SharedExperts(nn.Cell):
-    """What every row visits besides: [G, N, D] -> [G, N, D].
+class SharedExperts(FeedForwardExperts):
+    """What every row visits besides: [1, N, D] -> [1, N, D].
 
     `moe.shared_expert_num` experts that all rows go to are one expert of as many times the width. With
     `moe.use_shared_expert_gating` its output is weighted by sigmoid(x w) (Qwen2-MoE, arXiv 2407.10671, section 2.2.2).
     """
 
     def __init__(self, config: Config, std: tuple[float, float], random, dtype):
-        super().__init__()
-        width, hidden = config.model.hidden_size, config.expert_width * config.moe.shared_expert_num
-        self.expert = FeedForwardExperts(1, width, hidden, config.model.activation, std, random, dtype)
+        moe, width = config.moe, config.model.hidden_size
+        hidden = config.expert_width * moe.shared_expert_num
+        super().__init__(1, width, hidden, config.model.activation, std, random, dtype)
         self.gate = None
-        if config.moe.use_shared_expert_gating:
-            self.gate = Parameter(Tensor(random.normal(0.0, std[0], (width, 1)).astype(np.float32)), name="gate")
-        self.product, self.sigmoid = ops.MatMul(), ops.Sigmoid()
+        if moe.use_shared_expert_gating:
+            self.gate = Parameter(Tensor(random.normal(0.0, std[0], (1, width, 1)).astype(np.float32)), name="gate")
+        self.product, self.sigmoid = ops.BatchMatMul(), ops.Sigmoid()
 
     def construct(self, rows: Tensor) -> Tensor:
-        flat = rows.reshape(-1, rows.shape[-1])  # [G * N, D]
-        out = self.expert(ops.expand_dims(flat, 0)).reshape(flat.shape)  # [G * N, D]
+        out = self._work(rows, self.w_in, self.w_gate, self.w_out)
         if self.gate is not None:
-            out = out * self.sigmoid(self.product(flat.astype(mstype.float32), self.gate))
-        return out.reshape(rows.shape)
+            out = out * self.sigmoid(self.product(rows.astype(mstype.float32), self.gate))  # [1, N, 1]
+        return out
 
 
 class InTurn(nn.Cell):

@@ -16,6 +16,7 @@ from switchyard.config import MoEConfig
 from switchyard.dispatch import BlockPlan, CapacityPlan
 from switchyard.kernels.rows import Combine, Dispatch
 from switchyard.onehot import OneHotCombine, OneHotDispatch
+from switchyard.reroute import Reroute
 
 
 class TokenChoicePath(nn.Cell):
@@ -28,19 +29,27 @@ class TokenChoicePath(nn.Cell):
 
     def __init__(self, moe: MoEConfig, training: bool):
         super().__init__()
-        self.expert_num, self.choices = moe.expert_num, moe.num_experts_chosen
-        factor = moe.capacity_factor if training else moe.eval_capacity_factor
+        self.expert_num, self.choices = moe.expert_num, moe.choices
+        factor, self.reroute = moe.capacity_factor if training else moe.eval_capacity_factor, None
         if factor is None:
             self.planner = BlockPlan(moe.expert_num, self.choices, moe.dropless_block_size)
         else:
-            self.planner = CapacityPlan(moe.expert_num, self.choices, factor, moe.drop_order)
+            rules = (moe.expert_num, self.choices, factor, moe.drop_order, moe.min_capacity)
+            self.planner = CapacityPlan(*rules)
+            self.reroute = Reroute(*rules, moe.reroute) if moe.reroute else None
         self.to_slots, self.to_rows = Dispatch(self.choices), Combine(self.choices)
         self.to_experts, self.to_groups = ops.Transpose(), ops.Transpose()
 
     def plan(self, routing: dict) -> dict:
         """Plan of `dispatch.py` with the gates [G, N * K] in it."""
-        plan = self.planner(routing["experts"], routing["gates"])
-        plan["gates"] = routing["gates"].reshape(routing["gates"].shape[0], -1)  # [G, N * K]
+        experts, gates = routing["experts"], routing["gates"]
+        lot = None
+        if "lot" in routing:  # the layer puts it there
+            lot = routing["lot"]
+        if self.reroute is not None:
+            experts, gates = self.reroute(experts, gates, routing["probabilities"], lot)
+        plan = self.planner(experts, gates, lot)
+        plan["gates"] = gates.reshape(gates.shape[0], -1)  # [G, N * K]
         return plan
 
     def dispatch(self, rows: Tensor, plan: dict) -> Tensor:

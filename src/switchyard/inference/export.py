@@ -97,7 +97,7 @@ def prefill_block(config: Config, max_length: int) -> int:
     moe = config.moe
     if not config.moe_layers:
         return 1
-    return moe.dropless_block_size or min(32, block_size(max_length, moe.expert_num, moe.num_experts_chosen))
+    return moe.dropless_block_size or min(32, block_size(max_length, moe.expert_num, moe.choices))
 
 
 def check_causal(config: Config, decoder: Decoder) -> None:

@@ -123,7 +123,7 @@ class WeightedLosses(nn.Cell):
 
     def __init__(self, moe, router: nn.Cell, length: int):
         super().__init__()
-        self.choices, self.length = moe.num_experts_chosen, length
+        self.choices, self.length = moe.choices, length
         self.switch, self.z = "switch" in router.losses, "z" in router.losses
         self.extra = tuple((name, weight) for name, weight in moe.losses.items() if weight > 0)
         for name, _ in self.extra:

@@ -5,7 +5,7 @@ Legend: G groups that route for themselves, N rows of a group, E experts, K choi
 
 import importlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -26,7 +26,8 @@ class Routing(TypedDict):
         logits          what the z-loss keeps small; zeros where a router has none
         mass            what counts as importance: the probabilities, or the gates alone where the paper says so
         chosen          1 where a real row works with an expert
-    and `smooth_load` [G, N, E] where the router estimates it, `own_loss` scalar where it brings one.
+    and `smooth_load` [G, N, E] where the router estimates it, `own_loss` scalar where it brings one. The layer adds
+    `lot` [G, N], a draw of U(0, 1), where moe.drop_order is `random` in training.
     Form "token_choice":
         experts [G, N, K] int32: the choices, best first; E, which is no expert, for a padded row
         gates [G, N, K] float32: what a choice's output is multiplied by; 0 for a padded row
@@ -46,6 +47,7 @@ class Routing(TypedDict):
     rows: Tensor
     dispatch: Tensor
     combine: Tensor
+    lot: Tensor
 
 
 class Context(TypedDict):
@@ -133,7 +135,12 @@ def create_router(
         raise UserError(f"moe.router: {name!r}; chooses by task id, which this network does not have")
     length = None if vocab_size is None else config.model.seq_length
     width, slices = config.model.hidden_size, slices or NoiseSlices()
-    return router(RouterSetting(config.moe, width, random, slices, vocab_size, has_tasks, length))
+    setting = RouterSetting(config.moe, width, random, slices, vocab_size, has_tasks, length)
+    if config.moe.copies == 1:
+        return router(setting)
+    if router.form != "token_choice" or router.eval_form:
+        raise UserError(f"moe.copies: {config.moe.copies}; router {name!r} does not choose experts row by row")
+    return Copies(router, setting)
 
 
 def require_causal(moe: MoEConfig) -> None:
@@ -148,11 +155,14 @@ def require_causal(moe: MoEConfig) -> None:
 
 
 def require_choices(moe: MoEConfig) -> None:
-    """Refuses to record or replay where no row has K experts of its own, in training or at evaluation (UserError)."""
-    router = find_router(moe.router)
-    key, file = ("moe.record", moe.record) if moe.record is not None else ("moe.replay", moe.replay)
+    """Refuses to record or force choices where rows do not choose K experts, always or at evaluation (UserError)."""
+    router, asked = find_router(moe.router), {"record": moe.record, "replay": moe.replay}
+    if moe.force_balance:
+        asked["force_balance"] = True
     if router.form != "token_choice" or router.eval_form:
-        raise UserError(f"{key}: {file}; router {moe.router!r} does not choose experts row by row; take one that does")
+        key = next(name for name, value in asked.items() if value is not None)
+        reason = f"router {moe.router!r} does not choose experts row by row; take one that does"
+        raise UserError(f"moe.{key}: {asked[key]}; {reason}")
 
 
 class Router(nn.Cell):
@@ -180,6 +190,61 @@ class Router(nn.Cell):
     def construct(self, rows: Tensor, context: dict) -> dict:
         """Rows [G, N, D] float32 and a Context -> Routing."""
         raise NotImplementedError
+
+
+class Copies(nn.Cell):
+    """Redundancy: r = `moe.copies` groups of E / r experts get a copy of every row, and each has a router of its own.
+
+    The Routing is that of one router over E experts with r * K choices, those of the first group first; its
+    distribution is the mean of the groups'.
+    """
+
+    def __init__(self, router: type, setting: RouterSetting):
+        super().__init__()
+        moe, self.copies = setting.moe, setting.moe.copies
+        self.name, self.form, self.eval_form, self.losses = router.name, router.form, router.eval_form, router.losses
+        self.expert_num, self.size, self.each = moe.expert_num, moe.expert_num // self.copies, moe.num_experts_chosen
+        part = replace(setting, moe=moe.model_copy(update={"expert_num": self.size, "copies": 1}))
+        self.routers = nn.CellList([router(part) for _ in range(self.copies)])
+
+    def construct(self, rows: Tensor, context: dict) -> dict:
+        parts = ()
+        for index, router in enumerate(self.routers):
+            parts = (*parts, router(rows, self.view(context, index)))
+        experts = ()
+        for index, part in enumerate(parts):
+            own = part["experts"]  # [G, N, K], E / r for nowhere
+            moved = own + index * self.size
+            experts = (*experts, ops.where(own < self.size, moved, ops.full_like(own, self.expert_num)))
+        share = 1.0 / self.copies
+        routing = {
+            "experts": ops.concat(experts, -1),  # [G, N, r * K]
+            "gates": ops.concat([part["gates"] for part in parts], -1),
+            "probabilities": ops.concat([part["probabilities"] for part in parts], -1) * share,  # [G, N, E]
+            "logits": ops.concat([part["logits"] for part in parts], -1),
+            "mass": ops.concat([part["mass"] for part in parts], -1) * share,
+            "chosen": ops.concat([part["chosen"] for part in parts], -1),
+        }
+        if "smooth_load" in parts[0]:
+            routing["smooth_load"] = ops.concat([part["smooth_load"] for part in parts], -1)
+        if "own_loss" in parts[0]:
+            routing["own_loss"] = ops.stack([part["own_loss"] for part in parts], 0).sum()
+        return routing
+
+    def view(self, context: dict, index: int) -> dict:
+        """The context as group `index` sees it: forced choices are those of its own experts, counted from 0."""
+        if "replay" not in context:
+            return context
+        own = context["replay"][..., index * self.each : (index + 1) * self.each] - index * self.size  # [G, N, K]
+        unset = ops.full_like(own, -1)
+        mine = ops.logical_and(own >= 0, own < self.size)
+        return {
+            "valid": context["valid"],
+            "noise": context["noise"],
+            "token_ids": context["token_ids"],
+            "task_ids": context["task_ids"],
+            "replay": ops.where(mine, own, unset),
+        }
 
 
 def router_weight(width: int, experts: int, random: np.random.Generator) -> Parameter:
