@@ -25,6 +25,7 @@ def _moe(name):
     return {"router": name, "expert_num": 4} | MOE.get(name, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CAUSAL)
 def test_the_loss_falls(name, graph):
     """Compiled; one batch learnt by heart in training mode, and known at evaluation too, whatever decides there."""

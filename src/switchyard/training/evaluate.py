@@ -15,6 +15,7 @@ from switchyard.data import Batch, load_data
 from switchyard.device import check_parallel, set_context
 from switchyard.errors import UserError
 from switchyard.models import create_model
+from switchyard.routing.replay import Recorder, Replayer
 from switchyard.training import checkpoint
 from switchyard.training.step import AUDIT_MEANS, AUDIT_SUMS, EvalStep
 
@@ -95,10 +96,19 @@ class Evaluator:
         model: see models.Decoder; it is switched to evaluation for the time of a call.
         moe_layers: indices of its conditional layers.
         tokens_per_byte: of the validation set, for bits per byte.
+        recorder, replayer: take and give the choices of experts of each batch, by its number from 0.
     """
 
-    def __init__(self, model: nn.Cell, moe_layers: tuple[int, ...], tokens_per_byte: float):
+    def __init__(
+        self,
+        model: nn.Cell,
+        moe_layers: tuple[int, ...],
+        tokens_per_byte: float,
+        recorder: Recorder | None = None,
+        replayer: Replayer | None = None,
+    ):
         self._step, self._moe_layers, self._tokens_per_byte = EvalStep(model), moe_layers, tokens_per_byte
+        self._recorder, self._replayer = recorder, replayer
         self.is_compiled = False
 
     def __call__(self, batches: Iterable[Batch], on_batch: Callable[[int], None] = lambda index: None) -> Evaluation:
@@ -107,7 +117,12 @@ class Evaluator:
         sums, counts = [], []
         audit: dict[str, np.ndarray | float] = dict.fromkeys(AUDIT_SUMS + AUDIT_MEANS, 0.0)
         for index, batch in enumerate(batches):
-            total, count, *figures = self._step(Tensor(batch.tokens), Tensor(batch.labels), Tensor(batch.valid))
+            inputs = [Tensor(batch.tokens), Tensor(batch.labels), Tensor(batch.valid)]
+            if self._replayer:
+                inputs.append(Tensor(self._replayer.at(index, batch.tokens)[0]))
+            total, count, *figures = self._step(*inputs)
+            if self._recorder:
+                self._recorder.add(index, batch.tokens, figures[-1].asnumpy())
             sums.append(total.asnumpy().astype(np.float64))  # [B]
             counts.append(count.asnumpy().astype(np.float64))  # [B]
             for name, figure in zip(AUDIT_SUMS + AUDIT_MEANS, figures):
@@ -188,14 +203,22 @@ def evaluate(
     say(f"data: {data.description}")
     model = create_model(config, data.tokenizer.vocab_size)
     checkpoint.load_weights(model, held.weights)
-    batches = data.validation()
-    evaluator = Evaluator(model, config.moe_layers, data.validation_tokens / data.validation_bytes)
-    return evaluator(batches, lambda done: on_batch(done, len(batches)))
+    batches, moe = data.validation(), config.moe
+    recorder = Recorder(moe.record, config, "evaluation") if moe.record else None
+    replayer = Replayer(moe.replay, config, "evaluation") if moe.replay else None
+    tokens_per_byte = data.validation_tokens / data.validation_bytes
+    evaluator = Evaluator(model, config.moe_layers, tokens_per_byte, recorder, replayer)
+    found = evaluator(batches, lambda done: on_batch(done, len(batches)))
+    if recorder:
+        recorder.save()
+    return found
 
 
 def _overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
     """The configuration of a checkpoint with overrides that keep the weights' shapes (UserError)."""
-    changed = configuration.build(config.model_dump(), overrides)
+    tree = config.model_dump()
+    tree["moe"] |= {"record": None, "replay": None}  # those of the training run
+    changed = configuration.build(tree, overrides)
     keys = SHAPE_KEYS
     if config.model.position == "learned":
         keys = (*keys, "model.seq_length")

@@ -15,6 +15,7 @@ from switchyard.data import Data, load_data
 from switchyard.device import check_parallel, set_context
 from switchyard.errors import Interrupted, UserError
 from switchyard.models import create_model
+from switchyard.routing.replay import Recorder, Replayer
 from switchyard.training import checkpoint
 from switchyard.training.checkpoint import Checkpoint
 from switchyard.training.evaluate import Evaluation, Evaluator, spread
@@ -34,6 +35,7 @@ FREE_ON_RESUME = (
     "train.eval_batches",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "moe.record",
     "moe.eval_capacity_factor",
     "moe.dropless_block_size",
     "data.path",
@@ -218,6 +220,8 @@ class Trainer:
         self.sample = spread(len(self.validation), train.eval_batches)
         self.metrics, self.progress = MetricsLog(run, self.done), Progress(train.steps, self.done)
         self.compile_seconds: float | None = None
+        self.recorder = Recorder(config.moe.record, config, "training", self.done) if config.moe.record else None
+        self.replayer = Replayer(config.moe.replay, config, "training") if config.moe.replay else None
 
     def run_to_end(self, stop: StopSignals) -> dict[str, Any]:
         """Steps until train.steps, then evaluates over the whole validation set and writes result.json."""
@@ -252,10 +256,14 @@ class Trainer:
         """One optimizer step, and its line where one is due."""
         started = time.perf_counter()
         rate = learning_rate(self.config, self.done + 1)
-        figures = self.step(*self._inputs(), rate)
+        inputs = self._inputs()
+        replay = self.replayer.at(self.done, inputs[0]) if self.replayer else None
+        figures = self.step(*inputs, rate, replay)
         loss = float(figures["loss"].asnumpy())  # waits for the step
         seconds = time.perf_counter() - started
         self._check_finite(loss, figures)
+        if self.recorder:
+            self.recorder.add(self.done, inputs[0], figures["audit"]["experts"].asnumpy())
         self.done += 1
         self.progress.advance()
         if self.compile_seconds is None:
@@ -327,6 +335,8 @@ class Trainer:
         """Writes a checkpoint of this step, if there is none yet."""
         if self.saved == self.done:
             return
+        if self.recorder:
+            self.recorder.save()
         config = self.config
         state = {
             "step": self.done,
