@@ -112,7 +112,7 @@ def balance(load: np.ndarray, importance: np.ndarray) -> dict:
 
 
 def active_flops(config: Config) -> int:
-    """FLOPs (multiplications and additions) of the matrices that one token visits forward; attention itself left out."""
+    """FLOPs (multiplications and additions) of the matrices that a token visits forward; attention itself left out."""
     model, moe = config.model, config.moe
     width, head = model.hidden_size, model.hidden_size // model.num_heads
     kv_heads = model.n_kv_heads or model.num_heads
