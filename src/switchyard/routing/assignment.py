@@ -95,12 +95,12 @@ class Auction(nn.Cell):
     Bertsekas' auction for identical seats: a row without a seat bids for the expert with the best score minus price as
     much as leaves it no worse off than its second best, plus a step; an expert keeps its highest bids, and once it is
     full its price is the lowest of them. Prices start where Sinkhorn's scaling at the temperature of the step, 1 / 50
-    of the scores' range, puts them: then eight rounds seat all but a few rows, which get the free seats in turn, and
+    of the scores' range, puts them: then six rounds seat all but a few rows, which get the free seats in turn, and
     the sum is within 0.1 % of the range, a row, of the largest (768 rows, 8 or 64 experts), where an auction from zero
     needs 67 to 258 rounds. Everything is static and without a gradient.
     """
 
-    rounds, passes, fraction = 8, 16, 0.02
+    rounds, passes, fraction = 6, 8, 0.02
 
     def __init__(self, experts: int):
         super().__init__()
