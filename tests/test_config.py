@@ -55,7 +55,10 @@ SINGLE_KEYS = [
     ("moe.layers=0", "moe.layers: 0; "),
     ("moe.capacity_factor=0", "moe.capacity_factor: 0; input should be greater than 0"),
     ("moe.eval_capacity_factor=-1", "moe.eval_capacity_factor: -1; input should be greater than 0"),
-    ("moe.drop_order=random", "moe.drop_order: 'random'; input should be 'position' or 'probability'"),
+    (
+        "moe.drop_order=first",
+        "moe.drop_order: 'first'; input should be 'position', 'probability', 'batch_priority' or 'random'",
+    ),
     ("moe.aux_loss_factor=-0.01", "moe.aux_loss_factor: -0.01; input should be greater than or equal to 0"),
     ("moe.jitter=1", "moe.jitter: 1; input should be less than 1"),
     ("moe.dropless_block_size=0", "moe.dropless_block_size: 0; input should be greater than or equal to 1"),
