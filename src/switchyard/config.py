@@ -9,36 +9,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError
 
 from switchyard.errors import UserError
 from switchyard.laws import laws
-
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Weight = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """`true` is not the number 1."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("input should not be true or false")
-        return value
+from switchyard.sections import CascadeConfig, Fraction, NotNegative, Positive, Section, VisionConfig, Weight
 
 
 class ModelConfig(Section):
-    """The decoder-only Transformer."""
+    """The network: a decoder-only Transformer, an image classifier of convolutions, or a cascade of classifiers."""
 
-    num_layers: Positive = Field(4, description="Transformer layers")
-    hidden_size: Positive = Field(128, description="width D of the residual stream")
+    type: Literal["decoder", "vision", "cascade"] = Field(
+        "decoder", description="the network: text decoder, image classifier, or image classifier with early exits"
+    )
+    num_layers: Positive = Field(4, description="Transformer layers; vision: convolutional layers, 0 at the input")
+    hidden_size: Positive = Field(128, description="width D of the residual stream; vision: channels")
     num_heads: Positive = Field(4, description="query heads")
     n_kv_heads: Positive | None = Field(None, description="key/value heads; null = num_heads, fewer = grouped-query")
     intermediate_size: Positive | None = Field(None, description="hidden width F of a dense feed-forward; null = 4 D")
@@ -60,6 +45,10 @@ class MoEConfig(Section):
     """The conditional layer. `expert_num: 1` is a dense model."""
 
     router: str = Field("switch", description="how rows choose experts: `python -m switchyard.routing` lists them")
+    granularity: Literal["token", "slice", "sample", "region", "channel", "task"] | None = Field(
+        None, description="what is routed as one row; null = token for the decoder, sample for vision"
+    )
+    slice_length: Positive = Field(8, description="slice: tokens of a window, which goes where its first token goes")
     expert_num: Positive = Field(1, description="experts E of a layer; 1 = dense feed-forward everywhere")
     num_experts_chosen: Positive = Field(1, description="experts K that each row goes to")
     norm_topk_prob: bool = Field(
@@ -145,16 +134,16 @@ class MoEConfig(Section):
 
 
 class DataConfig(Section):
-    """Where text comes from and how it becomes tokens."""
+    """Where text or images come from and how text becomes tokens."""
 
     path: str | None = Field(
-        None, description="text file, folder, glob or MindRecord; null = this Python's standard library"
+        None, description="text file, folder, glob or MindRecord, folder of IDX images; null = what comes along"
     )
     tokenizer: str = Field("byte", description="byte, char, or the path of a tokenizer.json")
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.1, description="of one file: its last part; of many: the files whose path hashes there"
     )
-    batch_size: Positive = Field(12, description="sequences of a micro-batch, over all devices together")
+    batch_size: Positive = Field(12, description="sequences or images of a micro-batch, over all devices together")
 
 
 class OptimizerConfig(Section):
@@ -229,6 +218,8 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
+    vision: VisionConfig = VisionConfig()
+    cascade: CascadeConfig = CascadeConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -241,7 +232,8 @@ class Config(Section):
     def moe_layers(self) -> tuple[int, ...]:
         """Indices, from 0, of the layers that are conditional."""
         count, which = self.model.num_layers, self.moe.layers
-        if self.moe.expert_num == 1 and self.moe.router != "mixture_of_depths":
+        one_expert = self.moe.expert_num == 1 and self.moe.router != "mixture_of_depths"
+        if one_expert or self.model.type == "cascade":
             return ()
         if which == "all":
             return tuple(range(count))
@@ -263,6 +255,33 @@ class Config(Section):
     def groups(self) -> int:
         """Groups G that route for themselves."""
         return self.moe.groups or self.parallel.data_parallel
+
+    @property
+    def granularity(self) -> str:
+        """What is routed as one row."""
+        return self.moe.granularity or ("token" if self.model.type == "decoder" else "sample")
+
+    @property
+    def units(self) -> int:
+        """Rows that an image is folded into."""
+        vision = self.vision
+        return {"region": vision.regions**2, "channel": vision.channel_groups}.get(self.granularity, 1)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch, as noise is drawn for them: tokens, or units of images."""
+        each = self.model.seq_length if self.model.type == "decoder" else self.units
+        return self.data.batch_size * each
+
+    @property
+    def predictions(self) -> int:
+        """Predictions of a micro-batch: tokens, or images."""
+        return self.data.batch_size * (self.model.seq_length if self.model.type == "decoder" else 1)
+
+    @property
+    def unit(self) -> str:
+        """What is predicted, in logs."""
+        return "tokens" if self.model.type == "decoder" else "images"
 
     @property
     def devices(self) -> int:

@@ -19,9 +19,20 @@ class FeedForwardExperts(nn.Cell):
         std: (of the first matrices, of the last) initial standard deviation.
         random: numpy generator of the initial weights.
         dtype: of the matrix products; parameters and result stay float32.
+        out: width of the result, where it is not D.
     """
 
-    def __init__(self, experts: int, width: int, hidden: int, activation: str, std: tuple[float, float], random, dtype):
+    def __init__(
+        self,
+        experts: int,
+        width: int,
+        hidden: int,
+        activation: str,
+        std: tuple[float, float],
+        random,
+        dtype,
+        out: int | None = None,
+    ):
         super().__init__()
         self.dtype = dtype
         self.gated = activation == "swiglu"
@@ -31,7 +42,7 @@ class FeedForwardExperts(nn.Cell):
 
         self.w_in = weight("w_in", (experts, width, hidden), std[0])
         self.w_gate = weight("w_gate", (experts, width, hidden), std[0]) if self.gated else None
-        self.w_out = weight("w_out", (experts, hidden, width), std[1])
+        self.w_out = weight("w_out", (experts, hidden, out or width), std[1])
         self.product_in = ops.BatchMatMul()
         self.product_gate = ops.BatchMatMul()
         self.product_out = ops.BatchMatMul()

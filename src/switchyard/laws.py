@@ -99,13 +99,74 @@ def _task_laws(moe):
         yield known, "moe.task_experts", task, f"experts are numbered from 0 below moe.expert_num ({moe.expert_num})"
 
 
+OFFERED = {"decoder": ("token", "slice"), "vision": ("sample", "region", "channel", "task"), "cascade": ("sample",)}
+NOT_OFFERED = {
+    "sample": "a decoder predicts inside the sample, so its routing must not see all of it: 'token' or 'slice'",
+    "task": "text belongs to no task: 'token' or 'slice'; tasks have model.type 'vision'",
+    "region": "regions are parts of images, which model.type 'vision' reads",
+    "channel": "groups of channels are those of images, which model.type 'vision' reads",
+    "token": "an image has no tokens: 'sample', 'region', 'channel' or 'task'",
+    "slice": "an image is no sequence: 'sample', 'region', 'channel' or 'task'",
+}
+
+
+def granularity_laws(config):
+    """Laws of what is routed as one row, by network."""
+    kind, moe, network = config.granularity, config.moe, config.model.type
+    yield kind in OFFERED[network], "moe.granularity", kind, NOT_OFFERED[kind]
+    if kind == "slice":
+        length = config.model.seq_length
+        yield length % moe.slice_length == 0, "moe.slice_length", moe.slice_length, f"must divide seq_length ({length})"
+        for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
+            yield file is None, key, file, "choices are recorded by token: moe.granularity 'token'"
+    if kind != "token":
+        gated = moe.use_shared_expert_gating
+        yield not gated, "moe.use_shared_expert_gating", gated, "a gate of tokens: moe.granularity 'token'"
+    if kind == "task":
+        by_task = moe.router in ("task", "multi_gate", "random_in_group")
+        yield by_task, "moe.router", moe.router, "moe.granularity 'task' goes by task id: 'task' or 'multi_gate'"
+    if network != "decoder":
+        yield from image_laws(config)
+
+
+def image_laws(config):
+    """Laws of the networks that read images."""
+    vision, moe, network = config.vision, config.moe, config.model.type
+    side = vision.image_size
+    yield config.model.dropout == 0, "model.dropout", config.model.dropout, f"0, or model.type 'decoder': not {network}"
+    for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
+        yield file is None, key, file, "choices are recorded for text only: model.type 'decoder'"
+    yield not moe.losses.get("sequence"), "moe.losses.sequence", moe.losses.get("sequence"), "an image is no sequence"
+    if network == "cascade":
+        tasks = vision.tasks
+        yield len(tasks) == 1, "vision.tasks", tasks, "a cascade has one task"
+        yield moe.expert_num == 1, "moe.expert_num", moe.expert_num, "1: a cascade's experts are cascade.stages"
+        return
+    yield side % vision.pool == 0, "vision.pool", vision.pool, f"must divide vision.image_size ({side})"
+    tasks = len(vision.tasks)
+    apart = moe.router not in ("task", "multi_gate") or moe.task_num == tasks
+    yield apart, "moe.task_num", moe.task_num, f"must be the number of vision.tasks ({tasks})"
+    if config.granularity == "region":
+        parts = vision.regions
+        yield side // vision.pool % parts == 0, "vision.regions", parts, f"must divide the side ({side // vision.pool})"
+        yield side % parts == 0, "vision.regions", parts, f"must divide vision.image_size ({side})"
+    if config.granularity == "channel":
+        parts, width = vision.channel_groups, config.model.hidden_size
+        yield width % parts == 0, "vision.channel_groups", parts, f"must divide model.hidden_size ({width})"
+        first = 0 not in config.moe_layers or vision.channels % parts == 0
+        reason = f"must divide vision.channels ({vision.channels}) where layer 0 is conditional: moe.layers [1, ...]"
+        yield first, "vision.channel_groups", parts, reason
+
+
 def laws(config):
     """(holds, key, value, what is allowed) of each cross-field law of a Config."""
+    yield from granularity_laws(config)
     model, moe, cut = config.model, config.moe, config.parallel
     heads, experts = model.num_heads, moe.expert_num
     kv_heads = model.n_kv_heads or heads
+    text = model.type == "decoder"
     yield (
-        model.hidden_size % heads == 0,
+        not text or model.hidden_size % heads == 0,
         "model.num_heads",
         heads,
         f"must divide model.hidden_size ({model.hidden_size})",
@@ -113,7 +174,7 @@ def laws(config):
     yield heads % kv_heads == 0, "model.n_kv_heads", kv_heads, f"must divide model.num_heads ({heads})"
     head_size = model.hidden_size // heads
     yield (
-        model.position != "rotary" or head_size % 2 == 0,
+        not text or model.position != "rotary" or head_size % 2 == 0,
         "model.position",
         "rotary",
         f"needs an even head size, not {head_size}; change model.hidden_size or model.num_heads, or take 'learned'",

@@ -5,6 +5,7 @@ group, P blocks, b rows of a block, D width. On one device G is 1; on a cluster 
 and the transpose [G, E, C, D] <-> [E, G * C, D] is the only thing that crosses devices.
 """
 
+from collections.abc import Callable
 from typing import TypedDict
 
 import numpy as np
@@ -55,6 +56,7 @@ class MoELayer(nn.Cell):
         slices: hands out the slices of noise that jitter and the router read.
         vocab_size: of the tokens whose ids come along, for routers that choose by token.
         has_tasks: whether task ids come along, for routers that choose by task.
+        make_experts: (experts E, hidden width F) -> the experts' cell, where they are not feed-forward on D.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class MoELayer(nn.Cell):
         slices: NoiseSlices,
         vocab_size: int | None = None,
         has_tasks: bool = False,
+        make_experts: Callable[[int, int], nn.Cell] | None = None,
     ):
         super().__init__()
         moe, width = config.moe, config.model.hidden_size
@@ -74,10 +77,15 @@ class MoELayer(nn.Cell):
         self.lot = UniformRows(slices, width, 1) if moe.drop_order == "random" else None
         self.router = create_router(config, random, slices, vocab_size, has_tasks)
         hidden, activation = config.expert_width, config.model.activation
-        self.experts = FeedForwardExperts(moe.expert_num, width, hidden, activation, std, random, dtype)
+        if make_experts is None:
+            self.experts = FeedForwardExperts(moe.expert_num, width, hidden, activation, std, random, dtype)
+        else:
+            self.experts = make_experts(moe.expert_num, hidden)
         self.shared = None
-        if moe.shared_expert_num:
+        if moe.shared_expert_num and make_experts is None:
             self.shared = SharedExperts(config, std, random, dtype)
+        elif moe.shared_expert_num:
+            self.shared = make_experts(1, hidden * moe.shared_expert_num)
         self.balanced = InTurn(moe) if moe.force_balance else None
         self.train_path = create_path(self.router.form, moe, True)
         self.eval_path = create_path(self.router.eval_form or self.router.form, moe, False)
@@ -94,13 +102,15 @@ class MoELayer(nn.Cell):
         token_ids: Tensor = None,
         task_ids: Tensor = None,
         replay: Tensor = None,
+        view: Tensor = None,
     ):
         """Rows [G, N, D], valid [G, N] (1 = real, 0 = padding), noise [.., G * N, D] of U(0, 1); ids [G, N] int32;
-        choices to force [G, N, K] int32, -1 where the router's own stand."""
-        routed = rows
+        choices to force [G, N, K] int32, -1 where the router's own stand; view [G, N, D], what the router sees where it
+        is not the rows themselves, which may then be of any width."""
+        routed = rows if view is None else view
         if self.training and self.jitter > 0:
             factor = 1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice]  # arXiv 2101.03961, section 2.4
-            routed = rows * factor.reshape(rows.shape)
+            routed = routed * factor.reshape(routed.shape)
         context = {"valid": valid, "noise": noise, "token_ids": token_ids, "task_ids": task_ids}
         if self.balanced is not None:
             context["replay"] = self.balanced(valid)
@@ -116,7 +126,7 @@ class MoELayer(nn.Cell):
         if self.shared is not None:
             groups, count, width = rows.shape
             shared = self.shared(rows.reshape(1, groups * count, width))  # [1, G * N, D]
-            out = out + shared.reshape(groups, count, width)
+            out = out + shared.reshape(groups, count, -1)
         figures = audit(routing, served, valid)
         if self.records:
             figures["experts"] = ops.stop_gradient(routing["experts"]).reshape(-1, self.choices)  # [G * N, K]
@@ -194,7 +204,7 @@ def audit(routing: dict, served: Tensor, valid: Tensor) -> dict:
 
 def check_sort_keys(config: Config) -> None:
     """Refuses batches whose sort keys float32 cannot hold exactly (UserError)."""
-    rows = config.data.batch_size * config.model.seq_length // config.groups
+    rows = config.rows // config.groups
     key = (config.moe.expert_num + 1) * rows * config.moe.choices
     if config.moe_layers and key >= EXACT_FLOAT:
         raise UserError(

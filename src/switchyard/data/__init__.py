@@ -1,4 +1,4 @@
-"""Data: text or MindRecord in, a tokenizer and resumable batches out. `load_data` is the way in."""
+"""Data: text, MindRecord or images in, a tokenizer and resumable batches out. `load_data` is the way in."""
 
 import os
 from collections.abc import Callable
@@ -10,14 +10,19 @@ from switchyard.config import Config
 from switchyard.data import mindrecord
 from switchyard.data.batches import Batch, EvalBatches, TrainBatches, eval_batches
 from switchyard.data.corpus import Corpus, load_text
+from switchyard.data.images import Classes, ImageBatch, ImageBatches, ImageEvalBatches, load_split
 from switchyard.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, read_tokenizer, reconcile
 from switchyard.errors import UserError
 
 __all__ = [
     "Batch",
+    "Classes",
     "Corpus",
     "Data",
     "EvalBatches",
+    "ImageBatch",
+    "ImageBatches",
+    "ImageEvalBatches",
     "StreamDecoder",
     "Tokenizer",
     "TrainBatches",
@@ -33,7 +38,7 @@ class Data:
     """What training and evaluation read.
 
     Attributes:
-        tokenizer: text to ids and back.
+        tokenizer: text to ids and back; of images, their classes.
         train: micro-batches by index.
         validation: gives fresh batches over the whole validation set.
         validation_tokens: predictions of one pass: all tokens but the first.
@@ -41,9 +46,9 @@ class Data:
         description: one line for logs.
     """
 
-    tokenizer: Tokenizer
-    train: TrainBatches
-    validation: Callable[[], EvalBatches]
+    tokenizer: Tokenizer | Classes
+    train: TrainBatches | ImageBatches
+    validation: Callable[[], EvalBatches | ImageEvalBatches]
     validation_tokens: int
     validation_bytes: int
     description: str
@@ -62,6 +67,8 @@ def load_data(config: Config, tokenizer_json: str | None = None, rank: int = 0, 
     """
     if config.data.batch_size % world:
         raise UserError(f"data.batch_size: {config.data.batch_size}; must be a multiple of the {world} processes")
+    if config.model.type != "decoder":
+        return _load_images(config, tokenizer_json, rank, world)
     folder = mindrecord.locate(config.data.path)
     read = _read_text if folder is None else _read_records
     tokenizer, source, stream, description = read(config, tokenizer_json)
@@ -75,6 +82,28 @@ def load_data(config: Config, tokenizer_json: str | None = None, rank: int = 0, 
         validation_tokens=len(stream) - 1,
         validation_bytes=tokenizer.byte_length(stream[1:]),
         description=f"{description}; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind})",
+    )
+
+
+def _load_images(config: Config, classes_json: str | None, rank: int, world: int) -> Data:
+    """The same of images; a prediction counts as one token of one byte."""
+    vision, batch_size = config.vision, config.data.batch_size
+    classes = Classes(tuple(vision.tasks), vision.task_classes, vision.classes)
+    if classes_json is not None and classes_json != classes.to_json():
+        raise UserError(f"vision.tasks: {vision.tasks}; the checkpoint was trained on other tasks or classes")
+    split = load_split(config)
+    images, labels = split.validation
+    answers = classes.answers(labels)
+    train = ImageBatches(
+        split.train[0], classes.answers(split.train[1]), batch_size // world, config.train.seed, rank, world
+    )
+    return Data(
+        tokenizer=classes,
+        train=train,
+        validation=lambda: ImageEvalBatches(images, answers, batch_size),
+        validation_tokens=answers.size,
+        validation_bytes=answers.size,
+        description=f"{split.description}; tasks: {', '.join(vision.tasks)}",
     )
 
 

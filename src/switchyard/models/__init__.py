@@ -1,6 +1,24 @@
 """Networks made of conditional layers."""
 
-from switchyard.models.decoder import Decoder, create_model
-from switchyard.models.generation import Decode, Prefill
+from mindspore import nn
 
-__all__ = ["Decode", "Decoder", "Prefill", "create_model"]
+from switchyard.config import Config
+from switchyard.models.cascade import Cascade
+from switchyard.models.decoder import Decoder
+from switchyard.models.generation import Decode, Prefill
+from switchyard.models.vision import Vision
+
+__all__ = ["Cascade", "Decode", "Decoder", "Prefill", "Vision", "create_model"]
+
+
+def create_model(config: Config, vocab_size: int, length: int | None = None) -> nn.Cell:
+    """The network that `model.type` names, weights drawn by `train.seed`.
+
+    Args:
+        config: the whole configuration.
+        vocab_size: entries V of the tokenizer; what a network that reads images predicts is in the section `vision`.
+        length: of the decoder's longest sequence, at least model.seq_length.
+    """
+    if config.model.type == "decoder":
+        return Decoder(config, vocab_size, length)
+    return {"vision": Vision, "cascade": Cascade}[config.model.type](config)

@@ -12,6 +12,8 @@ from mindspore import dtype as mstype
 
 from switchyard.config import Config
 from switchyard.experts import FeedForwardExperts
+from switchyard.experts_conv import SliceExperts
+from switchyard.granularity import first_of_slices, from_slices, to_slices
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.norm import create_norm
 from switchyard.models.layers import Attention, Dropout, Embedding, Linear, causal_mask
@@ -41,10 +43,21 @@ class Block(nn.Cell):
         self.attention_norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
         self.attention = Attention(model, causal, std_out, random, dtype)
         self.feed_forward_norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
-        if conditional:
+        width, self.window = model.hidden_size, 1
+        if conditional and config.granularity == "slice":
+            self.window = config.moe.slice_length
+
+            def windows(experts: int, hidden: int) -> nn.Cell:
+                network = FeedForwardExperts(experts, width, hidden, model.activation, (std, std_out), random, dtype)
+                return SliceExperts(network, config.moe.slice_length)
+
+            self.feed_forward = MoELayer(
+                config, (std, std_out), random, dtype, slices, vocab_size, make_experts=windows
+            )
+        elif conditional:
             self.feed_forward = MoELayer(config, (std, std_out), random, dtype, slices, vocab_size)
         else:
-            width, hidden = model.hidden_size, config.dense_width
+            hidden = config.dense_width
             self.feed_forward = FeedForwardExperts(1, width, hidden, model.activation, (std, std_out), random, dtype)
         self.attention_dropout = Dropout(model.dropout, slices)
         self.feed_forward_dropout = Dropout(model.dropout, slices)
@@ -57,7 +70,9 @@ class Block(nn.Cell):
     def feed(self, x: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, groups: int, replay: Tensor = None):
         """The second half: x [N, D] -> (x, losses or (), Audit or {}). Generation has one group, so any B will do."""
         rows, losses, audit = self.feed_forward_norm(x), (), {}
-        if self.conditional:
+        if self.window > 1:
+            out, losses, audit = self.feed_slices(rows, tokens, valid, noise, groups)
+        elif self.conditional:
             grouped = rows.reshape(groups, -1, rows.shape[1])  # [G, N / G, D]
             ids = tokens.reshape(groups, -1)  # [G, N / G]
             if replay is not None:
@@ -66,6 +81,16 @@ class Block(nn.Cell):
         else:
             out = self.feed_forward(rows.expand_dims(0))  # [1, N, D]: a dense layer is one expert
         return x + self.feed_forward_dropout(out.reshape(x.shape), noise), losses, audit
+
+    def feed_slices(self, rows: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, groups: int):
+        """The conditional layer over windows of tokens, each sent where its first token goes: rows [N, D]."""
+        view = first_of_slices(rows, self.window).reshape(groups, -1, rows.shape[1])  # [G, N / G / w, D]
+        ids = first_of_slices(tokens.reshape(-1), self.window).reshape(groups, -1)
+        real = first_of_slices(valid.reshape(-1), self.window).reshape(groups, -1)
+        windows = to_slices(rows, self.window).reshape(groups, -1, self.window * rows.shape[1])  # [G, N / G / w, w * D]
+        noise = noise[:, :: self.window]  # [.., N / w, D]
+        out, losses, audit = self.feed_forward(windows, real, noise, ids, None, None, view)
+        return from_slices(out, self.window), losses, audit
 
 
 class Decoder(nn.Cell):
@@ -182,8 +207,3 @@ def stack_audits(audits: tuple) -> dict:
 
 def _stack(audits: tuple, name: str) -> Tensor:
     return ops.stack([audit[name] for audit in audits], 0)
-
-
-def create_model(config: Config, vocab_size: int, length: int | None = None) -> Decoder:
-    """The decoder of a configuration, weights drawn by `train.seed`."""
-    return Decoder(config, vocab_size, length)

@@ -11,16 +11,18 @@ from mindspore import Tensor, nn
 
 from switchyard import config as configuration
 from switchyard.config import Config
-from switchyard.data import Batch, load_data
+from switchyard.data import Batch, ImageBatch, load_data
 from switchyard.device import check_parallel, set_context
 from switchyard.errors import UserError
 from switchyard.models import create_model
+from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilities
 from switchyard.routing.replay import Recorder, Replayer
 from switchyard.training import checkpoint
 from switchyard.training.step import AUDIT_MEANS, AUDIT_SUMS, EvalStep
 
 # what an override may not change: these decide names and shapes of the weights
 SHAPE_KEYS = (
+    "model.type",
     "model.num_layers",
     "model.hidden_size",
     "model.num_heads",
@@ -34,6 +36,15 @@ SHAPE_KEYS = (
     "moe.layers",
     "moe.moe_intermediate_size",
     "moe.shared_expert_num",
+    "moe.granularity",
+    "vision.image_size",
+    "vision.channels",
+    "vision.classes",
+    "vision.tasks",
+    "vision.pool",
+    "vision.regions",
+    "vision.channel_groups",
+    "cascade.stages",
 )
 
 
@@ -56,6 +67,7 @@ class Evaluation:
     bits_per_byte: float
     tokens: int
     layers: list[dict[str, Any]]
+    unit = "tokens"
 
     @property
     def perplexity(self) -> float:
@@ -73,11 +85,16 @@ class Evaluation:
             "layers": self.layers,
         }
 
+    @property
+    def headline(self) -> str:
+        """The figure besides the loss that people look at."""
+        return f"{self.bits_per_byte:.4f} bits/byte"
+
     def to_text(self) -> str:
         """The same for people: a line, and one for each conditional layer."""
         lines = [
             f"loss {self.loss:.4f} ({self.loss_ci95[0]:.4f}..{self.loss_ci95[1]:.4f} at 95 %)  perplexity "
-            f"{self.perplexity:.3f}  {self.bits_per_byte:.4f} bits/byte  {self.tokens:,} tokens"
+            f"{self.perplexity:.3f}  {self.headline}  {self.tokens:,} {self.unit}"
         ]
         for layer in self.layers:
             mean = max(sum(layer["load"]) / len(layer["load"]), 1e-9)
@@ -87,6 +104,34 @@ class Evaluation:
                 f"{100 * layer['dropped']:.1f} %  entropy {layer['entropy']:.2f} nats  z {layer['z']:.2f}"
             )
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ImageEvaluation(Evaluation):
+    """Figures over validation images, each asked every task; bits are those of an answer.
+
+    Attributes:
+        accuracy: share of right answers.
+        cascade: of a cascade {mean_flops: of a sample, exits: share of the samples that left at each, threshold}.
+    """
+
+    accuracy: float
+    cascade: dict[str, Any] | None = None
+    unit = "answers"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `eval.py --json` prints: loss, loss_ci95, accuracy, tokens (answers), layers, and the cascade's."""
+        kept = ("loss", "loss_ci95", "tokens", "layers")
+        figures = {name: figure for name, figure in super().to_dict().items() if name in kept}
+        return {**figures, "accuracy": self.accuracy, **(self.cascade or {})}
+
+    @property
+    def headline(self) -> str:
+        """Accuracy, and of a cascade what it cost."""
+        if not self.cascade:
+            return f"accuracy {100 * self.accuracy:.2f} %"
+        shares = " ".join(f"{100 * share:.0f}" for share in self.cascade["exits"])
+        return f"accuracy {100 * self.accuracy:.2f} %  {self.cascade['mean_flops']:,.0f} FLOPs/image  exits {shares} %"
 
 
 class Evaluator:
@@ -109,20 +154,23 @@ class Evaluator:
     ):
         self._step, self._moe_layers, self._tokens_per_byte = EvalStep(model), moe_layers, tokens_per_byte
         self._recorder, self._replayer = recorder, replayer
+        self._classifies = getattr(model, "classifies", False)
         self.is_compiled = False
 
     def __call__(self, batches: Iterable[Batch], on_batch: Callable[[int], None] = lambda index: None) -> Evaluation:
         """Scores batches; `on_batch` is called after each with its number from 1, and may raise to stop."""
         self._step.set_train(False)
-        sums, counts = [], []
+        sums, counts, right = [], [], 0.0
         audit: dict[str, np.ndarray | float] = dict.fromkeys(AUDIT_SUMS + AUDIT_MEANS, 0.0)
         for index, batch in enumerate(batches):
-            inputs = [Tensor(batch.tokens), Tensor(batch.labels), Tensor(batch.valid)]
+            inputs = [Tensor(part) for part in batch]
             if self._replayer:
                 inputs.append(Tensor(self._replayer.at(index, batch.tokens)[0]))
             total, count, *figures = self._step(*inputs)
             if self._recorder:
                 self._recorder.add(index, batch.tokens, figures[-1].asnumpy())
+            if self._classifies:
+                right += float(figures.pop(0).asnumpy().sum())
             sums.append(total.asnumpy().astype(np.float64))  # [B]
             counts.append(count.asnumpy().astype(np.float64))  # [B]
             for name, figure in zip(AUDIT_SUMS + AUDIT_MEANS, figures):
@@ -134,6 +182,8 @@ class Evaluator:
         loss, interval = mean_with_interval(sums, counts)
         tokens = int(counts.sum())
         bits = loss / math.log(2) * self._tokens_per_byte
+        if self._classifies:
+            return ImageEvaluation(loss, interval, bits, tokens, self._layers(audit, tokens), right / tokens)
         return Evaluation(loss, interval, bits, tokens, self._layers(audit, tokens))
 
     def _layers(self, audit: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
@@ -152,6 +202,46 @@ class Evaluator:
                 }
             )
         return layers
+
+
+class CascadeEvaluator:
+    """Evaluates a cascade where stages work only on the samples that have not left: see models.cascade.EarlyExit."""
+
+    def __init__(self, model: Cascade):
+        self._model, self._runner = model, None
+        self.is_compiled = False
+
+    def __call__(self, batches: Iterable[ImageBatch], on_batch=lambda index: None) -> ImageEvaluation:
+        """Scores batches; `on_batch` as in Evaluator."""
+        self._model.set_train(False)
+        self._runner = self._runner or EarlyExit(self._model)
+        losses, right, left = [], [], []
+        for index, batch in enumerate(batches):
+            real = batch.valid[:, 0] > 0
+            labels = batch.labels[real, 0]
+            logits, exits = self._runner(batch.images[real])
+            losses.append(-np.log(np.maximum(probabilities(logits)[np.arange(len(labels)), labels], 1e-30)))
+            right.append(logits.argmax(1) == labels)
+            left.append(exits)
+            self.is_compiled = True
+            on_batch(index + 1)
+        losses, left = np.concatenate(losses).astype(np.float64), np.concatenate(left)
+        loss, interval = mean_with_interval(losses, np.ones(len(losses)))
+        flops = flops_to(self._model.stages)
+        cascade = {
+            "mean_flops": float(flops[left].mean()),
+            "exits": (np.bincount(left, minlength=len(flops)) / len(left)).tolist(),
+            "threshold": self._model.threshold,
+        }
+        accuracy = float(np.concatenate(right).mean())
+        return ImageEvaluation(loss, interval, loss / math.log(2), len(losses), [], accuracy, cascade)
+
+
+def create_evaluator(model: nn.Cell, config: Config, tokens_per_byte: float, recorder=None, replayer=None):
+    """The evaluator of a model, see Evaluator and CascadeEvaluator."""
+    if config.model.type == "cascade":
+        return CascadeEvaluator(model)
+    return Evaluator(model, config.moe_layers, tokens_per_byte, recorder, replayer)
 
 
 def mean_with_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -207,7 +297,7 @@ def evaluate(
     recorder = Recorder(moe.record, config, "evaluation") if moe.record else None
     replayer = Replayer(moe.replay, config, "evaluation") if moe.replay else None
     tokens_per_byte = data.validation_tokens / data.validation_bytes
-    evaluator = Evaluator(model, config.moe_layers, tokens_per_byte, recorder, replayer)
+    evaluator = create_evaluator(model, config, tokens_per_byte, recorder, replayer)
     found = evaluator(batches, lambda done: on_batch(done, len(batches)))
     if recorder:
         recorder.save()

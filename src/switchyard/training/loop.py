@@ -18,7 +18,7 @@ from switchyard.models import create_model
 from switchyard.routing.replay import Recorder, Replayer
 from switchyard.training import checkpoint
 from switchyard.training.checkpoint import Checkpoint
-from switchyard.training.evaluate import Evaluation, Evaluator, spread
+from switchyard.training.evaluate import Evaluation, create_evaluator, spread
 from switchyard.training.metrics import MetricsLog, Progress, load_range, train_figures
 from switchyard.training.schedule import learning_rate
 from switchyard.training.step import NOISE_RULE, TrainStep, draw_noise
@@ -38,6 +38,7 @@ FREE_ON_RESUME = (
     "moe.record",
     "moe.eval_capacity_factor",
     "moe.dropless_block_size",
+    "cascade.threshold",
     "data.path",
     "context.device_target",
     "context.device_id",
@@ -214,11 +215,11 @@ class Trainer:
         self.clock = Clock(seconds=state["seconds"], mark_seconds=state["seconds"])
         best = checkpoint.best(run)
         self.best_loss = best[1] if best and best[0].name <= checkpoint.name_of(self.done) else math.inf
-        self.tokens_per_step = train.gradient_accumulation_steps * config.data.batch_size * config.model.seq_length
-        self.evaluator = Evaluator(model, config.moe_layers, data.validation_tokens / data.validation_bytes)
+        self.tokens_per_step = train.gradient_accumulation_steps * config.predictions
+        self.evaluator = create_evaluator(model, config, data.validation_tokens / data.validation_bytes)
         self.validation = data.validation()
         self.sample = spread(len(self.validation), train.eval_batches)
-        self.metrics, self.progress = MetricsLog(run, self.done), Progress(train.steps, self.done)
+        self.metrics, self.progress = MetricsLog(run, self.done), Progress(train.steps, self.done, config.unit)
         self.compile_seconds: float | None = None
         self.recorder = Recorder(config.moe.record, config, "training", self.done) if config.moe.record else None
         self.replayer = Replayer(config.moe.replay, config, "training") if config.moe.replay else None
@@ -248,7 +249,7 @@ class Trainer:
         count = sum(parameter.size for parameter in self.model.trainable_params())
         say(f"run: {self.run}" + (f", resumed after step {self.done}" if self.done else ""))
         say(f"data: {self.data.description}")
-        say(f"model: {count:,} parameters; {self.tokens_per_step:,} tokens a step, {config.train.steps:,} steps")
+        say(f"model: {count:,} parameters; {self.tokens_per_step:,} {config.unit} a step, {config.train.steps:,} steps")
         if config.context.mode == "graph" and self.done < config.train.steps:
             say(f"compiling the training step: takes about {expected_compile_seconds(config):.0f} s on two CPU cores")
 
@@ -285,7 +286,7 @@ class Trainer:
         batches = [self.data.train.at(self.done * count + micro) for micro in range(count)]
         tokens, labels, valid = (np.stack(part) for part in zip(*batches))  # [A, B, S] each
         slices, width = self.model.noise_slices, self.config.model.hidden_size
-        return tokens, labels, valid, draw_noise(seed, self.done, count, slices, tokens[0].size, width)
+        return tokens, labels, valid, draw_noise(seed, self.done, count, slices, self.config.rows, width)
 
     def _check_finite(self, loss: float, figures: dict[str, Any]) -> None:
         """Ends the run where the loss is no number, unless the loss scale has refused the step (UserError)."""
@@ -325,7 +326,7 @@ class Trainer:
         part = "" if len(places) == len(self.validation) else f" on {len(places)} of {len(self.validation)} batches"
         self.progress.say(
             f"step {self.done}/{self.config.train.steps}  validation loss {found.loss:.4f} "
-            f"({found.loss_ci95[0]:.4f}..{found.loss_ci95[1]:.4f})  {found.bits_per_byte:.4f} bits/byte{part}"
+            f"({found.loss_ci95[0]:.4f}..{found.loss_ci95[1]:.4f})  {found.headline}{part}"
         )
         self.metrics.write({"kind": "evaluation", "step": self.done, "whole": not part, **found.to_dict()})
         self.metrics.flush()

@@ -64,10 +64,11 @@ class Progress:
     Args:
         total: steps of the run.
         done: steps that a resumed run has behind it.
+        unit: what is counted, tokens or images.
     """
 
-    def __init__(self, total: int, done: int):
-        self._total = total
+    def __init__(self, total: int, done: int, unit: str = "tokens"):
+        self._total, self._unit = total, unit
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
@@ -98,7 +99,7 @@ class Progress:
             f"grad {figures['gradient_norm']:.3f}",
         ]
         if figures["tokens_per_second"]:
-            parts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
+            parts.append(f"{figures['tokens_per_second']:,.0f} {self._unit}/s")
         if "load_min" in figures:
             parts.insert(2, f"balance {figures['balance_loss']:.3f} z {figures['z_loss']:.3f}")
             parts.append(f"load {figures['load_min']:.2f}..{figures['load_max']:.2f}")

@@ -46,13 +46,16 @@ class LossCell(nn.Cell):
     arXiv 2110.04260, eq. 3, halved). The audit is that of the first pass.
 
     Args:
-        model: (tokens [B, S], valid [B, S], noise) -> (logits [N, V] float32, losses, audit), see models.Decoder.
+        model: (tokens [B, S], valid [B, S], noise) -> (logits [N, V] float32, losses, audit), see models.Decoder. A
+            network that reads images has [B, C, H, W] in the place of tokens and T tasks in that of S, see
+            models.Vision.
         config: the factors are read.
     """
 
     def __init__(self, model: nn.Cell, config: Config):
         super().__init__(auto_prefix=False)
         self.model, self.token_losses = model, TokenLosses()
+        self.exits = getattr(model, "exits", 1)
         self.conditional = bool(config.moe_layers)
         self.balance_factor, self.z_factor = config.moe.aux_loss_factor, config.moe.z_loss_factor
         self.consistency = config.moe.consistency_loss_factor if self.conditional else 0.0
@@ -67,12 +70,14 @@ class LossCell(nn.Cell):
         layers, 0 when dense), then the audit where the model is conditional.
         """
         logits, layer_losses, audit = self.read(tokens, valid, noise, replay)  # [N, V]
-        weights = valid.reshape(-1)  # [N]
-        losses = self.token_losses(logits, labels.reshape(-1))  # [N]
+        labels, weights = labels.reshape(-1), valid.reshape(-1)  # [N] each
+        if self.exits > 1:  # of a cascade: the mean over all exits (BranchyNet, arXiv 1709.01686, eq. 3)
+            labels, weights = ops.tile(labels, (self.exits,)), ops.tile(weights, (self.exits,))
+        losses = self.token_losses(logits, labels)  # [N]
         apart = ops.zeros_like(losses)  # [N]
         if self.consistency > 0:
             other, _, _ = self.read(tokens, valid, noise[noise.shape[0] // 2 :], replay)  # [N, V]
-            losses = (losses + self.token_losses(other, labels.reshape(-1))) / 2
+            losses = (losses + self.token_losses(other, labels)) / 2
             apart = self.divergence(logits, other)
         loss = (losses * weights).sum() / ops.maximum(weights.sum(), 1.0)
         if not self.conditional:
@@ -151,8 +156,8 @@ class StepGraph(nn.Cell):
         self.is_sum = tuple(len(shape) == 2 for shape in shapes)
         self.no_figures = tuple(Tensor(np.zeros(shape, np.float32)) for shape in shapes)
         if self.loss.conditional and config.moe.record is not None:
-            rows = config.data.batch_size * config.model.seq_length
-            shape = (self.micro_batches, layers, rows, config.moe.num_experts_chosen)  # [A, M, N, K]
+            rows = config.rows
+            shape = (self.micro_batches, layers, rows, config.moe.choices)  # [A, M, N, K]
             self.no_figures = (*self.no_figures, Tensor(np.zeros(shape, np.int32)))
 
     def construct(
@@ -303,10 +308,14 @@ class EvalStep(nn.Cell):
     def __init__(self, model: nn.Cell):
         super().__init__(auto_prefix=False)
         self.model, self.token_losses = model, TokenLosses()
+        self.classifies = getattr(model, "classifies", False)
+        self.argmax = ops.Argmax(axis=-1, output_type=mstype.int32)
         self.no_noise = Tensor(np.zeros((1, 1, 1), np.float32))
 
     def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, replay: Tensor = None):
         """tokens, labels [B, S] int32, valid [B, S] float32 -> (sum of losses [B], valid tokens [B], audit...).
+
+        Of a network that classifies images the right answers [B] come third.
 
         replay [M, N, K] int32: see models.Decoder.
         """
@@ -315,4 +324,8 @@ class EvalStep(nn.Cell):
         else:
             logits, _, audit = self.model(tokens, valid, self.no_noise, replay)
         losses = self.token_losses(logits, labels.reshape(-1)).reshape(valid.shape)  # [N] -> [B, S]
-        return ((losses * valid).sum(1), valid.sum(1), *flat_audit(audit))
+        sums = ((losses * valid).sum(1), valid.sum(1))
+        if self.classifies:
+            right = (self.argmax(logits) == labels.reshape(-1)).astype(mstype.float32).reshape(valid.shape)
+            sums = (*sums, (right * valid).sum(1))
+        return (*sums, *flat_audit(audit))

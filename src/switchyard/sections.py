@@ -1,0 +1,54 @@
+"""What sections of the configuration are made of, and those of networks that read images."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` is not the number 1."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("input should not be true or false")
+        return value
+
+
+class VisionConfig(Section):
+    """Images and what is asked about them."""
+
+    image_size: Positive = Field(8, description="height and width of an image")
+    channels: Positive = Field(1, description="channels of an image")
+    classes: Annotated[int, Field(ge=2)] = Field(10, description="classes of the labels")
+    tasks: Annotated[list[Literal["identity", "parity", "half"]], Field(min_length=1)] = Field(
+        ["identity"], description="a head each: the class, whether it is odd, whether it is in the upper half"
+    )
+    pool: Positive = Field(1, description="side of the squares that are averaged after layer 0")
+    regions: Positive = Field(2, description="region: parts of each side; 2 = quadrants")
+    channel_groups: Positive = Field(4, description="channel: groups that the channels are split into")
+
+    @property
+    def task_classes(self) -> tuple[int, ...]:
+        """Classes of each task."""
+        return tuple(self.classes if task == "identity" else 2 for task in self.tasks)
+
+
+class CascadeConfig(Section):
+    """Stages of growing cost; a sample leaves at the first that is sure."""
+
+    stages: Annotated[list[Positive], Field(min_length=1)] = Field(
+        [4, 16, 48], description="channels of each stage, which goes on from the features of the one before"
+    )
+    threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="evaluation: a sample leaves where its most probable class has at least this probability"
+    )
