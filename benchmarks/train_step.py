@@ -3,14 +3,15 @@
     python benchmarks/train_step.py [--rounds 20] [--steps 5] [--json FILE]
 
 The model is nanoGPT's CPU recipe (4 layers, 4 heads, width 128, block 64, batch 12; LayerNorm, GELU, learned positions,
-tied head; AdamW, clip 1.0). Every contender is a process of its own that waits for its turn, so that thread pools do
-not meet: a round gives each of them `--steps` steps, in turn.
+tied head; AdamW, clip 1.0). Every contender is a process of its own, stopped by a signal while it is not its turn, for
+idle thread pools spin: a round gives each of them `--steps` steps, in turn.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -135,12 +136,16 @@ def main() -> None:
         while worker.stdout.readline().strip() != "ready":
             if worker.poll() is not None:
                 sys.exit("a contender ended before its first step")
+        worker.send_signal(signal.SIGSTOP)
     seconds = {name: [] for name in names}
     for _ in range(args.rounds):
         for name, worker in workers.items():
+            worker.send_signal(signal.SIGCONT)
             print(args.steps, file=worker.stdin, flush=True)
             seconds[name].append(float(worker.stdout.readline()) / args.steps)
+            worker.send_signal(signal.SIGSTOP)
     for worker in workers.values():
+        worker.send_signal(signal.SIGCONT)
         worker.stdin.close()
         worker.wait()
     figures = ratios(seconds, names[0])
