@@ -24,10 +24,12 @@ def export_main(arguments: list[str]) -> None:
 
 def infer_main(arguments: list[str]) -> None:
     """`infer.py`: see its --help."""
-    parser = Parser(prog="infer.py", description="Continues text with an exported model.")
+    parser = Parser(prog="infer.py", description="Continues text, or classifies images, with an exported model.")
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder that export.py made")
     parser.add_argument("--prompt", metavar="TEXT", help="the beginning of the text")
     parser.add_argument("--prompts-file", metavar="FILE", help="instead: one prompt a line, run as one batch")
+    parser.add_argument("--image", metavar="FILE", help="of a classifier: a picture, or images in a .npy file")
+    parser.add_argument("--task", metavar="TASK", help="of a classifier: which of its tasks (the first)")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="most tokens of an answer (200)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (0.8)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable; 0 = all (0)")
@@ -36,11 +38,33 @@ def infer_main(arguments: list[str]) -> None:
     parser.add_argument("--key-file", metavar="FILE", help="the key of an encrypted export")
     parser.add_argument("--json", action="store_true", help="print one JSON object, a list for --prompts-file")
     chosen = parser.parse_args(arguments)
-    if (chosen.prompt is None) == (chosen.prompts_file is None):
-        raise UserError("--prompt: give one of --prompt TEXT and --prompts-file FILE")
+    given = [chosen.prompt, chosen.prompts_file, chosen.image]
+    if given.count(None) != len(given) - 1:
+        raise UserError("--prompt: give one of --prompt TEXT, --prompts-file FILE and, for a classifier, --image FILE")
     _prepare()
     with stdout_to_stderr() as out:
-        _infer(chosen, out)
+        from switchyard.inference.classify import is_classifier
+
+        if is_classifier(chosen.model) != (chosen.image is not None):
+            takes = "--image FILE" if chosen.image is None else "--prompt TEXT"
+            raise UserError(f"--model: '{chosen.model}'; this export takes {takes}")
+        if chosen.image is not None:
+            _classify(chosen, out)
+        else:
+            _infer(chosen, out)
+
+
+def _classify(chosen, out) -> None:
+    from switchyard.inference.classify import classify, read_image
+    from switchyard.inference.manifest import read_key
+
+    key = None if chosen.key_file is None else read_key(chosen.key_file)
+    for probabilities in classify(chosen.model, read_image(chosen.image), chosen.task, key):
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        if chosen.json:
+            out.write(json.dumps({"class": best, "probabilities": probabilities}) + "\n")
+        else:
+            out.write(f"class {best}  probability {probabilities[best]:.4f}\n")
 
 
 def _infer(chosen, out) -> None:

@@ -18,6 +18,7 @@ from switchyard.device import set_context
 from switchyard.dispatch import block_size
 from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
+from switchyard.inference.classify import ClassifierManifest, export_classifier, is_classifier
 from switchyard.inference.manifest import DECODE, PREFILL, Figures, Limits, Manifest, Source
 from switchyard.inference.mindir import ExportedModel
 from switchyard.inference.parity import Reference, compare, reference
@@ -33,8 +34,8 @@ def export(
     overrides: list[str] | tuple[str, ...] = (),
     key_file: str | Path | None = None,
     say: Callable[[str], None] = print,
-) -> Manifest:
-    """Exports a checkpoint.
+) -> Manifest | ClassifierManifest:
+    """Exports a checkpoint; one of a network that reads images as `inference.classify` has it.
 
     Args:
         path: a run folder (its newest checkpoint) or one checkpoint.
@@ -57,6 +58,8 @@ def export(
     key = None if key_file is None else manifests.read_key(key_file, field)
     out = Path(out)
     check_free(out)
+    if config.model.type != "decoder":
+        return export_classifier(held, config, out, key, say, _put)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
     say(f"checkpoint: {held.path}")
     data = load_data(config, held.tokenizer_json)
@@ -102,6 +105,11 @@ def prefill_block(config: Config, max_length: int) -> int:
 
 def check_causal(config: Config, decoder: Decoder) -> None:
     """Refuses routers with which a token's output depends on later tokens or on other sequences (UserError)."""
+    if config.granularity == "slice" and config.moe_layers:
+        raise UserError(
+            "moe.granularity: slice; a window follows its first token, which generation token by token does not keep: "
+            "export a model with moe.granularity 'token'"
+        )
     for layer in decoder.layers:
         if layer.conditional and not (layer.feed_forward.router.causal and layer.feed_forward.router.batch_independent):
             raise UserError(
@@ -116,7 +124,7 @@ def check_free(out: Path) -> None:
         return
     if not out.is_dir():
         raise UserError(f"--out: '{out}' is a file; name a folder that is to be made")
-    if any(out.iterdir()):
+    if any(out.iterdir()) and not is_classifier(out):
         try:
             manifests.read(out)
         except UserError:

@@ -87,14 +87,14 @@ class Evaluation:
 
     @property
     def headline(self) -> str:
-        """The figure besides the loss that people look at."""
-        return f"{self.bits_per_byte:.4f} bits/byte"
+        """The figures besides the loss that people look at."""
+        return f"perplexity {self.perplexity:.3f}  {self.bits_per_byte:.4f} bits/byte"
 
     def to_text(self) -> str:
         """The same for people: a line, and one for each conditional layer."""
         lines = [
-            f"loss {self.loss:.4f} ({self.loss_ci95[0]:.4f}..{self.loss_ci95[1]:.4f} at 95 %)  perplexity "
-            f"{self.perplexity:.3f}  {self.headline}  {self.tokens:,} {self.unit}"
+            f"loss {self.loss:.4f} ({self.loss_ci95[0]:.4f}..{self.loss_ci95[1]:.4f} at 95 %)  "
+            f"{self.headline}  {self.tokens:,} {self.unit}"
         ]
         for layer in self.layers:
             mean = max(sum(layer["load"]) / len(layer["load"]), 1e-9)
