@@ -173,3 +173,13 @@ def test_block_of_prefill():
 
     assert block(512) == 16 and block(64) == 8 and block(4096) == 32
     assert block(512, dropless_block_size=5) == 5 and block(512, expert_num=1) == 1
+
+
+def test_a_validation_text_of_one_prediction(tmp_path, graph):
+    """Two tokens of validation: one place of prefill can be compared, and no decode step."""
+    run, _ = save_run(tmp_path, moe={})
+    (tmp_path / "short.txt").write_text(TEXT[:200])
+    manifest = export(
+        run, tmp_path / "out", [f"data.path={tmp_path / 'short.txt'}", "data.val_fraction=0.01"], say=quiet
+    )
+    assert (manifest.parity.prefill_positions, manifest.parity.decode_positions) == (2, 0)

@@ -81,7 +81,7 @@ class Parity(Part):
     decode_max_abs_difference: float
     bound: float
     prefill_positions: Count
-    decode_positions: Count
+    decode_positions: Annotated[int, Field(ge=0)]
     not_reached: tuple[tuple[int, int, str], ...]
 
 

@@ -8,6 +8,7 @@ compared place of either graph: an expert of the last layer changes no other log
 Legend: B windows, S tokens of a window, V vocabulary, M conditional layers, E experts.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,7 +23,9 @@ from switchyard.inference.mindir import ExportedModel
 
 STEPS = 4  # decode steps of a window
 LONG, SHORT = 2, 32  # windows of full length that are compared first, and the length of those after them
-MOST_BATCHES = 200
+PASSES = 8  # over the text, each cutting the windows elsewhere, before an expert counts as out of reach
+MOST_BATCHES = 100
+LARGEST = 2**26  # logits that the training graph makes at a time of short windows
 # A logit of a few units may differ so: rounding of float32; of 11 and 8 significant bits where products are half width
 BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
 
@@ -53,7 +56,9 @@ class Reference:
 
 
 def reference(decoder: nn.Cell, validation: EvalBatches, max_length: int, seed: int) -> Reference:
-    """Runs the training graph over validation windows until every expert was reached, or the text ends.
+    """Runs the training graph over validation windows until every expert was reached or the text has no more to give.
+
+    Batches that reach no further expert are forgotten, but for the first two.
 
     Args:
         decoder: at evaluation, without drops.
@@ -62,19 +67,24 @@ def reference(decoder: nn.Cell, validation: EvalBatches, max_length: int, seed: 
         seed: of the places where windows are cut.
     """
     random = np.random.default_rng(seed)
-    layers = decoder.moe_layers
-    found: list[Windows] = []
-    missing: tuple = ()
-    for tokens in _windows(validation, max_length):
-        found.append(_run(decoder, tokens, random))
-        missing = tuple(
-            (layers[place], int(expert), graph)
-            for graph in (PREFILL, DECODE)
-            for place, expert in np.argwhere(sum(one.reached[graph] for one in found) == 0)
-        )
-        if len(found) > 1 and not missing:
+    kept: list[Windows] = []
+    missing = {PREFILL: np.ones(0, bool), DECODE: np.ones(0, bool)}  # [M, E]
+    for tokens in itertools.islice(_windows(validation, max_length, decoder.vocab_size), MOST_BATCHES):
+        windows = _run(decoder, tokens, random)
+        still = {graph: windows.reached[graph] == 0 for graph in missing}
+        if kept:
+            still = {graph: missing[graph] & still[graph] for graph in missing}
+        if len(kept) < 2 or any((still[graph] != missing[graph]).any() for graph in missing):
+            kept.append(windows)
+        missing = still
+        if len(kept) > 1 and not any(one.any() for one in missing.values()):
             break
-    return Reference(tuple(found), missing)
+    not_reached = tuple(
+        (decoder.moe_layers[place], int(expert), graph)
+        for graph in missing
+        for place, expert in np.argwhere(missing[graph])
+    )
+    return Reference(tuple(kept), not_reached)
 
 
 def compare(model: ExportedModel, expected: Reference, dtype: str) -> Parity:
@@ -121,19 +131,19 @@ def _exported(model: ExportedModel, windows: Windows) -> Iterator[tuple[str, np.
         yield DECODE, logits, windows.logits[:, step]
 
 
-def _windows(validation: EvalBatches, max_length: int) -> Iterator[np.ndarray]:
-    """Batches of windows [B, S] of real text: one of full length, then short ones."""
-    for number, batch in enumerate(validation):
-        if number == MOST_BATCHES:
-            return
-        whole = batch.tokens[batch.valid.min(1) > 0] if number else batch.tokens[:, : int(batch.valid[0].sum())]
+def _windows(validation: EvalBatches, max_length: int, vocab_size: int) -> Iterator[np.ndarray]:
+    """Batches of windows [B, S] of real text: one of full length, then short ones, PASSES times."""
+    first = validation.at(0)
+    real = first.valid.sum(1)  # [B]
+    yield first.tokens[real == real[0]][:LONG, : min(max_length, int(real[0]))]
+    for batch in itertools.chain.from_iterable(validation for _ in range(PASSES)):
+        whole = batch.tokens[batch.valid.min(1) > 0]
         if not len(whole):
-            continue
-        if not number:
-            yield whole[:LONG, :max_length]
+            whole = batch.tokens[:1, : int(batch.valid[0].sum())]
         size = min(SHORT, whole.shape[1], max_length)
         pieces = whole.shape[1] // size
-        yield whole[:, : pieces * size].reshape(-1, size)  # [B * pieces, S]
+        windows = whole[:, : pieces * size].reshape(-1, size)  # [B * pieces, S]
+        yield windows[: max(1, LARGEST // (size * vocab_size))]
 
 
 def _run(decoder: nn.Cell, tokens: np.ndarray, random: np.random.Generator) -> Windows:
