@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from switchyard.config import Config, Section, build, load
 from switchyard.errors import UserError
 
-SECTIONS = "model moe vision cascade data optimizer schedule train parallel context export".split()
+MODELS = ["model", "moe", "vision", "cascade"]
+SECTIONS = [*MODELS, "data", "optimizer", "schedule", "train", "parallel", "context", "export"]
 CONFIGS = sorted((Path(__file__).parents[1] / "config").glob("*.yaml"))
 
 
