@@ -44,6 +44,9 @@ def probabilities(logits: np.ndarray, temperature: float = 1.0, top_k: int = 0, 
     """
     scaled = logits.astype(np.float64)
     scaled = (scaled - scaled.max(-1, keepdims=True)) / temperature
+    if top_p >= 1 and not 0 < top_k < scaled.shape[-1]:  # nothing is cut off, nothing needs an order
+        mass = np.exp(scaled)
+        return mass / mass.sum(-1, keepdims=True)
     order = np.argsort(-scaled, -1, kind="stable")  # [B, V], best first
     ranked = np.take_along_axis(scaled, order, -1)
     if 0 < top_k < scaled.shape[-1]:
@@ -64,7 +67,8 @@ def choose(logits: np.ndarray, sampling: Sampling, draws: np.ndarray) -> np.ndar
     if sampling.temperature == 0 or sampling.top_k == 1:
         return logits.argmax(-1).astype(np.int32)
     mass = np.cumsum(probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p), -1)  # [B, V]
-    passed = mass <= (draws * mass[:, -1])[:, None]  # [B, V]
+    whole = mass[:, -1]  # [B], 1 but for rounding
+    passed = mass <= np.minimum(draws * whole, np.nextafter(whole, 0))[:, None]  # [B, V]
     return passed.sum(-1).astype(np.int32)
 
 
