@@ -44,7 +44,7 @@ def subject(config: Config, kind: str) -> dict[str, Any]:
         "kind": kind,
         "layers": list(config.moe_layers),
         "experts": config.moe.expert_num,
-        "choices": config.moe.num_experts_chosen,
+        "choices": config.moe.choices,
         "micro_batches": config.train.gradient_accumulation_steps if kind == "training" else 1,
         "batch": [config.data.batch_size, config.model.seq_length],
         "model": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16],
