@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from oracles.tiny_export import save_run
 
@@ -82,8 +83,10 @@ print(code, sorted(name for name in sys.modules if name.startswith("switchyard")
     [
         (("--model", "none", "--prompt", "a"), "error: --model: 'none' does not exist"),
         (("--model", ".", "--prompt", "a"), "error: --model: '.' holds no manifest.json"),
-        (("--model", "OUT"), "error: --prompt: give one of --prompt TEXT and --prompts-file FILE"),
+        (("--model", "OUT"), "error: --prompt: give one of --prompt TEXT, --prompts-file FILE and"),
         (("--model", "OUT", "--prompt", "a", "--prompts-file", "b"), "error: --prompt: give one of"),
+        (("--model", "OUT", "--image", "x.npy"), "error: --image: 'x.npy'; cannot be read"),
+        (("--model", "OUT", "--image", "y.npy"), "error: --model: 'OUT' is no switchyard classifier"),
         (("--prompt", "a"), "error: the following arguments are required: --model"),
         (("--model", "OUT", "--prompt", ""), "error: prompt: empty"),
         (("--model", "OUT", "--prompt", "jump Ω"), "error: prompt: text: character 'Ω' (U+03A9)"),
@@ -100,6 +103,8 @@ def test_one_line_for_what_is_wrong(arguments, said, exported, tmp_path, monkeyp
     from switchyard.inference.commands import infer_main
 
     (tmp_path / "key").write_bytes(b"a key of sixteen")
+    np.save(tmp_path / "y.npy", np.zeros((4, 4), np.uint8))
+    said = said.replace("OUT", str(exported))
     monkeypatch.chdir(tmp_path)
     code = run(infer_main, [str(exported) if argument == "OUT" else argument for argument in arguments])
     out, err = capfd.readouterr()

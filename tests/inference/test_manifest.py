@@ -108,8 +108,8 @@ def _drop(key):
         ("manifest.json", lambda path: path.unlink(), "holds no manifest.json"),
         ("manifest.json", lambda path: path.write_text(""), "was cut or altered"),
         ("manifest.json", lambda path: path.write_bytes(b"\xff\xfe{"), "was cut or altered"),
-        ("manifest.json", lambda path: path.write_text("[]"), "is no export"),
-        ("manifest.json", lambda path: path.write_text('{"format": "other"}'), "is no export"),
+        ("manifest.json", lambda path: path.write_text("[]"), "is no switchyard export"),
+        ("manifest.json", lambda path: path.write_text('{"format": "other"}'), "is no switchyard export"),
         ("manifest.json", _edit("version", 2), "has format version 2"),
         ("manifest.json", _edit("encryption", "AES-GCM"), "its sha256 is another"),
         (

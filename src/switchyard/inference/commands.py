@@ -45,21 +45,24 @@ def infer_main(arguments: list[str]) -> None:
     with stdout_to_stderr() as out:
         from switchyard.inference.classify import is_classifier
 
-        if is_classifier(chosen.model) != (chosen.image is not None):
-            takes = "--image FILE" if chosen.image is None else "--prompt TEXT"
-            raise UserError(f"--model: '{chosen.model}'; this export takes {takes}")
         if chosen.image is not None:
             _classify(chosen, out)
+        elif is_classifier(chosen.model):
+            raise UserError(f"--model: '{chosen.model}'; this export takes --image FILE")
         else:
             _infer(chosen, out)
 
 
 def _classify(chosen, out) -> None:
-    from switchyard.inference.classify import classify, read_image
-    from switchyard.inference.manifest import read_key
+    from switchyard.config import ContextConfig
+    from switchyard.device import set_context
+    from switchyard.inference.classify import classify, read, read_image
+    from switchyard.inference.manifest import key_of
 
-    key = None if chosen.key_file is None else read_key(chosen.key_file)
-    for probabilities in classify(chosen.model, read_image(chosen.image), chosen.task, key):
+    images, manifest = read_image(chosen.image), read(chosen.model)
+    key = key_of(chosen.model, manifest.encryption, chosen.key_file)
+    set_context(ContextConfig(), say=say)
+    for probabilities in classify(chosen.model, images, chosen.task, key):
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
         if chosen.json:
             out.write(json.dumps({"class": best, "probabilities": probabilities}) + "\n")

@@ -18,7 +18,8 @@ from switchyard.device import set_context
 from switchyard.dispatch import block_size
 from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
-from switchyard.inference.classify import ClassifierManifest, export_classifier, is_classifier
+from switchyard.inference.classify import ClassifierManifest, is_classifier
+from switchyard.inference.export_classifier import export_classifier
 from switchyard.inference.manifest import DECODE, PREFILL, Figures, Limits, Manifest, Source
 from switchyard.inference.mindir import ExportedModel
 from switchyard.inference.parity import Reference, compare, reference

@@ -13,7 +13,7 @@ names that were written.
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -94,17 +94,12 @@ class Source(Part):
     switchyard: str
 
 
-class Manifest(Part):
-    """manifest.json; `sha256` is that of all its other fields."""
+class Signed(Part):
+    """A manifest; `sha256` is that of all its other fields."""
 
-    format: Literal["switchyard export"] = FORMAT
-    version: Literal[1] = VERSION
-    graphs: dict[Literal["prefill", "decode"], str]
+    format: str
+    version: int
     encryption: Literal["AES-GCM"] | None
-    model: Figures
-    limits: Limits
-    parity: Parity | None
-    source: Source
     files: dict[str, File]
     sha256: str = ""
 
@@ -113,13 +108,32 @@ class Manifest(Part):
         text = json.dumps(self.model_dump(mode="json", exclude={"sha256"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def signed(self) -> "Manifest":
+    def signed(self: "Kind") -> "Kind":
         """The same with its checksum."""
         return self.model_copy(update={"sha256": self.digest()})
 
 
-def read(directory: str | Path) -> Manifest:
+class Manifest(Signed):
+    """manifest.json of a language model."""
+
+    format: Literal["switchyard export"] = FORMAT
+    version: Literal[1] = VERSION
+    graphs: dict[Literal["prefill", "decode"], str]
+    model: Figures
+    limits: Limits
+    parity: Parity | None
+    source: Source
+
+
+Kind = TypeVar("Kind", bound=Signed)
+
+
+def read(directory: str | Path, kind: type[Kind] = Manifest) -> Kind:
     """The manifest of an exported directory.
+
+    Args:
+        directory: what export.py made.
+        kind: the class that the manifest must be of.
 
     Raises:
         UserError: no such directory, no export in it, another format version, or a manifest cut or altered.
@@ -129,16 +143,17 @@ def read(directory: str | Path) -> Manifest:
         what = "is a file" if directory.exists() else "does not exist"
         raise UserError(f"--model: '{directory}' {what}; give the folder that export.py made")
     path = directory / MANIFEST
+    wanted = {name: kind.model_fields[name].default for name in ("format", "version")}
     try:
         tree = json.loads(path.read_bytes())
-        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-            raise UserError(f"--model: '{directory}' is no export; give the folder that export.py made")
-        if tree.get("version") != VERSION:
+        if not isinstance(tree, dict) or tree.get("format") != wanted["format"]:
+            raise UserError(f"--model: '{directory}' is no {wanted['format']}; give the folder that export.py made")
+        if tree.get("version") != wanted["version"]:
             raise UserError(
-                f"--model: '{path}' has format version {tree.get('version')}, this Switchyard reads {VERSION}; "
-                "export the checkpoint again"
+                f"--model: '{path}' has format version {tree.get('version')}, this Switchyard reads "
+                f"{wanted['version']}; export the checkpoint again"
             )
-        manifest = Manifest(**tree)
+        manifest = kind(**tree)
     except FileNotFoundError:
         raise UserError(f"--model: '{directory}' holds no {MANIFEST}; give the folder that export.py made") from None
     except (ValueError, ValidationError):
@@ -148,7 +163,7 @@ def read(directory: str | Path) -> Manifest:
     return manifest
 
 
-def verify(directory: str | Path, manifest: Manifest) -> None:
+def verify(directory: str | Path, manifest: Signed) -> None:
     """Compares size and sha256 of every file with the manifest (UserError names the first that differs)."""
     for name, expected in manifest.files.items():
         path = Path(directory) / name
@@ -192,3 +207,12 @@ def read_key(path: str | Path, field: str = "--key-file") -> bytes:
             f"{field}: '{path}' has {len(key)} bytes; AES-GCM takes 16, 24 or 32 raw bytes: openssl rand -out FILE 32"
         )
     return key
+
+
+def key_of(directory: str | Path, encryption: str | None, key_file: str | Path | None) -> bytes | None:
+    """The key that opens an export, None where it needs none (UserError: one is missing, or given for nothing)."""
+    if encryption is None and key_file is not None:
+        raise UserError(f"--key-file: '{key_file}'; '{directory}' is not encrypted: leave it out")
+    if encryption is not None and key_file is None:
+        raise UserError(f"--key-file: not given; '{directory}' is encrypted: name the file with its key")
+    return None if key_file is None else read_key(key_file)

@@ -147,13 +147,7 @@ def open_model(directory: str | Path, key_file: str | Path | None = None, say=pr
         UserError: a missing, cut or altered file; a key that is missing, wrong or not asked for.
     """
     manifest = manifests.read(directory)
-    key = None
-    if manifest.encryption == AES_GCM:
-        if key_file is None:
-            raise UserError(f"--key-file: not given; '{directory}' is encrypted: name the file with its key")
-        key = manifests.read_key(key_file)
-    elif key_file is not None:
-        raise UserError(f"--key-file: '{key_file}'; '{directory}' is not encrypted: leave it out")
+    key = manifests.key_of(directory, manifest.encryption, key_file)
     manifests.verify(directory, manifest)
     from switchyard.config import ContextConfig
     from switchyard.device import set_context

@@ -1,0 +1,134 @@
+"""Export of networks that read images: a checkpoint becomes one MindIR graph, see inference.classify."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+import switchyard
+from switchyard.config import Config, ParallelConfig
+from switchyard.data import ImageEvalBatches, load_data
+from switchyard.device import set_context
+from switchyard.dispatch import block_size
+from switchyard.errors import UserError
+from switchyard.inference import manifest as manifests
+from switchyard.inference.classify import GRAPH, ClassifierManifest, ImageParity
+from switchyard.inference.manifest import AES_GCM, Source
+from switchyard.inference.mindir import load_graph
+from switchyard.inference.parity import BOUNDS
+from switchyard.models import create_model
+from switchyard.training import checkpoint
+from switchyard.training.checkpoint import Checkpoint
+
+
+class Classify(nn.Cell):
+    """What is exported: images [B, C, H, W] and tasks [B] -> logits [B, V]."""
+
+    def __init__(self, model: nn.Cell, tasks: int):
+        super().__init__(auto_prefix=False)
+        self.model, self.tasks = model, tasks
+        self.one_hot, self.no_noise = ops.OneHot(), Tensor(np.zeros((1, 1, 1), np.float32))
+        self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
+
+    def construct(self, images: Tensor, tasks: Tensor) -> Tensor:
+        asked = self.one_hot(tasks, self.tasks, self.on, self.off)  # [B, T]
+        logits, _, _ = self.model(images, asked, self.no_noise)  # [B * T, V]
+        logits = logits.reshape(asked.shape[0], self.tasks, -1)
+        return (logits * ops.expand_dims(asked, 2)).sum(1)  # [B, V]
+
+
+def export_classifier(
+    held: Checkpoint, config: Config, out: Path, key: bytes | None, say: Callable[[str], None], put: Callable
+) -> ClassifierManifest:
+    """Writes a checkpoint of a network that reads images; see inference.export.export, which calls this.
+
+    Args:
+        held, config: the checkpoint and its configuration with overrides.
+        out: the directory to make.
+        key: encrypts the graph.
+        say: receives lines about what is done.
+        put: (temporary directory, out) -> None brings the finished directory into its place.
+
+    Raises:
+        UserError: logits that differ; nothing is written then.
+    """
+    set_context(config.context, config.train.seed, config.model.compute_dtype, say)
+    say(f"checkpoint: {held.path}")
+    config = inference_config(config)
+    data = load_data(config, held.tokenizer_json)
+    model = create_model(config, data.tokenizer.vocab_size)
+    checkpoint.load_weights(model, held.weights)
+    vision, batch = config.vision, config.data.batch_size
+    cell = Classify(model, len(vision.tasks)).set_train(False)
+    expected = answers(cell, data.validation())
+    shape = (vision.channels, vision.image_size, vision.image_size)
+    temporary = out.absolute().parent / f".tmp-{out.absolute().name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        options = {"enc_key": key, "enc_mode": AES_GCM} if key else {}
+        inputs = Tensor(np.zeros((batch, *shape), np.float32)), Tensor(np.zeros(batch, np.int32))
+        ms.export(cell, *inputs, file_name=str(temporary / "classify"), file_format="MINDIR", **options)
+        (temporary / GRAPH).chmod(0o644)  # MindSpore writes it read-only
+        written = ClassifierManifest(
+            encryption=AES_GCM if key else None,
+            network=config.model.type,
+            image=shape,
+            batch=batch,
+            tasks=vision.tasks,
+            counts=vision.task_classes,
+            parameters=sum(parameter.size for parameter in model.get_parameters()),
+            parity=compare(temporary / GRAPH, key, expected, data.validation(), config.model.compute_dtype),
+            source=Source(
+                checkpoint=held.path.as_posix(),
+                step=held.step,
+                mindspore=ms.__version__,
+                switchyard=switchyard.__version__,
+            ),
+            files=manifests.fingerprints(temporary),
+        )
+        written = written.signed()
+        (temporary / manifests.MANIFEST).write_text(written.model_dump_json(indent=1), encoding="utf-8")
+        put(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    parity = written.parity
+    say(f"{out / GRAPH}  {written.files[GRAPH].bytes / 1e6:,.1f} MB")
+    say(
+        f"parity: largest difference of a logit {parity.max_abs_difference:.1e} (bound {parity.bound:.0e}) over "
+        f"{parity.answers:,} answers on the validation images"
+    )
+    say(f"export: '{out}', {batch} images of {shape} at a time")
+    return written
+
+
+def inference_config(config: Config) -> Config:
+    """The configuration that the graph runs with: one device, and a block size that is a number already."""
+    moe, rows = config.moe, config.rows // config.groups
+    block = moe.dropless_block_size or block_size(rows, moe.expert_num, moe.choices)
+    moe = moe.model_copy(update={"dropless_block_size": block, "groups": config.groups})
+    return config.model_copy(update={"moe": moe, "parallel": ParallelConfig()})
+
+
+def answers(graph: nn.Cell, batches: ImageEvalBatches) -> np.ndarray:
+    """The logits of every real answer: [answers, V]."""
+    found = []
+    for batch in batches:
+        logits = graph(Tensor(batch.images), Tensor(batch.valid.argmax(1).astype(np.int32))).asnumpy()
+        found.append(logits[batch.valid.sum(1) > 0])
+    return np.concatenate(found)
+
+
+def compare(path: Path, key: bytes | None, expected: np.ndarray, batches: ImageEvalBatches, dtype: str) -> ImageParity:
+    """The graph in a file, loaded again, against the logits of the training graph (UserError where they differ)."""
+    found = answers(load_graph(path, key), batches)
+    difference, bound = float(np.abs(found - expected).max()), BOUNDS[dtype]
+    if not difference <= bound:
+        raise UserError(
+            f"export: a logit of '{GRAPH}' differs by {difference:.1e} from the training graph, the bound is "
+            f"{bound:.0e} ({dtype}): nothing was written; report it with the checkpoint"
+        )
+    return ImageParity(max_abs_difference=difference, bound=bound, answers=len(expected))
