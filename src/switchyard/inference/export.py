@@ -26,7 +26,7 @@ from switchyard.inference.parity import Reference, compare, reference
 from switchyard.models import Decoder, create_model
 from switchyard.models.generation import Decode, Prefill, cast_products
 from switchyard.training import checkpoint
-from switchyard.training.evaluate import _overridden
+from switchyard.training.evaluate import overridden
 
 
 def export(
@@ -53,7 +53,7 @@ def export(
             the weights' shapes, or logits that differ. Nothing is written then.
     """
     held = checkpoint.read(path, with_optimizer=False)
-    config = _overridden(held.config, overrides)
+    config = overridden(held.config, overrides)
     field = "--key-file" if key_file is not None else "export.key_file"
     key_file = key_file if key_file is not None else config.export.key_file
     key = None if key_file is None else manifests.read_key(key_file, field)

@@ -285,7 +285,7 @@ def evaluate(
         UserError: a damaged checkpoint, data that cannot be read, an override that would change the weights' shapes.
     """
     held = checkpoint.read(path, with_optimizer=False)
-    config = _overridden(held.config, overrides)
+    config = overridden(held.config, overrides)
     check_parallel(config)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
     data = load_data(config, held.tokenizer_json)
@@ -304,7 +304,7 @@ def evaluate(
     return found
 
 
-def _overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+def overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
     """The configuration of a checkpoint with overrides that keep the weights' shapes (UserError)."""
     tree = config.model_dump()
     tree["moe"] |= {"record": None, "replay": None}  # those of the training run
