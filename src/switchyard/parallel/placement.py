@@ -1,0 +1,178 @@
+"""Who holds what: the coordinates of a rank, its groups, and the slice of every parameter. No MindSpore in here.
+
+Ranks are numbered stage by stage; within a stage outer data slices, expert slices, then model slices, the fastest:
+
+    rank = ((stage * outer + o) * expert_parallel + e) * model_parallel + t,   data_parallel = outer * expert_parallel
+
+so with model_parallel 1 the ranks that exchange rows with each other are neighbours.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from switchyard.config import ParallelConfig
+from switchyard.errors import UserError
+
+EXPERT, MODEL = "expert", "model"
+STACKED = ("w_in", "w_gate", "w_out")  # [E, D, F], [E, D, F], [E, F, D]
+Placement = tuple[str | None, ...]  # for each axis of a parameter: what cuts it, or None
+
+
+class Coordinates(NamedTuple):
+    """Where a rank stands: its stage, outer data slice, expert slice and model slice, each from 0."""
+
+    stage: int
+    outer: int
+    expert: int
+    model: int
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Into how many slices each axis is cut; the words are those of the section `parallel`."""
+
+    data_parallel: int = 1
+    expert_parallel: int = 1
+    model_parallel: int = 1
+    pipeline_stage: int = 1
+    optimizer_shard: int = 0
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> "Degrees":
+        """The degrees of a configuration."""
+        return cls(**{name: getattr(parallel, name) for name in cls.__dataclass_fields__})
+
+    @property
+    def outer(self) -> int:
+        """Data slices that hold the same experts."""
+        return self.data_parallel // self.expert_parallel
+
+    @property
+    def stage_devices(self) -> int:
+        """Devices of one pipeline stage."""
+        return self.data_parallel * self.model_parallel
+
+    @property
+    def devices(self) -> int:
+        """All devices."""
+        return self.pipeline_stage * self.stage_devices
+
+    def rank_of(self, place: Coordinates) -> int:
+        """The rank that stands there."""
+        data = (place.stage * self.outer + place.outer) * self.expert_parallel + place.expert
+        return data * self.model_parallel + place.model
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where a rank stands (UserError: there is no such rank)."""
+        if not 0 <= rank < self.devices:
+            raise UserError(f"rank: {rank}; these degrees have ranks 0 to {self.devices - 1}")
+        rest, model = divmod(rank, self.model_parallel)
+        rest, expert = divmod(rest, self.expert_parallel)
+        stage, outer = divmod(rest, self.outer)
+        return Coordinates(stage, outer, expert, model)
+
+    def data_slice(self, rank: int) -> int:
+        """Which part of the batch a rank reads, from 0 below data_parallel."""
+        place = self.coordinates(rank)
+        return place.outer * self.expert_parallel + place.expert
+
+    def _along(self, rank: int, *axes: str) -> tuple[int, ...]:
+        """The ranks that differ from this one in the named coordinates only, in order."""
+        places, sizes = [self.coordinates(rank)], {"outer": self.outer, "expert": self.expert_parallel}
+        sizes |= {"model": self.model_parallel, "stage": self.pipeline_stage}
+        for axis in axes:
+            places = [place._replace(**{axis: index}) for place in places for index in range(sizes[axis])]
+        return tuple(sorted(self.rank_of(place) for place in places))
+
+    def expert_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks that hold the slices of one set of experts: rows go to and fro among them (AlltoAll)."""
+        return self._along(rank, "expert")
+
+    def expert_replicas(self, rank: int) -> tuple[int, ...]:
+        """Ranks that hold the same expert slice: gradients of experts are summed over them."""
+        return self._along(rank, "outer")
+
+    def data_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks that hold the same slice of what is not an expert: its gradients are summed over them."""
+        return self._along(rank, "outer", "expert")
+
+    def model_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks that hold the slices of one network (tensor parallel)."""
+        return self._along(rank, "model")
+
+    def stage_group(self, rank: int) -> tuple[int, ...]:
+        """All ranks of this pipeline stage."""
+        return self._along(rank, "outer", "expert", "model")
+
+    def replicas(self, cut: Placement, rank: int) -> tuple[int, ...]:
+        """Ranks that hold the same slice of a parameter placed so."""
+        axes = ["outer"] + ([] if EXPERT in cut else ["expert"]) + ([] if MODEL in cut else ["model"])
+        return self._along(rank, *axes)
+
+
+def placement(name: str, shape: tuple[int, ...], degrees: Degrees) -> Placement:
+    """What cuts each axis of a parameter, by its name (also of its moments: `moment1.NAME`).
+
+    Matrices of attention and feed-forward are cut along heads and hidden width by the model axis, the first along its
+    columns and the second along its rows, so that one sum joins them (Megatron-LM, arXiv 1909.08053, section 3);
+    stacked experts besides along E by the expert axis. Everything else is whole on every rank of its stage.
+
+    Raises:
+        UserError: an axis that is to be cut does not divide by its degree.
+    """
+    parts = name.split(".")
+    if parts[-1] in STACKED and len(shape) == 3:
+        first = EXPERT if "experts" in parts else None
+        cut = (first, MODEL, None) if parts[-1] == "w_out" else (first, None, MODEL)
+    elif parts[-2:] == ["qkv", "weight"]:
+        cut = (None, MODEL)
+    elif parts[-3:] == ["attention", "out", "weight"]:
+        cut = (MODEL, None)
+    else:
+        cut = (None,) * len(shape)
+    for size, axis in zip(shape, cut):
+        if axis is not None and size % slices(axis, degrees):
+            raise UserError(f"{name}: {tuple(shape)}; {axis}_parallel ({slices(axis, degrees)}) must divide {size}")
+    return cut
+
+
+def slices(axis: str | None, degrees: Degrees) -> int:
+    """Into how many an axis of a placement is cut."""
+    return {EXPERT: degrees.expert_parallel, MODEL: degrees.model_parallel, None: 1}[axis]
+
+
+def slice_of(shape: tuple[int, ...], cut: Placement, degrees: Degrees, rank: int) -> tuple[slice, ...]:
+    """The part of an array of that shape that a rank holds, before any cut of the optimizer."""
+    place = degrees.coordinates(rank)
+    where = {EXPERT: place.expert, MODEL: place.model, None: 0}
+    parts = []
+    for size, axis in zip(shape, cut):
+        length = size // slices(axis, degrees)
+        parts.append(slice(where[axis] * length, (where[axis] + 1) * length))
+    return tuple(parts)
+
+
+def optimizer_slices(shape: tuple[int, ...], cut: Placement, degrees: Degrees, rank: int) -> int:
+    """Into how many parts along axis 0 ZeRO cuts a rank's slice: its replicas, or 1 where they do not divide it."""
+    if degrees.optimizer_shard == 0 or not shape:
+        return 1
+    count = len(degrees.replicas(cut, rank))
+    return count if (shape[0] // slices(cut[0], degrees)) % count == 0 else 1
+
+
+def stages_of(name: str, layers: int, degrees: Degrees) -> tuple[int, ...]:
+    """The pipeline stages that hold a parameter: layers in equal runs, embedding first, final norm and head last.
+
+    The table of a tied head is on the first stage and on the last; whether a table is tied is not seen in its name, so
+    both are said for every `embedding.table`.
+    """
+    stages, parts = degrees.pipeline_stage, name.split(".")
+    if "layers" in parts:
+        index = int(parts[parts.index("layers") + 1])
+        return (index // math.ceil(layers / stages),)
+    if "position" in parts:
+        return (0,)
+    if "embedding" in parts:
+        return (0,) if stages == 1 else (0, stages - 1)
+    return (stages - 1,)
