@@ -5,11 +5,7 @@
 Eight experts, one chosen (two with half the hidden width where the router wants two), capacity factor 1.25.
 """
 
-import matplotlib
-from common import arguments, repeat, save, sections
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from common import arguments, end, run_cases, sections
 
 HALF = 128  # hidden width of an expert where two are chosen
 ONE = {"expert_num": 8, "num_experts_chosen": 1}
@@ -37,17 +33,10 @@ CASES = {
 
 
 def main() -> None:
-    args, rows = arguments(__doc__), []
-    for name, moe in CASES.items():
-        rows.append(repeat(name, lambda seed, moe=moe: sections(moe=moe, steps=args.steps, seed=seed), args.seeds))
-        save(args.out, "causal_routers", "All causal routers", args, rows)  # what is done is not lost
-    figure, axes = plt.subplots(figsize=(7, 5))
-    ordered = sorted(rows, key=lambda row: row["mean"]["loss"], reverse=True)
-    names, losses = [row["name"] for row in ordered], [row["mean"]["loss"] for row in ordered]
-    axes.barh(names, losses, xerr=[row["deviation"]["loss"] for row in ordered])
-    axes.set(xlabel="validation loss, nats a byte", xlim=(0.95 * min(losses), 1.02 * max(losses)))
-    figure.tight_layout()
-    figure.savefig(args.out / "causal_routers.png", dpi=110)
+    args = arguments(__doc__)
+    cases = {name: lambda seed, moe=moe: sections(moe=moe, steps=args.steps, seed=seed) for name, moe in CASES.items()}
+    run_cases(args, "causal_routers", "All causal routers", cases)
+    end(args, "causal_routers")
 
 
 if __name__ == "__main__":

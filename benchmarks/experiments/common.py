@@ -16,6 +16,7 @@ os.environ.setdefault("GLOG_v", "3")
 
 import mindspore as ms
 import numpy as np
+from plots import RESULTS, draw
 
 from switchyard.config import Config, build
 from switchyard.data import load_data
@@ -23,7 +24,6 @@ from switchyard.models import create_model
 from switchyard.training.schedule import learning_rate
 from switchyard.training.step import EvalStep, TrainStep, draw_noise, name_figures
 
-RESULTS = Path(__file__).parent / "results"
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "seq_length": 64, "intermediate_size": 256}
 DATA = {"batch_size": 16, "val_fraction": 0.02}
 SCHEDULE = {"learning_rate": 3e-3, "lr_end": 3e-4, "warmup_steps": 30}
@@ -59,7 +59,7 @@ def measure(tree: dict) -> dict:
         noise = draw_noise(config.train.seed, number, 1, model.noise_slices, rows, width)
         start = time.perf_counter()
         parts = [part[None] for part in batch]
-        figures = step(*parts, noise, learning_rate(config, number))
+        figures = step(*parts, noise, learning_rate(config, number + 1))
         float(figures["loss"])
         seconds.append(time.perf_counter() - start)
         if figures["audit"] and number >= 0.9 * config.train.steps:
@@ -126,23 +126,53 @@ def active_flops(config: Config) -> int:
     return round(2 * (model.num_layers * attention + dense + routed + width * 256))
 
 
-def repeat(name: str, tree_of_seed, seeds) -> dict:
+def run_cases(args: argparse.Namespace, name: str, title: str, cases: dict, run=None) -> list[dict]:
+    """Runs every case with every seed and writes results/NAME.json after each, so that what is done is not lost.
+
+    A row: the case's name, mean and (sample) standard deviation of each figure over the seeds, and the runs themselves.
+
+    Args:
+        cases: name -> function of a seed that gives what `run` takes.
+        run: -> figures of one run, `measure` where None.
+    """
+    done = finished(args, name) if args.resume else {}
+    rows = []
+    for case, of_seed in cases.items():
+        rows.append(done.get(case) or repeat(case, of_seed, args.seeds, run or measure))
+        save(args, name, title, rows)
+    return rows
+
+
+def finished(args: argparse.Namespace, name: str) -> dict[str, dict]:
+    """Rows of an earlier results/NAME.json of as many steps and seeds, by name; none where there is no such file."""
+    try:
+        content = json.loads((args.out / f"{name}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    same = content["steps"] == args.steps and content["seeds"] == len(args.seeds)
+    return {row["name"]: row for row in content["rows"]} if same else {}
+
+
+def repeat(name: str, of_seed, seeds, run) -> dict:
     """The runs of several seeds and, by figure, their mean and standard deviation."""
     runs = []
     for seed in seeds:
-        runs.append(measure(tree_of_seed(seed)))
+        runs.append(run(of_seed(seed)))
         print(f"{name:44} seed {seed}: " + "  ".join(f"{k} {v:.4g}" for k, v in runs[-1].items()), flush=True)
-    summary = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
-    spread = {key: statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0 for key in runs[0]}
+    summary = {key: statistics.mean(found[key] for found in runs) for key in runs[0]}
+    spread = {key: statistics.stdev(found[key] for found in runs) if len(runs) > 1 else 0.0 for key in runs[0]}
     return {"name": name, "mean": summary, "deviation": spread, "runs": runs}
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """--short, --steps, --seeds, --out of an experiment."""
+    """--short, --steps, --seeds, --resume, --out of an experiment; seeds as a range from 1."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="one seed and a quarter of the steps")
     parser.add_argument("--steps", type=int, help="optimizer steps of a run")
     parser.add_argument("--seeds", type=int, help="runs of each setting")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows of a stopped run of as many steps and seeds"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the picture")
     args = parser.parse_args()
     args.steps = args.steps or (150 if args.short else 600)
@@ -150,11 +180,15 @@ def arguments(description: str) -> argparse.Namespace:
     return args
 
 
-def save(out: Path, name: str, title: str, args: argparse.Namespace, rows: list[dict]) -> None:
-    """results/NAME.json: what was run and what came out."""
-    out.mkdir(parents=True, exist_ok=True)
+def save(args: argparse.Namespace, name: str, title: str, rows: list[dict]) -> None:
+    """results/NAME.json: what was run and what came out; replaced as a whole."""
+    args.out.mkdir(parents=True, exist_ok=True)
     content = {"title": title, "steps": args.steps, "seeds": len(args.seeds), "rows": rows}
-    partial = out / f".{name}.json.partial"
+    partial = args.out / f".{name}.json.partial"
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out / f"{name}.json")
-    print(f"written: {out / name}.json")
+    os.replace(partial, args.out / f"{name}.json")
+
+
+def end(args: argparse.Namespace, name: str) -> None:
+    """The picture beside the results."""
+    draw(args.out / f"{name}.json", args.out / f"{name}.png")

@@ -8,13 +8,9 @@ cascade is timed where its stages skip the samples that have left: FLOPs that ar
 
 import time
 
-import matplotlib
-import numpy as np
-from common import arguments, save
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import mindspore as ms
+import numpy as np
+from common import arguments, end, run_cases, save
 
 from switchyard.config import Config, build
 from switchyard.data import load_data
@@ -24,6 +20,7 @@ from switchyard.training.evaluate import create_evaluator
 from switchyard.training.schedule import learning_rate
 from switchyard.training.step import TrainStep, draw_noise
 
+TITLE = "Digits: units of routing, routers, the cascade"
 BATCH = 32
 REGION = {"granularity": "region", "router": "switch"}
 OWN_GROUP = {"groups": BATCH}  # routers that look at all rows of a group: an image each
@@ -77,7 +74,7 @@ def train(config: Config):
         figures = step(*(part[None] for part in batch), noise, learning_rate(config, number + 1))
         float(figures["loss"].asnumpy())
         seconds.append(time.perf_counter() - start)
-    return model, data, float(np.median(seconds[5:])) * 1e3
+    return model, data, float(np.median(seconds[5:] or seconds)) * 1e3
 
 
 def image_flops(config: Config) -> int:
@@ -104,32 +101,18 @@ def image_flops(config: Config) -> int:
     return int(2 * total)
 
 
-def classifiers(args) -> list[dict]:
-    """A row for each case, means over the seeds."""
-    rows = []
-    for name, (moe, vision) in CASES.items():
-        runs = []
-        for seed in args.seeds:
-            config = settings("vision", args.steps, seed, moe, vision)
-            model, data, milliseconds = train(config)
-            found = create_evaluator(model, config, 1.0)(data.validation())
-            parameters = int(sum(parameter.size for parameter in model.trainable_params()))
-            violation = float(np.mean([layer["max_violation"] for layer in found.layers])) if found.layers else 0.0
-            runs.append(
-                {
-                    "accuracy": found.accuracy,
-                    "loss": found.loss,
-                    "max_violation": violation,
-                    "step_ms": milliseconds,
-                    "parameters": parameters,
-                    "flops": image_flops(config),
-                }
-            )
-            print(f"{name:30} seed {seed}: " + "  ".join(f"{k} {v:.4g}" for k, v in runs[-1].items()), flush=True)
-        mean = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
-        spread = {key: float(np.std([run[key] for run in runs], ddof=len(runs) > 1)) for key in runs[0]}
-        rows.append({"name": name, "mean": mean, "deviation": spread, "runs": runs})
-    return rows
+def measure(config: Config) -> dict:
+    """Trains a classifier and evaluates it: accuracy, loss (nats), max_violation, step_ms, parameters, flops."""
+    model, data, milliseconds = train(config)
+    found = create_evaluator(model, config, 1.0)(data.validation())
+    return {
+        "accuracy": found.accuracy,
+        "loss": found.loss,
+        "max_violation": float(np.mean([layer["max_violation"] for layer in found.layers])) if found.layers else 0.0,
+        "step_ms": milliseconds,
+        "parameters": int(sum(parameter.size for parameter in model.trainable_params())),
+        "flops": image_flops(config),
+    }
 
 
 def cascade(args) -> list[dict]:
@@ -158,34 +141,19 @@ def cascade(args) -> list[dict]:
         rows.append(
             {"name": name, "mean": figures, "threshold": point.threshold, "exits": point.exits, "runs": [figures]}
         )
-        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+        print(f"{name:44} " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()), flush=True)
     return rows
-
-
-def draw(path, rows: list[dict], stages: list[dict]) -> None:
-    """Accuracy against FLOPs of everything, and the cascade's time against its FLOPs."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8))
-    for row in rows:
-        left.scatter(row["mean"]["flops"], 100 * row["mean"]["accuracy"], s=40, label=row["name"])
-    flops = [stage["mean"]["flops"] for stage in stages]
-    left.plot(flops, [100 * stage["mean"]["accuracy"] for stage in stages], "k.-", label="cascade, by threshold")
-    left.set(xlabel="FLOPs an image", ylabel="validation accuracy, %", xscale="log")
-    left.legend(fontsize=7)
-    right.plot(flops, [stage["mean"]["us_per_image"] for stage in stages], "k.-")
-    right.set(
-        xlabel="mean FLOPs an image", ylabel="microseconds an image", title="cascade: skipped stages cost no time"
-    )
-    right.set_ylim(bottom=0)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:
     args = arguments(__doc__)
-    rows, stages = classifiers(args), cascade(args)
-    save(args.out, "digits", "Digits: units of routing, routers, the cascade", args, [*rows, *stages])
-    draw(args.out / "digits.png", rows, stages)
+    cases = {
+        name: lambda seed, moe=moe, vision=vision: settings("vision", args.steps, seed, moe, vision)
+        for name, (moe, vision) in CASES.items()
+    }
+    rows = run_cases(args, "digits", TITLE, cases, measure)
+    save(args, "digits", TITLE, [*rows, *cascade(args)])
+    end(args, "digits")
 
 
 if __name__ == "__main__":

@@ -6,37 +6,23 @@ Dense models of two hidden widths and Switch models of 2 to 64 experts of the sm
 "Per parameter, mixture-of-experts is less efficient" is read off the middle panel.
 """
 
-import matplotlib
-from common import arguments, repeat, save, sections
+from common import arguments, end, run_cases, sections
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-EXPERTS = (2, 4, 8, 16, 32, 64)
-PANELS = {"active_flops": "active FLOPs a token", "parameters": "parameters", "step_ms": "ms a step"}
+CASES = {
+    "dense, width 256": ({}, {}),
+    "dense, width 1024": ({"intermediate_size": 1024}, {}),
+    **{f"switch, {experts} experts": ({}, {"expert_num": experts}) for experts in (2, 4, 8, 16, 32, 64)},
+}
 
 
 def main() -> None:
-    args, rows = arguments(__doc__), []
+    args = arguments(__doc__)
     cases = {
-        "dense, width 256": ({}, {}),
-        "dense, width 1024": ({"intermediate_size": 1024}, {}),
+        name: lambda seed, model=model, moe=moe: sections(model, moe, args.steps, seed)
+        for name, (model, moe) in CASES.items()
     }
-    for experts in EXPERTS:
-        cases[f"switch, {experts} experts"] = ({}, {"expert_num": experts})
-    for name, (model, moe) in cases.items():
-        rows.append(repeat(name, lambda seed, model=model, moe=moe: sections(model, moe, args.steps, seed), args.seeds))
-    save(args.out, "efficiency", "Efficiency and representation", args, rows)
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
-    for axes, (key, label) in zip(panels, PANELS.items()):
-        for row in rows:
-            kind = "tab:orange" if row["name"].startswith("dense") else "tab:blue"
-            axes.scatter(row["mean"][key], row["mean"]["loss"], color=kind)
-            axes.annotate(row["name"].split(", ")[1], (row["mean"][key], row["mean"]["loss"]), fontsize=7)
-        axes.set(xlabel=label, xscale="log")
-    panels[0].set(ylabel="validation loss, nats a byte")
-    figure.tight_layout()
-    figure.savefig(args.out / "efficiency.png", dpi=110)
+    run_cases(args, "efficiency", "Efficiency and representation", cases)
+    end(args, "efficiency")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ The same run three times: the Switch gate (the probability), the gate renormalis
 any gradient from the task (as MindSpore r1.8's nn.transformer.moe and MindFormers' first router do), and a dense model.
 """
 
-from common import arguments, repeat, save, sections
+from common import arguments, end, run_cases, sections
 
 from switchyard.routing import register
 from switchyard.routing.softmax import Switch
@@ -22,16 +22,18 @@ class Renormalised(Switch):
         return gates / gates.clip(1e-9, None)
 
 
+CASES = {
+    "gate = probability (switch)": {**MOE, "router": "switch"},
+    "gate renormalised to 1": {**MOE, "router": "renormalised"},
+    "dense, same active FLOPs": {},
+}
+
+
 def main() -> None:
-    args, rows = arguments(__doc__), []
-    cases = {
-        "gate = probability (switch)": {**MOE, "router": "switch"},
-        "gate renormalised to 1": {**MOE, "router": "renormalised"},
-        "dense, same active FLOPs": {},
-    }
-    for name, moe in cases.items():
-        rows.append(repeat(name, lambda seed, moe=moe: sections(moe=moe, steps=args.steps, seed=seed), args.seeds))
-    save(args.out, "gate_gradient", "The gradient of a single gate", args, rows)
+    args = arguments(__doc__)
+    cases = {name: lambda seed, moe=moe: sections(moe=moe, steps=args.steps, seed=seed) for name, moe in CASES.items()}
+    run_cases(args, "gate_gradient", "The gradient of a single gate", cases)
+    end(args, "gate_gradient")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,9 @@ Noisy top-k with 16 experts, two chosen; the weights of the two losses vary. The
 importance loss alone balances importance better than load, the load loss alone the reverse, both balance both.
 """
 
-import matplotlib
-from common import arguments, repeat, save, sections
+from common import arguments, end, run_cases, save, sections
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+TITLE = "Importance against load"
 WEIGHTS = [(0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.1, 0.1), (0.01, 0.01), (1.0, 1.0)]
 MOE = {
     "router": "noisy_top_k",
@@ -25,21 +22,16 @@ MOE = {
 
 
 def main() -> None:
-    args, rows = arguments(__doc__), []
+    args, cases = arguments(__doc__), {}
     for importance, load in WEIGHTS:
         moe = {**MOE, "losses": {"importance": importance, "load": load}}
         name = f"w_importance {importance}, w_load {load}"
-        rows.append(repeat(name, lambda seed, moe=moe: sections(moe=moe, steps=args.steps, seed=seed), args.seeds))
-        rows[-1].update(w_importance=importance, w_load=load)
-    save(args.out, "importance_load", "Importance against load", args, rows)
-    figure, axes = plt.subplots(figsize=(6, 4.5))
-    for row in rows:
-        mean = row["mean"]
-        axes.scatter(mean["cv_importance"], mean["cv_load"], s=60)
-        axes.annotate(f"({row['w_importance']}, {row['w_load']})", (mean["cv_importance"], mean["cv_load"]), fontsize=8)
-    axes.set(xlabel="CV(importance)", ylabel="CV(load)", title="weights (importance, load)", xscale="log", yscale="log")
-    figure.tight_layout()
-    figure.savefig(args.out / "importance_load.png", dpi=110)
+        cases[name] = lambda seed, moe=moe: sections(moe=moe, steps=args.steps, seed=seed)
+    rows = run_cases(args, "importance_load", TITLE, cases)
+    for row, (importance, load) in zip(rows, WEIGHTS):
+        row.update(w_importance=importance, w_load=load)
+    save(args, "importance_load", TITLE, rows)
+    end(args, "importance_load")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "README_CN.md", "CONTRIBUTING.md", "docs/architecture.md")
+DOCUMENTS = ("README.md", "README_CN.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/routing.md")
 MODEL_ZOO_ORDER = [
     "Contents",
     "Description",
