@@ -120,8 +120,8 @@ def test_a_copied_checkpoint_reads_anywhere(tmp_path):
 def test_another_format_version_is_refused(tmp_path):
     path = _save(tmp_path, 2)
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
-    with pytest.raises(UserError, match="format version 2; this version of Switchyard reads 1"):
+    (path / "manifest.json").write_text(json.dumps(manifest | {"version": 3}))
+    with pytest.raises(UserError, match="format version 3; this version of Switchyard reads 1 and 2"):
         checkpoint.read(path)
 
 

@@ -110,6 +110,16 @@ class Degrees:
         axes = ["outer"] + ([] if EXPERT in cut else ["expert"]) + ([] if MODEL in cut else ["model"])
         return self._along(rank, *axes)
 
+    def replica(self, cut: Placement, rank: int) -> tuple[int, int]:
+        """(which of `replicas` a rank is, from 0; how many there are), without listing them."""
+        place = self.coordinates(rank)
+        index, count = place.outer, self.outer
+        if EXPERT not in cut:
+            index, count = index * self.expert_parallel + place.expert, count * self.expert_parallel
+        if MODEL not in cut:
+            index, count = index * self.model_parallel + place.model, count * self.model_parallel
+        return index, count
+
 
 def placement(name: str, shape: tuple[int, ...], degrees: Degrees) -> Placement:
     """What cuts each axis of a parameter, by its name (also of its moments: `moment1.NAME`).
@@ -157,7 +167,7 @@ def optimizer_slices(shape: tuple[int, ...], cut: Placement, degrees: Degrees, r
     """Into how many parts along axis 0 ZeRO cuts a rank's slice: its replicas, or 1 where they do not divide it."""
     if degrees.optimizer_shard == 0 or not shape:
         return 1
-    count = len(degrees.replicas(cut, rank))
+    _, count = degrees.replica(cut, rank)
     return count if (shape[0] // slices(cut[0], degrees)) % count == 0 else 1
 
 

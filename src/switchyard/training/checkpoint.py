@@ -9,40 +9,64 @@ RUN/checkpoints/step-00000100/
     state.json              step, position in the data, seed, noise rule, best validation loss
 RUN/checkpoints/best.json   names the checkpoint of the lowest validation loss
 
+A run on N devices has weights-RANK-of-N.safetensors and optimizer-RANK-of-N.safetensors instead, one of each for every
+rank that holds slices which no rank before it holds; the manifest says where each slice belongs (training.manifest).
+Whoever reads, whatever its own layout, gets the parts that it needs:
+
+    python -m switchyard.training.checkpoint convert RUN --to '{data_parallel: 8, expert_parallel: 4}' --out DIR
+
 A checkpoint is written into a temporary directory beside its place, every file is flushed to the disk, and the
 directory is renamed: the moment of the rename is the moment the checkpoint exists. Nothing is ever unpickled.
 """
 
-import hashlib
 import json
-import os
-import re
-import shutil
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from mindspore import Parameter, Tensor
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save_file
 
-from switchyard import config as configuration
+from switchyard import cli
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.parallel.placement import Degrees
+from switchyard.training.layout import held
+from switchyard.training.manifest import (
+    CONFIG,
+    FOLDER,
+    KINDS,
+    MANIFEST,
+    NAME,
+    STATE,
+    TOKENIZER,
+    DamagedError,
+    file_of,
+    listed,
+    read_manifest,
+    read_texts,
+)
+from switchyard.training.sharded import (
+    TEMPORARY,
+    assemble,
+    from_arrays,
+    publish,
+    remove,
+    set_aside,
+    write_slices,
+    write_whole,
+)
+from switchyard.training.slices import Tensors
 
-FORMAT_VERSION = 1
-MANIFEST, CONFIG, TOKENIZER, STATE = "manifest.json", "config.yaml", "tokenizer.json", "state.json"
-WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
-FILES = (CONFIG, TOKENIZER, WEIGHTS, OPTIMIZER, STATE)
-FOLDER, BEST = "checkpoints", "best.json"
-NAME = re.compile(r"step-(\d{8,})")
-TEMPORARY = ".tmp-"
+if TYPE_CHECKING:  # re-cutting needs no MindSpore
+    from mindspore import Parameter
 
+__all__ = ["CONFIG", "MANIFEST", "STATE", "TOKENIZER", "DamagedError", "listed", "write_whole"]
 
-class DamagedError(UserError):
-    """A checkpoint with a file that is missing, cut or altered."""
+FILES = (CONFIG, TOKENIZER, *map(file_of, KINDS), STATE)
+BEST = "best.json"
+PATIENCE = 600.0  # seconds that `finish` waits for other ranks
 
 
 @dataclass(frozen=True)
@@ -74,15 +98,6 @@ class Checkpoint:
 def name_of(step: int) -> str:
     """The directory name of a step."""
     return f"step-{step:08d}"
-
-
-def listed(run: str | Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first; damaged ones too."""
-    folder = Path(run) / FOLDER
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def resolve(path: str | Path) -> Path:
@@ -122,35 +137,86 @@ def save(
 
     Args:
         run: the run folder; one process writes it.
-        config, tokenizer_json, weights, optimizer, state: see Checkpoint.
+        config, tokenizer_json, weights, optimizer, state: see Checkpoint; all tensors are whole.
 
     Returns:
         The directory. If the process dies before this returns, either it is there whole or not at all.
     """
-    folder = Path(run) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(f"{TEMPORARY}*"):
-        _remove(stale)
-    place = folder / name_of(state["step"])
-    temporary = folder / f"{TEMPORARY}{place.name}-{os.getpid()}"
-    temporary.mkdir()
-    (temporary / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-    (temporary / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
-    save_file(weights, temporary / WEIGHTS)
-    save_file(optimizer, temporary / OPTIMIZER)
-    (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    files = {name: _fingerprint(temporary / name) for name in FILES}
-    manifest = {"format": "switchyard checkpoint", "version": FORMAT_VERSION, "step": state["step"], "files": files}
-    manifest["sha256"] = _digest_of(manifest)
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for name in (*FILES, MANIFEST):
-        _flush(temporary / name)
-    _flush(temporary)
-    aside = _set_aside(place) if place.exists() else None  # a damaged one that a resumed run has reached again
-    os.replace(temporary, place)
-    _flush(folder)
-    if aside is not None:
-        _remove(aside)
+    begin(run, state["step"])
+    _save_slice(run, state["step"], Degrees(), 0, config.model.num_layers, weights, optimizer)
+    return _finish(run, config, tokenizer_json, state, Degrees(), wait=0)
+
+
+def begin(run: str | Path, step: int) -> None:
+    """Makes the place in which the ranks of a run save `step`, and clears what a killed save has left.
+
+    One rank calls it; the others wait for that before they call `save_slice`.
+    """
+    folder = _temporary(run, step)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for stale in folder.parent.glob(f"{TEMPORARY}*"):
+        remove(stale)
+    folder.mkdir()
+
+
+def save_slice(
+    run: str | Path,
+    config: Config,
+    step: int,
+    rank: int,
+    weights: dict[str, np.ndarray],
+    optimizer: dict[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Writes a rank's slices of a checkpoint; what another rank holds too is written by the first of them only.
+
+    Args:
+        run: the run folder, which all ranks see; see `begin`.
+        config: its section `parallel` says how the run is cut.
+        step: optimizer steps taken.
+        rank: of this process.
+        weights, optimizer: name -> the rank's slice of a tensor, or the whole of it.
+        shapes: name of a parameter -> shape of the whole, for slices that do not tell it: those of ZeRO, and whole
+            tensors where the rank holds a slice.
+
+    Raises:
+        UserError: an array that is neither the slice of this rank nor the whole.
+    """
+    _save_slice(run, step, Degrees.of(config.parallel), rank, config.model.num_layers, weights, optimizer, shapes)
+
+
+def finish(run: str | Path, config: Config, tokenizer_json: str, state: dict[str, Any], wait: float = PATIENCE) -> Path:
+    """Makes a checkpoint of what the ranks have saved, then drops those that are no longer kept. One rank calls it.
+
+    Args:
+        run, config, tokenizer_json, state: as of `save`.
+        wait: seconds within which the slices of all ranks must have come.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: a slice is missing, doubled or foreign; names it. There is no checkpoint then.
+    """
+    return _finish(run, config, tokenizer_json, state, Degrees.of(config.parallel), wait)
+
+
+def _temporary(run: str | Path, step: int) -> Path:
+    return Path(run) / FOLDER / f"{TEMPORARY}{name_of(step)}"
+
+
+def _save_slice(run, step: int, degrees: Degrees, rank: int, layers: int, weights, optimizer, shapes=None) -> None:
+    entries, read = {}, {}
+    for kind, arrays in zip(KINDS, (weights, optimizer)):
+        entries[kind], read[kind] = from_arrays(arrays, degrees, rank, layers, shapes)
+    write_slices(_temporary(run, step), degrees, layers, rank, entries, read)
+
+
+def _finish(run, config: Config, tokenizer_json: str, state: dict, degrees: Degrees, wait: float) -> Path:
+    folder = _temporary(run, state["step"])
+    place = folder.with_name(name_of(state["step"]))
+    assemble(folder, config, tokenizer_json, state, degrees, wait)
+    publish(folder, place)
     _drop_old(run, config.train.keep_checkpoints)
     return place
 
@@ -161,32 +227,31 @@ def mark_best(run: str | Path, step: int, loss: float) -> None:
     write_whole(Path(run) / FOLDER / BEST, text)
 
 
-def read(path: str | Path, with_optimizer: bool = True) -> Checkpoint:
-    """Reads one checkpoint and verifies every file that it reads.
+def read(path: str | Path, with_optimizer: bool = True, degrees: Degrees | None = None, rank: int = 0) -> Checkpoint:
+    """Reads what a rank needs of one checkpoint, whatever layout it was written in, and verifies every file it reads.
 
     Args:
         path: see `resolve`.
-        with_optimizer: False leaves the optimizer's file, two thirds of the bytes, alone.
+        with_optimizer: False leaves the optimizer's files, two thirds of the bytes, alone.
+        degrees: how the reader is cut; None is one device, which needs whole tensors.
+        rank: of the reader.
 
     Raises:
-        DamagedError: a file is missing, cut or altered; names the checkpoint before it.
-        UserError: no checkpoint, or one of another format.
+        DamagedError: a file is missing, cut or altered, or a slice missing, doubled or foreign; names the checkpoint
+            before it.
+        UserError: no checkpoint, one of another format, or degrees that do not divide a tensor.
     """
-    path = resolve(path)
-    files = _read_manifest(path)
-    contents = {}
-    for name in FILES:
-        if name == OPTIMIZER and not with_optimizer:
-            continue
-        contents[name] = _verified(path, name, files[name])
-    try:
-        weights = load_arrays(contents[WEIGHTS])
-        optimizer = load_arrays(contents[OPTIMIZER]) if with_optimizer else {}
-    except SafetensorError as error:
-        raise DamagedError(_damage(path, f"not safetensors ({error})")) from None
-    state = json.loads(contents[STATE])
-    config = configuration.load(path / CONFIG)
-    return Checkpoint(path, config, contents[TOKENIZER].decode(), weights, optimizer, state)
+    path, degrees = resolve(path), degrees or Degrees()
+    manifest = read_manifest(path)
+    config, tokenizer_json, state = read_texts(manifest)
+    arrays: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
+    for kind in KINDS if with_optimizer else KINDS[:1]:
+        tensors = Tensors(manifest, kind)
+        for name, entry in tensors.entries.items():
+            box = held(name, entry.shape, degrees, rank, config.model.num_layers)
+            if box is not None:
+                arrays[kind][name] = tensors.read(name, box)
+    return Checkpoint(path, config, tokenizer_json, *arrays.values(), state)
 
 
 def load_weights(model, weights: dict[str, np.ndarray]) -> None:
@@ -194,12 +259,14 @@ def load_weights(model, weights: dict[str, np.ndarray]) -> None:
     set_parameters({parameter.name: parameter for parameter in model.get_parameters()}, weights, "weight")
 
 
-def set_parameters(parameters: dict[str, Parameter], arrays: dict[str, np.ndarray], what: str) -> None:
+def set_parameters(parameters: "dict[str, Parameter]", arrays: dict[str, np.ndarray], what: str) -> None:
     """Writes arrays into parameters of the same names, shapes and types.
 
     Raises:
         UserError: a name is missing or unknown, or a shape or type differs.
     """
+    from mindspore import Tensor
+
     for name in sorted(parameters.keys() ^ arrays.keys()):
         problem = "missing in the checkpoint" if name in parameters else "unknown to this configuration"
         raise UserError(f"{what} '{name}': {problem}; use the configuration of the checkpoint")
@@ -214,98 +281,40 @@ def set_parameters(parameters: dict[str, Parameter], arrays: dict[str, np.ndarra
         parameter.set_data(Tensor(arrays[name], parameter.dtype))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole, new or old, whenever the process dies."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
-
-
-def _read_manifest(path: Path) -> dict[str, dict]:
-    """name -> {sha256, bytes} of a checkpoint's files (UserError)."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, digest = manifest["version"], manifest.pop("sha256")
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"checkpoint '{path}': format version {version}; this version of Switchyard reads {FORMAT_VERSION}"
-            )
-        if digest != _digest_of(manifest) or set(manifest["files"]) != set(FILES):
-            raise ValueError
-        return manifest["files"]
-    except FileNotFoundError:
-        raise DamagedError(_damage(path, f"{MANIFEST} is missing")) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedError(_damage(path, f"{MANIFEST} is cut or altered")) from None
-
-
-def _verified(path: Path, name: str, expected: dict) -> bytes:
-    """The bytes of one file, if they are those that were written (UserError)."""
-    try:
-        content = (path / name).read_bytes()
-    except FileNotFoundError:
-        raise DamagedError(_damage(path, f"{name} is missing")) from None
-    if len(content) != expected["bytes"]:
-        raise DamagedError(_damage(path, f"{name} has {len(content)} bytes instead of {expected['bytes']}: it was cut"))
-    if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-        raise DamagedError(_damage(path, f"{name} was altered: its sha256 is not the one of {MANIFEST}"))
-    return content
-
-
-def _damage(path: Path, what: str) -> str:
-    """One line about a damaged checkpoint, with the way out."""
-    place = path.resolve()
-    before = [other for other in listed(place.parent.parent) if other.name < place.name]
-    remedy = (
-        f"use the previous checkpoint '{path.with_name(before[-1].name)}'"
-        if before
-        else "there is none before it: train again"
-    )
-    return f"checkpoint '{path}': {what}; {remedy}"
-
-
 def _drop_old(run: str | Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints and the best."""
     kept_best = best(run)
     for path in listed(run)[:-keep]:
         if kept_best is None or path != kept_best[0]:
-            _remove(_set_aside(path))
+            remove(set_aside(path))
 
 
-def _set_aside(path: Path) -> Path:
-    """Renames a checkpoint so that it is one no more; removing its files is then not seen half done."""
-    aside = path.with_name(f"{TEMPORARY}old-{path.name}")
-    if aside.exists():
-        _remove(aside)
-    os.replace(path, aside)
-    return aside
+def main(arguments: list[str]) -> None:
+    """`python -m switchyard.training.checkpoint`: see its --help."""
+    parser = cli.Parser("python -m switchyard.training.checkpoint", description="Works on checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("convert", help="re-cut a checkpoint for other degrees of parallelism")
+    command.add_argument("checkpoint", metavar="RUN", help="a run folder, or one checkpoint in it")
+    command.add_argument(
+        "--to", required=True, metavar="YAML", help="degrees: '{data_parallel: 8, expert_parallel: 4}'; '{}' = 1 device"
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="the new checkpoint; must not exist")
+    chosen = parser.parse_args(arguments)
+    from tqdm import tqdm
+
+    from switchyard.training.recut import convert
+
+    out = Path(chosen.out)
+    with tqdm(unit="B", unit_scale=True, desc="writing", disable=None, leave=False) as bar:  # None: only on a terminal
+        old, new = convert(resolve(chosen.checkpoint), chosen.to, out, bar)
+    print(f"checkpoint: '{out}' for {Degrees.of(new.parallel).devices} device(s)", flush=True)
+    if new.groups != old.groups:
+        print(
+            f"routing groups: {new.groups} instead of {old.groups} from here on, each with a capacity of its own; "
+            f"train with moe.groups={old.groups} to keep them",
+            flush=True,
+        )
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
-
-
-def _digest_of(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Asks the system to have a file or directory on the disk before it goes on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,171 @@
+"""Safetensors files read and written piece by piece, so that no file need ever be in memory as a whole.
+
+The library writes a file from a dict of whole arrays and maps whole files; here a header is written first and then the
+bytes as they come, and a part of one tensor is read at a time. Files are byte for byte those of the library
+(https://github.com/huggingface/safetensors#format): eight bytes with the header's length, the header as JSON with
+`data_offsets` into what follows, the bytes of the tensors; widest types first, then by name.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from switchyard.errors import UserError
+
+Box = tuple[slice, ...]  # a part of an array: start and stop for each axis
+
+# in the library's order, the last first
+TYPES = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "I16": "<i2",
+    "U16": "<u2",
+    "F16": "<f2",
+    "I32": "<i4",
+    "U32": "<u4",
+    "F32": "<f4",
+    "F64": "<f8",
+    "I64": "<i8",
+    "U64": "<u8",
+}
+LONGEST_HEADER = 100_000_000  # bytes, as in the library
+PIECE = 1 << 20  # bytes that are read, or made ready to be written, at a time
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its type (a key of TYPES), its shape, and the byte of the file at which it starts."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Length in the file."""
+        return math.prod(self.shape) * np.dtype(TYPES[self.dtype]).itemsize
+
+
+def type_of(array: np.ndarray) -> str:
+    """The name of an array's type in the file (UserError: one that the format lacks)."""
+    for name, code in TYPES.items():
+        if array.dtype == np.dtype(code):
+            return name
+    raise UserError(f"tensor type: {array.dtype}; one of {', '.join(TYPES)}")
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    """All of an array."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def size_of(box: Box) -> tuple[int, ...]:
+    """The shape of a part."""
+    return tuple(part.stop - part.start for part in box)
+
+
+def within(box: Box, outer: Box) -> Box:
+    """A part of a part, counted from the outer's beginning."""
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, outer))
+
+
+def pieces(box: Box, itemsize: int, limit: int = PIECE) -> Iterator[Box]:
+    """Cuts a part into parts of at most `limit` bytes, in the order of their bytes in a file."""
+    shape = size_of(box)
+    if math.prod(shape) * itemsize <= limit or not any(size > 1 for size in shape):
+        yield box
+        return
+    axis = next(index for index, size in enumerate(shape) if size > 1)
+    rows = max(1, limit // (math.prod(shape[axis + 1 :]) * itemsize))
+    for start in range(box[axis].start, box[axis].stop, rows):
+        part = slice(start, min(start + rows, box[axis].stop))
+        yield from pieces((*box[:axis], part, *box[axis + 1 :]), itemsize, limit)
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a file by name.
+
+    Raises:
+        ValueError: not safetensors, or a tensor that ends beyond the file's end.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= LONGEST_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        content = json.loads(file.read(length))
+    if not isinstance(content, dict):
+        raise ValueError("the header is no mapping")
+    content.pop("__metadata__", None)
+    entries, end = {}, path.stat().st_size - 8 - length
+    for name, fields in content.items():
+        try:
+            start, stop = fields["data_offsets"]
+            entry = Entry(fields["dtype"], tuple(fields["shape"]), 8 + length + start)
+            fits = entry.bytes == stop - start and start >= 0 and stop <= end
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"'{name}': {error!r} in the header") from None
+        if not fits:
+            raise ValueError(f"'{name}': does not fit into the file")
+        entries[name] = entry
+    return entries
+
+
+def read_part(path: Path, entry: Entry, box: Box, out: np.ndarray) -> None:
+    """Copies the part `box` of one tensor into `out`, an array of the part's shape.
+
+    The file is mapped for the copy only, so the pages that were read do not stay in memory.
+    """
+    if out.size:
+        mapped = np.memmap(path, np.dtype(TYPES[entry.dtype]), "r", entry.start, entry.shape or (1,))
+        out[...] = mapped.reshape(entry.shape)[box]
+
+
+def write_file(
+    path: Path,
+    entries: dict[str, Entry],
+    read: Callable[[str, Box], np.ndarray],
+    advance: Callable[[int], object] = lambda count: None,
+) -> dict[str, object]:
+    """Writes a file whose tensors come in pieces.
+
+    Args:
+        path: the file, which appears as it grows.
+        entries: name -> type and shape.
+        read: (name, part) -> that part of the tensor; asked for consecutive parts of at most PIECE bytes.
+        advance: told the bytes of each piece.
+
+    Returns:
+        {"sha256", "bytes"} of the file, taken on the way.
+    """
+    order = list(TYPES)
+    names = sorted(sorted(entries), key=lambda name: -order.index(entries[name].dtype))
+    header, start = {}, 0
+    for name in names:
+        entry = entries[name]
+        stop = start + entry.bytes
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for content in (len(text).to_bytes(8, "little"), text):
+            file.write(content)
+            digest.update(content)
+        for name in names:
+            code = np.dtype(TYPES[entries[name].dtype])
+            for box in pieces(whole(entries[name].shape), code.itemsize):
+                content = np.ascontiguousarray(read(name, box), code).reshape(-1).view(np.uint8)
+                file.write(content)
+                digest.update(content)
+                advance(content.size)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": digest.hexdigest(), "bytes": 8 + len(text) + start}
