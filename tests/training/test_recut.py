@@ -104,14 +104,28 @@ def test_each_rank_reads_its_slices_whoever_wrote(tmp_path, parallel):
 @pytest.mark.parametrize("first", LAYOUTS)
 def test_round_trips_are_equal_bit_for_bit(tmp_path, first, second):
     """One device -> first -> second -> one device: the same files, moments and counters too."""
-    path, *_ = save_whole(tmp_path)
-    start, config = path, config_of()
+    start, *_ = save_whole(tmp_path)
+    path = start
     for index, layout in enumerate((LAYOUTS[first], LAYOUTS[second], {})):
         out = tmp_path / f"cut{index}"
-        assert recut.convert(path, _to(layout), out) == (config, config_of(**layout))
-        path, config = out, config_of(**layout)
-    for file in start.iterdir():
-        assert (path / file.name).read_bytes() == file.read_bytes(), file.name
+        _, config = recut.convert(path, _to(layout), out)
+        assert config.parallel == config_of(**layout).parallel == checkpoint.read(out).config.parallel
+        path = out
+    assert _content(path) == _content(start)
+    for name in ("state.json", "tokenizer.json"):
+        assert (path / name).read_bytes() == (start / name).read_bytes()
+
+
+def test_routing_groups_stay_where_they_can(tmp_path):
+    """8 groups of 8 data slices are 8 on one device and on 4; the one group of one device cannot be cut in 4."""
+    path, *_ = _save_cut(tmp_path, LAYOUTS["dp8 ep4"])
+    for index, (layout, groups, written) in enumerate(
+        [({}, 8, 8), (LAYOUTS["dp4"], 8, 8), (LAYOUTS["dp8 ep4"], 8, None)]
+    ):
+        _, config = recut.convert(path, _to(layout), tmp_path / str(index))
+        assert (config.groups, config.moe.groups) == (groups, written)
+    one, *_ = save_whole(tmp_path / "one")
+    assert recut.convert(one, _to(LAYOUTS["dp4"]), tmp_path / "four")[1].groups == 4
 
 
 def test_converted_is_what_the_ranks_would_have_written(tmp_path):
@@ -340,7 +354,7 @@ def test_the_command(tmp_path, capsys):
     assert cli.run(checkpoint.main, command) == 0
     printed = capsys.readouterr().out
     assert f"checkpoint: '{cut}' for 8 device(s)" in printed
-    assert "routing groups: 8 instead of 1 from here on" in printed and "moe.groups=1" in printed
+    assert "routing groups: 8 from here on, not 1: each has a capacity of its own" in printed
     assert checkpoint.read(cut).config.parallel.expert_parallel == 4
     assert cli.run(checkpoint.main, ["convert", str(cut), "--to", "{}", "--out", str(back)]) == 0
     assert _content(back) == _content(path)

@@ -308,11 +308,9 @@ def main(arguments: list[str]) -> None:
     with tqdm(unit="B", unit_scale=True, desc="writing", disable=None, leave=False) as bar:  # None: only on a terminal
         old, new = convert(resolve(chosen.checkpoint), chosen.to, out, bar)
     print(f"checkpoint: '{out}' for {Degrees.of(new.parallel).devices} device(s)", flush=True)
-    if new.groups != old.groups:
+    if new.moe_layers and new.groups != old.groups:
         print(
-            f"routing groups: {new.groups} instead of {old.groups} from here on, each with a capacity of its own; "
-            f"train with moe.groups={old.groups} to keep them",
-            flush=True,
+            f"routing groups: {new.groups} from here on, not {old.groups}: each has a capacity of its own", flush=True
         )
 
 

@@ -36,7 +36,7 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
         raise UserError(f"--out: '{out}' exists; remove it or name another folder")
     manifest = read_manifest(path)
     old, tokenizer_json, state = read_texts(manifest)
-    new = configuration.build(old.model_dump() | {"parallel": _section(to)})
+    new = _for_degrees(old, _section(to))
     degrees, layers = Degrees.of(new.parallel), new.model.num_layers
     sources = {kind: Tensors(manifest, kind) for kind in KINDS}
     entries = {kind: source.entries for kind, source in sources.items()}
@@ -55,6 +55,18 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
     finally:
         remove(folder)
     return old, new
+
+
+def _for_degrees(old: Config, section: dict) -> Config:
+    """The configuration with another section `parallel`; routing groups stay as they were where they can.
+
+    Each group has a capacity of its own, so other groups would drop other tokens.
+    """
+    tree = old.model_dump()
+    new = configuration.build(tree | {"parallel": section})
+    if new.groups == old.groups or old.groups % new.parallel.data_parallel:
+        return new
+    return configuration.build(tree | {"parallel": section, "moe": tree["moe"] | {"groups": old.groups}})
 
 
 def _section(text: str) -> dict:
