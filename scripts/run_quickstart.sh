@@ -9,7 +9,7 @@
 #   --config FILE        the experiment (default: config/quickstart.yaml)
 #   --out DIR            where the run folder is made (default: runs in the repository)
 #   --name NAME          the run folder's name (default: quickstart; if it exists, NAME-2, NAME-3, ...)
-#   --prompt TEXT        what the generated text begins with (default: a Python function)
+#   --prompt TEXT        what the generated text begins with (default: a Python class)
 #   --tokens N           how many tokens to generate (default: 200)
 #   section.key=value    any key of the configuration but train.name and train.output_dir
 #
@@ -22,7 +22,7 @@ help_if_asked "$0" "$@"
 config="$ROOT/config/quickstart.yaml"
 out="$ROOT/runs"
 name="quickstart"
-prompt=$'def read_lines(path):\n    """'
+prompt=$'class Reader:\n    def __init__(self, '
 tokens=200
 overrides=()
 while (($#)); do
@@ -64,7 +64,7 @@ evaluate() {
 }
 
 generate() {
-    run_program infer.py --model "$run/export" --prompt "$prompt" --max-new-tokens "$tokens" --json \
+    run_program infer.py --model "$run/export" --prompt "$prompt" --max-new-tokens "$tokens" --temperature 0.6 --json \
         >"$run/generation.json"
 }
 
