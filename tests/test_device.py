@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from switchyard import device
-from switchyard.config import ContextConfig, build
+from switchyard.config import ContextConfig
 from switchyard.errors import UserError
 
 
@@ -36,13 +36,6 @@ def test_numpy_2_is_refused(monkeypatch):
     monkeypatch.setattr(np, "__version__", "2.1.0")
     with pytest.raises(UserError, match=r"numpy: 2.1.0; MindSpore 2.9 needs numpy<2: pip install"):
         device.set_context(ContextConfig(device_target="CPU"))
-
-
-def test_parallel_degrees_are_refused():
-    device.check_parallel(build({}))
-    for key, value in (("data_parallel", 2), ("optimizer_shard", 1), ("recompute", True)):
-        with pytest.raises(UserError, match=f"parallel.{key}: {value}; not available"):
-            device.check_parallel(build({"parallel": {key: value}}))
 
 
 def test_what_the_user_has_set_stays(monkeypatch):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from switchyard.config import Config, ContextConfig
+from switchyard.config import ContextConfig
 from switchyard.errors import UserError
 
 # bfloat16 on CPU and GPU: MindSpore 2.9 has no kernels for it there (not even Cast)
@@ -67,13 +67,6 @@ def set_context(
     chosen = "chosen by auto" if context.device_target == "auto" else "as asked"
     say(f"device: {target} ({chosen}), {context.mode} mode, {compute_dtype}")
     return target
-
-
-def check_parallel(config: Config) -> None:
-    """Refuses what needs more than one process (UserError)."""
-    for name, degree in config.parallel.model_dump().items():
-        if degree != type(config.parallel).model_fields[name].default:
-            raise UserError(f"parallel.{name}: {degree}; not available in this version: training runs on one device")
 
 
 def has_device(target: str) -> bool:

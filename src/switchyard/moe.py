@@ -81,6 +81,7 @@ class MoELayer(nn.Cell):
             self.experts = FeedForwardExperts(moe.expert_num, width, hidden, activation, std, random, dtype)
         else:
             self.experts = make_experts(moe.expert_num, hidden)
+        self.to_experts, self.to_rows = None, None  # parallel.exchange.cut_model gives them to a process of several
         self.shared = None
         if moe.shared_expert_num and make_experts is None:
             self.shared = SharedExperts(config, std, random, dtype)
@@ -140,6 +141,8 @@ class MoELayer(nn.Cell):
             slots = self.experts.blocks(slots, plan["block_expert"].reshape(-1))
         elif "merged" in plan:
             slots = self.experts.merged(slots, plan["merged"])  # [G, N, D]
+        elif self.to_experts is not None:
+            slots = self.to_rows(self.experts(self.to_experts(slots)))  # [E, S, D] -> [e, g * S, D] and back
         else:
             slots = self.experts(slots)
         return path.combine(slots, plan), path.served(routing, plan)

@@ -15,7 +15,8 @@ from oracles.tiny_run import losses_of, metrics_of, run_config, write_text
 from switchyard.data import EvalBatches
 from switchyard.errors import Interrupted, UserError
 from switchyard.training import checkpoint
-from switchyard.training.loop import StopSignals, train
+from switchyard.training.loop import train
+from switchyard.training.signals import StopSignals
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 EVERYTHING = {  # all that draws or remembers: noise, capacity, accumulation, a changing learning rate
@@ -87,7 +88,10 @@ REFUSED = [
     ({"train": {"seed": 2}}, "train.seed: 2; the run was trained with 1"),
     ({"schedule": {"learning_rate": 0.5}}, "schedule.learning_rate: 0.5; the run was trained with 0.01"),
     ({"train": {"steps": 1}}, "train.steps: 1; the run .* is at step 3 already"),
-    ({"parallel": {"data_parallel": 2}, "data": {"batch_size": 4}}, "parallel.data_parallel: 2; not available"),
+    (
+        {"parallel": {"data_parallel": 2}, "data": {"batch_size": 4}},
+        "parallel.data_parallel: 2; the degrees need 2 processes",
+    ),
 ]
 
 

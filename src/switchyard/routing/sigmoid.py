@@ -38,6 +38,7 @@ class Sigmoid(LinearRouter):
         self.limit = BestGroups(moe, self.expert_num) if moe.n_group > moe.topk_group else None
         self.choose = Choosing(self.expert_num, self.choices)
         self.sigmoid, self.sign, self.assign = ops.Sigmoid(), ops.Sign(), ops.Assign()
+        self.over_processes = None  # sums the load over the processes of a job, see parallel.exchange.cut_model
 
     def construct(self, rows: Tensor, context: dict) -> dict:
         logits = self.score(rows, self.weight)  # [G, N, E]
@@ -50,6 +51,8 @@ class Sigmoid(LinearRouter):
             gates = normalised(gates)  # eq. 13
         if self.training and self.rate > 0:
             load = ops.stop_gradient(chosen).sum((0, 1))  # c, [E]
+            if self.over_processes is not None:
+                load = self.over_processes(load)
             self.assign(self.bias, self.bias + self.rate * self.sign(load.mean() - load))  # algorithm 1, lines 5 and 6
         probabilities = scores / ops.maximum(scores.sum(-1, keepdims=True), 1e-20)  # s', eq. 19
         return {

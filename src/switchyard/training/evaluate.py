@@ -12,10 +12,11 @@ from mindspore import Tensor, nn
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.data import Batch, ImageBatch, load_data
-from switchyard.device import check_parallel, set_context
+from switchyard.device import set_context
 from switchyard.errors import UserError
 from switchyard.models import create_model
 from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilities
+from switchyard.parallel.processes import ALONE, Processes, check_degrees, on_one_device
 from switchyard.routing.replay import Recorder, Replayer
 from switchyard.training import checkpoint
 from switchyard.training.step import AUDIT_MEANS, AUDIT_SUMS, EvalStep
@@ -142,6 +143,7 @@ class Evaluator:
         moe_layers: indices of its conditional layers.
         tokens_per_byte: of the validation set, for bits per byte.
         recorder, replayer: take and give the choices of experts of each batch, by its number from 0.
+        processes: each scores its `part` of every batch, and gets the figures of the whole.
     """
 
     def __init__(
@@ -151,11 +153,16 @@ class Evaluator:
         tokens_per_byte: float,
         recorder: Recorder | None = None,
         replayer: Replayer | None = None,
+        processes: Processes = ALONE,
     ):
         self._step, self._moe_layers, self._tokens_per_byte = EvalStep(model), moe_layers, tokens_per_byte
-        self._recorder, self._replayer = recorder, replayer
+        self._recorder, self._replayer, self._processes = recorder, replayer, processes
         self._classifies = getattr(model, "classifies", False)
         self.is_compiled = False
+
+    def part(self, batch: Batch) -> Batch:
+        """What this process scores of a batch."""
+        return type(batch)(*(self._processes.part(array, 0) for array in batch))
 
     def __call__(self, batches: Iterable[Batch], on_batch: Callable[[int], None] = lambda index: None) -> Evaluation:
         """Scores batches; `on_batch` is called after each with its number from 1, and may raise to stop."""
@@ -178,7 +185,13 @@ class Evaluator:
                 audit[name] = audit[name] + weight * figure.asnumpy().astype(np.float64)
             self.is_compiled = True
             on_batch(index + 1)
-        sums, counts = np.concatenate(sums), np.concatenate(counts)  # [sequences]
+        gather = self._processes.gather
+        sums, counts = (
+            gather(np.concatenate(sums)).reshape(-1),
+            gather(np.concatenate(counts)).reshape(-1),
+        )  # [sequences]
+        audit = {name: gather(np.asarray(figure)).sum(0) for name, figure in audit.items()}
+        right = float(gather(np.array(right)).sum())
         loss, interval = mean_with_interval(sums, counts)
         tokens = int(counts.sum())
         bits = loss / math.log(2) * self._tokens_per_byte
@@ -211,6 +224,10 @@ class CascadeEvaluator:
         self._model, self._runner = model, None
         self.is_compiled = False
 
+    def part(self, batch: ImageBatch) -> ImageBatch:
+        """All of it: of several processes each scores everything."""
+        return batch
+
     def __call__(self, batches: Iterable[ImageBatch], on_batch=lambda index: None) -> ImageEvaluation:
         """Scores batches; `on_batch` as in Evaluator."""
         self._model.set_train(False)
@@ -237,11 +254,13 @@ class CascadeEvaluator:
         return ImageEvaluation(loss, interval, loss / math.log(2), len(losses), [], accuracy, cascade)
 
 
-def create_evaluator(model: nn.Cell, config: Config, tokens_per_byte: float, recorder=None, replayer=None):
+def create_evaluator(
+    model: nn.Cell, config: Config, tokens_per_byte: float, recorder=None, replayer=None, processes: Processes = ALONE
+):
     """The evaluator of a model, see Evaluator and CascadeEvaluator."""
     if config.model.type == "cascade":
         return CascadeEvaluator(model)
-    return Evaluator(model, config.moe_layers, tokens_per_byte, recorder, replayer)
+    return Evaluator(model, config.moe_layers, tokens_per_byte, recorder, replayer, processes)
 
 
 def mean_with_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -286,7 +305,7 @@ def evaluate(
     """
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)
-    check_parallel(config)
+    check_degrees(config, 1)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
     data = load_data(config, held.tokenizer_json)
     say(f"checkpoint: {held.path}")
@@ -306,7 +325,7 @@ def evaluate(
 
 def overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
     """The configuration of a checkpoint with overrides that keep the weights' shapes (UserError)."""
-    tree = config.model_dump()
+    tree = on_one_device(config).model_dump()
     tree["moe"] |= {"record": None, "replay": None}  # those of the training run
     changed = configuration.build(tree, overrides)
     keys = SHAPE_KEYS

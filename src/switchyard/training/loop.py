@@ -2,9 +2,7 @@
 
 import json
 import math
-import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +10,26 @@ import numpy as np
 
 from switchyard.config import Config
 from switchyard.data import Data, load_data
-from switchyard.device import check_parallel, set_context
+from switchyard.device import set_context
 from switchyard.errors import Interrupted, UserError
 from switchyard.models import create_model
+from switchyard.parallel.exchange import create_joint, cut_model, whole_arrays
+from switchyard.parallel.processes import (
+    Processes,
+    check_degrees,
+    is_scheduler,
+    launched,
+    local_config,
+    meet,
+)
 from switchyard.routing.replay import Recorder, Replayer
 from switchyard.training import checkpoint
-from switchyard.training.checkpoint import Checkpoint
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
-from switchyard.training.metrics import MetricsLog, Progress, load_range, train_figures
+from switchyard.training.metrics import Clock, MetricsLog, Progress, load_range, train_figures
+from switchyard.training.resume import RESULT, find_start, finished
 from switchyard.training.schedule import learning_rate
+from switchyard.training.signals import StopSignals
 from switchyard.training.step import NOISE_RULE, TrainStep, draw_noise
-
-RESULT = "result.json"
-
-# keys that a resumed run may change: they do not touch the sequence of losses (schedule.total_steps=null follows steps)
-FREE_ON_RESUME = (
-    "train.name",
-    "train.output_dir",
-    "train.steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "moe.record",
-    "moe.eval_capacity_factor",
-    "moe.dropless_block_size",
-    "cascade.threshold",
-    "data.path",
-    "context.device_target",
-    "context.device_id",
-    "context.mode",
-    "export.max_length",
-    "export.key_file",
-)
 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -63,137 +47,31 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             data; a loss that is not finite.
         Interrupted: SIGINT or SIGTERM came and the run was saved.
     """
-    check_parallel(config)
+    check_degrees(config, launched())
     run = Path(config.train.output_dir) / config.train.name
     held = find_start(run, config, resume)
-    if held and (result := _finished(run, config)):
+    if held and (result := finished(run, config)):
         print(f"run: '{run}' has made its {config.train.steps} steps; raise train.steps to go on", flush=True)
         return result
     set_context(config.context, config.train.seed, config.model.compute_dtype)
-    data = load_data(config, held.tokenizer_json if held else None)
-    model = create_model(config, data.tokenizer.vocab_size)
-    step = TrainStep(model, config)
+    processes = meet(config)  # nothing was written before all have seen what is there
+    if is_scheduler():
+        return {}
+    data = load_data(config, held.tokenizer_json if held else None, processes.rank, processes.size)
+    own = local_config(config, processes)
+    model = create_model(own, data.tokenizer.vocab_size)
+    cut_model(model, processes)
+    step = TrainStep(model, own, create_joint(model, config, processes))
     if held:
         checkpoint.load_weights(model, held.weights)
         step.load_optimizer_state(held.optimizer)
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
-    checkpoint.write_whole(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
+    if processes.is_first:
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
+        checkpoint.write_whole(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
+    processes.wait()
     with StopSignals() as stop:
-        return Trainer(config, run, data, model, step, held.state if held else None).run_to_end(stop)
-
-
-def find_start(run: Path, config: Config, resume: bool) -> Checkpoint | None:
-    """The checkpoint that training goes on from, None to begin anew (UserError as in `train`)."""
-    if not resume:
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise UserError(
-                f"train.name: {config.train.name}; the run '{run}' exists: choose another name, or go on with --resume"
-            )
-        return None
-    held, damaged = None, []
-    for path in reversed(checkpoint.listed(run)):
-        try:
-            held = checkpoint.read(path)
-            break
-        except checkpoint.DamagedError as error:
-            print(f"warning: {error}", flush=True)
-            damaged.append(path)
-    if held is None and damaged:
-        raise UserError(f"--resume: no checkpoint of '{run}' is whole; train again under another train.name")
-    if held is None:
-        print(f"resume: '{run}' holds no checkpoint yet: starting from step 0", flush=True)
-        return None
-    check_resumable(held.config, config)
-    if held.step > config.train.steps:
-        raise UserError(f"train.steps: {config.train.steps}; the run '{run}' is at step {held.step} already: raise it")
-    for path in damaged:  # out of the way, so that it is neither counted nor read as the newest
-        path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
-    return held
-
-
-def _finished(run: Path, config: Config) -> dict[str, Any] | None:
-    """result.json, if it is that of train.steps steps."""
-    try:
-        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return result if result["steps"] == config.train.steps else None
-
-
-def check_resumable(old: Config, new: Config) -> None:
-    """Refuses changes that would give another model or another sequence of losses (UserError names the key)."""
-    before, now = old.model_dump(), new.model_dump()
-    held_total = before["schedule"]["total_steps"] or before["train"]["steps"]
-    total = now["schedule"]["total_steps"]
-    if total in (None, held_total):  # nothing that the user has asked to change
-        before["schedule"]["total_steps"] = total
-        if total is None and new.train.steps != held_total:
-            print(
-                f"resume: the learning-rate curve ends at step {new.train.steps} now, not {held_total}; "
-                f"schedule.total_steps={held_total} keeps it",
-                flush=True,
-            )
-    for section, part in now.items():
-        for name, value in part.items():
-            key, held = f"{section}.{name}", before[section][name]
-            if value != held and key not in FREE_ON_RESUME:
-                raise UserError(
-                    f"{key}: {value}; the run was trained with {held}: keep it, or choose another train.name"
-                )
-
-
-class StopSignals:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second one has its usual effect.
-
-    Which of the two it was is not kept: once a graph has run, MindSpore turns SIGINT into SIGTERM.
-    """
-
-    def __init__(self):
-        self.came = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _note(self, _number: int, _frame: object) -> None:
-        self.came = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-@dataclass
-class Clock:
-    """Seconds of training steps alone: compiling, evaluations and checkpoints are not counted.
-
-    Attributes:
-        seconds: in all.
-        mark_seconds: the same at the last call of `rate`.
-        mark_steps: steps since then.
-    """
-
-    seconds: float = 0.0
-    mark_seconds: float = 0.0
-    mark_steps: int = 0
-
-    def add(self, seconds: float) -> None:
-        """One more step."""
-        self.seconds += seconds
-        self.mark_steps += 1
-
-    def rate(self, tokens: int) -> float | None:
-        """Tokens a second since the last call, with `tokens` a step; None if there was no step."""
-        seconds, steps = self.seconds - self.mark_seconds, self.mark_steps
-        self.mark_seconds, self.mark_steps = self.seconds, 0
-        return tokens * steps / seconds if steps else None
+        return Trainer(config, run, data, model, step, held.state if held else None, processes).run_to_end(stop)
 
 
 class Trainer:
@@ -205,10 +83,21 @@ class Trainer:
         data: what to train on.
         model, step: set to the state to start from.
         state: of the checkpoint that they come from; None for a new run.
+        processes: all of them run this with the same configuration; the first writes the run folder.
     """
 
-    def __init__(self, config: Config, run: Path, data: Data, model, step: TrainStep, state: dict[str, Any] | None):
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        data: Data,
+        model,
+        step: TrainStep,
+        state: dict[str, Any] | None,
+        processes: Processes,
+    ):
         self.config, self.run, self.data, self.model, self.step = config, run, data, model, step
+        self.processes = processes
         train, state = config.train, state or {"step": 0, "seconds": 0.0}
         self.done = state["step"]
         self.saved = self.done  # the newest step that needs no saving
@@ -216,10 +105,16 @@ class Trainer:
         best = checkpoint.best(run)
         self.best_loss = best[1] if best and best[0].name <= checkpoint.name_of(self.done) else math.inf
         self.tokens_per_step = train.gradient_accumulation_steps * config.predictions
-        self.evaluator = create_evaluator(model, config, data.validation_tokens / data.validation_bytes)
+        self.whole = model  # what is evaluated: of a model that is cut, a second one that is not
+        if processes.degrees.expert_parallel > 1:
+            self.whole = create_model(local_config(config, processes), data.tokenizer.vocab_size)
+        tokens_per_byte = data.validation_tokens / data.validation_bytes
+        self.evaluator = create_evaluator(self.whole, config, tokens_per_byte, processes=processes)
+        self.parameters = sum(parameter.size for parameter in self.whole.trainable_params())
         self.validation = data.validation()
         self.sample = spread(len(self.validation), train.eval_batches)
-        self.metrics, self.progress = MetricsLog(run, self.done), Progress(train.steps, self.done, config.unit)
+        self.metrics = MetricsLog(run, self.done, processes.is_first)
+        self.progress = Progress(train.steps, self.done, config.unit)
         self.compile_seconds: float | None = None
         self.recorder = Recorder(config.moe.record, config, "training", self.done) if config.moe.record else None
         self.replayer = Replayer(config.moe.replay, config, "training") if config.moe.replay else None
@@ -246,10 +141,10 @@ class Trainer:
 
     def _announce(self) -> None:
         say, config = self.progress.say, self.config
-        count = sum(parameter.size for parameter in self.model.trainable_params())
         say(f"run: {self.run}" + (f", resumed after step {self.done}" if self.done else ""))
         say(f"data: {self.data.description}")
-        say(f"model: {count:,} parameters; {self.tokens_per_step:,} {config.unit} a step, {config.train.steps:,} steps")
+        pace = f"{self.tokens_per_step:,} {config.unit} a step, {config.train.steps:,} steps"
+        say(f"model: {self.parameters:,} parameters; {pace}")
         if config.context.mode == "graph" and self.done < config.train.steps:
             say(f"compiling the training step: takes about {expected_compile_seconds(config):.0f} s on two CPU cores")
 
@@ -286,7 +181,10 @@ class Trainer:
         batches = [self.data.train.at(self.done * count + micro) for micro in range(count)]
         tokens, labels, valid = (np.stack(part) for part in zip(*batches))  # [A, B, S] each
         slices, width = self.model.noise_slices, self.config.model.hidden_size
-        return tokens, labels, valid, draw_noise(seed, self.done, count, slices, self.config.rows, width)
+        noise = draw_noise(seed, self.done, count, slices, self.config.rows, width)
+        if slices:
+            noise = self.processes.part(noise, 2)  # of the rows that this process reads
+        return tokens, labels, valid, noise
 
     def _check_finite(self, loss: float, figures: dict[str, Any]) -> None:
         """Ends the run where the loss is no number, unless the loss scale has refused the step (UserError)."""
@@ -305,7 +203,7 @@ class Trainer:
         return bool(every) and self.done % every == 0
 
     def _stop_if_asked(self, stop: StopSignals) -> None:
-        if stop.came:
+        if self.processes.any(stop.came):
             self._save()
             raise Interrupted(f"saved step {self.done} of '{self.run}'; go on with --resume")
 
@@ -315,14 +213,18 @@ class Trainer:
         if found.loss < self.best_loss:
             self.best_loss = found.loss
             self._save()
-            checkpoint.mark_best(self.run, self.done, found.loss)
+            self._mark_best(found)
 
     def _evaluate(self, places: list[int], stop: StopSignals) -> Evaluation:
         """Scores some batches of the validation set and writes the line."""
         if not self.evaluator.is_compiled and self.config.context.mode == "graph":
             self.progress.say("compiling the evaluation")
-        batches = (self.validation.at(place) for place in places)
-        found = self.evaluator(batches, lambda index: self._stop_if_asked(stop))
+        if self.whole is not self.model:
+            weights = {parameter.name: parameter for parameter in self.model.get_parameters()}
+            checkpoint.load_weights(self.whole, whole_arrays(weights, self.processes))
+        batches = (self.evaluator.part(self.validation.at(place)) for place in places)
+        alone = self.processes.size == 1  # of several, one that stops here would leave the others waiting
+        found = self.evaluator(batches, lambda index: self._stop_if_asked(stop) if alone else None)
         part = "" if len(places) == len(self.validation) else f" on {len(places)} of {len(self.validation)} batches"
         self.progress.say(
             f"step {self.done}/{self.config.train.steps}  validation loss {found.loss:.4f} "
@@ -350,8 +252,13 @@ class Trainer:
         weights = {parameter.name: parameter.asnumpy() for parameter in self.model.get_parameters()}
         optimizer = {name: parameter.asnumpy() for name, parameter in self.step.optimizer_state().items()}
         self.metrics.flush()
-        checkpoint.save(self.run, config, self.data.tokenizer.to_json(), weights, optimizer, state)
+        save_together(self.processes, self.run, config, self.data.tokenizer.to_json(), weights, optimizer, state)
         self.saved = self.done
+
+    def _mark_best(self, found: Evaluation) -> None:
+        """Names the checkpoint of this step as the best."""
+        if self.processes.is_first:
+            checkpoint.mark_best(self.run, self.done, found.loss)
 
     def _finish(self, stop: StopSignals) -> dict[str, Any]:
         """The whole validation set, the best checkpoint, result.json."""
@@ -360,9 +267,10 @@ class Trainer:
             self._evaluate_sample(stop)  # comparable with those before it
         found = self._evaluate(spread(len(self.validation), 0), stop)
         if (whole or not self.config.train.eval_every) and found.loss < self.best_loss:
-            checkpoint.mark_best(self.run, self.done, found.loss)
+            self._mark_best(found)
         result = self._result(found)
-        checkpoint.write_whole(self.run / RESULT, json.dumps(result, indent=1))
+        if self.processes.is_first:
+            checkpoint.write_whole(self.run / RESULT, json.dumps(result, indent=1))
         self.progress.say(f"done: {self.run / RESULT}")
         return result
 
@@ -378,7 +286,7 @@ class Trainer:
             "seconds": self.clock.seconds,
             "compile_seconds": self.compile_seconds,
             "tokens_per_second": self.tokens_per_step * self.done / self.clock.seconds if self.clock.seconds else None,
-            "parameters": sum(parameter.size for parameter in self.model.trainable_params()),
+            "parameters": self.parameters,
             "validation_loss": figures.pop("loss"),
             "validation_tokens": figures.pop("tokens"),
             **figures,
@@ -387,6 +295,20 @@ class Trainer:
             "checkpoint": checkpoint.name_of(self.done),
             "best_checkpoint": best[0].name if best else None,
         }
+
+
+def save_together(processes: Processes, run: Path, config: Config, tokenizer_json: str, weights, optimizer, state):
+    """Writes a checkpoint, see checkpoint.save: every process its own slices, and the first makes it one."""
+    if processes.size == 1:
+        checkpoint.save(run, config, tokenizer_json, weights, optimizer, state)
+        return
+    if processes.is_first:
+        checkpoint.begin(run, state["step"])
+    processes.wait()
+    checkpoint.save_slice(run, config, state["step"], processes.rank, weights, optimizer)
+    if processes.is_first:
+        checkpoint.finish(run, config, tokenizer_json, state)
+    processes.wait()
 
 
 def expected_compile_seconds(config: Config) -> float:

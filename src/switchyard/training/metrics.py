@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,18 @@ class MetricsLog:
     Args:
         run: the run folder.
         resume_step: lines and events after this step are dropped; 0 starts anew.
+        writes: False leaves both to another process, and only knows what they hold.
     """
 
-    def __init__(self, run: Path, resume_step: int = 0):
-        from tensorboardX import SummaryWriter
-
+    def __init__(self, run: Path, resume_step: int = 0, writes: bool = True):
         path = run / METRICS
         kept = [line for line in _lines(path) if _step_of(line) <= resume_step] if resume_step else []
         self._evaluated = {step for line in kept if (step := _evaluated_step(line)) is not None}
+        self._file = self._events = None
+        if not writes:
+            return
+        from tensorboardX import SummaryWriter
+
         temporary = path.with_name(f".{METRICS}")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
@@ -38,6 +43,8 @@ class MetricsLog:
 
     def write(self, figures: dict[str, Any]) -> None:
         """Appends one object; its numbers become TensorBoard scalars named kind/key."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(_finite(figures)) + "\n")
         self._file.flush()
         for key, value in figures.items():
@@ -50,12 +57,40 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Brings events to the disk, so that a run that is killed later shows them."""
-        self._events.flush()
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         """Ends both files."""
-        self._file.close()
-        self._events.close()
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
+
+
+@dataclass
+class Clock:
+    """Seconds of training steps alone: compiling, evaluations and checkpoints are not counted.
+
+    Attributes:
+        seconds: in all.
+        mark_seconds: the same at the last call of `rate`.
+        mark_steps: steps since then.
+    """
+
+    seconds: float = 0.0
+    mark_seconds: float = 0.0
+    mark_steps: int = 0
+
+    def add(self, seconds: float) -> None:
+        """One more step."""
+        self.seconds += seconds
+        self.mark_steps += 1
+
+    def rate(self, tokens: int) -> float | None:
+        """Tokens a second since the last call, with `tokens` a step; None if there was no step."""
+        seconds, steps = self.seconds - self.mark_seconds, self.mark_steps
+        self.mark_seconds, self.mark_steps = self.seconds, 0
+        return tokens * steps / seconds if steps else None
 
 
 class Progress:

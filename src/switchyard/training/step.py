@@ -50,11 +50,12 @@ class LossCell(nn.Cell):
             network that reads images has [B, C, H, W] in the place of tokens and T tasks in that of S, see
             models.Vision.
         config: the factors are read.
+        joint: of one process among several, see parallel.exchange.Joint: total and figures are then its part of them.
     """
 
-    def __init__(self, model: nn.Cell, config: Config):
+    def __init__(self, model: nn.Cell, config: Config, joint: nn.Cell | None = None):
         super().__init__(auto_prefix=False)
-        self.model, self.token_losses = model, TokenLosses()
+        self.model, self.token_losses, self.joint = model, TokenLosses(), joint
         self.exits = getattr(model, "exits", 1)
         self.conditional = bool(config.moe_layers)
         self.balance_factor, self.z_factor = config.moe.aux_loss_factor, config.moe.z_loss_factor
@@ -79,15 +80,26 @@ class LossCell(nn.Cell):
             other, _, _ = self.read(tokens, valid, noise[noise.shape[0] // 2 :], replay)  # [N, V]
             losses = (losses + self.token_losses(other, labels)) / 2
             apart = self.divergence(logits, other)
-        loss = (losses * weights).sum() / ops.maximum(weights.sum(), 1.0)
+        count = self.count(weights)
+        loss = (losses * weights).sum() / count
         if not self.conditional:
             zero = ops.zeros_like(loss)
             return loss, (loss, zero, zero)
         balance, z, further = layer_losses  # [M] each
         total = loss + self.balance_factor * balance.sum() + self.z_factor * z.sum() + further.sum()
+        if self.joint is not None:  # a mean over the groups, of which this process has its part
+            balances = self.balance_factor * balance.sum() + self.z_factor * z.sum() + further.sum()
+            total = loss + balances / self.joint.size
         if self.consistency > 0:
-            total = total + self.consistency * (apart * weights).sum() / ops.maximum(weights.sum(), 1.0)
+            total = total + self.consistency * (apart * weights).sum() / count
         return total, (loss, balance.mean(), z.mean(), *flat_audit(audit))
+
+    def count(self, weights: Tensor) -> Tensor:
+        """Valid predictions of the micro-batch, over all processes: [] float32, 1 at least."""
+        count = weights.sum()
+        if self.joint is not None:
+            count = self.joint.count(count)
+        return ops.maximum(count, 1.0)
 
     def read(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor):
         """What the model makes of a batch; only a run that replays hands it choices."""
@@ -125,10 +137,10 @@ def name_figures(figures: tuple) -> dict:
 class StepGraph(nn.Cell):
     """The graph of `TrainStep`: tensors in, a flat tuple of figures out."""
 
-    def __init__(self, model: nn.Cell, config: Config):
+    def __init__(self, model: nn.Cell, config: Config, joint: nn.Cell | None = None):
         super().__init__(auto_prefix=False)
         optimizer = config.optimizer
-        self.loss = LossCell(model, config)
+        self.loss, self.joint = LossCell(model, config, joint), joint
         self.micro_batches = config.train.gradient_accumulation_steps
         self.scaled = config.model.compute_dtype == "float16"
         self.clip = optimizer.clip_grad
@@ -175,7 +187,11 @@ class StepGraph(nn.Cell):
             (_, figures), gradients = self.differentiate(tokens[0], labels[0], valid[0], noise[0], scale, replay, 0)
         else:
             figures, gradients = self.accumulate(tokens, labels, valid, noise, scale, replay)
-        norm = self.norm(gradients) / scale
+        if self.joint is None:
+            norm = self.norm(gradients) / scale
+        else:
+            gradients = self.joint(gradients)
+            norm = self.joint.norm(gradients) / scale
         alive = self.is_finite(norm)
         self.optimizer(self.clipped(gradients, norm, scale), learning_rate, alive)
         skipped = ops.zeros_like(norm)
@@ -190,6 +206,9 @@ class StepGraph(nn.Cell):
 
     def differentiate(self, tokens, labels, valid, noise, factor, replay, index):
         """((scaled loss, figures), gradients) of micro-batch `index`, which reads its part of the choices to replay."""
+        if self.joint is not None:
+            (total, figures), gradients = self.gradient(tokens, labels, valid, noise, factor)
+            return (total, self.joint.figures(figures)), gradients
         if replay is None:
             return self.gradient(tokens, labels, valid, noise, factor)
         return self.gradient(tokens, labels, valid, noise, factor, ops.gather(replay, index, 0))
@@ -202,11 +221,14 @@ class StepGraph(nn.Cell):
         """(figures of the step, its gradients times `scale`): a loop in the graph, so its size does not grow with A."""
         for total in self.accumulated:
             self.assign(total, ops.zeros_like(total))
-        count = ops.maximum(valid.sum(), 1.0)
+        counts = valid.sum((1, 2))  # [A, B, S] -> [A]
+        if self.joint is not None:
+            counts = self.joint.count(counts)
+        shares = counts / ops.maximum(counts.sum(), 1.0)
         sums, index = self.no_figures, Tensor(0, mstype.int32)
         while index < self.micro_batches:
             mask = ops.gather(valid, index, 0)  # [A, B, S] -> [B, S]
-            share = mask.sum() / count
+            share = ops.gather(shares, index, 0)
             (_, figures), gradients = self.differentiate(
                 ops.gather(tokens, index, 0),
                 ops.gather(labels, index, 0),
@@ -267,10 +289,11 @@ class TrainStep:
     Args:
         model: see LossCell; its trainable parameters are float32.
         config: optimizer, accumulation, loss factors, compute_dtype.
+        joint: of one process among several, whose model is cut: see parallel.exchange.
     """
 
-    def __init__(self, model: nn.Cell, config: Config):
-        self.graph = StepGraph(model, config)
+    def __init__(self, model: nn.Cell, config: Config, joint: nn.Cell | None = None):
+        self.graph = StepGraph(model, config, joint)
         self.graph.set_train(True)
 
     def __call__(self, tokens, labels, valid, noise, learning_rate: float, replay=None) -> dict:

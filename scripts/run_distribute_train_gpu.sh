@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# ==============================================================================
+# Trains on several GPU devices of one node or of many: one process a device, started by msrun.
+#
+# Usage: bash scripts/run_distribute_train_gpu.sh --config FILE [OPTION ...] [section.key=value ...]
+#
+#   --config FILE        the experiment; parallel.data_parallel and the other degrees must make up all devices
+#   --devices N          devices of this node (default: 8)
+#   --nodes N            nodes (default: 1); the script is started on each, with the same arguments
+#   --node-rank K        which of them this one is, from 0 (default: 0)
+#   --master ADDRESS     address of node 0 (default: 127.0.0.1)
+#   --port PORT          a port of node 0 (default: a free one; with several nodes 8118)
+#   --log-dir DIR        worker_RANK.log of each process, scheduler.log and msrun.log
+#                        (default: logs/train-DATE-TIME under the current folder)
+#   --rank-table FILE    the rank table of a cluster that still needs one
+#   --resume             go on from the newest checkpoint of the run
+#   --dry-run            print the command and end
+#   section.key=value    any key of the configuration
+#
+# DEVICE=cpu in front of it starts the same processes on the CPU of this machine.
+#
+# The run folder must be on a disk that all nodes see. Rank 0's log is shown; when a process fails, the others are
+# ended and its first error is shown last. Ctrl-C or SIGTERM saves and ends all (exit code 75).
+#
+# Example: bash scripts/run_distribute_train_gpu.sh --config config/moe_1b_gpu.yaml --devices 8 \
+#              parallel.data_parallel=8 parallel.expert_parallel=8
+# ==============================================================================
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/distribute.sh"
+help_if_asked "$0" "$@"
+case "${DEVICE:-gpu}" in
+    gpu) distribute GPU "$@" ;;
+    cpu) distribute CPU "$@" ;;
+    *) fail "DEVICE=$DEVICE: gpu or cpu" ;;
+esac

@@ -1,0 +1,168 @@
+"""The processes of one job that msrun started: how many, which one this is, and what they tell each other.
+
+Between steps they exchange NumPy arrays, which is all that evaluation, checkpoints and signals need; what a step
+itself exchanges stands in its graph (parallel.exchange). One process alone is the usual case, `ALONE`.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from switchyard.config import Config
+from switchyard.errors import UserError
+from switchyard.parallel.placement import Degrees
+
+WORKER, SCHEDULER = "MS_WORKER", "MS_SCHED"  # what msrun writes into MS_ROLE
+NEED_A_COMPILER = (
+    "model_parallel",
+    "pipeline_stage",
+    "micro_batch_num",
+    "optimizer_shard",
+    "sequence_parallel",
+    "recompute",
+)
+LAUNCH = "bash scripts/run_distribute_train_ascend.sh --devices {count} starts them, with DEVICE=cpu on this machine"
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> int:
+    """Processes of the job that this one belongs to: 1 where msrun did not start it."""
+    if environment.get("MS_ROLE") not in (WORKER, SCHEDULER):
+        return 1
+    return int(environment.get("MS_WORKER_NUM", "1"))
+
+
+def is_scheduler(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether msrun started this process to bring the others together; it does no work."""
+    return environment.get("MS_ROLE") == SCHEDULER
+
+
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is the process that writes, asked before the processes have met: rank 0, or one alone."""
+    return not is_scheduler(environment) and own_rank(environment) == 0
+
+
+def own_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """The rank of this process, asked before the processes have met."""
+    return int(environment.get("RANK_ID", "0")) if launched(environment) > 1 else 0
+
+
+def check_degrees(config: Config, count: int) -> None:
+    """Refuses degrees that `count` processes cannot carry out (UserError, one line)."""
+    cut = config.parallel
+    if config.devices != count:
+        what = "process runs" if count == 1 else "processes run"
+        key = "parallel.data_parallel"
+        remedy = LAUNCH.format(count=config.devices) if config.devices > count else f"set {key}={count}"
+        raise UserError(
+            f"{key}: {cut.data_parallel}; the degrees need {config.devices} processes, {count} {what}: {remedy}"
+        )
+    for name in NEED_A_COMPILER:
+        value = getattr(cut, name)
+        if value != type(cut).model_fields[name].default:
+            raise UserError(
+                f"parallel.{name}: {value}; training in processes cuts data_parallel and expert_parallel only; "
+                "leave it at its default"
+            )
+    if count > 1:
+        _check_many(config)
+
+
+def _check_many(config: Config) -> None:
+    """Refuses what several processes cannot do (UserError)."""
+    count, moe = config.parallel.data_parallel, config.moe
+    if config.groups % count:
+        raise UserError(
+            f"moe.groups: {moe.groups}; must be a multiple of parallel.data_parallel ({count}), or null for as many"
+        )
+    for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
+        if file is not None:
+            raise UserError(f"{key}: {file}; choices are recorded and replayed by one process: leave it null")
+    if config.parallel.expert_parallel > 1 and moe.router == "merged":
+        raise UserError("parallel.expert_parallel: merged experts need all their parameters in one place; set it to 1")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """What this process knows of the others.
+
+    Attributes:
+        rank: which one this is, from 0.
+        size: how many there are.
+        degrees: how the model is cut over them.
+    """
+
+    rank: int = 0
+    size: int = 1
+    degrees: Degrees = field(default_factory=Degrees)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes the run folder."""
+        return self.rank == 0
+
+    def gather(self, array: np.ndarray) -> np.ndarray:
+        """The arrays of all processes, which have one shape and type, on each of them: [...] -> [size, ...]."""
+        array = np.ascontiguousarray(array)
+        if self.size == 1:
+            return array[None]
+        from mindspore import Tensor, ops
+
+        raw = array.reshape(-1).view(np.uint8)
+        words = np.zeros(-(-raw.size // 4), np.int32)  # AllGather takes no float64, and no bytes
+        words.view(np.uint8)[: raw.size] = raw
+        gathered = ops.AllGather()(Tensor(words[None])).asnumpy()  # [size, words]
+        parts = [part.view(np.uint8)[: raw.size].view(array.dtype) for part in gathered]
+        return np.stack(parts).reshape(self.size, *array.shape)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; all get the same answer."""
+        return bool(self.gather(np.array([flag], np.int32)).any())
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        self.gather(np.zeros(1, np.int32))
+
+    def part(self, array: np.ndarray, axis: int) -> np.ndarray:
+        """This process's slice of what all of them read: an even part of `axis`."""
+        if self.size == 1:
+            return array
+        length = array.shape[axis] // self.size
+        return array.take(range(self.rank * length, (self.rank + 1) * length), axis)
+
+
+ALONE = Processes()
+
+
+def meet(config: Config) -> Processes:
+    """Joins the processes that msrun started; returns when all are there. The device has been chosen before.
+
+    The scheduler's process does not return from here before the job has ended.
+    """
+    if launched() == 1:
+        return ALONE
+    import mindspore as ms
+    from mindspore.communication import get_group_size, get_rank, init
+
+    if ms.get_context("device_target") == "GPU":
+        ms.runtime.launch_blocking()  # or several AllReduce of one graph race with its kernels and give wrong sums
+    init()
+    return Processes(get_rank(), get_group_size(), Degrees.of(config.parallel))
+
+
+def local_config(config: Config, processes: Processes) -> Config:
+    """The configuration of one process's share: its part of the micro-batch, and its routing groups."""
+    if processes.size == 1:
+        return config
+    data = config.data.model_copy(update={"batch_size": config.data.batch_size // processes.size})
+    moe = config.moe.model_copy(update={"groups": config.groups // processes.size})
+    return config.model_copy(update={"data": data, "moe": moe})
+
+
+def on_one_device(config: Config) -> Config:
+    """The same model on one device: no degrees, and as many routing groups as before."""
+    if config.parallel == type(config.parallel)():
+        return config
+    moe = config.moe.model_copy(update={"groups": config.groups})
+    return config.model_copy(update={"moe": moe, "parallel": type(config.parallel)()})

@@ -1,0 +1,100 @@
+"""What a run goes on from: its newest whole checkpoint, and which keys may differ from those it was trained with."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from switchyard.config import Config
+from switchyard.errors import UserError
+from switchyard.parallel.placement import Degrees
+from switchyard.parallel.processes import is_first, own_rank
+from switchyard.training import checkpoint
+from switchyard.training.checkpoint import Checkpoint
+
+RESULT = "result.json"
+
+# keys that a resumed run may change: they do not touch the sequence of losses (schedule.total_steps=null follows steps)
+FREE_ON_RESUME = (
+    "train.name",
+    "train.output_dir",
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "moe.record",
+    "moe.eval_capacity_factor",
+    "moe.dropless_block_size",
+    "cascade.threshold",
+    "data.path",
+    "context.device_target",
+    "context.device_id",
+    "context.mode",
+    "export.max_length",
+    "export.key_file",
+)
+
+
+def find_start(run: Path, config: Config, resume: bool) -> Checkpoint | None:
+    """The checkpoint that training goes on from, None to begin anew (UserError as in `loop.train`)."""
+    if not resume:
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise UserError(
+                f"train.name: {config.train.name}; the run '{run}' exists: choose another name, or go on with --resume"
+            )
+        return None
+    held, damaged = None, []
+    for path in reversed(checkpoint.listed(run)):
+        try:
+            held = checkpoint.read(path, degrees=Degrees.of(config.parallel), rank=own_rank())
+            break
+        except checkpoint.DamagedError as error:
+            print(f"warning: {error}", flush=True)
+            damaged.append(path)
+    if held is None and damaged:
+        raise UserError(f"--resume: no checkpoint of '{run}' is whole; train again under another train.name")
+    if held is None:
+        print(f"resume: '{run}' holds no checkpoint yet: starting from step 0", flush=True)
+        return None
+    check_resumable(held.config, config)
+    if held.step > config.train.steps:
+        raise UserError(f"train.steps: {config.train.steps}; the run '{run}' is at step {held.step} already: raise it")
+    for path in damaged if is_first() else ():  # out of the way, so that it is neither counted nor read as the newest
+        path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+    return held
+
+
+def finished(run: Path, config: Config) -> dict[str, Any] | None:
+    """result.json, if it is that of train.steps steps."""
+    try:
+        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if result["steps"] == config.train.steps else None
+
+
+def check_resumable(old: Config, new: Config) -> None:
+    """Refuses changes that would give another model or another sequence of losses (UserError names the key)."""
+    before, now = old.model_dump(), new.model_dump()
+    before.pop("parallel"), now.pop("parallel")  # free, as long as the routing groups stay the same
+    if new.moe_layers:
+        before["moe"]["groups"], now["moe"]["groups"] = old.groups, new.groups
+    held_total = before["schedule"]["total_steps"] or before["train"]["steps"]
+    total = now["schedule"]["total_steps"]
+    if total in (None, held_total):  # nothing that the user has asked to change
+        before["schedule"]["total_steps"] = total
+        if total is None and new.train.steps != held_total:
+            print(
+                f"resume: the learning-rate curve ends at step {new.train.steps} now, not {held_total}; "
+                f"schedule.total_steps={held_total} keeps it",
+                flush=True,
+            )
+    for section, part in now.items():
+        for name, value in part.items():
+            key, held = f"{section}.{name}", before[section][name]
+            if value != held and key not in FREE_ON_RESUME:
+                raise UserError(
+                    f"{key}: {value}; the run was trained with {held}: keep it, or choose another train.name"
+                )

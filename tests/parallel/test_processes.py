@@ -1,0 +1,100 @@
+"""Processes: what is refused, how a configuration is shared out, what one process alone does."""
+
+import numpy as np
+import pytest
+
+from switchyard.config import build
+from switchyard.errors import UserError
+from switchyard.parallel.placement import Degrees
+from switchyard.parallel.processes import (
+    ALONE,
+    Processes,
+    check_degrees,
+    is_first,
+    is_scheduler,
+    launched,
+    local_config,
+    on_one_device,
+    own_rank,
+)
+
+EXPERTS = {"expert_num": 4}
+
+
+def test_what_msrun_says_of_a_process():
+    assert launched({}) == 1 and is_first({}) and not is_scheduler({})
+    assert launched({"MS_WORKER_NUM": "4"}) == 1  # a word of somebody else's
+    worker = {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "4", "RANK_ID": "1"}
+    assert own_rank(worker) == 1 and own_rank({"RANK_ID": "1"}) == 0
+    assert launched(worker) == 4 and not is_first(worker) and is_first(worker | {"RANK_ID": "0"})
+    scheduler = worker | {"MS_ROLE": "MS_SCHED", "RANK_ID": "0"}
+    assert launched(scheduler) == 4 and is_scheduler(scheduler) and not is_first(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("tree", "count", "says"),
+    [
+        (
+            {"parallel": {"data_parallel": 2}},
+            1,
+            r"data_parallel: 2; the degrees need 2 processes, 1 process runs: bash",
+        ),
+        ({}, 4, r"parallel.data_parallel: 1; the degrees need 1 processes, 4 processes run: set .*data_parallel=4"),
+        ({"parallel": {"optimizer_shard": 1}}, 1, "parallel.optimizer_shard: 1; .*leave it at its default"),
+        ({"parallel": {"recompute": True}}, 1, "parallel.recompute: True; "),
+        (
+            {"parallel": {"data_parallel": 2, "model_parallel": 2}},
+            4,
+            "parallel.model_parallel: 2; training in processes cuts data_parallel and expert_parallel only",
+        ),
+        (
+            {"parallel": {"data_parallel": 2}, "moe": EXPERTS | {"groups": 1}},
+            2,
+            r"moe.groups: 1; must be a multiple of parallel.data_parallel \(2\)",
+        ),
+        ({"parallel": {"data_parallel": 2}, "moe": EXPERTS | {"record": "a"}}, 2, "moe.record: a; .*one process"),
+        (
+            {"parallel": {"data_parallel": 2, "expert_parallel": 2}, "moe": EXPERTS | {"router": "merged"}},
+            2,
+            "parallel.expert_parallel: merged experts need all",
+        ),
+    ],
+)
+def test_refused_in_one_line(tree, count, says):
+    with pytest.raises(UserError, match=says) as caught:
+        check_degrees(build(tree), count)
+    assert "\n" not in str(caught.value)
+
+
+def test_accepted():
+    check_degrees(build({}), 1)
+    check_degrees(build({"parallel": {"data_parallel": 4, "expert_parallel": 2}, "moe": EXPERTS}), 4)
+
+
+def test_a_process_gets_its_share():
+    config = build({"data": {"batch_size": 12}, "parallel": {"data_parallel": 2}, "moe": EXPERTS | {"groups": 4}})
+    own = local_config(config, Processes(1, 2, Degrees.of(config.parallel)))
+    assert (own.data.batch_size, own.groups, own.rows * 2) == (6, 2, config.rows)
+    assert local_config(config, ALONE) is config
+
+
+def test_the_same_model_on_one_device():
+    config = build({"parallel": {"data_parallel": 2, "expert_parallel": 2}, "moe": EXPERTS})
+    single = on_one_device(config)
+    assert single.devices == 1 and single.groups == 2
+    check_degrees(single, 1)
+    plain = build({"moe": {"groups": 3}})
+    assert on_one_device(plain) is plain
+
+
+def test_parts_make_up_the_whole():
+    whole = np.arange(24).reshape(2, 6, 2)
+    parts = [Processes(rank, 3).part(whole, 1) for rank in range(3)]
+    assert (np.concatenate(parts, 1) == whole).all() and parts[0].shape == (2, 2, 2)
+
+
+def test_one_alone_hears_itself():
+    values = np.array([1.5, 2.5])
+    assert ALONE.gather(values).tolist() == [[1.5, 2.5]] and ALONE.is_first
+    assert ALONE.any(True) and not ALONE.any(False)
+    ALONE.wait()

@@ -1,0 +1,118 @@
+"""The scripts that start many processes: what they ask for, what they start, what they refuse."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {"ascend": "Ascend", "gpu": "GPU"}
+
+
+def script(kind: str, *arguments, **environment):
+    """Runs one of the scripts from the repository root, without any environment of Python's."""
+    command = ["bash", "scripts/" + f"run_distribute_train_{kind}.sh", *map(str, arguments)]
+    held = {"PATH": "/usr/bin:/bin", "SWITCHYARD_VENV": sys.prefix} | environment
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=held)
+
+
+def dry_run(kind: str, *arguments, **environment) -> list[str]:
+    """The words of the command that would be run, from msrun on."""
+    done = script(kind, "--config", "config/quickstart.yaml", "--dry-run", *arguments, **environment)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    words = shlex.split(done.stdout)
+    assert words[:3] == [f"PATH={sys.prefix}/bin:$PATH", "GLOG_v=3", "OMP_NUM_THREADS=1"]
+    assert words[3:6] == [f"{sys.prefix}/bin/python", "-m", "mindspore.parallel.cluster.run"]
+    return words[6:]
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_one_node(kind):
+    words = dry_run(kind, "--devices", 4, "--log-dir", "logs of mine", "moe.layers=[0, 2]", "--resume")
+    port = next(word for word in words if word.startswith("--master_port="))
+    assert words == [
+        "--worker_num=4",
+        "--local_worker_num=4",
+        "--master_addr=127.0.0.1",
+        port,
+        "--node_rank=0",
+        "--log_dir=logs of mine",
+        "--join=True",
+        "--tail_worker_log=0",
+        "--cluster_time_out=300",
+        f"{ROOT}/train.py",
+        "--config",
+        "config/quickstart.yaml",
+        "moe.layers=[0, 2]",
+        "--resume",
+        f"context.device_target={SCRIPTS[kind]}",
+    ]
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", int(port.split("=")[1])))  # it is free
+
+
+def test_two_nodes_of_eight():
+    for rank in range(2):
+        words = dry_run("ascend", "--nodes", 2, "--node-rank", rank, "--master", "10.0.0.1")
+        for word in ("--worker_num=16", "--local_worker_num=8", "--master_addr=10.0.0.1", "--master_port=8118"):
+            assert word in words
+        assert f"--node_rank={rank}" in words and f"--tail_worker_log={8 * rank}" in words
+        (log,) = (word for word in words if word.startswith("--log_dir="))
+        assert re.fullmatch(r"--log_dir=logs/train-\d{8}-\d{6}", log)
+
+
+def test_further_words(tmp_path):
+    table = tmp_path / "rank table.json"
+    table.write_text("{}")
+    words = dry_run("ascend", "--rank-table", table, "--port", 9000, DEVICE="cpu")
+    assert f"--rank_table_file={table}" in words and "--master_port=9000" in words
+    assert words[-1] == "context.device_target=CPU"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--config: needs the YAML file of an experiment; see --help"),
+        (["--config"], "--config: needs a value"),
+        (["--config", "no such.yaml"], "--config: no such.yaml; no such file"),
+        (["--devices", "two"], "--devices: two; a whole number, at least 1"),
+        (["--devices", "0"], "--devices: 0; a whole number, at least 1"),
+        (["--port", "80"], "--port: 80; a whole number, at least 1024"),
+        (["--nodes", "2", "--node-rank", "2"], "--node-rank: 2; from 0 below --nodes (2)"),
+        (["--nodes", "2"], "--master: 127.0.0.1; with --nodes 2 the address of node 0 that all nodes can reach"),
+        (["--rank-table", "none.json"], "--rank-table: none.json; no such file"),
+        (["--steps", "3"], "--steps: unknown option; see --help"),
+        (["steps=3"], "steps=3: unknown option; see --help"),
+    ],
+)
+def test_refused_in_one_line(arguments, says):
+    config = ["--config", "config/quickstart.yaml"] if arguments and arguments[0] != "--config" else []
+    done = script("gpu", *config, *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {says}\n")
+
+
+def test_an_unknown_device_is_refused():
+    done = script("gpu", "--config", "config/quickstart.yaml", DEVICE="ascend")
+    assert (done.returncode, done.stderr) == (2, "error: DEVICE=ascend: gpu or cpu\n")
+
+
+def test_a_busy_port_is_passed_over():
+    """The search begins at a port made from the shell's process number; that one is taken here."""
+    body = (
+        'source scripts/common.sh; source scripts/distribute.sh; start=$((20000 + $$ % 20000)); echo "$start"; '
+        "read -r; free_port"
+    )
+    job = subprocess.Popen(
+        ["bash", "-c", body], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ
+    )
+    first = int(job.stdout.readline())
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", first))
+        held.listen()
+        found, _ = job.communicate("\n", timeout=20)
+    assert int(found) > first
