@@ -1,7 +1,8 @@
 """Reads a compiled graph: nodes, collectives and their bytes.
 
-The compiler hands it out as MindIR. It is the final one: after the parallel pass, differentiation and all optimizations. Reading needs protobuf and
-the description of the format in the installed MindSpore; MindSpore itself is not imported.
+The compiler hands it out as MindIR. It is the final one: after the parallel pass, differentiation and all
+optimizations. Reading needs protobuf and the description of the format in the installed MindSpore; MindSpore itself
+is not imported.
 """
 
 import importlib.util

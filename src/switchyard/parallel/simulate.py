@@ -1,7 +1,5 @@
 """Compiles any rank's training step for a cluster that is not there.
 
-Compiles the training step of any rank of a cluster that is not there, and says what the compiler made of it.
-
 `python -m switchyard.parallel.simulate --config config/NAME.yaml --devices 64` prints the collectives by kind, group,
 layer and bytes, and what the rank holds. The compile runs in a process of its own, see `stubs` for its environment.
 """

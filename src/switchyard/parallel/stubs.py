@@ -1,10 +1,8 @@
 """Stand-in CANN libraries, to compile without Ascend.
 
-Stand-in CANN libraries, so that MindSpore compiles graphs for Ascend devices on a machine that has none.
-
-MindSpore's wheel for Linux carries the Ascend plugin, which loads the CANN toolkit's libraries. Those that stand in for
-them define every symbol that the plugin asks for and compute nothing: they serve the graph compiler of a simulated
-cluster (MS_SIMULATION_LEVEL=0), never execution. On a host with CANN the real ones are used.
+MindSpore's wheel for Linux carries the Ascend plugin, which loads the CANN toolkit's libraries. Those that stand in
+for them define every symbol that the plugin asks for and compute nothing: they serve the graph compiler of a
+simulated cluster (MS_SIMULATION_LEVEL=0), never execution. On a host with CANN the real ones are used.
 """
 
 import contextlib

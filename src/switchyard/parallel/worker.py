@@ -1,8 +1,9 @@
 """The process that compiles some ranks.
 
-It is started in the environment of `stubs`. `python -m switchyard.parallel.worker FOLDER` reads FOLDER/job.json and writes, of each rank, the final graph
-(rank3.mindir) and what is known of it (rank3.json). MindSpore is imported once; every rank is a fork of that process,
-made before the first communication call, because a process can be one rank only.
+It is started in the environment of `stubs`. `python -m switchyard.parallel.worker FOLDER` reads FOLDER/job.json and
+writes, of each rank, the final graph (rank3.mindir) and what is known of it (rank3.json). MindSpore is imported once;
+every rank is a fork of that process, made before the first communication call, because a process can be one rank
+only.
 """
 
 import importlib
