@@ -36,7 +36,11 @@ MISTAKES = [
     ("train.py", ["--config", QUICKSTART, "steps"], "override 'steps': write section.key=value"),
     ("train.py", ["--config", QUICKSTART, "--steps=3"], "unrecognized arguments: --steps=3; see train.py --help"),
     ("train.py", [], "the following arguments are required: --config; see train.py --help"),
-    ("train.py", ["--config", QUICKSTART, "parallel.model_parallel=2"], "parallel.model_parallel: 2; not available"),
+    (
+        "train.py",
+        ["--config", QUICKSTART, "parallel.model_parallel=2"],
+        "parallel.model_parallel: 2; training in processes cuts",
+    ),
     ("train.py", ["--config", QUICKSTART, "data.path=nowhere.txt"], "nowhere.txt"),
     ("train.py", ["--config", QUICKSTART, "model.compute_dtype=bfloat16", "context.device_target=CPU"], "bfloat16"),
     ("eval.py", ["--checkpoint", "nowhere"], "checkpoint 'nowhere': does not exist; give a run folder"),

@@ -16,6 +16,7 @@ from switchyard.parallel.processes import (
     local_config,
     on_one_device,
     own_rank,
+    require_one_device,
 )
 
 EXPERTS = {"expert_num": 4}
@@ -64,6 +65,13 @@ def test_refused_in_one_line(tree, count, says):
     with pytest.raises(UserError, match=says) as caught:
         check_degrees(build(tree), count)
     assert "\n" not in str(caught.value)
+
+
+def test_evaluation_works_alone():
+    require_one_device(build({}))
+    for key, value in (("data_parallel", 2), ("optimizer_shard", 1), ("recompute", True)):
+        with pytest.raises(UserError, match=f"parallel.{key}: {value}; evaluation and export run in one process"):
+            require_one_device(build({"parallel": {key: value}}))
 
 
 def test_accepted():

@@ -51,13 +51,6 @@ def own_rank(environment: Mapping[str, str] = os.environ) -> int:
 def check_degrees(config: Config, count: int) -> None:
     """Refuses degrees that `count` processes cannot carry out (UserError, one line)."""
     cut = config.parallel
-    if config.devices != count:
-        what = "process runs" if count == 1 else "processes run"
-        key = "parallel.data_parallel"
-        remedy = LAUNCH.format(count=config.devices) if config.devices > count else f"set {key}={count}"
-        raise UserError(
-            f"{key}: {cut.data_parallel}; the degrees need {config.devices} processes, {count} {what}: {remedy}"
-        )
     for name in NEED_A_COMPILER:
         value = getattr(cut, name)
         if value != type(cut).model_fields[name].default:
@@ -65,8 +58,22 @@ def check_degrees(config: Config, count: int) -> None:
                 f"parallel.{name}: {value}; training in processes cuts data_parallel and expert_parallel only; "
                 "leave it at its default"
             )
+    if config.devices != count:
+        what = "process runs" if count == 1 else "processes run"
+        key = "parallel.data_parallel"
+        remedy = LAUNCH.format(count=config.devices) if config.devices > count else f"set {key}={count}"
+        raise UserError(
+            f"{key}: {cut.data_parallel}; the degrees need {config.devices} processes, {count} {what}: {remedy}"
+        )
     if count > 1:
         _check_many(config)
+
+
+def require_one_device(config: Config) -> None:
+    """Refuses any degree (UserError): evaluation and export read what many have written, and work alone."""
+    for name, value in config.parallel.model_dump().items():
+        if value != type(config.parallel).model_fields[name].default:
+            raise UserError(f"parallel.{name}: {value}; evaluation and export run in one process: leave it out")
 
 
 def _check_many(config: Config) -> None:

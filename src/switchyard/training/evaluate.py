@@ -16,7 +16,7 @@ from switchyard.device import set_context
 from switchyard.errors import UserError
 from switchyard.models import create_model
 from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilities
-from switchyard.parallel.processes import ALONE, Processes, check_degrees, on_one_device
+from switchyard.parallel.processes import ALONE, Processes, on_one_device, require_one_device
 from switchyard.routing.replay import Recorder, Replayer
 from switchyard.training import checkpoint
 from switchyard.training.step import AUDIT_MEANS, AUDIT_SUMS, EvalStep
@@ -305,7 +305,7 @@ def evaluate(
     """
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)
-    check_degrees(config, 1)
+    require_one_device(config)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
     data = load_data(config, held.tokenizer_json)
     say(f"checkpoint: {held.path}")
