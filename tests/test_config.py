@@ -152,7 +152,7 @@ ALLOWED = [
     ["moe.layers=4"],
     ["moe.layers=[]"],
     ["moe.layers=[3, 0]"],
-    ["moe.groups=4", "parallel.data_parallel=5"],
+    ["moe.groups=4", "parallel.data_parallel=2"],
     ["moe.expert_num=8", "parallel.expert_parallel=2", "parallel.data_parallel=4"],
     ["export.max_length=4096"],
     ["optimizer.clip_grad=null"],
@@ -312,7 +312,10 @@ def test_which_layers_are_conditional(layers, wanted):
 
 
 def test_derived_figures():
-    config = build({}, ["model.hidden_size=64", "parallel.data_parallel=4", "parallel.pipeline_stage=2"])
+    config = build(
+        {},
+        ["model.hidden_size=64", "parallel.data_parallel=4", "parallel.pipeline_stage=2", "parallel.micro_batch_num=2"],
+    )
     assert (config.dense_width, config.expert_width, config.groups, config.devices) == (256, 256, 4, 8)
     config = build({}, ["model.intermediate_size=96", "moe.moe_intermediate_size=24", "moe.groups=3"])
     assert (config.dense_width, config.expert_width, config.groups) == (96, 24, 3)

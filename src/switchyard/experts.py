@@ -8,6 +8,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.kernels.activation import create_activation
+from switchyard.kernels.cast import Cast
+from switchyard.parallel.mesh import Mesh, first
 
 
 class FeedForwardExperts(nn.Cell):
@@ -47,6 +49,9 @@ class FeedForwardExperts(nn.Cell):
         self.product_gate = ops.BatchMatMul()
         self.product_out = ops.BatchMatMul()
         self.activation = create_activation(activation)
+        self.to_dtype, self.widen = Cast(dtype), Cast(mstype.float32)
+        self.narrow_in, self.narrow_gate, self.narrow_out = Cast(dtype), Cast(dtype), Cast(dtype)
+        self.local = None
         self.take = ops.Gather()
         self.mix = ops.MatMul()
 
@@ -69,10 +74,36 @@ class FeedForwardExperts(nn.Cell):
         return self.mix(gates, weight.reshape(experts, -1)).reshape(-1, rows, columns)  # [G, D, F]
 
     def _work(self, rows, w_in, w_gate, w_out):
-        rows = rows.astype(self.dtype)
-        hidden = self.product_in(rows, w_in.astype(self.dtype))  # [E, S, F]
+        rows = self.to_dtype(rows)
+        hidden = self.product_in(rows, self.narrow_in(w_in))  # [E, S, F]
         if self.gated:
-            hidden = self.activation(self.product_gate(rows, w_gate.astype(self.dtype))) * hidden
+            gate = self.product_gate(rows, self.narrow_gate(w_gate))  # [E, S, F]
+            hidden = self.gate_hidden(gate, hidden) if self.local is None else self.local(gate, hidden)
         else:
-            hidden = self.activation(hidden)
-        return self.product_out(hidden, w_out.astype(self.dtype)).astype(mstype.float32)  # [E, S, D]
+            hidden = self.bend_hidden(hidden) if self.local is None else self.local(hidden)
+        return self.widen(self.product_out(hidden, self.narrow_out(w_out)))  # [E, S, D]
+
+    def gate_hidden(self, gate: Tensor, hidden: Tensor) -> Tensor:
+        """Hidden [E, S, F] weighted by the non-linearity of its gate."""
+        return self.activation(gate) * hidden
+
+    def bend_hidden(self, hidden: Tensor) -> Tensor:
+        """The non-linearity of hidden [E, S, F]."""
+        return self.activation(hidden)
+
+    def shard(self, mesh: Mesh, experts: str | None = "expert", rows: str = "outer", out: str = "outer") -> None:
+        """E cut by `experts`, S by `rows`, F by the model slices; the result's S by `out`.
+
+        The second product sums over the model slices: AllReduce, or ReduceScatter where `out` is "rows".
+        """
+        before, within = mesh.cut(experts, rows, None), mesh.cut(experts, rows, "model")
+        for product in (self.product_in, self.product_gate):
+            product.shard((before, mesh.cut(experts, None, "model")), (within,))
+        self.product_out.shard((within, mesh.cut(experts, "model", None)), (mesh.cut(experts, out, None),))
+        work, inputs = (self.gate_hidden, (within, within)) if self.gated else (self.bend_hidden, (within,))
+        self.local = mesh.local(work, inputs, (within,), first, first)
+        self.to_dtype.shard(mesh, experts, rows, None)
+        self.narrow_in.shard(mesh, experts, None, "model")
+        self.narrow_gate.shard(mesh, experts, None, "model")
+        self.narrow_out.shard(mesh, experts, "model", None)
+        self.widen.shard(mesh, experts, out, None)

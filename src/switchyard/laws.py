@@ -158,10 +158,46 @@ def image_laws(config):
         yield first, "vision.channel_groups", parts, reason
 
 
+def parallel_laws(config):
+    """Laws of the degrees: every slice is as large as any other."""
+    model, cut, experts = config.model, config.parallel, config.moe.expert_num
+    kv_heads, stages, tensor = model.n_kv_heads or model.num_heads, cut.pipeline_stage, cut.model_parallel
+    slices, key = cut.data_parallel, "parallel.expert_parallel"
+    yield experts % cut.expert_parallel == 0, key, cut.expert_parallel, f"must divide moe.expert_num ({experts})"
+    reason = f"must divide parallel.data_parallel ({slices})"
+    yield slices % cut.expert_parallel == 0, key, cut.expert_parallel, reason
+    for size, name in (
+        (kv_heads, "the key/value heads"),
+        (config.dense_width, "the hidden width of a dense feed-forward"),
+        (config.expert_width, "the hidden width of an expert"),
+    ):
+        yield size % tensor == 0, "parallel.model_parallel", tensor, f"must divide {name} ({size})"
+    yield (
+        stages <= model.num_layers,
+        "parallel.pipeline_stage",
+        stages,
+        f"at most model.num_layers ({model.num_layers})",
+    )
+    reason = f"must divide model.num_layers ({model.num_layers})"
+    yield model.num_layers % stages == 0, "parallel.pipeline_stage", stages, reason
+    micro = cut.micro_batch_num
+    reason = f"at least parallel.pipeline_stage ({stages}), or a stage has nothing to do"
+    yield stages == 1 or micro >= stages, "parallel.micro_batch_num", micro, reason
+    yield micro == 1 or stages > 1, "parallel.micro_batch_num", micro, "those of a pipeline: parallel.pipeline_stage"
+    groups = config.groups
+    yield groups % slices == 0, "moe.groups", groups, f"must be a multiple of parallel.data_parallel ({slices})"
+    rows = config.rows // slices
+    whole = not cut.sequence_parallel or rows % tensor == 0
+    yield whole, "parallel.sequence_parallel", True, f"model_parallel ({tensor}) must divide a slice's rows ({rows})"
+    for degree in ("expert_parallel", "model_parallel", "pipeline_stage"):
+        size = getattr(cut, degree)
+        yield size == 1 or model.type == "decoder", f"parallel.{degree}", size, "1, or model.type 'decoder'"
+
+
 def laws(config):
     """(holds, key, value, what is allowed) of each cross-field law of a Config."""
     yield from granularity_laws(config)
-    model, moe, cut = config.model, config.moe, config.parallel
+    model, moe = config.model, config.moe
     heads, experts = model.num_heads, moe.expert_num
     kv_heads = model.n_kv_heads or heads
     text = model.type == "decoder"
@@ -195,30 +231,7 @@ def laws(config):
         per_step,
         f"must be a multiple of the routing groups ({config.groups}: moe.groups or parallel.data_parallel)",
     )
-    yield (
-        experts % cut.expert_parallel == 0,
-        "parallel.expert_parallel",
-        cut.expert_parallel,
-        f"must divide moe.expert_num ({experts})",
-    )
-    yield (
-        cut.data_parallel % cut.expert_parallel == 0,
-        "parallel.expert_parallel",
-        cut.expert_parallel,
-        f"must divide parallel.data_parallel ({cut.data_parallel})",
-    )
-    yield (
-        kv_heads % cut.model_parallel == 0,
-        "parallel.model_parallel",
-        cut.model_parallel,
-        f"must divide the key/value heads ({kv_heads})",
-    )
-    yield (
-        cut.pipeline_stage <= model.num_layers,
-        "parallel.pipeline_stage",
-        cut.pipeline_stage,
-        f"at most model.num_layers ({model.num_layers})",
-    )
+    yield from parallel_laws(config)
     yield (
         config.schedule.lr_end <= config.schedule.learning_rate,
         "schedule.lr_end",

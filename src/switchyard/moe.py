@@ -13,13 +13,16 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config, MoEConfig
-from switchyard.dispatch import EXACT_FLOAT
+from switchyard.dispatch import EXACT_FLOAT, capacity
 from switchyard.errors import UserError
 from switchyard.experts import FeedForwardExperts
 from switchyard.kernels.noise import NoiseSlices, UniformRows
+from switchyard.parallel.mesh import Mesh, first
 from switchyard.paths import create_path
 from switchyard.routing import balance, create_router
-from switchyard.routing.base import require_choices
+from switchyard.routing.base import known_routers, require_choices
+
+TALLY = 6  # figures of a layer besides load and importance, see MoELayer.tally
 
 
 class Audit(TypedDict):
@@ -94,6 +97,9 @@ class MoELayer(nn.Cell):
         if self.records or moe.replay is not None or moe.force_balance:
             require_choices(moe)
         self.losses = balance.WeightedLosses(moe, self.router, config.model.seq_length)
+        self.slot_shape = slot_shape(config)
+        self.groups, self.groups_here, self.local_jitter = config.groups, config.groups, None
+        self.local_fill, self.local_join = None, None
 
     def construct(
         self,
@@ -133,6 +139,93 @@ class MoELayer(nn.Cell):
             figures["experts"] = ops.stop_gradient(routing["experts"]).reshape(-1, self.choices)  # [G * N, K]
         return out, self.losses(routing, valid), figures
 
+    def spread(self, rows: Tensor, valid: Tensor, noise: Tensor):
+        """`construct` on several devices: rows [N, D], valid [B, S], noise [J, N, D] -> (rows [N, D], tally).
+
+        Tally [data_parallel, TALLY + 2 E]: one row for each data slice, see `tally`.
+        """
+        routed = rows if self.local_jitter is None else self.local_jitter(rows, noise)
+        logits = self.router.score_flat(routed)  # [N, E]
+        slots, gates, choice_of, slot_of, filled, kept, tally = self.local_fill(rows, logits, valid, noise)
+        outputs = self.experts(self.train_path.send(slots))  # [E, G * C, D]
+        outputs = self.train_path.send_back(outputs, self.groups)  # [G, E, C, D]
+        out = self.local_join(outputs, gates, choice_of, slot_of, filled, kept)  # [N, D]
+        if self.shared is not None:
+            shared = self.shared(self.shared.lift(rows, 0))  # [1, N, D]
+            out = self.shared.add(out, shared.reshape(rows.shape))
+        return out, tally
+
+    def jitter_rows(self, rows: Tensor, noise: Tensor) -> Tensor:
+        """What the router of a data slice sees: rows [N, D]."""
+        return rows * (1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice])
+
+    def fill_slots(self, rows: Tensor, logits: Tensor, valid: Tensor, noise: Tensor):
+        """Routing and plan of a data slice: (slots [G, E, C, D], the Plan's parts, tally [1, ..])."""
+        width = rows.shape[-1]
+        rows, valid = rows.reshape(self.groups_here, -1, width), valid.reshape(self.groups_here, -1)
+        context = {"valid": valid, "noise": noise, "token_ids": None, "task_ids": None}
+        if self.balanced is not None:
+            context["replay"] = self.balanced(valid)
+        routing = self.router.decide(logits.reshape(self.groups_here, -1, self.expert_num), context)
+        if self.lot is not None:
+            routing["lot"] = self.lot(noise).reshape(valid.shape)  # [G, N]
+        plan = self.train_path.plan(routing)
+        slots = self.train_path.fill(rows, plan).reshape(self.groups_here, self.expert_num, -1, width)
+        tally = self.tally(routing, self.train_path.served(routing, plan), valid)
+        return slots, plan["gates"], plan["choice_of"], plan["slot_of"], plan["filled"], plan["kept"], tally
+
+    def tally(self, routing: dict, served: Tensor, valid: Tensor) -> Tensor:
+        """[1, TALLY + 2 E]: balance loss, z-loss, further losses, entropy, choices served, z, load [E], importance [E].
+
+        The first three carry a gradient. A row is what is summed over the devices, once a step.
+        """
+        figures = audit(routing, served, valid)
+        balance_loss, router_z, further = self.losses(routing, valid)
+        rest = (figures["entropy"], ops.stop_gradient(served), figures["z"])
+        scalars = ops.stack((balance_loss, router_z, further, *rest))
+        return ops.expand_dims(ops.concat((scalars, figures["load"], figures["importance"])), 0)
+
+    def join_slots(self, outputs: Tensor, gates, choice_of, slot_of, filled, kept) -> Tensor:
+        """What comes back to a data slice: outputs [G, E, C, D] and the Plan's parts -> rows [N, D]."""
+        width = outputs.shape[-1]
+        plan = {"gates": gates, "choice_of": choice_of, "slot_of": slot_of, "filled": filled, "kept": kept}
+        return self.train_path.join(outputs.reshape(self.groups_here, -1, width), plan).reshape(-1, width)
+
+    def shard(self, mesh: Mesh) -> None:
+        """Rows and groups are cut by data slices, experts by expert slices: one AlltoAll there and one back.
+
+        Raises:
+            UserError: a router or a layer that cannot be cut.
+        """
+        if not self.router.cuts:
+            cuts = ", ".join(name for name, router in known_routers().items() if router.cuts)
+            raise UserError(f"moe.router: {self.router.name!r}; cannot be cut over devices; one of {cuts}")
+        self.groups_here = self.groups // mesh.degrees.data_parallel
+        for cell in (self.router, self.train_path, self.experts):
+            cell.shard(mesh)
+        if self.shared is not None:
+            self.shared.shard(mesh)
+        pair, whole = mesh.cut("data", None), self.slot_shape  # the layout of [N, D], [N, E], [B, S], [G, M], ...
+        slots, slices = mesh.cut("data", None, None, None), mesh.degrees.data_parallel
+        groups, experts, capacity, width = whole
+        choices, columns = self.choices, TALLY + 2 * self.expert_num
+
+        def shapes(rows, logits, valid, noise):
+            each, held = [groups, rows[0] // groups * choices], [groups, experts * capacity]
+            return list(whole), each, held, each, held, each, [slices, columns]
+
+        def types(rows, logits, valid, noise):
+            return rows, rows, mstype.int32, mstype.int32, rows, rows, rows
+
+        def joined(outputs, gates, *plan):
+            return [gates[0] * gates[1] // choices, width]
+
+        inputs, outputs = (pair, pair, pair, mesh.noise), (slots, *(pair,) * 6)
+        self.local_fill = mesh.local(self.fill_slots, inputs, outputs, shapes, types)
+        self.local_join = mesh.local(self.join_slots, (slots, *(pair,) * 5), (pair,), joined, first)
+        if self.jitter > 0:
+            self.local_jitter = mesh.local(self.jitter_rows, (pair, mesh.noise), (pair,), first, first)
+
     def work(self, path: nn.Cell, rows: Tensor, routing: dict):
         """Plan, dispatch, experts, combine: rows [G, N, D] and a Routing -> (rows [G, N, D], choices served)."""
         plan = path.plan(routing)
@@ -163,12 +256,27 @@ class SharedExperts(FeedForwardExperts):
         if moe.use_shared_expert_gating:
             self.gate = Parameter(Tensor(random.normal(0.0, std[0], (1, width, 1)).astype(np.float32)), name="gate")
         self.product, self.sigmoid = ops.BatchMatMul(), ops.Sigmoid()
+        self.lift, self.add, self.local_weigh = ops.ExpandDims(), ops.Add(), None
 
     def construct(self, rows: Tensor) -> Tensor:
         out = self._work(rows, self.w_in, self.w_gate, self.w_out)
         if self.gate is not None:
-            out = out * self.sigmoid(self.product(rows.astype(mstype.float32), self.gate))  # [1, N, 1]
+            scores = self.product(rows.astype(mstype.float32), self.gate)  # [1, N, 1]
+            out = self.weigh(out, scores) if self.local_weigh is None else self.local_weigh(out, scores)
         return out
+
+    def weigh(self, out: Tensor, scores: Tensor) -> Tensor:
+        """Out [1, N, D] weighted by the gate of each row."""
+        return out * self.sigmoid(scores)
+
+    def shard(self, mesh: Mesh) -> None:
+        """Rows are cut by data slices, the hidden width by model slices."""
+        super().shard(mesh, None, "data", "data")
+        data, rows = mesh.degrees.data_parallel, mesh.cut(None, "data", None)
+        self.lift.shard(((data, 1),))
+        self.add.shard(((data, 1), (data, 1)))
+        self.product.shard((rows, mesh.cut(None, None, None)), (rows,))
+        self.local_weigh = mesh.local(self.weigh, (rows, rows), (rows,), first, first)
 
 
 class InTurn(nn.Cell):
@@ -189,6 +297,13 @@ class InTurn(nn.Cell):
             experts = (*experts, turn.astype(mstype.int32))
         in_turn = ops.stack(experts, -1)  # [N, K]
         return ops.tile(ops.expand_dims(in_turn, 0), (valid.shape[0], 1, 1))
+
+
+def slot_shape(config: Config) -> tuple[int, int, int, int]:
+    """Slots of training on all devices together: (G, E, C, D)."""
+    moe, rows = config.moe, config.rows // config.groups
+    slots = capacity(rows, moe.expert_num, moe.choices, moe.capacity_factor, moe.min_capacity)
+    return config.groups, moe.expert_num, slots, config.model.hidden_size
 
 
 def audit(routing: dict, served: Tensor, valid: Tensor) -> dict:

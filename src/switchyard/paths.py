@@ -16,6 +16,7 @@ from switchyard.config import MoEConfig
 from switchyard.dispatch import BlockPlan, CapacityPlan
 from switchyard.kernels.rows import Combine, Dispatch
 from switchyard.onehot import OneHotCombine, OneHotDispatch
+from switchyard.parallel.mesh import Mesh
 from switchyard.reroute import Reroute
 
 
@@ -55,26 +56,48 @@ class TokenChoicePath(nn.Cell):
     def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
         """Rows [G, N, D] -> [E, G * C, D], or blocks [G * P, b, D]."""
         groups, _, width = rows.shape
-        slots = self.to_slots(rows, plan["choice_of"], plan["slot_of"], plan["kept"])  # [G, M, D]
+        slots = self.fill(rows, plan)  # [G, M, D]
         if "block_expert" in plan:
             blocks = plan["block_expert"].shape[1]
             return slots.reshape(groups * blocks, -1, width)  # [G * P, b, D]
-        slots = slots.reshape(groups, self.expert_num, -1, width)  # [G, E, C, D]
-        return self.to_experts(slots, (1, 0, 2, 3)).reshape(self.expert_num, -1, width)  # [E, G * C, D]
+        return self.send(slots.reshape(groups, self.expert_num, -1, width))
+
+    def fill(self, rows: Tensor, plan: dict) -> Tensor:
+        """Rows [G, N, D] -> slots [G, M, D]."""
+        return self.to_slots(rows, plan["choice_of"], plan["slot_of"], plan["kept"])
+
+    def send(self, slots: Tensor) -> Tensor:
+        """Slots from their groups to their experts: [G, E, C, D] -> [E, G * C, D]."""
+        return self.to_experts(slots, (1, 0, 2, 3)).reshape(self.expert_num, -1, slots.shape[3])
+
+    def send_back(self, outputs: Tensor, groups: int) -> Tensor:
+        """Outputs from the experts to their groups: [E, G * C, D] -> [G, E, C, D]."""
+        outputs = outputs.reshape(self.expert_num, groups, -1, outputs.shape[-1])  # [E, G, C, D]
+        return self.to_groups(outputs, (1, 0, 2, 3))
 
     def combine(self, outputs: Tensor, plan: dict) -> Tensor:
         """What `dispatch` returned, worked on -> [G, N, D]."""
         groups, width = plan["gates"].shape[0], outputs.shape[-1]
         if "block_expert" not in plan:
-            outputs = outputs.reshape(self.expert_num, groups, -1, width)  # [E, G, C, D]
-            outputs = self.to_groups(outputs, (1, 0, 2, 3))  # [G, E, C, D]
-        outputs = outputs.reshape(groups, -1, width)  # [G, M, D]
+            outputs = self.send_back(outputs, groups)  # [G, E, C, D]
+        return self.join(outputs.reshape(groups, -1, width), plan)
+
+    def join(self, outputs: Tensor, plan: dict) -> Tensor:
+        """Slots [G, M, D] -> rows [G, N, D]."""
         filled, kept = plan["filled"], plan["kept"]
         return self.to_rows(outputs, plan["gates"], plan["choice_of"], plan["slot_of"], filled, kept)
 
     def served(self, routing: dict, plan: dict) -> Tensor:
         """Choices that got a slot: scalar."""
         return plan["kept"].sum()
+
+    def shard(self, mesh: Mesh) -> None:
+        """Both transposes change what is cut, groups or experts: one AlltoAll each within an expert-parallel group."""
+        self.to_slots.shard(mesh)
+        self.to_rows.shard(mesh)
+        groups, turned = mesh.cut("data", None, None, None), mesh.cut(None, "data", None, None)
+        self.to_experts.shard((groups,), (turned,))
+        self.to_groups.shard((turned,), (groups,))
 
 
 class OpenPath(nn.Cell):

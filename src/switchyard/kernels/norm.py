@@ -7,6 +7,8 @@ gradient is then a matrix product too: half to a quarter of the time of the ship
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from switchyard.parallel.mesh import Mesh, first
+
 
 class RMSNorm(nn.Cell):
     """y = x / sqrt(mean(x^2) + eps) * gain (arXiv 1910.07467, eq. 4): [N, D] -> [N, D], in float32."""
@@ -20,12 +22,22 @@ class RMSNorm(nn.Cell):
         self.rsqrt = ops.Rsqrt()
         self.spread = ops.MatMul()
         self.scale = ops.Mul()
+        self.local = None
 
     def construct(self, x: Tensor) -> Tensor:
+        if self.local is None:
+            return self.normalise(x, self.gain)
+        return self.local(x, self.gain)
+
+    def normalise(self, x: Tensor, gain: Tensor) -> Tensor:
+        """The equation itself: x [N, D], gain [D]."""
         scale = self.rsqrt(self.mean(x * x, -1) + self.eps)  # [N, 1]
-        return self.scale(
-            x * self.spread(scale, self.ones), self.spread(ops.ones_like(scale), self.gain.reshape(1, -1))
-        )
+        return self.scale(x * self.spread(scale, self.ones), self.spread(ops.ones_like(scale), gain.reshape(1, -1)))
+
+    def shard(self, mesh: Mesh) -> None:
+        """Rows are cut; the gain is whole everywhere."""
+        rows = mesh.cut("rows", None)
+        self.local = mesh.local(self.normalise, (rows, mesh.cut(None)), (rows,), first, first)
 
 
 class LayerNorm(nn.Cell):
@@ -41,13 +53,25 @@ class LayerNorm(nn.Cell):
         self.rsqrt = ops.Rsqrt()
         self.spread = ops.MatMul()
         self.scale = ops.Mul()
+        self.local = None
 
     def construct(self, x: Tensor) -> Tensor:
+        if self.local is None:
+            return self.normalise(x, self.gain, self.bias)
+        return self.local(x, self.gain, self.bias)
+
+    def normalise(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        """The equation itself: x [N, D], gain and bias [D]."""
         centred = x - self.spread(self.mean(x, -1), self.ones)  # [N, D]
         scale = self.rsqrt(self.mean(centred * centred, -1) + self.eps)  # [N, 1]
         one = ops.ones_like(scale)
-        gained = self.scale(centred * self.spread(scale, self.ones), self.spread(one, self.gain.reshape(1, -1)))
-        return gained + self.spread(one, self.bias.reshape(1, -1))
+        gained = self.scale(centred * self.spread(scale, self.ones), self.spread(one, gain.reshape(1, -1)))
+        return gained + self.spread(one, bias.reshape(1, -1))
+
+    def shard(self, mesh: Mesh) -> None:
+        """Rows are cut; gain and bias are whole everywhere."""
+        rows, whole = mesh.cut("rows", None), mesh.cut(None)
+        self.local = mesh.local(self.normalise, (rows, whole, whole), (rows,), first, first)
 
 
 def create_norm(kind: str, width: int, eps: float) -> nn.Cell:

@@ -11,13 +11,16 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config
+from switchyard.errors import UserError
 from switchyard.experts import FeedForwardExperts
 from switchyard.experts_conv import SliceExperts
 from switchyard.granularity import first_of_slices, from_slices, to_slices
+from switchyard.kernels.cast import Cast
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.norm import create_norm
 from switchyard.models.layers import Attention, Dropout, Embedding, Linear, causal_mask
 from switchyard.moe import MoELayer, check_sort_keys
+from switchyard.parallel.mesh import Mesh, first
 from switchyard.routing.base import require_causal
 
 DTYPES = {"float32": mstype.float32, "float16": mstype.float16, "bfloat16": mstype.bfloat16}
@@ -61,10 +64,13 @@ class Block(nn.Cell):
             self.feed_forward = FeedForwardExperts(1, width, hidden, model.activation, (std, std_out), random, dtype)
         self.attention_dropout = Dropout(model.dropout, slices)
         self.feed_forward_dropout = Dropout(model.dropout, slices)
+        self.add, self.lift, self.cut = ops.Add(), ops.ExpandDims(), False
 
     def construct(self, x: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor = None):
         """x [N, D], tokens [B, S], valid [N], noise [.., N, D], replay [N, K] -> (x, losses or (), Audit or {})."""
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), tokens.shape[0]), noise)
+        x = self.add(x, self.attention_dropout(self.attention(self.attention_norm(x), tokens.shape[0]), noise))
+        if self.cut:
+            return self.feed_cut(x, valid, noise)
         return self.feed(x, tokens, valid, noise, self.groups, replay)
 
     def feed(self, x: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, groups: int, replay: Tensor = None):
@@ -80,7 +86,39 @@ class Block(nn.Cell):
             out, losses, audit = self.feed_forward(grouped, valid.reshape(groups, -1), noise, ids, None, replay)
         else:
             out = self.feed_forward(rows.expand_dims(0))  # [1, N, D]: a dense layer is one expert
-        return x + self.feed_forward_dropout(out.reshape(x.shape), noise), losses, audit
+        return self.add(x, self.feed_forward_dropout(out.reshape(x.shape), noise)), losses, audit
+
+    def feed_cut(self, x: Tensor, valid: Tensor, noise: Tensor):
+        """The second half on several devices: x [N, D], valid [B, S] -> (x, tally of MoELayer.spread or None)."""
+        rows, tally = self.feed_forward_norm(x), None
+        if self.conditional:
+            out, tally = self.feed_forward.spread(rows, valid, noise)
+        else:
+            out = self.feed_forward(self.lift(rows, 0)).reshape(x.shape)  # [1, N, D] -> [N, D]
+        return self.add(x, self.feed_forward_dropout(out, noise)), tally
+
+    def shard(self, mesh: Mesh) -> None:
+        """Rows between the parts are cut by data slices, and by model slices too with sequence_parallel.
+
+        Raises:
+            UserError: a feed-forward that cannot be cut.
+        """
+        if self.window > 1:
+            raise UserError("moe.granularity: slice; cannot be cut over devices; 'token'")
+        data = mesh.degrees.data_parallel
+        rows = data * mesh.degrees.model_parallel if mesh.sequence else data
+        self.cut = True
+        self.add.shard(((rows, 1), (rows, 1)))
+        self.lift.shard(((data, 1),))
+        self.attention_norm.shard(mesh)
+        self.attention.shard(mesh)
+        self.feed_forward_norm.shard(mesh)
+        self.attention_dropout.shard(mesh)
+        self.feed_forward_dropout.shard(mesh)
+        if self.conditional:
+            self.feed_forward.shard(mesh)
+        else:
+            self.feed_forward.shard(mesh, None, "data", "rows")
 
     def feed_slices(self, rows: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, groups: int):
         """The conditional layer over windows of tokens, each sent where its first token goes: rows [N, D]."""
@@ -139,6 +177,8 @@ class Decoder(nn.Cell):
         if not self.tied:
             self.head = Linear(model.hidden_size, vocab_size, model.init_method_std, random, self.dtype)
         self.tied_product = ops.MatMul(transpose_b=True)
+        self.cast_x, self.cast_table, self.widen = Cast(self.dtype), Cast(self.dtype), Cast(mstype.float32)
+        self.local_places = None
 
     def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor = None):
         """Tokens [B, S] int32, valid [B, S] float32, noise [max(noise_slices, 1), N, D] of U(0, 1).
@@ -159,6 +199,38 @@ class Decoder(nn.Cell):
                 losses, audits = (*losses, loss), (*audits, audit)
         return self.logits(x), stack_losses(losses), stack_audits(audits)
 
+    def spread(self, tokens: Tensor, valid: Tensor, noise: Tensor):
+        """`construct` on several devices -> (logits [N, V], tally [data_parallel, ..] of each conditional layer)."""
+        x = self.embedding(tokens)  # [N, D]
+        if self.position is not None:
+            x = self.local_places(x, self.position.table)
+        x, tallies = self.dropout(x, noise), ()
+        for layer in self.layers:
+            x, tally = layer(x, tokens, valid, noise)
+            if layer.conditional:
+                tallies = (*tallies, tally)
+        return self.logits(x), tallies
+
+    def add_places(self, x: Tensor, places: Tensor) -> Tensor:
+        """x [N, D] plus what stands for each position, places [S, D]."""
+        return (x.reshape(-1, *places.shape) + places).reshape(x.shape)
+
+    def shard(self, mesh: Mesh) -> None:
+        """Tables are whole everywhere, and every model slice makes all logits of its rows."""
+        rows, data = mesh.cut("data", None), mesh.degrees.data_parallel
+        self.embedding.shard(mesh)
+        self.local_places = mesh.local(self.add_places, (rows, mesh.cut(None, None)), (rows,), first, first)
+        self.dropout.shard(mesh)
+        for layer in self.layers:
+            layer.shard(mesh)
+        self.norm.shard(mesh)
+        self.cast_x.shard(mesh, "data", None)
+        self.cast_table.shard(mesh, None, None)
+        self.widen.shard(mesh, "data", None)
+        self.tied_product.shard(((data, 1), (1, 1)))
+        if self.head is not None:
+            self.head.shard(mesh, None, None)
+
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Tokens [B, S] at positions [S] -> [N, D]."""
         x = self.embedding(tokens)  # [N, D]
@@ -171,10 +243,8 @@ class Decoder(nn.Cell):
         """[N, D] -> [N, V] float32."""
         x = self.norm(x)
         if self.tied:
-            return self.tied_product(x.astype(self.dtype), self.embedding.table.astype(self.dtype)).astype(
-                mstype.float32
-            )
-        return self.head(x).astype(mstype.float32)
+            return self.widen(self.tied_product(self.cast_x(x), self.cast_table(self.embedding.table)))
+        return self.widen(self.head(x))
 
 
 def stack_losses(losses: tuple) -> tuple:

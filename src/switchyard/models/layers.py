@@ -9,8 +9,10 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import ModelConfig
+from switchyard.kernels.cast import Cast
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.softmax import Softmax
+from switchyard.parallel.mesh import Mesh, first
 
 MASKED = -1e9  # added to the score of a position that must not be seen
 
@@ -22,9 +24,26 @@ class Embedding(nn.Cell):
         super().__init__()
         self.table = Parameter(Tensor(random.normal(0.0, std, (entries, width)).astype(np.float32)), name="table")
         self.take = ops.Gather()
+        self.local = None
 
     def construct(self, tokens: Tensor) -> Tensor:
-        return self.take(self.table, tokens.reshape(-1), 0)
+        if self.local is None:
+            return self.look_up(self.table, tokens)
+        return self.local(self.table, tokens)
+
+    def look_up(self, table: Tensor, tokens: Tensor) -> Tensor:
+        """Table [V, D], tokens [...] -> [N, D]."""
+        return self.take(table, tokens.reshape(-1), 0)
+
+    def shard(self, mesh: Mesh) -> None:
+        """Tokens [B, S] are cut along B, the rows too; the table is whole everywhere."""
+        cuts = (mesh.cut(None, None), mesh.cut("data", None))
+        self.local = mesh.local(self.look_up, cuts, (mesh.cut("data", None),), row_shape, first)
+
+
+def row_shape(table, tokens):
+    """Shape of the rows [N, D] of a table [V, D] at tokens [B, S]."""
+    return [tokens[0] * tokens[1], table[1]]
 
 
 class Linear(nn.Cell):
@@ -35,9 +54,20 @@ class Linear(nn.Cell):
         self.dtype = dtype
         self.weight = Parameter(Tensor(random.normal(0.0, std, (size_in, size_out)).astype(np.float32)), name="weight")
         self.product = ops.MatMul()
+        self.cast_x, self.cast_weight = Cast(dtype), Cast(dtype)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.product(x.astype(self.dtype), self.weight.astype(self.dtype))
+        return self.product(self.cast_x(x), self.cast_weight(self.weight))
+
+    def shard(self, mesh: Mesh, size_in: str | None, size_out: str | None, out: str = "data") -> None:
+        """Weight [I, O] cut by `size_in` and `size_out`, x by rows and `size_in`, the result by `out` and `size_out`.
+
+        Where I is cut the result is a sum over the model slices: AllReduce, or ReduceScatter where `out` is "rows".
+        """
+        cuts = (mesh.cut("data", size_in), mesh.cut(size_in, size_out))
+        self.product.shard(cuts, (mesh.cut(out, size_out),))
+        self.cast_x.shard(mesh, "data", size_in)
+        self.cast_weight.shard(mesh, size_in, size_out)
 
 
 class Dropout(nn.Cell):
@@ -49,11 +79,23 @@ class Dropout(nn.Cell):
     def __init__(self, rate: float, slices: NoiseSlices):
         super().__init__()
         self.rate, self.slice = rate, slices.take(rate > 0)
+        self.local = None
 
     def construct(self, x: Tensor, noise: Tensor) -> Tensor:
         if self.rate == 0.0 or not self.training:
             return x
+        if self.local is None:
+            return self.drop(x, noise)
+        return self.local(x, noise)
+
+    def drop(self, x: Tensor, noise: Tensor) -> Tensor:
+        """What is left of x."""
         return x * ((noise[self.slice] >= self.rate).astype(mstype.float32) * (1.0 / (1.0 - self.rate)))
+
+    def shard(self, mesh: Mesh) -> None:
+        """Rows are cut, and the noise with them."""
+        rows = mesh.cut("rows", None)
+        self.local = mesh.local(self.drop, (rows, mesh.cut(None, "rows", None)), (rows,), first, first)
 
 
 class Rotary(nn.Cell):
@@ -112,24 +154,44 @@ class Attention(nn.Cell):
         self.softmax = Softmax()
         self.mix = ops.BatchMatMul()
         self.causal = causal
+        self.widen = Cast(mstype.float32)
+        self.local, self.length = None, causal.shape[0]
 
     def construct(self, x: Tensor, batch: int) -> Tensor:
         """Every position sees itself and those before it."""
-        return self.attend_causal(x, batch)[0]
+        qkv = self.qkv(x)
+        return self.widen(self.out(self.mix_heads(qkv, batch) if self.local is None else self.local(qkv)))
 
-    def attend_causal(self, x: Tensor, batch: int):
-        """(output [N, D], keys [B, J, S, h], values [B, J, S, h]): what a cache wants to keep."""
-        query, key, value = self._project(x, batch)
+    def mix_slice(self, qkv: Tensor) -> Tensor:
+        """`mix_heads` of the sequences and heads that a device holds."""
+        return self.mix_heads(qkv, qkv.shape[0] // self.length)
+
+    def mix_heads(self, qkv: Tensor, batch: int) -> Tensor:
+        """Projections [N, J * (R + 2) * h] -> what the heads bring together [N, J * R * h]."""
+        query, key, value = self._split_heads(qkv, batch)
         length = query.shape[3]
         if self.rotary is not None:
             positions = ops.arange(length)
             cos, sin = self.rotary.tables(positions)  # [S, h / 2]
             query, key = self.rotary(query, cos, sin), self.rotary(key, cos, sin)
-        return self._attend(query, key, value, self.causal[:length, :length]), key, value
+        return self._attend(query, key, value, self.causal[:length, :length])
 
-    def _project(self, x: Tensor, batch: int):
+    def shard(self, mesh: Mesh) -> None:
+        """Heads are cut over the model slices, sequences over the data slices (arXiv 1909.08053, section 3)."""
+        self.qkv.shard(mesh, None, "model")
+        self.out.shard(mesh, "model", None, "rows")
+        self.widen.shard(mesh, "rows", None)
+        self.kv_heads, self.length = self.kv_heads // mesh.degrees.model_parallel, mesh.length
+        heads, repeat = mesh.cut("data", "model"), self.repeat
+
+        def shape(qkv):
+            return [qkv[0], qkv[1] * repeat // (repeat + 2)]
+
+        self.local = mesh.local(self.mix_slice, (heads,), (heads,), shape, first)
+
+    def _split_heads(self, qkv: Tensor, batch: int):
         """Queries [B, J, R, S, h], keys [B, J, S, h], values [B, J, S, h]."""
-        qkv = self.qkv(x).reshape(batch, -1, self.kv_heads, self.repeat + 2, self.head_size)  # [B, S, J, R + 2, h]
+        qkv = qkv.reshape(batch, -1, self.kv_heads, self.repeat + 2, self.head_size)  # [B, S, J, R + 2, h]
         qkv = self.transpose(qkv, (0, 2, 3, 1, 4))  # [B, J, R + 2, S, h]
         if self.repeat == 1:
             query, key, value = self.split(qkv)
@@ -138,7 +200,7 @@ class Attention(nn.Cell):
         return query, key.squeeze(2), value.squeeze(2)
 
     def _attend(self, query, key, value, mask):
-        """Queries [B, J, R, S, h], keys and values [B, J, T, h], mask broadcast to [B, J, R, S, T] -> [B * S, D]."""
+        """Queries [B, J, R, S, h], keys and values [B, J, T, h], mask to [B, J, R, S, T] -> [B * S, J * R * h]."""
         batch, heads, repeat, length, size = query.shape
         keys = key.shape[2]
         query = (query * self.scale).reshape(batch * heads, repeat * length, size)  # [B * J, R * S, h]
@@ -147,4 +209,4 @@ class Attention(nn.Cell):
         weights = self.softmax(scores).astype(query.dtype).reshape(batch * heads, repeat * length, keys)
         mixed = self.mix(weights, value.reshape(batch * heads, keys, size))  # [B * J, R * S, h]
         mixed = self.transpose(mixed.reshape(batch, heads * repeat, length, size), (0, 2, 1, 3))  # [B, S, H, h]
-        return self.out(mixed.reshape(batch * length, -1)).astype(mstype.float32)
+        return mixed.reshape(batch * length, -1)

@@ -16,6 +16,7 @@ from mindspore import dtype as mstype
 from switchyard.config import MoEConfig
 from switchyard.errors import UserError
 from switchyard.kernels.noise import NoiseSlices
+from switchyard.parallel.mesh import Mesh
 
 
 class Routing(TypedDict):
@@ -173,13 +174,14 @@ class Router(nn.Cell):
     name: in YAML. paper: where it is from. unit: what it decides for: row (of the layer), token (by its id) or task.
     form: of its Routing; eval_form: of the one at evaluation, where it differs. learnable: has weights. causal: a row's
     routing at evaluation does not look at later rows. batch_independent: the same row gets the same experts and gates
-    whatever batch it stands in. needs: entries of the Context it cannot do without. losses: names in `moe.losses` that
+    whatever batch it stands in. cuts: it can be cut over devices, for its scores are x W, of which `decide(logits,
+    context)` makes the Routing. needs: entries of the Context it cannot do without. losses: names in `moe.losses` that
     it can give; `switch` and `z` also by aux_loss_factor and z_loss_factor.
     """
 
     name, paper, unit = "", "", "row"
     form, eval_form = "token_choice", None
-    learnable, causal, batch_independent = True, True, True
+    learnable, causal, batch_independent, cuts = True, True, True, False
     needs: tuple = ()
     losses: tuple = ("switch", "z", "importance", "sequence", "mutual_information")
 
@@ -266,6 +268,14 @@ class LinearRouter(Router):
         groups, count, width = rows.shape
         scores = self.product(rows.reshape(groups * count, width).astype(mstype.float32), weight)  # [G * N, X]
         return scores.reshape(groups, count, -1)
+
+    def score_flat(self, rows: Tensor) -> Tensor:
+        """Rows [N, D] float32, where they are cut over devices -> [N, E]."""
+        return self.product(rows, self.weight)
+
+    def shard(self, mesh: Mesh) -> None:
+        """Rows are cut, the matrix is whole everywhere."""
+        self.product.shard((mesh.cut("data", None), mesh.cut(None, None)), (mesh.cut("data", None),))
 
 
 def normalised(gates: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class Cosine(NormalisedRouter):
     0.01. Gates as in top_k.
     """
 
+    cuts = False  # its scores are not x W
     paper = "arXiv 2204.09179"
 
     def __init__(self, setting: RouterSetting):

@@ -32,8 +32,8 @@ class GShard(SoftmaxRouter):
         self.one_hot = ops.OneHot()
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        logits = self.score(rows, self.weight)  # [G, N, E]
+    def decide(self, logits: Tensor, context: dict) -> dict:
+        """The Routing that scores [G, N, E] make; reads no parameter."""
         probabilities = self.softmax(logits)
         experts, gates, chosen = self.choose(logits, probabilities, context)
         gates = normalised(gates)  # [G, N, 2]

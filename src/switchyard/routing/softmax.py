@@ -11,6 +11,8 @@ from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, norma
 class SoftmaxRouter(LinearRouter):
     """p = softmax(x W) (arXiv 2101.03961, eq. 1), the K most probable experts, gates made of their probabilities."""
 
+    cuts = True
+
     def __init__(self, setting: RouterSetting, columns: int | None = None):
         super().__init__(setting, columns)
         self.factor = setting.moe.routed_scaling_factor
@@ -18,7 +20,10 @@ class SoftmaxRouter(LinearRouter):
         self.choose = Choosing(self.expert_num, self.choices)
 
     def construct(self, rows: Tensor, context: dict) -> dict:
-        logits = self.logits(rows)  # [G, N, E]
+        return self.decide(self.logits(rows), context)
+
+    def decide(self, logits: Tensor, context: dict) -> dict:
+        """The Routing that scores [G, N, E] make; reads no parameter."""
         probabilities = self.softmax(logits)  # arXiv 2101.03961, eq. 1
         scores = self.rank(logits, context["valid"])
         experts, gates, chosen = self.choose(scores, probabilities, context)

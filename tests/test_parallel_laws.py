@@ -1,0 +1,53 @@
+"""Degrees that do not fit the model, the batch or each other are refused in one line, before anything is built."""
+
+import pytest
+
+from switchyard.config import build
+from switchyard.errors import UserError
+
+MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "intermediate_size": 20, "seq_length": 6}
+FITS = {"data_parallel": 4, "expert_parallel": 2, "model_parallel": 2, "pipeline_stage": 2, "micro_batch_num": 2}
+
+
+def _build(parallel, model=None, moe=None, batch=8):
+    tree = {"model": MODEL | (model or {}), "moe": {"expert_num": 4} | (moe or {}), "data": {"batch_size": batch}}
+    return build(tree | {"parallel": parallel})
+
+
+def test_degrees_that_fit():
+    config = _build(FITS)
+    assert config.devices == 16 and config.groups == 4
+
+
+@pytest.mark.parametrize(
+    ("parallel", "changes", "message"),
+    [
+        ({"expert_parallel": 8, "data_parallel": 8}, {}, "expert_parallel: 8; must divide moe.expert_num"),
+        (
+            {"expert_parallel": 4, "data_parallel": 2},
+            {},
+            r"expert_parallel: 4; must divide parallel.data_parallel \(2\)",
+        ),
+        ({"model_parallel": 3}, {}, r"model_parallel: 3; must divide the key/value heads \(4\)"),
+        ({"model_parallel": 2}, {"model": {"intermediate_size": 21}}, r"hidden width of a dense feed-forward \(21\)"),
+        (
+            {"model_parallel": 2},
+            {"moe": {"moe_intermediate_size": 7}},
+            r"must divide the hidden width of an expert \(7\)",
+        ),
+        ({"pipeline_stage": 3}, {}, r"pipeline_stage: 3; at most model.num_layers \(2\)"),
+        ({"pipeline_stage": 2}, {"model": {"num_layers": 3}}, r"pipeline_stage: 2; must divide model.num_layers \(3\)"),
+        ({"pipeline_stage": 2}, {}, "micro_batch_num: 1; at least parallel.pipeline_stage"),
+        ({"micro_batch_num": 2}, {}, "micro_batch_num: 2; those of a pipeline"),
+        ({"data_parallel": 4}, {"batch": 6}, r"data.batch_size: 6; must be a multiple of the routing groups \(4"),
+        ({"data_parallel": 4}, {"moe": {"groups": 2}}, r"moe.groups: 2; must be a multiple of .*data_parallel \(4\)"),
+        (
+            {"data_parallel": 8, "model_parallel": 4, "sequence_parallel": True},
+            {},
+            r"sequence_parallel: True; model_parallel \(4\) must divide a slice's rows \(6\)",
+        ),
+    ],
+)
+def test_degrees_that_do_not_fit_are_named(parallel, changes, message):
+    with pytest.raises(UserError, match=message):
+        _build(parallel, **changes)
