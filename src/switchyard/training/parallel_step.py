@@ -189,7 +189,7 @@ def parallel_step(config: Config, vocab_size: int) -> AutoParallel:
     return step
 
 
-def step_inputs(config: Config, vocab_size: int, noise_slices: int = 0, seed: int = 0) -> tuple[np.ndarray, ...]:
+def batch_slices(config: Config, vocab_size: int, noise_slices: int = 0, seed: int = 0) -> tuple[Tensor, ...]:
     """Random arguments of `parallel_step`, of the shapes that one device reads."""
     random, model = np.random.default_rng(seed), config.model
     batch = config.data.batch_size // config.parallel.data_parallel
@@ -197,7 +197,7 @@ def step_inputs(config: Config, vocab_size: int, noise_slices: int = 0, seed: in
     arrays = [tokens[:, :-1], tokens[:, 1:], np.ones((batch, model.seq_length), np.float32)]
     if noise_slices:
         arrays.append(random.random((batch * model.seq_length, noise_slices, model.hidden_size), np.float32))
-    return tuple(np.ascontiguousarray(array) for array in arrays)
+    return tuple(Tensor(np.ascontiguousarray(array)) for array in arrays)
 
 
 def unpack(figures: np.ndarray, config: Config) -> dict:
