@@ -4,6 +4,7 @@ Where an axis is cut is said by `switchyard.parallel.placement`; here ZeRO's fur
 of a slice is added, and the one rank of those that hold the same slice that writes it.
 """
 
+from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.parallel.placement import Degrees, optimizer_slices, placement, slice_of, slices, stages_of
 from switchyard.training.tensors import Box
@@ -59,6 +60,17 @@ def whole_shape(name: str, shape: Shape, degrees: Degrees) -> Shape:
         )
     cut = placement(name, shape, Degrees())
     return tuple(size * slices(axis, degrees) for size, axis in zip(shape, cut))
+
+
+def keep_groups(old: Config, new: Config) -> Config:
+    """`new`, with as many routing groups as `old` where it names no number itself and its degrees allow it.
+
+    Each group has a capacity of its own, so with other groups other tokens are dropped.
+    """
+    named = new.moe.groups is not None or not new.moe_layers
+    if named or new.groups == old.groups or old.groups % new.parallel.data_parallel:
+        return new
+    return new.model_copy(update={"moe": new.moe.model_copy(update={"groups": old.groups})})
 
 
 def _stages(name: str, layers: int, degrees: Degrees) -> tuple[int, ...]:

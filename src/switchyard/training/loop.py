@@ -26,7 +26,7 @@ from switchyard.routing.replay import Recorder, Replayer
 from switchyard.training import checkpoint
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
 from switchyard.training.metrics import Clock, MetricsLog, Progress, load_range, train_figures
-from switchyard.training.resume import RESULT, find_start, finished
+from switchyard.training.resume import RESULT, find_start, finished, resumed
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
 from switchyard.training.step import NOISE_RULE, TrainStep, draw_noise
@@ -50,6 +50,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     check_degrees(config, launched())
     run = Path(config.train.output_dir) / config.train.name
     held = find_start(run, config, resume)
+    config = resumed(held.config, config) if held else config
     if held and (result := finished(run, config)):
         print(f"run: '{run}' has made its {config.train.steps} steps; raise train.steps to go on", flush=True)
         return result

@@ -9,6 +9,7 @@ from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.parallel.placement import Degrees
+from switchyard.training.layout import keep_groups
 from switchyard.training.manifest import KINDS, read_manifest, read_texts
 from switchyard.training.sharded import TEMPORARY, assemble, publish, remove, write_slices
 from switchyard.training.slices import Tensors
@@ -36,7 +37,7 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
         raise UserError(f"--out: '{out}' exists; remove it or name another folder")
     manifest = read_manifest(path)
     old, tokenizer_json, state = read_texts(manifest)
-    new = _for_degrees(old, _section(to))
+    new = keep_groups(old, configuration.build(old.model_dump() | {"parallel": _section(to)}))
     degrees, layers = Degrees.of(new.parallel), new.model.num_layers
     sources = {kind: Tensors(manifest, kind) for kind in KINDS}
     entries = {kind: source.entries for kind, source in sources.items()}
@@ -55,18 +56,6 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
     finally:
         remove(folder)
     return old, new
-
-
-def _for_degrees(old: Config, section: dict) -> Config:
-    """The configuration with another section `parallel`; routing groups stay as they were where they can.
-
-    Each group has a capacity of its own, so other groups would drop other tokens.
-    """
-    tree = old.model_dump()
-    new = configuration.build(tree | {"parallel": section})
-    if new.groups == old.groups or old.groups % new.parallel.data_parallel:
-        return new
-    return configuration.build(tree | {"parallel": section, "moe": tree["moe"] | {"groups": old.groups}})
 
 
 def _section(text: str) -> dict:

@@ -11,6 +11,7 @@ from switchyard.parallel.placement import Degrees
 from switchyard.parallel.processes import is_first, own_rank
 from switchyard.training import checkpoint
 from switchyard.training.checkpoint import Checkpoint
+from switchyard.training.layout import keep_groups
 
 RESULT = "result.json"
 
@@ -58,12 +59,36 @@ def find_start(run: Path, config: Config, resume: bool) -> Checkpoint | None:
     if held is None:
         print(f"resume: '{run}' holds no checkpoint yet: starting from step 0", flush=True)
         return None
-    check_resumable(held.config, config)
+    check_resumable(held.config, keep_groups(held.config, config))
     if held.step > config.train.steps:
         raise UserError(f"train.steps: {config.train.steps}; the run '{run}' is at step {held.step} already: raise it")
     for path in damaged if is_first() else ():  # out of the way, so that it is neither counted nor read as the newest
         path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
     return held
+
+
+def resumed(old: Config, new: Config) -> Config:
+    """The configuration that a run goes on with: `new`, with the routing groups that it had, where that can be.
+
+    Prints what the change of layout means: weights and moments are the same numbers, cut otherwise.
+    """
+    kept = keep_groups(old, new)
+    if old.parallel != new.parallel and is_first():
+        before, now = (changed_degrees(config) for config in (old, new))
+        print(f"resume: the checkpoint is re-cut from {before} to {now}", flush=True)
+    if kept.moe_layers and kept.groups != old.groups and new.moe.groups is None and is_first():
+        print(
+            f"resume: {kept.groups} routing groups from here on, not {old.groups}: each has a capacity of its own",
+            flush=True,
+        )
+    return kept
+
+
+def changed_degrees(config: Config) -> str:
+    """The keys of the section `parallel` that differ from one device."""
+    usual = type(config.parallel)()
+    parts = [f"{key} {value}" for key, value in config.parallel if value != getattr(usual, key)]
+    return ", ".join(parts) or "one device"
 
 
 def finished(run: Path, config: Config) -> dict[str, Any] | None:
@@ -78,9 +103,9 @@ def finished(run: Path, config: Config) -> dict[str, Any] | None:
 def check_resumable(old: Config, new: Config) -> None:
     """Refuses changes that would give another model or another sequence of losses (UserError names the key)."""
     before, now = old.model_dump(), new.model_dump()
-    before.pop("parallel"), now.pop("parallel")  # free, as long as the routing groups stay the same
+    before.pop("parallel"), now.pop("parallel")  # free; so are routing groups that follow data_parallel, see `resumed`
     if new.moe_layers:
-        before["moe"]["groups"], now["moe"]["groups"] = old.groups, new.groups
+        before["moe"]["groups"], now["moe"]["groups"] = old.groups, new.moe.groups or old.groups
     held_total = before["schedule"]["total_steps"] or before["train"]["steps"]
     total = now["schedule"]["total_steps"]
     if total in (None, held_total):  # nothing that the user has asked to change
