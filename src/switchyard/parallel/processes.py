@@ -168,8 +168,13 @@ def local_config(config: Config, processes: Processes) -> Config:
 
 
 def on_one_device(config: Config) -> Config:
-    """The same model on one device: no degrees, and as many routing groups as before."""
+    """The same model for evaluation on one device: no degrees, and the routing groups of before where groups matter.
+
+    They do where an expert has a capacity, or chooses its rows; a decoder without drops gives a row the same whatever
+    stands beside it, and takes batches of any size as one group.
+    """
     if config.parallel == type(config.parallel)():
         return config
-    moe = config.moe.model_copy(update={"groups": config.groups})
+    free = config.model.type == "decoder" and config.moe.eval_capacity_factor is None
+    moe = config.moe.model_copy(update={"groups": config.moe.groups if free else config.groups})
     return config.model_copy(update={"moe": moe, "parallel": type(config.parallel)()})

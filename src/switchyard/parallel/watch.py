@@ -11,6 +11,7 @@ Exit code: 0, or that of the worker which failed first (2 a mistake in the input
 was killed. Nothing heavy is imported.
 """
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -24,8 +25,9 @@ from switchyard.cli import EXIT_KILLED
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 
 POLL = 0.2  # seconds
-PATIENCE = 2.0  # seconds that msrun gets to end by itself when no worker is left, one of them having failed
+PATIENCE = 1.0  # seconds that msrun gets to end by itself when no worker is left, one of them having failed
 WAIT_WELL = 60.0  # the same where none has
+LAST_WORDS = 5.0  # seconds for msrun to say what it has seen, after all others were ended
 FAILED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
 LAUNCHER_LOG = "msrun.log"
 SPOKEN = ("error: ", "interrupted: ")  # how the command lines say what happened, see switchyard.cli
@@ -68,7 +70,8 @@ class Job:
         """The first goes to the workers, who save; the second ends the job."""
         self.signals += 1
         for pid in self._alive(self.ranks):
-            self._seen[pid].send_signal(signal.SIGTERM)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._seen[pid].send_signal(signal.SIGTERM)
         if not self.ranks:
             self.signals = 2  # nothing has begun that could be saved
 
@@ -136,13 +139,11 @@ class Job:
         if self.launcher.poll() is None:
             self._look()
         for pid in self._alive(list(self._seen)):
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 self._seen[pid].kill()
-            except psutil.NoSuchProcess:
-                continue
         if self.ranks or self.signals:
             try:
-                self.launcher.wait(PATIENCE)  # it reads the workers' codes first
+                self.launcher.wait(LAST_WORDS)  # it reads the workers' codes first
             except subprocess.TimeoutExpired:
                 self.launcher.kill()
         else:
