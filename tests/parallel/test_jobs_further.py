@@ -9,7 +9,7 @@ from oracles.tiny_run import losses_of, metrics_of, run_config, write_text
 from switchyard.training.loop import train
 
 STEPS = 6
-HALF = "random order, float16"
+HALF, IMAGES = "random order, float16", "expert choice of images"
 CASES = {
     "sigmoid": {  # its bias follows the load of all processes
         "moe": {"router": "sigmoid", "expert_num": 4, "num_experts_chosen": 2, "topk_bias_update_rate": 0.01},
@@ -19,7 +19,7 @@ CASES = {
         "moe": {"router": "switch", "expert_num": 4, "drop_order": "random", "capacity_factor": 0.5},
     },
     "slices": {"moe": {"router": "switch", "expert_num": 4, "granularity": "slice", "slice_length": 4}},
-    "expert choice of images": {
+    IMAGES: {
         "model": {"type": "vision", "num_layers": 2, "hidden_size": 8, "intermediate_size": 8},
         "moe": {"router": "expert_choice", "expert_num": 4, "layers": [1], "granularity": "region"},
     },
@@ -50,7 +50,8 @@ def config_of(folder: Path, name: str, case: str, **parallel):
 def test_two_processes_equal_one(tmp_path, graph, case):
     write_text(tmp_path)
     train(config_of(tmp_path, "alone", case))
-    done = run(config_of(tmp_path, "two", case, data_parallel=2, expert_parallel=2), tmp_path)
+    experts = 1 if case == IMAGES else 2  # of images, experts are not cut: see laws.parallel_laws
+    done = run(config_of(tmp_path, "two", case, data_parallel=2, expert_parallel=experts), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     one, other = (tmp_path / "runs" / name for name in ("alone", "two"))
     losses, others = losses_of(one), losses_of(other)

@@ -92,7 +92,10 @@ def test_the_same_model_on_one_device():
     assert single.devices == 1 and single.groups == 1  # without drops groups make no difference
     check_degrees(single, 1)
     assert on_one_device(build({"parallel": cut, "moe": EXPERTS | {"eval_capacity_factor": 1.5}})).groups == 2
-    assert on_one_device(build({"parallel": cut, "moe": EXPERTS, "model": {"type": "vision"}})).groups == 2
+    assert (
+        on_one_device(build({"parallel": {"data_parallel": 2}, "moe": EXPERTS, "model": {"type": "vision"}})).groups
+        == 2
+    )
     plain = build({"moe": {"groups": 3}})
     assert on_one_device(plain) is plain
 
