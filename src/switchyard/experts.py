@@ -91,19 +91,16 @@ class FeedForwardExperts(nn.Cell):
         """The non-linearity of hidden [E, S, F]."""
         return self.activation(hidden)
 
-    def shard(self, mesh: Mesh, experts: str | None = "expert", rows: str = "outer", out: str = "outer") -> None:
-        """E cut by `experts`, S by `rows`, F by the model slices; the result's S by `out`.
-
-        The second product sums over the model slices: AllReduce, or ReduceScatter where `out` is "rows".
-        """
+    def shard(self, mesh: Mesh, experts: str | None = "expert", rows: str = "outer") -> None:
+        """E cut by `experts`, S by `rows`, F by the model slices, over which the second product's result is summed."""
         before, within = mesh.cut(experts, rows, None), mesh.cut(experts, rows, "model")
         for product in (self.product_in, self.product_gate):
             product.shard((before, mesh.cut(experts, None, "model")), (within,))
-        self.product_out.shard((within, mesh.cut(experts, "model", None)), (mesh.cut(experts, out, None),))
+        self.product_out.shard((within, mesh.cut(experts, "model", None)), (before,))
         work, inputs = (self.gate_hidden, (within, within)) if self.gated else (self.bend_hidden, (within,))
         self.local = mesh.local(work, inputs, (within,), first, first)
         self.to_dtype.shard(mesh, experts, rows, None)
         self.narrow_in.shard(mesh, experts, None, "model")
         self.narrow_gate.shard(mesh, experts, None, "model")
         self.narrow_out.shard(mesh, experts, "model", None)
-        self.widen.shard(mesh, experts, out, None)
+        self.widen.shard(mesh, experts, rows, None)

@@ -118,7 +118,7 @@ class Block(nn.Cell):
         if self.conditional:
             self.feed_forward.shard(mesh)
         else:
-            self.feed_forward.shard(mesh, None, "data", "rows")
+            self.feed_forward.shard(mesh, None, "data")
 
     def feed_slices(self, rows: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, groups: int):
         """The conditional layer over windows of tokens, each sent where its first token goes: rows [N, D]."""

@@ -170,6 +170,9 @@ def parallel_step(config: Config, vocab_size: int) -> AutoParallel:
     Raises:
         UserError: what cannot be cut over devices.
     """
+    if config.parallel.pipeline_stage > 1:
+        stages = config.parallel.pipeline_stage
+        raise UserError(f"parallel.pipeline_stage: {stages}; 1: the decoder is not cut into stages in this version")
     if config.train.gradient_accumulation_steps > 1:
         count = config.train.gradient_accumulation_steps
         raise UserError(f"train.gradient_accumulation_steps: {count}; 1 where parallel degrees cut the model")

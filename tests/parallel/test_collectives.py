@@ -1,0 +1,138 @@
+"""Golden counts: which collectives the compiler makes of the decoder's training step, and in which groups.
+
+Two layers, the first dense, the second conditional. Whatever has no layout would show up here as an AllGather or a
+StridedSlice around it.
+"""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from switchyard.parallel import simulate
+from switchyard.parallel.placement import Degrees, optimizer_slices, placement, slice_of
+
+ALL = tuple(range(8))
+MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "seq_length": 8, "intermediate_size": 32}
+FORWARD, BACKWARD = "forward", "backward"
+
+# 15 parameters: table, final norm; of each layer two norms, qkv, out; two dense matrices; router, two of the experts.
+# Forward: the sum of valid tokens and the sum of all figures; and the gradients' norm.
+LAYOUTS = {
+    "dp8": (
+        {"data_parallel": 8},
+        {("AllReduce", ALL): 15 + 3},
+    ),
+    "ep8": (
+        {"data_parallel": 8, "expert_parallel": 8},
+        {("AllReduce", ALL): 13 + 3, ("AlltoAll", ALL): 4},
+    ),
+    "dp8 ep4": (
+        {"data_parallel": 8, "expert_parallel": 4},
+        {("AllReduce", ALL): 13 + 3, ("AllReduce", (1, 5)): 2, ("AlltoAll", (4, 5, 6, 7)): 4},
+    ),
+    # a dense matrix [1, D, F] has nothing to cut along axis 0
+    "dp8 ep4 zero1": (
+        {"data_parallel": 8, "expert_parallel": 4, "optimizer_shard": 1},
+        {
+            ("AllReduce", ALL): 2 + 3,
+            ("AlltoAll", (4, 5, 6, 7)): 4,
+            ("AllGather", ALL): 11,
+            ("AllGather", (1, 5)): 2,
+            ("ReduceScatter", ALL): 11,
+            ("ReduceScatter", (1, 5)): 2,
+        },
+    ),
+    # gathered again in the backward pass, except the gains of the five norms, which have no product behind them
+    "dp8 ep4 zero3": (
+        {"data_parallel": 8, "expert_parallel": 4, "optimizer_shard": 3},
+        {
+            ("AllReduce", ALL): 2 + 3,
+            ("AlltoAll", (4, 5, 6, 7)): 4,
+            ("AllGather", ALL): 11 + 6,
+            ("AllGather", (1, 5)): 2 + 2,
+            ("ReduceScatter", ALL): 11,
+            ("ReduceScatter", (1, 5)): 2,
+        },
+    ),
+    # (4, 5) are the model slices, (1, 3, 5, 7) the data slices; two attentions, a dense network and the experts each
+    # sum over the model slices once forward and once backward
+    "dp4 ep2 tp2": (
+        {"data_parallel": 4, "expert_parallel": 2, "model_parallel": 2},
+        {
+            ("AllReduce", ALL): 7 + 1,
+            ("AllReduce", (1, 3, 5, 7)): 6 + 2,
+            ("AllReduce", (1, 5)): 2,
+            ("AllReduce", (4, 5)): 8,
+            ("AlltoAll", (5, 7)): 4,
+        },
+    ),
+    # the attentions' sums become ReduceScatter and AllGather; what goes into an attention, a network, a router or the
+    # head is gathered
+    "dp4 ep2 tp2 sequence": (
+        {"data_parallel": 4, "expert_parallel": 2, "model_parallel": 2, "sequence_parallel": True},
+        {
+            ("AllReduce", ALL): 7 + 1,
+            ("AllReduce", (1, 3, 5, 7)): 6 + 2,
+            ("AllReduce", (1, 5)): 2,
+            ("AllReduce", (4, 5)): 4,
+            ("AllGather", (4, 5)): 5 + 2,
+            ("ReduceScatter", (4, 5)): 2 + 5,
+            ("AlltoAll", (5, 7)): 4,
+        },
+    ),
+    "dp8 ep4 recompute": (
+        {"data_parallel": 8, "expert_parallel": 4, "recompute": True},
+        {("AllReduce", ALL): 13 + 3, ("AllReduce", (1, 5)): 2, ("AlltoAll", (4, 5, 6, 7)): 4 + 1},
+    ),
+}
+RANK = 5
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def compiled(request):
+    """(name, degrees, report, golden counts) of a layout."""
+    parallel, golden = LAYOUTS[request.param]
+    router = "top_k" if request.param == "dp8 ep4" else "switch"
+    moe = {"router": router, "expert_num": 8, "layers": 2, "num_experts_chosen": 2 if router == "top_k" else 1}
+    tree = {"model": MODEL, "moe": moe, "data": {"batch_size": 16}, "parallel": parallel}
+    degrees = Degrees(**{name: value for name, value in parallel.items() if name in Degrees.__dataclass_fields__})
+    return request.param, degrees, simulate.compile_step(tree, degrees.devices, RANK, vocab=32), golden
+
+
+@pytest.mark.slow
+def test_collectives_are_those_of_the_table(compiled):
+    name, _, report, golden = compiled
+    assert Counter((one.kind, one.group) for one in report.collectives) == golden
+    if ("AlltoAll", (4, 5, 6, 7)) in golden and "recompute" not in name:
+        assert report.count("AlltoAll", FORWARD, "layers.1") == 2 == report.count("AlltoAll", BACKWARD, "layers.1")
+
+
+@pytest.mark.slow
+def test_rows_are_sliced_only_where_the_sequence_is_cut(compiled):
+    """A StridedSlice of a redistribution: of the embedding's rows and of what each feed-forward brings back."""
+    name, _, report, _ = compiled
+    made = [node for node in report.graph.nodes if node.kind == "StridedSlice" and "redistribution" in node.instance]
+    assert len(made) == (3 if "sequence" in name else 0)
+
+
+@pytest.mark.slow
+def test_parameters_lie_where_the_placement_says(compiled):
+    """Local shapes, those of both moments and of ZeRO's slices too."""
+    _, degrees, report, _ = compiled
+    whole = {
+        "embedding.table": (32, 16),
+        "norm.gain": (16,),
+        "layers.0.attention.qkv.weight": (16, 48),
+        "layers.1.attention.out.weight": (16, 16),
+        "layers.0.feed_forward.w_in": (1, 16, 32),
+        "layers.1.feed_forward.router.weight": (16, 8),
+        "layers.1.feed_forward.experts.w_in": (8, 16, 32),
+        "layers.1.feed_forward.experts.w_out": (8, 32, 16),
+    }
+    for name, shape in whole.items():
+        cut = placement(name, shape, degrees)
+        local = list(np.empty(shape)[slice_of(shape, cut, degrees, RANK)].shape)
+        local[0] //= optimizer_slices(shape, cut, degrees, RANK)
+        for prefix in ("", "moment1.", "moment2."):
+            assert report.parameters[prefix + name] == tuple(local), prefix + name
