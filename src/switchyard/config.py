@@ -120,6 +120,13 @@ class MoEConfig(Section):
     record: str | None = Field(None, description="safetensors file that gets the experts chosen in this run")
     replay: str | None = Field(None, description="recorded file whose choices are forced; the gates stay live")
     jitter: Fraction = Field(0.0, description="training: router input times U(1 - jitter, 1 + jitter), anew each step")
+    router_warmup_steps: NotNegative = Field(
+        0,
+        description="first steps whose rows go to experts at random and evenly; the router learns but does not choose",
+    )
+    router_freeze_step: NotNegative | None = Field(
+        None, description="steps after which the router gets no more updates; 0 = from the start, null = not"
+    )
     losses: dict[str, Weight] = Field(
         {}, description="further balance losses and their weights: importance, load, mutual_information, sequence"
     )

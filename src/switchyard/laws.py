@@ -37,6 +37,7 @@ def router_laws(moe):
     if moe.task_experts is not None:
         yield from _task_laws(moe)
     yield from _replay_laws(moe)
+    yield from _schedule_laws(moe)
 
 
 def _token_choice_laws(moe):
@@ -83,6 +84,14 @@ def _replay_laws(moe):
         yield moe.record != moe.replay, "moe.record", moe.record, "must not be the file that moe.replay reads"
 
 
+def _schedule_laws(moe):
+    """Laws of the router's warm-up and freezing."""
+    steps = moe.router_warmup_steps
+    if steps:
+        decided = moe.replay is not None or moe.force_balance
+        yield not decided, "moe.router_warmup_steps", steps, "choices are forced already: no moe.replay, force_balance"
+
+
 def _task_laws(moe):
     """Laws of the table of experts by task."""
     sets, chosen = moe.task_experts, moe.num_experts_chosen
@@ -119,6 +128,8 @@ def granularity_laws(config):
         yield length % moe.slice_length == 0, "moe.slice_length", moe.slice_length, f"must divide seq_length ({length})"
         for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
             yield file is None, key, file, "choices are recorded by token: moe.granularity 'token'"
+        steps = moe.router_warmup_steps
+        yield not steps, "moe.router_warmup_steps", steps, "choices are forced by token: moe.granularity 'token'"
     if kind != "token":
         gated = moe.use_shared_expert_gating
         yield not gated, "moe.use_shared_expert_gating", gated, "a gate of tokens: moe.granularity 'token'"
@@ -136,6 +147,8 @@ def image_laws(config):
     yield config.model.dropout == 0, "model.dropout", config.model.dropout, f"0, or model.type 'decoder': not {network}"
     for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
         yield file is None, key, file, "choices are recorded for text only: model.type 'decoder'"
+    steps = moe.router_warmup_steps
+    yield not steps, "moe.router_warmup_steps", steps, "choices are forced for text only: model.type 'decoder'"
     yield not moe.losses.get("sequence"), "moe.losses.sequence", moe.losses.get("sequence"), "an image is no sequence"
     if network == "cascade":
         tasks = vision.tasks

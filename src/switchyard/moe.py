@@ -20,7 +20,7 @@ from switchyard.kernels.noise import NoiseSlices, UniformRows
 from switchyard.parallel.mesh import Mesh, first
 from switchyard.paths import create_path
 from switchyard.routing import balance, create_router
-from switchyard.routing.base import known_routers, require_choices
+from switchyard.routing.base import known_routers, require_choices, require_learnable
 
 TALLY = 6  # figures of a layer besides load and importance, see MoELayer.tally
 
@@ -94,8 +94,9 @@ class MoELayer(nn.Cell):
         self.train_path = create_path(self.router.form, moe, True)
         self.eval_path = create_path(self.router.eval_form or self.router.form, moe, False)
         self.records = moe.record is not None
-        if self.records or moe.replay is not None or moe.force_balance:
+        if self.records or moe.replay is not None or moe.force_balance or moe.router_warmup_steps:
             require_choices(moe)
+        require_learnable(moe)
         self.losses = balance.WeightedLosses(moe, self.router, config.model.seq_length)
         self.slot_shape = slot_shape(config)
         self.groups, self.groups_here, self.local_jitter = config.groups, config.groups, None

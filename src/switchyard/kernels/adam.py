@@ -31,12 +31,23 @@ class AdamW(nn.Cell):
         parameters: what to update; float32.
         beta1, beta2, eps, weight_decay: as above.
         guarded: an update can be refused by `alive` (dynamic loss scale).
+        apart: for each parameter whether its learning rate is multiplied by `factor` of a call; None: of none.
         device_target: "CPU" takes the kernel that is fastest there; None asks MindSpore's context.
 
     `state()` names every parameter of the optimizer: moment1.NAME, moment2.NAME, correction1, correction2.
     """
 
-    def __init__(self, parameters, beta1, beta2, eps, weight_decay, guarded=False, device_target: str | None = None):
+    def __init__(
+        self,
+        parameters,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        guarded=False,
+        device_target: str | None = None,
+        apart: list[bool] | None = None,
+    ):
         super().__init__(auto_prefix=False)
         self.parameters = ParameterTuple(parameters)
         self.moment1 = self.parameters.clone("moment1", init="zeros")
@@ -46,14 +57,17 @@ class AdamW(nn.Cell):
         self.beta1, self.beta2 = Tensor(beta1, mstype.float32), Tensor(beta2, mstype.float32)
         self.rest1, self.rest2 = 1.0 - beta1, 1.0 - beta2
         self.eps, self.weight_decay, self.guarded = eps, weight_decay, guarded
+        self.apart = tuple(apart or [False] * len(self.parameters))
         self.decays = tuple(weight_decay > 0 and parameter.ndim >= 2 for parameter in parameters)
         self.one_kernel = (device_target or ms.get_context("device_target")) != "CPU"
         self.zero, self.one = Tensor(0.0, mstype.float32), Tensor(1.0, mstype.float32)
         self.adam, self.adam_decay, self.assign = ops.Adam(), ops.AdamWeightDecay(), ops.Assign()
         self.sqrt, self.select = ops.Sqrt(), ops.Select()
 
-    def construct(self, gradients: tuple, learning_rate: Tensor, alive: Tensor) -> Tensor:
+    def construct(self, gradients: tuple, learning_rate: Tensor, alive: Tensor, factor: Tensor = None) -> Tensor:
         """One update by `gradients` (one for each parameter, same shapes) and a float32 scalar: returns 0.
+
+        factor []: 0 holds the parameters that stand apart, 1 lets them go; None where there are none.
 
         Where the optimizer is guarded and `alive` is false nothing changes, whatever the gradients hold.
         """
@@ -67,6 +81,9 @@ class AdamW(nn.Cell):
             learning_rate = self.select(alive, learning_rate, self.zero)
             beta1, beta2 = self.select(alive, beta1, self.one), self.select(alive, beta2, self.one)
         rate, shrink = learning_rate * root / correction1, 1.0 - learning_rate * self.weight_decay
+        other_rate, other_shrink = rate, shrink
+        if factor is not None:
+            other_rate, other_shrink = rate * factor, 1.0 - learning_rate * factor * self.weight_decay
         if self.guarded:
             correction1 = self.select(alive, correction1, self.correction1)
             correction2 = self.select(alive, correction2, self.correction2)
@@ -76,13 +93,14 @@ class AdamW(nn.Cell):
             if self.guarded:
                 gradient = self.select(alive, gradient, ops.zeros_like(gradient))
             parameter, m, v = self.parameters[index], self.moment1[index], self.moment2[index]
+            own_rate = other_rate if self.apart[index] else rate
             if self.one_kernel:
                 own = decay if self.decays[index] else self.zero
-                self.adam_decay(parameter, m, v, rate, beta1, beta2, eps, own, gradient)
+                self.adam_decay(parameter, m, v, own_rate, beta1, beta2, eps, own, gradient)
             else:
                 if self.decays[index]:
-                    self.assign(parameter, parameter * shrink)
-                self.adam(parameter, m, v, self.zero, self.zero, rate, beta1, beta2, eps, gradient)
+                    self.assign(parameter, parameter * (other_shrink if self.apart[index] else shrink))
+                self.adam(parameter, m, v, self.zero, self.zero, own_rate, beta1, beta2, eps, gradient)
         return self.zero
 
     def state(self) -> dict[str, Parameter]:

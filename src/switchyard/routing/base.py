@@ -160,10 +160,24 @@ def require_choices(moe: MoEConfig) -> None:
     router, asked = find_router(moe.router), {"record": moe.record, "replay": moe.replay}
     if moe.force_balance:
         asked["force_balance"] = True
+    if moe.router_warmup_steps:
+        asked["router_warmup_steps"] = moe.router_warmup_steps
     if router.form != "token_choice" or router.eval_form:
         key = next(name for name, value in asked.items() if value is not None)
         reason = f"router {moe.router!r} does not choose experts row by row; take one that does"
         raise UserError(f"moe.{key}: {asked[key]}; {reason}")
+
+
+def require_learnable(moe: MoEConfig) -> None:
+    """Refuses warm-up and freezing of a router that has no weights (UserError)."""
+    if find_router(moe.router).learnable:
+        return
+    for key, value in (
+        ("router_warmup_steps", moe.router_warmup_steps or None),
+        ("router_freeze_step", moe.router_freeze_step),
+    ):
+        if value is not None:
+            raise UserError(f"moe.{key}: {value}; router {moe.router!r} does not learn: take one that does")
 
 
 class Router(nn.Cell):

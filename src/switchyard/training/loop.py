@@ -22,11 +22,12 @@ from switchyard.parallel.processes import (
     local_config,
     meet,
 )
-from switchyard.routing.replay import Recorder, Replayer
+from switchyard.routing.replay import Recorder
 from switchyard.training import checkpoint
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
 from switchyard.training.metrics import Clock, MetricsLog, Progress, load_range, train_figures
 from switchyard.training.resume import RESULT, find_start, finished, resumed
+from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
 from switchyard.training.step import NOISE_RULE, TrainStep, draw_noise
@@ -118,7 +119,7 @@ class Trainer:
         self.progress = Progress(train.steps, self.done, config.unit)
         self.compile_seconds: float | None = None
         self.recorder = Recorder(config.moe.record, config, "training", self.done) if config.moe.record else None
-        self.replayer = Replayer(config.moe.replay, config, "training") if config.moe.replay else None
+        self.forced, self.forces = forced_choices(config), None
 
     def run_to_end(self, stop: StopSignals) -> dict[str, Any]:
         """Steps until train.steps, then evaluates over the whole validation set and writes result.json."""
@@ -154,8 +155,8 @@ class Trainer:
         started = time.perf_counter()
         rate = learning_rate(self.config, self.done + 1)
         inputs = self._inputs()
-        replay = self.replayer.at(self.done, inputs[0]) if self.replayer else None
-        figures = self.step(*inputs, rate, replay)
+        replay = self.forced.at(self.done, inputs[0]) if self.forced else None
+        figures = self.step(*inputs, rate, replay, routers_learn(self.config, self.done))
         loss = float(figures["loss"].asnumpy())  # waits for the step
         seconds = time.perf_counter() - started
         self._check_finite(loss, figures)
@@ -163,10 +164,11 @@ class Trainer:
             self.recorder.add(self.done, inputs[0], figures["audit"]["experts"].asnumpy())
         self.done += 1
         self.progress.advance()
-        if self.compile_seconds is None:
-            self.compile_seconds = seconds
+        if self.forces != (replay is not None):  # the first step, and the first after a warm-up
+            self.forces = replay is not None
+            self.compile_seconds = (self.compile_seconds or 0.0) + seconds
             if self.config.context.mode == "graph":
-                self.progress.say(f"compiled, and made the first step, in {seconds:.1f} s")
+                self.progress.say(f"compiled, and made step {self.done}, in {seconds:.1f} s")
         else:
             self.clock.add(seconds)
         if self.done == 1 or self._is_due(self.config.train.log_every):

@@ -5,7 +5,7 @@ slices.
 """
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config
@@ -151,7 +151,12 @@ class StepGraph(nn.Cell):
             optimizer.eps,
             optimizer.weight_decay,
             self.scaled,
+            apart=[".router." in parameter.name for parameter in model.trainable_params()],
         )
+        self.of_router = self.optimizer.apart
+        self.freezes = config.moe.router_freeze_step is not None and self.loss.conditional
+        states = [parameter for parameter in model.untrainable_params() if ".router." in parameter.name]
+        self.router_states = ParameterTuple(states if self.freezes else [])
         self.norm = GlobalNorm()
         self.accumulated = None
         if self.micro_batches > 1:
@@ -181,37 +186,60 @@ class StepGraph(nn.Cell):
         learning_rate: Tensor,
         replay: Tensor = None,
     ) -> tuple:
-        """See TrainStep; returns (gradient_norm [], loss_scale [], skipped [], figures of LossCell...)."""
+        """See TrainStep; learning_rate [], or [2] with 1 behind it while routers learn, 0 once they are frozen, where
+        moe.router_freeze_step is set; returns (gradient_norm [], loss_scale [], skipped [], figures of LossCell...)."""
         scale = self.scale()
+        live, held = None, ()
+        if self.freezes:
+            learning_rate, live = learning_rate[0], learning_rate[1]
+            for state in self.router_states:
+                held = (*held, state + ops.zeros_like(state))
         if self.micro_batches == 1:
-            (_, figures), gradients = self.differentiate(tokens[0], labels[0], valid[0], noise[0], scale, replay, 0)
+            forced = None if replay is None else replay[0]  # [M, N, K]
+            (_, figures), gradients = self.differentiate(tokens[0], labels[0], valid[0], noise[0], scale, forced)
         else:
             figures, gradients = self.accumulate(tokens, labels, valid, noise, scale, replay)
+        if self.joint is not None:
+            gradients = self.joint(gradients)
+        if self.freezes:
+            gradients = self.learning(gradients, live)
+            self.keep(held, live)
         if self.joint is None:
             norm = self.norm(gradients) / scale
         else:
-            gradients = self.joint(gradients)
             norm = self.joint.norm(gradients) / scale
         alive = self.is_finite(norm)
-        self.optimizer(self.clipped(gradients, norm, scale), learning_rate, alive)
+        self.optimizer(self.clipped(gradients, norm, scale), learning_rate, alive, live)
         skipped = ops.zeros_like(norm)
         if self.scaled:
             skipped = 1.0 - alive.astype(mstype.float32)
             self.adjust_scale(alive)
         return (norm, scale, skipped, *figures)
 
+    def learning(self, gradients, live):
+        """The gradients, those of the routers times `live`: 0 where they are frozen, for the norm counts them not."""
+        kept = ()
+        for of_router, gradient in zip(self.of_router, gradients):
+            kept = (*kept, gradient * live if of_router else gradient)
+        return kept
+
+    def keep(self, held, live):
+        """Puts back what frozen routers have written in the forward pass, such as the bias that balances `sigmoid`."""
+        for state, before in zip(self.router_states, held):
+            self.assign(state, ops.select(live > 0, state + ops.zeros_like(state), before))
+
     def scaled_loss(self, tokens, labels, valid, noise, factor, replay=None):
         total, figures = self.loss(tokens, labels, valid, noise, replay)
         return total * factor, figures
 
-    def differentiate(self, tokens, labels, valid, noise, factor, replay, index):
-        """((scaled loss, figures), gradients) of micro-batch `index`, which reads its part of the choices to replay."""
-        if self.joint is not None:
+    def differentiate(self, tokens, labels, valid, noise, factor, replay):
+        """((scaled loss, figures), gradients) of a micro-batch, all inputs its own."""
+        if self.joint is not None:  # which replays nothing
             (total, figures), gradients = self.gradient(tokens, labels, valid, noise, factor)
             return (total, self.joint.figures(figures)), gradients
         if replay is None:
             return self.gradient(tokens, labels, valid, noise, factor)
-        return self.gradient(tokens, labels, valid, noise, factor, ops.gather(replay, index, 0))
+        return self.gradient(tokens, labels, valid, noise, factor, replay)
 
     def scale(self):
         """The loss scale []: a parameter's value with float16, else 1."""
@@ -235,8 +263,7 @@ class StepGraph(nn.Cell):
                 mask,
                 ops.gather(noise, index, 0),  # [A, J, N, D] -> [J, N, D]
                 scale * share,
-                replay,
-                index,
+                None if replay is None else ops.gather(replay, index, 0),
             )
             for total, gradient in zip(self.accumulated, gradients):
                 self.assign_add(total, gradient)
@@ -296,16 +323,18 @@ class TrainStep:
         self.graph = StepGraph(model, config, joint)
         self.graph.set_train(True)
 
-    def __call__(self, tokens, labels, valid, noise, learning_rate: float, replay=None) -> dict:
+    def __call__(self, tokens, labels, valid, noise, learning_rate: float, replay=None, routers_learn=True) -> dict:
         """tokens, labels [A, B, S] int32, valid [A, B, S] float32, noise [A, max(J, 1), N, D]: NumPy arrays; replay, if
-        any, [A, M, N, K] int32.
+        any, [A, M, N, K] int32. routers_learn: read where moe.router_freeze_step is set; false leaves the routers' own
+        parameters, and what they keep besides, as they are.
 
         Returns figures of the whole step as tensors: those of `name_figures`; gradient_norm [] before the clip;
         loss_scale [] and skipped [] (1 where the update was refused).
         """
         self.graph.set_train(True)  # evaluation switches the same model over
         inputs = [Tensor(array) for array in (tokens, labels, valid, noise)]
-        inputs.append(Tensor(learning_rate, mstype.float32))
+        rate = [learning_rate, float(routers_learn)] if self.graph.freezes else learning_rate
+        inputs.append(Tensor(rate, mstype.float32))
         if replay is not None:
             inputs.append(Tensor(replay, mstype.int32))
         norm, scale, skipped, *figures = self.graph(*inputs)
