@@ -204,10 +204,7 @@ class StepGraph(nn.Cell):
         if self.freezes:
             gradients = self.learning(gradients, live)
             self.keep(held, live)
-        if self.joint is None:
-            norm = self.norm(gradients) / scale
-        else:
-            norm = self.joint.norm(gradients) / scale
+        norm = (self.norm(gradients) if self.joint is None else self.joint.norm(gradients)) / scale
         alive = self.is_finite(norm)
         self.optimizer(self.clipped(gradients, norm, scale), learning_rate, alive, live)
         skipped = ops.zeros_like(norm)
