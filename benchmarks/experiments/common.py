@@ -21,6 +21,7 @@ from plots import RESULTS, draw
 from switchyard.config import Config, build
 from switchyard.data import load_data
 from switchyard.models import create_model
+from switchyard.routing.fixed import balance_tables
 from switchyard.training.schedule import learning_rate
 from switchyard.training.step import EvalStep, TrainStep, draw_noise, name_figures
 
@@ -52,6 +53,7 @@ def measure(tree: dict) -> dict:
     ms.set_context(mode=ms.GRAPH_MODE)
     data = load_data(config)
     model = create_model(config, data.tokenizer.vocab_size)
+    balance_tables(model, data.token_counts)
     step, seconds, dropped = TrainStep(model, config), [], []
     rows, width = config.data.batch_size * config.model.seq_length, config.model.hidden_size
     for number in range(config.train.steps):

@@ -89,7 +89,8 @@ class MoEConfig(Section):
     aux_loss_factor: Weight = Field(0.01, description="weight of the load-balance loss of each layer")
     z_loss_factor: Weight = Field(0.001, description="weight of the router z-loss of each layer")
     hash_table: Literal["balanced", "random"] = Field(
-        "balanced", description="hash: every expert gets as many token ids as any other, or each id one at random"
+        "balanced",
+        description="hash: ids by how often they occur in the training text, to the emptiest expert; or each at random",
     )
     random_draw: Literal["token", "step"] = Field(
         "token", description="random: the expert of a token id is fixed, or drawn anew at each training step (THOR)"

@@ -39,6 +39,14 @@ def test_characters_as_nanogpt_prepares_them(file):
     assert data.description.count("\n") == 0 and "input.txt" in data.description and "char" in data.description
 
 
+def test_ids_of_the_training_split_are_counted(file):
+    data = load(file)
+    train = TEXT.encode()[: len(TEXT[: int(len(TEXT) * 0.9)].encode())]
+    counts = data.token_counts()
+    assert counts.shape == (data.tokenizer.vocab_size,) and counts.sum() == len(train)
+    assert all(counts[byte] == train.count(bytes([byte])) for byte in set(train))
+
+
 def test_bytes_per_token_of_bytes_is_one(file):
     data = load(file)
     assert data.validation_bytes == data.validation_tokens

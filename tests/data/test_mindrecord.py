@@ -50,6 +50,14 @@ def test_records_are_the_text(text, prepared):
     assert manifest.train.blocks == -(-len(train) // (SEQ_LENGTH + 1))
 
 
+def test_ids_of_all_whole_blocks_are_counted(prepared):
+    """What fills the last block up is no text, and training does not read that block."""
+    manifest, _ = mindrecord.read_manifest(prepared)
+    whole = manifest.train.tokens // (SEQ_LENGTH + 1) * (SEQ_LENGTH + 1)
+    train = mindrecord.read_stream(prepared, manifest, manifest.train)[:whole]
+    np.testing.assert_array_equal(load(prepared).token_counts(), np.bincount(train, minlength=256))
+
+
 def test_training_batches_are_the_blocks_of_the_text(prepared):
     manifest, _ = mindrecord.read_manifest(prepared)
     whole = manifest.train.tokens // (SEQ_LENGTH + 1)

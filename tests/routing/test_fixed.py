@@ -9,6 +9,7 @@ from oracles.tiny import tiny_config
 from switchyard.errors import UserError
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.routing import create_router
+from switchyard.routing.fixed import balance_tables, table_by_counts
 
 VOCABULARY = 10
 
@@ -49,6 +50,39 @@ def test_balanced_table_gives_every_expert_as_many_ids():
     assert sorted(np.bincount(table, minlength=4)) == [2, 2, 3, 3]  # 10 ids, 4 experts
     random = np.concatenate([_router("hash", seed, hash_table="random").table.asnumpy() for seed in range(50)])
     assert random.min() == 0 and random.max() == 3
+
+
+def test_table_by_counts_fills_the_emptiest():
+    """By hand, two experts: 9 to the first, 5 and then 4 to the second, 3 to the first of the equal, 1 to the other."""
+    table = table_by_counts(np.array([3, 9, 1, 5, 4]), 2, np.arange(5))
+    assert table.tolist() == [0, 0, 1, 1, 1] and table.dtype == np.int32
+
+
+def test_ids_that_never_occur_are_shared_out_too():
+    table = table_by_counts(np.array([7, 0, 0, 0, 0, 0, 0]), 2, np.arange(7))
+    assert table.tolist() == [0, 1, 1, 1, 1, 1, 1]  # all that is left goes to the emptier
+    assert np.bincount(table_by_counts(np.zeros(9, np.int64), 3, np.arange(9))).tolist() == [3, 3, 3]
+
+
+def test_a_table_by_counts_is_more_even_than_one_by_ids():
+    counts = (1e6 / np.arange(1, 257) ** 1.1).astype(np.int64)  # as words of a text
+    router = _hash_of(256, "balanced")
+    by_ids = np.bincount(router.table.asnumpy(), counts, 4)
+    balance_tables(router, lambda: counts)
+    by_counts = np.bincount(router.table.asnumpy(), counts, 4)
+    assert by_counts.max() / by_counts.mean() < 1.02 < by_ids.max() / by_ids.mean()
+
+
+def test_a_random_table_is_left_alone_and_counts_nothing():
+    router = _hash_of(256, "random")
+    before = router.table.asnumpy().copy()
+    balance_tables(router, lambda: pytest.fail("nobody asked"))
+    np.testing.assert_array_equal(router.table.asnumpy(), before)
+
+
+def _hash_of(size, table):
+    config = tiny_config(width=3, router="hash", hash_table=table)
+    return create_router(config, np.random.default_rng(0), NoiseSlices(), size)
 
 
 @pytest.mark.parametrize("name", ["hash", "lsh", "random", "random_in_group", "task"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from oracles.tiny_run import losses_of, run_config, write_text
 
+from switchyard.data import load_data
 from switchyard.training import checkpoint
 from switchyard.training.loop import train
 
@@ -12,6 +13,21 @@ ROUTERS = {
     "noisy": {"router": "noisy_top_k", "num_experts_chosen": 2, "losses": {"importance": 0.1, "load": 0.1}},
     "lots": {"router": "gshard", "num_experts_chosen": 2, "second_expert": "sampling", "drop_order": "random"},
 }
+
+
+def test_a_hash_table_is_balanced_by_the_training_text_and_saved(tmp_path, pynative):
+    write_text(tmp_path)
+    moe = {"router": "hash", "expert_num": 4}
+    config = run_config(tmp_path, moe=moe, context={"mode": "pynative"}, train={"steps": 1})
+    train(config)
+    table = checkpoint.read(tmp_path / "runs" / "tiny").weights["layers.0.feed_forward.router.table"]
+    counts = load_data(config).token_counts()
+    loads = np.bincount(table, counts, 4)
+    assert loads.max() / loads.mean() < 1.1
+    longer = run_config(tmp_path, moe=moe, context={"mode": "pynative"}, train={"steps": 2})
+    train(longer, resume=True)
+    kept = checkpoint.read(tmp_path / "runs" / "tiny").weights["layers.0.feed_forward.router.table"]
+    np.testing.assert_array_equal(kept, table)
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -1,7 +1,7 @@
 """Data: text, MindRecord or images in, a tokenizer and resumable batches out. `load_data` is the way in."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,7 @@ class Data:
         train: micro-batches by index.
         validation: gives fresh batches over the whole validation set.
         validation_tokens: predictions of one pass: all tokens but the first.
+        token_counts: counts how often each id occurs in the training split, [V] int64; None where nothing has ids.
         validation_bytes: UTF-8 bytes that those tokens stand for; bits per byte = loss * tokens / bytes / ln 2.
         description: one line for logs.
     """
@@ -52,6 +53,7 @@ class Data:
     validation_tokens: int
     validation_bytes: int
     description: str
+    token_counts: Callable[[], np.ndarray] | None = None
 
 
 def load_data(config: Config, tokenizer_json: str | None = None, rank: int = 0, world: int = 1) -> Data:
@@ -71,7 +73,7 @@ def load_data(config: Config, tokenizer_json: str | None = None, rank: int = 0, 
         return _load_images(config, tokenizer_json, rank, world)
     folder = mindrecord.locate(config.data.path)
     read = _read_text if folder is None else _read_records
-    tokenizer, source, stream, description = read(config, tokenizer_json)
+    tokenizer, source, stream, count, description = read(config, tokenizer_json)
     batch_size, seq_length = config.data.batch_size, config.model.seq_length
     train = TrainBatches(source, batch_size // world, seq_length, config.train.seed, rank, world)
     eval_batches(stream, batch_size, seq_length)  # too little text is said now, not after training
@@ -82,6 +84,7 @@ def load_data(config: Config, tokenizer_json: str | None = None, rank: int = 0, 
         validation_tokens=len(stream) - 1,
         validation_bytes=tokenizer.byte_length(stream[1:]),
         description=f"{description}; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind})",
+        token_counts=count,
     )
 
 
@@ -107,8 +110,8 @@ def _load_images(config: Config, classes_json: str | None, rank: int, world: int
     )
 
 
-def _read_text(config: Config, tokenizer_json: str | None) -> tuple[Tokenizer, np.ndarray, np.ndarray, str]:
-    """(tokenizer, training stream [T], validation stream [T], description) of text."""
+def _read_text(config: Config, tokenizer_json: str | None) -> tuple[Tokenizer, np.ndarray, np.ndarray, Callable, str]:
+    """(tokenizer, training stream [T], validation stream [T], what counts ids, description) of text."""
     corpus = load_text(config.data)
     named = config.data.tokenizer
     if tokenizer_json is not None and named not in ("byte", "char") and not os.path.exists(os.path.expanduser(named)):
@@ -118,13 +121,21 @@ def _read_text(config: Config, tokenizer_json: str | None) -> tuple[Tokenizer, n
         if tokenizer_json is not None:
             tokenizer = reconcile(tokenizer, tokenizer_json)
     train, validation = tokenizer.encode_documents(corpus.train), tokenizer.encode_documents(corpus.validation)
-    return tokenizer, train, validation, corpus.description
+    return tokenizer, train, validation, lambda: count_tokens([train], tokenizer.vocab_size), corpus.description
+
+
+def count_tokens(pieces: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
+    """How often each id occurs in arrays of ids: [V] int64."""
+    counts = np.zeros(vocab_size, np.int64)
+    for piece in pieces:
+        counts += np.bincount(piece.reshape(-1), minlength=vocab_size)
+    return counts
 
 
 def _read_records(
     config: Config, tokenizer_json: str | None
-) -> tuple[Tokenizer, mindrecord.RecordSource, np.ndarray, str]:
-    """(tokenizer, training source, validation stream [T], description) of a prepared folder."""
+) -> tuple[Tokenizer, mindrecord.RecordSource, np.ndarray, Callable, str]:
+    """(tokenizer, training source, validation stream [T], what counts ids, description) of a prepared folder."""
     folder = mindrecord.locate(config.data.path)
     manifest, tokenizer = mindrecord.read_manifest(folder)
     if config.model.seq_length != manifest.seq_length:
@@ -139,4 +150,5 @@ def _read_records(
     width = manifest.seq_length + 1
     source = mindrecord.RecordSource(folder / manifest.train.file, manifest.train.tokens // width)
     stream = mindrecord.read_stream(folder, manifest, manifest.validation)
-    return tokenizer, source, stream, f"MindRecord '{folder}' of {manifest.source}"
+    description = f"MindRecord '{folder}' of {manifest.source}"
+    return tokenizer, source, stream, lambda: count_tokens(source.pieces(), manifest.vocab_size), description

@@ -24,7 +24,7 @@ from switchyard.errors import UserError
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 COLUMN = "tokens"
-WRITE_BLOCKS = 1024  # blocks handed to the writer at a time
+WRITE_BLOCKS = 1024  # blocks handed to the writer, or counted, at a time
 STREAM_BLOCKS = 65_536  # blocks of one opened pipeline: bounds the list of indices that the sampler copies
 PREPARE = "python -m switchyard.data.prepare"
 
@@ -172,6 +172,12 @@ class RecordSource:
             self._rows = self._stream(order, start)
         self._order, self._next = order, stop
         return np.stack([next(self._rows) for _ in range(start, stop)])
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """All blocks in order, WRITE_BLOCKS at a time: arrays [n, S + 1] int32."""
+        order = np.arange(self._blocks)
+        for start in range(0, self._blocks, WRITE_BLOCKS):
+            yield self.read(order, start, min(start + WRITE_BLOCKS, self._blocks), 0)
 
     def _stream(self, order: np.ndarray, start: int) -> Iterator[np.ndarray]:
         """Blocks order[start:] one by one."""

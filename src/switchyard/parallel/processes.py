@@ -86,6 +86,8 @@ def _check_many(config: Config) -> None:
     for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
         if file is not None:
             raise UserError(f"{key}: {file}; choices are recorded and replayed by one process: leave it null")
+    if moe.router_warmup_steps:
+        raise UserError(f"moe.router_warmup_steps: {moe.router_warmup_steps}; one process forces choices: set it to 0")
     if config.parallel.expert_parallel > 1 and moe.router == "merged":
         raise UserError("parallel.expert_parallel: merged experts need all their parameters in one place; set it to 1")
 

@@ -6,6 +6,9 @@ stands in checkpoints and exports. A choice has the gate 1, or 1 / K each where 
 Legend: G groups, N rows of a group, E experts, K choices of a row, D width, V vocabulary, T tasks, B bits.
 """
 
+import heapq
+from collections.abc import Callable
+
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -21,6 +24,35 @@ def constant(values: np.ndarray, name: str) -> Parameter:
 def balanced_table(size: int, experts: int, random: np.random.Generator) -> np.ndarray:
     """An expert for each of `size` ids, every expert as often as any other (one more at most): [size] int32."""
     return (random.permutation(size) % experts).astype(np.int32)
+
+
+def table_by_counts(counts: np.ndarray, experts: int, shuffled: np.ndarray) -> np.ndarray:
+    """Ids shared out so that every expert gets about as many occurrences: counts [V] -> [V] int32.
+
+    The ids go, the most frequent first, to the expert that has the fewest occurrences so far, of several such to
+    the one with the fewest ids. Ids of one count come in the order of `shuffled`, a permutation of all ids.
+    """
+    table = np.zeros(len(counts), np.int32)
+    emptiest = [(0, 0, expert) for expert in range(experts)]  # (occurrences, ids, expert), a heap
+    for token in shuffled[np.argsort(-counts[shuffled], kind="stable")]:
+        load, ids, expert = emptiest[0]
+        table[token] = expert
+        heapq.heapreplace(emptiest, (load + int(counts[token]), ids + 1, expert))
+    return table
+
+
+def balance_tables(model: nn.Cell, token_counts: Callable[[], np.ndarray]) -> None:
+    """Balances the hash tables of a new model by its training text; a trained one brings its tables along.
+
+    Args:
+        model: its routers `hash` with `moe.hash_table` balanced get a table each, others are left alone.
+        token_counts: how often each id occurs, [V]; asked only where it is needed.
+    """
+    routers = [cell for _, cell in model.cells_and_names() if isinstance(cell, Hash) and cell.balanced]
+    if routers:
+        counts = token_counts()
+        for router in routers:
+            router.balance(counts)
 
 
 class Assign(nn.Cell):
@@ -74,9 +106,10 @@ class FixedRouter(Router):
 class Hash(FixedRouter):
     """Hash layers (arXiv 2106.04426, section 3.1): the token's id alone decides, K = 1.
 
-    `moe.hash_table` random: each id goes to an expert at random, as with a hash function. balanced: every expert gets
-    as many ids as any other; the paper's balanced table (section 3.2) also weighs ids by how often they occur in the
-    training text, which a layer does not know.
+    `moe.hash_table` random: each id goes to an expert at random, as with a hash function. balanced: ids are shared out
+    by how often they occur in the training text, the most frequent first to the emptiest expert (the paper's balanced
+    assignment). A layer does not know the text: until `balance` every expert has as many ids as any other. One id that
+    occurs more often than 1 / E of the text leaves its expert overfull.
     """
 
     paper = "arXiv 2106.04426"
@@ -86,11 +119,17 @@ class Hash(FixedRouter):
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
         size, random = setting.vocab_size, setting.random
-        if setting.moe.hash_table == "balanced":
-            table = balanced_table(size, self.expert_num, random)
+        self.balanced, self.shuffled = setting.moe.hash_table == "balanced", None
+        if self.balanced:
+            self.shuffled = random.permutation(size)
+            table = (self.shuffled % self.expert_num).astype(np.int32)
         else:
             table = random.integers(0, self.expert_num, size).astype(np.int32)
         self.table = constant(table, "table")  # [V]
+
+    def balance(self, counts: np.ndarray) -> None:
+        """A table by the occurrences of each id in the training text, counts [V]."""
+        self.table.set_data(Tensor(table_by_counts(counts, self.expert_num, self.shuffled)))
 
     def pick(self, rows: Tensor, context: dict) -> Tensor:
         return ops.expand_dims(self.take(self.table, context["token_ids"], 0), -1)  # [G, N, 1]

@@ -22,6 +22,7 @@ from switchyard.parallel.processes import (
     local_config,
     meet,
 )
+from switchyard.routing.fixed import balance_tables
 from switchyard.routing.replay import Recorder
 from switchyard.training import checkpoint
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
@@ -67,6 +68,8 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     if held:
         checkpoint.load_weights(model, held.weights)
         step.load_optimizer_state(held.optimizer)
+    else:
+        balance_tables(model, data.token_counts)
     if processes.is_first:
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
