@@ -7,6 +7,7 @@ from oracles.tiny_decoder import EXPERTS, VARIANTS, VOCABULARY, decoder_config, 
 
 from switchyard.models import Decode, Prefill, create_model
 from switchyard.models.generation import OpenBlockPlan
+from switchyard.routing import known_routers
 
 LENGTH = 8  # of the cache
 
@@ -35,6 +36,43 @@ def test_prefill_and_decode_equal_the_whole_forward(name, pynative):
     np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], lengths - 1], atol=1e-5, rtol=1e-5)
     decode = Decode(decoder, LENGTH)
     for step in range(3):
+        position = lengths + step
+        logits, keys, values = decode(Tensor(tokens[[0, 1], position]), Tensor(position), keys, values)
+        np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], position], atol=1e-5, rtol=1e-5)
+
+
+def _routers():
+    """Every router that the decoder takes, and the settings with which a row may be left without an expert."""
+    for name, router in known_routers().items():
+        if router.causal and "task_ids" not in router.needs:
+            yield pytest.param({"router": name, **NEEDED.get(name, {})}, id=name)
+    threshold = {"second_expert": "threshold", "second_expert_threshold": 0.48}
+    yield pytest.param({"router": "gshard", "num_experts_chosen": 2, **threshold}, id="gshard-threshold")
+    yield pytest.param({"router": "top_k", "copies": 2}, id="copies")
+
+
+NEEDED = {
+    "mixture_of_depths": {"expert_num": 1, "capacity_factor": 0.5},
+    "two_level": {"n_group": 2},
+    "gshard": {"num_experts_chosen": 2},
+    "random": {"random_draw": "step"},
+}
+
+
+@pytest.mark.parametrize("moe", list(_routers()))
+def test_generation_with_every_causal_router(moe, pynative):
+    """Prompts of different length and two more tokens: what the whole forward says, whatever the router leaves out."""
+    decoder = create_model(decoder_config(moe={"expert_num": 4} | moe), VOCABULARY).set_train(False)
+    tokens, lengths = random_tokens(), np.array([4, 6], np.int32)
+    whole, _, audit = run_decoder(decoder, tokens)
+    if decoder.layers[0].feed_forward.router.refuses:  # and does, so that it is tested
+        assert audit["load"].asnumpy().sum() < audit["load"].asnumpy().shape[0] * 16 * moe.get("num_experts_chosen", 1)
+    prompt = tokens[:, :6].copy()
+    prompt[0, 4:] = 0
+    logits, keys, values = prefill(decoder, prompt, lengths)
+    np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], lengths - 1], atol=1e-5, rtol=1e-5)
+    decode = Decode(decoder, LENGTH)
+    for step in range(2):
         position = lengths + step
         logits, keys, values = decode(Tensor(tokens[[0, 1], position]), Tensor(position), keys, values)
         np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], position], atol=1e-5, rtol=1e-5)

@@ -201,6 +201,10 @@ class Decode(_Half):
 
     def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """Rows [B, D], experts [B * K], gates [B, K] -> [B, D], by blocks of one row."""
+        if moe.router.refuses:
+            experts = ops.minimum(
+                experts, moe.expert_num - 1
+            )  # E, no expert, is no place in the weights; its gate is 0
         rows = ops.expand_dims(x, 1)  # [B, 1, D]
         if moe.choices > 1:
             rows = ops.tile(rows, (1, moe.choices, 1)).reshape(-1, 1, self.width)  # [B * K, 1, D]

@@ -189,13 +189,15 @@ class Router(nn.Cell):
     form: of its Routing; eval_form: of the one at evaluation, where it differs. learnable: has weights. causal: a row's
     routing at evaluation does not look at later rows. batch_independent: the same row gets the same experts and gates
     whatever batch it stands in. cuts: it can be cut over devices, for its scores are x W, of which `decide(logits,
-    context)` makes the Routing. needs: entries of the Context it cannot do without. losses: names in `moe.losses` that
-    it can give; `switch` and `z` also by aux_loss_factor and z_loss_factor.
+    context)` makes the Routing. refuses: may give a real row no expert, E, at evaluation. needs: entries of the Context
+    it cannot do without. losses: names in `moe.losses` that it can give; `switch` and `z` also by aux_loss_factor and
+    z_loss_factor.
     """
 
     name, paper, unit = "", "", "row"
     form, eval_form = "token_choice", None
-    learnable, causal, batch_independent, cuts = True, True, True, False
+    learnable, causal, batch_independent = True, True, True
+    cuts, refuses = False, False
     needs: tuple = ()
     losses: tuple = ("switch", "z", "importance", "sequence", "mutual_information")
 
@@ -222,6 +224,8 @@ class Copies(nn.Cell):
         self.expert_num, self.size, self.each = moe.expert_num, moe.expert_num // self.copies, moe.num_experts_chosen
         part = replace(setting, moe=moe.model_copy(update={"expert_num": self.size, "copies": 1}))
         self.routers = nn.CellList([router(part) for _ in range(self.copies)])
+        self.causal, self.batch_independent = router.causal, router.batch_independent
+        self.refuses = self.routers[0].refuses
 
     def construct(self, rows: Tensor, context: dict) -> dict:
         parts = ()

@@ -92,7 +92,7 @@ class MixtureOfDepths(LinearRouter):
     """
 
     paper = "arXiv 2404.02258"
-    form, eval_form = "expert_choice", "token_choice"
+    form, eval_form, refuses = "expert_choice", "token_choice", True
     losses = ()
 
     def __init__(self, setting: RouterSetting):

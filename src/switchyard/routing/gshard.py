@@ -26,6 +26,7 @@ class GShard(SoftmaxRouter):
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
         self.policy, self.threshold = setting.moe.second_expert, setting.moe.second_expert_threshold
+        self.refuses = self.policy == "threshold"
         self.uniform = None
         if self.policy == "sampling":
             self.uniform = UniformRows(setting.slices, setting.width, 1)
