@@ -22,7 +22,7 @@ EXACT_FLOAT = 2**24  # float32 holds every integer up to here: the sort keys mus
 
 
 def capacity(rows: int, experts: int, choices: int, factor: float, least: int = 1) -> int:
-    """Slots of one expert in one group: ceil(N * K * factor / E) (GShard, arXiv 2006.16668, section 2.2).
+    """Slots of one expert in one group: ceil(N * K * factor / E) (GShard, arXiv 2006.16668).
 
     Never below `least`, and never above N, since a row goes to an expert once.
     """
@@ -45,8 +45,8 @@ class ChoiceOrder(nn.Cell):
     """Sorts the choices of each group by expert and, within an expert, by who comes first.
 
     Order "position": all first choices before any second, each by row. "probability": the largest gate first.
-    "batch_priority": all first choices before any second, each by the row's largest gate (V-MoE, arXiv 2106.05974,
-    section 3.1). "random": the same by lot, and by row where none is drawn.
+    "batch_priority": all first choices before any second, each by the row's largest gate (V-MoE, arXiv
+    2106.05974). "random": the same by lot, and by row where none is drawn.
     Choices of padded rows (expert = E) come last and are counted nowhere.
     """
 
@@ -121,7 +121,7 @@ class BlockPlan(nn.Cell):
     """No choice is dropped: rows sorted by expert, each expert's padded to blocks of b rows.
 
     P = ceil(N * K / b) + E blocks serve any imbalance, M = P * b (the block layout of MegaBlocks, arXiv 2211.15841,
-    section 5.1, with a static number of blocks). With b = 1 a block is a choice and nothing is sorted or padded.
+    with a static number of blocks). With b = 1 a block is a choice and nothing is sorted or padded.
     """
 
     def __init__(self, experts: int, choices: int, block: int | None):

@@ -117,7 +117,7 @@ class MoELayer(nn.Cell):
         is not the rows themselves, which may then be of any width."""
         routed = rows if view is None else view
         if self.training and self.jitter > 0:
-            factor = 1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice]  # arXiv 2101.03961, section 2.4
+            factor = 1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice]  # arXiv 2101.03961, appendix C
             routed = routed * factor.reshape(routed.shape)
         context = {"valid": valid, "noise": noise, "token_ids": token_ids, "task_ids": task_ids}
         if self.balanced is not None:
@@ -246,7 +246,7 @@ class SharedExperts(FeedForwardExperts):
     """What every row visits besides: [1, N, D] -> [1, N, D].
 
     `moe.shared_expert_num` experts that all rows go to are one expert of as many times the width. With
-    `moe.use_shared_expert_gating` its output is weighted by sigmoid(x w) (Qwen2-MoE, arXiv 2407.10671, section 2.2.2).
+    `moe.use_shared_expert_gating` its output is weighted by sigmoid(x w) (Qwen2-MoE, arXiv 2407.10671).
     """
 
     def __init__(self, config: Config, std: tuple[float, float], random, dtype):

@@ -113,7 +113,7 @@ class OpenPath(nn.Cell):
 
 
 class ExpertChoicePath(OpenPath):
-    """Each expert gets the rows that it took (arXiv 2202.09368, section 3.2): a gather, and a sum of segments back.
+    """Each expert gets the rows that it took (arXiv 2202.09368): a gather, and a sum of segments back.
 
     The gradient of the one is the other. The index runs over the rows of all groups.
     """
@@ -135,7 +135,7 @@ class ExpertChoicePath(OpenPath):
         return self.take(rows.reshape(-1, rows.shape[-1]), plan["index"], 0)
 
     def combine(self, outputs: Tensor, plan: dict) -> Tensor:
-        """[E, G * C, D] -> [G, N, D]: y = sum of gates * outputs over the slots that hold the row (eq. 3)."""
+        """[E, G * C, D] -> [G, N, D]: y = sum of gates * outputs over the slots that hold the row."""
         groups, count, _ = plan["chosen"].shape
         width = outputs.shape[-1]
         weighted = (outputs * ops.expand_dims(plan["gates"], -1)).reshape(-1, width)  # [E * G * C, D]
@@ -167,7 +167,7 @@ class DensePath(OpenPath):
 
 
 class SoftPath(OpenPath):
-    """Slots are mixtures of rows, rows are mixtures of slots (arXiv 2308.00951, eq. 2 and 3)."""
+    """Slots are mixtures of rows, rows are mixtures of slots (arXiv 2308.00951)."""
 
     def __init__(self, moe: MoEConfig, training: bool):
         super().__init__(moe, training)

@@ -16,7 +16,7 @@ FAR = 1e30  # beyond every score
 
 @register("sinkhorn")
 class Sinkhorn(NormalisedRouter):
-    """The K largest of a balanced matrix (arXiv 2202.01169, section 3.2 and appendix B.2.1: S-BASE).
+    """The K largest of a balanced matrix (arXiv 2202.01169: S-BASE).
 
     In training `moe.sinkhorn_iterations` passes scale exp(x W) until each row sums to 1 and each expert's column to its
     share of the rows, in logarithms: an expert that all want has its price raised. The choice is made by the scaled
@@ -53,12 +53,12 @@ def scaling(logits: Tensor, valid: Tensor, iterations: int) -> Tensor:
 
 @register("base")
 class Base(LinearRouter):
-    """BASE layer (arXiv 2103.16716, section 3): in training a linear assignment gives every expert as many rows.
+    """BASE layer (arXiv 2103.16716): in training a linear assignment gives every expert as many rows.
 
-    The assignment maximises the sum of the scores x w_e (eq. 2) by an auction. Without padding and with E a divisor of
+    The assignment maximises the sum of the scores x w_e by an auction. Without padding and with E a divisor of
     N an expert gets exactly N / E rows, else at most ceil(N / E); so there is no balance loss to weigh, and a capacity
-    factor of 1 drops nothing. At evaluation a row goes to its best expert (section 3.2). The gate is sigmoid(x w_e)
-    (eq. 1). The probabilities, of which the audit's entropy is made, are the softmax of the scores.
+    factor of 1 drops nothing. At evaluation a row goes to its best expert. The gate is sigmoid(x w_e).
+    The probabilities, of which the audit's entropy is made, are the softmax of the scores.
     """
 
     paper = "arXiv 2103.16716"

@@ -53,7 +53,7 @@ def entropy(probabilities: Tensor, valid: Tensor) -> Tensor:
 
 
 def max_violation(loads: Tensor) -> Tensor:
-    """MaxVio = largest load / mean load - 1 (arXiv 2408.15664, section 4.1): [E] -> scalar."""
+    """MaxVio = largest load / mean load - 1 (arXiv 2408.15664, eq. 4): [E] -> scalar."""
     return loads.max() / ops.maximum(loads.mean(), 1e-9) - 1.0
 
 
@@ -80,7 +80,7 @@ def load_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor
 
 
 def mutual_information_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
-    """Minus the information that a row gives about its expert (Mod-Squad, arXiv 2212.08066, eq. 4): H(E|X) - H(E).
+    """Minus the information that a row gives about its expert (Mod-Squad, arXiv 2212.08066): H(E|X) - H(E).
 
     Small when rows are sure of their experts and the experts together are used evenly. Scalar.
     """

@@ -17,9 +17,9 @@ FIRST_TEMPERATURE, LOWEST_TEMPERATURE = 0.07, 0.01
 
 @register("cosine")
 class Cosine(NormalisedRouter):
-    """Cosine router (X-MoE, arXiv 2204.09179, section 3.2): logits are cos(x W, e_i) / tau.
+    """Cosine router (X-MoE, arXiv 2204.09179, section 3.1): logits are cos(x W, e_i) / tau.
 
-    Rows are projected to d = E / 2 dimensions, at least 2 (eq. 6), rows and experts are divided by their lengths
+    Rows are projected to d = E / 2 dimensions, at least 2, rows and experts are divided by their lengths
     (eq. 7), and the temperature tau is learned (eq. 8), so that neither the width of the model nor the length of a row
     draws the rows together around few experts. What is learned is log(1 / tau); tau starts at 0.07 and stays above
     0.01. Gates as in top_k.
@@ -49,7 +49,7 @@ def directions(vectors: Tensor, axis: int) -> Tensor:
 
 @register("prototype")
 class Prototype(LinearRouter):
-    """K top-1 routers over E / K experts each (M6-T, arXiv 2105.15082, section 3.2: expert prototyping).
+    """K top-1 routers over E / K experts each (M6-T, arXiv 2105.15082: expert prototyping).
 
     The experts stand in K groups, one beside the other. A row goes to the best of each group; its gate is the softmax
     within the group, so the gates of a row sum to at most K. Cheaper than top-k of K, which looks for one maximum after

@@ -42,7 +42,7 @@ class DecisionTree(Router):
     """A tree of logistic nodes (hierarchical mixture, Jordan and Jacobs, 1994; fast feedforward, arXiv 2308.14711).
 
     In training soft: a leaf's probability is the product of the decisions on its way, and every expert works, weighted
-    by it (arXiv 2308.14711, algorithm 1, training). At evaluation each node sends the row one way, and the one
+    by it (arXiv 2308.14711, training). At evaluation each node sends the row one way, and the one
     expert at the end works with gate 1: log2 E decisions a row (the same, inference).
     """
 

@@ -37,9 +37,9 @@ def chosen_rows(rows: Tensor, filled: Tensor, count: int) -> Tensor:
 
 @register("expert_choice")
 class ExpertChoice(LinearRouter):
-    """Expert choice (arXiv 2202.09368, section 3.2, eq. 1 to 3): every expert takes the C rows that suit it best.
+    """Expert choice (arXiv 2202.09368): every expert takes the C rows that suit it best.
 
-    C = N * K * capacity_factor / E (eq. 1), K the mean number of experts of a row: a row may get more, or none. Load is
+    C = N * K * capacity_factor / E, K the mean number of experts of a row: a row may get more, or none. Load is
     balanced by construction. Whether a row is taken depends on all rows of its group, later ones too. At evaluation
     `eval_capacity_factor` rules, or where it is null the factor of training: nothing is dropless here.
     """
@@ -58,13 +58,13 @@ class ExpertChoice(LinearRouter):
     def construct(self, rows: Tensor, context: dict) -> dict:
         groups, count, _ = rows.shape
         factor = self.train_factor if self.training else self.eval_factor
-        slots = capacity(count, self.expert_num, self.choices, factor)  # eq. 1
+        slots = capacity(count, self.expert_num, self.choices, factor)
         logits = self.score(rows, self.weight)  # [G, N, E]
-        probabilities = self.softmax(logits)  # eq. 2: S
+        probabilities = self.softmax(logits)  # S of the paper
         scores = probabilities.transpose(0, 2, 1).reshape(-1, count)  # [G * E, N]
         valid = ops.tile(ops.expand_dims(context["valid"], 1), (1, self.expert_num, 1)).reshape(-1, count)
-        taken, filled = self.top(scores, valid, slots)  # eq. 2: I, [G * E, C]
-        gates = ops.gather_elements(scores, 1, taken) * filled  # eq. 2: G
+        taken, filled = self.top(scores, valid, slots)  # its I, [G * E, C]
+        gates = ops.gather_elements(scores, 1, taken) * filled  # its G
         shape = (groups, self.expert_num, slots)
         taken, filled = taken.reshape(shape), filled.reshape(shape)
         return {
@@ -79,11 +79,11 @@ class ExpertChoice(LinearRouter):
 
 @register("mixture_of_depths")
 class MixtureOfDepths(LinearRouter):
-    """Mixture of depths (arXiv 2404.02258, section 3.3 and 3.4): one expert, or none, for each row.
+    """Mixture of depths (arXiv 2404.02258): one expert, or none, for each row.
 
     In training the top `moe.capacity_factor` share of the rows of each sequence, by a score x . w, goes through the
     expert and the others pass by on the residual. Which they are depends on later rows, so a generating model cannot
-    ask: a small classifier learns to foretell it from the row alone, through a stopped gradient (section 3.5), and
+    ask: a small classifier learns to foretell it from the row alone, through a stopped gradient, and
     decides at evaluation, where the layer is causal.
 
     The expert's output is multiplied by sigmoid(score), which puts the score on the way of the gradient: without it the
@@ -152,6 +152,6 @@ class MixtureOfDepths(LinearRouter):
         return {"experts": experts, "gates": self.sigmoid(score) * works, "chosen": works}
 
     def prediction_loss(self, predicted: Tensor, taken: Tensor, valid: Tensor) -> Tensor:
-        """Binary cross-entropy of the classifier, mean over real rows (section 3.5). Scalar."""
+        """Binary cross-entropy of the classifier, mean over real rows. Scalar."""
         softplus = ops.maximum(predicted, 0.0) + ops.log(1.0 + ops.exp(-ops.abs(predicted)))
         return ((softplus - predicted * taken) * valid).sum() / ops.maximum(valid.sum(), 1.0)

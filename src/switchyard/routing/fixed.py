@@ -104,7 +104,7 @@ class FixedRouter(Router):
 
 @register("hash")
 class Hash(FixedRouter):
-    """Hash layers (arXiv 2106.04426, section 3.1): the token's id alone decides, K = 1.
+    """Hash layers (arXiv 2106.04426): the token's id alone decides, K = 1.
 
     `moe.hash_table` random: each id goes to an expert at random, as with a hash function. balanced: ids are shared out
     by how often they occur in the training text, the most frequent first to the emptiest expert (the paper's balanced
@@ -165,7 +165,7 @@ class Random(FixedRouter):
     """An expert at random, K = 1: by a table fixed for each token id, or drawn anew at each step.
 
     `moe.random_draw` step: every row draws its expert from the step's noise, and at evaluation the table decides (THOR,
-    arXiv 2110.04260, section 3; its consistency loss, eq. 3, is `moe.consistency_loss_factor`).
+    arXiv 2110.04260; its consistency loss is `moe.consistency_loss_factor`).
     """
 
     paper = "arXiv 2110.04260"
@@ -192,7 +192,7 @@ class Random(FixedRouter):
 
 @register("random_in_group")
 class RandomInGroup(FixedRouter):
-    """Random routed experts (PanGu-Sigma, arXiv 2303.10845, section 3.2): a group by domain, chance inside.
+    """Random routed experts (PanGu-Sigma, arXiv 2303.10845): a group by domain, chance inside.
 
     The experts stand in `moe.n_group` groups of E / n_group, one beside the other. A row's task id names its group
     (modulo their number); inside, a table fixed by token id decides. K = 1.
@@ -220,7 +220,7 @@ class Task(FixedRouter):
     """Experts by task: the task's id names its K experts, whose outputs are averaged.
 
     `moe.task_experts` lists them; null gives task t the K experts from t * K on, in turn, so that tasks share experts
-    only where there are too few. Task-level routing (arXiv 2110.03742, section 3) with a table in place of a gate.
+    only where there are too few. Task-level routing (arXiv 2110.03742) with a table in place of a gate.
     """
 
     paper = "arXiv 2110.03742"

@@ -13,7 +13,7 @@ from switchyard.routing.softmax import SoftmaxRouter
 
 @register("gshard")
 class GShard(SoftmaxRouter):
-    """Top-2 gating (GShard, arXiv 2006.16668, section 2.2 and algorithm 1): gates g1 / (g1 + g2) and g2 / (g1 + g2).
+    """Top-2 gating (GShard, arXiv 2006.16668, algorithm 1): gates g1 / (g1 + g2) and g2 / (g1 + g2).
 
     `moe.second_expert` says which second choices count: `all`; `sampling`: each with the probability min(1, 2 g2), in
     training, and all at evaluation; `threshold`: those with g2 above `moe.second_expert_threshold` (the policy of the

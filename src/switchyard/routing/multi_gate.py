@@ -12,7 +12,7 @@ from switchyard.routing.base import Choosing, Router, RouterSetting, register
 
 @register("multi_gate")
 class MultiGate(Router):
-    """Multi-gate mixture of experts (MMoE, KDD 2018, eq. 6 and 7): g = softmax(x W_t) with the gate of the row's task.
+    """Multi-gate mixture of experts (MMoE, KDD 2018): g = softmax(x W_t) with the gate of the row's task.
 
     The paper weighs all experts: K = E here. With 1 < K < E the K most probable work, their gates divided by their sum
     where `norm_topk_prob` says so; with K = 1 never, as a gate divided by itself learns nothing (see Switch, arXiv
@@ -39,7 +39,7 @@ class MultiGate(Router):
         logits = logits.reshape(groups, count, self.task_num, self.expert_num)  # [G, N, T, E]
         own = self.one_hot(context["task_ids"], self.task_num, self.on, self.off)  # [G, N, T]
         logits = (logits * ops.expand_dims(own, -1)).sum(2)  # [G, N, E], those of the row's own gate
-        probabilities = self.softmax(logits)  # eq. 7
+        probabilities = self.softmax(logits)
         experts, gates, chosen = self.choose(logits, probabilities, context)
         if self.normalise:
             gates = gates / ops.maximum(gates.sum(-1, keepdims=True), 1e-20)  # a padded row's gates are 0

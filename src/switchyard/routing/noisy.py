@@ -16,7 +16,7 @@ SMALLEST_DEVIATION = 1e-4  # a divisor of the smooth load; smaller ones make ste
 
 @register("noisy_top_k")
 class NoisyTopK(LinearRouter):
-    """Noisy top-k gating (arXiv 1701.06538, section 2.1), with its smooth load (appendix A).
+    """Noisy top-k gating (arXiv 1701.06538), with its smooth load (appendix A).
 
     H = x W + StandardNormal * softplus(x W_noise), the gates are the softmax of the K largest of H alone. The noise is
     drawn anew at each training step; at evaluation H = x W, and the load is that of the choices. The paper starts W and

@@ -53,7 +53,7 @@ class Sigmoid(LinearRouter):
             load = ops.stop_gradient(chosen).sum((0, 1))  # c, [E]
             if self.over_processes is not None:
                 load = self.over_processes(load)
-            self.assign(self.bias, self.bias + self.rate * self.sign(load.mean() - load))  # algorithm 1, lines 5 and 6
+            self.assign(self.bias, self.bias + self.rate * self.sign(load.mean() - load))  # algorithm 1
         probabilities = scores / ops.maximum(scores.sum(-1, keepdims=True), 1e-20)  # s', eq. 19
         return {
             "experts": experts,
@@ -87,7 +87,7 @@ class GroupLimit(nn.Cell):
 
 
 class BestGroups(nn.Cell):
-    """Node-limited routing (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): scores [G, N, E] -> [G, N, E].
+    """Node-limited routing (DeepSeek-V3, arXiv 2412.19437): scores [G, N, E] -> [G, N, E].
 
     A group's score is the sum of its two best experts' scores, see GroupLimit.
     """

@@ -47,7 +47,7 @@ class Dense(LinearRouter):
 
 @register("merged")
 class Merged(LinearRouter):
-    """SMEAR (arXiv 2306.03745, section 3): one expert for a whole group, its parameters the experts' weighted mean.
+    """SMEAR (arXiv 2306.03745): one expert for a whole group, its parameters the experts' weighted mean.
 
     The weights are the softmax gate of the group's mean row, so the work is that of one expert plus the averaging. The
     unit is the group: with `moe.groups` = the batch each sample has a mixture of its own, as in the paper. A row's
@@ -82,9 +82,9 @@ class Merged(LinearRouter):
 
 @register("soft")
 class Soft(Router):
-    """Soft MoE (arXiv 2308.00951, section 2.1): a slot is a mixture of rows, a row a mixture of the slots' outputs.
+    """Soft MoE (arXiv 2308.00951): a slot is a mixture of rows, a row a mixture of the slots' outputs.
 
-    Each expert has `moe.slots_per_expert` slots in a group. Rows and slots are l2-normalised and scaled (section 2.3),
+    Each expert has `moe.slots_per_expert` slots in a group. Rows and slots are l2-normalised and scaled, as there,
     so that the softmaxes do not become one-hot in wide models. A row's output depends on all rows of its group, later
     ones too. No row is dropped and no expert is idle, so there is nothing to balance.
     """
@@ -110,8 +110,8 @@ class Soft(Router):
         rows = self.normalise(rows.reshape(-1, width).astype(mstype.float32), -1)  # [G * N, D]
         logits = self.product(rows, self.scale * self.normalise(self.weight, 0))  # X Phi, [G * N, E * S]
         logits = logits.reshape(groups, count, -1)  # [G, N, E * S]
-        dispatch = self.over_rows(logits - EXCLUDED * (1.0 - valid)) * valid  # eq. 1: a slot's weights sum to 1
-        combine = self.over_slots(logits) * valid  # eq. 3: a row's weights sum to 1
+        dispatch = self.over_rows(logits - EXCLUDED * (1.0 - valid)) * valid  # a slot's weights sum to 1
+        combine = self.over_slots(logits) * valid  # a row's weights sum to 1
         shape = (groups, count, self.expert_num, self.slots)
         probabilities = self.over_slots(logits).reshape(shape).sum(-1)  # [G, N, E]
         return {

@@ -72,6 +72,6 @@ class NormalisedRouter(SoftmaxRouter):
 
 @register("top_k")
 class TopK(NormalisedRouter):
-    """Top-k softmax gate (arXiv 1701.06538, section 2.1; Mixtral, arXiv 2401.04088, section 2.1)."""
+    """Top-k softmax gate (arXiv 1701.06538; Mixtral, arXiv 2401.04088)."""
 
     paper = "arXiv 1701.06538, 2401.04088"

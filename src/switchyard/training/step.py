@@ -43,7 +43,7 @@ class LossCell(nn.Cell):
 
     With moe.consistency_loss_factor the model reads the batch twice, each time with noise of its own and so with other
     random experts; the cross-entropy is the mean of both and factor * symmetric KL of their outputs is added (THOR,
-    arXiv 2110.04260, eq. 3, halved). The audit is that of the first pass.
+    arXiv 2110.04260, halved). The audit is that of the first pass.
 
     Args:
         model: (tokens [B, S], valid [B, S], noise) -> (logits [N, V] float32, losses, audit), see models.Decoder. A
@@ -72,7 +72,7 @@ class LossCell(nn.Cell):
         """
         logits, layer_losses, audit = self.read(tokens, valid, noise, replay)  # [N, V]
         labels, weights = labels.reshape(-1), valid.reshape(-1)  # [N] each
-        if self.exits > 1:  # of a cascade: the mean over all exits (BranchyNet, arXiv 1709.01686, eq. 3)
+        if self.exits > 1:  # of a cascade: the mean over all exits (BranchyNet, arXiv 1709.01686, section III-B)
             labels, weights = ops.tile(labels, (self.exits,)), ops.tile(weights, (self.exits,))
         losses = self.token_losses(logits, labels)  # [N]
         apart = ops.zeros_like(losses)  # [N]
