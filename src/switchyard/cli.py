@@ -19,6 +19,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit code 2, as all errors of the command lines."""
 
     def error(self, message: str) -> NoReturn:
+        """A bad command line as a UserError, so that it is one line like any other mistake."""
         raise UserError(f"{message}; see {self.prog} --help")
 
 

@@ -210,8 +210,15 @@ def parallel_laws(config):
 def laws(config):
     """(holds, key, value, what is allowed) of each cross-field law of a Config."""
     yield from granularity_laws(config)
-    model, moe = config.model, config.moe
-    heads, experts = model.num_heads, moe.expert_num
+    yield from model_laws(config.model)
+    yield from layer_laws(config)
+    yield from parallel_laws(config)
+    yield from run_laws(config)
+
+
+def model_laws(model):
+    """Laws of the network's sizes."""
+    heads = model.num_heads
     kv_heads = model.n_kv_heads or heads
     text = model.type == "decoder"
     yield (
@@ -228,7 +235,12 @@ def laws(config):
         "rotary",
         f"needs an even head size, not {head_size}; change model.hidden_size or model.num_heads, or take 'learned'",
     )
-    chosen = moe.num_experts_chosen
+
+
+def layer_laws(config):
+    """Laws of the conditional layers: their experts, their router, their places and their groups."""
+    model, moe = config.model, config.moe
+    chosen, experts = moe.num_experts_chosen, moe.expert_num
     yield chosen <= experts, "moe.num_experts_chosen", chosen, f"at most moe.expert_num ({experts})"
     yield from router_laws(moe)
     if isinstance(moe.layers, list):
@@ -244,7 +256,11 @@ def laws(config):
         per_step,
         f"must be a multiple of the routing groups ({config.groups}: moe.groups or parallel.data_parallel)",
     )
-    yield from parallel_laws(config)
+
+
+def run_laws(config):
+    """Laws of the learning rate and of the export."""
+    model = config.model
     yield (
         config.schedule.lr_end <= config.schedule.learning_rate,
         "schedule.lr_end",

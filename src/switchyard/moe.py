@@ -260,6 +260,7 @@ class SharedExperts(FeedForwardExperts):
         self.lift, self.add, self.local_weigh = ops.ExpandDims(), ops.Add(), None
 
     def construct(self, rows: Tensor) -> Tensor:
+        """Rows [1, N, D] -> [1, N, D]."""
         out = self._work(rows, self.w_in, self.w_gate, self.w_out)
         if self.gate is not None:
             scores = self.product(rows.astype(mstype.float32), self.gate)  # [1, N, 1]
@@ -291,6 +292,7 @@ class InTurn(nn.Cell):
         self.each, self.copies, self.size = moe.num_experts_chosen, moe.copies, moe.expert_num // moe.copies
 
     def construct(self, valid: Tensor) -> Tensor:
+        """valid [G, N] -> experts [G, N, K] int32."""
         rows = ops.arange(valid.shape[1]) * self.each  # [N]
         experts = ()
         for choice in range(self.each * self.copies):

@@ -53,6 +53,7 @@ class TextSource:
         return self._count
 
     def read(self, order: np.ndarray, start: int, stop: int, offset: int) -> np.ndarray:
+        """Windows order[start:stop] of the stream, moved by `offset`: [stop - start, S + 1] int32."""
         first = offset + order[start:stop].astype(np.int64) * self._width  # [B]
         return self._stream[first[:, None] + np.arange(self._width)].astype(np.int32)  # [B, S+1]
 

@@ -107,16 +107,20 @@ class ByteTokenizer(Tokenizer):
     separator = 0
 
     def encode(self, text: str) -> np.ndarray:
+        """See Tokenizer.encode."""
         raw = text.encode("utf-8", "surrogateescape")  # command-line arguments may carry raw bytes so
         return np.frombuffer(raw, np.uint8).astype(np.int32)
 
     def decode(self, ids: Ids) -> str:
+        """See Tokenizer.decode."""
         return bytes(np.asarray(ids, np.uint8)).decode("utf-8", "replace")
 
     def byte_length(self, ids: Ids) -> int:
+        """See Tokenizer.byte_length."""
         return len(ids)
 
     def to_json(self) -> str:
+        """See Tokenizer.to_json."""
         return json.dumps({"kind": self.kind})
 
     def _encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
@@ -150,6 +154,7 @@ class CharTokenizer(Tokenizer):
         return cls("".join(sorted(found)), separated)
 
     def encode(self, text: str) -> np.ndarray:
+        """See Tokenizer.encode."""
         ids = self._id_of[_code_points(text)]
         wrong = np.flatnonzero(ids < 0)
         if len(wrong):
@@ -161,12 +166,15 @@ class CharTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Ids) -> str:
+        """See Tokenizer.decode."""
         return "".join(self.characters[int(i)] for i in ids)
 
     def byte_length(self, ids: Ids) -> int:
+        """See Tokenizer.byte_length."""
         return int(self._bytes[np.asarray(ids, np.int64)].sum())
 
     def to_json(self) -> str:
+        """See Tokenizer.to_json."""
         return json.dumps({"kind": self.kind, "characters": self.characters, "separated": self.separated})
 
 
@@ -195,6 +203,7 @@ class LibraryTokenizer(Tokenizer):
         self._bytes = self._token_bytes(vocabulary)
 
     def encode(self, text: str) -> np.ndarray:
+        """See Tokenizer.encode."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # command-line arguments may carry raw bytes as lone surrogates
@@ -202,15 +211,18 @@ class LibraryTokenizer(Tokenizer):
         return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Ids) -> str:
+        """See Tokenizer.decode."""
         return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def byte_length(self, ids: Ids) -> int:
+        """See Tokenizer.byte_length."""
         if self._bytes is not None:
             return int(self._bytes[np.asarray(ids, np.int64)].sum())
         separators = 0 if self.separator is None else int((np.asarray(ids) == self.separator).sum())
         return len(self.decode(ids).encode("utf-8")) + separators
 
     def to_json(self) -> str:
+        """See Tokenizer.to_json."""
         return self._library.to_str()
 
     def _token_bytes(self, vocabulary: dict[str, int]) -> np.ndarray | None:

@@ -34,6 +34,7 @@ class Classify(nn.Cell):
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 
     def construct(self, images: Tensor, tasks: Tensor) -> Tensor:
+        """images [B, C, H, W], tasks [B] int32 -> logits of the task that was asked [B, V]."""
         asked = self.one_hot(tasks, self.tasks, self.on, self.off)  # [B, T]
         logits, _, _ = self.model(images, asked, self.no_noise)  # [B * T, V]
         logits = logits.reshape(asked.shape[0], self.tasks, -1)
@@ -69,10 +70,7 @@ def export_classifier(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        options = {"enc_key": key, "enc_mode": AES_GCM} if key else {}
-        inputs = Tensor(np.zeros((batch, *shape), np.float32)), Tensor(np.zeros(batch, np.int32))
-        ms.export(cell, *inputs, file_name=str(temporary / "classify"), file_format="MINDIR", **options)
-        (temporary / GRAPH).chmod(0o644)  # MindSpore writes it read-only
+        write_graph(cell, temporary, (batch, *shape), key)
         written = ClassifierManifest(
             encryption=AES_GCM if key else None,
             network=config.model.type,
@@ -95,14 +93,27 @@ def export_classifier(
         put(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    report(out, written, say)
+    return written
+
+
+def write_graph(cell: nn.Cell, folder: Path, shape: tuple[int, ...], key: bytes | None) -> None:
+    """Writes the graph for images [B, C, H, W] of a shape into a folder, encrypted where there is a key."""
+    options = {"enc_key": key, "enc_mode": AES_GCM} if key else {}
+    inputs = Tensor(np.zeros(shape, np.float32)), Tensor(np.zeros(shape[0], np.int32))
+    ms.export(cell, *inputs, file_name=str(folder / "classify"), file_format="MINDIR", **options)
+    (folder / GRAPH).chmod(0o644)  # MindSpore writes it read-only
+
+
+def report(out: Path, written: ClassifierManifest, say: Callable[[str], None]) -> None:
+    """Tells what was written and how well it agrees with the training graph."""
     parity = written.parity
     say(f"{out / GRAPH}  {written.files[GRAPH].bytes / 1e6:,.1f} MB")
     say(
         f"parity: largest difference of a logit {parity.max_abs_difference:.1e} (bound {parity.bound:.0e}) over "
         f"{parity.answers:,} answers on the validation images"
     )
-    say(f"export: '{out}', {batch} images of {shape} at a time")
-    return written
+    say(f"export: '{out}', {written.batch} images of {written.image} at a time")
 
 
 def inference_config(config: Config) -> Config:

@@ -8,7 +8,7 @@ from mindspore import dtype as mstype
 
 from switchyard.dispatch import ChoiceOrder
 from switchyard.routing.balance import log_partition, rows_of
-from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, register
+from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register
 from switchyard.routing.softmax import NormalisedRouter
 
 FAR = 1e30  # beyond every score
@@ -31,6 +31,7 @@ class Sinkhorn(NormalisedRouter):
         self.iterations = setting.moe.sinkhorn_iterations
 
     def rank(self, logits: Tensor, valid: Tensor) -> Tensor:
+        """In training the logits plus what the balancing adds to each expert; at evaluation the logits."""
         if not self.training:
             return logits
         # a row's own factor does not change its order
@@ -71,6 +72,7 @@ class Base(LinearRouter):
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         logits = self.score(rows, self.weight)  # [G, N, E]
         scores, probabilities = self.sigmoid(logits), self.softmax(logits)
         if self.training:
@@ -79,14 +81,7 @@ class Base(LinearRouter):
             experts, gates, chosen = self.choose.weigh(ops.expand_dims(expert, -1), (mask,), scores, context)
         else:
             experts, gates, chosen = self.choose(logits, scores, context)
-        return {
-            "experts": experts,
-            "gates": gates,
-            "probabilities": probabilities,
-            "logits": logits,
-            "mass": probabilities,
-            "chosen": chosen,
-        }
+        return by_rows(experts, gates, chosen, probabilities, logits)
 
 
 class Auction(nn.Cell):

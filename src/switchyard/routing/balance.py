@@ -133,6 +133,7 @@ class WeightedLosses(nn.Cell):
                 raise UserError(f"moe.losses.{name}: {'unknown' if name not in LOSSES else 'not available'}; {reason}")
 
     def construct(self, routing: dict, valid: Tensor):
+        """A Routing and valid [G, N] -> three scalars."""
         nothing = ops.zeros_like(valid).sum()
         balance_loss, router_z, extra = nothing, nothing, nothing
         if self.switch:

@@ -228,6 +228,7 @@ class Copies(nn.Cell):
         self.refuses = self.routers[0].refuses
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """Rows [G, N, D] and a Context -> the Routing of all copies together."""
         parts = ()
         for index, router in enumerate(self.routers):
             parts = (*parts, router(rows, self.view(context, index)))
@@ -296,6 +297,18 @@ class LinearRouter(Router):
         self.product.shard((mesh.cut("data", None), mesh.cut(None, None)), (mesh.cut("data", None),))
 
 
+def by_rows(experts: Tensor, gates: Tensor, chosen: Tensor, probabilities: Tensor, logits: Tensor) -> dict:
+    """The Routing of form "token_choice" whose importance is the probabilities: entries as they are named there."""
+    return {
+        "experts": experts,
+        "gates": gates,
+        "probabilities": probabilities,
+        "logits": logits,
+        "mass": probabilities,
+        "chosen": chosen,
+    }
+
+
 def normalised(gates: Tensor) -> Tensor:
     """Gates [G, N, K] divided by their sum; a padded row's stay 0."""
     return gates / ops.maximum(gates.sum(-1, keepdims=True), 1e-20)
@@ -315,6 +328,7 @@ class TopChoices(nn.Cell):
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
     def construct(self, scores: Tensor):
+        """No gradient reaches the scores."""
         scores = ops.stop_gradient(scores)
         experts, masks = (), ()
         for _ in range(self.choices):

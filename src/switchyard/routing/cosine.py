@@ -8,7 +8,7 @@ import math
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
-from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, register
+from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, by_rows, register
 from switchyard.routing.softmax import NormalisedRouter
 
 FAR = 1e30  # taken from a score, it is never chosen
@@ -37,6 +37,7 @@ class Cosine(NormalisedRouter):
         self.scale = Parameter(Tensor(scale), name="scale")
 
     def logits(self, rows: Tensor) -> Tensor:
+        """Rows [G, N, D] -> cosines over the temperature [G, N, E]."""
         projected = directions(self.score(rows, self.weight), -1)  # [G, N, d]
         cosine = self.score(projected, directions(self.embeddings, 0))  # [G, N, E]
         return cosine * ops.exp(ops.minimum(self.scale, math.log(1.0 / LOWEST_TEMPERATURE)))
@@ -66,6 +67,7 @@ class Prototype(LinearRouter):
         self.choose = Choosing(self.expert_num, self.choices)
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         logits = self.score(rows, self.weight)  # [G, N, E]
         groups, count, experts = logits.shape
         grouped = logits.reshape(groups, count * self.choices, self.size)  # [G, N * K, E / K]
@@ -74,11 +76,4 @@ class Prototype(LinearRouter):
         scores = within - (1.0 - masks[0].reshape(groups, count, experts)) * FAR
         experts, gates, chosen = self.choose(scores, within, context)
         probabilities = within / self.choices
-        return {
-            "experts": experts,
-            "gates": gates,
-            "probabilities": probabilities,
-            "logits": logits,
-            "mass": probabilities,
-            "chosen": chosen,
-        }
+        return by_rows(experts, gates, chosen, probabilities, logits)

@@ -61,6 +61,7 @@ class DecisionTree(Router):
         self.descent, self.assign = Descent(self.expert_num), Assign(self.expert_num, 1)
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         groups, count, width = rows.shape
         flat = rows.reshape(-1, width).astype(mstype.float32)  # [G * N, D]
         if not self.training:

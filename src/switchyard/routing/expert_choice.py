@@ -56,6 +56,7 @@ class ExpertChoice(LinearRouter):
         self.softmax, self.top = ops.Softmax(-1), TopRows()
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         groups, count, _ = rows.shape
         factor = self.train_factor if self.training else self.eval_factor
         slots = capacity(count, self.expert_num, self.choices, factor)
@@ -109,6 +110,7 @@ class MixtureOfDepths(LinearRouter):
         self.sigmoid, self.top = ops.Sigmoid(), TopRows()
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         score = self.score(rows, self.weight)  # [G, N, 1]
         predicted = self.predict(rows)  # [G, N]
         if self.training:

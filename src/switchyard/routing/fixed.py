@@ -92,6 +92,7 @@ class FixedRouter(Router):
         self.take = ops.Gather()
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         experts = self.pick(rows, context)
         if "replay" in context:
             experts = replay_choices(experts, context["replay"], self.expert_num)
@@ -132,6 +133,7 @@ class Hash(FixedRouter):
         self.table.set_data(Tensor(table_by_counts(counts, self.expert_num, self.shuffled)))
 
     def pick(self, rows: Tensor, context: dict) -> Tensor:
+        """By table of the token: [G, N, 1] int32."""
         return ops.expand_dims(self.take(self.table, context["token_ids"], 0), -1)  # [G, N, 1]
 
 
@@ -154,6 +156,7 @@ class HyperplaneHash(FixedRouter):
         self.product = ops.MatMul()
 
     def pick(self, rows: Tensor, context: dict) -> Tensor:
+        """By the cell that the row lies in: [G, N, 1] int32."""
         groups, count, width = rows.shape
         sides = self.product(rows.reshape(-1, width).astype(mstype.float32), self.planes)  # [G * N, B]
         experts = ((sides > 0).astype(mstype.int32) * self.place).sum(-1)  # [G * N]
@@ -180,6 +183,7 @@ class Random(FixedRouter):
         self.slice = setting.slices.take(self.drawn)
 
     def pick(self, rows: Tensor, context: dict) -> Tensor:
+        """By table of the token, or drawn: [G, N, 1] int32."""
         ids = context["token_ids"]
         if self.training and self.drawn:
             uniform = context["noise"][self.slice][:, 0].reshape(ids.shape)  # [G, N]
@@ -211,6 +215,7 @@ class RandomInGroup(FixedRouter):
         self.vocab_size = size
 
     def pick(self, rows: Tensor, context: dict) -> Tensor:
+        """By table of the token, inside the group of the task: [G, N, 1] int32."""
         group = context["task_ids"] % self.group_num  # [G, N]
         return ops.expand_dims(self.take(self.table, group * self.vocab_size + context["token_ids"], 0), -1)
 
@@ -236,4 +241,5 @@ class Task(FixedRouter):
         self.table = constant(np.array(sets, np.int32), "table")  # [T, K]
 
     def pick(self, rows: Tensor, context: dict) -> Tensor:
+        """The experts of the row's task: [G, N, K] int32."""
         return self.take(self.table, context["task_ids"], 0)  # [G, N, K]

@@ -7,7 +7,7 @@ from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from switchyard.kernels.noise import UniformRows
-from switchyard.routing.base import RouterSetting, normalised, register
+from switchyard.routing.base import RouterSetting, by_rows, normalised, register
 from switchyard.routing.softmax import SoftmaxRouter
 
 
@@ -43,14 +43,7 @@ class GShard(SoftmaxRouter):
         if self.policy == "sampling" and self.training:
             drawn = self.uniform(context["noise"]).reshape(gates.shape[:2])  # [G, N]
             experts, gates, chosen = self.refuse(2.0 * gates[..., 1] > drawn, experts, gates, chosen)  # algorithm 1
-        return {
-            "experts": experts,
-            "gates": gates,
-            "probabilities": probabilities,
-            "logits": logits,
-            "mass": probabilities,
-            "chosen": chosen,
-        }
+        return by_rows(experts, gates, chosen, probabilities, logits)
 
     def refuse(self, kept: Tensor, experts: Tensor, gates: Tensor, chosen: Tensor):
         """Takes out the second choices that are not kept [G, N] (bool)."""

@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 from mindspore import dtype as mstype
 
-from switchyard.routing.base import Choosing, Router, RouterSetting, register
+from switchyard.routing.base import Choosing, Router, RouterSetting, by_rows, register
 
 
 @register("multi_gate")
@@ -34,6 +34,7 @@ class MultiGate(Router):
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         groups, count, width = rows.shape
         logits = self.product(rows.reshape(groups * count, width).astype(mstype.float32), self.weight)  # [G * N, T * E]
         logits = logits.reshape(groups, count, self.task_num, self.expert_num)  # [G, N, T, E]
@@ -43,11 +44,4 @@ class MultiGate(Router):
         experts, gates, chosen = self.choose(logits, probabilities, context)
         if self.normalise:
             gates = gates / ops.maximum(gates.sum(-1, keepdims=True), 1e-20)  # a padded row's gates are 0
-        return {
-            "experts": experts,
-            "gates": gates,
-            "probabilities": probabilities,
-            "logits": logits,
-            "mass": probabilities,
-            "chosen": chosen,
-        }
+        return by_rows(experts, gates, chosen, probabilities, logits)

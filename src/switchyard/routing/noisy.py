@@ -40,6 +40,7 @@ class NoisyTopK(LinearRouter):
         self.softmax, self.softplus, self.erf = ops.Softmax(-1), ops.Softplus(), ops.Erf()
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         clean = self.score(rows, self.weight)  # [G, N, E]
         scores, deviation = clean, clean
         if self.training:

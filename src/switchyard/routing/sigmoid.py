@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from switchyard.config import MoEConfig
-from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, normalised, register
+from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, by_rows, normalised, register
 
 FAR = 1e30  # taken from a score, it is never chosen
 
@@ -41,6 +41,7 @@ class Sigmoid(LinearRouter):
         self.over_processes = None  # sums the load over the processes of a job, see parallel.exchange.cut_model
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         logits = self.score(rows, self.weight)  # [G, N, E]
         scores = self.sigmoid(logits)  # s, eq. 15
         biased = ops.stop_gradient(scores) + self.bias  # eq. 16
@@ -55,14 +56,7 @@ class Sigmoid(LinearRouter):
                 load = self.over_processes(load)
             self.assign(self.bias, self.bias + self.rate * self.sign(load.mean() - load))  # algorithm 1
         probabilities = scores / ops.maximum(scores.sum(-1, keepdims=True), 1e-20)  # s', eq. 19
-        return {
-            "experts": experts,
-            "gates": gates * self.factor,
-            "probabilities": probabilities,
-            "logits": logits,
-            "mass": probabilities,
-            "chosen": chosen,
-        }
+        return by_rows(experts, gates * self.factor, chosen, probabilities, logits)
 
 
 class GroupLimit(nn.Cell):

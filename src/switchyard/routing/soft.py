@@ -34,6 +34,7 @@ class Dense(LinearRouter):
         self.softmax = ops.Softmax(-1)
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         logits = self.score(rows, self.weight)  # [G, N, E]
         probabilities = self.softmax(logits)
         return {
@@ -64,6 +65,7 @@ class Merged(LinearRouter):
         self.softmax = ops.Softmax(-1)
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         valid = ops.expand_dims(context["valid"], -1)  # [G, N, 1]
         total = (rows.astype(mstype.float32) * valid).sum(1, keepdims=True)  # [G, 1, D]
         mean = total / ops.maximum(valid.sum(1, keepdims=True), 1.0)
@@ -105,6 +107,7 @@ class Soft(Router):
         self.normalise = Normalise()
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         groups, count, width = rows.shape
         valid = ops.expand_dims(context["valid"], -1)  # [G, N, 1]
         rows = self.normalise(rows.reshape(-1, width).astype(mstype.float32), -1)  # [G * N, D]

@@ -5,7 +5,7 @@ Legend: G groups, N rows of a group, E experts, K choices of a row, D width.
 
 from mindspore import Tensor, ops
 
-from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, normalised, register
+from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, normalised, register
 
 
 class SoftmaxRouter(LinearRouter):
@@ -20,6 +20,7 @@ class SoftmaxRouter(LinearRouter):
         self.choose = Choosing(self.expert_num, self.choices)
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         return self.decide(self.logits(rows), context)
 
     def decide(self, logits: Tensor, context: dict) -> dict:
@@ -27,14 +28,7 @@ class SoftmaxRouter(LinearRouter):
         probabilities = self.softmax(logits)  # arXiv 2101.03961, eq. 1
         scores = self.rank(logits, context["valid"])
         experts, gates, chosen = self.choose(scores, probabilities, context)
-        return {
-            "experts": experts,
-            "gates": self.weigh(gates) * self.factor,
-            "probabilities": probabilities,
-            "logits": logits,
-            "mass": probabilities,
-            "chosen": chosen,
-        }
+        return by_rows(experts, self.weigh(gates) * self.factor, chosen, probabilities, logits)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Rows [G, N, D] -> scores whose softmax are the probabilities [G, N, E]."""
@@ -67,6 +61,7 @@ class NormalisedRouter(SoftmaxRouter):
         self.normalise = setting.moe.norm_topk_prob and self.choices > 1
 
     def weigh(self, gates: Tensor) -> Tensor:
+        """Gates [G, N, K] that sum to 1, or as they are."""
         return normalised(gates) if self.normalise else gates
 
 

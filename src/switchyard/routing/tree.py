@@ -6,7 +6,7 @@ experts.
 
 from mindspore import Parameter, Tensor, ops
 
-from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, normalised, register, router_weight
+from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, normalised, register, router_weight
 from switchyard.routing.sigmoid import GroupLimit
 
 
@@ -34,6 +34,7 @@ class TwoLevel(LinearRouter):
         self.choose = Choosing(self.expert_num, self.choices)
 
     def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
         primary, secondary = self.score(rows, self.group_weight), self.score(rows, self.weight)  # [G, N, Q], [G, N, E]
         group_probabilities = self.softmax(primary)
         grouped = secondary.reshape(*primary.shape, self.size)  # [G, N, Q, E / Q]
@@ -42,11 +43,4 @@ class TwoLevel(LinearRouter):
         experts, gates, chosen = self.choose(self.limit(joint, primary), joint, context)
         if self.normalise:
             gates = normalised(gates)
-        return {
-            "experts": experts,
-            "gates": gates,
-            "probabilities": joint,
-            "logits": (ops.expand_dims(primary, -1) + grouped).reshape(secondary.shape),
-            "mass": joint,
-            "chosen": chosen,
-        }
+        return by_rows(experts, gates, chosen, joint, (ops.expand_dims(primary, -1) + grouped).reshape(secondary.shape))

@@ -226,6 +226,7 @@ class StepGraph(nn.Cell):
             self.assign(state, ops.select(live > 0, state + ops.zeros_like(state), before))
 
     def scaled_loss(self, tokens, labels, valid, noise, factor, replay=None):
+        """(total loss times `factor`, figures): what is differentiated."""
         total, figures = self.loss(tokens, labels, valid, noise, replay)
         return total * factor, figures
 
