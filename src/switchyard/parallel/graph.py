@@ -58,13 +58,14 @@ class Node:
 
 @dataclass
 class Graph:
-    """Nodes in order of execution; `parameters` maps a node input to (parameter name, local shape, numpy type)."""
+    """Nodes in order of execution; `parameters`: a node's input -> (parameter name, local shape, numpy type)."""
 
     inputs: list[str]
     outputs: list[str]
     nodes: list[Node]
     parameters: dict[str, tuple[str, tuple[int, ...], type]] = field(default_factory=dict)
     functions: dict[str, "Graph"] = field(default_factory=dict)
+    input_shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
 def read_graph(blob: bytes) -> Graph:
@@ -104,7 +105,9 @@ def _graph(proto, primitives, attributes) -> Graph:
         name = part.ref_key or part.name.split(":")[-1]
         parameters[part.name] = (name, tuple(part.dims), TENSOR_TYPES[part.data_type])
     nodes = [_node(part, primitives, attributes) for part in proto.node]
-    return Graph([part.name for part in proto.input], [part.name for part in proto.output], nodes, parameters)
+    shapes = [tuple(part.tensor[0].dims) if part.tensor else () for part in proto.input]
+    names = ([part.name for part in proto.input], [part.name for part in proto.output])
+    return Graph(*names, nodes, parameters, {}, shapes)
 
 
 def _node(proto, primitives, attributes) -> Node:

@@ -1,0 +1,217 @@
+"""Executes the compiled graphs of all ranks together, in numpy and in lock step: a cluster in one process.
+
+Every rank runs its graph until it meets a collective, and waits there; when all members of its group wait at the same
+one, what each holds is exchanged. Members that meet different collectives, and ranks that wait for ever, are errors.
+It proves the graph that the compiler emits, not the kernels, the network or the memory of a device.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+
+import numpy as np
+
+from switchyard.parallel import interpreter_index, interpreter_shape  # noqa: F401  (they enter their operators)
+from switchyard.parallel.graph import CONSTANT, Graph, Node, group_of
+from switchyard.parallel.interpreter_ops import OPERATORS
+
+Arrays = dict[str, np.ndarray]
+
+
+class ClusterError(Exception):
+    """Graphs that cannot be executed together: different collectives, a deadlock, an operator that is not known."""
+
+
+# ---- operators that change parameters: -> (result, {position of an input: its new value})
+def assign(_, parameter, value, *rest):
+    """parameter <- value."""
+    return value, {0: value}
+
+
+def assign_add(_, parameter, value, *rest):
+    """parameter <- parameter + value."""
+    return parameter + value, {0: parameter + value}
+
+
+def assign_sub(_, parameter, value, *rest):
+    """parameter <- parameter - value."""
+    return parameter - value, {0: parameter - value}
+
+
+def adam(attributes, p, m, v, power1, power2, rate, beta1, beta2, eps, gradient, *rest):
+    """Adam (arXiv 1412.6980, algorithm 1); the powers are those of the betas."""
+    assert not attributes.get("use_nesterov"), "Adam with Nesterov momentum"
+    m = beta1 * m + (1 - beta1) * gradient
+    v = beta2 * v + (1 - beta2) * gradient * gradient
+    p = p - rate * np.sqrt(1 - power2) / (1 - power1) * m / (np.sqrt(v) + eps)
+    return (p, m, v), {0: p, 1: m, 2: v}
+
+
+def adam_weight_decay(_, p, m, v, rate, beta1, beta2, eps, decay, gradient, *rest):
+    """Adam without bias correction, p decays by rate * decay (ops.AdamWeightDecay)."""
+    m = beta1 * m + (1 - beta1) * gradient
+    v = beta2 * v + (1 - beta2) * gradient * gradient
+    p = p - rate * (m / (np.sqrt(v) + eps) + decay * p)
+    return (p, m, v), {0: p, 1: m, 2: v}
+
+
+UPDATES = {
+    "Assign": assign,
+    "AssignAdd": assign_add,
+    "AssignSub": assign_sub,
+    "Adam": adam,
+    "AdamWeightDecay": adam_weight_decay,
+}
+
+
+# ---- collectives: (attributes, what each member holds, in order of the group) -> what each gets
+def all_reduce(attributes, held):
+    """Everyone gets the sum, or the largest or smallest."""
+    join = {"sum": sum, "max": np.maximum.reduce, "min": np.minimum.reduce}[attributes["op"]]
+    return [join(held)] * len(held)
+
+
+def all_to_all(attributes, held):
+    """Part q of member r, cut along split_dim, goes to member q, who joins what comes along concat_dim."""
+    parts = [np.split(x, len(held), attributes["split_dim"]) for x in held]
+    return [np.concatenate([part[r] for part in parts], attributes["concat_dim"]) for r in range(len(held))]
+
+
+def all_gather(_, held):
+    """Everyone gets all, along axis 0."""
+    return [np.concatenate(held, 0)] * len(held)
+
+
+def reduce_scatter(_, held):
+    """Everyone gets its part of the sum, along axis 0."""
+    return np.split(sum(held), len(held), 0)
+
+
+def all_to_all_v(attributes, held):
+    """The same with parts of any size: (flat x, counts sent, counts received), in units of block_size."""
+    block, cuts = int(attributes["block_size"]), []
+    for x, sent, _ in held:
+        sizes = [int(count) * block for count in np.ravel(sent)]
+        if x.ndim != 1 or len(sizes) != len(held) or sum(sizes) != x.size:
+            raise ClusterError(f"AlltoAllV: {x.shape} does not hold what is sent, {sizes}")
+        cuts.append(np.split(x, np.cumsum(sizes)[:-1]))
+    out = []
+    for r, (_, _, received) in enumerate(held):
+        sizes = [int(count) * block for count in np.ravel(received)]
+        if sizes != [cut[r].size for cut in cuts]:
+            raise ClusterError(f"AlltoAllV: a member expects {sizes}, others send {[cut[r].size for cut in cuts]}")
+        if not sum(sizes):
+            raise ClusterError("AlltoAllV: a rank receives nothing; its output is undefined on the device")
+        out.append(np.concatenate([cut[r] for cut in cuts]))
+    return out
+
+
+def all_to_all_vc(attributes, held):
+    """The same with one matrix [source, destination] for all members; `transpose` reads it transposed."""
+    matrices = [np.asarray(counts).reshape(len(held), len(held)) for _, counts in held]
+    if not all(np.array_equal(matrices[0], matrix) for matrix in matrices):
+        raise ClusterError("AlltoAllVC: members hold different matrices")
+    counts = matrices[0].T if attributes["transpose"] else matrices[0]
+    return all_to_all_v(attributes, [(x, counts[r], counts[:, r]) for r, (x, _) in enumerate(held)])
+
+
+EXCHANGES = {
+    "AllReduce": all_reduce,
+    "AlltoAll": all_to_all,
+    "AlltoAllV": all_to_all_v,
+    "AlltoAllVC": all_to_all_vc,
+    "AllGather": all_gather,
+    "ReduceScatter": reduce_scatter,
+}
+WITH_COUNTS = ("AlltoAllV", "AlltoAllVC")
+
+
+def run_rank(graph: Graph, inputs: Sequence, weights: Arrays) -> Generator:
+    """Runs one rank's graph: yields (node, value) at a collective, is sent the result, returns the outputs.
+
+    `weights` (name -> local array) are changed as the graph's updates say.
+    """
+    values = dict(zip(graph.inputs, inputs))
+    for name, (parameter, _, _) in graph.parameters.items():
+        values[name] = weights[parameter]
+    for node in graph.nodes:
+        if node.kind == CONSTANT:
+            values[node.output] = node.attributes["value"]
+            continue
+        held = [values[name] for name in node.inputs]
+        if node.kind in EXCHANGES:
+            out = yield node, tuple(held) if node.kind in WITH_COUNTS else held[0]
+        elif node.kind in UPDATES:
+            out, changed = UPDATES[node.kind](node.attributes, *held)
+            for place, value in changed.items():  # bound anew, never in place: others may hold the old value
+                name = node.inputs[place]
+                values[name] = weights[graph.parameters[name][0]] = np.asarray(value).astype(held[place].dtype)
+        elif node.kind in OPERATORS:
+            out = OPERATORS[node.kind](node.attributes, *held)
+        else:
+            raise ClusterError(f"operator {node.kind}: cannot be executed ({node.scope})")
+        values[node.output] = checked(node, out)
+    return tuple(values[name] for name in graph.outputs)
+
+
+def checked(node: Node, out):
+    """The output in the type that the compiler says, if it has the shape that it says (ClusterError)."""
+    if node.shape is None or not isinstance(out, np.ndarray | np.generic):
+        return out
+    out = np.asarray(out)
+    if len(node.shape) != out.ndim or any(said not in (-1, size) for said, size in zip(node.shape, out.shape)):
+        raise ClusterError(f"{node.kind}: {out.shape}, where the compiler says {node.shape} ({node.scope})")
+    return out.astype(node.dtype, copy=False)
+
+
+def run_cluster(
+    graphs: Sequence[Graph],
+    inputs: Sequence[Sequence],
+    weights: Sequence[Arrays],
+    exchanges: Mapping[str, Callable] = EXCHANGES,
+) -> tuple[list[tuple], Counter]:
+    """Runs all ranks to their end.
+
+    Args:
+        graphs, inputs, weights: of each rank, in order; the weights are updated.
+        exchanges: what collectives do; tests hand in broken ones.
+
+    Returns:
+        The outputs of each rank, and how often each (kind, group) met.
+
+    Raises:
+        ClusterError: see there.
+    """
+    running = [run_rank(*parts) for parts in zip(graphs, inputs, weights)]
+    outputs, met = [None] * len(running), Counter()
+    waiting, answers = {}, dict.fromkeys(range(len(running)))
+    while answers or waiting:
+        for rank in list(answers):
+            try:
+                waiting[rank] = running[rank].send(answers.pop(rank))
+            except StopIteration as end:
+                outputs[rank] = end.value
+        for rank in sorted(waiting):
+            if rank in waiting:
+                _meet(rank, waiting, answers, met, exchanges, len(running))
+        if waiting and not answers:
+            where = {rank: (node.kind, group_of(node)) for rank, (node, _) in waiting.items()}
+            raise ClusterError(f"deadlock: {where}")
+    return outputs, met
+
+
+def _meet(rank, waiting, answers, met, exchanges, size) -> None:
+    """Resolves the collective at which a rank waits, if all its group is there."""
+    node, _ = waiting[rank]
+    group = group_of(node) or tuple(range(size))
+    if not all(member in waiting for member in group):
+        return
+    for member in group:
+        other, _ = waiting[member]
+        theirs = group_of(other) or tuple(range(size))
+        if (other.kind, theirs) != (node.kind, group):
+            raise ClusterError(f"rank {rank} is at {node.kind} {group}, rank {member} at {other.kind} {theirs}")
+    results = exchanges[node.kind](node.attributes, [waiting[member][1] for member in group])
+    met[node.kind, group] += 1
+    for member, result in zip(group, results):
+        del waiting[member]
+        answers[member] = result

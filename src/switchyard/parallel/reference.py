@@ -1,0 +1,51 @@
+"""The process that trains on one device what a virtual cluster is compared with.
+
+`python -m switchyard.parallel.reference FOLDER` reads FOLDER/job.json and FOLDER/batches.npz and writes
+FOLDER/reference.npz: the parameters before, the losses, the parameters and moments after. It runs on CPU, with the
+kernels of MindSpore, and routes in as many groups as the cluster has data slices.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+BATCHES, RESULT, BEFORE, AFTER = "batches.npz", "reference.npz", "before:", "after:"
+
+
+def main(arguments: list[str]) -> None:
+    """Trains the job's steps and writes what came of them."""
+    folder = Path(arguments[0])
+    job = json.loads((folder / "job.json").read_text())
+    from switchyard.config import build
+    from switchyard.device import prepare_environment, set_context
+
+    prepare_environment()
+    config = build(one_device(job["config"]))
+    set_context(config.context, config.train.seed, say=lambda line: None)
+    from switchyard.models import create_model
+    from switchyard.training.step import TrainStep
+
+    model = create_model(config, job["vocab"])
+    step = TrainStep(model, config)
+    held = {parameter.name: parameter for parameter in model.get_parameters()} | step.optimizer_state()
+    found = {BEFORE + name: parameter.asnumpy().copy() for name, parameter in held.items()}
+    with np.load(folder / BATCHES) as batches:
+        losses = []
+        for index in range(len(batches["tokens"])):
+            parts = [batches[name][index][None] for name in ("tokens", "labels", "valid", "noise")]  # [1, ...]
+            losses.append(float(step(*parts, float(batches["rates"][index]))["loss"].asnumpy()))
+    found |= {AFTER + name: parameter.asnumpy() for name, parameter in held.items()}
+    np.savez(folder / RESULT, losses=np.array(losses), **found)
+
+
+def one_device(tree: dict) -> dict:
+    """The tree of a configuration without its degrees, and with as many routing groups as it has with them."""
+    groups = tree["moe"]["groups"] or tree["parallel"]["data_parallel"]
+    context = tree["context"] | {"device_target": "CPU", "device_id": None}
+    return {**tree, "parallel": {}, "moe": tree["moe"] | {"groups": groups}, "context": context}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,177 @@
+"""The virtual cluster: whole training steps of a decoder on several ranks equal those of one device, and faults show.
+
+Compiles run in processes of their own; one layout is compiled for the tests of faults, the others are slow tests.
+"""
+
+import numpy as np
+import pytest
+
+from switchyard import cli
+from switchyard.config import build
+from switchyard.errors import UserError
+from switchyard.parallel import simulate, virtual
+from switchyard.parallel.interpreter import EXCHANGES, ClusterError, all_reduce, all_to_all
+
+VOCABULARY = 32
+MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "seq_length": 8, "intermediate_size": 16}
+MOE = {"expert_num": 4, "router": "top_k", "num_experts_chosen": 2, "layers": [1]}
+
+
+def layout(model=None, moe=None, **degrees):
+    """A decoder of a dense and a conditional layer, tied head, cut by these degrees."""
+    return build(
+        {
+            "model": MODEL | {"init_method_std": 0.2} | (model or {}),
+            "moe": MOE | (moe or {}),
+            "data": {"batch_size": 4},
+            "parallel": degrees,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def references():
+    """(config) -> (batches, what one device made of them); each number of routing groups is trained once."""
+    known = {}
+
+    def of(config):
+        key = repr((config.model, config.moe, config.groups))
+        if key not in known:
+            batches = virtual.draw_batches(config, VOCABULARY, 3)
+            known[key] = batches, virtual.train_reference(config, VOCABULARY, batches)
+        return known[key]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def four(references):
+    """(config, reports, batches, reference) of 4 ranks: 2 expert slices, 2 replicas of each."""
+    config = layout(data_parallel=4, expert_parallel=2)
+    return config, simulate.compile_ranks(config, 4, range(4), VOCABULARY), *references(config)
+
+
+def test_four_ranks_equal_one_device(four):
+    found = virtual.compare(*four)
+    assert found.equal, virtual.render(found)
+    assert found.losses[0][0] > 3 and len({loss for loss, _ in found.losses}) == 3
+    experts = next(
+        moved for name, (_, moved) in found.differences.items() if name == "layers.1.feed_forward.experts.w_in"
+    )
+    assert experts > 100 * virtual.TOLERANCE  # there was something to be wrong about
+    assert found.met["AlltoAll", (0, 1)] == 4 and found.met["AlltoAll", (2, 3)] == 4
+
+
+def test_what_a_rank_holds_is_said(four):
+    report = four[1][3]
+    assert report.parameters["layers.1.feed_forward.experts.w_in"] == (2, 16, 16)
+    assert simulate.whole_shape(report.layouts["layers.1.feed_forward.experts.w_in"], (2, 16, 16)) == (4, 16, 16)
+    assert (
+        report.count("AlltoAll", "forward", "layers.1") == 2 and report.count("AlltoAll", "backward", "layers.1") == 2
+    )
+    assert {one.group for one in report.collectives if one.kind == "AlltoAll"} == {(2, 3)}
+    text = simulate.render(report, four[0])
+    assert "rank 3 of 4: stage 0, outer data slice 1, expert slice 1" in text
+    table = next(array for name, array in four[3].items() if name == "before:embedding.table")
+    whole = sum(
+        array.nbytes for name, array in four[3].items() if name.startswith("before:layers") and "experts" in name
+    )
+    assert report.held_bytes["weights"] > table.nbytes + whole // 2
+    assert 0 < report.seconds < 600 and report.megabytes > 50
+    assert simulate.to_json(report)["operators"]["AlltoAll"] == 4
+
+
+def without_expert_sums(attributes, held):
+    """Gradients of experts are not summed over their replicas."""
+    return all_reduce(attributes, held) if len(held) == 4 else list(held)
+
+
+def mean_for_sum(attributes, held):
+    return [part / len(held) for part in all_reduce(attributes, held)]
+
+
+def reversed_ranks(attributes, held):
+    return all_to_all(attributes, held[::-1])
+
+
+@pytest.mark.parametrize(
+    "kind, fault",
+    [("AllReduce", without_expert_sums), ("AllReduce", mean_for_sum), ("AlltoAll", reversed_ranks)],
+)
+def test_a_broken_collective_shows(four, kind, fault):
+    try:
+        found = virtual.compare(*four, exchanges={**EXCHANGES, kind: fault})
+    except ClusterError as error:
+        assert "loss: the ranks differ" in str(error)  # refused is noticed, too
+        return
+    assert found.largest > 10 * virtual.TOLERANCE and not found.equal
+
+
+def test_experts_that_were_not_cut_show(four):
+    """Every rank holds the first expert slice."""
+    first = four[3]["before:layers.1.feed_forward.experts.w_in"][:2]
+
+    def spoil(rank, weights):
+        weights["layers.1.feed_forward.experts.w_in"] = first.copy()
+
+    assert virtual.compare(*four, spoil=spoil).largest > 10 * virtual.TOLERANCE
+
+
+def test_a_constant_that_was_not_cut_shows(four, monkeypatch):
+    """Every rank reads the first slice of the batch, as it would if the batch were a constant of the graph."""
+    real = virtual.batch_of
+    monkeypatch.setattr(
+        virtual, "batch_of", lambda batches, step, degrees, rank, noisy: real(batches, step, degrees, 0, noisy)
+    )
+    assert virtual.compare(*four).largest > 10 * virtual.TOLERANCE
+
+
+def test_members_that_meet_different_collectives_are_named(four):
+    config, reports, batches, reference = four
+    with pytest.raises(ClusterError, match=r"rank 0 is at|deadlock"):
+        virtual.compare(config, [reports[0], reports[2], reports[1], reports[3]], batches, reference)
+
+
+LAYOUTS = {
+    "dp2": {"data_parallel": 2},
+    "ep2": {"data_parallel": 2, "expert_parallel": 2},
+    "ep4": {"data_parallel": 4, "expert_parallel": 4},
+    "tp2": {"model_parallel": 2},
+    "dp2-ep2-tp2": {"data_parallel": 2, "expert_parallel": 2, "model_parallel": 2},
+    "zero1": {"data_parallel": 2, "expert_parallel": 2, "optimizer_shard": 1},
+    "zero3": {"data_parallel": 2, "expert_parallel": 2, "optimizer_shard": 3},
+    "sequence-parallel": {"data_parallel": 2, "model_parallel": 2, "sequence_parallel": True},
+    "recompute": {"data_parallel": 2, "expert_parallel": 2, "recompute": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_equals_one_device(name, references):
+    config = layout(**LAYOUTS[name])
+    reports = simulate.compile_ranks(config, config.devices, range(config.devices), VOCABULARY)
+    found = virtual.compare(config, reports, *references(config))
+    assert found.equal, virtual.render(found)
+
+
+def test_the_command_line_says_whether_they_are_equal(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "two.yaml"
+    path.write_text("parallel: {data_parallel: 2}\ndata: {batch_size: 2}\n")
+    arguments = ["--config", str(path), "--devices", "2"]
+    for far, code in ((1e-6, 0), (2e-5, 1), (float("nan"), 1)):
+        found = virtual.Comparison([(3.5, 3.5)], {"norm.gain": (far, 0.1)}, {})
+        monkeypatch.setattr(virtual, "prove", lambda *_, found=found: found)
+        assert cli.run(virtual.main, arguments) == code
+    assert "DIFFERENT" in capsys.readouterr().out
+    assert cli.run(virtual.main, [*arguments, "--steps", "0"]) == 2
+
+
+def test_other_types_than_float32_are_refused():
+    config = layout(data_parallel=2, model={"compute_dtype": "bfloat16"})
+    with pytest.raises(UserError, match=r"model\.compute_dtype: bfloat16"):
+        virtual.prove(config, 2)
+
+
+def test_moments_do_not_count_as_parameters():
+    found = virtual.Comparison([(1.0, 1.0)], {"moment1.a": (1.0, 1.0), "a": (1e-7, 1.0)}, {})
+    assert found.largest == np.float64(1e-7) and found.equal
