@@ -178,6 +178,13 @@ def parallel_step(config: Config, vocab_size: int) -> AutoParallel:
         raise UserError(f"train.gradient_accumulation_steps: {count}; 1 where parallel degrees cut the model")
     if config.model.compute_dtype == "float16":
         raise UserError("model.compute_dtype: float16; 'bfloat16' or 'float32' where parallel degrees cut the model")
+    moe = config.moe
+    for key, value in (
+        ("router_warmup_steps", moe.router_warmup_steps or None),
+        ("router_freeze_step", moe.router_freeze_step),
+    ):
+        if value is not None:
+            raise UserError(f"moe.{key}: {value}; leave it at its default where parallel degrees cut the model")
     model, data = create_model(config, vocab_size), config.parallel.data_parallel
     mesh = Mesh(config, model.noise_slices > 0)
     model.shard(mesh)

@@ -1,0 +1,22 @@
+"""What the training step that is cut over devices refuses, before anything is compiled."""
+
+import pytest
+
+from switchyard.config import build
+from switchyard.errors import UserError
+from switchyard.training.parallel_step import parallel_step
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"moe": {"router_warmup_steps": 3}}, "moe.router_warmup_steps: 3; leave it at its default"),
+        ({"moe": {"router_freeze_step": 0}}, "moe.router_freeze_step: 0; leave it at its default"),
+        ({"model": {"compute_dtype": "float16"}}, "model.compute_dtype: float16; 'bfloat16' or 'float32'"),
+        ({"train": {"gradient_accumulation_steps": 2}}, "train.gradient_accumulation_steps: 2; 1 where"),
+    ],
+)
+def test_what_is_not_cut_is_refused_in_one_line(tree, message):
+    with pytest.raises(UserError) as caught:
+        parallel_step(build(tree), 17)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
