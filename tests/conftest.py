@@ -3,6 +3,7 @@
 The folder of this file is on `sys.path`, so tests import the references that they compare with from `oracles`.
 """
 
+import gc
 import os
 
 os.environ.setdefault("GLOG_v", "3")  # read once, when MindSpore is imported
@@ -17,6 +18,7 @@ settings.load_profile("switchyard")
 def _in_mode(mode: int):
     import mindspore as ms
 
+    gc.collect()  # the Cells of earlier tests: one that is collected between two calls makes a graph compile again
     before = ms.get_context("mode")
     # Synchronous: an error names its own line, and small operators run several times faster.
     ms.set_context(mode=mode, pynative_synchronize=True)

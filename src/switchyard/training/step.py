@@ -4,6 +4,8 @@ Legend: A micro-batches, B batch, S sequence, N = B * S tokens, D width, V vocab
 slices.
 """
 
+import gc
+
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -318,6 +320,7 @@ class TrainStep:
     """
 
     def __init__(self, model: nn.Cell, config: Config, joint: nn.Cell | None = None):
+        gc.collect()  # a Cell that is collected later empties MindSpore's key cache: this graph would compile twice
         self.graph = StepGraph(model, config, joint)
         self.graph.set_train(True)
 
