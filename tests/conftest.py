@@ -15,6 +15,16 @@ settings.register_profile("switchyard", deadline=None, max_examples=25, derandom
 settings.load_profile("switchyard")
 
 
+@pytest.fixture(scope="session")
+def frozen():
+    """What the imports made is left out of every later collection, which then takes microseconds, not a tenth of a second;
+    MindSpore collects at each compile."""
+    import switchyard.training.loop  # noqa: F401  imports nearly everything
+
+    gc.collect()
+    gc.freeze()
+
+
 def _in_mode(mode: int):
     import mindspore as ms
 
@@ -27,12 +37,12 @@ def _in_mode(mode: int):
 
 
 @pytest.fixture
-def pynative():
+def pynative(frozen):
     """Operators run one by one: right for a shape that is used once."""
     yield from _in_mode(1)
 
 
 @pytest.fixture
-def graph():
+def graph(frozen):
     """Cells are compiled: right for one shape with many contents, and for what only a compiler gets wrong."""
     yield from _in_mode(0)
