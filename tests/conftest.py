@@ -17,8 +17,7 @@ settings.load_profile("switchyard")
 
 @pytest.fixture(scope="session")
 def frozen():
-    """What the imports made is left out of every later collection, which then takes microseconds, not a tenth of a second;
-    MindSpore collects at each compile."""
+    """What the imports made is left out of later collections: a tenth of a second each, and every compile asks for one."""
     import switchyard.training.loop  # noqa: F401  imports nearly everything
 
     gc.collect()
