@@ -18,8 +18,8 @@ import numpy as np
 from mindspore import nn, ops
 from timing import interleave, print_table, ratios
 
+from switchyard.capacity import capacity
 from switchyard.config import build
-from switchyard.dispatch import capacity
 from switchyard.experts import FeedForwardExperts
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.moe import MoELayer

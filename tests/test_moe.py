@@ -10,9 +10,10 @@ from oracles.capacity_law import slots
 from oracles.moe_loop import Rules, moe_loop
 from oracles.tiny import layer_gradients, run_layer, tiny_config, tiny_layer, tiny_rows, weights_of
 
+from switchyard.capacity import check_sort_keys
 from switchyard.errors import UserError
 from switchyard.kernels.noise import NoiseSlices
-from switchyard.moe import MoELayer, check_sort_keys
+from switchyard.moe import MoELayer
 
 CASES = {
     "k1-switch": {"moe": {"router": "switch"}},

@@ -13,21 +13,10 @@ A Plan is a dict of
 gathers forward and backward. (A dict, because a NamedTuple made inside a compiled graph stops the gradient.)
 """
 
-import math
-
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-EXACT_FLOAT = 2**24  # float32 holds every integer up to here: the sort keys must stay below
-
-
-def capacity(rows: int, experts: int, choices: int, factor: float, least: int = 1) -> int:
-    """Slots of one expert in one group: ceil(N * K * factor / E) (GShard, arXiv 2006.16668).
-
-    Never below `least`, and never above N, since a row goes to an expert once.
-    """
-    share = round(rows * choices * factor / experts, 6)  # 100 * 1.1 / 10 is 11, not 11.000000000000002
-    return min(rows, max(least, math.ceil(share)))
+from switchyard.capacity import capacity
 
 
 def block_size(rows: int, experts: int, choices: int) -> int:

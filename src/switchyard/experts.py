@@ -3,12 +3,12 @@
 Legend: E experts, S rows of an expert, D width, F hidden width, P blocks, b rows of a block.
 """
 
-import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.kernels.activation import create_activation
 from switchyard.kernels.cast import Cast
+from switchyard.kernels.weights import normal
 from switchyard.parallel.mesh import Mesh, first
 
 
@@ -19,7 +19,7 @@ class FeedForwardExperts(nn.Cell):
 
     Args:
         std: (of the first matrices, of the last) initial standard deviation.
-        random: numpy generator of the initial weights.
+        random: numpy generator of the initial weights; None: shapes only, see kernels.weights.
         dtype: of the matrix products; parameters and result stay float32.
         out: width of the result, where it is not D.
     """
@@ -40,7 +40,7 @@ class FeedForwardExperts(nn.Cell):
         self.gated = activation == "swiglu"
 
         def weight(name: str, shape: tuple[int, ...], scale: float) -> Parameter:
-            return Parameter(Tensor(random.normal(0.0, scale, shape).astype(np.float32)), name=name)
+            return Parameter(normal(random, scale, shape), name=name)
 
         self.w_in = weight("w_in", (experts, width, hidden), std[0])
         self.w_gate = weight("w_gate", (experts, width, hidden), std[0]) if self.gated else None

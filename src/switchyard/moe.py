@@ -8,15 +8,15 @@ and the transpose [G, E, C, D] <-> [E, G * C, D] is the only thing that crosses 
 from collections.abc import Callable
 from typing import TypedDict
 
-import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.capacity import slot_shape
 from switchyard.config import Config, MoEConfig
-from switchyard.dispatch import EXACT_FLOAT, capacity
 from switchyard.errors import UserError
 from switchyard.experts import FeedForwardExperts
 from switchyard.kernels.noise import NoiseSlices, UniformRows
+from switchyard.kernels.weights import normal
 from switchyard.parallel.mesh import Mesh, first
 from switchyard.paths import create_path
 from switchyard.routing import balance, create_router
@@ -255,7 +255,7 @@ class SharedExperts(FeedForwardExperts):
         super().__init__(1, width, hidden, config.model.activation, std, random, dtype)
         self.gate = None
         if moe.use_shared_expert_gating:
-            self.gate = Parameter(Tensor(random.normal(0.0, std[0], (1, width, 1)).astype(np.float32)), name="gate")
+            self.gate = Parameter(normal(random, std[0], (1, width, 1)), name="gate")
         self.product, self.sigmoid = ops.BatchMatMul(), ops.Sigmoid()
         self.lift, self.add, self.local_weigh = ops.ExpandDims(), ops.Add(), None
 
@@ -302,13 +302,6 @@ class InTurn(nn.Cell):
         return ops.tile(ops.expand_dims(in_turn, 0), (valid.shape[0], 1, 1))
 
 
-def slot_shape(config: Config) -> tuple[int, int, int, int]:
-    """Slots of training on all devices together: (G, E, C, D)."""
-    moe, rows = config.moe, config.rows // config.groups
-    slots = capacity(rows, moe.expert_num, moe.choices, moe.capacity_factor, moe.min_capacity)
-    return config.groups, moe.expert_num, slots, config.model.hidden_size
-
-
 def audit(routing: dict, served: Tensor, valid: Tensor) -> dict:
     """The figures of one pass: a pure function of a Routing, the choices served and valid [G, N]."""
     probabilities, loads = routing["probabilities"], balance.load(routing["chosen"]).sum(0)  # [E]
@@ -321,14 +314,3 @@ def audit(routing: dict, served: Tensor, valid: Tensor) -> dict:
         "max_violation": stop(balance.max_violation(loads)),
         "z": stop(balance.z_loss(routing["logits"], valid)),
     }
-
-
-def check_sort_keys(config: Config) -> None:
-    """Refuses batches whose sort keys float32 cannot hold exactly (UserError)."""
-    rows = config.rows // config.groups
-    key = (config.moe.expert_num + 1) * rows * config.moe.choices
-    if config.moe_layers and key >= EXACT_FLOAT:
-        raise UserError(
-            f"data.batch_size: {config.data.batch_size}; (experts + 1) * rows of a group * choices is {key}, "
-            f"must be below {EXACT_FLOAT}: lower it and raise train.gradient_accumulation_steps, or raise moe.groups"
-        )

@@ -9,7 +9,7 @@ Legend: G groups, N rows of a group, E experts, C capacity, K choices of a row, 
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.dispatch import capacity
+from switchyard.capacity import capacity
 
 
 class OneHotPlan(nn.Cell):

@@ -6,7 +6,8 @@ Legend: G groups, N rows of a group, E experts, C capacity, K choices of a row. 
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.dispatch import ChoiceOrder, capacity
+from switchyard.capacity import capacity
+from switchyard.dispatch import ChoiceOrder
 
 FAR = 1e30  # taken from a probability, it is never the largest
 

@@ -1,12 +1,14 @@
 """The report of a simulated compile and the arguments that are refused before anything is compiled."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from switchyard import cli
 from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.parallel import simulate
-from switchyard.parallel.graph import place_of
+from switchyard.parallel.graph import Collective, place_of
 
 EIGHT = {"parallel": {"data_parallel": 8}, "data": {"batch_size": 8}}
 
@@ -69,3 +71,14 @@ def test_the_whole_shape_of_a_slice():
 def test_a_child_that_takes_too_long_is_ended():
     with pytest.raises(UserError, match="sleep: not done after 0 s"):
         simulate.run_child(["sleep", "30"], {}, 0.3, "sleep")
+
+
+def test_layers_that_are_alike_are_one_row_of_a_brief_report():
+    made = [
+        Collective("AlltoAll", (0, 1), "forward", f"layers.{index}.feed_forward", "redistribution", "", (2, 2), size)
+        for index, size in ((1, 16), (3, 16), (5, 8))
+    ]
+    report = SimpleNamespace(collectives=made, devices=8)
+    alike = ["AlltoAll", "forward", "layers.*.feed_forward", "redistribution", "0,1"]
+    assert simulate.collective_rows(report, brief=True) == [[*alike, "2", "16"], [*alike, "1", "8"]]
+    assert len(simulate.collective_rows(report)) == 3

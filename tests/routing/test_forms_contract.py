@@ -10,7 +10,7 @@ import pytest
 from mindspore import Tensor, nn
 from oracles.tiny import tiny_config, weights_of
 
-from switchyard.dispatch import capacity
+from switchyard.capacity import capacity
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.routing import create_router, known_routers
 

@@ -11,14 +11,15 @@ from switchyard.models.vision import Vision
 __all__ = ["Cascade", "Decode", "Decoder", "Prefill", "Vision", "create_model"]
 
 
-def create_model(config: Config, vocab_size: int, length: int | None = None) -> nn.Cell:
+def create_model(config: Config, vocab_size: int, length: int | None = None, drawn: bool = True) -> nn.Cell:
     """The network that `model.type` names, weights drawn by `train.seed`.
 
     Args:
         config: the whole configuration.
         vocab_size: entries V of the tokenizer; what a network that reads images predicts is in the section `vision`.
         length: of the decoder's longest sequence, at least model.seq_length.
+        drawn: False: a decoder whose weights have shapes and no numbers.
     """
     if config.model.type == "decoder":
-        return Decoder(config, vocab_size, length)
+        return Decoder(config, vocab_size, length, drawn)
     return {"vision": Vision, "cascade": Cascade}[config.model.type](config)

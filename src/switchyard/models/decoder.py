@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.capacity import check_sort_keys
 from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.experts import FeedForwardExperts
@@ -19,7 +20,7 @@ from switchyard.kernels.cast import Cast
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.norm import create_norm
 from switchyard.models.layers import Attention, Dropout, Embedding, Linear, causal_mask
-from switchyard.moe import MoELayer, check_sort_keys
+from switchyard.moe import MoELayer
 from switchyard.parallel.mesh import Mesh, first
 from switchyard.routing.base import require_causal
 
@@ -141,15 +142,16 @@ class Decoder(nn.Cell):
         config: the whole configuration.
         vocab_size: entries V of the tokenizer.
         length: longest sequence, for positions and the causal mask; at least model.seq_length.
+        drawn: False: weights have shapes and no numbers, for a graph that is only compiled.
 
     Raises:
         UserError: a router that is not causal, or that asks for task ids, which text does not have.
     """
 
-    def __init__(self, config: Config, vocab_size: int, length: int | None = None):
+    def __init__(self, config: Config, vocab_size: int, length: int | None = None, drawn: bool = True):
         super().__init__()
         check_sort_keys(config)
-        model, random = config.model, np.random.default_rng(config.train.seed)
+        model, random = config.model, np.random.default_rng(config.train.seed) if drawn else None
         length = max(length or 0, model.seq_length)
         self.vocab_size, self.length, self.head_size = vocab_size, length, model.hidden_size // model.num_heads
         self.kv_heads = model.n_kv_heads or model.num_heads

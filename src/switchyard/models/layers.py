@@ -12,6 +12,7 @@ from switchyard.config import ModelConfig
 from switchyard.kernels.cast import Cast
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.softmax import Softmax
+from switchyard.kernels.weights import normal
 from switchyard.parallel.mesh import Mesh, first
 
 MASKED = -1e9  # added to the score of a position that must not be seen
@@ -22,7 +23,7 @@ class Embedding(nn.Cell):
 
     def __init__(self, entries: int, width: int, std: float, random: np.random.Generator):
         super().__init__()
-        self.table = Parameter(Tensor(random.normal(0.0, std, (entries, width)).astype(np.float32)), name="table")
+        self.table = Parameter(normal(random, std, (entries, width)), name="table")
         self.take = ops.Gather()
         self.local = None
 
@@ -52,7 +53,7 @@ class Linear(nn.Cell):
     def __init__(self, size_in: int, size_out: int, std: float, random: np.random.Generator, dtype):
         super().__init__()
         self.dtype = dtype
-        self.weight = Parameter(Tensor(random.normal(0.0, std, (size_in, size_out)).astype(np.float32)), name="weight")
+        self.weight = Parameter(normal(random, std, (size_in, size_out)), name="weight")
         self.product = ops.MatMul()
         self.cast_x, self.cast_weight = Cast(dtype), Cast(dtype)
 

@@ -7,6 +7,7 @@ layer and bytes, and what the rank holds. The compile runs in a process of its o
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from switchyard.parallel.stubs import simulation_environment
 from switchyard.parallel.worker import JOB, TRAINING_STEP
 
 BYTE_VOCABULARY = 256
+COLUMNS = ["collective", "direction", "where", "why", "ranks", "number", "bytes each"]
 OPTIMIZER_STATE = ("moment1.", "moment2.", "accumulated.", "accu_grads.", "correction", "learning_rate")
 
 
@@ -192,18 +194,21 @@ def _report(folder: Path, devices: int, rank: int) -> Report:
     return Report(devices, rank, (folder / f"rank{rank}.mindir").read_bytes(), **found)
 
 
-def render(report: Report, config: Config) -> str:
-    """The report as text: collectives, parameters, what the rank holds, cost of the compile."""
+def render(report: Report, config: Config, brief: bool = False) -> str:
+    """The report as text: collectives, parameters, what the rank holds, cost of the compile.
+
+    `brief`: collectives of layers that are alike in one row, without the parameters.
+    """
     place = Degrees.of(config.parallel).coordinates(report.rank)
     text = [
         f"rank {report.rank} of {report.devices}: stage {place.stage}, outer data slice {place.outer}, "
         f"expert slice {place.expert}, model slice {place.model}",
         "",
-        *table(["collective", "direction", "where", "why", "ranks", "number", "bytes each"], collective_rows(report)),
-        "",
-        *table(["parameter", "whole", "this rank's"], parameter_rows(report)),
+        *table(COLUMNS, collective_rows(report, brief)),
         "",
     ]
+    if not brief:
+        text += [*table(["parameter", "whole", "this rank's"], parameter_rows(report)), ""]
     held = report.held_bytes
     sent = sum(one.bytes for one in report.collectives)
     text += [
@@ -215,12 +220,12 @@ def render(report: Report, config: Config) -> str:
     return "\n".join(text)
 
 
-def collective_rows(report: Report) -> list[list[str]]:
-    """Collectives that are alike in one row, in order of first appearance."""
-    alike = Counter(
-        (one.kind, one.direction, one.layer, one.cause, ranks_text(one.group, report.devices), one.bytes)
-        for one in report.collectives
-    )
+def collective_rows(report: Report, brief: bool = False) -> list[list[str]]:
+    """Collectives that are alike in one row, in order of first appearance; `brief`: whatever layer they are of."""
+    alike = Counter()
+    for one in report.collectives:
+        layer = re.sub(r"^layers\.\d+", "layers.*", one.layer) if brief else one.layer
+        alike[one.kind, one.direction, layer, one.cause, ranks_text(one.group, report.devices), one.bytes] += 1
     return [[*map(str, key[:5]), str(number), f"{key[5]:,}"] for key, number in alike.items()]
 
 
@@ -296,10 +301,11 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose graph; 0 if not given")
     parser.add_argument("--json", metavar="FILE", help="write the report there too, as JSON")
+    parser.add_argument("--brief", action="store_true", help="layers that are alike in one row, and no parameters")
     chosen = parser.parse_intermixed_args(arguments)
     config = configuration.load(chosen.config, chosen.overrides)
     report = compile_step(config, chosen.devices, chosen.rank, chosen.vocab)
-    print(render(report, config))
+    print(render(report, config, chosen.brief))
     if chosen.json:
         Path(chosen.json).write_text(json.dumps(to_json(report), indent=1), encoding="utf-8")
 

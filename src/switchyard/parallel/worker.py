@@ -62,9 +62,13 @@ def _fork(folder: Path, job: dict, rank: int) -> int:
 
 def training_step(config, vocab: int) -> tuple:
     """What is compiled if the job names nothing else: (the training step, its inputs on one device)."""
+    from mindspore.nn.utils import no_init_parameters
+
     from switchyard.training.parallel_step import batch_slices, parallel_step
 
-    step = parallel_step(config, vocab)
+    with no_init_parameters():
+        step = parallel_step(config, vocab, drawn=False)
+    step.no_init_parameters_in_compile()  # so weights take no memory, however many there are
     return step, batch_slices(config, vocab, step.network.loss.model.noise_slices)
 
 

@@ -16,6 +16,7 @@ from mindspore import dtype as mstype
 from switchyard.config import MoEConfig
 from switchyard.errors import UserError
 from switchyard.kernels.noise import NoiseSlices
+from switchyard.kernels.weights import normal
 from switchyard.parallel.mesh import Mesh
 
 
@@ -271,7 +272,7 @@ class Copies(nn.Cell):
 def router_weight(width: int, experts: int, random: np.random.Generator) -> Parameter:
     """The gate's matrix [D, E], small so that no expert starts ahead (arXiv 2101.03961, section 2.4: scale 0.1)."""
     scale = 0.1 / np.sqrt(width)
-    return Parameter(Tensor(random.normal(0.0, scale, (width, experts)).astype(np.float32)), name="weight")
+    return Parameter(normal(random, scale, (width, experts)), name="weight")
 
 
 class LinearRouter(Router):

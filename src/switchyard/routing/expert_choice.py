@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.dispatch import capacity
+from switchyard.capacity import capacity
 from switchyard.routing.base import LinearRouter, RouterSetting, register
 
 NOBODY = -1e30  # the score of a padded row: taken only where no real row is left

@@ -161,11 +161,12 @@ class ParallelStepGraph(nn.Cell):
         return shorter
 
 
-def parallel_step(config: Config, vocab_size: int) -> AutoParallel:
+def parallel_step(config: Config, vocab_size: int, drawn: bool = True) -> AutoParallel:
     """The training step to compile and run on the devices that `parallel` asks for; communication must be started.
 
     Call it with a device's slices of tokens, labels [B, S] int32, valid [B, S] float32 and, where the model reads
-    noise, noise [N, J, D] float32. Its `network.learning_rate` is set by the caller.
+    noise, noise [N, J, D] float32. Its `network.learning_rate` is set by the caller. Weights that are not
+    `drawn` have shapes and no numbers: the graph can be compiled, not run.
 
     Raises:
         UserError: what cannot be cut over devices.
@@ -185,7 +186,7 @@ def parallel_step(config: Config, vocab_size: int) -> AutoParallel:
     ):
         if value is not None:
             raise UserError(f"moe.{key}: {value}; leave it at its default where parallel degrees cut the model")
-    model, data = create_model(config, vocab_size), config.parallel.data_parallel
+    model, data = create_model(config, vocab_size, drawn=drawn), config.parallel.data_parallel
     mesh = Mesh(config, model.noise_slices > 0)
     model.shard(mesh)
     if config.parallel.recompute:

@@ -1,0 +1,91 @@
+"""How much room experts have, and how many choices find none. No MindSpore in here: the planner asks it too.
+
+Legend: G groups, N rows of a group, E experts, K choices of a row, C slots of an expert in a group.
+"""
+
+import math
+
+import numpy as np
+
+from switchyard.config import Config
+from switchyard.errors import UserError
+
+EXACT_FLOAT = 2**24  # float32 holds every integer up to here: the sort keys must stay below
+
+
+def capacity(rows: int, experts: int, choices: int, factor: float, least: int = 1) -> int:
+    """Slots of one expert in one group: ceil(N * K * factor / E) (GShard, arXiv 2006.16668).
+
+    Never below `least`, and never above N, since a row goes to an expert once.
+    """
+    share = round(rows * choices * factor / experts, 6)  # 100 * 1.1 / 10 is 11, not 11.000000000000002
+    return min(rows, max(least, math.ceil(share)))
+
+
+def slot_shape(config: Config) -> tuple[int, int, int, int]:
+    """Slots of training on all devices together: (G, E, C, D)."""
+    moe, rows = config.moe, config.rows // config.groups
+    slots = capacity(rows, moe.expert_num, moe.choices, moe.capacity_factor, moe.min_capacity)
+    return config.groups, moe.expert_num, slots, config.model.hidden_size
+
+
+def check_sort_keys(config: Config) -> None:
+    """Refuses batches whose sort keys float32 cannot hold exactly (UserError)."""
+    rows = config.rows // config.groups
+    key = (config.moe.expert_num + 1) * rows * config.moe.choices
+    if config.moe_layers and key >= EXACT_FLOAT:
+        raise UserError(
+            f"data.batch_size: {config.data.batch_size}; (experts + 1) * rows of a group * choices is {key}, "
+            f"must be below {EXACT_FLOAT}: lower it and raise train.gradient_accumulation_steps, or raise moe.groups"
+        )
+
+
+def dropped_share(config: Config, shares: np.ndarray | None = None) -> float:
+    """Expected share of the choices that get no slot in training, by the capacity law: 0 to 1.
+
+    A row chooses expert e with probability K * shares[e], whatever other rows do, so an expert is chosen
+    X ~ Binomial(N, K * share) times in a group and drops (X - C)^+ of them; by linearity the share is
+    sum over e of E[(X - C)^+] / (N * K). A router that has learned its data is less even than this within a group.
+
+    Args:
+        config: capacities, groups, experts.
+        shares: [M, E] or [E], what part of all choices an expert gets; None: 1 / E, a balanced router.
+    """
+    if not config.moe_layers:
+        return 0.0
+    _, experts, slots, _ = slot_shape(config)
+    rows, choices = config.rows // config.groups, config.moe.choices
+    if shares is None:
+        return float(experts * overflow(rows, np.array([choices / experts]), slots)[0] / (rows * choices))
+    lost = overflow(rows, np.minimum(1.0, choices * shares.reshape(-1)), slots).sum()
+    return float(lost / (shares.size // experts) / (rows * choices))
+
+
+def overflow(rows: int, probabilities: np.ndarray, slots: int) -> np.ndarray:
+    """E[(X - slots)^+] of X ~ Binomial(rows, p) for each p [P]: [P]."""
+    if slots >= rows:
+        return np.zeros(len(probabilities))
+    counts = np.arange(slots + 1, rows + 1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, rows + 1)))])  # log n! of each n
+    ways = logs[rows] - logs[counts] - logs[rows - counts]
+    found = []
+    for p in probabilities:
+        if p <= 0.0 or p >= 1.0:
+            found.append(max(0.0, rows * p - slots))
+            continue
+        mass = np.exp(ways + counts * math.log(p) + (rows - counts) * math.log1p(-p))
+        found.append(((counts - slots) * mass).sum())
+    return np.array(found)
+
+
+def dropped_of_record(config: Config, experts: np.ndarray) -> float:
+    """Share of recorded choices [.., N of all groups, K] that these capacities and groups would have dropped.
+
+    Choices below 0 (unset) and E (a padded row) count nowhere.
+    """
+    groups, count, slots, _ = slot_shape(config)
+    choices = experts.reshape(-1, experts.shape[-2] // groups * experts.shape[-1]).astype(np.int64)  # [passes * G, N K]
+    real = (choices >= 0) & (choices < count)
+    place = np.arange(len(choices))[:, None] * count + choices
+    load = np.bincount(place[real], minlength=len(choices) * count)
+    return float(np.maximum(load - slots, 0).sum() / max(1, load.sum()))

@@ -1,0 +1,58 @@
+"""The layouts whose compiled steps are looked at: name -> tree of a configuration.
+
+Two layers, the first dense, the second conditional; 8 devices, of which rank 5 is compiled, once for all tests: see
+`tests/parallel/conftest.py`.
+"""
+
+DEVICES, RANK, VOCAB = 8, 5, 32
+MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "seq_length": 8, "intermediate_size": 32}
+SWITCH = {"router": "switch", "expert_num": 8, "layers": 2}
+TOP_2 = SWITCH | {"router": "top_k", "num_experts_chosen": 2}
+TWO_AXES = {"data_parallel": 8, "expert_parallel": 4}
+THREE_AXES = {"data_parallel": 4, "expert_parallel": 2, "model_parallel": 2}
+
+# whatever a decoder can have besides: gates, biases, two tables, a free head, shared experts, half the bytes
+RICH_MODEL = MODEL | {
+    "activation": "swiglu",
+    "compute_dtype": "bfloat16",
+    "dropout": 0.1,
+    "n_kv_heads": 2,
+    "norm": "layernorm",
+    "position": "learned",
+    "tie_word_embeddings": False,
+}
+RICH_MOE = TOP_2 | {
+    "jitter": 0.01,
+    "moe_intermediate_size": 24,
+    "shared_expert_num": 2,
+    "use_shared_expert_gating": True,
+}
+
+
+def tree(parallel: dict, moe: dict = SWITCH, model: dict = MODEL) -> dict:
+    """A configuration of these degrees."""
+    return {"model": model, "moe": moe, "data": {"batch_size": 16}, "parallel": parallel}
+
+
+LAYOUTS = {
+    "dp8": tree({"data_parallel": 8}),
+    "ep8": tree({"data_parallel": 8, "expert_parallel": 8}),
+    "dp8 ep4": tree(TWO_AXES, TOP_2),
+    "dp8 ep4 zero1": tree(TWO_AXES | {"optimizer_shard": 1}),
+    "dp8 ep4 zero3": tree(TWO_AXES | {"optimizer_shard": 3}),
+    "dp8 ep4 recompute": tree(TWO_AXES | {"recompute": True}),
+    "dp4 ep2 tp2": tree(THREE_AXES),
+    "dp4 ep2 tp2 sequence": tree(THREE_AXES | {"sequence_parallel": True}),
+}
+FURTHER = {  # of which only bytes are looked at
+    "dp4 ep2 tp2 sequence recompute": tree(
+        THREE_AXES | {"sequence_parallel": True, "recompute": True}, SWITCH | {"shared_expert_num": 1}
+    ),
+    "rich dp4 ep2 tp2": tree(THREE_AXES, RICH_MOE, RICH_MODEL),
+    "rich dp4 ep2 tp2 recompute zero1": tree(
+        THREE_AXES | {"recompute": True, "optimizer_shard": 1}, RICH_MOE, RICH_MODEL
+    ),
+    "rich dp4 ep2 tp2 sequence zero3": tree(
+        THREE_AXES | {"sequence_parallel": True, "optimizer_shard": 3}, RICH_MOE, RICH_MODEL
+    ),
+}

@@ -1,0 +1,112 @@
+"""What the planner says a layout costs, against the graph that the compiler makes of it and against numbers by hand."""
+
+from collections import Counter
+
+import pytest
+from oracles.layouts import FURTHER, LAYOUTS, RANK, VOCAB
+
+from switchyard.config import build
+from switchyard.errors import UserError
+from switchyard.parallel.costs import CUT_ROUTERS, Exchange, costs, exchanges, parameters
+from switchyard.parallel.placement import Degrees
+from switchyard.parallel.simulate import OPTIMIZER_STATE, whole_shape
+
+DENSE = {"model": {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "seq_length": 4, "intermediate_size": 16}}
+
+
+@pytest.fixture(params=[*LAYOUTS, *FURTHER])
+def both(request, compile_layout):
+    """(configuration, the compiler's report) of a layout."""
+    return build((LAYOUTS | FURTHER)[request.param]), compile_layout(request.param)
+
+
+@pytest.mark.slow
+def test_exchanges_are_those_of_the_graph(both):
+    """Kind, ranks and bytes of every collective, and how many there are of each."""
+    config, report = both
+    degrees = Degrees.of(config.parallel)
+    groups = {
+        "expert": degrees.expert_group,
+        "replicas": degrees.expert_replicas,
+        "data": degrees.data_group,
+        "model": degrees.model_group,
+        "stage": degrees.stage_group,
+    }
+    expected = Counter()
+    for one in exchanges(config, VOCAB):
+        group = groups[one.group](RANK)
+        assert one.ranks == len(group)
+        expected[one.kind, group, one.bytes] += one.number
+    assert Counter((one.kind, one.group, one.bytes) for one in report.collectives) == expected
+
+
+@pytest.mark.slow
+def test_what_is_held_is_what_the_graph_holds(both):
+    """Parameters by name and whole shape, bytes of weights and of the optimizer's state."""
+    config, report = both
+    held = {name: shape for name, shape in report.parameters.items() if not name.startswith(OPTIMIZER_STATE)}
+    whole = {name: whole_shape(report.layouts[name], shape) for name, shape in held.items()}
+    if not config.parallel.optimizer_shard:  # whose cut the compiler's layouts do not tell
+        assert parameters(config, VOCAB) == whole
+    assert parameters(config, VOCAB).keys() == held.keys()
+    cost = costs(config, VOCAB)
+    assert {"weights": cost.weights, "optimizer state": cost.optimizer} == report.held_bytes
+
+
+def test_the_work_of_a_dense_block_by_hand():
+    """16 rows, D 8: qkv 8 x 24, out 8 x 8, scores and mix 2 x 4 x 8, feed-forward 2 x 8 x 16, head 8 x 10."""
+    config = build(DENSE | {"data": {"batch_size": 4}})
+    assert costs(config, 10).flops == 2 * 3 * 16 * (192 + 64 + 64 + 256 + 80)
+    halves = build(DENSE | {"data": {"batch_size": 4}, "parallel": {"model_parallel": 2}})
+    assert costs(halves, 10).flops == 2 * 3 * 16 * ((192 + 64 + 64 + 256) / 2 + 80)  # the head is whole on both
+    again = build(DENSE | {"data": {"batch_size": 4}, "parallel": {"recompute": True}})
+    assert costs(again, 10).flops == 2 * 16 * (4 * (192 + 64 + 64 + 256) + 3 * 80)
+
+
+def test_experts_work_by_their_slots():
+    """1 group of 16 rows, 4 experts, factor 2: 8 slots each, 32 in all, whoever fills them; the router is 8 x 4."""
+    moe = {"expert_num": 4, "capacity_factor": 2.0}
+    config = build(DENSE | {"data": {"batch_size": 4}, "moe": moe})
+    assert costs(config, 10).flops == 2 * 3 * (16 * (192 + 64 + 64 + 8 * 4 + 80) + 32 * 256)
+
+
+def test_one_device_sends_nothing():
+    assert costs(build(DENSE), 10).exchanges == ()
+
+
+def test_bytes_that_leave_a_device():
+    """Of 100 bytes in a ring of 4: three quarters, and twice that where they are summed and handed round."""
+    assert Exchange("AlltoAll", "expert", 4, 100).sent == 75
+    assert Exchange("AllReduce", "data", 4, 100, 2).sent == 300
+
+
+def test_activations_shrink_with_what_cuts_or_repeats_them():
+    plain = {"data": {"batch_size": 64}, "moe": {"expert_num": 8}}
+
+    def kept(**parallel):
+        return costs(build(plain | {"parallel": parallel}), 256).activations
+
+    assert kept(data_parallel=2) == kept() / 2
+    assert kept(recompute=True) < kept()
+    assert kept(model_parallel=2, sequence_parallel=True) < kept(model_parallel=2) < kept()
+
+
+@pytest.mark.parametrize(
+    "tree, line",
+    [
+        ({"model": {"compute_dtype": "float16"}}, r"model\.compute_dtype: float16; 'bfloat16' or 'float32'"),
+        ({"moe": {"expert_num": 4, "router": "hash"}}, r"moe\.router: hash; cannot be cut over devices; one of gshard"),
+        ({"model": {"type": "vision"}}, r"model\.type: vision; only a decoder"),
+        ({"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, r"parallel\.pipeline_stage: 2; 1"),
+        ({"train": {"gradient_accumulation_steps": 2}}, r"train\.gradient_accumulation_steps: 2; 1"),
+    ],
+)
+def test_what_the_step_refuses_is_refused(tree, line):
+    with pytest.raises(UserError, match=line):
+        costs(build(tree), 256)
+
+
+def test_the_routers_that_can_be_cut_are_those_that_say_so():
+    from switchyard.routing.base import known_routers
+
+    assert tuple(sorted(name for name, router in known_routers().items() if router.cuts)) == CUT_ROUTERS

@@ -1,0 +1,148 @@
+"""The planner: which combinations fit, in which order, why the others do not, and what the command line says."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from oracles import capacity_law
+
+from switchyard import cli
+from switchyard.capacity import dropped_of_record, dropped_share, slot_shape
+from switchyard.config import build
+from switchyard.errors import UserError
+from switchyard.parallel import estimate
+from switchyard.parallel.estimate import Load, Speed, plan
+
+SMALL = {"data": {"batch_size": 16}, "moe": {"expert_num": 4, "layers": 2}}
+GIGA = 10**9
+
+
+def planned(tree=SMALL, devices=4, memory=64 * GIGA, **speed):
+    return plan(build(tree), devices, memory, 256, Load(), Speed(**speed))
+
+
+def test_every_feasible_combination_is_one_that_the_laws_allow():
+    found = planned()
+    for one in found:
+        if one.refusal is None:
+            build(SMALL | {"parallel": one.parallel})  # raises where a law refuses
+    degrees = {(one.parallel["data_parallel"], one.parallel["expert_parallel"]) for one in found if not one.refusal}
+    assert degrees == {(4, 1), (4, 2), (4, 4), (2, 1), (2, 2), (1, 1)}
+
+
+def test_the_order_is_that_of_the_stated_rule():
+    found = [one for one in planned(flops=3e12, bandwidth=2e9) if one.refusal is None]
+    seconds = [one.costs.flops / 3e12 + one.costs.sent / 2e9 for one in found]
+    assert seconds == sorted(seconds) == [one.seconds for one in found]
+
+
+def test_a_slow_wire_prefers_other_degrees_than_slow_products():
+    """32 rows and 0.8 million parameters: model slices send rows, data slices gradients, but the head is whole."""
+    few = {"data": {"batch_size": 4}, "model": {"seq_length": 8}}
+    slow_wire, slow_products = planned(few, bandwidth=1.0)[0], planned(few, flops=1.0)[0]
+    assert (slow_wire.parallel["model_parallel"], slow_products.parallel["data_parallel"]) == (4, 4)
+    assert slow_wire.costs.sent < slow_products.costs.sent
+    assert slow_products.costs.flops < slow_wire.costs.flops
+
+
+def test_reasons_are_the_lines_of_the_laws_and_of_memory():
+    tree = {"data": {"batch_size": 6}, "moe": {"expert_num": 3, "layers": 2}, "model": {"num_heads": 4}}
+    reasons = {one.refusal for one in planned(tree, devices=8)}
+    assert (
+        "data.batch_size: 6; must be a multiple of the routing groups (8: moe.groups or parallel.data_parallel)"
+        in reasons
+    )
+    assert "parallel.expert_parallel: 2; must divide moe.expert_num (3)" in reasons
+    assert "parallel.model_parallel: 8; must divide the key/value heads (4)" in reasons
+    assert any(reason and reason.startswith("parallel.pipeline_stage: 2; 1") for reason in reasons)
+    tight = planned(memory=1000)
+    assert all(one.refusal for one in tight)
+    assert {one.refusal for one in tight if one.costs} == {"memory: more than the 1e-06 GB of a device"}
+
+
+@pytest.mark.parametrize("experts, factor", [(8, 1.0), (8, 1.25), (64, 1.0), (64, 1.25)])
+def test_the_expected_drops_of_a_balanced_router_are_those_of_the_law(experts, factor):
+    tree = {"data": {"batch_size": 16}, "moe": {"expert_num": experts, "capacity_factor": factor}}
+    config = build(tree)  # 1,024 rows in one group
+    assert dropped_share(config) == pytest.approx(capacity_law.drop_rate(1024, experts, factor), rel=1e-9, abs=1e-15)
+
+
+def test_equal_shares_are_a_balanced_router_and_one_expert_of_all_drops_what_is_over():
+    config = build({"data": {"batch_size": 16}, "moe": {"expert_num": 8, "layers": 2}})
+    assert dropped_share(config, np.full((2, 8), 1 / 8)) == pytest.approx(dropped_share(config))
+    one = np.eye(8)[:1]  # all choices to expert 0: 1,024 rows, 160 slots
+    assert dropped_share(config, one) == pytest.approx((1024 - 160) / 1024)
+
+
+def test_drops_of_a_record_are_counted_group_by_group():
+    """2 groups of 8 rows, 4 experts of 2 slots: 8 to expert 0 drop 6, an even group nothing; -1 and 4 count nowhere."""
+    tree = {"data": {"batch_size": 2}, "model": {"seq_length": 8}, "moe": {"expert_num": 4, "capacity_factor": 1.0}}
+    config = build(tree | {"parallel": {"data_parallel": 2}})
+    assert slot_shape(config)[:3] == (2, 4, 2)
+    record = np.array([0] * 8 + [0, 1, 2, 3, 0, 1, 2, 3]).reshape(1, 1, 1, 16, 1)
+    assert dropped_of_record(config, record) == 6 / 16
+    record[0, 0, 0, 12:] = np.array([[-1], [4], [-1], [4]])
+    assert dropped_of_record(config, record) == 6 / 12
+
+
+def write(tmp_path, text):
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_command_prints_the_own_layout_the_ranking_and_the_reasons(tmp_path, capsys):
+    path = write(
+        tmp_path, "moe: {expert_num: 4}\ndata: {batch_size: 16}\nparallel: {data_parallel: 4, expert_parallel: 2}\n"
+    )
+    out = tmp_path / "plan.json"
+    arguments = ["--config", path, "--devices", "4", "--memory", "64GB", "--json", str(out), "model.num_heads=2"]
+    assert cli.run(estimate.main, arguments) == 0
+    text = capsys.readouterr().out
+    assert "the configuration's own layout: dp 4, ep 2" in text
+    assert "activations (estimate)" in text
+    assert "parallel.model_parallel: 4; must divide the key/value heads (2)" in text
+    assert "ranked by seconds = TFLOP / 100 + GB sent / 25" in text
+    found = json.loads(out.read_text())
+    assert found[0]["refusal"] is None and found[0]["costs"]["weights"] > 0
+
+
+def test_recorded_tokens_change_the_drops(tmp_path, capsys):
+    path, tokens = write(tmp_path, "moe: {expert_num: 4}\ndata: {batch_size: 16}\n"), tmp_path / "tokens.json"
+    tokens.write_text("[100, 0, 0, 0]")
+    command = ["--config", path, "--devices", "1", "--memory", "64GB", "--tokens-per-expert", str(tokens)]
+    assert cli.run(estimate.main, command) == 0
+    assert "expected share of dropped choices 68.75%" in capsys.readouterr().out  # 1,024 rows, 320 slots
+
+
+@pytest.mark.parametrize(
+    "held, line",
+    [
+        ("[1, 2]", r"holds \[2\] numbers, wants \[4\] or \[2, 4\]"),
+        ("{", "must hold a JSON list of numbers"),
+        ("[1, -1, 1, 1]", "0 or more"),
+        ("[0, 0, 0, 0]", "some above 0"),
+    ],
+)
+def test_tokens_per_expert_that_do_not_fit_are_refused(tmp_path, held, line):
+    path = tmp_path / "tokens.json"
+    path.write_text(held)
+    with pytest.raises(UserError, match=line):
+        estimate.read_load(str(path), build(SMALL))
+
+
+@pytest.mark.parametrize("text, size", [("64GB", 64e9), ("1.5 TB", 1.5e12), ("40GiB", 40 * 2**30), ("1000", 1000)])
+def test_sizes(text, size):
+    assert estimate.read_size(text) == size
+
+
+def test_a_size_that_is_none_is_refused():
+    with pytest.raises(UserError, match="--memory: much; a number and"):
+        estimate.read_size("much")
+
+
+def test_planning_does_not_wait_for_mindspore():
+    code = "import sys; import switchyard.parallel.estimate; sys.exit('mindspore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
