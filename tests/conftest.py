@@ -17,7 +17,7 @@ settings.load_profile("switchyard")
 
 @pytest.fixture(scope="session")
 def frozen():
-    """What the imports made is left out of later collections: a tenth of a second each, and every compile asks for one."""
+    """Leaves what the imports made out of later collections: a tenth of a second each, one a compile."""
     import switchyard.training.loop  # noqa: F401  imports nearly everything
 
     gc.collect()
