@@ -203,16 +203,24 @@ def render(found: list[Candidate], top: int) -> list[str]:
     lines += table(HEADS, [_row(one) for one in feasible[:top]])
     if len(feasible) > top:
         lines.append(f"... and {len(feasible) - top} more (--top)")
-    reasons: dict[str, list[Candidate]] = {}
-    for one in found:
-        if one.refusal is not None:
-            reasons.setdefault(one.refusal, []).append(one)
-    if reasons:
-        lines += ["", "not feasible:"]
-    for reason, held in sorted(reasons.items(), key=lambda item: -len(item[1])):
+    return lines + _reasons([one for one in found if one.refusal is not None])
+
+
+def _reasons(refused):
+    """Why combinations are not feasible: those that a key refuses for the same reason in one line."""
+    alike: dict[tuple[str, str], list[Candidate]] = {}
+    for one in refused:
+        key, rest = one.refusal.split(": ", 1)
+        alike.setdefault((key, rest.split("; ", 1)[-1]), []).append(one)
+    lines = ["", "not feasible:"] if alike else []
+    for (key, reason), held in sorted(alike.items(), key=lambda item: -len(item[1])):
+        values = dict.fromkeys(one.refusal.split(": ", 1)[1].split("; ", 1)[0] for one in held)
         least = min((one for one in held if one.costs), key=lambda one: one.costs.memory, default=None)
-        near = f"; the least, {giga(least.costs.memory)} GB, with {describe(least.parallel)}" if least else ""
-        lines.append(f"  {len(held):4} x {reason}{near}")
+        if least is None:
+            lines.append(f"  {len(held):4} x {key}: {', '.join(values)}; {reason}")
+        else:
+            near = f"{giga(least.costs.memory)} GB, with {describe(least.parallel)}"
+            lines.append(f"  {len(held):4} x {key}: {reason}; the least, {near}")
     return lines
 
 
