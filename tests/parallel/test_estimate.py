@@ -117,6 +117,27 @@ def test_recorded_tokens_change_the_drops(tmp_path, capsys):
     assert "expected share of dropped choices 68.75%" in capsys.readouterr().out  # 1,024 rows, 320 slots
 
 
+def test_a_record_of_a_run_is_counted_for_each_layout(tmp_path):
+    """16 sequences of 64: all rows of the first half choose expert 0, the others take turns."""
+    from switchyard.routing.replay import Recorder
+
+    config, path = build(SMALL), str(tmp_path / "choices.safetensors")
+    turns = np.arange(1024) % 4
+    chosen = np.where(np.arange(1024) < 512, 0, turns).reshape(1, 1024, 1).repeat(2, 0)  # [M, N, K]
+    recorder = Recorder(path, config, "training")
+    recorder.add(0, np.zeros((16, 64)), chosen)
+    recorder.save()
+    load = estimate.read_load(path, config)
+    found = plan(config, 2, 64 * GIGA, 256, load, Speed())
+    drops = {one.parallel["data_parallel"]: one.dropped for one in found if one.costs}
+    assert drops[1] == (512 + 128 - 320) / 1024  # 320 slots in the one group
+    assert drops[2] == (512 - 160) / 1024  # 160 in each of two, of which the second is even
+    with pytest.raises(UserError, match="recorded with 1024 rows, this run has 512"):
+        estimate.read_load(path, build(SMALL | {"data": {"batch_size": 8}}))
+    with pytest.raises(UserError, match="recorded with experts 4, this run has 8"):
+        estimate.read_load(path, build(SMALL | {"moe": {"expert_num": 8, "layers": 2}}))
+
+
 @pytest.mark.parametrize(
     "held, line",
     [
