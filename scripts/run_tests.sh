@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # ==============================================================================
-# The checks of the repository: ruff (lint, then format), then pytest.
+# The checks of the repository: ruff (lint, then format), then pytest: every test in
+# two processes, or what the arguments ask for in one.
 #
 # Usage: bash scripts/run_tests.sh [ARGUMENTS OF PYTEST]
 #
@@ -16,4 +17,8 @@ set_up tests
 cd "$ROOT"
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check .
-"$VENV/bin/python" -m pytest "$@"
+if (($#)); then
+    "$VENV/bin/python" -m pytest "$@"
+else
+    "$VENV/bin/python" -m pytest -n 2 --dist loadfile # a file's tests share what they train and compile
+fi
