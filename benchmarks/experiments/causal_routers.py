@@ -14,7 +14,7 @@ CASES = {
     "dense model": {},
     "switch": {**ONE, "router": "switch"},
     "top_k": {**TWO, "router": "top_k"},
-    "gshard": {**TWO, "router": "gshard"},
+    "gshard": {**TWO, "router": "gshard", "second_expert": "sampling"},
     "noisy_top_k": {**TWO, "router": "noisy_top_k", "losses": {"importance": 0.1, "load": 0.1}},
     "sigmoid": {**TWO, "router": "sigmoid", "aux_loss_factor": 0.0},
     "sinkhorn": {**ONE, "router": "sinkhorn"},
