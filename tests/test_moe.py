@@ -42,6 +42,16 @@ CASES = {
     },
     "k1-jitter-groups": {"moe": {"router": "switch", "jitter": 0.3, "capacity_factor": 0.8}, "groups": 2},
 }
+DROPLESS = {
+    "k2-swiglu-shared": {
+        "moe": {"num_experts_chosen": 2, "shared_expert_num": 1},
+        "activation": "swiglu",
+        "padded": 2,
+        "groups": 2,
+    },
+    "k3-gelu-blocks-of-2": {"moe": {"num_experts_chosen": 3, "dropless_block_size": 2}, "activation": "gelu"},
+    "k1-jitter-single-rows": {"moe": {"router": "switch", "jitter": 0.3, "dropless_block_size": 1}, "padded": 1},
+}
 SWIGLU = {"moe": {"num_experts_chosen": 2, "shared_expert_num": 1}, "activation": "swiglu", "padded": 2, "groups": 2}
 
 
@@ -91,6 +101,47 @@ def test_training_layer_equals_loop_when_compiled(graph):
 @pytest.mark.parametrize("case", [SWIGLU, {"moe": {"router": "switch", "jitter": 0.3}}], ids=["k2-swiglu", "k1"])
 def test_dropless_evaluation_equals_loop(case, pynative):
     assert _compare(case, False, lambda config: None).audit["dropped"] == 0
+
+
+@pytest.mark.parametrize("name", DROPLESS)
+@pytest.mark.parametrize("dispatch", ["dropless", "dropless_static"])
+def test_dropless_training_equals_loop(name, dispatch, pynative):
+    """A capacity that would drop nearly everything is not asked for."""
+    moe = DROPLESS[name]["moe"] | {"dispatch": dispatch, "capacity_factor": 0.01}
+    assert _compare(DROPLESS[name] | {"moe": moe}, True, lambda config: None).audit["dropped"] == 0
+
+
+def test_dropless_training_equals_loop_when_compiled(graph):
+    case = DROPLESS["k2-swiglu-shared"]
+    _compare(case | {"moe": case["moe"] | {"dispatch": "dropless"}}, True, lambda config: None)
+
+
+def test_dropless_training_serves_all_rows_at_one_expert(pynative):
+    """Rows alike, so all choose alike: the layer equals the loop, and a capacity would have dropped most."""
+    config = tiny_config("gelu", router="switch", dispatch="dropless", dropless_block_size=4)
+    layer, random = tiny_layer(config), np.random.default_rng(5)
+    rows = np.repeat(random.normal(0, 1, (2, 1, 6)), 9, 1).astype(np.float32)
+    valid, upstream = np.ones((2, 9), np.float32), random.normal(0, 1, rows.shape).astype(np.float32)
+    weights, rules = weights_of(layer), _rules(config, 9, None)
+    wanted = moe_loop(rows.astype(np.float64), valid, weights, rules, (upstream, 0.0, 0.0), None)
+    assert np.sort(wanted.audit["load"])[-2:].sum() == 18
+    np.testing.assert_allclose(run_layer(layer, rows, valid)[0], wanted.out, atol=1e-5)
+    gradients = layer_gradients(layer, rows, valid, upstream, 0.0, 0.0)
+    for name, value in wanted.gradients.items():
+        np.testing.assert_allclose(gradients[name], value, atol=2e-5, rtol=1e-4, err_msg=name)
+    tight = moe_loop(rows.astype(np.float64), valid, weights, _rules(config, 9, 1.25), None, None)
+    assert tight.audit["dropped"] > 0.5
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft", "tree"])
+def test_dropless_dispatch_needs_choices(router):
+    with pytest.raises(UserError, match=f"moe.dispatch: dropless; router '{router}' does not choose experts row by"):
+        tiny_layer(tiny_config(router=router, dispatch="dropless"))
+
+
+def test_dropless_dispatch_leaves_nothing_to_reroute():
+    with pytest.raises(UserError, match=r"moe\.reroute: 2; 0: moe\.dispatch 'dropless_static' leaves no choice"):
+        tiny_config(router="switch", dispatch="dropless_static", reroute=2)
 
 
 def test_evaluation_with_capacity_equals_loop(pynative):

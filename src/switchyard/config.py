@@ -13,7 +13,17 @@ from pydantic import Field, ValidationError
 
 from switchyard.errors import UserError
 from switchyard.laws import laws
-from switchyard.sections import CascadeConfig, Fraction, NotNegative, Positive, Section, VisionConfig, Weight
+from switchyard.sections import (
+    CascadeConfig,
+    ContextConfig,
+    ExportConfig,
+    Fraction,
+    NotNegative,
+    Positive,
+    Section,
+    VisionConfig,
+    Weight,
+)
 
 
 class ModelConfig(Section):
@@ -64,6 +74,10 @@ class MoEConfig(Section):
     use_shared_expert_gating: bool = Field(
         False, description="the shared experts' output times a learned sigmoid gate of the row"
     )
+    dispatch: Literal["capacity", "dropless", "dropless_static"] = Field(
+        "capacity",
+        description="training: slots by capacity, or no choice dropped; static: on a cluster, without dynamic shapes",
+    )
     capacity_factor: Annotated[float, Field(gt=0)] = Field(
         1.25, description="training: slots of an expert / its fair share of choices"
     )
@@ -84,7 +98,7 @@ class MoEConfig(Section):
         1, description="groups of experts that each get a copy of every row and route it by themselves to K experts"
     )
     dropless_block_size: Positive | None = Field(
-        None, description="rows of a block in dropless evaluation; null = a quarter of an expert's fair share, 8 to 128"
+        None, description="rows of a dropless block; null = a quarter of an expert's fair share, 8 to 128"
     )
     aux_loss_factor: Weight = Field(0.01, description="weight of the load-balance loss of each layer")
     z_loss_factor: Weight = Field(0.001, description="weight of the router z-loss of each layer")
@@ -204,21 +218,6 @@ class ParallelConfig(Section):
     optimizer_shard: Literal[0, 1, 3] = Field(0, description="ZeRO level")
     sequence_parallel: bool = Field(False, description="cut norms and dropout along the sequence")
     recompute: bool = Field(False, description="recompute activations in the backward pass")
-
-
-class ContextConfig(Section):
-    """The device and the execution mode."""
-
-    device_target: Literal["auto", "Ascend", "GPU", "CPU"] = Field("auto", description="auto = Ascend, then GPU, CPU")
-    device_id: NotNegative | None = Field(None, description="which device of this host; null = MindSpore's choice")
-    mode: Literal["graph", "pynative"] = Field("graph", description="graph compiles; pynative is for debugging")
-
-
-class ExportConfig(Section):
-    """The exported directory."""
-
-    max_length: Positive | None = Field(None, description="longest prompt plus answer; null = model.seq_length")
-    key_file: str | None = Field(None, description="file with 16, 24 or 32 bytes: encrypts the MindIR with AES-GCM")
 
 
 class Config(Section):

@@ -67,6 +67,8 @@ def _token_choice_laws(moe):
             chosen,
             f"at most the {room} experts of moe.topk_group ({taken}) groups",
         )
+    whole = moe.dispatch == "capacity" or moe.reroute == 0
+    yield whole, "moe.reroute", moe.reroute, f"0: moe.dispatch {moe.dispatch!r} leaves no choice without a slot"
     yield (
         not moe.use_shared_expert_gating or moe.shared_expert_num > 0,
         "moe.use_shared_expert_gating",

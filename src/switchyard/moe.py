@@ -17,6 +17,7 @@ from switchyard.errors import UserError
 from switchyard.experts import FeedForwardExperts
 from switchyard.kernels.noise import NoiseSlices, UniformRows
 from switchyard.kernels.weights import normal
+from switchyard.parallel.dropless import Dropless
 from switchyard.parallel.mesh import Mesh, first
 from switchyard.paths import create_path
 from switchyard.routing import balance, create_router
@@ -48,8 +49,9 @@ class MoELayer(nn.Cell):
     losses: three scalars, the ones that carry a gradient: the balance loss and the z-loss, unweighted, and the weighted
     sum of those of `moe.losses`.
 
-    In training an expert has ceil(N * K * capacity_factor / E) slots of each group. At evaluation
-    `eval_capacity_factor` rules, and null, the default, drops nothing: a row's output does not depend on its batch.
+    In training an expert has ceil(N * K * capacity_factor / E) slots of each group, or room for all (`moe.dispatch`).
+    At evaluation `eval_capacity_factor` rules, and null, the default, drops nothing: a row's output does not depend on
+    its batch.
 
     Args:
         config: the whole configuration.
@@ -94,13 +96,15 @@ class MoELayer(nn.Cell):
         self.train_path = create_path(self.router.form, moe, True)
         self.eval_path = create_path(self.router.eval_form or self.router.form, moe, False)
         self.records = moe.record is not None
-        if self.records or moe.replay is not None or moe.force_balance or moe.router_warmup_steps:
+        asked = self.records or moe.replay is not None or moe.force_balance or moe.router_warmup_steps
+        if asked or moe.dispatch != "capacity":
             require_choices(moe)
         require_learnable(moe)
         self.losses = balance.WeightedLosses(moe, self.router, config.model.seq_length)
         self.slot_shape = slot_shape(config)
         self.groups, self.groups_here, self.local_jitter = config.groups, config.groups, None
-        self.local_fill, self.local_join = None, None
+        self.local_fill, self.local_join, self.local_choose, self.dropless = None, None, None, None
+        self.config = config
 
     def construct(
         self,
@@ -147,10 +151,15 @@ class MoELayer(nn.Cell):
         """
         routed = rows if self.local_jitter is None else self.local_jitter(rows, noise)
         logits = self.router.score_flat(routed)  # [N, E]
-        slots, gates, choice_of, slot_of, filled, kept, tally = self.local_fill(rows, logits, valid, noise)
-        outputs = self.experts(self.train_path.send(slots))  # [E, G * C, D]
-        outputs = self.train_path.send_back(outputs, self.groups)  # [G, E, C, D]
-        out = self.local_join(outputs, gates, choice_of, slot_of, filled, kept)  # [N, D]
+        if self.dropless is None:
+            slots, gates, choice_of, slot_of, filled, kept, tally = self.local_fill(rows, logits, valid, noise)
+            outputs = self.experts(self.train_path.send(slots))  # [E, G * C, D]
+            outputs = self.train_path.send_back(outputs, self.groups)  # [G, E, C, D]
+            out = self.local_join(outputs, gates, choice_of, slot_of, filled, kept)  # [N, D]
+        else:
+            chosen, gates, tally = self.local_choose(logits, valid, noise)
+            experts = self.experts
+            out = self.dropless(rows, chosen, gates, experts.w_in, experts.w_out, experts.w_gate)  # [N, D]
         if self.shared is not None:
             shared = self.shared(self.shared.lift(rows, 0))  # [1, N, D]
             out = self.shared.add(out, shared.reshape(rows.shape))
@@ -164,16 +173,29 @@ class MoELayer(nn.Cell):
         """Routing and plan of a data slice: (slots [G, E, C, D], the Plan's parts, tally [1, ..])."""
         width = rows.shape[-1]
         rows, valid = rows.reshape(self.groups_here, -1, width), valid.reshape(self.groups_here, -1)
-        context = {"valid": valid, "noise": noise, "token_ids": None, "task_ids": None}
-        if self.balanced is not None:
-            context["replay"] = self.balanced(valid)
-        routing = self.router.decide(logits.reshape(self.groups_here, -1, self.expert_num), context)
+        routing = self.decide(logits, valid, noise)
         if self.lot is not None:
             routing["lot"] = self.lot(noise).reshape(valid.shape)  # [G, N]
         plan = self.train_path.plan(routing)
         slots = self.train_path.fill(rows, plan).reshape(self.groups_here, self.expert_num, -1, width)
         tally = self.tally(routing, self.train_path.served(routing, plan), valid)
         return slots, plan["gates"], plan["choice_of"], plan["slot_of"], plan["filled"], plan["kept"], tally
+
+    def choose(self, logits: Tensor, valid: Tensor, noise: Tensor):
+        """Routing of a data slice where nothing is dropped: (experts [G, N * K], gates [G, N * K], tally [1, ..])."""
+        valid = valid.reshape(self.groups_here, -1)
+        routing = self.decide(logits, valid, noise)
+        experts = ops.stop_gradient(routing["experts"]).reshape(self.groups_here, -1)
+        served = (experts < self.expert_num).astype(mstype.float32).sum()
+        gates = routing["gates"].reshape(self.groups_here, -1)
+        return experts, gates, self.tally(routing, served, valid)
+
+    def decide(self, logits: Tensor, valid: Tensor, noise: Tensor) -> dict:
+        """The Routing of a data slice: logits [N, E], valid [G, N]."""
+        context = {"valid": valid, "noise": noise, "token_ids": None, "task_ids": None}
+        if self.balanced is not None:
+            context["replay"] = self.balanced(valid)
+        return self.router.decide(logits.reshape(self.groups_here, -1, self.expert_num), context)
 
     def tally(self, routing: dict, served: Tensor, valid: Tensor) -> Tensor:
         """[1, TALLY + 2 E]: balance loss, z-loss, further losses, entropy, choices served, z, load [E], importance [E].
@@ -193,7 +215,7 @@ class MoELayer(nn.Cell):
         return self.train_path.join(outputs.reshape(self.groups_here, -1, width), plan).reshape(-1, width)
 
     def shard(self, mesh: Mesh) -> None:
-        """Rows and groups are cut by data slices, experts by expert slices: one AlltoAll there and one back.
+        """Rows and groups are cut by data slices, experts by expert slices, see `moe.dispatch` for the way between.
 
         Raises:
             UserError: a router or a layer that cannot be cut.
@@ -202,10 +224,21 @@ class MoELayer(nn.Cell):
             cuts = ", ".join(name for name, router in known_routers().items() if router.cuts)
             raise UserError(f"moe.router: {self.router.name!r}; cannot be cut over devices; one of {cuts}")
         self.groups_here = self.groups // mesh.degrees.data_parallel
-        for cell in (self.router, self.train_path, self.experts):
-            cell.shard(mesh)
+        self.router.shard(mesh)
         if self.shared is not None:
             self.shared.shard(mesh)
+        if self.jitter > 0:
+            pair = mesh.cut("data", None)
+            self.local_jitter = mesh.local(self.jitter_rows, (pair, mesh.noise), (pair,), first, first)
+        if self.config.moe.dispatch == "capacity":
+            self._shard_slots(mesh)
+        else:
+            self._shard_choices(mesh)
+
+    def _shard_slots(self, mesh: Mesh) -> None:
+        """Capacity: slots are cut by data slices before the AlltoAll, by experts behind it."""
+        self.train_path.shard(mesh)
+        self.experts.shard(mesh)
         pair, whole = mesh.cut("data", None), self.slot_shape  # the layout of [N, D], [N, E], [B, S], [G, M], ...
         slots, slices = mesh.cut("data", None, None, None), mesh.degrees.data_parallel
         groups, experts, capacity, width = whole
@@ -224,8 +257,21 @@ class MoELayer(nn.Cell):
         inputs, outputs = (pair, pair, pair, mesh.noise), (slots, *(pair,) * 6)
         self.local_fill = mesh.local(self.fill_slots, inputs, outputs, shapes, types)
         self.local_join = mesh.local(self.join_slots, (slots, *(pair,) * 5), (pair,), joined, first)
-        if self.jitter > 0:
-            self.local_jitter = mesh.local(self.jitter_rows, (pair, mesh.noise), (pair,), first, first)
+
+    def _shard_choices(self, mesh: Mesh) -> None:
+        """Dropless: choices are cut by data slices; what becomes of them is one operator."""
+        pair, groups, slices = mesh.cut("data", None), self.groups, mesh.degrees.data_parallel
+        choices, columns = self.choices, TALLY + 2 * self.expert_num
+
+        def shapes(logits, valid, noise):
+            each = [groups, logits[0] // groups * choices]
+            return each, each, [slices, columns]
+
+        def types(logits, valid, noise):
+            return mstype.int32, logits, logits
+
+        self.local_choose = mesh.local(self.choose, (pair, pair, mesh.noise), (pair,) * 3, shapes, types)
+        self.dropless = Dropless(self.config, mesh, self.experts.dtype)
 
     def work(self, path: nn.Cell, rows: Tensor, routing: dict):
         """Plan, dispatch, experts, combine: rows [G, N, D] and a Routing -> (rows [G, N, D], choices served)."""

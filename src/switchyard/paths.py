@@ -21,17 +21,20 @@ from switchyard.reroute import Reroute
 
 
 class TokenChoicePath(nn.Cell):
-    """Every row goes to the K experts it chose, as far as they have room; at evaluation, by default, all the way.
+    """Every row goes to the K experts it chose, as far as they have room.
+
+    All the way at evaluation, by default, and in training where `moe.dispatch` is a dropless one.
 
     Args:
-        moe: capacities, drop order, block size.
+        moe: dispatch, capacities, drop order, block size.
         training: whether the capacity of training or that of evaluation rules.
     """
 
     def __init__(self, moe: MoEConfig, training: bool):
         super().__init__()
         self.expert_num, self.choices = moe.expert_num, moe.choices
-        factor, self.reroute = moe.capacity_factor if training else moe.eval_capacity_factor, None
+        trained = moe.capacity_factor if moe.dispatch == "capacity" else None
+        factor, self.reroute = trained if training else moe.eval_capacity_factor, None
         if factor is None:
             self.planner = BlockPlan(moe.expert_num, self.choices, moe.dropless_block_size)
         else:

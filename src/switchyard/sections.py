@@ -1,4 +1,4 @@
-"""What sections of the configuration are made of, and those of networks that read images."""
+"""What sections of the configuration are made of, those of networks that read images, device and export."""
 
 from typing import Annotated, Any, Literal
 
@@ -52,3 +52,18 @@ class CascadeConfig(Section):
     threshold: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="evaluation: a sample leaves where its most probable class has at least this probability"
     )
+
+
+class ContextConfig(Section):
+    """The device and the execution mode."""
+
+    device_target: Literal["auto", "Ascend", "GPU", "CPU"] = Field("auto", description="auto = Ascend, then GPU, CPU")
+    device_id: NotNegative | None = Field(None, description="which device of this host; null = MindSpore's choice")
+    mode: Literal["graph", "pynative"] = Field("graph", description="graph compiles; pynative is for debugging")
+
+
+class ExportConfig(Section):
+    """The exported directory."""
+
+    max_length: Positive | None = Field(None, description="longest prompt plus answer; null = model.seq_length")
+    key_file: str | None = Field(None, description="file with 16, 24 or 32 bytes: encrypts the MindIR with AES-GCM")

@@ -44,6 +44,9 @@ LAYOUTS = {
     "dp4 ep2 tp2": tree(THREE_AXES),
     "dp4 ep2 tp2 sequence": tree(THREE_AXES | {"sequence_parallel": True}),
 }
+DROPLESS = {  # of which only collectives are looked at
+    f"dp8 ep4 {form}": tree(TWO_AXES, TOP_2 | {"dispatch": form}) for form in ("dropless", "dropless_static")
+}
 FURTHER = {  # of which only bytes are looked at
     "dp4 ep2 tp2 sequence recompute": tree(
         THREE_AXES | {"sequence_parallel": True, "recompute": True}, SWITCH | {"shared_expert_num": 1}

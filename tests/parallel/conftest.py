@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from oracles.layouts import DEVICES, FURTHER, LAYOUTS, RANK, VOCAB
+from oracles.layouts import DEVICES, DROPLESS, FURTHER, LAYOUTS, RANK, VOCAB
 
 from switchyard.parallel.simulate import Report, compile_step
 
@@ -15,7 +15,7 @@ def compile_layout() -> Callable[[str], Report]:
 
     def compiled(name: str) -> Report:
         if name not in held:
-            held[name] = compile_step((LAYOUTS | FURTHER)[name], DEVICES, RANK, vocab=VOCAB)
+            held[name] = compile_step((LAYOUTS | FURTHER | DROPLESS)[name], DEVICES, RANK, vocab=VOCAB)
         return held[name]
 
     return compiled

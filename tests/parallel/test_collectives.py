@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from oracles.layouts import LAYOUTS, RANK
+from oracles.layouts import DROPLESS, LAYOUTS, RANK
 
 from switchyard.config import build
 from switchyard.parallel.placement import Degrees, optimizer_slices, placement, slice_of
@@ -60,6 +60,18 @@ GOLDEN = {
         ("AlltoAll", (5, 7)): 4,
     },
     "dp8 ep4 recompute": {("AllReduce", ALL): 13 + 3, ("AllReduce", (1, 5)): 2, ("AlltoAll", (4, 5, 6, 7)): 4 + 1},
+    # the counts first, then rows there, ids of their experts, and rows back; of the gradient rows there and back
+    "dp8 ep4 dropless": {
+        ("AllReduce", ALL): 13 + 3,
+        ("AllReduce", (1, 5)): 2,
+        ("AlltoAll", (4, 5, 6, 7)): 1,
+        ("AlltoAllV", (4, 5, 6, 7)): 3 + 2,
+    },
+    "dp8 ep4 dropless_static": {
+        ("AllReduce", ALL): 13 + 3,
+        ("AllReduce", (1, 5)): 2,
+        ("AlltoAll", (4, 5, 6, 7)): 1 + 2 + 2,
+    },
 }
 
 
@@ -67,18 +79,22 @@ GOLDEN = {
 def compiled(request, compile_layout):
     """(name, degrees, report, golden counts) of a layout."""
     name = request.param
-    return name, Degrees.of(build(LAYOUTS[name]).parallel), compile_layout(name), GOLDEN[name]
+    return name, Degrees.of(build((LAYOUTS | DROPLESS)[name]).parallel), compile_layout(name), GOLDEN[name]
 
 
 def test_every_layout_has_golden_counts():
-    assert set(GOLDEN) == set(LAYOUTS)
+    assert set(GOLDEN) == set(LAYOUTS | DROPLESS)
 
 
 @pytest.mark.slow
 def test_collectives_are_those_of_the_table(compiled):
     name, _, report, golden = compiled
     assert Counter((one.kind, one.group) for one in report.collectives) == golden
-    if ("AlltoAll", (4, 5, 6, 7)) in golden and "recompute" not in name:
+    if "dropless" in name:
+        kind = "AlltoAll" if "static" in name else "AlltoAllV"
+        assert report.count(kind, FORWARD, "layers.1") == 3 and report.count(kind, BACKWARD, "layers.1") == 2
+        assert report.operators["GroupedMatmulV4"] == 6  # two products, each with two gradients
+    elif ("AlltoAll", (4, 5, 6, 7)) in golden and "recompute" not in name:
         assert report.count("AlltoAll", FORWARD, "layers.1") == 2 == report.count("AlltoAll", BACKWARD, "layers.1")
 
 

@@ -32,6 +32,11 @@ def test_every_feasible_combination_is_one_that_the_laws_allow():
     assert degrees == {(4, 1), (4, 2), (4, 4), (2, 1), (2, 2), (1, 1)}
 
 
+def test_dropless_dispatch_is_not_planned():
+    with pytest.raises(UserError, match=r"moe\.dispatch: dropless; 'capacity': other ways to send are not planned"):
+        planned(SMALL | {"moe": SMALL["moe"] | {"dispatch": "dropless"}})
+
+
 def test_the_order_is_that_of_the_stated_rule():
     found = [one for one in planned(flops=3e12, bandwidth=2e9) if one.refusal is None]
     seconds = [one.costs.flops / 3e12 + one.costs.sent / 2e9 for one in found]

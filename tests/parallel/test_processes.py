@@ -59,6 +59,11 @@ def test_what_msrun_says_of_a_process():
             2,
             "parallel.expert_parallel: merged experts need all",
         ),
+        (
+            {"parallel": {"data_parallel": 2, "expert_parallel": 2}, "moe": EXPERTS | {"dispatch": "dropless"}},
+            2,
+            "moe.dispatch: dropless; 'capacity' where processes on CPU or GPU cut the experts",
+        ),
     ],
 )
 def test_refused_in_one_line(tree, count, says):

@@ -81,6 +81,8 @@ def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, sp
         load: how choices fall on experts.
         speed: for the ranking.
     """
+    if config.moe.dispatch != "capacity" and config.moe_layers:
+        raise UserError(f"moe.dispatch: {config.moe.dispatch}; 'capacity': other ways to send are not planned yet")
     found, drops = [], {}
     for parallel in combinations(config, devices):
         own = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})

@@ -20,7 +20,7 @@ from switchyard.parallel.stubs import mindspore_folder
 
 COLLECTIVES = ("AllReduce", "AlltoAll", "AlltoAllV", "AlltoAllVC", "AllGather", "ReduceScatter", "Send", "Receive")
 CONSTANT = "Constant"
-OWN_GROUP = re.compile(r"^[A-Za-z_]+((?:-\d+)+)$")
+OWN_GROUP = re.compile(r"ranks_(\d+)_to_(\d+)_by_(\d+)")  # see Mesh.group
 
 # TensorProto.DataType -> numpy; bfloat16 (16) has no counterpart and is read by its bits
 TENSOR_TYPES = {
@@ -217,12 +217,12 @@ def _collectives(graph: Graph, functions: dict[str, Graph]) -> Iterator[Collecti
 def group_of(node: Node) -> tuple[int, ...]:
     """The ranks of a collective; () where the graph does not say.
 
-    Of groups that a network makes itself the graph lists all ranks, so those have their ranks in the name: `ep-0-1`.
+    Of groups that a network makes itself the graph lists all ranks, so those have their ranks in the name.
     """
     attributes = node.attributes
-    named = OWN_GROUP.match(str(attributes.get("group", "")))
+    named = OWN_GROUP.fullmatch(str(attributes.get("group", "")))
     if named:
-        return tuple(int(rank) for rank in named[1].split("-")[1:])
+        return tuple(range(int(named[1]), int(named[2]) + 1, int(named[3])))
     return tuple(attributes.get("group_rank_ids") or attributes.get("rank_list") or ())
 
 

@@ -44,7 +44,7 @@ BINARY = {
     "Less": np.less, "LessEqual": np.less_equal, "Greater": np.greater, "GreaterEqual": np.greater_equal,
     "Equal": np.equal, "NotEqual": np.not_equal, "FloorMod": np.mod, "Mod": np.mod, "FloorDiv": np.floor_divide,
     "RealDiv": np.true_divide, "Div": np.true_divide, "Pow": np.power, "LogicalAnd": np.logical_and,
-    "LogicalOr": np.logical_or, "LessScalar": np.less,
+    "LogicalOr": np.logical_or, "LessScalar": np.less, "RemainderTensorScalar": np.mod,
 }  # fmt: skip
 UNARY = {
     "Neg": np.negative, "Square": np.square, "Exp": np.exp, "Log": np.log, "Sqrt": np.sqrt, "Tanh": np.tanh,

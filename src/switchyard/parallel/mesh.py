@@ -10,6 +10,7 @@ all devices, with an AllGather around it.
 from collections.abc import Callable
 
 from mindspore import ops
+from mindspore.communication import create_group
 from mindspore.parallel import Layout
 
 from switchyard.config import Config
@@ -38,6 +39,7 @@ class Mesh:
         degrees = self.degrees
         self.layout = Layout((degrees.outer, degrees.expert_parallel, degrees.model_parallel), AXES)
         self.noise = self.cut(None, "data" if noisy else None, None)
+        self.known: set[str] = set()  # names of groups that were made
 
     def cut(self, *axes: str | None) -> Layout:
         """Layout of a tensor: for each of its axes what cuts it, "data", "rows", "outer", "expert", "model" or None."""
@@ -47,6 +49,17 @@ class Mesh:
         if axis == "rows":
             return AXES if self.sequence else NAMES["data"]
         return NAMES[axis]
+
+    def group(self, ranks: tuple[int, ...]) -> str:
+        """Name of the communication group of ranks at even distances, which is made if need be.
+
+        The name holds the ranks, since graphs list all ranks of a cluster for such a group; see graph.group_of.
+        """
+        name = f"ranks_{ranks[0]}_to_{ranks[-1]}_by_{ranks[1] - ranks[0]}"
+        if name not in self.known:
+            create_group(name, list(ranks))
+            self.known.add(name)
+        return name
 
     def local(self, work: Callable, inputs: tuple, outputs: tuple, shapes: Callable, types: Callable) -> ops.Morph:
         """An operator that does `work` on the slices of one device.

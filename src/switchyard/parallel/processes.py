@@ -88,6 +88,8 @@ def _check_many(config: Config) -> None:
             raise UserError(f"{key}: {file}; choices are recorded and replayed by one process: leave it null")
     if moe.router_warmup_steps:
         raise UserError(f"moe.router_warmup_steps: {moe.router_warmup_steps}; one process forces choices: set it to 0")
+    if config.parallel.expert_parallel > 1 and moe.dispatch != "capacity":
+        raise UserError(f"moe.dispatch: {moe.dispatch}; 'capacity' where processes on CPU or GPU cut the experts")
     if config.parallel.expert_parallel > 1 and moe.router == "merged":
         raise UserError("parallel.expert_parallel: merged experts need all their parameters in one place; set it to 1")
 

@@ -157,8 +157,10 @@ def require_causal(moe: MoEConfig) -> None:
 
 
 def require_choices(moe: MoEConfig) -> None:
-    """Refuses to record or force choices where rows do not choose K experts, always or at evaluation (UserError)."""
+    """Refuses what needs choices where rows do not choose K experts, always or at evaluation (UserError)."""
     router, asked = find_router(moe.router), {"record": moe.record, "replay": moe.replay}
+    if moe.dispatch != "capacity":
+        asked["dispatch"] = moe.dispatch
     if moe.force_balance:
         asked["force_balance"] = True
     if moe.router_warmup_steps:

@@ -1,0 +1,33 @@
+"""A router that can send every row to the first experts, named in configurations as `oracles.skewed.Skewed`."""
+
+import numpy as np
+from mindspore import Parameter, Tensor, ops
+
+from switchyard.routing.base import RouterSetting
+from switchyard.routing.softmax import TopK
+
+
+class Skewed(TopK):
+    """Top-k whose first K experts have `moe.topk_bias_update_rate` added to their score; their gates stay live.
+
+    The bias is a weight that nobody trains, so graphs with and without it are one.
+    """
+
+    def __init__(self, setting: RouterSetting):
+        super().__init__(setting)
+        bias = np.zeros(setting.moe.expert_num, np.float32)
+        bias[: self.choices] = setting.moe.topk_bias_update_rate
+        self.bias, self.add = Parameter(Tensor(bias), "bias", False), ops.Add()
+
+    def logits(self, rows):
+        """See SoftmaxRouter.logits."""
+        return self.add(super().logits(rows), self.bias)
+
+    def score_flat(self, rows):
+        """See LinearRouter.score_flat."""
+        return self.add(super().score_flat(rows), self.bias)
+
+    def shard(self, mesh):
+        """See LinearRouter.shard."""
+        super().shard(mesh)
+        self.add.shard(((mesh.degrees.data_parallel, 1), (1,)))
