@@ -40,6 +40,27 @@ def check_sort_keys(config: Config) -> None:
         )
 
 
+def buffer_slots(config: Config) -> int:
+    """Slots from one device to another where `moe.dispatch` is dropless_static: every row that may go, since a row goes
+    to an expert once, and one zero row for each expert."""
+    cut, moe = config.parallel, config.moe
+    own = moe.expert_num // cut.expert_parallel
+    return config.rows // cut.data_parallel * min(moe.choices, own) + own
+
+
+def check_sorted_rows(config: Config) -> None:
+    """Refuses dropless batches of which a device would sort more rows than float32 counts exactly (UserError)."""
+    cut, moe = config.parallel, config.moe
+    rows = config.rows // cut.data_parallel * moe.choices + moe.expert_num
+    if moe.dispatch == "dropless_static":
+        rows = max(rows, cut.expert_parallel * buffer_slots(config))
+    if rows >= EXACT_FLOAT:
+        raise UserError(
+            f"data.batch_size: {config.data.batch_size}; {rows} rows of a device are sorted at once, must be below "
+            f"{EXACT_FLOAT}: lower it and raise train.gradient_accumulation_steps"
+        )
+
+
 def dropped_share(config: Config, shares: np.ndarray | None = None) -> float:
     """Expected share of the choices that get no slot in training, by the capacity law: 0 to 1.
 

@@ -44,10 +44,10 @@ LAYOUTS = {
     "dp4 ep2 tp2": tree(THREE_AXES),
     "dp4 ep2 tp2 sequence": tree(THREE_AXES | {"sequence_parallel": True}),
 }
-DROPLESS = {  # of which only collectives are looked at
-    f"dp8 ep4 {form}": tree(TWO_AXES, TOP_2 | {"dispatch": form}) for form in ("dropless", "dropless_static")
-}
 FURTHER = {  # of which only bytes are looked at
+    "rich dp4 ep2 tp2 dropless recompute zero1": tree(
+        THREE_AXES | {"recompute": True, "optimizer_shard": 1}, RICH_MOE | {"dispatch": "dropless"}, RICH_MODEL
+    ),
     "dp4 ep2 tp2 sequence recompute": tree(
         THREE_AXES | {"sequence_parallel": True, "recompute": True}, SWITCH | {"shared_expert_num": 1}
     ),
@@ -58,4 +58,7 @@ FURTHER = {  # of which only bytes are looked at
     "rich dp4 ep2 tp2 sequence zero3": tree(
         THREE_AXES | {"sequence_parallel": True, "optimizer_shard": 3}, RICH_MOE, RICH_MODEL
     ),
+}
+DROPLESS = {  # with nothing dropped
+    f"dp8 ep4 {form}": tree(TWO_AXES, TOP_2 | {"dispatch": form}) for form in ("dropless", "dropless_static")
 }

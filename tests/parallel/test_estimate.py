@@ -13,6 +13,7 @@ from switchyard.capacity import dropped_of_record, dropped_share, slot_shape
 from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.parallel import estimate
+from switchyard.parallel.costs import costs
 from switchyard.parallel.estimate import Load, Speed, plan
 
 SMALL = {"data": {"batch_size": 16}, "moe": {"expert_num": 4, "layers": 2}}
@@ -32,9 +33,22 @@ def test_every_feasible_combination_is_one_that_the_laws_allow():
     assert degrees == {(4, 1), (4, 2), (4, 4), (2, 1), (2, 2), (1, 1)}
 
 
-def test_dropless_dispatch_is_not_planned():
-    with pytest.raises(UserError, match=r"moe\.dispatch: dropless; 'capacity': other ways to send are not planned"):
-        planned(SMALL | {"moe": SMALL["moe"] | {"dispatch": "dropless"}})
+@pytest.mark.parametrize("form", ["dropless", "dropless_static"])
+def test_nothing_is_dropped_without_capacities(form):
+    """Buffers for the worst case are larger than what a balanced router sends."""
+    found = planned(SMALL | {"moe": SMALL["moe"] | {"dispatch": form}})
+    assert {one.dropped for one in found if one.costs} == {0.0}
+    capacity = next(one for one in planned() if one.parallel == found[0].parallel)
+    assert capacity.dropped > 0.0
+
+
+def test_buffers_cost_more_than_what_is_sent():
+    cut = {"parallel": {"data_parallel": 4, "expert_parallel": 2}}
+    sent, buffers = (
+        costs(build(SMALL | cut | {"moe": SMALL["moe"] | {"dispatch": form}}), 256)
+        for form in ("dropless", "dropless_static")
+    )
+    assert sent.sent < buffers.sent and sent.activations < buffers.activations
 
 
 def test_the_order_is_that_of_the_stated_rule():

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from switchyard.capacity import check_sort_keys, slot_shape
+from switchyard.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape
 from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.parallel.placement import EXPERT, MODEL, Degrees, optimizer_slices, placement, slices
@@ -29,10 +29,11 @@ class Exchange:
     """Collectives that are alike.
 
     Attributes:
-        kind: AllReduce, AlltoAll, AllGather, ReduceScatter.
+        kind: AllReduce, AlltoAll, AlltoAllV, AllGather, ReduceScatter.
         group: expert, replicas (of an expert slice), data, model or stage (all), see `Degrees`.
         ranks: size of the group.
-        bytes: of one of them, as `graph.Collective` counts: what goes in, of AllGather what comes out.
+        bytes: of one of them, as `graph.Collective` counts: what goes in, of AllGather what comes out. Of AlltoAllV
+            what a balanced router sends: the graph does not know.
         number: of them in a step.
     """
 
@@ -75,8 +76,8 @@ class Costs:
         return sum(one.sent for one in self.exchanges)
 
     def exchanged(self, kind: str) -> int:
-        """Bytes of the collectives of a kind."""
-        return sum(one.bytes * one.number for one in self.exchanges if one.kind == kind)
+        """Bytes of the collectives of a kind; AlltoAllV counts as AlltoAll."""
+        return sum(one.bytes * one.number for one in self.exchanges if one.kind.removesuffix("V") == kind)
 
 
 def costs(config: Config, vocab: int) -> Costs:
@@ -122,6 +123,8 @@ def check_offered(config: Config) -> None:
         if not offered:
             raise UserError(f"{key}: {value}; {allowed}")
     check_sort_keys(config)
+    if layers and moe.dispatch != "capacity":
+        check_sorted_rows(config)
 
 
 def parameters(config: Config, vocab: int) -> dict[str, Shape]:
@@ -187,7 +190,8 @@ def exchanges(config: Config, vocab: int) -> Iterator[Exchange]:
         return
     for name, shape in parameters(config, vocab).items():
         yield from _of_gradient(name, shape, config, degrees)
-    yield from _of_slots(config, degrees)
+    if degrees.expert_parallel > 1 and layers:
+        yield from _of_experts(config, degrees)
     if degrees.model_parallel > 1:
         yield from _of_model_slices(config, degrees)
     if degrees.data_parallel > 1:
@@ -219,12 +223,36 @@ def _read_again(name, config):
     return kind not in ("gain", "bias", "table") or (name == "embedding.table" and config.model.tie_word_embeddings)
 
 
-def _of_slots(config, degrees):
-    """Slots to their experts and back, forward and backward."""
-    if degrees.expert_parallel > 1 and config.moe_layers:
-        number = 4 + config.parallel.recompute  # recompute: there once more; nothing backward reads the way back
-        size = FLOAT * math.prod(slot_shape(config)) // degrees.data_parallel
-        yield Exchange("AlltoAll", "expert", degrees.expert_parallel, size, number * len(config.moe_layers))
+def _of_experts(config, degrees):
+    """Rows to their experts and back, forward and backward."""
+    moe, ranks, again, layers = config.moe, degrees.expert_parallel, int(config.parallel.recompute), config.moe_layers
+    row = config.model.hidden_size * product_bytes(config)
+
+    def send(kind, size, number):
+        return Exchange(kind, "expert", ranks, size, number * len(layers))
+
+    if moe.dispatch == "capacity":  # recompute: there once more; nothing backward reads the way back
+        yield send("AlltoAll", FLOAT * math.prod(slot_shape(config)) // degrees.data_parallel, 4 + again)
+        return
+    yield send("AlltoAll", FLOAT * moe.expert_num, 1 + again)  # how many rows each expert gets
+    if moe.dispatch == "dropless_static":
+        yield send("AlltoAll", row * ranks * buffer_slots(config), 4 + 2 * again)
+        return
+    yield send("AlltoAllV", row * worked_rows(config), 4 + 2 * again)
+    if moe.expert_num > ranks:
+        yield send("AlltoAllV", FLOAT * worked_rows(config), 1 + again)  # whose they are, of the experts there
+
+
+def worked_rows(config: Config) -> int:
+    """Rows that a device's experts work on in a conditional layer.
+
+    With capacities their slots, filled or not; dropless what a balanced router sends, a zero row of each device for
+    each expert besides.
+    """
+    moe, data = config.moe, config.parallel.data_parallel
+    if moe.dispatch == "capacity":
+        return math.prod(slot_shape(config)[:3]) // data
+    return config.rows // data * moe.choices + moe.expert_num
 
 
 def _of_model_slices(config, degrees):
@@ -232,15 +260,16 @@ def _of_model_slices(config, degrees):
     model, moe, cut = config.model, config.moe, config.parallel
     tensor, layers, conditional = degrees.model_parallel, model.num_layers, len(config.moe_layers)
     rows, wide = config.rows // degrees.data_parallel * model.hidden_size, product_bytes(config)
-    slots = math.prod(slot_shape(config)) // degrees.data_parallel if conditional else 0
     shared, again = conditional if moe.shared_expert_num else 0, int(cut.recompute)
 
     def reduce(numbers, count):
         return Exchange("AllReduce", "model", tensor, wide * numbers, count)
 
     yield reduce(rows, 2 * (layers - conditional + shared))
-    if conditional:
-        yield reduce(slots, 2 * conditional)
+    if conditional and moe.dispatch == "capacity":
+        yield reduce(worked_rows(config) * model.hidden_size, 2 * conditional)
+    elif conditional:  # rows that came back, float32
+        yield Exchange("AllReduce", "model", tensor, FLOAT * rows, 2 * conditional)
     if moe.use_shared_expert_gating:
         yield reduce(rows, again * shared)  # the gate's gradient reads the sum
     if not cut.sequence_parallel:
@@ -260,7 +289,7 @@ def product_bytes(config: Config) -> int:
 def flops(config: Config, vocab: int) -> float:
     """Of a device's matrix products in a step, 2 a multiply-add; backward counts twice forward, recompute once more.
 
-    Scores of attention count in full, as they are computed, and experts by their slots, filled or not.
+    Scores of attention count in full, as they are computed, and experts by `worked_rows`.
     """
     model, moe, cut = config.model, config.moe, config.parallel
     rows, tensor, width = config.rows // cut.data_parallel, cut.model_parallel, model.hidden_size
@@ -269,7 +298,7 @@ def flops(config: Config, vocab: int) -> float:
     blocks = model.num_layers * rows * attention / tensor
     blocks += (model.num_layers - conditional) * rows * matrices * width * config.dense_width / tensor
     if conditional:
-        slots = math.prod(slot_shape(config)[:3]) // cut.data_parallel + moe.shared_expert_num * rows
+        slots = worked_rows(config) + moe.shared_expert_num * rows
         blocks += conditional * slots * matrices * width * config.expert_width / tensor
         blocks += conditional * rows * width * moe.expert_num
     passes = 4 if cut.recompute else 3
@@ -308,7 +337,10 @@ def _block_bytes(config, index, rows, between):
         kept += 2 * between
     if index not in config.moe_layers:
         return kept + rows * hidden_copies * config.dense_width * wide // tensor
-    slots = math.prod(slot_shape(config)[:3]) // cut.data_parallel
-    kept += slots * (width * (2 * FLOAT + wide) + hidden_copies * config.expert_width * wide // tensor)
+    slots = worked_rows(config)
+    kept += slots * hidden_copies * config.expert_width * wide // tensor
+    if moe.dispatch == "dropless_static":
+        slots = cut.expert_parallel * buffer_slots(config)
+    kept += slots * width * (2 * FLOAT + wide if moe.dispatch == "capacity" else 3 * wide)
     kept += rows * moe.shared_expert_num * hidden_copies * config.expert_width * wide // tensor
     return kept + 4 * rows * moe.expert_num * FLOAT  # logits, probabilities, choices of the router

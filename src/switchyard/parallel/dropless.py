@@ -20,7 +20,7 @@ from mindspore import dtype as mstype
 from mindspore.communication import get_rank
 from mindspore.ops.auto_generate import CumsumExt, GroupedMatmulV4, IndexSelect, SortExt
 
-from switchyard.capacity import EXACT_FLOAT
+from switchyard.capacity import buffer_slots, check_sorted_rows
 from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.kernels.activation import create_activation
@@ -48,14 +48,9 @@ class Dropless(nn.Cell):
         self.slices, self.own = degrees.expert_parallel, moe.expert_num // degrees.expert_parallel
         self.rows = config.rows // degrees.data_parallel
         self.routed = self.rows * self.choices  # R
-        self.slots = self.rows * min(self.choices, self.own) + self.own  # C: a row chooses an expert once
+        self.slots = buffer_slots(config)  # C
         self.static, self.dtype = moe.dispatch == "dropless_static", dtype
-        largest = max(self.routed + self.expert_num, self.slices * self.slots if self.static else 0)
-        if largest >= EXACT_FLOAT:
-            raise UserError(
-                f"data.batch_size: {config.data.batch_size}; {largest} rows of a device are sorted at once, must be "
-                f"below {EXACT_FLOAT}: lower it and raise train.gradient_accumulation_steps"
-            )
+        check_sorted_rows(config)
         self.sort, self.take, self.sum, self.prefix = SortExt(), IndexSelect(), ops.ReduceSum(), CumsumExt()
         self.one_hot, self.product = ops.OneHot(), GroupedMatmulV4()
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)

@@ -48,6 +48,8 @@ class Load:
 
     def dropped(self, config: Config) -> float:
         """Share of the choices that get no slot."""
+        if config.moe.dispatch != "capacity":
+            return 0.0
         if self.record is not None:
             return dropped_of_record(config, self.record)
         return dropped_share(config, self.shares)
@@ -81,8 +83,6 @@ def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, sp
         load: how choices fall on experts.
         speed: for the ranking.
     """
-    if config.moe.dispatch != "capacity" and config.moe_layers:
-        raise UserError(f"moe.dispatch: {config.moe.dispatch}; 'capacity': other ways to send are not planned yet")
     found, drops = [], {}
     for parallel in combinations(config, devices):
         own = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
