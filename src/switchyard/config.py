@@ -19,6 +19,7 @@ from switchyard.sections import (
     ExportConfig,
     Fraction,
     NotNegative,
+    ParallelConfig,
     Positive,
     Section,
     VisionConfig,
@@ -205,19 +206,9 @@ class TrainConfig(Section):
     checkpoint_every: NotNegative = Field(500, description="steps between checkpoints; 0 = only at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept, besides the best")
     init_loss_scale: Annotated[float, Field(gt=0)] = Field(65536.0, description="float16: first dynamic loss scale")
-
-
-class ParallelConfig(Section):
-    """How the program is cut over devices."""
-
-    data_parallel: Positive = Field(1, description="slices of the batch")
-    expert_parallel: Positive = Field(1, description="slices of the experts; divides data_parallel")
-    model_parallel: Positive = Field(1, description="slices of heads and hidden width (tensor parallel)")
-    pipeline_stage: Positive = Field(1, description="stages of layers")
-    micro_batch_num: Positive = Field(1, description="micro-batches of a pipeline")
-    optimizer_shard: Literal[0, 1, 3] = Field(0, description="ZeRO level")
-    sequence_parallel: bool = Field(False, description="cut norms and dropout along the sequence")
-    recompute: bool = Field(False, description="recompute activations in the backward pass")
+    replica_check_every: NotNegative = Field(
+        100, description="steps between two checks that what several devices hold alike is bit-equal; 0 = never"
+    )
 
 
 class Config(Section):

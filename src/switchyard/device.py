@@ -50,11 +50,7 @@ def set_context(
     prepare_environment()
     import mindspore as ms
 
-    target = context.device_target
-    if target == "auto":
-        target = next((name for name in ("Ascend", "GPU") if has_device(name)), "CPU")
-    elif not has_device(target):
-        raise UserError(f"context.device_target: {target}; MindSpore finds none on this machine; take auto or CPU")
+    target = target_of(context)
     if compute_dtype not in COMPUTE_DTYPES[target]:
         allowed = " or ".join(COMPUTE_DTYPES[target])
         raise UserError(f"model.compute_dtype: {compute_dtype}; MindSpore cannot train with it on {target}; {allowed}")
@@ -66,6 +62,16 @@ def set_context(
     ms.set_seed(seed)
     chosen = "chosen by auto" if context.device_target == "auto" else "as asked"
     say(f"device: {target} ({chosen}), {context.mode} mode, {compute_dtype}")
+    return target
+
+
+def target_of(context: ContextConfig) -> str:
+    """The device that a configuration means here: Ascend, GPU or CPU (UserError: one that is not there)."""
+    target = context.device_target
+    if target == "auto":
+        return next((name for name in ("Ascend", "GPU") if has_device(name)), "CPU")
+    if not has_device(target):
+        raise UserError(f"context.device_target: {target}; MindSpore finds none on this machine; take auto or CPU")
     return target
 
 

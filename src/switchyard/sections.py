@@ -8,6 +8,20 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
+SpeedUp = Literal[  # keys of MindSpore's parallel_speed_up.json
+    "recomputation_communication_overlap",
+    "grad_matmul_communication_overlap",
+    "grad_fa_allgather_overlap",
+    "enable_communication_fusion",
+    "grad_computation_allreduce_overlap",
+    "computation_allgather_overlap",
+    "computation_communication_fusion_level",
+    "dataset_broadcast_opt_level",
+    "allreduce_and_biasadd_swap",
+    "enable_allreduce_slice_to_reducescatter",
+    "enable_interleave_split_concat_branch",
+    "enable_interleave_parallel_branch",
+]
 
 
 class Section(BaseModel):
@@ -51,6 +65,27 @@ class CascadeConfig(Section):
     )
     threshold: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="evaluation: a sample leaves where its most probable class has at least this probability"
+    )
+
+
+class ParallelConfig(Section):
+    """How the program is cut over devices."""
+
+    data_parallel: Positive = Field(1, description="slices of the batch")
+    expert_parallel: Positive = Field(1, description="slices of the experts; divides data_parallel")
+    model_parallel: Positive = Field(1, description="slices of heads and hidden width (tensor parallel)")
+    pipeline_stage: Positive = Field(1, description="stages of layers")
+    micro_batch_num: Positive = Field(1, description="micro-batches of a pipeline")
+    optimizer_shard: Literal[0, 1, 3] = Field(0, description="ZeRO level; on several GPUs 1 unless 0 is written")
+    sequence_parallel: bool = Field(False, description="cut norms and dropout along the sequence")
+    recompute: bool = Field(False, description="recompute activations in the backward pass")
+    comm_fusion: dict[Literal["allreduce", "allgather", "reducescatter"], Literal["auto"] | Positive] = Field(
+        {},
+        description="Ascend, GPU: joins collectives of a kind up to so many MB; auto = 64; {} = MindSpore's default",
+    )
+    transformer_opt: dict[SpeedUp, bool | NotNegative | str] = Field(
+        {},
+        description="Ascend: switches of MindSpore's transformer_opt, which overlap and join collectives",
     )
 
 

@@ -72,6 +72,13 @@ def test_refused_in_one_line(tree, count, says):
     assert "\n" not in str(caught.value)
 
 
+def test_a_compiler_cuts_what_processes_cannot():
+    tree = {"parallel": {"data_parallel": 2, "model_parallel": 2, "optimizer_shard": 1, "recompute": True}}
+    check_degrees(build(tree), 4, compiled=True)
+    with pytest.raises(UserError, match=r"parallel.model_parallel: 2; .*leave it at its default \(for a reason\)"):
+        check_degrees(build(tree), 4, why="for a reason")
+
+
 def test_evaluation_works_alone():
     require_one_device(build({}))
     for key, value in (("data_parallel", 2), ("optimizer_shard", 1), ("recompute", True)):
@@ -107,8 +114,10 @@ def test_the_same_model_on_one_device():
 
 def test_parts_make_up_the_whole():
     whole = np.arange(24).reshape(2, 6, 2)
-    parts = [Processes(rank, 3).part(whole, 1) for rank in range(3)]
+    parts = [Processes(rank, 3, Degrees(3)).part(whole, 1) for rank in range(3)]
     assert (np.concatenate(parts, 1) == whole).all() and parts[0].shape == (2, 2, 2)
+    halves = [Processes(rank, 4, Degrees(2, model_parallel=2)).part(whole, 1) for rank in range(4)]
+    assert all((halves[rank] == whole[:, rank // 2 * 3 :][:, :3]).all() for rank in range(4))  # model slices read alike
 
 
 def test_one_alone_hears_itself():

@@ -12,8 +12,11 @@ from switchyard.training.parallel_step import parallel_step
     [
         ({"moe": {"router_warmup_steps": 3}}, "moe.router_warmup_steps: 3; leave it at its default"),
         ({"moe": {"router_freeze_step": 0}}, "moe.router_freeze_step: 0; leave it at its default"),
-        ({"model": {"compute_dtype": "float16"}}, "model.compute_dtype: float16; 'bfloat16' or 'float32'"),
-        ({"train": {"gradient_accumulation_steps": 2}}, "train.gradient_accumulation_steps: 2; 1 where"),
+        (
+            {"train": {"gradient_accumulation_steps": 2}, "parallel": {"data_parallel": 2, "optimizer_shard": 1}},
+            "train.gradient_accumulation_steps: 2; 1 with parallel.optimizer_shard (1)",
+        ),
+        ({"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, "parallel.pipeline_stage: 2; 1"),
     ],
 )
 def test_what_is_not_cut_is_refused_in_one_line(tree, message):

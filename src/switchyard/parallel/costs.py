@@ -106,15 +106,20 @@ def costs(config: Config, vocab: int) -> Costs:
 
 
 def check_offered(config: Config) -> None:
-    """Refuses what `training.parallel_step` refuses, in its words (UserError)."""
+    """Refuses what `training.parallel_step` refuses, in its words, and what is not counted here (UserError)."""
     cut, moe, train, model = config.parallel, config.moe, config.train, config.model
     layers, steps = bool(config.moe_layers), train.gradient_accumulation_steps
     routers = f"cannot be cut over devices; one of {', '.join(CUT_ROUTERS)}"
     refused = [
         ("model.type", model.type, model.type == "decoder", "only a decoder is cut over devices"),
         ("parallel.pipeline_stage", cut.pipeline_stage, cut.pipeline_stage == 1, "1: a decoder is not cut into stages"),
-        ("train.gradient_accumulation_steps", steps, steps == 1, "1 where parallel degrees cut the model"),
-        ("model.compute_dtype", model.compute_dtype, model.compute_dtype != "float16", "'bfloat16' or 'float32'"),
+        ("train.gradient_accumulation_steps", steps, steps == 1, "1: one micro-batch is counted"),
+        (
+            "model.compute_dtype",
+            model.compute_dtype,
+            model.compute_dtype != "float16",
+            "'bfloat16' or 'float32' are counted",
+        ),
         ("moe.granularity", config.granularity, not layers or config.granularity == "token", "'token'"),
         ("moe.router", moe.router, not layers or moe.router in CUT_ROUTERS, routers),
         ("moe.copies", moe.copies, not layers or moe.copies == 1, "1 where parallel degrees cut the model"),

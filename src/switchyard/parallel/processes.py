@@ -23,6 +23,10 @@ NEED_A_COMPILER = (
     "sequence_parallel",
     "recompute",
 )
+BLOCKING = (
+    "launch: each kernel is waited for, which costs about a fifth of the speed: on GPU MindSpore 2.9 lets several "
+    "AllReduce of one step race with its kernels"
+)
 LAUNCH = "bash scripts/run_distribute_train_ascend.sh --devices {count} starts them, with DEVICE=cpu on this machine"
 
 
@@ -48,15 +52,22 @@ def own_rank(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("RANK_ID", "0")) if launched(environment) > 1 else 0
 
 
-def check_degrees(config: Config, count: int) -> None:
-    """Refuses degrees that `count` processes cannot carry out (UserError, one line)."""
+def check_degrees(config: Config, count: int, compiled: bool = False, why: str = "") -> None:
+    """Refuses degrees that `count` processes cannot carry out (UserError, one line).
+
+    Args:
+        config: the degrees.
+        count: of processes.
+        compiled: whether MindSpore's compiler cuts the step (Ascend, GPU), not `exchange`.
+        why: what the compiler cannot cut, where it would be asked otherwise.
+    """
     cut = config.parallel
-    for name in NEED_A_COMPILER:
+    for name in () if compiled else NEED_A_COMPILER:
         value = getattr(cut, name)
         if value != type(cut).model_fields[name].default:
             raise UserError(
                 f"parallel.{name}: {value}; training in processes cuts data_parallel and expert_parallel only; "
-                "leave it at its default"
+                f"leave it at its default{f' ({why})' if why else ''}"
             )
     if config.devices != count:
         what = "process runs" if count == 1 else "processes run"
@@ -113,6 +124,11 @@ class Processes:
         """Whether this one writes the run folder."""
         return self.rank == 0
 
+    @property
+    def data_slice(self) -> int:
+        """Which slice of the batch this process reads, from 0."""
+        return self.degrees.data_slice(self.rank)
+
     def gather(self, array: np.ndarray) -> np.ndarray:
         """The arrays of all processes, which have one shape and type, on each of them: [...] -> [size, ...]."""
         array = np.ascontiguousarray(array)
@@ -136,11 +152,11 @@ class Processes:
         self.gather(np.zeros(1, np.int32))
 
     def part(self, array: np.ndarray, axis: int) -> np.ndarray:
-        """This process's slice of what all of them read: an even part of `axis`."""
+        """This process's slice of the batch: an even part of `axis`."""
         if self.size == 1:
             return array
-        length = array.shape[axis] // self.size
-        return array.take(range(self.rank * length, (self.rank + 1) * length), axis)
+        length, index = array.shape[axis] // self.degrees.data_parallel, self.data_slice
+        return array.take(range(index * length, (index + 1) * length), axis)
 
 
 ALONE = Processes()
@@ -158,6 +174,8 @@ def meet(config: Config) -> Processes:
 
     if ms.get_context("device_target") == "GPU":
         ms.runtime.launch_blocking()  # or several AllReduce of one graph race with its kernels and give wrong sums
+        if own_rank() == 0:
+            print(BLOCKING, flush=True)
     init()
     return Processes(get_rank(), get_group_size(), Degrees.of(config.parallel))
 

@@ -69,7 +69,7 @@ def training_step(config, vocab: int) -> tuple:
     with no_init_parameters():
         step = parallel_step(config, vocab, drawn=False)
     step.no_init_parameters_in_compile()  # so weights take no memory, however many there are
-    return step, batch_slices(config, vocab, step.network.loss.model.noise_slices)
+    return step, batch_slices(config, vocab, step.network.losses[0].model.noise_slices)
 
 
 def compile_rank(folder: Path, job: dict, rank: int) -> None:

@@ -278,7 +278,8 @@ def set_parameters(parameters: "dict[str, Parameter]", arrays: dict[str, np.ndar
                 "configuration; use the configuration of the checkpoint"
             )
     for name, parameter in parameters.items():
-        parameter.set_data(Tensor(arrays[name], parameter.dtype))
+        # a slice stays known as one, or the next graph that is compiled would cut it again
+        parameter.set_data(Tensor(arrays[name], parameter.dtype), slice_shape=bool(parameter.sliced))
 
 
 def _drop_old(run: str | Path, keep: int) -> None:

@@ -139,7 +139,7 @@ class Evaluator:
     """Evaluates one model again and again with one compiled graph.
 
     Args:
-        model: see models.Decoder; it is switched to evaluation for the time of a call.
+        model: see models.Decoder; it is switched to evaluation for the time of a call. Or a ParallelEvalStep.
         moe_layers: indices of its conditional layers.
         tokens_per_byte: of the validation set, for bits per byte.
         recorder, replayer: take and give the choices of experts of each batch, by its number from 0.
@@ -155,7 +155,8 @@ class Evaluator:
         replayer: Replayer | None = None,
         processes: Processes = ALONE,
     ):
-        self._step, self._moe_layers, self._tokens_per_byte = EvalStep(model), moe_layers, tokens_per_byte
+        self._step = model if hasattr(model, "scores_whole_batches") else EvalStep(model)
+        self._moe_layers, self._tokens_per_byte = moe_layers, tokens_per_byte
         self._recorder, self._replayer, self._processes = recorder, replayer, processes
         self._classifies = getattr(model, "classifies", False)
         self.is_compiled = False

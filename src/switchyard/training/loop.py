@@ -10,23 +10,28 @@ import numpy as np
 
 from switchyard.config import Config
 from switchyard.data import Data, load_data
-from switchyard.device import set_context
+from switchyard.device import set_context, target_of
 from switchyard.errors import Interrupted, UserError
 from switchyard.models import create_model
 from switchyard.parallel.exchange import create_joint, cut_model, whole_arrays
 from switchyard.parallel.processes import (
     Processes,
     check_degrees,
+    is_first,
     is_scheduler,
     launched,
     local_config,
     meet,
 )
+from switchyard.parallel.replicas import check_replicas
 from switchyard.routing.fixed import balance_tables
 from switchyard.routing.replay import Recorder
 from switchyard.training import checkpoint
-from switchyard.training.evaluate import Evaluation, create_evaluator, spread
+from switchyard.training.cluster import ClusterStep, why_by_hand, with_defaults
+from switchyard.training.evaluate import Evaluation, Evaluator, create_evaluator, spread
+from switchyard.training.layout import whole_shape
 from switchyard.training.metrics import Clock, MetricsLog, Progress, load_range, train_figures
+from switchyard.training.parallel_eval import ParallelEvalStep, evaluation_config
 from switchyard.training.resume import RESULT, find_start, finished, resumed
 from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
@@ -49,7 +54,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             data; a loss that is not finite.
         Interrupted: SIGINT or SIGTERM came and the run was saved.
     """
-    check_degrees(config, launched())
+    config, by_hand = choose_way(config, launched())
     run = Path(config.train.output_dir) / config.train.name
     held = find_start(run, config, resume)
     config = resumed(held.config, config) if held else config
@@ -60,23 +65,52 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     processes = meet(config)  # nothing was written before all have seen what is there
     if is_scheduler():
         return {}
-    data = load_data(config, held.tokenizer_json if held else None, processes.rank, processes.size)
-    own = local_config(config, processes)
-    model = create_model(own, data.tokenizer.vocab_size)
-    cut_model(model, processes)
-    step = TrainStep(model, own, create_joint(model, config, processes))
-    if held:
-        checkpoint.load_weights(model, held.weights)
-        step.load_optimizer_state(held.optimizer)
+    slices = config.parallel.data_parallel if processes.size > 1 else 1
+    data = load_data(config, held.tokenizer_json if held else None, processes.data_slice, slices)
+    if by_hand is None:
+        step = ClusterStep(config, data.tokenizer.vocab_size, processes)
     else:
-        balance_tables(model, data.token_counts)
+        step = step_by_hand(config, data, processes, fresh=held is None)
     if processes.is_first:
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
         checkpoint.write_whole(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
     processes.wait()
+    if by_hand is None:
+        step.speed_up(run)
+    if held:
+        step.load(held.weights, held.optimizer)
     with StopSignals() as stop:
-        return Trainer(config, run, data, model, step, held.state if held else None, processes).run_to_end(stop)
+        return Trainer(config, run, data, step.model, step, held.state if held else None, processes).run_to_end(stop)
+
+
+def choose_way(config: Config, count: int) -> tuple[Config, str | None]:
+    """How `count` processes train: (the configuration with the target's defaults, why not by the compiler's cut).
+
+    None for the reason means the compiler's cut, see ClusterStep. One process alone is not cut at all.
+
+    Raises:
+        UserError: degrees that cannot be carried out.
+    """
+    target = target_of(config.context) if count > 1 else "CPU"
+    by_hand = why_by_hand(config, target)
+    check_degrees(config, count, by_hand is None, by_hand if target != "CPU" else "")
+    if by_hand is None:
+        return with_defaults(config, target), None
+    if target != "CPU" and is_first():
+        print(f"parallel: processes exchange by hand, for {by_hand}", flush=True)
+    return config, by_hand
+
+
+def step_by_hand(config: Config, data: Data, processes: Processes, fresh: bool) -> TrainStep:
+    """The step of one process: alone, or of a model of which `exchange` has left it a part."""
+    own = local_config(config, processes)
+    model = create_model(own, data.tokenizer.vocab_size)
+    cut_model(model, processes)
+    step = TrainStep(model, own, create_joint(model, config, processes))
+    if fresh:
+        balance_tables(model, data.token_counts)
+    return step
 
 
 class Trainer:
@@ -97,7 +131,7 @@ class Trainer:
         run: Path,
         data: Data,
         model,
-        step: TrainStep,
+        step: TrainStep | ClusterStep,
         state: dict[str, Any] | None,
         processes: Processes,
     ):
@@ -105,17 +139,23 @@ class Trainer:
         self.processes = processes
         train, state = config.train, state or {"step": 0, "seconds": 0.0}
         self.done = state["step"]
-        self.saved = self.done  # the newest step that needs no saving
+        self.saved = self.compared = self.done  # the newest steps that need no saving, and no look at the replicas
         self.clock = Clock(seconds=state["seconds"], mark_seconds=state["seconds"])
         best = checkpoint.best(run)
         self.best_loss = best[1] if best and best[0].name <= checkpoint.name_of(self.done) else math.inf
         self.tokens_per_step = train.gradient_accumulation_steps * config.predictions
         self.whole = model  # what is evaluated: of a model that is cut, a second one that is not
-        if processes.degrees.expert_parallel > 1:
-            self.whole = create_model(local_config(config, processes), data.tokenizer.vocab_size)
         tokens_per_byte = data.validation_tokens / data.validation_bytes
-        self.evaluator = create_evaluator(self.whole, config, tokens_per_byte, processes=processes)
-        self.parameters = sum(parameter.size for parameter in self.whole.trainable_params())
+        self.is_cut = isinstance(step, ClusterStep)
+        if self.is_cut:
+            scores = ParallelEvalStep(config, data.tokenizer.vocab_size, model, processes)
+            self.evaluator = Evaluator(scores, config.moe_layers, tokens_per_byte)
+            self.parameters = step.size
+        else:
+            if processes.degrees.expert_parallel > 1:
+                self.whole = create_model(local_config(config, processes), data.tokenizer.vocab_size)
+            self.evaluator = create_evaluator(self.whole, config, tokens_per_byte, processes=processes)
+            self.parameters = sum(parameter.size for parameter in self.whole.trainable_params())
         self.validation = data.validation()
         self.sample = spread(len(self.validation), train.eval_batches)
         self.metrics = MetricsLog(run, self.done, processes.is_first)
@@ -133,6 +173,8 @@ class Trainer:
                 self._evaluate_sample(stop)  # a signal came in the middle of it
             while self.done < train.steps:
                 self._advance()
+                if self._is_due(train.replica_check_every):
+                    self._compare_replicas()
                 self._stop_if_asked(stop)
                 if self._is_due(train.eval_every) and self.done < train.steps:
                     self._evaluate_sample(stop)
@@ -150,6 +192,10 @@ class Trainer:
         say(f"data: {self.data.description}")
         pace = f"{self.tokens_per_step:,} {config.unit} a step, {config.train.steps:,} steps"
         say(f"model: {self.parameters:,} parameters; {pace}")
+        capacity = config.moe.dispatch == "capacity" and config.moe.eval_capacity_factor is None
+        if self.is_cut and config.moe_layers and capacity:
+            factor = evaluation_config(config).moe.capacity_factor
+            say(f"evaluation: experts drop rows beyond capacity factor {factor:g} here; eval.py, on one device, none")
         if config.context.mode == "graph" and self.done < config.train.steps:
             say(f"compiling the training step: takes about {expected_compile_seconds(config):.0f} s on two CPU cores")
 
@@ -198,10 +244,8 @@ class Trainer:
             return
         if figures["skipped"].asnumpy() and figures["loss_scale"].asnumpy() > 1.0:
             return
-        found = checkpoint.listed(self.run)
-        kept = f"'{found[-1]}' was not touched" if found else "no checkpoint was written"
         raise UserError(
-            f"train: the loss is {loss} at step {self.done + 1}; {kept}; lower schedule.learning_rate or set "
+            f"train: the loss is {loss} at step {self.done + 1}; {self._kept()}; lower schedule.learning_rate or set "
             "optimizer.clip_grad, under another train.name"
         )
 
@@ -255,11 +299,37 @@ class Trainer:
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
             "seconds": self.clock.seconds,
         }
-        weights = {parameter.name: parameter.asnumpy() for parameter in self.model.get_parameters()}
-        optimizer = {name: parameter.asnumpy() for name, parameter in self.step.optimizer_state().items()}
+        weights, optimizer = self._arrays()
+        self._compare_replicas(weights | optimizer)  # what is saved has been seen to be right
         self.metrics.flush()
-        save_together(self.processes, self.run, config, self.data.tokenizer.to_json(), weights, optimizer, state)
+        texts, shapes = self.data.tokenizer.to_json(), self.step.shapes if self.is_cut else None
+        save_together(self.processes, self.run, config, texts, weights, optimizer, state, shapes)
         self.saved = self.done
+
+    def _arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(weights, optimizer's state) by name, as this process holds them."""
+        weights = {parameter.name: parameter.asnumpy() for parameter in self.model.get_parameters()}
+        return weights, {name: parameter.asnumpy() for name, parameter in self.step.optimizer_state().items()}
+
+    def _compare_replicas(self, arrays: dict[str, np.ndarray] | None = None) -> None:
+        """Ends the run where processes that must hold the same do not (UserError), unless this step was seen to."""
+        if self.processes.size == 1 or not self.config.train.replica_check_every or self.compared == self.done:
+            return
+        if arrays is None:
+            weights, optimizer = self._arrays()
+            arrays = weights | optimizer
+        known, degrees = self.step.shapes if self.is_cut else {}, self.processes.degrees
+        shapes = {}
+        for name, array in arrays.items():
+            shape = known.get(name) or known.get(name.partition(".")[2])
+            shapes[name] = shape or whole_shape(name, array.shape, degrees)
+        check_replicas(arrays, shapes, self.processes, self.done, self._kept())
+        self.compared = self.done
+
+    def _kept(self) -> str:
+        """The newest checkpoint, for a message."""
+        found = checkpoint.listed(self.run)
+        return f"'{found[-1]}' was not touched" if found else "no checkpoint was written"
 
     def _mark_best(self, found: Evaluation) -> None:
         """Names the checkpoint of this step as the best."""
@@ -303,15 +373,17 @@ class Trainer:
         }
 
 
-def save_together(processes: Processes, run: Path, config: Config, tokenizer_json: str, weights, optimizer, state):
-    """Writes a checkpoint, see checkpoint.save: every process its own slices, and the first makes it one."""
+def save_together(processes, run: Path, config: Config, tokenizer_json: str, weights, optimizer, state, shapes=None):
+    """Writes a checkpoint, see checkpoint.save: every process its own slices, and the first makes it one.
+
+    `shapes`: see checkpoint.save_slice."""
     if processes.size == 1:
         checkpoint.save(run, config, tokenizer_json, weights, optimizer, state)
         return
     if processes.is_first:
         checkpoint.begin(run, state["step"])
     processes.wait()
-    checkpoint.save_slice(run, config, state["step"], processes.rank, weights, optimizer)
+    checkpoint.save_slice(run, config, state["step"], processes.rank, weights, optimizer, shapes)
     if processes.is_first:
         checkpoint.finish(run, config, tokenizer_json, state)
     processes.wait()

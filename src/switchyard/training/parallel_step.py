@@ -1,6 +1,7 @@
 """The training step of one device among many, as MindSpore's semi-automatic parallelism compiles it.
 
-Legend: B batch, S sequence, N = B * S tokens, D width, V vocabulary, M conditional layers, E experts, J noise slices.
+Legend: A micro-batches, B sequences of one, S sequence, N = B * S tokens, D width, V vocabulary, M conditional layers,
+E experts, J noise slices.
 Shapes are those of all devices together; what `local` operators see is one device's slice of them.
 """
 
@@ -26,33 +27,51 @@ class ParallelLoss(nn.Cell):
         model: a Decoder on which `shard` was called.
         config: the factors are read.
         mesh: the devices.
+        micro: which micro-batch of those that it is given, from 0.
     """
 
-    def __init__(self, model: nn.Cell, config: Config, mesh: Mesh):
+    def __init__(self, model: nn.Cell, config: Config, mesh: Mesh, micro: int = 0):
         super().__init__(auto_prefix=False)
-        self.model, self.token_losses = model, TokenLosses()
+        self.micro, self.model, self.token_losses = micro, model, TokenLosses()
         self.balance_factor, self.z_factor = config.moe.aux_loss_factor, config.moe.z_loss_factor
         self.layers, self.slices = len(config.moe_layers), mesh.degrees.data_parallel
         self.columns = TALLY + 2 * config.moe.expert_num
         self.no_noise = Tensor(np.zeros((1, 1, 1), np.float32))
-        self.noisy = model.noise_slices > 0
+        self.noisy, self.weighted = model.noise_slices > 0, is_weighted(config)
+        self.micro_batches = config.train.gradient_accumulation_steps
+        self.one = Tensor(np.ones((1, 1), np.float32))
         self.shard(mesh)
 
-    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor = None) -> Tensor:
-        """tokens, labels [B, S] int32, valid [B, S] float32, noise [N, J, D] -> [2 + M * (TALLY + 2 E)].
+    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, *rest) -> Tensor:
+        """Of one micro-batch of tokens, labels [A * B, S] int32, valid [A * B, S] float32, noise [A * N, J, D] where
+        the model reads some, factors [1, A] of the losses where `is_weighted` -> [2 + M * (TALLY + 2 E)].
 
         The first entry is the loss, the only one with a gradient; the second the cross-entropy; then come the sums over
         the data slices of every conditional layer's tally, see MoELayer.tally.
         """
-        noise = self.turn(noise, (1, 0, 2)) if self.noisy else self.no_noise  # [J, N, D]
+        factor = rest[-1] if self.weighted else self.one
+        noise = rest[0] if self.noisy else self.no_noise
+        if self.micro_batches > 1:
+            tokens, labels, valid = self.take(tokens), self.take(labels), self.take(valid)
+            factor, noise = self.take_factor(factor), self.take_noise(noise) if self.noisy else noise
+        noise = self.turn(noise, (1, 0, 2)) if self.noisy else noise  # [J, N, D]
         logits, tallies = self.model.spread(tokens, valid, noise)
         count = self.count(valid, (0, 1))  # [1, 1]
         if self.layers == 0:
-            return self.total(self.local(logits, labels, valid, count), 0)
+            return self.total(self.local(logits, labels, valid, count, factor), 0)
         tally = tallies[0]
         for more in tallies[1:]:
             tally = self.append(tally, more)  # at last [data_parallel, M * (TALLY + 2 E)]
-        return self.total(self.local(logits, labels, valid, count, tally), 0)
+        return self.total(self.local(logits, labels, valid, count, factor, tally), 0)
+
+    def rows_of(self, rows: Tensor) -> Tensor:
+        """The micro-batch of a data slice, [A * X, ..] -> [X, ..]."""
+        length = rows.shape[0] // self.micro_batches
+        return rows[self.micro * length : (self.micro + 1) * length]
+
+    def factor_of(self, factors: Tensor) -> Tensor:
+        """[1, A] -> [1, 1]."""
+        return factors[:, self.micro : self.micro + 1]
 
     def cross_entropy(self, logits, labels, valid, count):
         """Part of a data slice in the mean over all valid tokens: []."""
@@ -63,28 +82,43 @@ class ParallelLoss(nn.Cell):
         """[1, X], [1, Y] -> [1, X + Y]."""
         return ops.concat((left, right), 1)
 
-    def dense_part(self, logits: Tensor, labels: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+    def dense_part(self, logits: Tensor, labels: Tensor, valid: Tensor, count: Tensor, factor: Tensor) -> Tensor:
         """What a data slice adds: [1, 2]."""
         loss = self.cross_entropy(logits, labels, valid, count)
-        return ops.stack((loss, ops.stop_gradient(loss))).reshape(1, 2)
+        return ops.stack((self.scaled(loss, factor), ops.stop_gradient(loss))).reshape(1, 2)
 
-    def part(self, logits: Tensor, labels: Tensor, valid: Tensor, count: Tensor, tally: Tensor) -> Tensor:
+    def scaled(self, loss: Tensor, factor: Tensor) -> Tensor:
+        """The loss [] times the factor [1, 1], where there is one."""
+        return loss * factor.reshape(()) if self.weighted else loss
+
+    def part(self, logits, labels, valid, count, factor, tally) -> Tensor:
         """What a data slice adds: [1, 2 + M * (TALLY + 2 E)]."""
         loss, layers = self.cross_entropy(logits, labels, valid, count), tally.reshape(self.layers, self.columns)
         balance = self.balance_factor * layers[:, 0] + self.z_factor * layers[:, 1] + layers[:, 2]  # [M]
         total = loss + balance.sum() / self.slices
-        losses = ops.stack((total, ops.stop_gradient(loss))).reshape(1, 2)
+        losses = ops.stack((self.scaled(total, factor), ops.stop_gradient(loss))).reshape(1, 2)
         return ops.concat((losses, ops.stop_gradient(tally)), 1)
 
     def shard(self, mesh: Mesh) -> None:
         """Two sums over the devices: of the valid tokens, and of all figures."""
         data, rows = mesh.degrees.data_parallel, mesh.cut("data", None)
-        width = 2 + self.layers * self.columns
+        width, micro_batches = 2 + self.layers * self.columns, self.micro_batches
+
+        def one_of(whole):
+            return [whole[0] // micro_batches, *whole[1:]]
+
+        def one_factor(whole):
+            return [1, 1]
+
+        long, whole = mesh.cut("data", None, None), mesh.cut(None, None)
+        self.take = mesh.local(self.rows_of, (rows,), (rows,), one_of, first)
+        self.take_noise = mesh.local(self.rows_of, (long,), (long,), one_of, first)
+        self.take_factor = mesh.local(self.factor_of, (whole,), (whole,), one_factor, first)
         self.count = ops.ReduceSum(keep_dims=True).shard(((data, 1),))
         self.total = ops.ReduceSum().shard(((data, 1),))
         self.append = mesh.local(self.put_beside, (rows, rows), (rows,), beside, first)
         self.turn = ops.Transpose().shard(((data, 1, 1),))
-        inputs = (rows, rows, rows, mesh.cut(None, None))
+        inputs = (rows, rows, rows, mesh.cut(None, None), mesh.cut(None, None))
 
         def shape(*shapes):
             return [data, width]
@@ -127,6 +161,9 @@ def copies_of(name: str, shape: tuple[int, ...], degrees: Degrees) -> int:
 class ParallelStepGraph(nn.Cell):
     """Forward, backward, clip and AdamW of one device among many.
 
+    Micro-batches stand in the graph one after the other, each waiting for the gradients of the one before, so that
+    only one holds its activations; the sums over the devices are made for each.
+
     Args:
         model: a Decoder on which `shard` was called.
         config: optimizer, loss factors, degrees.
@@ -136,37 +173,70 @@ class ParallelStepGraph(nn.Cell):
     def __init__(self, model: nn.Cell, config: Config, mesh: Mesh):
         super().__init__(auto_prefix=False)
         optimizer = config.optimizer
-        self.loss, self.clip = ParallelLoss(model, config, mesh), optimizer.clip_grad
+        losses = [ParallelLoss(model, config, mesh, micro) for micro in range(config.train.gradient_accumulation_steps)]
+        self.losses, self.clip = nn.CellList(losses, auto_prefix=False), optimizer.clip_grad
+        self.scaled = config.model.compute_dtype == "float16"
         self.parameters = ParameterTuple(model.trainable_params())
-        self.optimizer = AdamW(self.parameters, optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay)
-        self.norm = SlicedNorm(self.parameters, mesh.degrees)
-        self.gradient = ops.GradOperation(get_by_list=True)
+        decay = (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay)
+        self.optimizer = AdamW(self.parameters, *decay, guarded=self.scaled)
+        self.norm, self.is_finite = SlicedNorm(self.parameters, mesh.degrees), ops.IsFinite()
+        self.gradient, self.after = ops.GradOperation(get_by_list=True), ops.Depend()
         self.learning_rate = Parameter(Tensor(0.0, mstype.float32), "learning_rate", False)
+        self.unscale = Parameter(Tensor(1.0, mstype.float32), "unscale", False) if self.scaled else None
 
     def construct(self, *batch) -> tuple:
-        """The arguments of ParallelLoss -> (its figures, global norm of the gradients before the clip)."""
-        figures = self.loss(*batch)
-        gradients = self.gradient(self.loss, self.parameters)(*batch)
+        """The arguments of ParallelLoss -> (its figures of each micro-batch, the global norm of the gradients before
+        the clip)."""
+        all_figures, gradients = (), ()
+        for loss in self.losses:
+            if len(gradients) > 0:
+                batch = (self.after(batch[0], gradients[0]), *batch[1:])
+            all_figures = (*all_figures, loss(*batch))
+            gradients = self.added(gradients, self.gradient(loss, self.parameters)(*batch))
         norm = self.norm(gradients)
-        self.optimizer(self.clipped(gradients, norm), self.learning_rate * 1.0, norm)
-        return figures, norm
+        alive = norm
+        if self.scaled:
+            norm = norm * self.unscale
+            alive = self.is_finite(norm)
+        self.optimizer(self.clipped(gradients, norm), self.learning_rate * 1.0, alive)
+        return (*all_figures, norm)
+
+    def added(self, gradients, more):
+        """The sums of two tuples, of which the first may be empty."""
+        if len(gradients) == 0:
+            return more
+        sums = ()
+        for gradient, other in zip(gradients, more):
+            sums = (*sums, gradient + other)
+        return sums
 
     def clipped(self, gradients, norm):
-        """Gradients of global norm at most `clip`."""
-        if self.clip is None:
+        """Gradients without the loss scale and of global norm at most `clip`."""
+        if self.clip is None and not self.scaled:
             return gradients
-        factor, shorter = ops.minimum(self.clip / (norm + 1e-6), 1.0), ()
+        factor, shorter = 1.0, ()
+        if self.clip is not None:
+            factor = ops.minimum(self.clip / (norm + 1e-6), 1.0)
+        if self.scaled:
+            factor = factor * self.unscale
         for gradient in gradients:
             shorter = (*shorter, gradient * factor)
         return shorter
 
 
+def is_weighted(config: Config) -> bool:
+    """Whether each micro-batch comes with a factor of its loss: the loss scale times its share of the tokens."""
+    return config.model.compute_dtype == "float16" or config.train.gradient_accumulation_steps > 1
+
+
 def parallel_step(config: Config, vocab_size: int, drawn: bool = True) -> AutoParallel:
     """The training step to compile and run on the devices that `parallel` asks for; communication must be started.
 
-    Call it with a device's slices of tokens, labels [B, S] int32, valid [B, S] float32 and, where the model reads
-    noise, noise [N, J, D] float32. Its `network.learning_rate` is set by the caller. Weights that are not
-    `drawn` have shapes and no numbers: the graph can be compiled, not run.
+    Call it with a device's slices of what ParallelLoss reads: tokens, labels [A * B, S] int32, valid [A * B, S]
+    float32, where the model reads noise also noise [A * N, J, D] float32, and where `is_weighted` factors [1, A]. A
+    device's slice holds its parts of the micro-batches one after the other. `network.learning_rate` is set by the
+    caller, and with float16 `network.unscale`, the inverse of the loss scale. Weights that are not `drawn` have shapes
+    and no numbers: the graph can be compiled, not run.
 
     Raises:
         UserError: what cannot be cut over devices.
@@ -174,11 +244,9 @@ def parallel_step(config: Config, vocab_size: int, drawn: bool = True) -> AutoPa
     if config.parallel.pipeline_stage > 1:
         stages = config.parallel.pipeline_stage
         raise UserError(f"parallel.pipeline_stage: {stages}; 1: the decoder is not cut into stages in this version")
-    if config.train.gradient_accumulation_steps > 1:
-        count = config.train.gradient_accumulation_steps
-        raise UserError(f"train.gradient_accumulation_steps: {count}; 1 where parallel degrees cut the model")
-    if config.model.compute_dtype == "float16":
-        raise UserError("model.compute_dtype: float16; 'bfloat16' or 'float32' where parallel degrees cut the model")
+    count, level = config.train.gradient_accumulation_steps, config.parallel.optimizer_shard
+    if count > 1 and level:  # the compiler gathers a cut parameter for the first micro-batch only
+        raise UserError(f"train.gradient_accumulation_steps: {count}; 1 with parallel.optimizer_shard ({level})")
     moe = config.moe
     for key, value in (
         ("router_warmup_steps", moe.router_warmup_steps or None),
@@ -186,28 +254,51 @@ def parallel_step(config: Config, vocab_size: int, drawn: bool = True) -> AutoPa
     ):
         if value is not None:
             raise UserError(f"moe.{key}: {value}; leave it at its default where parallel degrees cut the model")
-    model, data = create_model(config, vocab_size, drawn=drawn), config.parallel.data_parallel
+    model = create_model(config, vocab_size, drawn=drawn)
     mesh = Mesh(config, model.noise_slices > 0)
     model.shard(mesh)
     if config.parallel.recompute:
         for layer in model.layers:
             layer.recompute()
-    step = AutoParallel(ParallelStepGraph(model, config, mesh).set_train(True), parallel_mode="semi_auto")
-    noise = ((data, 1, 1),) if model.noise_slices else ()
-    step.dataset_strategy(((data, 1),) * 3 + noise)
-    if config.parallel.optimizer_shard:
-        step.hsdp(shard_size=-1, threshold=0, optimizer_level=f"level{config.parallel.optimizer_shard}")
+    inputs = input_slices(config, model.noise_slices)
+    return over_devices(ParallelStepGraph(model, config, mesh).set_train(True), config, inputs)
+
+
+def input_slices(config: Config, noise_slices: int) -> tuple:
+    """How the arguments of ParallelLoss are cut, by axis."""
+    data = config.parallel.data_parallel
+    noise, factor = ((data, 1, 1),) if noise_slices else (), ((1, 1),) if is_weighted(config) else ()
+    return ((data, 1),) * 3 + noise + factor
+
+
+def over_devices(network: nn.Cell, config: Config, inputs: tuple) -> AutoParallel:
+    """A network whose parts know their layouts, to be compiled for the devices of `parallel`; `inputs` says how its
+    arguments are cut."""
+    cut = config.parallel
+    step = AutoParallel(network, parallel_mode="semi_auto")
+    step.dataset_strategy(inputs)
+    if cut.optimizer_shard:
+        step.hsdp(shard_size=-1, threshold=0, optimizer_level=f"level{cut.optimizer_shard}")
+    if cut.comm_fusion:
+        step.comm_fusion({"openstate": True} | {kind: fused(size) for kind, size in cut.comm_fusion.items()})
     return step
+
+
+def fused(size: int | str) -> dict:
+    """What `comm_fusion` wants for a kind of collective; size in MB, or "auto"."""
+    return {"mode": "auto", "config": None} if size == "auto" else {"mode": "size", "config": size}
 
 
 def batch_slices(config: Config, vocab_size: int, noise_slices: int = 0, seed: int = 0) -> tuple[Tensor, ...]:
     """Random arguments of `parallel_step`, of the shapes that one device reads."""
-    random, model = np.random.default_rng(seed), config.model
-    batch = config.data.batch_size // config.parallel.data_parallel
+    random, model, micro_batches = np.random.default_rng(seed), config.model, config.train.gradient_accumulation_steps
+    batch = micro_batches * (config.data.batch_size // config.parallel.data_parallel)
     tokens = random.integers(0, vocab_size, (batch, model.seq_length + 1)).astype(np.int32)
     arrays = [tokens[:, :-1], tokens[:, 1:], np.ones((batch, model.seq_length), np.float32)]
     if noise_slices:
         arrays.append(random.random((batch * model.seq_length, noise_slices, model.hidden_size), np.float32))
+    if is_weighted(config):
+        arrays.append(np.full((1, micro_batches), 1.0 / micro_batches, np.float32))
     return tuple(Tensor(np.ascontiguousarray(array)) for array in arrays)
 
 

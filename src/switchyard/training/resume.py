@@ -25,6 +25,7 @@ FREE_ON_RESUME = (
     "train.eval_batches",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.replica_check_every",
     "moe.record",
     "moe.eval_capacity_factor",
     "moe.dropless_block_size",

@@ -13,7 +13,7 @@ from mindspore import dtype as mstype
 from switchyard.config import Config
 from switchyard.kernels.adam import AdamW, GlobalNorm
 from switchyard.kernels.cross_entropy import TokenLosses
-from switchyard.training.checkpoint import set_parameters
+from switchyard.training.checkpoint import load_weights, set_parameters
 
 NOISE_RULE = "float32 U(0,1) of numpy SFC64 seeded by (train.seed, step, micro-batch)"
 AUDIT_SUMS = ("load", "importance")  # of a step: sums over its micro-batches; the other audit figures are means
@@ -321,6 +321,7 @@ class TrainStep:
 
     def __init__(self, model: nn.Cell, config: Config, joint: nn.Cell | None = None):
         gc.collect()  # a Cell that is collected later empties MindSpore's key cache: this graph would compile twice
+        self.model = model
         self.graph = StepGraph(model, config, joint)
         self.graph.set_train(True)
 
@@ -345,6 +346,11 @@ class TrainStep:
         """Everything besides the weights that the next step reads: name -> parameter."""
         graph = self.graph
         return {**graph.optimizer.state(), "loss_scale": graph.loss_scale, "good_steps": graph.good_steps}
+
+    def load(self, weights: dict[str, np.ndarray], optimizer: dict[str, np.ndarray]) -> None:
+        """Sets the model's parameters and the optimizer's state, strictly by name and shape (UserError)."""
+        load_weights(self.model, weights)
+        self.load_optimizer_state(optimizer)
 
     def load_optimizer_state(self, arrays: dict[str, np.ndarray]) -> None:
         """Sets the optimizer's state, strictly by name and shape (UserError)."""

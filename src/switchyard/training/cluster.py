@@ -1,0 +1,184 @@
+"""The training step of one device among many behind the calls of TrainStep: what the loop needs on Ascend and GPU.
+
+MindSpore's compiler cuts the step there (training.parallel_step); on CPU, and for what it cannot cut, processes
+exchange by hand (parallel.exchange).
+
+Legend: A micro-batches, B batch, S sequence, N = B * S tokens, J noise slices, all of one device; D width.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from switchyard.config import Config
+from switchyard.parallel.processes import Processes
+from switchyard.routing.base import find_router
+from switchyard.training.checkpoint import load_weights, set_parameters, write_whole
+from switchyard.training.parallel_step import batch_slices, is_weighted, parallel_step, unpack
+from switchyard.training.step import AUDIT_SUMS, GROWTH_INTERVAL, MAX_LOSS_SCALE
+
+SPEED_UP = "parallel_speed_up.json"
+SCALE_STATE = ("loss_scale", "good_steps")
+
+
+def why_by_hand(config: Config, target: str) -> str | None:
+    """Why the compiler does not cut the step of this configuration; None where it does."""
+    moe = config.moe
+    reasons = (
+        (target == "CPU", "MindSpore's compiler cuts graphs for Ascend and GPU only"),
+        (config.model.type != "decoder", f"model.type: {config.model.type}; the compiler cuts the decoder"),
+        (config.context.mode != "graph", f"context.mode: {config.context.mode}; the compiler cuts graphs"),
+        (config.granularity == "slice", "moe.granularity: slice; the compiler cuts 'token'"),
+        (moe.record is not None, "moe.record is read by one process"),
+        (moe.replay is not None, "moe.replay is read by one process"),
+        (moe.router_warmup_steps > 0, "moe.router_warmup_steps: the compiler forces no choices"),
+        (moe.router_freeze_step is not None, "moe.router_freeze_step: the compiler freezes no router"),
+        (
+            bool(config.moe_layers) and not find_router(moe.router).cuts,
+            f"moe.router: {moe.router}; the compiler cuts routers whose scores are x W",
+        ),
+    )
+    return next((reason for holds, reason in reasons if holds), None)
+
+
+def with_defaults(config: Config, target: str) -> Config:
+    """The configuration as it runs on several devices: on GPU ZeRO level 1 unless the user has written a level, or
+    asks for what it does not go with."""
+    written = "optimizer_shard" in config.parallel.model_fields_set
+    if target != "GPU" or written or config.train.gradient_accumulation_steps > 1:
+        return config
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"optimizer_shard": 1})})
+
+
+class LossScale:
+    """Dynamic loss scale kept on the host, by the rule of StepGraph.adjust_scale; 1 without float16."""
+
+    def __init__(self, config: Config):
+        self.used = config.model.compute_dtype == "float16"
+        self.value, self.good_steps = config.train.init_loss_scale, 0
+
+    @property
+    def factor(self) -> float:
+        """What the loss is multiplied by."""
+        return self.value if self.used else 1.0
+
+    def adjust(self, alive: bool) -> None:
+        """Halves the scale after a step that is not finite, doubles it after GROWTH_INTERVAL good ones."""
+        if not self.used:
+            return
+        self.good_steps = self.good_steps + 1 if alive else 0
+        if not alive:
+            self.value = max(self.value / 2, 1.0)
+        elif self.good_steps >= GROWTH_INTERVAL:
+            self.value, self.good_steps = min(self.value * 2, MAX_LOSS_SCALE), 0
+
+    def state(self) -> dict[str, Tensor]:
+        """As TrainStep.optimizer_state names it."""
+        return {
+            "loss_scale": Tensor(np.array(self.value, np.float32)),
+            "good_steps": Tensor(np.array(self.good_steps, np.int32)),
+        }
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        """The inverse of `state`."""
+        self.value, self.good_steps = float(arrays["loss_scale"]), int(arrays["good_steps"])
+
+
+class ClusterStep:
+    """One optimizer step on all devices together; each process calls it with its own slices.
+
+    Args:
+        config: the whole configuration, degrees included.
+        vocab_size: entries of the tokenizer.
+        processes: this one and the others; communication has been started.
+
+    Attributes:
+        model: its parameters are whole until the step is compiled, and this device's slices from then on.
+        shapes: name of each parameter -> shape of the whole.
+        size: parameters that are trained, on all devices together.
+
+    Raises:
+        UserError: what cannot be cut over devices.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, processes: Processes):
+        self.config, self.vocab_size, self.processes = config, vocab_size, processes
+        self.step = parallel_step(config, vocab_size)
+        self.graph = self.step.network
+        self.model, self.scale = self.graph.losses[0].model, LossScale(config)
+        self.shapes = {parameter.name: tuple(parameter.shape) for parameter in self.model.get_parameters()}
+        self.size = sum(math.prod(self.shapes[parameter.name]) for parameter in self.model.trainable_params())
+
+    def speed_up(self, run: Path) -> None:
+        """Hands parallel.transformer_opt to the compiler, in a file of the run folder that the first process writes."""
+        switches = self.config.parallel.transformer_opt
+        if not switches:
+            return
+        path = run / SPEED_UP
+        if self.processes.is_first:
+            write_whole(path, json.dumps(switches, indent=1))
+        self.processes.wait()
+        self.step.transformer_opt(str(path))
+
+    def load(self, weights: dict[str, np.ndarray], optimizer: dict[str, np.ndarray]) -> None:
+        """Compiles the step, which cuts the parameters, and sets them and the optimizer's state to slices that were
+        saved (UserError: other names or shapes)."""
+        self.step.compile(*batch_slices(self.config, self.vocab_size, self.model.noise_slices))
+        load_weights(self.model, weights)
+        kept = {name: array for name, array in optimizer.items() if name not in SCALE_STATE}
+        set_parameters(self.graph.optimizer.state(), kept, "optimizer state")
+        self.scale.load(optimizer)
+
+    def optimizer_state(self) -> dict[str, Parameter | Tensor]:
+        """Everything besides the weights that the next step reads: name -> this device's slice."""
+        return {**self.graph.optimizer.state(), **self.scale.state()}
+
+    def __call__(self, tokens, labels, valid, noise, learning_rate: float, replay=None, routers_learn=True) -> dict:
+        """tokens, labels [A, B, S] int32, valid [A, B, S] float32, noise [A, max(J, 1), N, D]: NumPy arrays, this
+        device's slices. Returns what TrainStep returns, of all devices together."""
+        shares = self.shares(valid)
+        batch = [array.reshape(-1, array.shape[-1]) for array in (tokens, labels, valid)]  # [A * B, S]
+        if self.model.noise_slices:
+            noise = noise.transpose(0, 2, 1, 3)  # [A, N, J, D]
+            batch.append(np.ascontiguousarray(noise).reshape(-1, *noise.shape[2:]))
+        if is_weighted(self.config):
+            batch.append((self.scale.factor * shares)[None].astype(np.float32))  # [1, A]
+        self.graph.learning_rate.set_data(Tensor(np.float32(learning_rate)))
+        if self.scale.used:
+            self.graph.unscale.set_data(Tensor(np.float32(1.0 / self.scale.factor)))
+        *figures, norm = self.step(*(Tensor(array) for array in batch))
+        norm, scale = float(norm.asnumpy()), self.scale.factor
+        alive = bool(np.isfinite(norm))
+        self.scale.adjust(alive)
+        found = joined([unpack(part.asnumpy(), self.config) for part in figures], shares)
+        found |= {"gradient_norm": norm, "loss_scale": scale, "skipped": float(self.scale.used and not alive)}
+        tensors = {name: as_tensor(figure) for name, figure in found.items() if name != "audit"}
+        return tensors | {"audit": {name: as_tensor(figure) for name, figure in found["audit"].items()}}
+
+    def shares(self, valid: np.ndarray) -> np.ndarray:
+        """The share of each micro-batch in the valid tokens of the step, on all devices: valid [A, B, S] -> [A]."""
+        if len(valid) == 1:
+            return np.ones(1)
+        counts = self.processes.gather(valid.sum((1, 2), dtype=np.float64)).sum(0)  # [A]
+        return counts / max(counts.sum(), 1.0)
+
+
+def as_tensor(figure) -> Tensor:
+    """A figure as what TrainStep hands out."""
+    return Tensor(np.asarray(figure, np.float32))
+
+
+def joined(figures: list[dict], shares: np.ndarray) -> dict:
+    """Figures of micro-batches, see `unpack` -> those of the step; means count by their share of the tokens."""
+    if len(figures) == 1:
+        return figures[0]
+    found = {name: sum(s * f[name] for s, f in zip(shares, figures)) for name in ("loss", "balance_loss", "z_loss")}
+    audits = [part["audit"] for part in figures]
+    found["audit"] = {
+        name: sum((1.0 if name in AUDIT_SUMS else share) * audit[name] for share, audit in zip(shares, audits))
+        for name in audits[0]
+    }
+    return found

@@ -1,0 +1,27 @@
+"""What a rank of a simulated cluster does besides compiling: named to switchyard.parallel.simulate by tests."""
+
+from mindspore.communication import get_group_size, get_rank
+
+from switchyard.parallel.placement import Degrees
+from switchyard.parallel.processes import Processes
+from switchyard.training import checkpoint
+from switchyard.training.cluster import ClusterStep
+from switchyard.training.parallel_eval import ParallelEvalStep
+from switchyard.training.parallel_step import batch_slices
+
+OTHER, STEP = "again", 3  # the run that is written
+
+
+def resumed_and_saved(config, vocab: int) -> tuple:
+    """Goes on from the newest checkpoint of the run, writes this rank's slices into another; evaluation is compiled."""
+    processes = Processes(get_rank(), get_group_size(), Degrees.of(config.parallel))
+    run = f"{config.train.output_dir}/{config.train.name}"
+    held = checkpoint.read(run, degrees=processes.degrees, rank=processes.rank)
+    step = ClusterStep(config, vocab, processes)
+    step.load(held.weights, held.optimizer)
+    weights = {parameter.name: parameter.asnumpy() for parameter in step.model.get_parameters()}
+    state = {name: parameter.asnumpy() for name, parameter in step.optimizer_state().items()}
+    other = f"{config.train.output_dir}/{OTHER}"
+    checkpoint.save_slice(other, config, STEP, processes.rank, weights, state, step.shapes)
+    scores = ParallelEvalStep(config, vocab, step.model, processes)
+    return scores.graph, batch_slices(scores.config, vocab)[:3]
