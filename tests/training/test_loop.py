@@ -68,7 +68,7 @@ def test_what_a_run_leaves(tmp_path, graph, capsys):
     assert held.config == config and held.state["data_index"] == 5
     assert (run / "config.yaml").read_text() == config.to_yaml()
     said = capsys.readouterr().out
-    for text in ("device: ", "compiling the training step: takes about", "compiled, and made the first step, in"):
+    for text in ("device: ", "compiling the training step: takes about", "compiled, and made step 1, in"):
         assert text in said
     assert "step 2/5  loss " in said and "validation loss" in said and "lr " in said and "tokens/s" in said
     # a run that is there is never overwritten, and a finished one is left alone
