@@ -22,7 +22,7 @@ LAYOUTS = {
     "ep4": {"data_parallel": 4, "expert_parallel": 4},
     "dp8 ep4": {"data_parallel": 8, "expert_parallel": 4},
     "tp4": {"model_parallel": 4},
-    "pp2": {"pipeline_stage": 2},
+    "pp2": {"pipeline_stage": 2, "micro_batch_num": 2},
     "dp4 ep2 tp2": {"data_parallel": 4, "expert_parallel": 2, "model_parallel": 2},
     "zero1 dp8 ep2": {"data_parallel": 8, "expert_parallel": 2, "optimizer_shard": 1},
     "zero3 dp4 tp2": {"data_parallel": 4, "model_parallel": 2, "optimizer_shard": 3},
