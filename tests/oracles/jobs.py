@@ -23,8 +23,10 @@ def command_of(config: Config, folder: Path, *arguments: str) -> list[str]:
 
 
 def start(command: list[str]) -> subprocess.Popen:
-    """Starts a command on this machine's CPU, in this environment's Python."""
-    environment = os.environ | {"DEVICE": "cpu", "SWITCHYARD_VENV": sys.prefix, "PYTHONPATH": str(ROOT / "src")}
+    """Starts a command on this machine's CPU, in this environment's Python (msrun calls `python`)."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "DEVICE": "cpu", "SWITCHYARD_VENV": sys.prefix}
+    environment["PYTHONPATH"] = str(ROOT / "src")
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 

@@ -1,5 +1,6 @@
 """The guard of replicas: what it compares, what it says, and that a job of two processes stops by it."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,8 @@ def job(folder: Path, config, *corrupted: str):
     path = folder / "config.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
     program = ROOT / "tests" / "oracles" / "corrupting.py"
-    command = ["msrun", "--worker_num=2", "--local_worker_num=2", "--join=True", f"--log_dir={folder / 'logs'}"]
+    launcher = [sys.executable, "-m", "mindspore.parallel.cluster.run"]
+    command = [*launcher, "--worker_num=2", "--local_worker_num=2", "--join=True", f"--log_dir={folder / 'logs'}"]
     return start([*command, f"--master_port={free_port()}", str(program), str(path), *corrupted])
 
 
