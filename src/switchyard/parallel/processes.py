@@ -172,12 +172,21 @@ def meet(config: Config) -> Processes:
     import mindspore as ms
     from mindspore.communication import get_group_size, get_rank, init
 
-    if ms.get_context("device_target") == "GPU":
-        ms.runtime.launch_blocking()  # or several AllReduce of one graph race with its kernels and give wrong sums
+    if ms.get_context("device_target") == "GPU" and must_block(config):
+        ms.runtime.launch_blocking()
         if own_rank() == 0:
             print(BLOCKING, flush=True)
     init()
     return Processes(get_rank(), get_group_size(), Degrees.of(config.parallel))
+
+
+def must_block(config: Config) -> bool:
+    """Whether several GPUs wait for each kernel: where the step sums gradients or activations by AllReduce, which
+    MindSpore 2.9 lets race with the kernels that make and read them. ZeRO leaves ReduceScatter and AllGather, and
+    AllReduce of single numbers."""
+    if config.context.launch_blocking is not None:
+        return config.context.launch_blocking
+    return config.parallel.optimizer_shard == 0 or config.parallel.model_parallel > 1
 
 
 def local_config(config: Config, processes: Processes) -> Config:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 from mindspore import Parameter, Tensor
+from mindspore.graph.api import _cell_graph_executor
 
 from switchyard.config import Config
+from switchyard.parallel.graph import collectives, read_graph
 from switchyard.parallel.processes import Processes
 from switchyard.routing.base import find_router
 from switchyard.training.checkpoint import load_weights, set_parameters, write_whole
@@ -122,6 +124,16 @@ class ClusterStep:
             write_whole(path, json.dumps(switches, indent=1))
         self.processes.wait()
         self.step.transformer_opt(str(path))
+
+    def exchanged(self) -> dict[str, tuple[int, int]]:
+        """Kind of collective -> (how many of them this device's step makes, their bytes together), as read from the
+        compiled graph; the step has been called."""
+        phase, found = list(self.step.compile_cache)[-1], {}
+        graph = read_graph(_cell_graph_executor._graph_executor.get_func_graph_proto(phase, "mind_ir", False))
+        for one in collectives(graph):
+            number, size = found.get(one.kind, (0, 0))
+            found[one.kind] = number + 1, size + one.bytes
+        return found
 
     def load(self, weights: dict[str, np.ndarray], optimizer: dict[str, np.ndarray]) -> None:
         """Compiles the step, which cuts the parameters, and sets them and the optimizer's state to slices that were

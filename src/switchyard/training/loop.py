@@ -30,7 +30,7 @@ from switchyard.training import checkpoint
 from switchyard.training.cluster import ClusterStep, why_by_hand, with_defaults
 from switchyard.training.evaluate import Evaluation, Evaluator, create_evaluator, spread
 from switchyard.training.layout import whole_shape
-from switchyard.training.metrics import Clock, MetricsLog, Progress, load_range, train_figures
+from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
 from switchyard.training.parallel_eval import ParallelEvalStep, evaluation_config
 from switchyard.training.resume import RESULT, find_start, finished, resumed
 from switchyard.training.router_schedule import forced_choices, routers_learn
@@ -218,6 +218,10 @@ class Trainer:
             self.compile_seconds = (self.compile_seconds or 0.0) + seconds
             if self.config.context.mode == "graph":
                 self.progress.say(f"compiled, and made step {self.done}, in {seconds:.1f} s")
+            if self.is_cut:
+                exchanged = self.step.exchanged()
+                self.metrics.write({"kind": "exchanges", "step": self.done, **exchanged})
+                self.progress.say(exchange_line(exchanged))
         else:
             self.clock.add(seconds)
         if self.done == 1 or self._is_due(self.config.train.log_every):

@@ -181,6 +181,12 @@ def load_range(load: np.ndarray) -> tuple[float, float]:
     return float(relative.min()), float(relative.max())
 
 
+def exchange_line(exchanged: dict[str, tuple[int, int]]) -> str:
+    """What a device's step exchanges, in words."""
+    parts = [f"{number} {kind} of {size:,} bytes" for kind, (number, size) in sorted(exchanged.items())]
+    return f"exchanges a step: {', '.join(parts) or 'nothing'}"
+
+
 def _lines(path: Path) -> list[str]:
     """The whole lines of a metrics file; the last may have been cut by a kill and is then left out."""
     if not path.exists():

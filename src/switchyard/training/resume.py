@@ -34,6 +34,7 @@ FREE_ON_RESUME = (
     "context.device_target",
     "context.device_id",
     "context.mode",
+    "context.launch_blocking",
     "export.max_length",
     "export.key_file",
 )

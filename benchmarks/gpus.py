@@ -1,0 +1,289 @@
+"""train.py on one and on several GPUs: the same losses and weights, how fast, what travels, and what goes wrong.
+
+    python benchmarks/gpus.py --out FILE.json [--parts same layouts ...] [--data FILE] [--folder DIR]
+
+Every job is started as a user starts one, by scripts/run_distribute_train_gpu.sh. Parts, each of which adds its figures
+to FILE:
+
+    same       a small float32 and float16 configuration on GPU and on CPU: the losses of 20 steps
+    layouts    each way to cut a model over two GPUs against one: losses and weights after 20 steps, then speed
+    guard      AllReduce that race with kernels (context.launch_blocking=false): the guard of replicas must stop the run
+    resume     a checkpoint of two GPUs goes on on one, and back
+    kill       one of two workers dies: how long until the job has ended, what it says, what it leaves behind
+    float16    config/moe_1b_gpu.yaml, scaled, 500 steps of the default corpus: skipped steps, curve
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from switchyard import config as configuration
+from switchyard.parallel.costs import costs
+from switchyard.training import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "run_distribute_train_gpu.sh"
+COMPARED = 20  # steps whose losses are compared, and after which weights are
+MODEL = {"num_layers": 4, "hidden_size": 512, "num_heads": 8, "intermediate_size": 2048, "seq_length": 256}
+TREE = {
+    "model": MODEL,
+    "moe": {"router": "switch", "expert_num": 8, "layers": 2, "groups": 2, "capacity_factor": 1.25},
+    "data": {"tokenizer": "byte", "batch_size": 64},
+    "schedule": {"learning_rate": 1e-3, "warmup_steps": 10},
+    "train": {"steps": 60, "log_every": 1, "checkpoint_every": COMPARED, "keep_checkpoints": 9, "eval_every": 0},
+}
+SMALL = {"model.num_layers": 2, "model.hidden_size": 128, "model.intermediate_size": 512, "data.batch_size": 8}
+ZERO = "parallel.optimizer_shard"
+DP, EP = {"parallel.data_parallel": 2}, {"parallel.data_parallel": 2, "parallel.expert_parallel": 2}
+LAYOUTS = {
+    "dp 2": DP | {ZERO: 0},
+    "dp 2, ZeRO 1": DP,
+    "dp 2, ZeRO 1, blocking": DP | {"context.launch_blocking": "true"},
+    "dp 2, ZeRO 3": DP | {ZERO: 3},
+    "dp 2, ep 2, ZeRO 1": EP,
+    "dp 2, ep 2": EP | {ZERO: 0},
+    "tp 2": {"parallel.model_parallel": 2},
+    "pp 2": {"parallel.pipeline_stage": 2, "parallel.micro_batch_num": 2},
+}
+
+
+class Runs:
+    """The folder of all runs, and how one is started in it."""
+
+    def __init__(self, folder: Path, data: str | None):
+        self.folder, self.data = folder, data
+        tree = {**TREE, "data": TREE["data"] | ({"path": data} if data else {})}
+        self.config = folder / "config.yaml"
+        self.config.write_text(configuration.build(tree).to_yaml(), encoding="utf-8")
+
+    def start(self, name: str, devices: int, keys: dict, *flags: str, config: Path | None = None, device: str = "gpu"):
+        """The process of a job in a session of its own; its words go to NAME.out."""
+        keys = {"train.name": name, "train.output_dir": self.folder / "runs"} | keys
+        words = [f"{key}={value}" for key, value in keys.items()]
+        command = ["bash", SCRIPT, "--config", config or self.config, "--devices", devices, *flags]
+        log = ["--log-dir", self.folder / "logs" / f"{name}-{time.monotonic_ns()}"]
+        out = (self.folder / f"{name}.out").open("a")
+        environment = os.environ | {"DEVICE": device, "NCCL_NVLS_ENABLE": "0"}
+        return subprocess.Popen(
+            [*map(str, command), *map(str, log), *words],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def run(self, name: str, devices: int, keys: dict, *flags: str, timeout: float = 150, **how) -> dict:
+        """Runs a job to its end: {code, seconds, said}."""
+        began, job = time.perf_counter(), self.start(name, devices, keys, *flags, **how)
+        try:
+            job.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGTERM)
+            try:
+                job.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(job.pid, signal.SIGKILL)
+                job.wait()
+        done = {"code": job.returncode, "seconds": round(time.perf_counter() - began, 1), "said": self.said(name)}
+        print(f"{name}: exit {done['code']} after {done['seconds']} s; {done['said']}", flush=True)
+        return done
+
+    def said(self, name: str) -> str:
+        """The last error, or the last line, of a job."""
+        lines = (self.folder / f"{name}.out").read_text(errors="replace").splitlines()
+        errors = [line for line in lines if re.search(r"error|Error|refus", line)]
+        return ([*errors, *lines[-1:]] or [""])[0 if errors else -1][:400]
+
+    def lines(self, name: str, kind: str = "train") -> list[dict]:
+        """The logged objects of a run."""
+        path = self.folder / "runs" / name / "metrics.jsonl"
+        found = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+        return [line for line in found if line["kind"] == kind]
+
+    def losses(self, name: str) -> np.ndarray:
+        """Loss of each step."""
+        return np.array([line["loss"] for line in self.lines(name)])
+
+    def weights(self, name: str, step: int) -> dict[str, np.ndarray]:
+        """Whole weights after a step."""
+        return checkpoint.read(self.folder / "runs" / name / checkpoint.name_of(step), with_optimizer=False).weights
+
+
+def apart(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Largest absolute difference of two sets of weights."""
+    return max(float(np.abs(found[name] - array).max()) for name, array in expected.items())
+
+
+def speed(lines: list[dict]) -> dict:
+    """Tokens a second, the median of steps past the comparison; and the step that this is."""
+    rates = [line["tokens_per_second"] for line in lines[COMPARED + 5 :] if line["tokens_per_second"]]
+    tokens = TREE["data"]["batch_size"] * MODEL["seq_length"]
+    rate = statistics.median(rates) if rates else 0.0
+    return {"tokens_per_second": rate, "step_ms": 1e3 * tokens / rate if rate else None}
+
+
+def same(runs: Runs) -> dict:
+    """GPU against CPU."""
+    found = {}
+    for dtype in ("float32", "float16"):
+        losses = {}
+        for device in ("cpu", "gpu"):
+            compute = "float32" if device == "cpu" else dtype
+            name, keys = f"same-{dtype}-{device}", SMALL | {"train.steps": COMPARED, "model.compute_dtype": compute}
+            runs.run(name, 1, keys, device=device)
+            losses[device] = runs.losses(name)
+        if all(len(kept) == COMPARED for kept in losses.values()):
+            relative = np.abs(losses["gpu"] / losses["cpu"] - 1)
+            found[dtype] = {
+                "largest_relative": float(relative.max()),
+                "losses": {k: v.tolist() for k, v in losses.items()},
+            }
+    return found
+
+
+def layouts(runs: Runs, names: list[str]) -> dict:
+    """Two GPUs against one."""
+    runs.run("one", 1, {})
+    expected, weights = runs.losses("one"), runs.weights("one", COMPARED)
+    found = {"one GPU": speed(runs.lines("one")) | {"loss": expected[-1]}}
+    for layout in names:
+        name = re.sub(r"[ ,]+", "-", layout)
+        done, row = runs.run(name, 2, LAYOUTS[layout]), {}
+        row = {"code": done["code"], "said": done["said"], "seconds": done["seconds"], **speed(runs.lines(name))}
+        losses = runs.losses(name)
+        if len(losses) >= COMPARED:
+            row["loss_apart"] = float(np.abs(losses - expected[: len(losses)])[:COMPARED].max())
+            row["weights_apart"] = apart(runs.weights(name, COMPARED), weights)
+            row["exchanges"] = {k: v for k, v in runs.lines(name, "exchanges")[0].items() if k not in ("kind", "step")}
+            row["planned"] = planned(runs, name)
+        if row["tokens_per_second"]:
+            row["efficiency"] = row["tokens_per_second"] / found["one GPU"]["tokens_per_second"] / 2
+        found[layout] = row
+        print(json.dumps(row), flush=True)
+    return found
+
+
+def planned(runs: Runs, name: str) -> dict[str, list[int]]:
+    """What the planner says that a device exchanges: kind -> [number, bytes]."""
+    config = configuration.load(runs.folder / "runs" / name / "config.yaml")
+    vocab, found = 256, {}
+    for one in costs(config, vocab).exchanges:
+        number, size = found.get(one.kind, (0, 0))
+        found[one.kind] = [number + one.number, size + one.number * one.bytes]
+    return found
+
+
+def guard(runs: Runs) -> dict:
+    """The racy setting, guarded and not."""
+    keys = DP | {ZERO: 0, "context.launch_blocking": "false", "train.replica_check_every": 1}
+    return {
+        "guarded": runs.run("guarded", 2, keys | {"train.steps": COMPARED}),
+        "losses": runs.losses("guarded").tolist(),
+        "newest": [path.name for path in checkpoint.listed(runs.folder / "runs" / "guarded")],
+    }
+
+
+def resume(runs: Runs) -> dict:
+    """Ten steps on one, ten on the other, against twenty on one GPU."""
+    steps, half = {"train.steps": COMPARED}, {"train.steps": COMPARED // 2}
+    runs.run("straight", 1, steps)
+    expected, found = runs.weights("straight", COMPARED), {}
+    for name, first, second in (("two-one", (2, EP), (1, {})), ("one-two", (1, {}), (2, EP))):
+        runs.run(name, first[0], first[1] | half)
+        done = runs.run(name, second[0], second[1] | steps, "--resume")
+        found[name] = {"code": done["code"], "weights_apart": apart(runs.weights(name, COMPARED), expected)}
+        found[name]["loss_apart"] = float(np.abs(runs.losses(name) - runs.losses("straight")).max())
+    return found
+
+
+def kill(runs: Runs) -> dict:
+    """Kills rank 1 after some steps."""
+    job, began = runs.start("killed", 2, EP | {"train.steps": 100000}), time.monotonic()
+    while len(runs.losses("killed")) < 30 and time.monotonic() - began < 120:
+        time.sleep(0.5)
+    worker = next(pid for pid, rank in workers() if rank == "1")
+    os.kill(worker, signal.SIGKILL)
+    killed = time.monotonic()
+    try:
+        job.wait(120)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+    took = time.monotonic() - killed
+    time.sleep(2)
+    return {"code": job.returncode, "seconds": round(took, 1), "said": runs.said("killed"), "left": len(workers())}
+
+
+def workers() -> list[tuple[int, str]]:
+    """(process, rank) of every train.py that msrun started on this machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words, environment = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
+        except OSError:
+            continue
+        held = dict(part.split(b"=", 1) for part in environment.split(b"\0") if b"=" in part)
+        if b"train.py" in words and held.get(b"MS_ROLE") == b"MS_WORKER" and b"cluster.run" not in words:
+            found.append((int(path.name), held.get(b"RANK_ID", b"").decode()))
+    return found
+
+
+def float16(runs: Runs) -> dict:
+    """The configuration for GPUs at a size that a short run can train, on the default corpus."""
+    keys = {
+        "model.num_layers": 4,
+        "moe.expert_num": 8,
+        "data.batch_size": 8,
+        "data.path": "null",
+        "data.tokenizer": "byte",
+        "train.gradient_accumulation_steps": 1,
+        "schedule.warmup_steps": 100,
+        "train.steps": 500,
+        "train.log_every": 5,
+        "train.eval_every": 0,
+        "train.checkpoint_every": 0,
+    }
+    done = runs.run("float16", 1, keys, config=ROOT / "config" / "moe_1b_gpu.yaml", timeout=420)
+    lines = runs.lines("float16")
+    curve = [[line["step"], line["loss"], line["loss_scale"], line["skipped"]] for line in lines]
+    rates = [line["tokens_per_second"] for line in lines if line["tokens_per_second"]]
+    result = runs.folder / "runs" / "float16" / "result.json"
+    figures = json.loads(result.read_text()) if result.exists() else {}
+    kept = {name: figures.get(name) for name in ("parameters", "validation_loss", "seconds", "compile_seconds")}
+    return {"code": done["code"], "tokens_per_second": statistics.median(rates or [0]), "curve": curve, **kept}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"same": same, "layouts": layouts, "guard": guard, "resume": resume, "kill": kill, "float16": float16}
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--data", help="a text file; otherwise the default corpus")
+    parser.add_argument("--folder", type=Path, help="where runs are kept; otherwise a temporary folder")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        runs = Runs(folder, args.data)
+        for part in args.parts:
+            found = json.loads(args.out.read_text()) if args.out.exists() else {}
+            try:
+                found[part] = layouts(runs, args.layouts) if part == "layouts" else parts[part](runs)
+            except Exception as error:  # the other parts can still be measured
+                found[part] = {"failed": f"{type(error).__name__}: {error}"}
+                print(part, found[part], file=sys.stderr, flush=True)
+            args.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
