@@ -5,7 +5,8 @@
 Every job is started as a user starts one, by scripts/run_distribute_train_gpu.sh. Parts, each of which adds its figures
 to FILE:
 
-    same       a small float32 and float16 configuration on GPU and on CPU: the losses of 20 steps
+    cpu        a small configuration on the CPU, perhaps of another machine: the losses of 20 steps in float32
+    same       the same on one GPU, in float32 and float16, against those
     layouts    each way to cut a model over two GPUs against one: losses and weights after 20 steps, then speed
     guard      AllReduce that race with kernels (context.launch_blocking=false): the guard of replicas must stop the run
     resume     a checkpoint of two GPUs goes on on one, and back
@@ -100,9 +101,9 @@ class Runs:
 
     def said(self, name: str) -> str:
         """The last error, or the last line, of a job."""
-        lines = (self.folder / f"{name}.out").read_text(errors="replace").splitlines()
-        errors = [line for line in lines if re.search(r"error|Error|refus", line)]
-        return ([*errors, *lines[-1:]] or [""])[0 if errors else -1][:400]
+        lines = (self.folder / f"{name}.out").read_text(errors="replace").splitlines() or [""]
+        errors = [line for line in lines if re.match(r"(\w|\.)*[eE]rror:", line)]
+        return " | ".join(dict.fromkeys(errors or lines[-1:]))[:600]
 
     def lines(self, name: str, kind: str = "train") -> list[dict]:
         """The logged objects of a run."""
@@ -116,7 +117,8 @@ class Runs:
 
     def weights(self, name: str, step: int) -> dict[str, np.ndarray]:
         """Whole weights after a step."""
-        return checkpoint.read(self.folder / "runs" / name / checkpoint.name_of(step), with_optimizer=False).weights
+        path = self.folder / "runs" / name / checkpoint.FOLDER / checkpoint.name_of(step)
+        return checkpoint.read(path, with_optimizer=False).weights
 
 
 def apart(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
@@ -132,22 +134,19 @@ def speed(lines: list[dict]) -> dict:
     return {"tokens_per_second": rate, "step_ms": 1e3 * tokens / rate if rate else None}
 
 
-def same(runs: Runs) -> dict:
-    """GPU against CPU."""
+def cpu(runs: Runs) -> list[float]:
+    """The losses of the small configuration on a CPU."""
+    runs.run("same-cpu", 1, SMALL | {"train.steps": COMPARED}, device="cpu")
+    return runs.losses("same-cpu").tolist()
+
+
+def same(runs: Runs, expected: list[float]) -> dict:
+    """The losses on a GPU, against those of a CPU."""
     found = {}
     for dtype in ("float32", "float16"):
-        losses = {}
-        for device in ("cpu", "gpu"):
-            compute = "float32" if device == "cpu" else dtype
-            name, keys = f"same-{dtype}-{device}", SMALL | {"train.steps": COMPARED, "model.compute_dtype": compute}
-            runs.run(name, 1, keys, device=device)
-            losses[device] = runs.losses(name)
-        if all(len(kept) == COMPARED for kept in losses.values()):
-            relative = np.abs(losses["gpu"] / losses["cpu"] - 1)
-            found[dtype] = {
-                "largest_relative": float(relative.max()),
-                "losses": {k: v.tolist() for k, v in losses.items()},
-            }
+        runs.run(f"same-{dtype}", 1, SMALL | {"train.steps": COMPARED, "model.compute_dtype": dtype})
+        losses = runs.losses(f"same-{dtype}")
+        found[dtype] = {"largest_relative": float(np.abs(losses / expected - 1).max()), "losses": losses.tolist()}
     return found
 
 
@@ -164,7 +163,8 @@ def layouts(runs: Runs, names: list[str]) -> dict:
         if len(losses) >= COMPARED:
             row["loss_apart"] = float(np.abs(losses - expected[: len(losses)])[:COMPARED].max())
             row["weights_apart"] = apart(runs.weights(name, COMPARED), weights)
-            row["exchanges"] = {k: v for k, v in runs.lines(name, "exchanges")[0].items() if k not in ("kind", "step")}
+            for line in runs.lines(name, "exchanges"):
+                row["exchanges"] = {key: value for key, value in line.items() if key not in ("kind", "step")}
             row["planned"] = planned(runs, name)
         if row["tokens_per_second"]:
             row["efficiency"] = row["tokens_per_second"] / found["one GPU"]["tokens_per_second"] / 2
@@ -262,9 +262,26 @@ def float16(runs: Runs) -> dict:
     return {"code": done["code"], "tokens_per_second": statistics.median(rates or [0]), "curve": curve, **kept}
 
 
+def gpus() -> list[str]:
+    """What the driver says of this machine's GPUs."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"same": same, "layouts": layouts, "guard": guard, "resume": resume, "kill": kill, "float16": float16}
+    parts = {
+        "cpu": cpu,
+        "same": same,
+        "layouts": layouts,
+        "guard": guard,
+        "resume": resume,
+        "kill": kill,
+        "float16": float16,
+    }
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
@@ -276,9 +293,10 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         runs = Runs(folder, args.data)
         for part in args.parts:
-            found = json.loads(args.out.read_text()) if args.out.exists() else {}
+            found = json.loads(args.out.read_text()) if args.out.exists() else {"gpus": gpus()}
             try:
-                found[part] = layouts(runs, args.layouts) if part == "layouts" else parts[part](runs)
+                more = {"layouts": (args.layouts,), "same": (found.get("cpu"),)}.get(part, ())
+                found[part] = parts[part](runs, *more)
             except Exception as error:  # the other parts can still be measured
                 found[part] = {"failed": f"{type(error).__name__}: {error}"}
                 print(part, found[part], file=sys.stderr, flush=True)
