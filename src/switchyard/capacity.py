@@ -48,10 +48,19 @@ def buffer_slots(config: Config) -> int:
     return config.rows // cut.data_parallel * min(moe.choices, own) + own
 
 
+def zero_rows(config: Config) -> int:
+    """Rows of zeros that a device sends besides its choices, so that no expert goes without: one for each expert; where
+    they stand among the choices, in whole rows of K choices."""
+    moe = config.moe
+    if moe.dispatch == "dropless_static" and config.parallel.expert_parallel > 1:
+        return moe.expert_num
+    return math.ceil(moe.expert_num / moe.choices) * moe.choices
+
+
 def check_sorted_rows(config: Config) -> None:
     """Refuses dropless batches of which a device would sort more rows than float32 counts exactly (UserError)."""
     cut, moe = config.parallel, config.moe
-    rows = config.rows // cut.data_parallel * moe.choices + moe.expert_num
+    rows = config.rows // cut.data_parallel * moe.choices + zero_rows(config)
     if moe.dispatch == "dropless_static":
         rows = max(rows, cut.expert_parallel * buffer_slots(config))
     if rows >= EXACT_FLOAT:

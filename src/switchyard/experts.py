@@ -6,8 +6,9 @@ Legend: E experts, S rows of an expert, D width, F hidden width, P blocks, b row
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.kernels.activation import create_activation
+from switchyard.kernels.activation import SwiGLU, create_activation
 from switchyard.kernels.cast import Cast
+from switchyard.kernels.fused import NONE
 from switchyard.kernels.weights import normal
 from switchyard.parallel.mesh import Mesh, first
 
@@ -22,6 +23,7 @@ class FeedForwardExperts(nn.Cell):
         random: numpy generator of the initial weights; None: shapes only, see kernels.weights.
         dtype: of the matrix products; parameters and result stay float32.
         out: width of the result, where it is not D.
+        fused: operators of the device, see kernels.fused.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class FeedForwardExperts(nn.Cell):
         random,
         dtype,
         out: int | None = None,
+        fused: frozenset[str] = NONE,
     ):
         super().__init__()
         self.dtype = dtype
@@ -48,7 +51,7 @@ class FeedForwardExperts(nn.Cell):
         self.product_in = ops.BatchMatMul()
         self.product_gate = ops.BatchMatMul()
         self.product_out = ops.BatchMatMul()
-        self.activation = create_activation(activation)
+        self.activation = SwiGLU("Swiglu" in fused) if self.gated else create_activation(activation)
         self.to_dtype, self.widen = Cast(dtype), Cast(mstype.float32)
         self.narrow_in, self.narrow_gate, self.narrow_out = Cast(dtype), Cast(dtype), Cast(dtype)
         self.local = None
@@ -85,7 +88,7 @@ class FeedForwardExperts(nn.Cell):
 
     def gate_hidden(self, gate: Tensor, hidden: Tensor) -> Tensor:
         """Hidden [E, S, F] weighted by the non-linearity of its gate."""
-        return self.activation(gate) * hidden
+        return self.activation(gate, hidden)
 
     def bend_hidden(self, hidden: Tensor) -> Tensor:
         """The non-linearity of hidden [E, S, F]."""

@@ -15,6 +15,7 @@ from switchyard.capacity import slot_shape
 from switchyard.config import Config, MoEConfig
 from switchyard.errors import UserError
 from switchyard.experts import FeedForwardExperts
+from switchyard.kernels.fused import NONE
 from switchyard.kernels.noise import NoiseSlices, UniformRows
 from switchyard.kernels.weights import normal
 from switchyard.parallel.dropless import Dropless
@@ -62,6 +63,7 @@ class MoELayer(nn.Cell):
         vocab_size: of the tokens whose ids come along, for routers that choose by token.
         has_tasks: whether task ids come along, for routers that choose by task.
         make_experts: (experts E, hidden width F) -> the experts' cell, where they are not feed-forward on D.
+        fused: operators of the device, see kernels.fused.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class MoELayer(nn.Cell):
         vocab_size: int | None = None,
         has_tasks: bool = False,
         make_experts: Callable[[int, int], nn.Cell] | None = None,
+        fused: frozenset[str] = NONE,
     ):
         super().__init__()
         moe, width = config.moe, config.model.hidden_size
@@ -83,13 +86,15 @@ class MoELayer(nn.Cell):
         self.router = create_router(config, random, slices, vocab_size, has_tasks)
         hidden, activation = config.expert_width, config.model.activation
         if make_experts is None:
-            self.experts = FeedForwardExperts(moe.expert_num, width, hidden, activation, std, random, dtype)
+            self.experts = FeedForwardExperts(
+                moe.expert_num, width, hidden, activation, std, random, dtype, fused=fused
+            )
         else:
             self.experts = make_experts(moe.expert_num, hidden)
         self.to_experts, self.to_rows = None, None  # parallel.exchange.cut_model gives them to a process of several
         self.shared = None
         if moe.shared_expert_num and make_experts is None:
-            self.shared = SharedExperts(config, std, random, dtype)
+            self.shared = SharedExperts(config, std, random, dtype, fused)
         elif moe.shared_expert_num:
             self.shared = make_experts(1, hidden * moe.shared_expert_num)
         self.balanced = InTurn(moe) if moe.force_balance else None
@@ -104,7 +109,7 @@ class MoELayer(nn.Cell):
         self.slot_shape = slot_shape(config)
         self.groups, self.groups_here, self.local_jitter = config.groups, config.groups, None
         self.local_fill, self.local_join, self.local_choose, self.dropless = None, None, None, None
-        self.config = config
+        self.config, self.fused = config, fused
 
     def construct(
         self,
@@ -271,7 +276,7 @@ class MoELayer(nn.Cell):
             return mstype.int32, logits, logits
 
         self.local_choose = mesh.local(self.choose, (pair, pair, mesh.noise), (pair,) * 3, shapes, types)
-        self.dropless = Dropless(self.config, mesh, self.experts.dtype)
+        self.dropless = Dropless(self.config, mesh, self.experts.dtype, self.fused)
 
     def work(self, path: nn.Cell, rows: Tensor, routing: dict):
         """Plan, dispatch, experts, combine: rows [G, N, D] and a Routing -> (rows [G, N, D], choices served)."""
@@ -295,10 +300,10 @@ class SharedExperts(FeedForwardExperts):
     `moe.use_shared_expert_gating` its output is weighted by sigmoid(x w) (Qwen2-MoE, arXiv 2407.10671).
     """
 
-    def __init__(self, config: Config, std: tuple[float, float], random, dtype):
+    def __init__(self, config: Config, std: tuple[float, float], random, dtype, fused: frozenset[str] = NONE):
         moe, width = config.moe, config.model.hidden_size
         hidden = config.expert_width * moe.shared_expert_num
-        super().__init__(1, width, hidden, config.model.activation, std, random, dtype)
+        super().__init__(1, width, hidden, config.model.activation, std, random, dtype, fused=fused)
         self.gate = None
         if moe.use_shared_expert_gating:
             self.gate = Parameter(normal(random, std[0], (1, width, 1)), name="gate")

@@ -94,6 +94,9 @@ class ContextConfig(Section):
 
     device_target: Literal["auto", "Ascend", "GPU", "CPU"] = Field("auto", description="auto = Ascend, then GPU, CPU")
     device_id: NotNegative | None = Field(None, description="which device of this host; null = MindSpore's choice")
+    fused_operators: bool = Field(
+        True, description="Ascend: fused attention, norm, SwiGLU and permutation; false = what other devices compose"
+    )
     mode: Literal["graph", "pynative"] = Field("graph", description="graph compiles; pynative is for debugging")
     launch_blocking: bool | None = Field(
         None, description="several GPUs: wait for each kernel; null = where sums over devices would race with kernels"

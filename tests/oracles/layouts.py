@@ -13,6 +13,7 @@ THREE_AXES = {"data_parallel": 4, "expert_parallel": 2, "model_parallel": 2}
 
 # whatever a decoder can have besides: gates, biases, two tables, a free head, shared experts, half the bytes
 RICH_MODEL = MODEL | {
+    "hidden_size": 64,  # heads of 16 columns, which fused attention asks for
     "activation": "swiglu",
     "compute_dtype": "bfloat16",
     "dropout": 0.1,

@@ -94,8 +94,18 @@ def test_collectives_are_those_of_the_table(compiled):
         kind = "AlltoAll" if "static" in name else "AlltoAllV"
         assert report.count(kind, FORWARD, "layers.1") == 3 and report.count(kind, BACKWARD, "layers.1") == 2
         assert report.operators["GroupedMatmulV4"] == 6  # two products, each with two gradients
+        permuted = 0 if "static" in name else 2  # by expert, and again where they arrive
+        assert report.operators["MoeTokenPermute"] == permuted == report.operators["InnerMoeTokenUnpermute"]
     elif ("AlltoAll", (4, 5, 6, 7)) in golden and "recompute" not in name:
         assert report.count("AlltoAll", FORWARD, "layers.1") == 2 == report.count("AlltoAll", BACKWARD, "layers.1")
+
+
+@pytest.mark.slow
+def test_norms_are_fused(compiled):
+    """Two of each layer and the last; the composed one would take a root of each row's mean."""
+    operators = compiled[2].operators
+    again = 4 if "recompute" in compiled[0] else 0
+    assert operators["RmsNorm"] == 5 + again and operators["RmsNormGrad"] == 5 and operators["Rsqrt"] == 0
 
 
 @pytest.mark.slow

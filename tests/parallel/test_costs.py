@@ -99,6 +99,24 @@ def test_activations_shrink_with_what_cuts_or_repeats_them():
     assert kept(model_parallel=2, sequence_parallel=True) < kept(model_parallel=2) < kept()
 
 
+def test_fused_attention_keeps_no_weights():
+    """Of 64 rows of a head 16 float32 numbers each, in the place of 64 float32 and 64 in half precision."""
+    half = {"model": {"hidden_size": 64, "seq_length": 64, "compute_dtype": "bfloat16", "num_layers": 1}}
+    tree = half | {"moe": {"expert_num": 1}, "data": {"batch_size": 1}, "context": {"device_target": "Ascend"}}
+    composed = tree | {"context": {"device_target": "Ascend", "fused_operators": False}}
+    less = costs(build(composed), 256).activations - costs(build(tree), 256).activations
+    assert less == 64 * 4 * (64 * (4 + 2) - 16 * 4)
+
+
+@pytest.mark.slow
+def test_half_precision_takes_the_fused_operators(compile_layout):
+    """Two attentions; a dense network, a shared expert and the experts, which have a gate each; norms are LayerNorm."""
+    operators = compile_layout("rich dp4 ep2 tp2").operators
+    for name, number in (("FlashAttentionScore", 2), ("Swiglu", 3), ("RmsNorm", 0)):
+        assert operators[name] == number == operators[f"{name}Grad"]
+    assert compile_layout("rich dp4 ep2 tp2 dropless recompute zero1").operators["MoeTokenPermute"] == 4  # two again
+
+
 @pytest.mark.parametrize(
     "tree, line",
     [

@@ -29,7 +29,7 @@ def oracles_are_found():
         yield
 
 
-def layout(dispatch, model=None, moe=None, **degrees):
+def layout(dispatch, model=None, moe=None, context=None, **degrees):
     """A decoder of a dense and a conditional layer of 4 experts, 2 a row; the last sequence is half padding."""
     experts = {"expert_num": 4, "router": "top_k", "num_experts_chosen": 2, "layers": [1], "dispatch": dispatch}
     return build(
@@ -38,6 +38,7 @@ def layout(dispatch, model=None, moe=None, **degrees):
             "moe": experts | (moe or {}),
             "data": {"batch_size": 4},
             "parallel": degrees,
+            "context": context or {},
             # of an element whose gradient is nearly zero AdamW would make a whole step of the rounding error
             "optimizer": {"eps": 1e-4},
         }
@@ -130,6 +131,7 @@ CASES = {
             "model_parallel": 2,
         },
     ),
+    "as other devices compose": ("dropless", {"context": {"fused_operators": False}}),
     "no expert parallel": ("dropless", {"expert_parallel": 1, "model": {"activation": "gelu"}}),
 }
 

@@ -91,9 +91,10 @@ def export(
 
 
 def inference_config(config: Config) -> Config:
-    """The configuration that generation runs with: one device, one group, no drops."""
+    """The configuration that generation runs with: one device, one group, no drops, operators that every device has."""
     moe = config.moe.model_copy(update={"groups": 1, "eval_capacity_factor": None})
-    return config.model_copy(update={"moe": moe, "parallel": ParallelConfig()})
+    context = config.context.model_copy(update={"fused_operators": False})
+    return config.model_copy(update={"moe": moe, "parallel": ParallelConfig(), "context": context})
 
 
 def prefill_block(config: Config, max_length: int) -> int:

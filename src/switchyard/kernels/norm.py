@@ -6,16 +6,21 @@ gradient is then a matrix product too: half to a quarter of the time of the ship
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.ops.auto_generate import RmsNorm
 
+from switchyard.kernels.fused import NONE
 from switchyard.parallel.mesh import Mesh, first
 
 
 class RMSNorm(nn.Cell):
-    """y = x / sqrt(mean(x^2) + eps) * gain (arXiv 1910.07467, eq. 4): [N, D] -> [N, D], in float32."""
+    """y = x / sqrt(mean(x^2) + eps) * gain (arXiv 1910.07467, eq. 4): [N, D] -> [N, D], in float32.
 
-    def __init__(self, width: int, eps: float):
+    `fused`: by one operator of Ascend.
+    """
+
+    def __init__(self, width: int, eps: float, fused: bool = False):
         super().__init__()
-        self.eps = eps
+        self.eps, self.fused = eps, RmsNorm(eps) if fused else None
         self.gain = Parameter(Tensor(np.ones(width, np.float32)), name="gain")
         self.ones = Tensor(np.ones((1, width), np.float32))
         self.mean = ops.ReduceMean(keep_dims=True)
@@ -31,6 +36,8 @@ class RMSNorm(nn.Cell):
 
     def normalise(self, x: Tensor, gain: Tensor) -> Tensor:
         """The equation itself: x [N, D], gain [D]."""
+        if self.fused is not None:
+            return self.fused(x, gain)[0]
         scale = self.rsqrt(self.mean(x * x, -1) + self.eps)  # [N, 1]
         return self.scale(x * self.spread(scale, self.ones), self.spread(ops.ones_like(scale), gain.reshape(1, -1)))
 
@@ -74,6 +81,8 @@ class LayerNorm(nn.Cell):
         self.local = mesh.local(self.normalise, (rows, whole, whole), (rows,), first, first)
 
 
-def create_norm(kind: str, width: int, eps: float) -> nn.Cell:
-    """The norm that `model.norm` names."""
-    return {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[kind](width, eps)
+def create_norm(kind: str, width: int, eps: float, fused: frozenset[str] = NONE) -> nn.Cell:
+    """The norm that `model.norm` names; `fused`: see kernels.fused."""
+    if kind == "layernorm":
+        return LayerNorm(width, eps)
+    return RMSNorm(width, eps, "RmsNorm" in fused)

@@ -6,6 +6,7 @@ themselves.
 
 import math
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -17,9 +18,10 @@ from switchyard.experts import FeedForwardExperts
 from switchyard.experts_conv import SliceExperts
 from switchyard.granularity import first_of_slices, from_slices, to_slices
 from switchyard.kernels.cast import Cast
+from switchyard.kernels.fused import fused_operators
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.norm import create_norm
-from switchyard.models.layers import Attention, Dropout, Embedding, Linear, causal_mask
+from switchyard.models.layers import Attention, Dropout, Embedding, Linear, causal_mask, hidden_mask
 from switchyard.moe import MoELayer
 from switchyard.parallel.mesh import Mesh, first
 from switchyard.routing.base import require_causal
@@ -38,31 +40,36 @@ class Block(nn.Cell):
         random: np.random.Generator,
         slices: NoiseSlices,
         vocab_size: int,
+        fused: frozenset[str],
     ):
         super().__init__()
         model, dtype = config.model, DTYPES[config.model.compute_dtype]
         std = model.init_method_std
         std_out = std / math.sqrt(2 * model.num_layers)  # GPT-2: residual branches start small together
         self.groups, self.conditional = config.groups, conditional
-        self.attention_norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
-        self.attention = Attention(model, causal, std_out, random, dtype)
-        self.feed_forward_norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
+        self.attention_norm = create_norm(model.norm, model.hidden_size, model.norm_eps, fused)
+        self.attention = Attention(model, causal, std_out, random, dtype, fused)
+        self.feed_forward_norm = create_norm(model.norm, model.hidden_size, model.norm_eps, fused)
         width, self.window = model.hidden_size, 1
         if conditional and config.granularity == "slice":
             self.window = config.moe.slice_length
 
             def windows(experts: int, hidden: int) -> nn.Cell:
-                network = FeedForwardExperts(experts, width, hidden, model.activation, (std, std_out), random, dtype)
+                network = FeedForwardExperts(
+                    experts, width, hidden, model.activation, (std, std_out), random, dtype, fused=fused
+                )
                 return SliceExperts(network, config.moe.slice_length)
 
             self.feed_forward = MoELayer(
                 config, (std, std_out), random, dtype, slices, vocab_size, make_experts=windows
             )
         elif conditional:
-            self.feed_forward = MoELayer(config, (std, std_out), random, dtype, slices, vocab_size)
+            self.feed_forward = MoELayer(config, (std, std_out), random, dtype, slices, vocab_size, fused=fused)
         else:
             hidden = config.dense_width
-            self.feed_forward = FeedForwardExperts(1, width, hidden, model.activation, (std, std_out), random, dtype)
+            self.feed_forward = FeedForwardExperts(
+                1, width, hidden, model.activation, (std, std_out), random, dtype, fused=fused
+            )
         self.attention_dropout = Dropout(model.dropout, slices)
         self.feed_forward_dropout = Dropout(model.dropout, slices)
         self.add, self.lift, self.cut = ops.Add(), ops.ExpandDims(), False
@@ -164,16 +171,17 @@ class Decoder(nn.Cell):
         self.dropout = Dropout(model.dropout, slices)
         if self.moe_layers:
             require_causal(config.moe)
-        causal = causal_mask(length)
+        fused = fused_operators(config, ms.get_context("device_target"))
+        causal = hidden_mask(length) if "FlashAttentionScore" in fused else causal_mask(length)
         self.layers = nn.CellList(
             [
-                Block(config, index in self.moe_layers, causal, random, slices, vocab_size)
+                Block(config, index in self.moe_layers, causal, random, slices, vocab_size, fused)
                 for index in range(model.num_layers)
             ]
         )
         passes = 2 if config.moe.consistency_loss_factor and self.moe_layers else 1  # see training.step.LossCell
         self.noise_slices = slices.count * passes
-        self.norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
+        self.norm = create_norm(model.norm, model.hidden_size, model.norm_eps, fused)
         self.tied, self.dtype = model.tie_word_embeddings, DTYPES[model.compute_dtype]
         self.head = None
         if not self.tied:

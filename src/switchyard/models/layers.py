@@ -7,9 +7,11 @@ key/value head, h head size.
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
+from mindspore.ops.auto_generate import FlashAttentionScore
 
 from switchyard.config import ModelConfig
 from switchyard.kernels.cast import Cast
+from switchyard.kernels.fused import NONE
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.softmax import Softmax
 from switchyard.kernels.weights import normal
@@ -127,6 +129,11 @@ def causal_mask(length: int) -> Tensor:
     return Tensor(np.triu(np.full((length, length), MASKED, np.float32), 1))
 
 
+def hidden_mask(length: int) -> Tensor:
+    """The same for FlashAttentionScore, uint8 [S, S]: 0 where a position may look, 1 where it may not."""
+    return Tensor(np.triu(np.ones((length, length), np.uint8), 1))
+
+
 class Attention(nn.Cell):
     """Causal multi-head (arXiv 1706.03762, eq. 1) or grouped-query (arXiv 2305.13245) attention: [N, D] -> [N, D].
 
@@ -134,10 +141,20 @@ class Attention(nn.Cell):
     a slice of it by heads is whole.
 
     Args:
-        causal: `causal_mask` of the longest sequence; the layers share one.
+        causal: `causal_mask` of the longest sequence, `hidden_mask` where attention is fused; the layers share one.
+        fused: operators of the device, see kernels.fused. FlashAttentionScore makes scores, softmax and what they bring
+            together in one, and keeps no [S, S] matrix for the backward pass.
     """
 
-    def __init__(self, model: ModelConfig, causal: Tensor, std_out: float, random: np.random.Generator, dtype):
+    def __init__(
+        self,
+        model: ModelConfig,
+        causal: Tensor,
+        std_out: float,
+        random: np.random.Generator,
+        dtype,
+        fused: frozenset[str] = NONE,
+    ):
         super().__init__()
         self.kv_heads = model.n_kv_heads or model.num_heads
         self.repeat = model.num_heads // self.kv_heads
@@ -157,6 +174,7 @@ class Attention(nn.Cell):
         self.causal = causal
         self.widen = Cast(mstype.float32)
         self.local, self.length = None, causal.shape[0]
+        self.fused = self._fused() if "FlashAttentionScore" in fused else None
 
     def construct(self, x: Tensor, batch: int) -> Tensor:
         """Every position sees itself and those before it."""
@@ -175,6 +193,8 @@ class Attention(nn.Cell):
             positions = ops.arange(length)
             cos, sin = self.rotary.tables(positions)  # [S, h / 2]
             query, key = self.rotary(query, cos, sin), self.rotary(key, cos, sin)
+        if self.fused is not None:
+            return self._attend_fused(query, key, value, self.causal[:length, :length])
         return self._attend(query, key, value, self.causal[:length, :length])
 
     def shard(self, mesh: Mesh) -> None:
@@ -183,6 +203,7 @@ class Attention(nn.Cell):
         self.out.shard(mesh, "model", None, "rows")
         self.widen.shard(mesh, "rows", None)
         self.kv_heads, self.length = self.kv_heads // mesh.degrees.model_parallel, mesh.length
+        self.fused = None if self.fused is None else self._fused()
         heads, repeat = mesh.cut("data", "model"), self.repeat
 
         def shape(qkv):
@@ -209,5 +230,20 @@ class Attention(nn.Cell):
         scores = scores.astype(mstype.float32).reshape(batch, heads, repeat, length, keys) + mask
         weights = self.softmax(scores).astype(query.dtype).reshape(batch * heads, repeat * length, keys)
         mixed = self.mix(weights, value.reshape(batch * heads, keys, size))  # [B * J, R * S, h]
-        mixed = self.transpose(mixed.reshape(batch, heads * repeat, length, size), (0, 2, 1, 3))  # [B, S, H, h]
-        return mixed.reshape(batch * length, -1)
+        return self._join_heads(mixed.reshape(batch, heads * repeat, length, size))
+
+    def _fused(self) -> FlashAttentionScore:
+        """The operator for the heads of a device; keys after a query are neither seen nor computed."""
+        heads = self.kv_heads * self.repeat
+        return FlashAttentionScore(heads, scale_value=self.scale, next_tokens=0, input_layout="BNSD", sparse_mode=0)
+
+    def _attend_fused(self, query, key, value, mask):
+        """`_attend` by one operator: queries [B, J, R, S, h], keys and values [B, J, S, h], mask [S, S] uint8."""
+        batch, heads, repeat, length, size = query.shape
+        query = query.reshape(batch, heads * repeat, length, size)  # [B, H, S, h]
+        return self._join_heads(self.fused(query, key, value, None, None, None, mask, None, None, None)[3])
+
+    def _join_heads(self, mixed):
+        """[B, H, S, h] -> [B * S, H * h]."""
+        batch, _, length, _ = mixed.shape
+        return self.transpose(mixed, (0, 2, 1, 3)).reshape(batch * length, -1)

@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from switchyard.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape
+from switchyard.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape, zero_rows
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.kernels.fused import fused_operators
 from switchyard.parallel.placement import EXPERT, MODEL, Degrees, optimizer_slices, placement, slices
 
 FLOAT = 4  # bytes of float32: parameters, gradients, moments, rows between the parts of a layer
@@ -251,13 +252,12 @@ def _of_experts(config, degrees):
 def worked_rows(config: Config) -> int:
     """Rows that a device's experts work on in a conditional layer.
 
-    With capacities their slots, filled or not; dropless what a balanced router sends, a zero row of each device for
-    each expert besides.
+    With capacities their slots, filled or not; dropless what a balanced router sends, zero rows of each device besides.
     """
     moe, data = config.moe, config.parallel.data_parallel
     if moe.dispatch == "capacity":
         return math.prod(slot_shape(config)[:3]) // data
-    return config.rows // data * moe.choices + moe.expert_num
+    return config.rows // data * moe.choices + zero_rows(config)
 
 
 def _of_model_slices(config, degrees):
@@ -314,8 +314,9 @@ def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape]) -> int
     """An estimate of what the forward pass leaves for the backward pass on a device.
 
     Of each block: its residual rows, both norms' results and their copies in the type of the products, projections,
-    attention weights, hidden rows, slots and what came back of them; the weights in that type where it is not
-    float32; logits and their logarithms; the noise. With recompute of all blocks the input only, and one block whole.
+    attention weights (fused attention keeps 16 numbers of a row and head in their place), hidden rows, slots and what
+    came back of them; the weights in that type where it is not float32; logits and their logarithms; the noise. With
+    recompute of all blocks the input only, and one block whole.
     What the device's memory pool wastes and what its kernels need as work space is not in it.
     """
     model, cut, degrees = config.model, config.parallel, Degrees.of(config.parallel)
@@ -335,9 +336,11 @@ def _block_bytes(config, index, rows, between):
     model, moe, cut = config.model, config.moe, config.parallel
     width, wide, tensor = model.hidden_size, product_bytes(config), cut.model_parallel
     hidden_copies = 3 if model.activation == "swiglu" else 2  # before and after the non-linearity, and the gate
-    heads = rows * model.num_heads * model.seq_length // tensor  # attention weights [B, H, S, S] of a device
+    weights = model.seq_length * (FLOAT + (wide if wide != FLOAT else 0))  # [S] of a row and head, before the product
+    if "FlashAttentionScore" in fused_operators(config, config.context.device_target):
+        weights = 16 * FLOAT  # softmax_max and softmax_sum
     kept = 4 * between + 2 * rows * width * wide  # two residuals, two norms; what goes into the products
-    kept += rows * wide * (2 * projection(config) + width) // tensor + heads * (FLOAT + (wide if wide != FLOAT else 0))
+    kept += rows * wide * (2 * projection(config) + width) // tensor + rows * model.num_heads * weights // tensor
     if model.dropout:
         kept += 2 * between
     if index not in config.moe_layers:

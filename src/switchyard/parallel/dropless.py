@@ -7,10 +7,13 @@ sorts what arrives by expert, multiplies group by group, and sends the results b
     dropless_static  AlltoAll of buffers that hold the worst case: no dynamic shape, no wait, more memory and traffic.
 
 Every device sends one zero row to each expert besides, so that no expert and no device gets nothing, which operators
-leave undefined. A choice that goes nowhere (padding) reads the zero row and counts nothing.
+leave undefined. A choice that goes nowhere (padding) counts nothing, whatever row it reads.
 
-Legend: T rows of a device, K choices of a row, R = T * K, E experts, p devices of a group, e = E / p experts of one,
-C slots from one device to another, A rows that arrive, D width, F hidden width of a device's slice.
+Rows are put in the order of their experts by MoeTokenPermute and back by MoeTokenUnpermute, or by sorting and
+gathering (`context.fused_operators`). Buffers are filled from the table at once, so they have no use for the two.
+
+Legend: T rows of a device, K choices of a row, R = T * K, E experts, Z zero rows, p devices of a group, e = E / p
+experts of one, C slots from one device to another, A rows that arrive, D width, F hidden width of a device's slice.
 """
 
 import mindspore as ms
@@ -18,12 +21,20 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.communication import get_rank
-from mindspore.ops.auto_generate import CumsumExt, GroupedMatmulV4, IndexSelect, SortExt
+from mindspore.ops.auto_generate import (
+    CumsumExt,
+    GroupedMatmulV4,
+    IndexSelect,
+    MoeTokenPermute,
+    MoeTokenUnpermute,
+    SortExt,
+)
 
-from switchyard.capacity import buffer_slots, check_sorted_rows
+from switchyard.capacity import buffer_slots, check_sorted_rows, zero_rows
 from switchyard.config import Config
 from switchyard.errors import UserError
-from switchyard.kernels.activation import create_activation
+from switchyard.kernels.activation import SwiGLU, create_activation
+from switchyard.kernels.fused import NONE
 from switchyard.parallel.mesh import Mesh, first
 
 
@@ -34,12 +45,13 @@ class Dropless(nn.Cell):
         config: sizes, `moe.dispatch`, the activation.
         mesh: the devices; communication must be started.
         dtype: of the products and of the rows that travel; gates, weights and result are float32.
+        fused: operators of the device, see kernels.fused.
 
     Raises:
         UserError: no Ascend, which alone has these operators; a batch whose sort keys float32 cannot hold.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, dtype):
+    def __init__(self, config: Config, mesh: Mesh, dtype, fused: frozenset[str] = NONE):
         super().__init__()
         moe, degrees = config.moe, mesh.degrees
         if ms.get_context("device_target") != "Ascend":
@@ -49,13 +61,17 @@ class Dropless(nn.Cell):
         self.rows = config.rows // degrees.data_parallel
         self.routed = self.rows * self.choices  # R
         self.slots = buffer_slots(config)  # C
-        self.static, self.dtype = moe.dispatch == "dropless_static", dtype
+        self.buffered = self.slices > 1 and moe.dispatch == "dropless_static"
+        self.zeros, self.dtype = zero_rows(config), dtype  # Z
+        self.permute = MoeTokenPermute() if "MoeTokenPermute" in fused and not self.buffered else None
+        self.unpermute = MoeTokenUnpermute()
         check_sorted_rows(config)
         self.sort, self.take, self.sum, self.prefix = SortExt(), IndexSelect(), ops.ReduceSum(), CumsumExt()
         self.one_hot, self.product = ops.OneHot(), GroupedMatmulV4()
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
         self.zero_row = Tensor(np.zeros((1, self.width), np.float32))
-        self.activation, gated = create_activation(config.model.activation), config.model.activation == "swiglu"
+        gated = config.model.activation == "swiglu"
+        self.activation = SwiGLU("Swiglu" in fused) if gated else create_activation(config.model.activation)
         self._join(mesh, degrees)
         rows, within = mesh.cut("data", None), mesh.cut("expert", None, "model")
         inputs = (rows, rows, rows, within, mesh.cut("expert", "model", None)) + ((within,) if gated else ())
@@ -84,37 +100,50 @@ class Dropless(nn.Cell):
         """Rows [T, D], experts and gates [g, R / g], matrices [e, D, F], [e, F, D] -> rows [T, D]."""
         ids = experts.reshape(-1)  # [R]
         real = (ids < self.expert_num).astype(mstype.int32)  # [R]
-        ids, source = self.with_zero_rows(ids, real)
-        table = ops.concat((rows.astype(self.dtype), self.zero_row.astype(self.dtype)))  # [T + 1, D]
+        if not self.buffered:  # no size may depend on padding: choices that go nowhere go to the experts in turn
+            ids = ids * real + ops.arange(self.routed) % self.expert_num * (1 - real)
+        ids = ops.concat((ids, (ops.arange(self.zeros) % self.expert_num).astype(ids.dtype)))  # [R + Z]
         weights = (w_in.astype(self.dtype), w_out.astype(self.dtype))
         if w_gate is not None:
             weights = (*weights, w_gate.astype(self.dtype))
-        sorted_ids, order = self.sort(ids.astype(mstype.float32))
-        place = self.inverse(order)[: self.routed]  # [R]: where a choice stands among the sorted
-        source = self.take(source, 0, order)  # [R + E]
-        counts = self.sum(self.one_hot(ids, self.expert_num, self.on, self.off), 0)  # [E]
-        if self.slices == 1:
-            back = self.multiply(self.take(table, 0, source), self.as_counts(counts), weights)  # [R + E, D]
-        elif self.static:
-            back, place = self.through_buffers(table, ids, source, place, real, counts, weights)
+        weight = gates.reshape(-1) * real.astype(mstype.float32)  # [R]
+        if self.permute is not None:
+            out = self.by_permutation(rows, ids, weight, weights)
         else:
-            back = self.as_many_as_there_are(table, sorted_ids, source, counts, weights)  # [R + E, D]
-        chosen = self.take(back, 0, place).astype(mstype.float32).reshape(self.rows, self.choices, self.width)
-        weight = (gates.reshape(-1) * real.astype(mstype.float32)).reshape(self.rows, self.choices, 1)
-        out = self.sum(chosen * weight, 1)  # [T, D]
+            out = self.by_sorting(rows, ids, real, weight, weights)
         return out if self.over_model is None else self.over_model(out)
 
-    def with_zero_rows(self, ids: Tensor, real: Tensor):
-        """Experts of choices [R] and of one zero row for each expert; the row each reads, T for zero: both [R + E].
+    def by_permutation(self, rows: Tensor, ids: Tensor, weight: Tensor, weights: tuple) -> Tensor:
+        """Rows [T, D], experts [R + Z], weights of choices [R] -> [T, D], by the fused operators.
 
-        Where sizes must not depend on padding, choices that go nowhere are zero rows for the experts in turn.
+        K zero rows are the choices of one further row of zeros, whose result is left out.
         """
-        number = ops.arange(self.routed)
-        source = self.rows + (number // self.choices - self.rows) * real  # [R]
-        if self.slices == 1 or not self.static:
-            ids = ids * real + number % self.expert_num * (1 - real)
-        source = ops.concat((source, ops.full((self.expert_num,), self.rows, dtype=source.dtype)))
-        return ops.concat((ids, ops.arange(self.expert_num).astype(ids.dtype))), source
+        more = self.zeros // self.choices
+        table = ops.concat((rows.astype(self.dtype), ops.zeros((more, self.width), self.dtype)))  # [T + Z / K, D]
+        table, place = self.permute(table, ids.reshape(-1, self.choices))  # [R + Z, D], [R + Z]
+        back = self.through_experts(table, ids, weights).astype(mstype.float32)
+        weight = ops.concat((weight, ops.zeros((self.zeros,), mstype.float32))).reshape(-1, self.choices)
+        out = self.unpermute(back, place, weight).reshape(self.rows + more, self.width)
+        return out[: self.rows]
+
+    def by_sorting(self, rows: Tensor, ids: Tensor, real: Tensor, weight: Tensor, weights: tuple) -> Tensor:
+        """The same by sorting and gathering; `real` [R]: which choices go anywhere. The others read a zero row."""
+        table = ops.concat((rows.astype(self.dtype), self.zero_row.astype(self.dtype)))  # [T + 1, D]
+        source = self.rows + (ops.arange(self.routed) // self.choices - self.rows) * real  # [R]: the row each reads
+        source = ops.concat((source, ops.full((self.zeros,), self.rows, dtype=source.dtype)))  # [R + Z]
+        _, order = self.sort(ids.astype(mstype.float32))
+        place = self.inverse(order)[: self.routed]  # [R]: where a choice stands among the sorted
+        source = self.take(source, 0, order)  # [R + Z]
+        if self.buffered:
+            back, place = self.through_buffers(table, ids, source, place, real, weights)
+        else:
+            back = self.through_experts(self.take(table, 0, source), ids, weights)  # [R + Z, D]
+        chosen = self.take(back, 0, place).astype(mstype.float32).reshape(self.rows, self.choices, self.width)
+        return self.sum(chosen * weight.reshape(self.rows, self.choices, 1), 1)  # [T, D]
+
+    def counts(self, ids: Tensor) -> Tensor:
+        """How often each expert stands in ids: [E]."""
+        return self.sum(self.one_hot(ids, self.expert_num, self.on, self.off), 0)
 
     def inverse(self, permutation: Tensor) -> Tensor:
         """Where each number stands in a permutation."""
@@ -124,28 +153,37 @@ class Dropless(nn.Cell):
         """Rows of each group as GroupedMatmul wants them."""
         return rows.astype(mstype.int64)
 
-    def as_many_as_there_are(self, table, sorted_ids, source, counts, weights):
-        """[T + 1, D] by sorted choices [R + E] -> what the experts made of them [R + E, D], in the same order."""
+    def through_experts(self, rows: Tensor, ids: Tensor, weights: tuple) -> Tensor:
+        """Rows [R + Z, D] in the order of their experts, ids [R + Z] in any -> what the experts made of them."""
+        counts = self.counts(ids)
+        if self.slices == 1:
+            return self.multiply(rows, self.as_counts(counts), weights)
         counts = counts.reshape(self.slices, self.own)  # [p, e]
         arriving = self.swap(counts)  # [p, e]: from each device for each expert here
         groups = self.as_counts(self.sum(arriving, 0))
         sent, received = self.as_counts(self.sum(counts, 1)), self.as_counts(self.sum(arriving, 1))
         sent = ops.depend(sent, groups)  # one wait for both
         sent, received = self.to_host(sent, "CPU", True), self.to_host(received, "CPU", True)
-        rows = self.take(table, 0, source)  # [R + E, D]
         arrived = self.send_rows(rows.reshape(-1), sent, received).reshape(-1, self.width)  # [A, D]
         if self.own == 1:
             out = self.multiply(arrived, groups, weights)
         else:
-            arrived_ids = self.send_ids(sorted_ids, sent, received)  # [A]
-            _, order = self.sort(arrived_ids)
-            out = self.multiply(self.take(arrived, 0, order), groups, weights)
-            out = self.take(out, 0, self.inverse(order))  # [A, D]
+            sorted_ids, _ = self.sort(ids.astype(mstype.float32))
+            out = self.multiply_unsorted(arrived, self.send_ids(sorted_ids, sent, received), groups, weights)
         return self.send_rows(out.reshape(-1), received, sent).reshape(-1, self.width)
 
-    def through_buffers(self, table, ids, source, place, real, counts, weights):
-        """The same by buffers: (what came back and a zero row [p * C + 1, D], where each choice stands in it [R])."""
-        counts = counts.reshape(self.slices, self.own)  # [p, e]
+    def multiply_unsorted(self, rows: Tensor, ids: Tensor, counts: Tensor, weights: tuple) -> Tensor:
+        """`multiply` of rows [A, D] in any order, float32 ids [A] of their experts."""
+        if self.permute is not None:  # where A is unknown the compiler forgets D, too
+            rows, place = self.permute(rows, ids.astype(mstype.int32))
+            out = self.multiply(rows.reshape(-1, self.width), counts, weights)
+            return self.unpermute(out, place).reshape(-1, self.width)
+        _, order = self.sort(ids)
+        return self.take(self.multiply(self.take(rows, 0, order), counts, weights), 0, self.inverse(order))
+
+    def through_buffers(self, table, ids, source, place, real, weights):
+        """Rows by buffers: (what came back and a zero row [p * C + 1, D], where each choice stands in it [R])."""
+        counts = self.counts(ids).reshape(self.slices, self.own)  # [p, e]
         arriving = self.swap(counts)  # [p, e]
         sent = self.sum(counts, 1)  # [p]
         start = (self.prefix(sent, 0) - sent).astype(mstype.int32)  # [p]
@@ -172,7 +210,7 @@ class Dropless(nn.Cell):
         """Rows [A, D], sorted by expert, through the experts, counts [e] each; rows past the last are undefined."""
         hidden = self.grouped(rows, weights[0], counts)  # [A, F]
         if len(weights) == 3:
-            hidden = self.activation(self.grouped(rows, weights[2], counts)) * hidden
+            hidden = self.activation(self.grouped(rows, weights[2], counts), hidden)
         else:
             hidden = self.activation(hidden)
         return self.grouped(hidden, weights[1], counts)  # [A, D]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 
 import numpy as np
 
-from switchyard.parallel import interpreter_index, interpreter_shape  # noqa: F401  (they enter their operators)
+from switchyard.parallel import interpreter_fused, interpreter_index, interpreter_shape  # noqa: F401  (they enter their operators)
 from switchyard.parallel.graph import CONSTANT, Graph, Node, group_of
 from switchyard.parallel.interpreter_ops import OPERATORS
 
