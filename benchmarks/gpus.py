@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from switchyard import config as configuration
 from switchyard.parallel.costs import costs
@@ -36,11 +37,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "run_distribute_train_gpu.sh"
 COMPARED = 20  # steps whose losses are compared, and after which weights are
 MODEL = {"num_layers": 4, "hidden_size": 512, "num_heads": 8, "intermediate_size": 2048, "seq_length": 256}
-TREE = {
+TREE = {  # a gentle rate, and an eps above the rounding of gradients: what differs is then the layout, not its echo
     "model": MODEL,
-    "moe": {"router": "switch", "expert_num": 8, "layers": 2, "groups": 2, "capacity_factor": 1.25},
+    "moe": {"router": "switch", "expert_num": 8, "layers": 2, "groups": 2, "capacity_factor": 2.0},
     "data": {"tokenizer": "byte", "batch_size": 64},
-    "schedule": {"learning_rate": 1e-3, "warmup_steps": 10},
+    "optimizer": {"eps": 1e-6},
+    "schedule": {"learning_rate": 1e-4, "warmup_steps": 10},
     "train": {"steps": 60, "log_every": 1, "checkpoint_every": COMPARED, "keep_checkpoints": 9, "eval_every": 0},
 }
 SMALL = {"model.num_layers": 2, "model.hidden_size": 128, "model.intermediate_size": 512, "data.batch_size": 8}
@@ -49,6 +51,7 @@ DP, EP = {"parallel.data_parallel": 2}, {"parallel.data_parallel": 2, "parallel.
 LAYOUTS = {
     "dp 2": DP | {ZERO: 0},
     "dp 2, ZeRO 1": DP,
+    "dp 2, ZeRO 1, again": DP,
     "dp 2, ZeRO 1, blocking": DP | {"context.launch_blocking": "true"},
     "dp 2, ZeRO 3": DP | {ZERO: 3},
     "dp 2, ep 2, ZeRO 1": EP,
@@ -65,7 +68,7 @@ class Runs:
         self.folder, self.data = folder, data
         tree = {**TREE, "data": TREE["data"] | ({"path": data} if data else {})}
         self.config = folder / "config.yaml"
-        self.config.write_text(configuration.build(tree).to_yaml(), encoding="utf-8")
+        self.config.write_text(yaml.safe_dump(tree), encoding="utf-8")  # without defaults: devices have their own
 
     def start(self, name: str, devices: int, keys: dict, *flags: str, config: Path | None = None, device: str = "gpu"):
         """The process of a job in a session of its own; its words go to NAME.out."""

@@ -1,6 +1,6 @@
 """What sections of the configuration are made of, those of networks that read images, device and export."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -33,9 +33,14 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """`true` is not the number 1."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        if isinstance(value, bool) and bool not in _kinds(cls.model_fields[info.field_name].annotation):
             raise ValueError("input should not be true or false")
         return value
+
+
+def _kinds(annotation: Any) -> tuple:
+    """A type, or the types of a union."""
+    return get_args(annotation) or (annotation,)
 
 
 class VisionConfig(Section):

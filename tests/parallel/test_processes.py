@@ -14,6 +14,7 @@ from switchyard.parallel.processes import (
     is_scheduler,
     launched,
     local_config,
+    must_block,
     on_one_device,
     own_rank,
     require_one_device,
@@ -125,3 +126,17 @@ def test_one_alone_hears_itself():
     assert ALONE.gather(values).tolist() == [[1.5, 2.5]] and ALONE.is_first
     assert ALONE.any(True) and not ALONE.any(False)
     ALONE.wait()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "context", "blocks"),
+    [
+        ({"data_parallel": 2}, {}, True),
+        ({"data_parallel": 2, "optimizer_shard": 1}, {}, False),
+        ({"model_parallel": 2, "optimizer_shard": 1}, {}, True),
+        ({"data_parallel": 2}, {"launch_blocking": False}, False),
+        ({"data_parallel": 2, "optimizer_shard": 3}, {"launch_blocking": True}, True),
+    ],
+)
+def test_kernels_are_waited_for_where_sums_would_race(parallel, context, blocks):
+    assert must_block(build({"parallel": parallel, "context": context})) is blocks

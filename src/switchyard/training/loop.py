@@ -54,6 +54,8 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             data; a loss that is not finite.
         Interrupted: SIGINT or SIGTERM came and the run was saved.
     """
+    if is_scheduler() and launched() == 1:
+        return {}  # one worker meets nobody, and is at work in the run folder already
     config, by_hand = choose_way(config, launched())
     run = Path(config.train.output_dir) / config.train.name
     held = find_start(run, config, resume)
@@ -136,7 +138,6 @@ class Trainer:
         processes: Processes,
     ):
         self.config, self.run, self.data, self.model, self.step = config, run, data, model, step
-        self.processes = processes
         train, state = config.train, state or {"step": 0, "seconds": 0.0}
         self.done = state["step"]
         self.saved = self.compared = self.done  # the newest steps that need no saving, and no look at the replicas
@@ -146,7 +147,7 @@ class Trainer:
         self.tokens_per_step = train.gradient_accumulation_steps * config.predictions
         self.whole = model  # what is evaluated: of a model that is cut, a second one that is not
         tokens_per_byte = data.validation_tokens / data.validation_bytes
-        self.is_cut = isinstance(step, ClusterStep)
+        self.is_cut, self.processes = isinstance(step, ClusterStep), processes
         if self.is_cut:
             scores = ParallelEvalStep(config, data.tokenizer.vocab_size, model, processes)
             self.evaluator = Evaluator(scores, config.moe_layers, tokens_per_byte)
