@@ -268,3 +268,12 @@ def test_five_kills_leave_a_run_that_resumes(tmp_path):
     assert [line["step"] for line in lines] == list(range(1, last + 1))
     assert checkpoint.read(run).step == last
     assert not list((run / "checkpoints").glob(".tmp-*"))
+
+
+def test_the_scheduler_of_one_worker_leaves_the_run_alone(tmp_path, monkeypatch):
+    write_text(tmp_path)
+    config = run_config(tmp_path)
+    monkeypatch.setenv("MS_ROLE", "MS_SCHED")
+    monkeypatch.setenv("MS_WORKER_NUM", "1")
+    (tmp_path / "runs" / "tiny" / "checkpoints").mkdir(parents=True)  # by the worker, meanwhile
+    assert train(config) == {}
