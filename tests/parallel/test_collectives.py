@@ -7,10 +7,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from oracles.layouts import DROPLESS, LAYOUTS, RANK
+from oracles.layouts import DEVICES, DROPLESS, LAYOUTS, RANK, VOCAB
 
 from switchyard.config import build
 from switchyard.parallel.placement import Degrees, optimizer_slices, placement, slice_of
+from switchyard.parallel.simulate import compile_step
 
 ALL = tuple(range(8))
 FORWARD, BACKWARD = "forward", "backward"
@@ -106,6 +107,23 @@ def test_norms_are_fused(compiled):
     operators = compiled[2].operators
     again = 4 if "recompute" in compiled[0] else 0
     assert operators["RmsNorm"] == 5 + again and operators["RmsNormGrad"] == 5 and operators["Rsqrt"] == 0
+
+
+@pytest.mark.slow
+def test_communication_settings_order_the_graph_and_change_no_collective(compile_layout):
+    """Each gathered weight, and each AlltoAll, is held by one Depend more to what it is to overlap with."""
+    settings = {
+        "comm_fusion": {"allreduce": "auto", "allgather": 32, "reducescatter": "auto"},
+        "transformer_opt": {"computation_allgather_overlap": True, "grad_matmul_communication_overlap": "AlltoAll"},
+    }
+    name = "dp8 ep4 zero1"
+    tree = LAYOUTS[name] | {"parallel": LAYOUTS[name]["parallel"] | settings}
+    plain, report = compile_layout(name), compile_step(tree, DEVICES, RANK, vocab=VOCAB)
+    assert Counter((one.kind, one.group) for one in report.collectives) == GOLDEN[name]
+    assert report.operators["Depend"] == plain.operators["Depend"] + 13 + 4
+    kinds = ("AllGather", "ReduceScatter")
+    labels = {node.attributes["fusion"] for node in report.graph.nodes if node.kind in kinds}
+    assert labels and 0 not in labels  # what the device may join
 
 
 @pytest.mark.slow

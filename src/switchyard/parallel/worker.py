@@ -64,10 +64,13 @@ def training_step(config, vocab: int) -> tuple:
     """What is compiled if the job names nothing else: (the training step, its inputs on one device)."""
     from mindspore.nn.utils import no_init_parameters
 
-    from switchyard.training.parallel_step import batch_slices, parallel_step
+    from switchyard.training.parallel_step import SPEED_UP, batch_slices, parallel_step, speed_up_file
 
     with no_init_parameters():
         step = parallel_step(config, vocab, drawn=False)
+    if config.parallel.transformer_opt:
+        Path(SPEED_UP).write_text(speed_up_file(config))
+        step.transformer_opt(str(Path(SPEED_UP).resolve()))
     step.no_init_parameters_in_compile()  # so weights take no memory, however many there are
     return step, batch_slices(config, vocab, step.network.losses[0].model.noise_slices)
 

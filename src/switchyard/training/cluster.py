@@ -6,7 +6,6 @@ exchange by hand (parallel.exchange).
 Legend: A micro-batches, B batch, S sequence, N = B * S tokens, J noise slices, all of one device; D width.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -19,10 +18,9 @@ from switchyard.parallel.graph import collectives, read_graph
 from switchyard.parallel.processes import Processes
 from switchyard.routing.base import find_router
 from switchyard.training.checkpoint import load_weights, set_parameters, write_whole
-from switchyard.training.parallel_step import batch_slices, is_weighted, parallel_step, unpack
+from switchyard.training.parallel_step import SPEED_UP, batch_slices, is_weighted, parallel_step, speed_up_file, unpack
 from switchyard.training.step import AUDIT_SUMS, GROWTH_INTERVAL, MAX_LOSS_SCALE
 
-SPEED_UP = "parallel_speed_up.json"
 SCALE_STATE = ("loss_scale", "good_steps")
 
 
@@ -116,12 +114,11 @@ class ClusterStep:
 
     def speed_up(self, run: Path) -> None:
         """Hands parallel.transformer_opt to the compiler, in a file of the run folder that the first process writes."""
-        switches = self.config.parallel.transformer_opt
-        if not switches:
+        if not self.config.parallel.transformer_opt:
             return
         path = run / SPEED_UP
         if self.processes.is_first:
-            write_whole(path, json.dumps(switches, indent=1))
+            write_whole(path, speed_up_file(self.config))
         self.processes.wait()
         self.step.transformer_opt(str(path))
 

@@ -5,6 +5,8 @@ E experts, J noise slices.
 Shapes are those of all devices together; what `local` operators see is one device's slice of them.
 """
 
+import json
+
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -18,6 +20,8 @@ from switchyard.models import create_model
 from switchyard.moe import TALLY
 from switchyard.parallel.mesh import Mesh, first
 from switchyard.parallel.placement import Degrees, optimizer_slices, placement
+
+SPEED_UP = "parallel_speed_up.json"  # name of the file that hands parallel.transformer_opt to the compiler
 
 
 class ParallelLoss(nn.Cell):
@@ -287,6 +291,11 @@ def over_devices(network: nn.Cell, config: Config, inputs: tuple) -> AutoParalle
 def fused(size: int | str) -> dict:
     """What `comm_fusion` wants for a kind of collective; size in MB, or "auto"."""
     return {"mode": "auto", "config": None} if size == "auto" else {"mode": "size", "config": size}
+
+
+def speed_up_file(config: Config) -> str:
+    """What a file for `transformer_opt` holds: parallel.transformer_opt as JSON."""
+    return json.dumps(config.parallel.transformer_opt, indent=1)
 
 
 def batch_slices(config: Config, vocab_size: int, noise_slices: int = 0, seed: int = 0) -> tuple[Tensor, ...]:
