@@ -29,6 +29,7 @@ def _refusal(*overrides, tree=None) -> str:
 
 # What is typed on the command line, and the line that answers it.
 SINGLE_KEYS = [
+    ("moe.losses={importance: -1}", "moe.losses.importance: -1; input should be greater than or equal to 0"),
     ("model.hidden_sise=64", "model.hidden_sise: unknown key; did you mean 'hidden_size'?"),
     ("moe.experts_num=8", "moe.experts_num: unknown key; did you mean 'expert_num'?"),
     ("moe.num_experts_choosen=2", "moe.num_experts_choosen: unknown key; did you mean 'num_experts_chosen'?"),

@@ -6,7 +6,7 @@ The vocabulary is MindFormers' where it has a word (`expert_num`, `num_experts_c
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import yaml
 from pydantic import Field, ValidationError
@@ -369,6 +369,12 @@ def _is_text(section: str, key: str) -> bool:
     return field is not None and field.annotation in (str, str | None)
 
 
+def _is_table(section: str, key: str = "") -> bool:
+    """Whether a key holds names with values, such as moe.losses."""
+    field = Config.model_fields[section].annotation.model_fields.get(key)
+    return field is not None and get_origin(field.annotation) is dict
+
+
 def _one_line(error: ValidationError) -> str:
     """The first problem of a pydantic report as `key: value; what is allowed`."""
     problems = error.errors(include_url=False)
@@ -381,8 +387,8 @@ def _one_line(error: ValidationError) -> str:
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"{'.'.join(path)}: unknown key; {hint}"
-    key = ".".join(path[:2])
-    same_key = [p["msg"] for p in problems if [str(s) for s in p["loc"]][:2] == path[:2]]
+    path = path[: 3 if _is_table(*path[:2]) else 2]  # what follows are the types that were tried
+    same_key = [p["msg"] for p in problems if [str(s) for s in p["loc"]][: len(path)] == path]
     same_key = [message.removeprefix("Value error, ") for message in same_key]
     allowed = " or ".join(dict.fromkeys(m[0].lower() + m[1:] for m in same_key))
-    return f"{key}: {first['input']!r}; {allowed}"
+    return f"{'.'.join(path)}: {first['input']!r}; {allowed}"

@@ -11,8 +11,14 @@ from switchyard.training.loop import train
 STEPS = 6
 HALF, IMAGES = "random order, float16", "expert choice of images"
 CASES = {
-    "sigmoid": {  # its bias follows the load of all processes
-        "moe": {"router": "sigmoid", "expert_num": 4, "num_experts_chosen": 2, "topk_bias_update_rate": 0.01},
+    "sigmoid": {  # its bias follows the load of all processes, until the router is frozen
+        "moe": {
+            "router": "sigmoid",
+            "expert_num": 4,
+            "num_experts_chosen": 2,
+            "topk_bias_update_rate": 0.01,
+            "router_freeze_step": 4,
+        },
     },
     HALF: {
         "model": {"compute_dtype": "float16"},
