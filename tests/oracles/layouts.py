@@ -30,9 +30,9 @@ RICH_MOE = TOP_2 | {
 }
 
 
-def tree(parallel: dict, moe: dict = SWITCH, model: dict = MODEL) -> dict:
+def tree(parallel: dict, moe: dict = SWITCH, model: dict = MODEL, **sections: dict) -> dict:
     """A configuration of these degrees."""
-    return {"model": model, "moe": moe, "data": {"batch_size": 16}, "parallel": parallel}
+    return {"model": model, "moe": moe, "data": {"batch_size": 16}, "parallel": parallel, **sections}
 
 
 LAYOUTS = {
@@ -42,6 +42,8 @@ LAYOUTS = {
     "dp8 ep4 zero1": tree(TWO_AXES | {"optimizer_shard": 1}),
     "dp8 ep4 zero3": tree(TWO_AXES | {"optimizer_shard": 3}),
     "dp8 ep4 recompute": tree(TWO_AXES | {"recompute": True}),
+    "dp8 ep4 accumulation": tree(TWO_AXES, train={"gradient_accumulation_steps": 2}),
+    "dp8 ep4 float16": tree(TWO_AXES, model=MODEL | {"compute_dtype": "float16"}),
     "dp4 ep2 tp2": tree(THREE_AXES),
     "dp4 ep2 tp2 sequence": tree(THREE_AXES | {"sequence_parallel": True}),
 }

@@ -120,11 +120,13 @@ def test_half_precision_takes_the_fused_operators(compile_layout):
 @pytest.mark.parametrize(
     "tree, line",
     [
-        ({"model": {"compute_dtype": "float16"}}, r"model\.compute_dtype: float16; 'bfloat16' or 'float32'"),
         ({"moe": {"expert_num": 4, "router": "hash"}}, r"moe\.router: hash; cannot be cut over devices; one of gshard"),
         ({"model": {"type": "vision"}}, r"model\.type: vision; only a decoder"),
         ({"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, r"parallel\.pipeline_stage: 2; 1"),
-        ({"train": {"gradient_accumulation_steps": 2}}, r"train\.gradient_accumulation_steps: 2; 1"),
+        (
+            {"train": {"gradient_accumulation_steps": 2}, "parallel": {"data_parallel": 2, "optimizer_shard": 1}},
+            r"train\.gradient_accumulation_steps: 2; 1 with parallel\.optimizer_shard \(1\)",
+        ),
     ],
 )
 def test_what_the_step_refuses_is_refused(tree, line):

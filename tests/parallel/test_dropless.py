@@ -141,7 +141,9 @@ CASES = {
 def test_further_layouts(name, monkeypatch):
     form, tree = CASES[name]
     figures, loss_of = [], virtual.loss_of
-    monkeypatch.setattr(virtual, "loss_of", lambda outputs: figures.append(outputs[0][0][0]) or loss_of(outputs))
+    monkeypatch.setattr(
+        virtual, "loss_of", lambda outputs, *rest: figures.append(outputs[0][0][0]) or loss_of(outputs, *rest)
+    )
     config = layout(form, **{"data_parallel": 2, "expert_parallel": 2} | tree)
     reports = compiled(config)
     assert_equal(config, reports, *trained(config, reports))

@@ -17,13 +17,15 @@ MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "seq_length": 8, "i
 MOE = {"expert_num": 4, "router": "top_k", "num_experts_chosen": 2, "layers": [1]}
 
 
-def layout(model=None, moe=None, **degrees):
+def layout(model=None, moe=None, train=None, optimizer=None, **degrees):
     """A decoder of a dense and a conditional layer, tied head, cut by these degrees."""
     return build(
         {
             "model": MODEL | {"init_method_std": 0.2} | (model or {}),
             "moe": MOE | (moe or {}),
             "data": {"batch_size": 4},
+            "train": train or {},
+            "optimizer": optimizer or {},
             "parallel": degrees,
         }
     )
@@ -35,7 +37,7 @@ def references():
     known = {}
 
     def of(config):
-        key = repr((config.model, config.moe, config.groups))
+        key = repr((config.model, config.moe, config.groups, config.train))
         if key not in known:
             batches = virtual.draw_batches(config, VOCABULARY, 3)
             known[key] = batches, virtual.train_reference(config, VOCABULARY, batches)
@@ -142,6 +144,7 @@ LAYOUTS = {
     "zero3": {"data_parallel": 2, "expert_parallel": 2, "optimizer_shard": 3},
     "sequence-parallel": {"data_parallel": 2, "model_parallel": 2, "sequence_parallel": True},
     "recompute": {"data_parallel": 2, "expert_parallel": 2, "recompute": True},
+    "accumulation": {"data_parallel": 2, "expert_parallel": 2, "train": {"gradient_accumulation_steps": 2}},
 }
 
 
@@ -152,6 +155,20 @@ def test_every_layout_equals_one_device(name, references):
     reports = simulate.compile_ranks(config, config.devices, range(config.devices), VOCABULARY)
     found = virtual.compare(config, reports, *references(config))
     assert found.equal, virtual.render(found)
+
+
+@pytest.mark.slow
+def test_float16_equals_one_device_but_for_rounding(references):
+    """With a loss scale, and fused attention for heads of 16 columns. The large eps makes AdamW's step follow the
+    gradient's size: of a tiny one it would else make a whole step of the rounding error."""
+    model = {"compute_dtype": "float16", "hidden_size": 32, "init_method_std": 0.1}
+    config = layout(model, train={"init_loss_scale": 64.0}, optimizer={"eps": 1e-2}, data_parallel=2, expert_parallel=2)
+    reports = simulate.compile_ranks(config, 2, range(2), VOCABULARY)
+    assert reports[0].operators["FlashAttentionScore"] == 2
+    found = virtual.compare(config, reports, *references(config))
+    assert all(abs(one - cluster) < 3e-4 for one, cluster in found.losses), virtual.render(found)  # logits of about 4
+    far, moved = zip(*[each for name, each in found.differences.items() if not name.startswith("moment")])
+    assert max(far) < 2e-5 and max(moved) > 1e-3, virtual.render(found)
 
 
 def test_the_command_line_says_whether_they_are_equal(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ F hidden width, E experts, C slots, V vocabulary, X columns of the projection to
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from switchyard.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape, zero_rows
 from switchyard.config import Config
@@ -19,7 +19,7 @@ from switchyard.parallel.placement import EXPERT, MODEL, Degrees, optimizer_slic
 
 FLOAT = 4  # bytes of float32: parameters, gradients, moments, rows between the parts of a layer
 TALLY = 6  # figures of a conditional layer besides load and importance, see moe.MoELayer.tally
-SCALARS = 3  # of the optimizer: two bias corrections and the learning rate
+SCALARS = 3  # of the optimizer: two bias corrections and the learning rate; with float16 the loss scale's inverse
 CUT_ROUTERS = ("gshard", "sinkhorn", "switch", "top_k")
 IN_PRODUCT_TYPE = ("qkv.weight", "out.weight", "head.weight", "w_in", "w_gate", "w_out")  # model.compute_dtype
 Shape = tuple[int, ...]
@@ -95,31 +95,31 @@ def costs(config: Config, vocab: int) -> Costs:
     gathered = sum(FLOAT * (cut - kept) for cut, kept in held.values())
     if degrees.optimizer_shard == 3:
         gathered = max(FLOAT * (cut - kept) for cut, kept in held.values())
+    micro_batches, half = config.train.gradient_accumulation_steps, config.model.compute_dtype == "float16"
     return Costs(
         weights=weights,
-        gradients=weights,
-        optimizer=2 * weights + SCALARS * FLOAT,
+        gradients=weights * min(micro_batches, 2),  # those of a micro-batch, and the sum of the ones before
+        optimizer=2 * weights + (SCALARS + half) * FLOAT,
         gathered=gathered,
         activations=activation_bytes(config, vocab, whole),
         exchanges=tuple(exchanges(config, vocab)),
-        flops=flops(config, vocab),
+        flops=micro_batches * flops(config, vocab),
     )
 
 
 def check_offered(config: Config) -> None:
     """Refuses what `training.parallel_step` refuses, in its words, and what is not counted here (UserError)."""
     cut, moe, train, model = config.parallel, config.moe, config.train, config.model
-    layers, steps = bool(config.moe_layers), train.gradient_accumulation_steps
+    layers, steps, level = bool(config.moe_layers), train.gradient_accumulation_steps, cut.optimizer_shard
     routers = f"cannot be cut over devices; one of {', '.join(CUT_ROUTERS)}"
     refused = [
         ("model.type", model.type, model.type == "decoder", "only a decoder is cut over devices"),
         ("parallel.pipeline_stage", cut.pipeline_stage, cut.pipeline_stage == 1, "1: a decoder is not cut into stages"),
-        ("train.gradient_accumulation_steps", steps, steps == 1, "1: one micro-batch is counted"),
         (
-            "model.compute_dtype",
-            model.compute_dtype,
-            model.compute_dtype != "float16",
-            "'bfloat16' or 'float32' are counted",
+            "train.gradient_accumulation_steps",
+            steps,
+            steps == 1 or not level,
+            f"1 with parallel.optimizer_shard ({level})",
         ),
         ("moe.granularity", config.granularity, not layers or config.granularity == "token", "'token'"),
         ("moe.router", moe.router, not layers or moe.router in CUT_ROUTERS, routers),
@@ -191,9 +191,17 @@ def _held(name, shape, degrees):
 
 def exchanges(config: Config, vocab: int) -> Iterator[Exchange]:
     """The collectives of a step, forward, backward, clip and AdamW."""
-    degrees, layers = Degrees.of(config.parallel), len(config.moe_layers)
+    degrees, micro_batches = Degrees.of(config.parallel), config.train.gradient_accumulation_steps
     if degrees.devices == 1:
         return
+    for one in _of_micro_batch(config, vocab, degrees):
+        yield replace(one, number=one.number * micro_batches)
+    yield Exchange("AllReduce", "stage", degrees.devices, FLOAT)  # norm of the gradients
+
+
+def _of_micro_batch(config, vocab, degrees):
+    """Those of one micro-batch; its gradients are summed at once."""
+    layers = len(config.moe_layers)
     for name, shape in parameters(config, vocab).items():
         yield from _of_gradient(name, shape, config, degrees)
     if degrees.expert_parallel > 1 and layers:
@@ -204,7 +212,6 @@ def exchanges(config: Config, vocab: int) -> Iterator[Exchange]:
         figures = 2 + layers * (TALLY + 2 * config.moe.expert_num)
         for numbers in (1, figures):  # valid tokens; figures of the step
             yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT * numbers)
-    yield Exchange("AllReduce", "stage", degrees.devices, FLOAT)  # norm of the gradients
 
 
 def _of_gradient(name, shape, config, degrees):
@@ -292,9 +299,9 @@ def product_bytes(config: Config) -> int:
 
 
 def flops(config: Config, vocab: int) -> float:
-    """Of a device's matrix products in a step, 2 a multiply-add; backward counts twice forward, recompute once more.
+    """Of a device's matrix products in a micro-batch, 2 a multiply-add.
 
-    Scores of attention count in full, as they are computed, and experts by `worked_rows`.
+    Backward counts twice forward, recompute once more. Scores of attention count in full, as they are computed, and experts by `worked_rows`.
     """
     model, moe, cut = config.model, config.moe, config.parallel
     rows, tensor, width = config.rows // cut.data_parallel, cut.model_parallel, model.hidden_size

@@ -203,8 +203,10 @@ def tuple_item(_, parts, index):
 # ---- products and reductions
 @operator("MatMul", "BatchMatMul")
 def matmul(_, a, b, transpose_a, transpose_b):
-    """Matrix product over the last two axes."""
-    return np.matmul(np.swapaxes(a, -1, -2) if transpose_a else a, np.swapaxes(b, -1, -2) if transpose_b else b)
+    """Matrix product over the last two axes; float16 is added up in float32."""
+    wide = np.float32 if a.dtype == np.float16 else a.dtype
+    a, b = (np.swapaxes(x, -1, -2) if turned else x for x, turned in ((a, transpose_a), (b, transpose_b)))
+    return np.matmul(a.astype(wide), b.astype(wide)).astype(a.dtype)
 
 
 def _reduced(function, x, axes, keep):

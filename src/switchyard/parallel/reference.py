@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     with np.load(folder / BATCHES) as batches:
         losses = []
         for index in range(len(batches["tokens"])):
-            parts = [batches[name][index][None] for name in ("tokens", "labels", "valid", "noise")]  # [1, ...]
+            parts = [batches[name][index] for name in ("tokens", "labels", "valid", "noise")]  # [A, ...]
             losses.append(float(step(*parts, float(batches["rates"][index]))["loss"].asnumpy()))
     found |= {AFTER + name: parameter.asnumpy() for name, parameter in held.items()}
     np.savez(folder / RESULT, losses=np.array(losses), **found)

@@ -28,7 +28,7 @@ from switchyard.parallel.worker import JOB, TRAINING_STEP
 
 BYTE_VOCABULARY = 256
 COLUMNS = ["collective", "direction", "where", "why", "ranks", "number", "bytes each"]
-OPTIMIZER_STATE = ("moment1.", "moment2.", "accumulated.", "accu_grads.", "correction", "learning_rate")
+OPTIMIZER_STATE = ("moment1.", "moment2.", "accumulated.", "accu_grads.", "correction", "learning_rate", "unscale")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from switchyard.parallel.simulate import Report
 from switchyard.parallel.worker import JOB
 
 TOLERANCE = 1e-5  # absolute, of losses and of parameters
-RATE = "learning_rate"  # the parameter that holds it in the graph
+RATE, UNSCALE = "learning_rate", "unscale"  # parameters of the graph that the host sets
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,19 @@ class Comparison:
 
 
 def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0) -> Arrays:
-    """Random batches of all devices together, from train.seed: [steps, B, S] each, a part of them padding.
+    """Random batches of all devices together, from train.seed: [steps, A, B, S] each of A micro-batches, a part of them
+    padding.
 
-    `rates` [steps] are the peak learning rate; `noise` [steps, max(J, 1), N, D] of U(0, 1).
+    `rates` [steps] are the peak learning rate; `noise` [steps, A, max(J, 1), N, D] of U(0, 1).
     """
-    random = np.random.default_rng(config.train.seed)
-    shape = (steps, config.data.batch_size, config.model.seq_length)
-    tokens = random.integers(0, vocab, (*shape[:2], shape[2] + 1)).astype(np.int32)
+    random, count = np.random.default_rng(config.train.seed), config.train.gradient_accumulation_steps
+    shape = (steps, count, config.data.batch_size, config.model.seq_length)
+    tokens = random.integers(0, vocab, (*shape[:3], shape[3] + 1)).astype(np.int32)
     valid = np.ones(shape, np.float32)
-    valid[:, -1, shape[2] // 2 :] = 0  # the last sequence is half padding
-    noise = np.zeros((steps, 1, 1, 1), np.float32)
+    valid[:, -1, -1, shape[3] // 2 :] = 0  # the last sequence is half padding
+    noise = np.zeros((steps, count, 1, 1, 1), np.float32)
     if noise_slices:
-        noise = random.random((steps, noise_slices, config.rows, config.model.hidden_size), np.float32)
+        noise = random.random((steps, count, noise_slices, config.rows, config.model.hidden_size), np.float32)
     rates = np.full(steps, config.schedule.learning_rate, np.float32)
     return {"tokens": tokens[..., :-1], "labels": tokens[..., 1:], "valid": valid, "noise": noise, "rates": rates}
 
@@ -111,12 +112,20 @@ def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: Degre
 
 
 def batch_of(batches: Arrays, step: int, degrees: Degrees, rank: int, noisy: bool) -> list[np.ndarray]:
-    """What a rank reads at a step: its rows of tokens, labels, valid and, where the model reads it, noise [N, J, D]."""
-    parts = [batches[name][step] for name in ("tokens", "labels", "valid")]
+    """What a rank reads at a step, its micro-batches one after the other: rows of tokens, labels, valid [A * B, S] and,
+    where the model reads it, of noise [A * N, J, D]."""
+    parts = [batches[name][step] for name in ("tokens", "labels", "valid")]  # [A, B, S]
     if noisy:
-        parts.append(np.ascontiguousarray(batches["noise"][step].transpose(1, 0, 2)))
+        parts.append(batches["noise"][step].transpose(0, 2, 1, 3))  # [A, N, J, D]
     index = degrees.data_slice(rank)
-    return [np.split(part, degrees.data_parallel)[index] for part in parts]
+    own = [np.split(part, degrees.data_parallel, 1)[index] for part in parts]
+    return [np.ascontiguousarray(part).reshape(-1, *part.shape[2:]) for part in own]
+
+
+def shares_of(valid: np.ndarray) -> np.ndarray:
+    """The share of each micro-batch in a step's valid tokens [A, B, S]: [A]."""
+    counts = valid.sum((1, 2))
+    return counts / counts.sum()
 
 
 def compare(
@@ -141,7 +150,8 @@ def compare(
     """
     degrees, graphs = Degrees.of(config.parallel), [report.graph for report in reports]
     before = {name.removeprefix(BEFORE): array for name, array in reference.items() if name.startswith(BEFORE)}
-    before[RATE] = np.float32(0)
+    scale = config.train.init_loss_scale if config.model.compute_dtype == "float16" else 1.0
+    before |= {RATE: np.float32(0), UNSCALE: np.float32(1 / scale)}
     weights = []
     for report in reports:
         shapes = report.parameters.items()
@@ -152,14 +162,18 @@ def compare(
         if spoil is not None:
             spoil(rank, own)
     noisy, losses, met = batches["noise"].shape[-1] > 1, [], Counter()
+    weighted = len(graphs[0].input_shapes) > 3 + noisy  # by a factor of each micro-batch's loss
     for step, rate in enumerate(batches["rates"]):
         for own in weights:
             own[RATE] = np.float32(rate)
         inputs = [batch_of(batches, step, degrees, rank, noisy) for rank in range(len(graphs))]
+        shares = shares_of(batches["valid"][step])
+        if weighted:
+            inputs = [[*parts, (scale * shares)[None].astype(np.float32)] for parts in inputs]
         outputs, met = run_cluster(graphs, inputs, weights, exchanges)
-        losses.append((float(reference["losses"][step]), loss_of(outputs)))
+        losses.append((float(reference["losses"][step]), loss_of(outputs, shares)))
     differences = {}
-    for name in sorted(set().union(*weights) - {RATE}):
+    for name in sorted(set().union(*weights) - {RATE, UNSCALE}):
         end = reference[AFTER + name]
         far = 0.0
         for rank, own in enumerate(weights):
@@ -176,9 +190,15 @@ def _whole(arrays: Arrays, name: str) -> np.ndarray:
     return np.asarray(arrays[name])
 
 
-def loss_of(outputs: Sequence[tuple]) -> float:
-    """The cross-entropy in the outputs of the ranks: the second of a step's figures, equal on all that have it."""
-    found = [_flat(out)[1] for out in outputs if len(_flat(out)) > 1]
+def loss_of(outputs: Sequence[tuple], shares: Sequence[float] = (1.0,)) -> float:
+    """The cross-entropy in the outputs of the ranks: the second of each micro-batch's figures, which have these shares,
+    equal on all ranks that have it. Last comes the norm of the gradients."""
+    found = []
+    for *figures, norm in map(_flat, outputs):
+        if not np.isfinite(norm):
+            raise ClusterError("gradients are not finite; with float16 lower train.init_loss_scale")
+        width = len(figures) // len(shares)
+        found += [sum(share * figures[micro * width + 1] for micro, share in enumerate(shares))] if figures else []
     if not found or max(found) - min(found) > TOLERANCE:
         raise ClusterError(f"loss: the ranks differ, {sorted(set(found))}")
     return found[0]
@@ -192,8 +212,8 @@ def _flat(value) -> list[float]:
 
 def prove(config: Config, devices: int, steps: int = 3, vocab: int | None = None) -> Comparison:
     """Compiles, executes, trains on one device and compares (UserError as in `simulate.compile_step`)."""
-    if config.model.compute_dtype != "float32":
-        raise UserError(f"model.compute_dtype: {config.model.compute_dtype}; a virtual cluster computes in float32")
+    if config.model.compute_dtype != "float32":  # AdamW makes a whole step of the rounding error of a tiny gradient
+        raise UserError(f"model.compute_dtype: {config.model.compute_dtype}; a virtual cluster is compared in float32")
     vocab = vocab or simulate.vocabulary(config)
     reports = simulate.compile_ranks(config, devices, range(devices), vocab)
     batches = draw_batches(config, vocab, steps, noise_slices(reports[0]))
@@ -201,9 +221,9 @@ def prove(config: Config, devices: int, steps: int = 3, vocab: int | None = None
 
 
 def noise_slices(report: Report) -> int:
-    """Slices J of noise that the step reads: its fourth input, if it has one, is [N, J, D]."""
+    """Slices J of noise that the step reads: its fourth input is then [A * N, J, D]."""
     shapes = report.graph.input_shapes
-    return shapes[3][1] if len(shapes) > 3 else 0
+    return shapes[3][1] if len(shapes) > 3 and len(shapes[3]) == 3 else 0
 
 
 def render(found: Comparison) -> str:
