@@ -301,7 +301,8 @@ def product_bytes(config: Config) -> int:
 def flops(config: Config, vocab: int) -> float:
     """Of a device's matrix products in a micro-batch, 2 a multiply-add.
 
-    Backward counts twice forward, recompute once more. Scores of attention count in full, as they are computed, and experts by `worked_rows`.
+    Backward counts twice forward, recompute once more. Scores of attention count in full, as they are computed, and
+    experts by `worked_rows`.
     """
     model, moe, cut = config.model, config.moe, config.parallel
     rows, tensor, width = config.rows // cut.data_parallel, cut.model_parallel, model.hidden_size
