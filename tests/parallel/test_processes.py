@@ -76,6 +76,8 @@ def test_refused_in_one_line(tree, count, says):
 def test_a_compiler_cuts_what_processes_cannot():
     tree = {"parallel": {"data_parallel": 2, "model_parallel": 2, "optimizer_shard": 1, "recompute": True}}
     check_degrees(build(tree), 4, compiled=True)
+    experts = {"parallel": {"data_parallel": 2, "expert_parallel": 2}, "moe": EXPERTS | {"dispatch": "dropless"}}
+    check_degrees(build(experts), 2, compiled=True)
     with pytest.raises(UserError, match=r"parallel.model_parallel: 2; .*leave it at its default \(for a reason\)"):
         check_degrees(build(tree), 4, why="for a reason")
 

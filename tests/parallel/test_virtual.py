@@ -3,6 +3,9 @@
 Compiles run in processes of their own; one layout is compiled for the tests of faults, the others are slow tests.
 """
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,20 +13,22 @@ from switchyard import cli
 from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.parallel import simulate, virtual
+from switchyard.parallel.graph import CONSTANT, Node
 from switchyard.parallel.interpreter import EXCHANGES, ClusterError, all_reduce, all_to_all
+from switchyard.parallel.placement import Degrees
 
 VOCABULARY = 32
 MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "seq_length": 8, "intermediate_size": 16}
 MOE = {"expert_num": 4, "router": "top_k", "num_experts_chosen": 2, "layers": [1]}
 
 
-def layout(model=None, moe=None, train=None, optimizer=None, **degrees):
+def layout(model=None, moe=None, train=None, optimizer=None, batch_size=4, **degrees):
     """A decoder of a dense and a conditional layer, tied head, cut by these degrees."""
     return build(
         {
             "model": MODEL | {"init_method_std": 0.2} | (model or {}),
             "moe": MOE | (moe or {}),
-            "data": {"batch_size": 4},
+            "data": {"batch_size": batch_size},
             "train": train or {},
             "optimizer": optimizer or {},
             "parallel": degrees,
@@ -36,10 +41,10 @@ def references():
     """(config) -> (batches, what one device made of them); each number of routing groups is trained once."""
     known = {}
 
-    def of(config):
+    def of(config, noise_slices=0):
         key = repr((config.model, config.moe, config.groups, config.train))
         if key not in known:
-            batches = virtual.draw_batches(config, VOCABULARY, 3)
+            batches = virtual.draw_batches(config, VOCABULARY, 3, noise_slices)
             known[key] = batches, virtual.train_reference(config, VOCABULARY, batches)
         return known[key]
 
@@ -128,6 +133,25 @@ def test_a_constant_that_was_not_cut_shows(four, monkeypatch):
     assert virtual.compare(*four).largest > 10 * virtual.TOLERANCE
 
 
+def with_constant(report, valid):
+    """The report, in whose graph the mask of real tokens is a constant."""
+    graph = report.graph
+    constant = Node(CONSTANT, (), graph.inputs[2], {"value": valid})
+    nodes = replace(graph, nodes=[constant, *graph.nodes])
+    return SimpleNamespace(graph=nodes, parameters=report.parameters, rank=report.rank)
+
+
+def test_a_constant_inside_a_graph_that_was_not_cut_shows(four):
+    """Of what is real of the batch every rank has its own part as a constant, then every rank the first rank's."""
+    config, reports, batches, reference = four
+    own = [virtual.batch_of(batches, 0, Degrees.of(config.parallel), rank, False)[2] for rank in range(4)]
+    assert (own[0] != own[3]).any()
+    right = [with_constant(report, valid) for report, valid in zip(reports, own)]
+    assert virtual.compare(config, right, batches, reference).equal
+    wrong = [with_constant(report, own[0]) for report in reports]
+    assert virtual.compare(config, wrong, batches, reference).largest > 10 * virtual.TOLERANCE
+
+
 def test_members_that_meet_different_collectives_are_named(four):
     config, reports, batches, reference = four
     with pytest.raises(ClusterError, match=r"rank 0 is at|deadlock"):
@@ -155,6 +179,18 @@ def test_every_layout_equals_one_device(name, references):
     reports = simulate.compile_ranks(config, config.devices, range(config.devices), VOCABULARY)
     found = virtual.compare(config, reports, *references(config))
     assert found.equal, virtual.render(found)
+
+
+@pytest.mark.slow
+def test_eight_expert_slices_and_a_router_with_noise(references):
+    """One expert a rank; the router's input is noisy, and second experts are drawn by lot."""
+    moe = {"router": "gshard", "second_expert": "sampling", "jitter": 0.2, "expert_num": 8, "layers": [0]}
+    config = layout({"num_layers": 1}, moe, batch_size=8, data_parallel=8, expert_parallel=8)
+    reports = simulate.compile_ranks(config, 8, range(8), VOCABULARY)
+    assert virtual.noise_slices(reports[0]) == 2
+    found = virtual.compare(config, reports, *references(config, 2))
+    assert found.equal, virtual.render(found)
+    assert found.met["AlltoAll", tuple(range(8))] == 4
 
 
 @pytest.mark.slow

@@ -32,6 +32,10 @@ VOCAB = 17
         ({"moe": EXPERTS | {"router_warmup_steps": 1}}, "Ascend", "router_warmup_steps"),
         ({"moe": EXPERTS | {"granularity": "slice"}}, "Ascend", "granularity"),
         ({"context": {"mode": "pynative"}}, "Ascend", "context.mode"),
+        ({"moe": EXPERTS | {"router": "top_k", "copies": 2}}, "Ascend", "moe.copies: 2; the compiler cuts one group"),
+        ({"moe": EXPERTS | {"dispatch": "dropless"}}, "GPU", "moe.dispatch: dropless; the compiler cuts it for Ascend"),
+        ({"moe": EXPERTS | {"dispatch": "dropless"}}, "Ascend", None),
+        ({"moe": {"dispatch": "dropless"}}, "GPU", None),  # one expert
     ],
 )
 def test_the_compiler_cuts_what_it_can(tree, target, says):

@@ -16,6 +16,7 @@ from switchyard.training.parallel_step import parallel_step
             {"train": {"gradient_accumulation_steps": 2}, "parallel": {"data_parallel": 2, "optimizer_shard": 1}},
             "train.gradient_accumulation_steps: 2; 1 with parallel.optimizer_shard (1)",
         ),
+        ({"moe": {"expert_num": 4, "router": "top_k", "copies": 2}}, "moe.copies: 2; 1 where parallel degrees"),
         ({"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, "parallel.pipeline_stage: 2; 1"),
     ],
 )

@@ -77,7 +77,7 @@ def check_degrees(config: Config, count: int, compiled: bool = False, why: str =
             f"{key}: {cut.data_parallel}; the degrees need {config.devices} processes, {count} {what}: {remedy}"
         )
     if count > 1:
-        _check_many(config)
+        _check_many(config, compiled)
 
 
 def require_one_device(config: Config) -> None:
@@ -87,8 +87,8 @@ def require_one_device(config: Config) -> None:
             raise UserError(f"parallel.{name}: {value}; evaluation and export run in one process: leave it out")
 
 
-def _check_many(config: Config) -> None:
-    """Refuses what several processes cannot do (UserError)."""
+def _check_many(config: Config, compiled: bool) -> None:
+    """Refuses what several processes cannot do, by the compiler's cut or by hand (UserError)."""
     count, moe = config.parallel.data_parallel, config.moe
     if config.groups % count:
         raise UserError(
@@ -99,7 +99,7 @@ def _check_many(config: Config) -> None:
             raise UserError(f"{key}: {file}; choices are recorded and replayed by one process: leave it null")
     if moe.router_warmup_steps:
         raise UserError(f"moe.router_warmup_steps: {moe.router_warmup_steps}; one process forces choices: set it to 0")
-    if config.parallel.expert_parallel > 1 and moe.dispatch != "capacity":
+    if config.parallel.expert_parallel > 1 and moe.dispatch != "capacity" and not compiled:
         raise UserError(f"moe.dispatch: {moe.dispatch}; 'capacity' where processes on CPU or GPU cut the experts")
     if config.parallel.expert_parallel > 1 and moe.router == "merged":
         raise UserError("parallel.expert_parallel: merged experts need all their parameters in one place; set it to 1")

@@ -228,7 +228,7 @@ class Copies(nn.Cell):
         part = replace(setting, moe=moe.model_copy(update={"expert_num": self.size, "copies": 1}))
         self.routers = nn.CellList([router(part) for _ in range(self.copies)])
         self.causal, self.batch_independent = router.causal, router.batch_independent
-        self.refuses = self.routers[0].refuses
+        self.refuses, self.cuts = self.routers[0].refuses, False
 
     def construct(self, rows: Tensor, context: dict) -> dict:
         """Rows [G, N, D] and a Context -> the Routing of all copies together."""

@@ -26,7 +26,7 @@ SCALE_STATE = ("loss_scale", "good_steps")
 
 def why_by_hand(config: Config, target: str) -> str | None:
     """Why the compiler does not cut the step of this configuration; None where it does."""
-    moe = config.moe
+    moe, dropless = config.moe, config.moe.dispatch != "capacity" and bool(config.moe_layers)
     reasons = (
         (target == "CPU", "MindSpore's compiler cuts graphs for Ascend and GPU only"),
         (config.model.type != "decoder", f"model.type: {config.model.type}; the compiler cuts the decoder"),
@@ -40,6 +40,8 @@ def why_by_hand(config: Config, target: str) -> str | None:
             bool(config.moe_layers) and not find_router(moe.router).cuts,
             f"moe.router: {moe.router}; the compiler cuts routers whose scores are x W",
         ),
+        (moe.copies > 1, f"moe.copies: {moe.copies}; the compiler cuts one group of experts"),
+        (target == "GPU" and dropless, f"moe.dispatch: {moe.dispatch}; the compiler cuts it for Ascend"),
     )
     return next((reason for holds, reason in reasons if holds), None)
 

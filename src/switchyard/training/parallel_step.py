@@ -252,6 +252,8 @@ def parallel_step(config: Config, vocab_size: int, drawn: bool = True) -> AutoPa
     if count > 1 and level:  # the compiler gathers a cut parameter for the first micro-batch only
         raise UserError(f"train.gradient_accumulation_steps: {count}; 1 with parallel.optimizer_shard ({level})")
     moe = config.moe
+    if config.moe_layers and moe.copies > 1:
+        raise UserError(f"moe.copies: {moe.copies}; 1 where parallel degrees cut the model")
     for key, value in (
         ("router_warmup_steps", moe.router_warmup_steps or None),
         ("router_freeze_step", moe.router_freeze_step),
