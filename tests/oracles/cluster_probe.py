@@ -6,7 +6,7 @@ from switchyard.parallel.placement import Degrees
 from switchyard.parallel.processes import Processes
 from switchyard.training import checkpoint
 from switchyard.training.cluster import ClusterStep
-from switchyard.training.parallel_eval import ParallelEvalStep
+from switchyard.training.parallel_eval import ParallelEvalStep, evaluation_config, parallel_scores
 from switchyard.training.parallel_step import batch_slices
 
 OTHER, STEP = "again", 3  # the run that is written
@@ -25,3 +25,8 @@ def resumed_and_saved(config, vocab: int) -> tuple:
     checkpoint.save_slice(other, config, STEP, processes.rank, weights, state, step.shapes)
     scores = ParallelEvalStep(config, vocab, step.model, processes)
     return scores.graph, batch_slices(scores.config, vocab)[:3]
+
+
+def scores(config, vocab: int) -> tuple:
+    """Evaluation alone, with weights that whoever executes its graph brings along."""
+    return parallel_scores(evaluation_config(config), vocab), batch_slices(config, vocab)[:3]

@@ -8,15 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mindspore import Tensor
 
 from switchyard.config import build
 from switchyard.errors import UserError
+from switchyard.models import create_model
 from switchyard.moe import TALLY
 from switchyard.parallel import simulate, virtual
-from switchyard.parallel.interpreter import EXCHANGES, all_reduce, all_to_all, all_to_all_v
+from switchyard.parallel.interpreter import EXCHANGES, all_reduce, all_to_all, all_to_all_v, run_cluster
+from switchyard.parallel.placement import Degrees
+from switchyard.parallel.reference import one_device
+from switchyard.training.step import EvalStep
 
 VOCABULARY = 32
 MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "seq_length": 8, "intermediate_size": 16}
+NAMES = ("tokens", "labels", "valid")
 FORMS = ("dropless", "dropless_static")
 TESTS = str(Path(__file__).resolve().parents[1])
 
@@ -152,6 +158,29 @@ def test_further_layouts(name, monkeypatch):
         assert real < load.sum() < 2 * real
     else:
         assert load.sum() == 2 * real
+
+
+@pytest.mark.slow
+def test_evaluation_on_devices_is_that_of_one(graph):
+    """Losses of each sequence, loads and importances; one device works by blocks. Nothing is dropped."""
+    config = layout("dropless", data_parallel=2, expert_parallel=2)
+    reports = simulate.compile_ranks(config, 2, range(2), VOCABULARY, step="oracles.cluster_probe:scores")
+    model = create_model(build(one_device(config.model_dump())), VOCABULARY).set_train(False)
+    tokens, labels, valid = (virtual.draw_batches(config, VOCABULARY, 1)[name][0, 0] for name in NAMES)  # [B, S]
+    losses, count, *audit = EvalStep(model)(*map(Tensor, (tokens, labels, valid)))
+    whole, degrees = {each.name: each.asnumpy() for each in model.get_parameters()}, Degrees.of(config.parallel)
+    weights = [
+        {name: virtual.held_by(name, whole[name], shape, degrees, report.rank) for name, shape in held.items()}
+        for report, held in ((report, report.parameters) for report in reports)
+    ]
+    inputs = [[np.split(part, 2)[rank] for part in (tokens, labels, valid)] for rank in range(2)]
+    outputs, met = run_cluster([report.graph for report in reports], inputs, weights)
+    for ((scores, tally),) in outputs:
+        np.testing.assert_allclose(scores, np.stack([losses.asnumpy(), count.asnumpy()], 1), rtol=2e-6)
+        load, importance = tally[TALLY:].reshape(2, -1)
+        np.testing.assert_allclose([load, importance], [audit[at].asnumpy()[0] for at in (0, 1)], rtol=1e-5)
+        assert tally[4] == load.sum() == 2 * valid.sum()  # choices served
+    assert met["AlltoAllV", (0, 1)] == 3 and met["AlltoAll", (0, 1)] == 1
 
 
 def test_static_buffers_beyond_exact_sort_keys_are_refused():

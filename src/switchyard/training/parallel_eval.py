@@ -62,7 +62,7 @@ def scores_shape(logits, labels, valid):
 class ParallelEvalStep:
     """EvalStep's call, for a whole batch, of a model whose weights are cut over devices.
 
-    Experts have the capacity of `evaluation_config`: rows beyond it are dropped.
+    Experts have the capacity of `evaluation_config`, and rows beyond it are dropped; with dropless dispatch none are.
 
     Args:
         config: the whole configuration of the training run.
