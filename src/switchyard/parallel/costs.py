@@ -231,9 +231,18 @@ def _of_gradient(name, shape, config, degrees):
 
 
 def _read_again(name, config):
-    """Whether the backward pass reads a parameter: those of products, not gains and tables that rows are taken of."""
-    kind = name.rsplit(".", 1)[1]
-    return kind not in ("gain", "bias", "table") or (name == "embedding.table" and config.model.tie_word_embeddings)
+    """Whether the backward pass reads a parameter: those of products and of fused norms, not gains and biases of others
+    nor tables that rows are taken of."""
+    kind, model = name.rsplit(".", 1)[1], config.model
+    if kind == "gain":
+        return model.norm == "rmsnorm" and _takes(config, "RmsNorm")
+    return kind not in ("bias", "table") or (name == "embedding.table" and model.tie_word_embeddings)
+
+
+def _takes(config, name):
+    """Whether the graph has a fused operator; where no device is named it is the one for Ascend that is counted."""
+    target = config.context.device_target
+    return name in fused_operators(config, "Ascend" if target == "auto" else target)
 
 
 def _of_experts(config, degrees):
@@ -345,7 +354,7 @@ def _block_bytes(config, index, rows, between):
     width, wide, tensor = model.hidden_size, product_bytes(config), cut.model_parallel
     hidden_copies = 3 if model.activation == "swiglu" else 2  # before and after the non-linearity, and the gate
     weights = model.seq_length * (FLOAT + (wide if wide != FLOAT else 0))  # [S] of a row and head, before the product
-    if "FlashAttentionScore" in fused_operators(config, config.context.device_target):
+    if _takes(config, "FlashAttentionScore"):
         weights = 16 * FLOAT  # softmax_max and softmax_sum
     kept = 4 * between + 2 * rows * width * wide  # two residuals, two norms; what goes into the products
     kept += rows * wide * (2 * projection(config) + width) // tensor + rows * model.num_heads * weights // tensor
