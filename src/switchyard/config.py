@@ -272,6 +272,12 @@ class Config(Section):
         return self.data.batch_size * each
 
     @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step: those that a pipeline works on at a time, or those that come one after the other."""
+        cut = self.parallel
+        return cut.micro_batch_num if cut.pipeline_stage > 1 else self.train.gradient_accumulation_steps
+
+    @property
     def predictions(self) -> int:
         """Predictions of a micro-batch: tokens, or images."""
         return self.data.batch_size * (self.model.seq_length if self.model.type == "decoder" else 1)

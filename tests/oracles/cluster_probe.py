@@ -23,6 +23,8 @@ def resumed_and_saved(config, vocab: int) -> tuple:
     state = {name: parameter.asnumpy() for name, parameter in step.optimizer_state().items()}
     other = f"{config.train.output_dir}/{OTHER}"
     checkpoint.save_slice(other, config, STEP, processes.rank, weights, state, step.shapes)
+    if config.parallel.pipeline_stage > 1:
+        return step.step, batch_slices(config, vocab, step.model.noise_slices)
     scores = ParallelEvalStep(config, vocab, step.model, processes)
     return scores.graph, batch_slices(scores.config, vocab)[:3]
 

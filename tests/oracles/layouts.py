@@ -1,7 +1,7 @@
 """The layouts whose compiled steps are looked at: name -> tree of a configuration.
 
-Two layers, the first dense, the second conditional; 8 devices, of which rank 5 is compiled, once for all tests: see
-`tests/parallel/conftest.py`.
+Two layers, the first dense, the second conditional; 8 devices, of which rank 5 is compiled (of one layout rank 1),
+once for all tests: see `tests/parallel/conftest.py`.
 """
 
 DEVICES, RANK, VOCAB = 8, 5, 32
@@ -9,8 +9,12 @@ MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "seq_length": 8, "i
 SWITCH = {"router": "switch", "expert_num": 8, "layers": 2}
 TOP_2 = SWITCH | {"router": "top_k", "num_experts_chosen": 2}
 TWO_AXES = {"data_parallel": 8, "expert_parallel": 4}
+TWO_STAGES = {"pipeline_stage": 2, "micro_batch_num": 3}
 THREE_AXES = {"data_parallel": 4, "expert_parallel": 2, "model_parallel": 2}
 
+UNTIED = MODEL | {"tie_word_embeddings": False}
+EVERY_LAYER = SWITCH | {"layers": "all"}
+FIRST_STAGE = "pp2 dp2 tp2 sequence recompute zero1"  # of which rank 1 is compiled
 # whatever a decoder can have besides: gates, biases, two tables, a free head, shared experts, half the bytes
 RICH_MODEL = MODEL | {
     "hidden_size": 64,  # heads of 16 columns, which fused attention asks for
@@ -46,8 +50,15 @@ LAYOUTS = {
     "dp8 ep4 float16": tree(TWO_AXES, model=MODEL | {"compute_dtype": "float16"}),
     "dp4 ep2 tp2": tree(THREE_AXES),
     "dp4 ep2 tp2 sequence": tree(THREE_AXES | {"sequence_parallel": True}),
+    "pp2 dp4 ep2": tree(TWO_STAGES | {"data_parallel": 4, "expert_parallel": 2}, EVERY_LAYER, UNTIED),
 }
 FURTHER = {  # of which only bytes are looked at
+    FIRST_STAGE: tree(
+        TWO_STAGES
+        | {"data_parallel": 2, "model_parallel": 2, "sequence_parallel": True, "recompute": True, "optimizer_shard": 1},
+        EVERY_LAYER | {"shared_expert_num": 1},
+        UNTIED,
+    ),
     "rich dp4 ep2 tp2 dropless recompute zero1": tree(
         THREE_AXES | {"recompute": True, "optimizer_shard": 1}, RICH_MOE | {"dispatch": "dropless"}, RICH_MODEL
     ),
@@ -65,3 +76,8 @@ FURTHER = {  # of which only bytes are looked at
 DROPLESS = {  # with nothing dropped
     f"dp8 ep4 {form}": tree(TWO_AXES, TOP_2 | {"dispatch": form}) for form in ("dropless", "dropless_static")
 }
+
+
+def rank_of(name: str) -> int:
+    """Which rank of a layout is compiled."""
+    return 1 if name == FIRST_STAGE else RANK

@@ -3,11 +3,11 @@
 from collections import Counter
 
 import pytest
-from oracles.layouts import DROPLESS, FURTHER, LAYOUTS, RANK, VOCAB
+from oracles.layouts import DROPLESS, FURTHER, LAYOUTS, VOCAB
 
 from switchyard.config import build
 from switchyard.errors import UserError
-from switchyard.parallel.costs import CUT_ROUTERS, Exchange, costs, exchanges, parameters
+from switchyard.parallel.costs import CUT_ROUTERS, Exchange, costs, exchanges, parameters, stage_costs
 from switchyard.parallel.placement import Degrees
 from switchyard.parallel.simulate import OPTIMIZER_STATE, whole_shape
 
@@ -27,17 +27,20 @@ def both(request, compile_layout):
 def test_exchanges_are_those_of_the_graph(both):
     """Kind, ranks and bytes of every collective, and how many there are of each."""
     config, report = both
-    degrees = Degrees.of(config.parallel)
+    degrees, rank = Degrees.of(config.parallel), report.rank
+    stage = degrees.coordinates(rank).stage
     groups = {
         "expert": degrees.expert_group,
         "replicas": degrees.expert_replicas,
         "data": degrees.data_group,
         "model": degrees.model_group,
         "stage": degrees.stage_group,
+        "all": lambda rank: tuple(range(degrees.devices)),
+        "pipeline": degrees.pipeline_group,
     }
     expected = Counter()
-    for one in exchanges(config, VOCAB):
-        group = groups[one.group](RANK)
+    for one in exchanges(config, VOCAB, stage):
+        group = groups[one.group](rank)
         assert one.ranks == len(group)
         expected[one.kind, group, one.bytes] += one.number
     found = Counter((one.kind, one.group, one.bytes) for one in report.collectives)
@@ -53,12 +56,14 @@ def test_what_is_held_is_what_the_graph_holds(both):
     """Parameters by name and whole shape, bytes of weights and of the optimizer's state."""
     config, report = both
     held = {name: shape for name, shape in report.parameters.items() if not name.startswith(OPTIMIZER_STATE)}
+    stage = Degrees.of(config.parallel).coordinates(report.rank).stage
     whole = {name: whole_shape(report.layouts[name], shape) for name, shape in held.items()}
     if not config.parallel.optimizer_shard:  # whose cut the compiler's layouts do not tell
-        assert parameters(config, VOCAB) == whole
-    assert parameters(config, VOCAB).keys() == held.keys()
-    cost = costs(config, VOCAB)
-    assert {"weights": cost.weights, "optimizer state": cost.optimizer} == report.held_bytes
+        assert parameters(config, VOCAB, stage) == whole
+    assert parameters(config, VOCAB, stage).keys() == held.keys()
+    cost = stage_costs(config, VOCAB)[stage]
+    accumulated = {"gradients": cost.gradients} if config.parallel.pipeline_stage > 1 else {}
+    assert {"weights": cost.weights, "optimizer state": cost.optimizer} | accumulated == report.held_bytes
 
 
 def test_the_work_of_a_dense_block_by_hand():
@@ -122,7 +127,7 @@ def test_half_precision_takes_the_fused_operators(compile_layout):
     [
         ({"moe": {"expert_num": 4, "router": "hash"}}, r"moe\.router: hash; cannot be cut over devices; one of gshard"),
         ({"model": {"type": "vision"}}, r"model\.type: vision; only a decoder"),
-        ({"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, r"parallel\.pipeline_stage: 2; 1"),
+        ({"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, r"model\.tie_word_embeddings: True; False with"),
         (
             {"train": {"gradient_accumulation_steps": 2}, "parallel": {"data_parallel": 2, "optimizer_shard": 1}},
             r"train\.gradient_accumulation_steps: 2; 1 with parallel\.optimizer_shard \(1\)",

@@ -32,6 +32,51 @@ def test_members_of_different_groups_are_refused():
         run_cluster([sum_graph((0, 1)), sum_graph((1, 0))], [[np.float32(1)]] * 2, [{}] * 2)
 
 
+def way(kind, tag=0):
+    """Graph of rank 0, which sends x to rank 1, or of rank 1, which receives it."""
+    place = {"dest_rank": 1} if kind == "Send" else {"src_rank": 0}
+    attributes = {"sr_tag": tag, "group_rank_ids": (0, 1)} | place
+    return Graph(["x"], ["y"], [Node(kind, ("x",), "y", attributes, shape=(), dtype=np.float32)])
+
+
+def test_what_is_sent_is_received():
+    outputs, met = run_cluster([way("Send"), way("Receive")], [[np.float32(3)], [np.float32(0)]], [{}] * 2)
+    assert [float(out[0]) for out in outputs] == [3, 3]
+    assert met == {("Send", (0, 1)): 1}
+
+
+def test_messages_that_do_not_match_are_refused():
+    with pytest.raises(ClusterError, match="rank 0 is at Send 0, rank 1 at its Receive 1"):
+        run_cluster([way("Send"), way("Receive", 1)], [[np.float32(3)]] * 2, [{}] * 2)
+    with pytest.raises(ClusterError, match="deadlock"):  # nobody receives
+        run_cluster([way("Send"), Graph(["x"], ["x"], [])], [[np.float32(3)]] * 2, [{}] * 2)
+    with pytest.raises(ClusterError, match=r"rank 1 is at AllReduce \(0, 1\), rank 0 at Send"):
+        run_cluster([way("Send"), sum_graph((0, 1))], [[np.float32(3)]] * 2, [{}] * 2)
+
+
+def test_a_function_hands_out_its_backward_pass_and_adds_to_a_parameter_of_the_caller():
+    """forward(p, x) -> (-x, what adds x to p when it is called); p is read after it was handed on."""
+    back = Graph(["p", "x", "g"], ["s"], [Node("AssignAdd", ("p", "x"), "s", {})])
+    parts = [
+        Node("Neg", ("x1",), "n", {}),
+        Node("Partial", ("back", "p1", "x1"), "c", {}),
+        Node("MakeTuple", ("n", "c"), "o", {}),
+    ]
+    nodes = [
+        Node("Constant", (), "one", {"value": 1}),
+        Node("Depend", ("w", "x"), "same", {}),
+        Node("call forward", ("same", "x"), "f", {}),
+        Node("TupleGetItem", ("f", "one"), "b", {}),
+        Node("call b", ("x",), "done", {}),
+        Node("Add", ("same", "x"), "y", {}),
+    ]
+    functions = {"forward": Graph(["p1", "x1"], ["o"], parts), "back": back}
+    graph = Graph(["x"], ["y"], nodes, {"w": ("weight", (), np.float32)}, functions)
+    weights = {"weight": np.float32(10)}
+    ((out,),), _ = run_cluster([graph], [[np.float32(2)]], [weights])
+    assert (float(out), float(weights["weight"])) == (14, 12)
+
+
 def test_an_unknown_operator_is_named():
     graph = Graph(["x"], ["y"], [Node("Fancy", ("x",), "y", {}, "Default/a-A/Fancy-op0")])
     with pytest.raises(ClusterError, match="operator Fancy: cannot be executed"):

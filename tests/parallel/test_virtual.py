@@ -42,7 +42,7 @@ def references():
     known = {}
 
     def of(config, noise_slices=0):
-        key = repr((config.model, config.moe, config.groups, config.train))
+        key = repr((config.model, config.moe, config.groups, config.train, config.micro_batches))
         if key not in known:
             batches = virtual.draw_batches(config, VOCABULARY, 3, noise_slices)
             known[key] = batches, virtual.train_reference(config, VOCABULARY, batches)
@@ -205,6 +205,41 @@ def test_float16_equals_one_device_but_for_rounding(references):
     assert all(abs(one - cluster) < 3e-4 for one, cluster in found.losses), virtual.render(found)  # logits of about 4
     far, moved = zip(*[each for name, each in found.differences.items() if not name.startswith("moment")])
     assert max(far) < 2e-5 and max(moved) > 1e-3, virtual.render(found)
+
+
+@pytest.fixture(scope="module")
+def staged(references):
+    """The same of 4 ranks in 2 stages of 2 expert slices, a conditional layer each; micro-batches of unequal tokens."""
+    degrees = {"pipeline_stage": 2, "micro_batch_num": 2, "data_parallel": 2, "expert_parallel": 2}
+    config = layout({"tie_word_embeddings": False}, {"layers": "all"}, **degrees)
+    return config, simulate.compile_ranks(config, 4, range(4), VOCABULARY), *references(config)
+
+
+@pytest.mark.slow
+def test_a_pipeline_equals_one_device(staged):
+    found = virtual.compare(*staged)
+    assert found.equal, virtual.render(found)
+    moved = found.differences["layers.0.feed_forward.router.weight"][1]  # by the task, and by a loss of the last stage
+    assert moved > 100 * virtual.TOLERANCE
+    assert found.met["Send", (0, 2)] == found.met["Send", (3, 1)] == 2 * 2  # rows and tallies of each micro-batch
+    assert not any(name.startswith("accu_grads") for name in found.differences)
+
+
+def lost_gradients_of_tallies(attributes, held):
+    """What comes back to the first stage for its balance loss is lost."""
+    return [np.zeros_like(part) if part.ndim == 2 and len(part) == 1 else part for part in held]
+
+
+def lost_rows(attributes, held):
+    return [np.zeros_like(part) if len(part) > 1 else part for part in held]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, fault", [("Send", lost_gradients_of_tallies), ("Send", lost_rows), ("AllReduce", mean_for_sum)]
+)
+def test_a_broken_pipeline_shows(staged, kind, fault):
+    assert virtual.compare(*staged, exchanges={**EXCHANGES, kind: fault}).largest > 10 * virtual.TOLERANCE
 
 
 def test_the_command_line_says_whether_they_are_equal(tmp_path, monkeypatch, capsys):

@@ -8,10 +8,12 @@ import pytest
 from oracles.cluster_probe import OTHER, STEP
 
 from switchyard.config import build
+from switchyard.errors import UserError
 from switchyard.parallel import simulate
 from switchyard.parallel.placement import Degrees
 from switchyard.training import checkpoint
-from switchyard.training.cluster import LossScale, joined, why_by_hand, with_defaults
+from switchyard.training.cluster import ClusterStep, LossScale, joined, why_by_hand, with_defaults
+from switchyard.training.layout import updates
 from switchyard.training.parallel_eval import evaluation_config
 from switchyard.training.step import GROWTH_INTERVAL, MAX_LOSS_SCALE
 
@@ -128,3 +130,30 @@ def test_every_rank_goes_on_from_its_slices_saves_them_and_evaluates(tmp_path, m
     assert [shapes[name] for name in handed_out.inputs] == [(8, 2), (6 + 2 * 4,)]  # of the whole batch, on every rank
     assert met[("AlltoAll", Degrees.of(config.parallel).expert_group(3))] == 2
     assert not [one for one in scores.collectives if one.direction == "backward"]
+
+
+@pytest.mark.slow
+def test_stages_go_on_from_their_layers_and_save_them(tmp_path, monkeypatch):
+    """Two simulated stages: bit for bit what they read, and each sets and writes what it updates, nothing else."""
+    model = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "seq_length": 8, "tie_word_embeddings": False}
+    tree = {"model": model, "moe": EXPERTS | {"layers": 2}, "data": {"batch_size": 4}}
+    tree["train"] = {"name": "tiny", "output_dir": str(tmp_path), "eval_every": 0}
+    weights, state = written(tmp_path, tree)
+    config = build(tree | {"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}})
+    checkpoint.begin(tmp_path / OTHER, STEP)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    reports = simulate.compile_ranks(config, 2, range(2), VOCAB, step="oracles.cluster_probe:resumed_and_saved")
+    checkpoint.finish(tmp_path / OTHER, config, "{}", {"step": STEP, "data_index": STEP}, wait=0)
+    again = checkpoint.read(tmp_path / OTHER)
+    for kind, held, found in (("weights", weights, again.weights), ("optimizer", state, again.optimizer)):
+        assert held.keys() == found.keys(), kind
+        assert all(np.array_equal(held[name], found[name]) for name in held), kind
+    own = [{name for name in report.parameters if name in weights} for report in reports]
+    assert own[0] | own[1] == set(weights) and not own[0] & own[1]
+    assert {name for name in weights if updates(name, Degrees.of(config.parallel), 0, 2)} == own[0]
+
+
+def test_a_pipeline_is_not_evaluated_while_it_trains():
+    config = build({"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}})
+    with pytest.raises(UserError, match=r"train\.eval_every: 500; 0 with parallel\.pipeline_stage \(2\)"):
+        ClusterStep(config, VOCAB, None)

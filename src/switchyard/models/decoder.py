@@ -211,15 +211,19 @@ class Decoder(nn.Cell):
 
     def spread(self, tokens: Tensor, valid: Tensor, noise: Tensor):
         """`construct` on several devices -> (logits [N, V], tally [data_parallel, ..] of each conditional layer)."""
-        x = self.embedding(tokens)  # [N, D]
-        if self.position is not None:
-            x = self.local_places(x, self.position.table)
-        x, tallies = self.dropout(x, noise), ()
+        x, tallies = self.enter(tokens, noise), ()
         for layer in self.layers:
             x, tally = layer(x, tokens, valid, noise)
             if layer.conditional:
                 tallies = (*tallies, tally)
         return self.logits(x), tallies
+
+    def enter(self, tokens: Tensor, noise: Tensor) -> Tensor:
+        """What goes into the first layer, on several devices: tokens [B, S] -> [N, D]."""
+        x = self.embedding(tokens)  # [N, D]
+        if self.position is not None:
+            x = self.local_places(x, self.position.table)
+        return self.dropout(x, noise)
 
     def add_places(self, x: Tensor, places: Tensor) -> Tensor:
         """x [N, D] plus what stands for each position, places [S, D]."""

@@ -11,18 +11,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from switchyard.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape, zero_rows
+from switchyard.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape
 from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.kernels.fused import fused_operators
-from switchyard.parallel.placement import EXPERT, MODEL, Degrees, optimizer_slices, placement, slices
+from switchyard.parallel.placement import EXPERT, MODEL, Degrees, placement
+from switchyard.parallel.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
+from switchyard.parallel.stages import stage_config, ways
 
-FLOAT = 4  # bytes of float32: parameters, gradients, moments, rows between the parts of a layer
 TALLY = 6  # figures of a conditional layer besides load and importance, see moe.MoELayer.tally
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate; with float16 the loss scale's inverse
 CUT_ROUTERS = ("gshard", "sinkhorn", "switch", "top_k")
 IN_PRODUCT_TYPE = ("qkv.weight", "out.weight", "head.weight", "w_in", "w_gate", "w_out")  # model.compute_dtype
-Shape = tuple[int, ...]
+SENT = ("Send", "Receive")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Exchange:
     """Collectives that are alike.
 
     Attributes:
-        kind: AllReduce, AlltoAll, AlltoAllV, AllGather, ReduceScatter.
-        group: expert, replicas (of an expert slice), data, model or stage (all), see `Degrees`.
+        kind: AllReduce, AlltoAll, AlltoAllV, AllGather, ReduceScatter, Send, Receive.
+        group: expert, replicas (of an expert slice), data, model or stage, see `Degrees`; of a pipeline also all
+            devices, and pipeline, the devices at the same place in each stage.
         ranks: size of the group.
         bytes: of one of them, as `graph.Collective` counts: what goes in, of AllGather what comes out. Of AlltoAllV
             what a balanced router sends: the graph does not know.
@@ -47,6 +49,8 @@ class Exchange:
     @property
     def sent(self) -> float:
         """Bytes that leave a device in all: ring algorithms, in which AllReduce passes its data twice."""
+        if self.kind in SENT:
+            return float(self.number * self.bytes * (self.kind == "Send"))
         passes = 2 if self.kind == "AllReduce" else 1
         return self.number * self.bytes * passes * (self.ranks - 1) / self.ranks
 
@@ -82,28 +86,37 @@ class Costs:
 
 
 def costs(config: Config, vocab: int) -> Costs:
-    """Costs of a configuration's layout; vocab: entries V.
+    """Costs of a configuration's layout, of a pipeline those of the stage that holds most; vocab: entries V.
 
     Raises:
         UserError: the training step cannot be cut so.
     """
+    return max(stage_costs(config, vocab), key=lambda cost: cost.memory)
+
+
+def stage_costs(config: Config, vocab: int) -> list[Costs]:
+    """Costs of a device of each stage (UserError as in `costs`)."""
     check_offered(config)
-    degrees = Degrees.of(config.parallel)
-    whole = parameters(config, vocab)
-    held = {name: _held(name, shape, degrees) for name, shape in whole.items()}  # (slice, of it with ZeRO)
-    weights = FLOAT * sum(kept for _, kept in held.values())
-    gathered = sum(FLOAT * (cut - kept) for cut, kept in held.values())
+    return [_costs(config, vocab, stage) for stage in range(config.parallel.pipeline_stage)]
+
+
+def _costs(config, vocab, stage):
+    degrees, whole = Degrees.of(config.parallel), parameters(config, vocab, stage)
+    sizes = {name: held(name, shape, degrees) for name, shape in whole.items()}  # (slice, of it with ZeRO)
+    weights, cut = (FLOAT * sum(each[part] for each in sizes.values()) for part in (1, 0))
+    gathered = cut - weights
     if degrees.optimizer_shard == 3:
-        gathered = max(FLOAT * (cut - kept) for cut, kept in held.values())
-    micro_batches, half = config.train.gradient_accumulation_steps, config.model.compute_dtype == "float16"
+        gathered = max(FLOAT * (cut - kept) for cut, kept in sizes.values())
+    alone, half = degrees.pipeline_stage == 1, config.model.compute_dtype == "float16"
     return Costs(
         weights=weights,
-        gradients=weights * min(micro_batches, 2),  # those of a micro-batch, and the sum of the ones before
+        # those of a micro-batch, and the sum of the ones before; a pipeline adds them up in one place
+        gradients=weights * min(config.micro_batches, 2) if alone else cut,
         optimizer=2 * weights + (SCALARS + half) * FLOAT,
         gathered=gathered,
-        activations=activation_bytes(config, vocab, whole),
-        exchanges=tuple(exchanges(config, vocab)),
-        flops=micro_batches * flops(config, vocab),
+        activations=activation_bytes(config, vocab, whole, stage),
+        exchanges=tuple(exchanges(config, vocab, stage)),
+        flops=flops(config, vocab, stage),
     )
 
 
@@ -112,9 +125,17 @@ def check_offered(config: Config) -> None:
     cut, moe, train, model = config.parallel, config.moe, config.train, config.model
     layers, steps, level = bool(config.moe_layers), train.gradient_accumulation_steps, cut.optimizer_shard
     routers = f"cannot be cut over devices; one of {', '.join(CUT_ROUTERS)}"
+    alone = cut.pipeline_stage == 1
     refused = [
         ("model.type", model.type, model.type == "decoder", "only a decoder is cut over devices"),
-        ("parallel.pipeline_stage", cut.pipeline_stage, cut.pipeline_stage == 1, "1: a decoder is not cut into stages"),
+        ("model.tie_word_embeddings", True, alone or not model.tie_word_embeddings, "False with a pipeline"),
+        ("parallel.optimizer_shard", 3, alone or level < 3, "0 or 1 with a pipeline"),
+        (
+            "train.gradient_accumulation_steps",
+            steps,
+            alone or steps == 1,
+            "1 with a pipeline: raise its micro_batch_num",
+        ),
         (
             "train.gradient_accumulation_steps",
             steps,
@@ -133,91 +154,51 @@ def check_offered(config: Config) -> None:
         check_sorted_rows(config)
 
 
-def parameters(config: Config, vocab: int) -> dict[str, Shape]:
-    """Name -> whole shape of every parameter of the decoder."""
-    model, width = config.model, config.model.hidden_size
-    found = {"embedding.table": (vocab, width)}
-    if model.position == "learned":
-        found["position.table"] = (model.seq_length, width)
-    for index in range(model.num_layers):
-        prefix = f"layers.{index}."
-        found |= _norm(f"{prefix}attention_norm", model)
-        found[f"{prefix}attention.qkv.weight"] = (width, projection(config))
-        found[f"{prefix}attention.out.weight"] = (width, width)
-        found |= _norm(f"{prefix}feed_forward_norm", model) | _feed_forward(config, index, f"{prefix}feed_forward.")
-    found |= _norm("norm", model)
-    if not model.tie_word_embeddings:
-        found["head.weight"] = (width, vocab)
-    return found
-
-
-def projection(config: Config) -> int:
-    """Columns X of the matrix that makes queries, keys and values."""
-    model = config.model
-    return model.hidden_size + 2 * (model.n_kv_heads or model.num_heads) * (model.hidden_size // model.num_heads)
-
-
-def _norm(name, model):
-    shape = (model.hidden_size,)
-    return {f"{name}.gain": shape} | ({f"{name}.bias": shape} if model.norm == "layernorm" else {})
-
-
-def _feed_forward(config, index, prefix):
-    width, moe = config.model.hidden_size, config.moe
-
-    def matrices(name, count, hidden):
-        found = {f"{name}w_in": (count, width, hidden)}
-        if config.model.activation == "swiglu":
-            found[f"{name}w_gate"] = (count, width, hidden)
-        return found | {f"{name}w_out": (count, hidden, width)}
-
-    if index not in config.moe_layers:
-        return matrices(prefix, 1, config.dense_width)
-    found = {f"{prefix}router.weight": (width, moe.expert_num)}
-    found |= matrices(f"{prefix}experts.", moe.expert_num, config.expert_width)
-    if moe.shared_expert_num:
-        found |= matrices(f"{prefix}shared.", 1, config.expert_width * moe.shared_expert_num)
-    if moe.use_shared_expert_gating:
-        found[f"{prefix}shared.gate"] = (1, width, 1)
-    return found
-
-
-def _held(name, shape, degrees):
-    """(numbers of a rank's slice, numbers of it that the rank keeps between steps)."""
-    cut = placement(name, shape, degrees)
-    size = math.prod(shape) // math.prod(slices(axis, degrees) for axis in cut)
-    return size, size // optimizer_slices(shape, cut, degrees, 0)
-
-
-def exchanges(config: Config, vocab: int) -> Iterator[Exchange]:
-    """The collectives of a step, forward, backward, clip and AdamW."""
-    degrees, micro_batches = Degrees.of(config.parallel), config.train.gradient_accumulation_steps
+def exchanges(config: Config, vocab: int, stage: int = 0) -> Iterator[Exchange]:
+    """The collectives of a step, forward, backward, clip and AdamW; of a pipeline those of a stage."""
+    degrees, layers = Degrees.of(config.parallel), len(config.moe_layers)
+    stages, micro = degrees.pipeline_stage, config.micro_batches
     if degrees.devices == 1:
         return
-    for one in _of_micro_batch(config, vocab, degrees):
-        yield replace(one, number=one.number * micro_batches)
-    yield Exchange("AllReduce", "stage", degrees.devices, FLOAT)  # norm of the gradients
+    for name, shape in parameters(config, vocab, stage).items():
+        for one in _of_gradient(name, shape, config, degrees):  # of a pipeline once, else in each micro-batch
+            yield replace(one, number=one.number * (micro if stages == 1 else 1))
+    for one in _of_micro_batch(config, stage):
+        yield replace(one, number=one.number * micro)
+    figures = 2 + layers * (TALLY + 2 * config.moe.expert_num)
+    if stages == 1:
+        yield Exchange("AllReduce", "stage", degrees.devices, FLOAT)  # norm of the gradients
+    else:  # and all figures
+        yield Exchange("AllReduce", "all", degrees.devices, FLOAT * (1 + micro * figures))
 
 
-def _of_micro_batch(config, vocab, degrees):
-    """Those of one micro-batch; its gradients are summed at once."""
-    layers = len(config.moe_layers)
-    for name, shape in parameters(config, vocab).items():
-        yield from _of_gradient(name, shape, config, degrees)
-    if degrees.expert_parallel > 1 and layers:
-        yield from _of_experts(config, degrees)
+def _of_micro_batch(config, stage):
+    """Those that every micro-batch makes."""
+    degrees, own, stages = Degrees.of(config.parallel), config, config.parallel.pipeline_stage
+    figures = 2 + len(config.moe_layers) * (TALLY + 2 * config.moe.expert_num)
+    if stages > 1:
+        own = stage_config(config, stage)
+    last, repeated = stage == stages - 1, int(config.parallel.recompute and stages > 1)
+    if degrees.expert_parallel > 1 and own.moe_layers:
+        yield from _of_experts(own, degrees, repeated)
     if degrees.model_parallel > 1:
-        yield from _of_model_slices(config, degrees)
-    if degrees.data_parallel > 1:
-        figures = 2 + layers * (TALLY + 2 * config.moe.expert_num)
-        for numbers in (1, figures):  # valid tokens; figures of the step
-            yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT * numbers)
+        yield from _of_model_slices(own, degrees, repeated, last)
+    if degrees.data_parallel > 1 and last:
+        yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT)  # valid tokens
+        many, passes = (config.micro_batches, 2) if stages > 1 else (1, 1)  # of a pipeline backward too, and places
+        yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT * many * figures, passes)
+    rows = config.rows // degrees.data_parallel * config.model.hidden_size
+    rows //= degrees.model_parallel if config.parallel.sequence_parallel else 1
+    for tallies in ways(config, stage):
+        size = FLOAT * (rows if tallies < 0 else tallies * (TALLY + 2 * config.moe.expert_num))
+        for kind in SENT:  # forward one of them, backward the other
+            yield Exchange(kind, "pipeline", stages, size)
 
 
 def _of_gradient(name, shape, config, degrees):
     """A gradient's sum over those that hold the same slice; with ZeRO the slice is put together before it is used."""
     cut = placement(name, shape, degrees)
-    ranks, (size, kept) = degrees.replica(cut, 0)[1], _held(name, shape, degrees)
+    ranks, (size, kept) = degrees.replica(cut, 0)[1], held(name, shape, degrees)
     group = "replicas" if EXPERT in cut else "data" if MODEL in cut else "stage"
     if ranks == 1:
         return
@@ -245,7 +226,7 @@ def _takes(config, name):
     return name in fused_operators(config, "Ascend" if target == "auto" else target)
 
 
-def _of_experts(config, degrees):
+def _of_experts(config, degrees, repeated):
     """Rows to their experts and back, forward and backward."""
     moe, ranks, again, layers = config.moe, degrees.expert_parallel, int(config.parallel.recompute), config.moe_layers
     row = config.model.hidden_size * product_bytes(config)
@@ -254,7 +235,7 @@ def _of_experts(config, degrees):
         return Exchange(kind, "expert", ranks, size, number * len(layers))
 
     if moe.dispatch == "capacity":  # recompute: there once more; nothing backward reads the way back
-        yield send("AlltoAll", FLOAT * math.prod(slot_shape(config)) // degrees.data_parallel, 4 + again)
+        yield send("AlltoAll", FLOAT * math.prod(slot_shape(config)) // degrees.data_parallel, 4 + again + repeated)
         return
     yield send("AlltoAll", FLOAT * moe.expert_num, 1 + again)  # how many rows each expert gets
     if moe.dispatch == "dropless_static":
@@ -265,18 +246,7 @@ def _of_experts(config, degrees):
         yield send("AlltoAllV", FLOAT * worked_rows(config), 1 + again)  # whose they are, of the experts there
 
 
-def worked_rows(config: Config) -> int:
-    """Rows that a device's experts work on in a conditional layer.
-
-    With capacities their slots, filled or not; dropless what a balanced router sends, zero rows of each device besides.
-    """
-    moe, data = config.moe, config.parallel.data_parallel
-    if moe.dispatch == "capacity":
-        return math.prod(slot_shape(config)[:3]) // data
-    return config.rows // data * moe.choices + zero_rows(config)
-
-
-def _of_model_slices(config, degrees):
+def _of_model_slices(config, degrees, repeated, last):
     """Sums of what the model slices of a network make, and rows put together again where they are cut."""
     model, moe, cut = config.model, config.moe, config.parallel
     tensor, layers, conditional = degrees.model_parallel, model.num_layers, len(config.moe_layers)
@@ -288,31 +258,29 @@ def _of_model_slices(config, degrees):
 
     yield reduce(rows, 2 * (layers - conditional + shared))
     if conditional and moe.dispatch == "capacity":
-        yield reduce(worked_rows(config) * model.hidden_size, 2 * conditional)
+        yield reduce(worked_rows(config) * model.hidden_size, (2 + repeated) * conditional)
     elif conditional:  # rows that came back, float32
-        yield Exchange("AllReduce", "model", tensor, FLOAT * rows, 2 * conditional)
+        yield Exchange("AllReduce", "model", tensor, FLOAT * rows, (2 + repeated) * conditional)
     if moe.use_shared_expert_gating:
         yield reduce(rows, again * shared)  # the gate's gradient reads the sum
     if not cut.sequence_parallel:
         yield reduce(rows, layers * (2 + again))
         return
-    yield Exchange("AllGather", "model", tensor, FLOAT * rows, layers * (2 + 2 * again) + 1)
+    yield Exchange("AllGather", "model", tensor, FLOAT * rows, layers * (2 + 2 * again) + last)
     yield Exchange("AllGather", "model", tensor, wide * rows, layers)
-    yield Exchange("ReduceScatter", "model", tensor, FLOAT * rows, 2 * layers + 1)
+    yield Exchange("ReduceScatter", "model", tensor, FLOAT * rows, 2 * layers + last)
     yield Exchange("ReduceScatter", "model", tensor, wide * rows, layers * (1 + again))
 
 
-def product_bytes(config: Config) -> int:
-    """Bytes of a number in the matrix products."""
-    return FLOAT if config.model.compute_dtype == "float32" else 2
+def flops(config: Config, vocab: int, stage: int = 0) -> float:
+    """Of a device's matrix products in a step, 2 a multiply-add; backward counts twice forward, recompute once more.
 
-
-def flops(config: Config, vocab: int) -> float:
-    """Of a device's matrix products in a micro-batch, 2 a multiply-add.
-
-    Backward counts twice forward, recompute once more. Scores of attention count in full, as they are computed, and
-    experts by `worked_rows`.
+    Scores of attention count in full, as they are computed, and experts by `worked_rows`. Of a pipeline those of one
+    stage.
     """
+    stages, micro = config.parallel.pipeline_stage, config.micro_batches
+    if stages > 1:
+        config = stage_config(config, stage)
     model, moe, cut = config.model, config.moe, config.parallel
     rows, tensor, width = config.rows // cut.data_parallel, cut.model_parallel, model.hidden_size
     conditional, matrices = len(config.moe_layers), 3 if model.activation == "swiglu" else 2
@@ -324,28 +292,35 @@ def flops(config: Config, vocab: int) -> float:
         blocks += conditional * slots * matrices * width * config.expert_width / tensor
         blocks += conditional * rows * width * moe.expert_num
     passes = 4 if cut.recompute else 3
-    return 2.0 * (passes * blocks + 3 * rows * width * vocab)
+    head = 3 * rows * width * vocab if stage == stages - 1 else 0
+    return 2.0 * micro * (passes * blocks + head)
 
 
-def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape]) -> int:
+def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage: int = 0) -> int:
     """An estimate of what the forward pass leaves for the backward pass on a device.
 
     Of each block: its residual rows, both norms' results and their copies in the type of the products, projections,
     attention weights (fused attention keeps 16 numbers of a row and head in their place), hidden rows, slots and what
     came back of them; the weights in that type where it is not float32; logits and their logarithms; the noise. With
     recompute of all blocks the input only, and one block whole.
+    A stage of a pipeline keeps as many micro-batches as there are stages behind it, and one.
     What the device's memory pool wastes and what its kernels need as work space is not in it.
     """
+    stages, micro = config.parallel.pipeline_stage, config.micro_batches
+    if stages > 1:
+        config = stage_config(config, stage)
     model, cut, degrees = config.model, config.parallel, Degrees.of(config.parallel)
     rows, width, wide = config.rows // cut.data_parallel, model.hidden_size, product_bytes(config)
     between = rows * width * FLOAT // (cut.model_parallel if cut.sequence_parallel else 1)  # rows between the parts
     blocks = [_block_bytes(config, index, rows, between) for index in range(model.num_layers)]
     kept = model.num_layers * between + max(blocks) if cut.recompute else sum(blocks)
-    copies = sum(_held(name, shape, degrees)[0] for name, shape in whole.items() if len(shape) > 1)
+    kept *= min(micro, stages - stage)
+    copies = sum(held(name, shape, degrees)[0] for name, shape in whole.items() if len(shape) > 1)
     kept += copies * wide if wide != FLOAT else 0
     noise = (1 + 2 * model.num_layers) * (model.dropout > 0)
     noise += len(config.moe_layers) * ((config.moe.jitter > 0) + (config.moe.drop_order == "random"))
-    return int(kept + rows * vocab * (wide + 2 * FLOAT) + noise * rows * width * FLOAT)
+    kept += rows * vocab * (wide + 2 * FLOAT) * (stage == stages - 1)
+    return int(kept + noise * micro * rows * width * FLOAT)
 
 
 def _block_bytes(config, index, rows, between):

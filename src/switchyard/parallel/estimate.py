@@ -3,8 +3,10 @@
 `python -m switchyard.parallel.estimate --config config/NAME.yaml --devices 64 --memory 64GB` tries every combination of
 the degrees, prints what the configuration's own layout costs a device, then the feasible combinations, best first.
 
-Rank: seconds = FLOPs of a device / --tflops + bytes that leave it / --bandwidth, the lowest first; equal ones by
-memory. Nothing is said to overlap, nor products to be slow where slices are thin: it is an order, not a forecast.
+Rank: seconds of a micro-batch = FLOPs of a device / --tflops + bytes that leave it / --bandwidth, the lowest first;
+equal ones by memory. Of a pipeline it is the slowest stage's, times (A + stages - 1) / A for A micro-batches: stages
+wait for the first rows and for the last gradients. Nothing is said to overlap, nor products to be slow where slices are
+thin: it is an order, not a forecast.
 """
 
 import itertools
@@ -22,12 +24,12 @@ from switchyard import config as configuration
 from switchyard.capacity import dropped_of_record, dropped_share
 from switchyard.config import Config
 from switchyard.errors import UserError
-from switchyard.parallel.costs import Costs, costs
+from switchyard.parallel.costs import Costs, costs, stage_costs
 from switchyard.parallel.simulate import table, vocabulary
 
-KINDS = ("AlltoAll", "AllReduce", "AllGather", "ReduceScatter")
+KINDS = ("AlltoAll", "AllReduce", "AllGather", "ReduceScatter", "Send")
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-HEADS = ["dp", "ep", "tp", "zero", "seq", "recompute", "memory", *KINDS, "sent", "TFLOP", "dropped", "seconds"]
+HEADS = ["dp", "ep", "tp", "pp", "zero", "seq", "recompute", "memory", *KINDS, "sent", "TFLOP", "dropped", "seconds"]
 SHORT = {"data_parallel": "dp", "expert_parallel": "ep", "model_parallel": "tp", "pipeline_stage": "pp"}
 
 
@@ -94,10 +96,17 @@ def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, sp
             continue
         if own.groups not in drops:
             drops[own.groups] = load.dropped(own)
-        seconds = cost.flops / speed.flops + cost.sent / speed.bandwidth
+        seconds = seconds_of(own, vocab, speed)
         over = None if cost.memory <= memory else f"memory: more than the {memory / 1e9:g} GB of a device"
         found.append(Candidate(parallel, cost, drops[own.groups], seconds, over))
     return sorted(found, key=_order)
+
+
+def seconds_of(config: Config, vocab: int, speed: Speed) -> float:
+    """Of a micro-batch, see the rule at the top."""
+    stages, micro = config.parallel.pipeline_stage, config.micro_batches
+    slowest = max(cost.flops / speed.flops + cost.sent / speed.bandwidth for cost in stage_costs(config, vocab))
+    return slowest / micro * (micro + stages - 1) / micro
 
 
 def _order(candidate):
@@ -201,7 +210,8 @@ def render_own(config: Config, cost: Costs, dropped: float) -> list[str]:
 def render(found: list[Candidate], top: int) -> list[str]:
     """The feasible combinations as a table, and why the others are not, the most frequent reason first."""
     feasible = [one for one in found if one.refusal is None]
-    lines = [f"{len(feasible)} of {len(found)} combinations are feasible; GB, of one device and step:", ""]
+    unit = "of one device and step, of a pipeline of the stage that holds most"
+    lines = [f"{len(feasible)} of {len(found)} combinations are feasible; GB, {unit}:", ""]
     lines += table(HEADS, [_row(one) for one in feasible[:top]])
     if len(feasible) > top:
         lines.append(f"... and {len(feasible) - top} more (--top)")
@@ -229,7 +239,7 @@ def _reasons(refused):
 def _row(one):
     cut, cost = one.parallel, one.costs
     flags = ["yes" if cut[name] else "-" for name in ("sequence_parallel", "recompute")]
-    degrees = [str(cut[name]) for name in ("data_parallel", "expert_parallel", "model_parallel", "optimizer_shard")]
+    degrees = [str(cut[name]) for name in (*SHORT, "optimizer_shard")]
     sizes = [giga(size) for size in (cost.memory, *map(cost.exchanged, KINDS), cost.sent)]
     return [*degrees, *flags, *sizes, f"{cost.flops / 1e12:.2f}", f"{one.dropped:.2%}", f"{one.seconds:.3f}"]
 

@@ -19,7 +19,7 @@ from switchyard.errors import UserError
 from switchyard.parallel.stubs import mindspore_folder
 
 COLLECTIVES = ("AllReduce", "AlltoAll", "AlltoAllV", "AlltoAllVC", "AllGather", "ReduceScatter", "Send", "Receive")
-CONSTANT = "Constant"
+CONSTANT, CALL = "Constant", "call "
 OWN_GROUP = re.compile(r"ranks_(\d+)_to_(\d+)_by_(\d+)")  # see Mesh.group
 
 # TensorProto.DataType -> numpy; bfloat16 (16) has no counterpart and is read by its bits
@@ -117,7 +117,7 @@ def _node(proto, primitives, attributes) -> Node:
     shapes = [tensor for part in proto.attribute if part.name == "shape" for tensor in part.tensors]
     one = shapes[0] if len(shapes) == 1 else None
     if name not in primitives:
-        return Node(f"call {name}", tuple(proto.input), proto.output[0], {}, proto.domain)
+        return Node(CALL + name, tuple(proto.input), proto.output[0], {}, proto.domain)
     marks = {part.name: part.s for part in proto.primal_attr}
     mirrored = marks.get("mirror_user_id") or b""
     return Node(
@@ -160,7 +160,9 @@ def value_of(proto):
     raise NotImplementedError(f"MindIR attribute '{proto.name}' of type {kind}")
 
 
-def _array(tensor) -> np.ndarray:
+def _array(tensor):
+    if not tensor.raw_data and 0 not in tensor.dims:  # a type, such as that of what a Receive waits for
+        return TENSOR_TYPES.get(tensor.data_type)
     array = np.frombuffer(tensor.raw_data, TENSOR_TYPES[tensor.data_type])
     return array.reshape(tuple(tensor.dims))
 
@@ -197,21 +199,44 @@ def collectives(graph: Graph) -> list[Collective]:
 
 def _collectives(graph: Graph, functions: dict[str, Graph]) -> Iterator[Collective]:
     known = {name: (shape, dtype) for name, (_, shape, dtype) in graph.parameters.items()}
+    made = {node.output: node for node in graph.nodes}
     for node in graph.nodes:
-        if node.kind.startswith("call ") and node.kind[5:] in functions:
-            yield from _collectives(functions[node.kind[5:]], functions)
+        if node.kind.startswith(CALL):
+            called = called_by(node, made, functions)
+            yield from _collectives(functions[called], functions) if called else ()
         if node.shape is not None:
             known[node.output] = (node.shape, node.dtype)
         if node.kind not in COLLECTIVES:
             continue
         own = (node.shape, node.dtype)
-        if node.kind != "AllGather" and node.inputs:
+        if node.kind not in ("AllGather", "Receive") and node.inputs:
             own = known.get(node.inputs[0], own)
         shape, dtype = own if own[0] is not None else ((), np.float32)
         size = int(np.prod([max(0, length) for length in shape])) * np.dtype(dtype or np.float32).itemsize
         direction, layer = place_of(node.scope)
         group = group_of(node)
         yield Collective(node.kind, group, direction, layer, _cause(node), node.parameter, tuple(shape), size)
+
+
+def called_by(node: Node, made: dict[str, Node], functions: dict[str, "Graph"]) -> str | None:
+    """The function that a call runs, where the graph says: one by its name, or the backward pass that came out of one.
+
+    `made`: name of a value -> the node of the caller that makes it.
+    """
+    name = node.kind.removeprefix(CALL)
+    while name not in functions and name in made:
+        source = made[name]
+        if source.kind.startswith(CALL):
+            forward = functions[source.kind.removeprefix(CALL)]
+            return next((part.inputs[0] for part in forward.nodes if part.kind == "Partial"), None)
+        name = source.inputs[0] if source.inputs else ""
+    return name if name in functions else None
+
+
+def partner_of(node: Node) -> int:
+    """The rank that a Send sends to, or that a Receive receives of."""
+    attributes = node.attributes
+    return group_of(node)[attributes["dest_rank" if node.kind == "Send" else "src_rank"]]
 
 
 def group_of(node: Node) -> tuple[int, ...]:
@@ -227,6 +252,8 @@ def group_of(node: Node) -> tuple[int, ...]:
 
 
 def _cause(node: Node) -> str:
+    if node.kind in ("Send", "Receive"):
+        return "pipeline"
     name = node.instance
     for mark, cause in (("mirror", "mirror"), ("redistribution", "redistribution"), ("parallel_optimizer", "optimizer"),
                         ("forward_op", "forward")):  # fmt: skip

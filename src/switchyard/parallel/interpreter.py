@@ -7,11 +7,12 @@ It proves the graph that the compiler emits, not the kernels, the network or the
 
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from switchyard.parallel import interpreter_fused, interpreter_index, interpreter_shape  # noqa: F401  (they enter their operators)
-from switchyard.parallel.graph import CONSTANT, Graph, Node, group_of
+from switchyard.parallel.graph import CALL, CONSTANT, Graph, Node, group_of, partner_of
 from switchyard.parallel.interpreter_ops import OPERATORS
 
 Arrays = dict[str, np.ndarray]
@@ -114,6 +115,11 @@ def all_to_all_vc(attributes, held):
     return all_to_all_v(attributes, [(x, counts[r], counts[:, r]) for r, (x, _) in enumerate(held)])
 
 
+def hand_over(_, held):
+    """Of a Send: what it holds, to the one that receives."""
+    return held
+
+
 EXCHANGES = {
     "AllReduce": all_reduce,
     "AlltoAll": all_to_all,
@@ -121,8 +127,28 @@ EXCHANGES = {
     "AlltoAllVC": all_to_all_vc,
     "AllGather": all_gather,
     "ReduceScatter": reduce_scatter,
+    "Send": hand_over,
 }
 WITH_COUNTS = ("AlltoAllV", "AlltoAllVC")
+TRANSFERS = ("Send", "Receive")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A parameter: what it holds is read when an operator reads it, wherever it was handed to."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Closure:
+    """A function with its first arguments: the backward pass of a call, with what the forward pass left for it."""
+
+    function: Graph
+    held: tuple
+
+
+HANDED_ON = ("Depend", "MakeTuple", "TupleGetItem")  # they hand on a parameter, and read nothing of it
 
 
 def run_rank(graph: Graph, inputs: Sequence, weights: Arrays) -> Generator:
@@ -130,27 +156,52 @@ def run_rank(graph: Graph, inputs: Sequence, weights: Arrays) -> Generator:
 
     `weights` (name -> local array) are changed as the graph's updates say.
     """
-    values = dict(zip(graph.inputs, inputs))
+    constants = {}  # each is in the graph or in one of its functions, and read by all
+    for part in (graph, *graph.functions.values()):
+        constants |= {node.output: node.attributes["value"] for node in part.nodes if node.kind == CONSTANT}
+    outputs = yield from _run(graph, inputs, weights, graph.functions, constants)
+    return tuple(_read(out, weights) for out in outputs)
+
+
+def _run(graph, inputs, weights, functions, constants) -> Generator:
+    """The same for the graph or a function of it; of the outputs, those that are parameters stay References."""
+    values = dict(zip(graph.inputs, inputs, strict=True)) | constants
     for name, (parameter, _, _) in graph.parameters.items():
-        values[name] = weights[parameter]
+        values[name] = Reference(parameter)
     for node in graph.nodes:
         if node.kind == CONSTANT:
-            values[node.output] = node.attributes["value"]
             continue
-        held = [values[name] for name in node.inputs]
-        if node.kind in EXCHANGES:
+        if node.kind == "Partial":
+            held = tuple(values[name] for name in node.inputs[1:])
+            values[node.output] = Closure(functions[node.inputs[0]], held)
+            continue
+        given = [values[name] for name in node.inputs]
+        if node.kind.startswith(CALL):
+            called = node.kind.removeprefix(CALL)
+            part = Closure(functions[called], ()) if called in functions else values[called]
+            given = (*part.held, *given)
+            (values[node.output],) = yield from _run(part.function, given, weights, functions, constants)
+            continue
+        held = given if node.kind in HANDED_ON else [_read(value, weights) for value in given]
+        if node.kind in EXCHANGES or node.kind == "Receive":
             out = yield node, tuple(held) if node.kind in WITH_COUNTS else held[0]
         elif node.kind in UPDATES:
             out, changed = UPDATES[node.kind](node.attributes, *held)
             for place, value in changed.items():  # bound anew, never in place: others may hold the old value
-                name = node.inputs[place]
-                values[name] = weights[graph.parameters[name][0]] = np.asarray(value).astype(held[place].dtype)
+                weights[given[place].name] = np.asarray(value).astype(held[place].dtype)
         elif node.kind in OPERATORS:
             out = OPERATORS[node.kind](node.attributes, *held)
         else:
             raise ClusterError(f"operator {node.kind}: cannot be executed ({node.scope})")
         values[node.output] = checked(node, out)
     return tuple(values[name] for name in graph.outputs)
+
+
+def _read(value, weights):
+    """A value without References."""
+    if isinstance(value, Reference):
+        return weights[value.name]
+    return tuple(_read(part, weights) for part in value) if isinstance(value, tuple) else value
 
 
 def checked(node: Node, out):
@@ -202,6 +253,9 @@ def run_cluster(
 def _meet(rank, waiting, answers, met, exchanges, size) -> None:
     """Resolves the collective at which a rank waits, if all its group is there."""
     node, _ = waiting[rank]
+    if node.kind in TRANSFERS:
+        _transfer(rank, waiting, answers, met, exchanges)
+        return
     group = group_of(node) or tuple(range(size))
     if not all(member in waiting for member in group):
         return
@@ -215,3 +269,22 @@ def _meet(rank, waiting, answers, met, exchanges, size) -> None:
     for member, result in zip(group, results):
         del waiting[member]
         answers[member] = result
+
+
+def _transfer(rank, waiting, answers, met, exchanges) -> None:
+    """Hands over from a rank that sends to one that receives, if both are there; each waits for the other."""
+    node, _ = waiting[rank]
+    partner, tag = partner_of(node), node.attributes["sr_tag"]
+    other = waiting.get(partner, (None,))[0]
+    if other is None or other.kind not in TRANSFERS or other.kind == node.kind or partner_of(other) != rank:
+        return
+    if other.attributes["sr_tag"] != tag:
+        raise ClusterError(
+            f"rank {rank} is at {node.kind} {tag}, rank {partner} at its {other.kind} {other.attributes['sr_tag']}"
+        )
+    sender, receiver = (rank, partner) if node.kind == "Send" else (partner, rank)
+    node, held = waiting[sender]
+    (out,) = exchanges["Send"](node.attributes, [held])
+    met["Send", (sender, receiver)] += 1
+    answers[sender], answers[receiver] = held, out
+    del waiting[sender], waiting[receiver]

@@ -101,6 +101,10 @@ class Degrees:
         """Ranks that hold the slices of one network (tensor parallel)."""
         return self._along(rank, "model")
 
+    def pipeline_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks at the same place in each pipeline stage: rows go on from one to the next."""
+        return self._along(rank, "stage")
+
     def stage_group(self, rank: int) -> tuple[int, ...]:
         """All ranks of this pipeline stage."""
         return self._along(rank, "outer", "expert", "model")

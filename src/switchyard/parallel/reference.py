@@ -41,10 +41,13 @@ def main(arguments: list[str]) -> None:
 
 
 def one_device(tree: dict) -> dict:
-    """The tree of a configuration without its degrees, and with as many routing groups as it has with them."""
+    """The tree of a configuration without its degrees, with as many routing groups and micro-batches as before."""
     groups = tree["moe"]["groups"] or tree["parallel"]["data_parallel"]
     context = tree["context"] | {"device_target": "CPU", "device_id": None}
-    return {**tree, "parallel": {}, "moe": tree["moe"] | {"groups": groups}, "context": context}
+    cut, train = tree["parallel"], tree["train"]
+    if cut["pipeline_stage"] > 1:
+        train = train | {"gradient_accumulation_steps": cut["micro_batch_num"]}
+    return {**tree, "train": train, "parallel": {}, "moe": tree["moe"] | {"groups": groups}, "context": context}
 
 
 if __name__ == "__main__":

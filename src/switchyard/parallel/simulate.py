@@ -29,6 +29,7 @@ from switchyard.parallel.worker import JOB, TRAINING_STEP
 BYTE_VOCABULARY = 256
 COLUMNS = ["collective", "direction", "where", "why", "ranks", "number", "bytes each"]
 OPTIMIZER_STATE = ("moment1.", "moment2.", "accumulated.", "accu_grads.", "correction", "learning_rate", "unscale")
+ACCUMULATED = "accu_grads."  # gradients of a pipeline's micro-batches
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,16 @@ class Report:
 
     @property
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of weights and of optimizer state that the rank holds."""
-        held = {"weights": 0, "optimizer state": 0}
+        """Bytes of weights and of optimizer state that the rank holds, of a pipeline of gradients too."""
+        held = Counter({"weights": 0, "optimizer state": 0})
         for name, shape, dtype in self.graph.parameters.values():
             kind = "optimizer state" if name.startswith(OPTIMIZER_STATE) else "weights"
+            kind = "gradients" if name.startswith(ACCUMULATED) else kind
             size = dtype().itemsize
             for length in shape:
                 size *= length
             held[kind] += size
-        return held
+        return dict(held)
 
     def count(self, kind: str, direction: str | None = None, layer: str = "") -> int:
         """Collectives of a kind, of one direction if given, in layers that begin so."""

@@ -25,7 +25,8 @@ from switchyard.parallel import simulate
 from switchyard.parallel.interpreter import EXCHANGES, Arrays, ClusterError, run_cluster
 from switchyard.parallel.placement import Degrees, optimizer_slices, placement, slice_of
 from switchyard.parallel.reference import AFTER, BATCHES, BEFORE, RESULT
-from switchyard.parallel.simulate import Report
+from switchyard.parallel.simulate import ACCUMULATED, Report
+from switchyard.parallel.stages import factors
 from switchyard.parallel.worker import JOB
 
 TOLERANCE = 1e-5  # absolute, of losses and of parameters
@@ -65,7 +66,7 @@ def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0) 
 
     `rates` [steps] are the peak learning rate; `noise` [steps, A, max(J, 1), N, D] of U(0, 1).
     """
-    random, count = np.random.default_rng(config.train.seed), config.train.gradient_accumulation_steps
+    random, count = np.random.default_rng(config.train.seed), config.micro_batches
     shape = (steps, count, config.data.batch_size, config.model.seq_length)
     tokens = random.integers(0, vocab, (*shape[:3], shape[3] + 1)).astype(np.int32)
     valid = np.ones(shape, np.float32)
@@ -155,9 +156,10 @@ def compare(
     weights = []
     for report in reports:
         shapes = report.parameters.items()
-        weights.append(
-            {name: held_by(name, _whole(before, name), shape, degrees, report.rank) for name, shape in shapes}
-        )
+        empty = {name: np.zeros(shape, np.float32) for name, shape in shapes if name.startswith(ACCUMULATED)}
+        rest = [(name, shape) for name, shape in shapes if name not in empty]
+        held = {name: held_by(name, _whole(before, name), shape, degrees, report.rank) for name, shape in rest}
+        weights.append(empty | held)
     for rank, own in enumerate(weights):
         if spoil is not None:
             spoil(rank, own)
@@ -169,11 +171,12 @@ def compare(
         inputs = [batch_of(batches, step, degrees, rank, noisy) for rank in range(len(graphs))]
         shares = shares_of(batches["valid"][step])
         if weighted:
-            inputs = [[*parts, (scale * shares)[None].astype(np.float32)] for parts in inputs]
+            inputs = [[*parts, factors(config, scale * shares)] for parts in inputs]
         outputs, met = run_cluster(graphs, inputs, weights, exchanges)
         losses.append((float(reference["losses"][step]), loss_of(outputs, shares)))
     differences = {}
-    for name in sorted(set().union(*weights) - {RATE, UNSCALE}):
+    names = set().union(*weights) - {RATE, UNSCALE}
+    for name in sorted(name for name in names if not name.startswith(ACCUMULATED)):
         end = reference[AFTER + name]
         far = 0.0
         for rank, own in enumerate(weights):

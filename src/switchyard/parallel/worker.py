@@ -72,7 +72,7 @@ def training_step(config, vocab: int) -> tuple:
         Path(SPEED_UP).write_text(speed_up_file(config))
         step.transformer_opt(str(Path(SPEED_UP).resolve()))
     step.no_init_parameters_in_compile()  # so weights take no memory, however many there are
-    return step, batch_slices(config, vocab, step.network.losses[0].model.noise_slices)
+    return step, batch_slices(config, vocab, step.network.model.noise_slices)
 
 
 def compile_rank(folder: Path, job: dict, rank: int) -> None:

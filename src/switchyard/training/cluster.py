@@ -14,10 +14,15 @@ from mindspore import Parameter, Tensor
 from mindspore.graph.api import _cell_graph_executor
 
 from switchyard.config import Config
+from switchyard.errors import UserError
 from switchyard.parallel.graph import collectives, read_graph
 from switchyard.parallel.processes import Processes
+from switchyard.parallel.stages import factors
 from switchyard.routing.base import find_router
-from switchyard.training.checkpoint import load_weights, set_parameters, write_whole
+from switchyard.training.checkpoint import set_parameters, write_whole
+from switchyard.training.evaluate import Evaluator
+from switchyard.training.layout import updates
+from switchyard.training.parallel_eval import ParallelEvalStep
 from switchyard.training.parallel_step import SPEED_UP, batch_slices, is_weighted, parallel_step, speed_up_file, unpack
 from switchyard.training.step import AUDIT_SUMS, GROWTH_INTERVAL, MAX_LOSS_SCALE
 
@@ -108,9 +113,14 @@ class ClusterStep:
 
     def __init__(self, config: Config, vocab_size: int, processes: Processes):
         self.config, self.vocab_size, self.processes = config, vocab_size, processes
+        stages, every = config.parallel.pipeline_stage, config.train.eval_every
+        if stages > 1 and every:
+            raise UserError(
+                f"train.eval_every: {every}; 0 with parallel.pipeline_stage ({stages}): eval.py scores its checkpoints"
+            )
         self.step = parallel_step(config, vocab_size)
         self.graph = self.step.network
-        self.model, self.scale = self.graph.losses[0].model, LossScale(config)
+        self.model, self.scale = self.graph.model, LossScale(config)
         self.shapes = {parameter.name: tuple(parameter.shape) for parameter in self.model.get_parameters()}
         self.size = sum(math.prod(self.shapes[parameter.name]) for parameter in self.model.trainable_params())
 
@@ -138,10 +148,23 @@ class ClusterStep:
         """Compiles the step, which cuts the parameters, and sets them and the optimizer's state to slices that were
         saved (UserError: other names or shapes)."""
         self.step.compile(*batch_slices(self.config, self.vocab_size, self.model.noise_slices))
-        load_weights(self.model, weights)
+        held = {parameter.name: parameter for parameter in self.model.get_parameters()}
+        set_parameters(self.updated(held), self.updated(weights), "weight")
         kept = {name: array for name, array in optimizer.items() if name not in SCALE_STATE}
-        set_parameters(self.graph.optimizer.state(), kept, "optimizer state")
+        set_parameters(self.updated(self.graph.optimizer.state()), self.updated(kept), "optimizer state")
         self.scale.load(optimizer)
+
+    def updated(self, tensors: dict) -> dict:
+        """Those of named tensors that this device's stage of the pipeline updates."""
+        degrees, layers = self.processes.degrees, self.config.model.num_layers
+        return {name: one for name, one in tensors.items() if updates(name, degrees, self.processes.rank, layers)}
+
+    def create_evaluator(self, tokens_per_byte: float) -> Evaluator | None:
+        """Scores the weights where they lie; None of a pipeline, whose checkpoints eval.py scores."""
+        if self.config.parallel.pipeline_stage > 1:
+            return None
+        scores = ParallelEvalStep(self.config, self.vocab_size, self.model, self.processes)
+        return Evaluator(scores, self.config.moe_layers, tokens_per_byte)
 
     def optimizer_state(self) -> dict[str, Parameter | Tensor]:
         """Everything besides the weights that the next step reads: name -> this device's slice."""
@@ -156,7 +179,7 @@ class ClusterStep:
             noise = noise.transpose(0, 2, 1, 3)  # [A, N, J, D]
             batch.append(np.ascontiguousarray(noise).reshape(-1, *noise.shape[2:]))
         if is_weighted(self.config):
-            batch.append((self.scale.factor * shares)[None].astype(np.float32))  # [1, A]
+            batch.append(factors(self.config, self.scale.factor * shares))
         self.graph.learning_rate.set_data(Tensor(np.float32(learning_rate)))
         if self.scale.used:
             self.graph.unscale.set_data(Tensor(np.float32(1.0 / self.scale.factor)))
@@ -164,7 +187,8 @@ class ClusterStep:
         norm, scale = float(norm.asnumpy()), self.scale.factor
         alive = bool(np.isfinite(norm))
         self.scale.adjust(alive)
-        found = joined([unpack(part.asnumpy(), self.config) for part in figures], shares)
+        rows = np.concatenate([part.asnumpy() for part in figures]).reshape(len(shares), -1)  # a pipeline has one part
+        found = joined([unpack(row, self.config) for row in rows], shares)
         found |= {"gradient_norm": norm, "loss_scale": scale, "skipped": float(self.scale.used and not alive)}
         tensors = {name: as_tensor(figure) for name, figure in found.items() if name != "audit"}
         return tensors | {"audit": {name: as_tensor(figure) for name, figure in found["audit"].items()}}

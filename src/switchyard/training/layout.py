@@ -39,6 +39,11 @@ def held(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> B
     return (slice(start, start + length), *box[1:])
 
 
+def updates(name: str, degrees: Degrees, rank: int, layers: int) -> bool:
+    """Whether a rank's stage updates a tensor, arguments as in `held`. Counters are of all stages."""
+    return "." not in name or degrees.coordinates(rank).stage == _stages(name, layers, degrees)[0]
+
+
 def writes(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> bool:
     """Whether a rank is the first of those that hold its slice; arguments as in `held`."""
     if degrees.coordinates(rank).stage != _stages(name, layers, degrees)[0]:

@@ -28,10 +28,10 @@ from switchyard.routing.fixed import balance_tables
 from switchyard.routing.replay import Recorder
 from switchyard.training import checkpoint
 from switchyard.training.cluster import ClusterStep, why_by_hand, with_defaults
-from switchyard.training.evaluate import Evaluation, Evaluator, create_evaluator, spread
+from switchyard.training.evaluate import Evaluation, create_evaluator, spread
 from switchyard.training.layout import whole_shape
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
-from switchyard.training.parallel_eval import ParallelEvalStep, evaluation_config
+from switchyard.training.parallel_eval import evaluation_config
 from switchyard.training.resume import RESULT, find_start, finished, resumed
 from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
@@ -144,13 +144,12 @@ class Trainer:
         self.clock = Clock(seconds=state["seconds"], mark_seconds=state["seconds"])
         best = checkpoint.best(run)
         self.best_loss = best[1] if best and best[0].name <= checkpoint.name_of(self.done) else math.inf
-        self.tokens_per_step = train.gradient_accumulation_steps * config.predictions
+        self.tokens_per_step = config.micro_batches * config.predictions
         self.whole = model  # what is evaluated: of a model that is cut, a second one that is not
         tokens_per_byte = data.validation_tokens / data.validation_bytes
         self.is_cut, self.processes = isinstance(step, ClusterStep), processes
         if self.is_cut:
-            scores = ParallelEvalStep(config, data.tokenizer.vocab_size, model, processes)
-            self.evaluator = Evaluator(scores, config.moe_layers, tokens_per_byte)
+            self.evaluator = step.create_evaluator(tokens_per_byte)
             self.parameters = step.size
         else:
             if processes.degrees.expert_parallel > 1:
@@ -194,7 +193,7 @@ class Trainer:
         pace = f"{self.tokens_per_step:,} {config.unit} a step, {config.train.steps:,} steps"
         say(f"model: {self.parameters:,} parameters; {pace}")
         capacity = config.moe.dispatch == "capacity" and config.moe.eval_capacity_factor is None
-        if self.is_cut and config.moe_layers and capacity:
+        if self.is_cut and self.evaluator and config.moe_layers and capacity:
             factor = evaluation_config(config).moe.capacity_factor
             say(f"evaluation: experts drop rows beyond capacity factor {factor:g} here; eval.py, on one device, none")
         if config.context.mode == "graph" and self.done < config.train.steps:
@@ -234,7 +233,7 @@ class Trainer:
 
     def _inputs(self) -> tuple[np.ndarray, ...]:
         """tokens [A, B, S], labels [A, B, S], valid [A, B, S] and noise [A, max(J, 1), N, D] of the next step."""
-        count, seed = self.config.train.gradient_accumulation_steps, self.config.train.seed
+        count, seed = self.config.micro_batches, self.config.train.seed
         batches = [self.data.train.at(self.done * count + micro) for micro in range(count)]
         tokens, labels, valid = (np.stack(part) for part in zip(*batches))  # [A, B, S] each
         slices, width = self.model.noise_slices, self.config.model.hidden_size
@@ -298,7 +297,7 @@ class Trainer:
         config = self.config
         state = {
             "step": self.done,
-            "data_index": self.done * config.train.gradient_accumulation_steps,
+            "data_index": self.done * config.micro_batches,
             "train_seed": config.train.seed,
             "noise_rule": NOISE_RULE,
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
@@ -324,10 +323,8 @@ class Trainer:
             weights, optimizer = self._arrays()
             arrays = weights | optimizer
         known, degrees = self.step.shapes if self.is_cut else {}, self.processes.degrees
-        shapes = {}
-        for name, array in arrays.items():
-            shape = known.get(name) or known.get(name.partition(".")[2])
-            shapes[name] = shape or whole_shape(name, array.shape, degrees)
+        shapes = {name: known.get(name) or known.get(name.partition(".")[2]) for name in arrays}
+        shapes = {name: shape or whole_shape(name, arrays[name].shape, degrees) for name, shape in shapes.items()}
         check_replicas(arrays, shapes, self.processes, self.done, self._kept())
         self.compared = self.done
 
@@ -343,24 +340,27 @@ class Trainer:
 
     def _finish(self, stop: StopSignals) -> dict[str, Any]:
         """The whole validation set, the best checkpoint, result.json."""
+        result = self._result(self._validate(stop) if self.evaluator else None)
+        if self.processes.is_first:
+            checkpoint.write_whole(self.run / RESULT, json.dumps(result, indent=1))
+        self.progress.say(f"done: {self.run / RESULT}")
+        return result
+
+    def _validate(self, stop: StopSignals) -> Evaluation:
+        """The whole validation set, and the best checkpoint."""
         whole = len(self.sample) == len(self.validation)
         if self.config.train.eval_every and not whole and not self.metrics.is_evaluated(self.done):
             self._evaluate_sample(stop)  # comparable with those before it
         found = self._evaluate(spread(len(self.validation), 0), stop)
         if (whole or not self.config.train.eval_every) and found.loss < self.best_loss:
             self._mark_best(found)
-        result = self._result(found)
-        if self.processes.is_first:
-            checkpoint.write_whole(self.run / RESULT, json.dumps(result, indent=1))
-        self.progress.say(f"done: {self.run / RESULT}")
-        return result
+        return found
 
-    def _result(self, found: Evaluation) -> dict[str, Any]:
+    def _result(self, found: Evaluation | None) -> dict[str, Any]:
         """What result.json holds: the run in figures; seconds are those of steps alone, over all resumptions."""
-        best = checkpoint.best(self.run)
-        figures = found.to_dict()
-        loads = np.array([layer["load"] for layer in found.layers])  # [M, E]
-        low, high = load_range(loads) if found.layers else (None, None)
+        best, layers = checkpoint.best(self.run), found.layers if found else ()
+        figures = found.to_dict() if found else {"loss": None, "tokens": 0}
+        low, high = load_range(np.array([layer["load"] for layer in layers])) if layers else (None, None)  # of [M, E]
         return {
             "name": self.config.train.name,
             "steps": self.done,

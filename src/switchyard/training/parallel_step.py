@@ -20,6 +20,7 @@ from switchyard.models import create_model
 from switchyard.moe import TALLY
 from switchyard.parallel.mesh import Mesh, first
 from switchyard.parallel.placement import Degrees, optimizer_slices, placement
+from switchyard.parallel.stages import factors
 
 SPEED_UP = "parallel_speed_up.json"  # name of the file that hands parallel.transformer_opt to the compiler
 
@@ -40,6 +41,7 @@ class ParallelLoss(nn.Cell):
         self.balance_factor, self.z_factor = config.moe.aux_loss_factor, config.moe.z_loss_factor
         self.layers, self.slices = len(config.moe_layers), mesh.degrees.data_parallel
         self.columns = TALLY + 2 * config.moe.expert_num
+        self.width = (2 + self.layers * self.columns) * self.places(config)
         self.no_noise = Tensor(np.zeros((1, 1, 1), np.float32))
         self.noisy, self.weighted = model.noise_slices > 0, is_weighted(config)
         self.micro_batches = config.train.gradient_accumulation_steps
@@ -67,6 +69,10 @@ class ParallelLoss(nn.Cell):
         for more in tallies[1:]:
             tally = self.append(tally, more)  # at last [data_parallel, M * (TALLY + 2 E)]
         return self.total(self.local(logits, labels, valid, count, factor, tally), 0)
+
+    def places(self, config: Config) -> int:
+        """Of how many micro-batches the figures are that come out."""
+        return 1
 
     def rows_of(self, rows: Tensor) -> Tensor:
         """The micro-batch of a data slice, [A * X, ..] -> [X, ..]."""
@@ -106,7 +112,7 @@ class ParallelLoss(nn.Cell):
     def shard(self, mesh: Mesh) -> None:
         """Two sums over the devices: of the valid tokens, and of all figures."""
         data, rows = mesh.degrees.data_parallel, mesh.cut("data", None)
-        width, micro_batches = 2 + self.layers * self.columns, self.micro_batches
+        width, micro_batches = self.width, self.micro_batches
 
         def one_of(whole):
             return [whole[0] // micro_batches, *whole[1:]]
@@ -146,7 +152,7 @@ class SlicedNorm(nn.Cell):
 
     def __init__(self, parameters, degrees: Degrees):
         super().__init__()
-        self.shares = tuple(1.0 / copies_of(p.name, p.shape, degrees) for p in parameters)
+        self.shares = tuple(share_of(p.name, p.shape, degrees) for p in parameters)
         self.square, self.sum, self.sqrt, self.over_devices = ops.Square(), ops.ReduceSum(), ops.Sqrt(), ops.AllReduce()
 
     def construct(self, gradients: tuple) -> Tensor:
@@ -156,63 +162,40 @@ class SlicedNorm(nn.Cell):
         return self.sqrt(self.over_devices(total))
 
 
-def copies_of(name: str, shape: tuple[int, ...], degrees: Degrees) -> int:
-    """Devices of a stage that hold the same slice of a parameter's gradient."""
+def share_of(name: str, shape: tuple[int, ...], degrees: Degrees) -> float:
+    """One by the devices of a stage that hold the same slice of a parameter's gradient."""
     cut = placement(name, shape, degrees)
-    return len(degrees.replicas(cut, 0)) // optimizer_slices(shape, cut, degrees, 0)
+    return optimizer_slices(shape, cut, degrees, 0) / len(degrees.replicas(cut, 0))
 
 
-class ParallelStepGraph(nn.Cell):
-    """Forward, backward, clip and AdamW of one device among many.
-
-    Micro-batches stand in the graph one after the other, each waiting for the gradients of the one before, so that
-    only one holds its activations; the sums over the devices are made for each.
+class StepEnd(nn.Cell):
+    """What follows the gradients, on one device among many: clip and AdamW.
 
     Args:
         model: a Decoder on which `shard` was called.
-        config: optimizer, loss factors, degrees.
-        mesh: the devices.
+        config: the optimizer.
     """
 
-    def __init__(self, model: nn.Cell, config: Config, mesh: Mesh):
+    def __init__(self, model: nn.Cell, config: Config):
         super().__init__(auto_prefix=False)
         optimizer = config.optimizer
-        losses = [ParallelLoss(model, config, mesh, micro) for micro in range(config.train.gradient_accumulation_steps)]
-        self.losses, self.clip = nn.CellList(losses, auto_prefix=False), optimizer.clip_grad
+        self.model, self.clip = model, optimizer.clip_grad
         self.scaled = config.model.compute_dtype == "float16"
         self.parameters = ParameterTuple(model.trainable_params())
         decay = (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay)
         self.optimizer = AdamW(self.parameters, *decay, guarded=self.scaled)
-        self.norm, self.is_finite = SlicedNorm(self.parameters, mesh.degrees), ops.IsFinite()
-        self.gradient, self.after = ops.GradOperation(get_by_list=True), ops.Depend()
+        self.gradient, self.is_finite = ops.GradOperation(get_by_list=True), ops.IsFinite()
         self.learning_rate = Parameter(Tensor(0.0, mstype.float32), "learning_rate", False)
         self.unscale = Parameter(Tensor(1.0, mstype.float32), "unscale", False) if self.scaled else None
 
-    def construct(self, *batch) -> tuple:
-        """The arguments of ParallelLoss -> (its figures of each micro-batch, the global norm of the gradients before
-        the clip)."""
-        all_figures, gradients = (), ()
-        for loss in self.losses:
-            if len(gradients) > 0:
-                batch = (self.after(batch[0], gradients[0]), *batch[1:])
-            all_figures = (*all_figures, loss(*batch))
-            gradients = self.added(gradients, self.gradient(loss, self.parameters)(*batch))
-        norm = self.norm(gradients)
+    def update(self, gradients: tuple, norm: Tensor) -> Tensor:
+        """The step by gradients and their global norm, both times the loss scale -> the norm without it."""
         alive = norm
         if self.scaled:
             norm = norm * self.unscale
             alive = self.is_finite(norm)
         self.optimizer(self.clipped(gradients, norm), self.learning_rate * 1.0, alive)
-        return (*all_figures, norm)
-
-    def added(self, gradients, more):
-        """The sums of two tuples, of which the first may be empty."""
-        if len(gradients) == 0:
-            return more
-        sums = ()
-        for gradient, other in zip(gradients, more):
-            sums = (*sums, gradient + other)
-        return sums
+        return norm
 
     def clipped(self, gradients, norm):
         """Gradients without the loss scale and of global norm at most `clip`."""
@@ -228,16 +211,55 @@ class ParallelStepGraph(nn.Cell):
         return shorter
 
 
+class ParallelStepGraph(StepEnd):
+    """Forward, backward, clip and AdamW of one device among many.
+
+    Micro-batches stand in the graph one after the other, each waiting for the gradients of the one before, so that
+    only one holds its activations; the sums over the devices are made for each.
+
+    Args:
+        model: a Decoder on which `shard` was called.
+        config: optimizer, loss factors, degrees.
+        mesh: the devices.
+    """
+
+    def __init__(self, model: nn.Cell, config: Config, mesh: Mesh):
+        super().__init__(model, config)
+        losses = [ParallelLoss(model, config, mesh, micro) for micro in range(config.train.gradient_accumulation_steps)]
+        self.losses = nn.CellList(losses, auto_prefix=False)
+        self.norm, self.after = SlicedNorm(self.parameters, mesh.degrees), ops.Depend()
+
+    def construct(self, *batch) -> tuple:
+        """The arguments of ParallelLoss -> (its figures of each micro-batch, the global norm of the gradients before
+        the clip)."""
+        all_figures, gradients = (), ()
+        for loss in self.losses:
+            if len(gradients) > 0:
+                batch = (self.after(batch[0], gradients[0]), *batch[1:])
+            all_figures = (*all_figures, loss(*batch))
+            gradients = self.added(gradients, self.gradient(loss, self.parameters)(*batch))
+        return (*all_figures, self.update(gradients, self.norm(gradients)))
+
+    def added(self, gradients, more):
+        """The sums of two tuples, of which the first may be empty."""
+        if len(gradients) == 0:
+            return more
+        sums = ()
+        for gradient, other in zip(gradients, more):
+            sums = (*sums, gradient + other)
+        return sums
+
+
 def is_weighted(config: Config) -> bool:
     """Whether each micro-batch comes with a factor of its loss: the loss scale times its share of the tokens."""
-    return config.model.compute_dtype == "float16" or config.train.gradient_accumulation_steps > 1
+    return config.model.compute_dtype == "float16" or config.micro_batches > 1
 
 
 def parallel_step(config: Config, vocab_size: int, drawn: bool = True) -> AutoParallel:
     """The training step to compile and run on the devices that `parallel` asks for; communication must be started.
 
     Call it with a device's slices of what ParallelLoss reads: tokens, labels [A * B, S] int32, valid [A * B, S]
-    float32, where the model reads noise also noise [A * N, J, D] float32, and where `is_weighted` factors [1, A]. A
+    float32, where the model reads noise also noise [A * N, J, D] float32, and where `is_weighted` `factors`. A
     device's slice holds its parts of the micro-batches one after the other. `network.learning_rate` is set by the
     caller, and with float16 `network.unscale`, the inverse of the loss scale. Weights that are not `drawn` have shapes
     and no numbers: the graph can be compiled, not run.
@@ -245,13 +267,34 @@ def parallel_step(config: Config, vocab_size: int, drawn: bool = True) -> AutoPa
     Raises:
         UserError: what cannot be cut over devices.
     """
-    if config.parallel.pipeline_stage > 1:
-        stages = config.parallel.pipeline_stage
-        raise UserError(f"parallel.pipeline_stage: {stages}; 1: the decoder is not cut into stages in this version")
-    count, level = config.train.gradient_accumulation_steps, config.parallel.optimizer_shard
+    check_cut(config)
+    model = create_model(config, vocab_size, drawn=drawn)
+    mesh = Mesh(config, model.noise_slices > 0)
+    model.shard(mesh)
+    if config.parallel.recompute:
+        for layer in model.layers:
+            layer.recompute()
+    inputs = input_slices(config, model.noise_slices)
+    if config.parallel.pipeline_stage == 1:
+        return over_devices(ParallelStepGraph(model, config, mesh).set_train(True), config, inputs)
+    from switchyard.training.pipeline import PipelineStepGraph  # which is made of parts of this module
+
+    graph = PipelineStepGraph(model, config, mesh, [cut[0] for cut in inputs])
+    return over_devices(graph.set_train(True), config, inputs)
+
+
+def check_cut(config: Config) -> None:
+    """Refuses what has no graph that is cut over devices (UserError)."""
+    moe, cut, count = config.moe, config.parallel, config.train.gradient_accumulation_steps
+    stages, level, key = cut.pipeline_stage, cut.optimizer_shard, "train.gradient_accumulation_steps"
     if count > 1 and level:  # the compiler gathers a cut parameter for the first micro-batch only
-        raise UserError(f"train.gradient_accumulation_steps: {count}; 1 with parallel.optimizer_shard ({level})")
-    moe = config.moe
+        raise UserError(f"{key}: {count}; 1 with parallel.optimizer_shard ({level})")
+    if stages > 1 and count > 1:
+        raise UserError(f"{key}: {count}; 1 with parallel.pipeline_stage ({stages}): raise parallel.micro_batch_num")
+    if stages > 1 and level == 3:  # what is not cut further gets no gradient
+        raise UserError(f"parallel.optimizer_shard: 3; 0 or 1 with parallel.pipeline_stage ({stages})")
+    if stages > 1 and config.model.tie_word_embeddings:  # the compiler cannot hand a table that is cut to another stage
+        raise UserError(f"model.tie_word_embeddings: True; False with parallel.pipeline_stage ({stages})")
     if config.moe_layers and moe.copies > 1:
         raise UserError(f"moe.copies: {moe.copies}; 1 where parallel degrees cut the model")
     for key, value in (
@@ -260,14 +303,6 @@ def parallel_step(config: Config, vocab_size: int, drawn: bool = True) -> AutoPa
     ):
         if value is not None:
             raise UserError(f"moe.{key}: {value}; leave it at its default where parallel degrees cut the model")
-    model = create_model(config, vocab_size, drawn=drawn)
-    mesh = Mesh(config, model.noise_slices > 0)
-    model.shard(mesh)
-    if config.parallel.recompute:
-        for layer in model.layers:
-            layer.recompute()
-    inputs = input_slices(config, model.noise_slices)
-    return over_devices(ParallelStepGraph(model, config, mesh).set_train(True), config, inputs)
 
 
 def input_slices(config: Config, noise_slices: int) -> tuple:
@@ -283,6 +318,8 @@ def over_devices(network: nn.Cell, config: Config, inputs: tuple) -> AutoParalle
     cut = config.parallel
     step = AutoParallel(network, parallel_mode="semi_auto")
     step.dataset_strategy(inputs)
+    if cut.pipeline_stage > 1:
+        step.pipeline(stages=cut.pipeline_stage, scheduler="1f1b")
     if cut.optimizer_shard:
         step.hsdp(shard_size=-1, threshold=0, optimizer_level=f"level{cut.optimizer_shard}")
     if cut.comm_fusion:
@@ -302,14 +339,14 @@ def speed_up_file(config: Config) -> str:
 
 def batch_slices(config: Config, vocab_size: int, noise_slices: int = 0, seed: int = 0) -> tuple[Tensor, ...]:
     """Random arguments of `parallel_step`, of the shapes that one device reads."""
-    random, model, micro_batches = np.random.default_rng(seed), config.model, config.train.gradient_accumulation_steps
+    random, model, micro_batches = np.random.default_rng(seed), config.model, config.micro_batches
     batch = micro_batches * (config.data.batch_size // config.parallel.data_parallel)
     tokens = random.integers(0, vocab_size, (batch, model.seq_length + 1)).astype(np.int32)
     arrays = [tokens[:, :-1], tokens[:, 1:], np.ones((batch, model.seq_length), np.float32)]
     if noise_slices:
         arrays.append(random.random((batch * model.seq_length, noise_slices, model.hidden_size), np.float32))
     if is_weighted(config):
-        arrays.append(np.full((1, micro_batches), 1.0 / micro_batches, np.float32))
+        arrays.append(factors(config, np.full(micro_batches, 1.0 / micro_batches)))
     return tuple(Tensor(np.ascontiguousarray(array)) for array in arrays)
 
 

@@ -106,6 +106,8 @@ def check_resumable(old: Config, new: Config) -> None:
     """Refuses changes that would give another model or another sequence of losses (UserError names the key)."""
     before, now = old.model_dump(), new.model_dump()
     before.pop("parallel"), now.pop("parallel")  # free; so are routing groups that follow data_parallel, see `resumed`
+    for config, tree in ((old, before), (new, now)):  # a pipeline's micro-batches are a device's, one after the other
+        tree["train"]["gradient_accumulation_steps"] = config.micro_batches
     if new.moe_layers:
         before["moe"]["groups"], now["moe"]["groups"] = old.groups, new.moe.groups or old.groups
     held_total = before["schedule"]["total_steps"] or before["train"]["steps"]
