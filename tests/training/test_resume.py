@@ -73,3 +73,13 @@ def test_a_dense_run_has_no_groups_to_keep(capsys):
     assert resumed(old, new) is new
     check_resumable(old, new)
     assert "routing groups" not in capsys.readouterr().out
+
+
+def test_micro_batches_of_a_pipeline_are_accumulated_on_one_device():
+    """As many of them give the same losses, any other number another sequence of batches."""
+    old = build({"parallel": {"pipeline_stage": 2, "micro_batch_num": 4}})
+    check_resumable(old, build({"train": {"gradient_accumulation_steps": 4}}))
+    check_resumable(old, build({"parallel": {"pipeline_stage": 4, "micro_batch_num": 4}}))
+    for tree in ({}, {"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}):
+        with pytest.raises(UserError, match=r"train\.gradient_accumulation_steps: [12]; the run was trained with 4"):
+            check_resumable(old, build(tree))
