@@ -195,14 +195,16 @@ def guard(runs: Runs) -> dict:
     """Settings that may race, on their own and with the guard: what it says, the losses, the newest checkpoint."""
     unguarded, found = {"context.launch_blocking": "false", "train.replica_check_every": COMPARED}, {}
     small = SMALL | {"train.steps": 10 * COMPARED, "train.keep_checkpoints": 2}
-    for name, keys in (
-        ("racy", DP | {ZERO: 0}),
-        ("racy-small", DP | small | {ZERO: 0}),
-        ("racy-by-hand", DP | small | {"moe.router": "cosine"}),
+    for name, what, keys in (
+        ("racy", "`optimizer_shard: 0`, the model of the table", DP | {ZERO: 0}),
+        ("racy-small", "`optimizer_shard: 0`, a small model", DP | small | {ZERO: 0}),
+        ("racy-by-hand", "a router that the compiler does not cut", DP | small | {"moe.router": "cosine"}),
     ):
         done = runs.run(name, 2, keys | unguarded)
         newest = [path.name for path in checkpoint.listed(runs.folder / "runs" / name)][-1:]
-        found[name] = {**done, "newest": newest, "losses": runs.losses(name).tolist()}
+        steps = len(runs.losses(name))
+        end = done["said"] if done["code"] else f"ended well after {steps} steps, replicas bit-equal"
+        found[name] = {**done, "what": what, "end": end, "newest": newest, "losses": runs.losses(name).tolist()}
     return found
 
 

@@ -1,0 +1,104 @@
+"""Tables of docs/gpu.md, made of what benchmarks/gpus.py has measured: no figure there is typed.
+
+python benchmarks/gpu_tables.py            # writes the tables between their marks
+python benchmarks/gpu_tables.py --check    # exit code 1 if the page and the results differ
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from gpus import COMPARED, MODEL, TREE
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "gpus.json"
+PAGE = HERE.parent / "docs" / "gpu.md"
+
+
+def page_of(found: dict, page: str) -> str:
+    """The page with the tables of what was found between its marks."""
+    begin, end = "<!-- gpus -->", "<!-- end -->"
+    before, _, rest = page.partition(begin)
+    after = rest.partition(end)[2]
+    return f"{before}{begin}\n{tables(found)}\n{end}{after}"
+
+
+def tables(found: dict) -> str:
+    """What was found, as Markdown."""
+    text = [f"GPUs and driver: {'; '.join(sorted(set(found['gpus'])))}.", ""]
+    if "layouts" in found:
+        text += [*layout_table(found["layouts"]), ""]
+    if "same" in found:
+        apart = ", ".join(f"{kind} {part['largest_relative']:.1e}" for kind, part in found["same"].items())
+        text.append(f"- One GPU against a CPU, largest relative difference of {COMPARED} losses: {apart}.")
+    for name, row in found.get("resume", {}).items():
+        ways = {"two-one": "dp 2, ep 2, then one GPU", "one-two": "one GPU, then dp 2, ep 2"}[name]
+        text.append(
+            f"- Resumed half way, {ways}: after {COMPARED} steps losses are within {row['loss_apart']:.1e} and weights "
+            f"within {row['weights_apart']:.1e} of one GPU's without a stop."
+        )
+    if kill := found.get("kill"):
+        text.append(
+            f"- A killed worker: the job ended {kill['seconds']} s later with exit code {kill['code']}, "
+            f"named the rank and left {kill['left']} processes."
+        )
+    for row in found.get("guard", {}).values():
+        text.append(f"- `context.launch_blocking: false`, {row['what']}: {row['end']}.")
+    if half := found.get("float16"):
+        skipped = sum(point[3] for point in half["curve"])
+        text.append(
+            f"- float16, `config/moe_1b_gpu.yaml` at {half['parameters']:,} parameters, one GPU, "
+            f"{half['curve'][-1][0]} steps of the default corpus: loss {half['curve'][0][1]:.2f} to "
+            f"{half['curve'][-1][1]:.2f}, validation "
+            f"{half['validation_loss']:.3f}; {half['tokens_per_second']:,.0f} tokens/s; of the {len(half['curve'])} "
+            f"logged steps {skipped} were skipped by the loss scale, which ended at {half['curve'][-1][2]:g}."
+        )
+    return "\n".join(text)
+
+
+def layout_table(found: dict) -> list[str]:
+    """One row a layout."""
+    lines = [
+        "| Layout | losses apart | weights apart | ms a step | tokens/s | efficiency | exchanges of a device a step |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, row in found.items():
+        if not row.get("tokens_per_second"):
+            lines.append(f"| {name} | - | - | - | - | - | {row['said']} |")
+            continue
+        sent = [f"{n} {kind} {size:,}" for kind, (n, size) in sorted(row.get("exchanges", {}).items())]
+        same = " = planned" if sent and as_pairs(row["exchanges"]) == as_pairs(row["planned"]) else ""
+        apart = [f"{row[key]:.1e}" if key in row else "" for key in ("loss_apart", "weights_apart")]
+        share = f"{row['efficiency']:.0%}" if "efficiency" in row else ""
+        speeds = f"{row['step_ms']:.1f} | {row['tokens_per_second']:,.0f} | {share}"
+        lines.append(f"| {name} | {apart[0]} | {apart[1]} | {speeds} | {', '.join(sent)}{same} |")
+    lines += [
+        "",
+        f"float32, {MODEL['num_layers']} layers of width {MODEL['hidden_size']}, every second with 8 experts, "
+        f"{TREE['data']['batch_size'] * MODEL['seq_length']:,} tokens a step whatever the layout. Apart: largest "
+        f"absolute difference from one GPU, of the losses of the first {COMPARED} steps and of the weights after them. "
+        "Efficiency: tokens/s over twice those of one GPU. Exchanges: number, kind and bytes, from the compiled graph.",
+    ]
+    return lines
+
+
+def as_pairs(exchanges: dict) -> dict:
+    """The same with lists, as JSON keeps them."""
+    return {kind: list(pair) for kind, pair in exchanges.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, say whether the page is up to date")
+    args = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    renewed = page_of(json.loads(RESULTS.read_text(encoding="utf-8")), page)
+    if args.check:
+        return int(page != renewed)
+    PAGE.write_text(renewed, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
