@@ -72,3 +72,24 @@ def test_pictures_are_drawn_of_results_alone(plots, tmp_path, name):
     path = write(tmp_path, name, [*rows, stage] if name == "digits" else rows)
     plots.draw(path, tmp_path / "images" / "picture.png")
     assert (tmp_path / "images" / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def gpu_tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS.parent))
+    return importlib.import_module("gpu_tables")
+
+
+def test_gpu_page_is_made_of_the_results(gpu_tables):
+    page = gpu_tables.PAGE.read_text(encoding="utf-8")
+    found = json.loads(gpu_tables.RESULTS.read_text(encoding="utf-8"))
+    assert gpu_tables.page_of(found, page) == page
+    rows = found["layouts"]
+    assert all(f"| {name} |" in page for name in rows) and "= planned" in page
+    rows["one GPU"]["tokens_per_second"] *= 2
+    assert gpu_tables.page_of(found, page) != page
+
+
+def test_gpu_table_says_what_did_not_run(gpu_tables):
+    row = {"code": 2, "said": "error: parallel.x: 2; 1", "tokens_per_second": 0.0}
+    assert "| tp 2 | - | - | - | - | - | error: parallel.x: 2; 1 |" in gpu_tables.layout_table({"tp 2": row})
