@@ -62,7 +62,12 @@ LAYOUTS = {
     "dp 2, ep 2, ZeRO 1": EP,
     "dp 2, ep 2": EP | {ZERO: 0},
     "tp 2": {"parallel.model_parallel": 2},
-    "pp 2": {"parallel.pipeline_stage": 2, "parallel.micro_batch_num": 2},
+    "pp 2": {
+        "parallel.pipeline_stage": 2,
+        "parallel.micro_batch_num": 2,  # of half the batch, and so of one of the groups, each
+        "data.batch_size": TREE["data"]["batch_size"] // 2,
+        "moe.groups": 1,
+    },
 }
 
 
