@@ -55,7 +55,8 @@ def with_defaults(config: Config, target: str) -> Config:
     """The configuration as it runs on several devices: on GPU ZeRO level 1 unless the user has written a level, or
     asks for what it does not go with."""
     written = "optimizer_shard" in config.parallel.model_fields_set
-    if target != "GPU" or written or config.train.gradient_accumulation_steps > 1:
+    alone = config.parallel.data_parallel == 1  # there are no replicas whose state could be shared out
+    if target != "GPU" or written or alone or config.train.gradient_accumulation_steps > 1:
         return config
     return config.model_copy(update={"parallel": config.parallel.model_copy(update={"optimizer_shard": 1})})
 
