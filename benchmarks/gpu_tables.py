@@ -31,7 +31,9 @@ def tables(found: dict) -> str:
         text += [*layout_table(found["layouts"]), ""]
     if "same" in found:
         apart = ", ".join(f"{kind} {part['largest_relative']:.1e}" for kind, part in found["same"].items())
-        text.append(f"- One GPU against a CPU, largest relative difference of {COMPARED} losses: {apart}.")
+        note = "; ".join({part["note"] for part in found["same"].values() if "note" in part})
+        what = f"{COMPARED} losses{', ' if note else ''}{note}"
+        text.append(f"- One GPU against a CPU, largest relative difference of {what}: {apart}.")
     for name, row in found.get("resume", {}).items():
         ways = {"two-one": "dp 2, ep 2, then one GPU", "one-two": "one GPU, then dp 2, ep 2"}[name]
         text.append(
@@ -54,6 +56,7 @@ def tables(found: dict) -> str:
             f"{half['validation_loss']:.3f}; {half['tokens_per_second']:,.0f} tokens/s; of the {len(half['curve'])} "
             f"logged steps {skipped} were skipped by the loss scale, which ended at {half['curve'][-1][2]:g}."
         )
+        text += ["", "![loss of the float16 run](images/gpu_float16.png)"]
     return "\n".join(text)
 
 
@@ -88,15 +91,33 @@ def as_pairs(exchanges: dict) -> dict:
     return {kind: list(pair) for kind, pair in exchanges.items()}
 
 
+def draw(half: dict, path: Path) -> None:
+    """The loss of the float16 run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    axes.plot([point[0] for point in half["curve"]], [point[1] for point in half["curve"]], linewidth=1)
+    axes.set(xlabel="step", ylabel="loss, nats a byte", title="float16, one GPU")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, say whether the page is up to date")
     args = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    renewed = page_of(json.loads(RESULTS.read_text(encoding="utf-8")), page)
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    renewed = page_of(found, page)
     if args.check:
         return int(page != renewed)
     PAGE.write_text(renewed, encoding="utf-8")
+    if "float16" in found:
+        draw(found["float16"], PAGE.parent / "images" / "gpu_float16.png")
     return 0
 
 

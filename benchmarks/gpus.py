@@ -67,6 +67,8 @@ LAYOUTS = {
         "parallel.micro_batch_num": 2,  # of half the batch, and so of one of the groups, each
         "data.batch_size": TREE["data"]["batch_size"] // 2,
         "moe.groups": 1,
+        "model.tie_word_embeddings": "false",
+        ZERO: 0,
     },
 }
 
@@ -165,12 +167,13 @@ def same(runs: Runs, expected: list[float]) -> dict:
 
 def layouts(runs: Runs, names: list[str]) -> dict:
     """Two GPUs against one."""
-    runs.run("one", 1, {})
-    expected, weights = runs.losses("one"), runs.weights("one", COMPARED)
-    found = {"one GPU": speed(runs.lines("one")) | {"loss": expected[-1]}}
+    found = {}
     for layout in names:
-        name = re.sub(r"[ ,]+", "-", layout)
-        done, row = runs.run(name, 2, LAYOUTS[layout]), {}
+        name, reference = re.sub(r"[ ,]+", "-", layout), one_gpu(runs, LAYOUTS[layout])
+        expected, weights = runs.losses(reference), runs.weights(reference, COMPARED)
+        alone = speed(runs.lines(reference))
+        found.setdefault("one GPU", alone | {"loss": expected[-1]})
+        done = runs.run(name, 2, LAYOUTS[layout])
         row = {"code": done["code"], "said": done["said"], "seconds": done["seconds"], **speed(runs.lines(name))}
         losses = runs.losses(name)
         if len(losses) >= COMPARED:
@@ -180,10 +183,19 @@ def layouts(runs: Runs, names: list[str]) -> dict:
                 row["exchanges"] = {key: value for key, value in line.items() if key not in ("kind", "step")}
             row["planned"] = planned(runs, name)
         if row["tokens_per_second"]:
-            row["efficiency"] = row["tokens_per_second"] / found["one GPU"]["tokens_per_second"] / 2
+            row["efficiency"] = row["tokens_per_second"] / alone["tokens_per_second"] / 2
         found[layout] = row
         print(json.dumps(row), flush=True)
     return found
+
+
+def one_gpu(runs: Runs, keys: dict) -> str:
+    """The run of one GPU that a layout is compared with, made once for each model."""
+    model = {key: value for key, value in keys.items() if key.startswith("model.")}
+    name = "-".join(["one", *(key.split(".")[1] for key in model)])
+    if not runs.lines(name):
+        runs.run(name, 1, model)
+    return name
 
 
 def planned(runs: Runs, name: str) -> dict[str, list[int]]:
