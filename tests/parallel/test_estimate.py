@@ -90,7 +90,7 @@ def test_reasons_are_the_lines_of_the_laws_and_of_memory():
     )
     assert "parallel.expert_parallel: 2; must divide moe.expert_num (3)" in reasons
     assert "parallel.model_parallel: 8; must divide the key/value heads (4)" in reasons
-    assert "model.tie_word_embeddings: True; False with a pipeline" in reasons
+    assert "model.tie_word_embeddings: True; False with parallel.pipeline_stage (2)" in reasons
     tight = planned(memory=1000)
     assert all(one.refusal for one in tight)
     assert {one.refusal for one in tight if one.costs} == {"memory: more than the 1e-06 GB of a device"}

@@ -34,7 +34,7 @@ VOCAB = 17
         ({"moe": EXPERTS | {"router_warmup_steps": 1}}, "Ascend", "router_warmup_steps"),
         ({"moe": EXPERTS | {"granularity": "slice"}}, "Ascend", "granularity"),
         ({"context": {"mode": "pynative"}}, "Ascend", "context.mode"),
-        ({"moe": EXPERTS | {"router": "top_k", "copies": 2}}, "Ascend", "moe.copies: 2; the compiler cuts one group"),
+        ({"moe": EXPERTS | {"router": "top_k", "copies": 2}}, "Ascend", "moe.copies: 2; 1 where parallel degrees cut"),
         ({"moe": EXPERTS | {"dispatch": "dropless"}}, "GPU", "moe.dispatch: dropless; the compiler cuts it for Ascend"),
         ({"moe": EXPERTS | {"dispatch": "dropless"}}, "Ascend", None),
         ({"moe": {"dispatch": "dropless"}}, "GPU", None),  # one expert

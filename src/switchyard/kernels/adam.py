@@ -134,3 +134,24 @@ def plain_adamw(parameter, moment1, moment2, gradient, step, learning_rate, beta
     moment2 = beta2 * moment2 + (1 - beta2) * gradient**2
     mean, variance = moment1 / (1 - beta1**step), moment2 / (1 - beta2**step)
     return parameter - learning_rate * mean / (np.sqrt(variance) + eps), moment1, moment2
+
+
+def clipped(gradients: tuple, norm: Tensor, clip: float | None, unscale: Tensor | None) -> tuple:
+    """Gradients without the loss scale and of global norm at most `clip`: one pass, or none where neither is on.
+
+    Args:
+        gradients: times the loss scale.
+        norm: of what they are without it.
+        clip: the limit; None = no limit.
+        unscale: the inverse of the loss scale []; None = there is none.
+    """
+    if clip is None and unscale is None:
+        return gradients
+    factor, shorter = 1.0, ()
+    if clip is not None:
+        factor = ops.minimum(clip / (norm + 1e-6), 1.0)
+    if unscale is not None:
+        factor = factor * unscale
+    for gradient in gradients:
+        shorter = (*shorter, gradient * factor)
+    return shorter

@@ -15,6 +15,7 @@ from switchyard.capacity import buffer_slots, check_sort_keys, check_sorted_rows
 from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.kernels.fused import fused_operators
+from switchyard.parallel.offered import check_offered
 from switchyard.parallel.placement import EXPERT, MODEL, Degrees, placement
 from switchyard.parallel.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
 from switchyard.parallel.stages import stage_config, ways
@@ -96,7 +97,7 @@ def costs(config: Config, vocab: int) -> Costs:
 
 def stage_costs(config: Config, vocab: int) -> list[Costs]:
     """Costs of a device of each stage (UserError as in `costs`)."""
-    check_offered(config)
+    check_counted(config)
     return [_costs(config, vocab, stage) for stage in range(config.parallel.pipeline_stage)]
 
 
@@ -120,35 +121,12 @@ def _costs(config, vocab, stage):
     )
 
 
-def check_offered(config: Config) -> None:
-    """Refuses what `training.parallel_step` refuses, in its words, and what is not counted here (UserError)."""
-    cut, moe, train, model = config.parallel, config.moe, config.train, config.model
-    layers, steps, level = bool(config.moe_layers), train.gradient_accumulation_steps, cut.optimizer_shard
-    routers = f"cannot be cut over devices; one of {', '.join(CUT_ROUTERS)}"
-    alone = cut.pipeline_stage == 1
-    refused = [
-        ("model.type", model.type, model.type == "decoder", "only a decoder is cut over devices"),
-        ("model.tie_word_embeddings", True, alone or not model.tie_word_embeddings, "False with a pipeline"),
-        ("parallel.optimizer_shard", 3, alone or level < 3, "0 or 1 with a pipeline"),
-        (
-            "train.gradient_accumulation_steps",
-            steps,
-            alone or steps == 1,
-            "1 with a pipeline: raise its micro_batch_num",
-        ),
-        (
-            "train.gradient_accumulation_steps",
-            steps,
-            steps == 1 or not level,
-            f"1 with parallel.optimizer_shard ({level})",
-        ),
-        ("moe.granularity", config.granularity, not layers or config.granularity == "token", "'token'"),
-        ("moe.router", moe.router, not layers or moe.router in CUT_ROUTERS, routers),
-        ("moe.copies", moe.copies, not layers or moe.copies == 1, "1 where parallel degrees cut the model"),
-    ]
-    for key, value, offered, allowed in refused:
-        if not offered:
-            raise UserError(f"{key}: {value}; {allowed}")
+def check_counted(config: Config) -> None:
+    """Refuses what the compiler does not cut, and what is not counted here (UserError)."""
+    moe, layers = config.moe, bool(config.moe_layers)
+    check_offered(config)
+    if layers and moe.router not in CUT_ROUTERS:
+        raise UserError(f"moe.router: {moe.router}; cannot be cut over devices; one of {', '.join(CUT_ROUTERS)}")
     check_sort_keys(config)
     if layers and moe.dispatch != "capacity":
         check_sorted_rows(config)

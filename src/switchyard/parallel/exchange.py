@@ -16,6 +16,7 @@ from switchyard.kernels.adam import GlobalNorm
 from switchyard.moe import MoELayer
 from switchyard.parallel.placement import EXPERT, placement, slice_of
 from switchyard.parallel.processes import Processes
+from switchyard.routing.balance import max_violation
 
 
 class _Swap(nn.Cell):
@@ -153,8 +154,7 @@ class Joint(nn.Cell):
         importance = summed[3 + amounts : 3 + 2 * amounts].reshape(layers, -1)
         rest = summed[3 + 2 * amounts :].reshape(3, layers)  # dropped, entropy, z
         dropped = rest[0] / ops.maximum(load.sum(1), 1.0)
-        largest = load.max(1) / ops.maximum(load.mean(1), 1e-9) - 1.0
-        return summed[0], summed[1], summed[2], load, importance, dropped, rest[1], largest, rest[2]
+        return summed[0], summed[1], summed[2], load, importance, dropped, rest[1], max_violation(load), rest[2]
 
 
 def create_joint(model: nn.Cell, config: Config, processes: Processes) -> Joint | None:

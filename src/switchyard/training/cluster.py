@@ -16,6 +16,7 @@ from mindspore.graph.api import _cell_graph_executor
 from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.parallel.graph import collectives, read_graph
+from switchyard.parallel.offered import refusals
 from switchyard.parallel.processes import Processes
 from switchyard.parallel.stages import factors
 from switchyard.routing.base import find_router
@@ -30,23 +31,21 @@ SCALE_STATE = ("loss_scale", "good_steps")
 
 
 def why_by_hand(config: Config, target: str) -> str | None:
-    """Why the compiler does not cut the step of this configuration; None where it does."""
-    moe, dropless = config.moe, config.moe.dispatch != "capacity" and bool(config.moe_layers)
+    """Why the compiler does not cut the step of this configuration, and processes can do it by hand; None where it
+    does, or nobody can."""
+    moe, conditional = config.moe, bool(config.moe_layers)
+    dropless = moe.dispatch != "capacity" and conditional
     reasons = (
         (target == "CPU", "MindSpore's compiler cuts graphs for Ascend and GPU only"),
-        (config.model.type != "decoder", f"model.type: {config.model.type}; the compiler cuts the decoder"),
         (config.context.mode != "graph", f"context.mode: {config.context.mode}; the compiler cuts graphs"),
-        (config.granularity == "slice", "moe.granularity: slice; the compiler cuts 'token'"),
         (moe.record is not None, "moe.record is read by one process"),
         (moe.replay is not None, "moe.replay is read by one process"),
-        (moe.router_warmup_steps > 0, "moe.router_warmup_steps: the compiler forces no choices"),
-        (moe.router_freeze_step is not None, "moe.router_freeze_step: the compiler freezes no router"),
         (
-            bool(config.moe_layers) and not find_router(moe.router).cuts,
+            conditional and not find_router(moe.router).cuts,
             f"moe.router: {moe.router}; the compiler cuts routers whose scores are x W",
         ),
-        (moe.copies > 1, f"moe.copies: {moe.copies}; the compiler cuts one group of experts"),
         (target == "GPU" and dropless, f"moe.dispatch: {moe.dispatch}; the compiler cuts it for Ascend"),
+        *((refusal.by_hand, str(refusal)) for refusal in refusals(config)),
     )
     return next((reason for holds, reason in reasons if holds), None)
 

@@ -13,12 +13,12 @@ from mindspore import dtype as mstype
 from mindspore.parallel.auto_parallel import AutoParallel
 
 from switchyard.config import Config
-from switchyard.errors import UserError
-from switchyard.kernels.adam import AdamW
+from switchyard.kernels.adam import AdamW, clipped
 from switchyard.kernels.cross_entropy import TokenLosses
 from switchyard.models import create_model
 from switchyard.moe import TALLY
 from switchyard.parallel.mesh import Mesh, first
+from switchyard.parallel.offered import check_offered
 from switchyard.parallel.placement import Degrees, optimizer_slices, placement
 from switchyard.parallel.stages import factors
 
@@ -194,21 +194,8 @@ class StepEnd(nn.Cell):
         if self.scaled:
             norm = norm * self.unscale
             alive = self.is_finite(norm)
-        self.optimizer(self.clipped(gradients, norm), self.learning_rate * 1.0, alive)
+        self.optimizer(clipped(gradients, norm, self.clip, self.unscale), self.learning_rate * 1.0, alive)
         return norm
-
-    def clipped(self, gradients, norm):
-        """Gradients without the loss scale and of global norm at most `clip`."""
-        if self.clip is None and not self.scaled:
-            return gradients
-        factor, shorter = 1.0, ()
-        if self.clip is not None:
-            factor = ops.minimum(self.clip / (norm + 1e-6), 1.0)
-        if self.scaled:
-            factor = factor * self.unscale
-        for gradient in gradients:
-            shorter = (*shorter, gradient * factor)
-        return shorter
 
 
 class ParallelStepGraph(StepEnd):
@@ -267,7 +254,7 @@ def parallel_step(config: Config, vocab_size: int, drawn: bool = True) -> AutoPa
     Raises:
         UserError: what cannot be cut over devices.
     """
-    check_cut(config)
+    check_offered(config)
     model = create_model(config, vocab_size, drawn=drawn)
     mesh = Mesh(config, model.noise_slices > 0)
     model.shard(mesh)
@@ -281,28 +268,6 @@ def parallel_step(config: Config, vocab_size: int, drawn: bool = True) -> AutoPa
 
     graph = PipelineStepGraph(model, config, mesh, [cut[0] for cut in inputs])
     return over_devices(graph.set_train(True), config, inputs)
-
-
-def check_cut(config: Config) -> None:
-    """Refuses what has no graph that is cut over devices (UserError)."""
-    moe, cut, count = config.moe, config.parallel, config.train.gradient_accumulation_steps
-    stages, level, key = cut.pipeline_stage, cut.optimizer_shard, "train.gradient_accumulation_steps"
-    if count > 1 and level:  # the compiler gathers a cut parameter for the first micro-batch only
-        raise UserError(f"{key}: {count}; 1 with parallel.optimizer_shard ({level})")
-    if stages > 1 and count > 1:
-        raise UserError(f"{key}: {count}; 1 with parallel.pipeline_stage ({stages}): raise parallel.micro_batch_num")
-    if stages > 1 and level == 3:  # what is not cut further gets no gradient
-        raise UserError(f"parallel.optimizer_shard: 3; 0 or 1 with parallel.pipeline_stage ({stages})")
-    if stages > 1 and config.model.tie_word_embeddings:  # the compiler cannot hand a table that is cut to another stage
-        raise UserError(f"model.tie_word_embeddings: True; False with parallel.pipeline_stage ({stages})")
-    if config.moe_layers and moe.copies > 1:
-        raise UserError(f"moe.copies: {moe.copies}; 1 where parallel degrees cut the model")
-    for key, value in (
-        ("router_warmup_steps", moe.router_warmup_steps or None),
-        ("router_freeze_step", moe.router_freeze_step),
-    ):
-        if value is not None:
-            raise UserError(f"moe.{key}: {value}; leave it at its default where parallel degrees cut the model")
 
 
 def input_slices(config: Config, noise_slices: int) -> tuple:

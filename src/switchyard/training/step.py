@@ -11,7 +11,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config
-from switchyard.kernels.adam import AdamW, GlobalNorm
+from switchyard.kernels.adam import AdamW, GlobalNorm, clipped
 from switchyard.kernels.cross_entropy import TokenLosses
 from switchyard.training.checkpoint import load_weights, set_parameters
 
@@ -207,8 +207,8 @@ class StepGraph(nn.Cell):
             gradients = self.learning(gradients, live)
             self.keep(held, live)
         norm = (self.norm(gradients) if self.joint is None else self.joint.norm(gradients)) / scale
-        alive = self.is_finite(norm)
-        self.optimizer(self.clipped(gradients, norm, scale), learning_rate, alive, live)
+        alive, unscale = self.is_finite(norm), 1.0 / scale if self.scaled else None
+        self.optimizer(clipped(gradients, norm, self.clip, unscale), learning_rate, alive, live)
         skipped = ops.zeros_like(norm)
         if self.scaled:
             skipped = 1.0 - alive.astype(mstype.float32)
@@ -281,18 +281,6 @@ class StepGraph(nn.Cell):
                 place = (ops.arange(self.micro_batches) == micro).astype(mstype.int32).reshape(-1, 1, 1, 1)
                 added = (*added, sums[index] + place * figure)  # choices: [A, M, N, K]
         return added
-
-    def clipped(self, gradients, norm, scale):
-        """Gradients without the loss scale and of global norm at most `clip`: one pass, or none where neither is on."""
-        if self.clip is None and not self.scaled:
-            return gradients
-        factor = 1.0 / scale
-        if self.clip is not None:
-            factor = factor * ops.minimum(self.clip / (norm + 1e-6), 1.0)
-        shorter = ()
-        for gradient in gradients:
-            shorter = (*shorter, gradient * factor)
-        return shorter
 
     def adjust_scale(self, alive):
         """Halves the loss scale after a step that is not finite, doubles it after GROWTH_INTERVAL good ones."""
