@@ -11,20 +11,21 @@ from switchyard.training.loop import train
 STEPS = 6
 HALF, IMAGES = "random order, float16", "expert choice of images"
 CASES = {
-    "sigmoid": {  # its bias follows the load of all processes, until the router is frozen
+    "sigmoid, slices": {  # its bias follows the load of all processes, until the router is frozen
         "moe": {
             "router": "sigmoid",
             "expert_num": 4,
             "num_experts_chosen": 2,
             "topk_bias_update_rate": 0.01,
             "router_freeze_step": 4,
+            "granularity": "slice",
+            "slice_length": 4,
         },
     },
     HALF: {
         "model": {"compute_dtype": "float16"},
         "moe": {"router": "switch", "expert_num": 4, "drop_order": "random", "capacity_factor": 0.5},
     },
-    "slices": {"moe": {"router": "switch", "expert_num": 4, "granularity": "slice", "slice_length": 4}},
     IMAGES: {
         "model": {"type": "vision", "num_layers": 2, "hidden_size": 8, "intermediate_size": 8},
         "moe": {"router": "expert_choice", "expert_num": 4, "layers": [1], "granularity": "region"},

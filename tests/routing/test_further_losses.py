@@ -77,5 +77,5 @@ def test_a_loss_that_the_router_cannot_give_is_one_line():
         _losses(load=0.1)
     with pytest.raises(UserError, match=r"^moe\.losses\.entropy: unknown; router 'top_k' gives "):
         _losses(entropy=0.1)
-    with pytest.raises(UserError, match=r"^moe\.losses: .*greater than or equal to 0"):
+    with pytest.raises(UserError, match=r"^moe\.losses\.importance: -1\.0; .*greater than or equal to 0"):
         _losses(importance=-1.0)

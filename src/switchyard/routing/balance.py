@@ -54,7 +54,7 @@ def entropy(probabilities: Tensor, valid: Tensor) -> Tensor:
 
 def max_violation(loads: Tensor) -> Tensor:
     """MaxVio = largest load / mean load - 1 (arXiv 2408.15664, eq. 4): [.., E] -> [..]."""
-    return loads.max(-1) / ops.maximum(loads.mean(-1), 1e-9) - 1.0
+    return ops.amax(loads, -1) / ops.maximum(loads.mean(-1), 1e-9) - 1.0
 
 
 def squared_variation(amounts: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def why_by_hand(config: Config, target: str) -> str | None:
     reasons = (
         (target == "CPU", "MindSpore's compiler cuts graphs for Ascend and GPU only"),
         (config.context.mode != "graph", f"context.mode: {config.context.mode}; the compiler cuts graphs"),
+        *((refusal.by_hand, str(refusal)) for refusal in refusals(config)),
         (moe.record is not None, "moe.record is read by one process"),
         (moe.replay is not None, "moe.replay is read by one process"),
         (
@@ -45,7 +46,6 @@ def why_by_hand(config: Config, target: str) -> str | None:
             f"moe.router: {moe.router}; the compiler cuts routers whose scores are x W",
         ),
         (target == "GPU" and dropless, f"moe.dispatch: {moe.dispatch}; the compiler cuts it for Ascend"),
-        *((refusal.by_hand, str(refusal)) for refusal in refusals(config)),
     )
     return next((reason for holds, reason in reasons if holds), None)
 
