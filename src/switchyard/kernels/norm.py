@@ -47,20 +47,15 @@ class RMSNorm(nn.Cell):
         self.local = mesh.local(self.normalise, (rows, mesh.cut(None)), (rows,), first, first)
 
 
-class LayerNorm(nn.Cell):
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * gain + bias (arXiv 1607.06450, eq. 4): [N, D] -> [N, D], in float32."""
+class LayerNorm(RMSNorm):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * gain + bias (arXiv 1607.06450, eq. 4): [N, D] -> [N, D], in float32.
+
+    That is RMSNorm of the centred rows, and a bias.
+    """
 
     def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.gain = Parameter(Tensor(np.ones(width, np.float32)), name="gain")
+        super().__init__(width, eps)
         self.bias = Parameter(Tensor(np.zeros(width, np.float32)), name="bias")
-        self.ones = Tensor(np.ones((1, width), np.float32))
-        self.mean = ops.ReduceMean(keep_dims=True)
-        self.rsqrt = ops.Rsqrt()
-        self.spread = ops.MatMul()
-        self.scale = ops.Mul()
-        self.local = None
 
     def construct(self, x: Tensor) -> Tensor:
         if self.local is None:
@@ -69,11 +64,9 @@ class LayerNorm(nn.Cell):
 
     def normalise(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         """The equation itself: x [N, D], gain and bias [D]."""
-        centred = x - self.spread(self.mean(x, -1), self.ones)  # [N, D]
-        scale = self.rsqrt(self.mean(centred * centred, -1) + self.eps)  # [N, 1]
-        one = ops.ones_like(scale)
-        gained = self.scale(centred * self.spread(scale, self.ones), self.spread(one, gain.reshape(1, -1)))
-        return gained + self.spread(one, bias.reshape(1, -1))
+        mean = self.mean(x, -1)  # [N, 1]
+        gained = super().normalise(x - self.spread(mean, self.ones), gain)
+        return gained + self.spread(ops.ones_like(mean), bias.reshape(1, -1))
 
     def shard(self, mesh: Mesh) -> None:
         """Rows are cut; gain and bias are whole everywhere."""

@@ -182,8 +182,8 @@ def meet(config: Config) -> Processes:
 
 def must_block(config: Config) -> bool:
     """Whether several GPUs wait for each kernel: where the step sums gradients or activations by AllReduce, which
-    MindSpore 2.9 lets race with the kernels that make and read them. ZeRO leaves ReduceScatter and AllGather, and
-    AllReduce of single numbers."""
+    MindSpore 2.9 lets race with the kernels that make and read them. With ZeRO these are ReduceScatter and AllGather,
+    but for what it cannot cut; docs/gpu.md has what was seen."""
     if config.context.launch_blocking is not None:
         return config.context.launch_blocking
     return config.parallel.optimizer_shard == 0 or config.parallel.model_parallel > 1

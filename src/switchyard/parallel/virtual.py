@@ -153,13 +153,7 @@ def compare(
     before = {name.removeprefix(BEFORE): array for name, array in reference.items() if name.startswith(BEFORE)}
     scale = config.train.init_loss_scale if config.model.compute_dtype == "float16" else 1.0
     before |= {RATE: np.float32(0), UNSCALE: np.float32(1 / scale)}
-    weights = []
-    for report in reports:
-        shapes = report.parameters.items()
-        empty = {name: np.zeros(shape, np.float32) for name, shape in shapes if name.startswith(ACCUMULATED)}
-        rest = [(name, shape) for name, shape in shapes if name not in empty]
-        held = {name: held_by(name, _whole(before, name), shape, degrees, report.rank) for name, shape in rest}
-        weights.append(empty | held)
+    weights = [_held_at_first(report, before, degrees) for report in reports]
     for rank, own in enumerate(weights):
         if spoil is not None:
             spoil(rank, own)
@@ -174,8 +168,20 @@ def compare(
             inputs = [[*parts, factors(config, scale * shares)] for parts in inputs]
         outputs, met = run_cluster(graphs, inputs, weights, exchanges)
         losses.append((float(reference["losses"][step]), loss_of(outputs, shares)))
-    differences = {}
-    names = set().union(*weights) - {RATE, UNSCALE}
+    return Comparison(losses, _differences(weights, before, reference, degrees), met)
+
+
+def _held_at_first(report: Report, before: Arrays, degrees: Degrees) -> Arrays:
+    """What a rank holds before the first step: its slices of `before`, and empty sums of gradients."""
+    shapes = report.parameters.items()
+    empty = {name: np.zeros(shape, np.float32) for name, shape in shapes if name.startswith(ACCUMULATED)}
+    rest = [(name, shape) for name, shape in shapes if name not in empty]
+    return empty | {name: held_by(name, _whole(before, name), shape, degrees, report.rank) for name, shape in rest}
+
+
+def _differences(weights: list[Arrays], before: Arrays, reference: Arrays, degrees: Degrees) -> dict:
+    """Name -> (largest difference of any rank's slice from one device's, how far training has moved it)."""
+    differences, names = {}, set().union(*weights) - {RATE, UNSCALE}
     for name in sorted(name for name in names if not name.startswith(ACCUMULATED)):
         end = reference[AFTER + name]
         far = 0.0
@@ -184,7 +190,7 @@ def compare(
                 apart = np.abs(own[name] - held_by(name, end, own[name].shape, degrees, rank))
                 far = max(far, float(apart.max()), key=lambda value: np.inf if np.isnan(value) else value)
         differences[name] = (far, float(np.abs(end - before[name]).max()))
-    return Comparison(losses, differences, met)
+    return differences
 
 
 def _whole(arrays: Arrays, name: str) -> np.ndarray:
