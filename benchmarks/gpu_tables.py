@@ -71,7 +71,7 @@ def layout_table(found: dict) -> list[str]:
             lines.append(f"| {name} | - | - | - | - | - | {row['said']} |")
             continue
         sent = [f"{n} {kind} {size:,}" for kind, (n, size) in sorted(row.get("exchanges", {}).items())]
-        same = " = planned" if sent and as_pairs(row["exchanges"]) == as_pairs(row["planned"]) else ""
+        same = " = planned" if sent and row["exchanges"] == row["planned"] else ""
         apart = [f"{row[key]:.1e}" if key in row else "" for key in ("loss_apart", "weights_apart")]
         share = f"{row['efficiency']:.0%}" if "efficiency" in row else ""
         speeds = f"{row['step_ms']:.1f} | {row['tokens_per_second']:,.0f} | {share}"
@@ -84,11 +84,6 @@ def layout_table(found: dict) -> list[str]:
         "Efficiency: tokens/s over twice those of one GPU. Exchanges: number, kind and bytes, from the compiled graph.",
     ]
     return lines
-
-
-def as_pairs(exchanges: dict) -> dict:
-    """The same with lists, as JSON keeps them."""
-    return {kind: list(pair) for kind, pair in exchanges.items()}
 
 
 def draw(half: dict, path: Path) -> None:

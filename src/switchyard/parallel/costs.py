@@ -92,7 +92,12 @@ def costs(config: Config, vocab: int) -> Costs:
     Raises:
         UserError: the training step cannot be cut so.
     """
-    return max(stage_costs(config, vocab), key=lambda cost: cost.memory)
+    return heaviest(stage_costs(config, vocab))
+
+
+def heaviest(stages: list[Costs]) -> Costs:
+    """Those of the stage that holds most."""
+    return max(stages, key=lambda cost: cost.memory)
 
 
 def stage_costs(config: Config, vocab: int) -> list[Costs]:
@@ -134,7 +139,7 @@ def check_counted(config: Config) -> None:
 
 def exchanges(config: Config, vocab: int, stage: int = 0) -> Iterator[Exchange]:
     """The collectives of a step, forward, backward, clip and AdamW; of a pipeline those of a stage."""
-    degrees, layers = Degrees.of(config.parallel), len(config.moe_layers)
+    degrees = Degrees.of(config.parallel)
     stages, micro = degrees.pipeline_stage, config.micro_batches
     if degrees.devices == 1:
         return
@@ -143,17 +148,25 @@ def exchanges(config: Config, vocab: int, stage: int = 0) -> Iterator[Exchange]:
             yield replace(one, number=one.number * (micro if stages == 1 else 1))
     for one in _of_micro_batch(config, stage):
         yield replace(one, number=one.number * micro)
-    figures = 2 + layers * (TALLY + 2 * config.moe.expert_num)
     if stages == 1:
         yield Exchange("AllReduce", "stage", degrees.devices, FLOAT)  # norm of the gradients
     else:  # and all figures
-        yield Exchange("AllReduce", "all", degrees.devices, FLOAT * (1 + micro * figures))
+        yield Exchange("AllReduce", "all", degrees.devices, FLOAT * (1 + micro * _figures(config)))
+
+
+def _tally(config):
+    """Figures of a conditional layer."""
+    return TALLY + 2 * config.moe.expert_num
+
+
+def _figures(config):
+    """Figures of a micro-batch: the loss, the cross-entropy, and those of the layers."""
+    return 2 + len(config.moe_layers) * _tally(config)
 
 
 def _of_micro_batch(config, stage):
     """Those that every micro-batch makes."""
     degrees, own, stages = Degrees.of(config.parallel), config, config.parallel.pipeline_stage
-    figures = 2 + len(config.moe_layers) * (TALLY + 2 * config.moe.expert_num)
     if stages > 1:
         own = stage_config(config, stage)
     last, repeated = stage == stages - 1, int(config.parallel.recompute and stages > 1)
@@ -164,11 +177,11 @@ def _of_micro_batch(config, stage):
     if degrees.data_parallel > 1 and last:
         yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT)  # valid tokens
         many, passes = (config.micro_batches, 2) if stages > 1 else (1, 1)  # of a pipeline backward too, and places
-        yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT * many * figures, passes)
+        yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT * many * _figures(config), passes)
     rows = config.rows // degrees.data_parallel * config.model.hidden_size
     rows //= degrees.model_parallel if config.parallel.sequence_parallel else 1
     for tallies in ways(config, stage):
-        size = FLOAT * (rows if tallies < 0 else tallies * (TALLY + 2 * config.moe.expert_num))
+        size = FLOAT * (rows if tallies < 0 else tallies * _tally(config))
         for kind in SENT:  # forward one of them, backward the other
             yield Exchange(kind, "pipeline", stages, size)
 

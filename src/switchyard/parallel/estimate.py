@@ -24,7 +24,7 @@ from switchyard import config as configuration
 from switchyard.capacity import dropped_of_record, dropped_share
 from switchyard.config import Config
 from switchyard.errors import UserError
-from switchyard.parallel.costs import Costs, costs, stage_costs
+from switchyard.parallel.costs import Costs, costs, heaviest, stage_costs
 from switchyard.parallel.simulate import table, vocabulary
 
 KINDS = ("AlltoAll", "AllReduce", "AllGather", "ReduceScatter", "Send")
@@ -90,23 +90,22 @@ def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, sp
         own = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
         try:
             configuration.check(own)
-            cost = costs(own, vocab)
+            stages = stage_costs(own, vocab)
         except UserError as error:
             found.append(Candidate(parallel, refusal=str(error)))
             continue
         if own.groups not in drops:
             drops[own.groups] = load.dropped(own)
-        seconds = seconds_of(own, vocab, speed)
+        cost, seconds = heaviest(stages), seconds_of(stages, own.micro_batches, speed)
         over = None if cost.memory <= memory else f"memory: more than the {memory / 1e9:g} GB of a device"
         found.append(Candidate(parallel, cost, drops[own.groups], seconds, over))
     return sorted(found, key=_order)
 
 
-def seconds_of(config: Config, vocab: int, speed: Speed) -> float:
-    """Of a micro-batch, see the rule at the top."""
-    stages, micro = config.parallel.pipeline_stage, config.micro_batches
-    slowest = max(cost.flops / speed.flops + cost.sent / speed.bandwidth for cost in stage_costs(config, vocab))
-    return slowest / micro * (micro + stages - 1) / micro
+def seconds_of(stages: list[Costs], micro: int, speed: Speed) -> float:
+    """Of one of `micro` micro-batches, by the costs of each stage: see the rule at the top."""
+    slowest = max(cost.flops / speed.flops + cost.sent / speed.bandwidth for cost in stages)
+    return slowest / micro * (micro + len(stages) - 1) / micro
 
 
 def _order(candidate):

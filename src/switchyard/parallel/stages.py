@@ -6,12 +6,13 @@ Legend: A micro-batches.
 import numpy as np
 
 from switchyard.config import Config
+from switchyard.parallel.placement import Degrees, stages_of
 
 
 def stages_of_layers(config: Config) -> list[int]:
-    """The stage of each layer: equal runs."""
-    each = config.model.num_layers // config.parallel.pipeline_stage
-    return [index // each for index in range(config.model.num_layers)]
+    """The stage of each layer, that of its parameters."""
+    degrees, layers = Degrees.of(config.parallel), config.model.num_layers
+    return [stages_of(f"layers.{index}", layers, degrees)[0] for index in range(layers)]
 
 
 def factors(config: Config, of_each: np.ndarray) -> np.ndarray:

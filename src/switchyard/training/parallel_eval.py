@@ -32,10 +32,7 @@ class ParallelScores(ParallelLoss):
         scores = self.everywhere(self.score(logits, labels, valid))
         if self.layers == 0:
             return (scores,)
-        tally = tallies[0]
-        for more in tallies[1:]:
-            tally = self.append(tally, more)
-        return scores, self.total(tally, 0)
+        return scores, self.total(self.join(tallies), 0)
 
     def sums(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """Of a data slice: [B, 2]."""

@@ -25,7 +25,27 @@ from switchyard.parallel.stages import factors
 SPEED_UP = "parallel_speed_up.json"  # name of the file that hands parallel.transformer_opt to the compiler
 
 
-class ParallelLoss(nn.Cell):
+class TallyJoin(nn.Cell):
+    """A cell that puts the tallies of conditional layers side by side."""
+
+    def join(self, tallies: tuple) -> Tensor:
+        """Tallies [data_parallel, X] of some layers -> [data_parallel, Y]."""
+        tally = tallies[0]
+        for more in tallies[1:]:
+            tally = self.append(tally, more)
+        return tally
+
+    def put_beside(self, left: Tensor, right: Tensor) -> Tensor:
+        """[1, X], [1, Y] -> [1, X + Y]."""
+        return ops.concat((left, right), 1)
+
+    def shard(self, mesh: Mesh) -> None:
+        """A row for each data slice."""
+        rows = mesh.cut("data", None)
+        self.append = mesh.local(self.put_beside, (rows, rows), (rows,), beside, first)
+
+
+class ParallelLoss(TallyJoin):
     """What training makes small, as in LossCell, and all figures of the step in one sum over the devices.
 
     Args:
@@ -65,9 +85,7 @@ class ParallelLoss(nn.Cell):
         count = self.count(valid, (0, 1))  # [1, 1]
         if self.layers == 0:
             return self.total(self.local(logits, labels, valid, count, factor), 0)
-        tally = tallies[0]
-        for more in tallies[1:]:
-            tally = self.append(tally, more)  # at last [data_parallel, M * (TALLY + 2 E)]
+        tally = self.join(tallies)  # [data_parallel, M * (TALLY + 2 E)]
         return self.total(self.local(logits, labels, valid, count, factor, tally), 0)
 
     def places(self, config: Config) -> int:
@@ -88,10 +106,6 @@ class ParallelLoss(nn.Cell):
         losses = self.token_losses(logits, labels.reshape(-1))  # [N]
         return (losses * valid.reshape(-1)).sum() / ops.maximum(count.sum(), 1.0)
 
-    def put_beside(self, left: Tensor, right: Tensor) -> Tensor:
-        """[1, X], [1, Y] -> [1, X + Y]."""
-        return ops.concat((left, right), 1)
-
     def dense_part(self, logits: Tensor, labels: Tensor, valid: Tensor, count: Tensor, factor: Tensor) -> Tensor:
         """What a data slice adds: [1, 2]."""
         loss = self.cross_entropy(logits, labels, valid, count)
@@ -111,6 +125,7 @@ class ParallelLoss(nn.Cell):
 
     def shard(self, mesh: Mesh) -> None:
         """Two sums over the devices: of the valid tokens, and of all figures."""
+        super().shard(mesh)
         data, rows = mesh.degrees.data_parallel, mesh.cut("data", None)
         width, micro_batches = self.width, self.micro_batches
 
@@ -126,7 +141,6 @@ class ParallelLoss(nn.Cell):
         self.take_factor = mesh.local(self.factor_of, (whole,), (whole,), one_factor, first)
         self.count = ops.ReduceSum(keep_dims=True).shard(((data, 1),))
         self.total = ops.ReduceSum().shard(((data, 1),))
-        self.append = mesh.local(self.put_beside, (rows, rows), (rows,), beside, first)
         self.turn = ops.Transpose().shard(((data, 1, 1),))
         inputs = (rows, rows, rows, mesh.cut(None, None), mesh.cut(None, None))
 

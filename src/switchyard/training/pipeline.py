@@ -17,10 +17,10 @@ import numpy as np
 from mindspore import Tensor, lazy_inline, nn, ops
 
 from switchyard.config import Config
-from switchyard.parallel.mesh import Mesh, first
+from switchyard.parallel.mesh import Mesh
 from switchyard.parallel.placement import Degrees
 from switchyard.parallel.stages import stages_of_layers
-from switchyard.training.parallel_step import ParallelLoss, StepEnd, beside, share_of
+from switchyard.training.parallel_step import ParallelLoss, StepEnd, TallyJoin, share_of
 
 SLICES_STAY_CUT = "PIPELINE_SLICE_SKIP_REDISTRIBUTION"  # else the compiler gathers a batch before it takes a part of it
 
@@ -37,7 +37,7 @@ class FirstCell(nn.Cell):
         return self.model.enter(tokens, noise)
 
 
-class JoinedTallies(nn.Cell):
+class JoinedTallies(TallyJoin):
     """The tallies of a stage's conditional layers, side by side, to be sent to the last stage."""
 
     def __init__(self, mesh: Mesh, stage: int):
@@ -47,19 +47,11 @@ class JoinedTallies(nn.Cell):
 
     def construct(self, *tallies) -> Tensor:
         """Tallies [data_parallel, X] of some layers -> the negative of [data_parallel, Y]: LastCell turns it back."""
-        tally = tallies[0]
-        for more in tallies[1:]:
-            tally = self.append(tally, more)
-        return self.negative(tally)
-
-    def put_beside(self, left: Tensor, right: Tensor) -> Tensor:
-        """[1, X], [1, Y] -> [1, X + Y]."""
-        return ops.concat((left, right), 1)
+        return self.negative(self.join(tallies))
 
     def shard(self, mesh: Mesh) -> None:
         """A row for each data slice; a plain operator at the end, behind which the compiler can send."""
-        rows = mesh.cut("data", None)
-        self.append = mesh.local(self.put_beside, (rows, rows), (rows,), beside, first)
+        super().shard(mesh)
         self.negative = ops.Neg().shard(((mesh.degrees.data_parallel, 1),))
 
 
@@ -80,10 +72,10 @@ class LastCell(ParallelLoss):
         logits, count = self.model.logits(x), self.count(valid, (0, 1))
         if self.layers == 0:
             return self.total(self.local(logits, labels, valid, count, factors), 0)
-        tally = self.turned(tallies[0])
-        for more in tallies[1:]:
-            tally = self.append(tally, self.turned(more))
-        return self.total(self.local(logits, labels, valid, count, factors, tally), 0)
+        turned = ()
+        for tally in tallies:
+            turned = (*turned, self.turned(tally))
+        return self.total(self.local(logits, labels, valid, count, factors, self.join(turned)), 0)
 
     def places(self, config: Config) -> int:
         """Of all micro-batches, so that their sum keeps them apart."""
