@@ -8,7 +8,8 @@ to FILE:
     cpu        a small configuration on the CPU, perhaps of another machine: the losses of 20 steps in float32
     same       the same on one GPU, in float32 and float16, against those
     layouts    each way to cut a model over two GPUs against one: losses and weights after 20 steps, then speed
-    guard      AllReduce that race with kernels (context.launch_blocking=false): the guard of replicas must stop the run
+    guard      kernels are not waited for (context.launch_blocking=false): where AllReduce race, the guard of replicas
+               must stop the run
     resume     a checkpoint of two GPUs goes on on one, and back
     kill       one of two workers dies: how long until the job has ended, what it says, what it leaves behind
     float16    config/moe_1b_gpu.yaml, scaled, 500 steps of the default corpus: skipped steps, curve
@@ -35,6 +36,7 @@ from switchyard.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "run_distribute_train_gpu.sh"
+TRAIN, RACE = ROOT / "train.py", ROOT / "benchmarks" / "gpu_race.py"
 COMPARED = 20  # steps whose losses are compared, and after which weights are
 MODEL = {"num_layers": 4, "hidden_size": 512, "num_heads": 8, "intermediate_size": 2048, "seq_length": 256}
 TREE = {  # a gentle rate, and an eps above the rounding of gradients: what differs is then the layout, not its echo
@@ -56,6 +58,7 @@ ZERO = "parallel.optimizer_shard"
 DP, EP = {"parallel.data_parallel": 2}, {"parallel.data_parallel": 2, "parallel.expert_parallel": 2}
 LAYOUTS = {
     "dp 2": DP | {ZERO: 0},
+    "dp 2, not waiting": DP | {ZERO: 0, "context.launch_blocking": "false"},
     "dp 2, ZeRO 1": DP,
     "dp 2, ZeRO 1, blocking": DP | {"context.launch_blocking": "true"},
     "dp 2, ZeRO 3": DP | {ZERO: 3},
@@ -82,16 +85,30 @@ class Runs:
         self.config = folder / "config.yaml"
         self.config.write_text(yaml.safe_dump(tree), encoding="utf-8")  # without defaults: devices have their own
 
-    def start(self, name: str, devices: int, keys: dict, *flags: str, config: Path | None = None, device: str = "gpu"):
-        """The process of a job in a session of its own; its words go to NAME.out."""
+    def start(
+        self,
+        name: str,
+        devices: int,
+        keys: dict,
+        *flags: str,
+        config: Path | None = None,
+        device: str = "gpu",
+        program: Path = TRAIN,
+    ):
+        """The process of a job in a session of its own; its words go to NAME.out. A `program` besides train.py is
+        started by the launcher itself, as the script's --dry-run prints it."""
         keys = {"train.name": name, "train.output_dir": self.folder / "runs"} | keys
         words = [f"{key}={value}" for key, value in keys.items()]
         command = ["bash", SCRIPT, "--config", config or self.config, "--devices", devices, *flags]
         log = ["--log-dir", self.folder / "logs" / f"{name}-{time.monotonic_ns()}"]
         out = (self.folder / f"{name}.out").open("a")
         environment = os.environ | {"DEVICE": device, "NCCL_NVLS_ENABLE": "0"}
+        command = [*map(str, command), *map(str, log), *words]
+        if program != TRAIN:
+            shown = subprocess.run([*command, "--dry-run"], env=environment, capture_output=True, text=True, check=True)
+            command = ["bash", "-c", shown.stdout.replace(str(TRAIN), str(program))]
         return subprocess.Popen(
-            [*map(str, command), *map(str, log), *words],
+            command,
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -172,7 +189,7 @@ def layouts(runs: Runs, names: list[str]) -> dict:
         name, reference = re.sub(r"[ ,]+", "-", layout), one_gpu(runs, LAYOUTS[layout])
         expected, weights = runs.losses(reference), runs.weights(reference, COMPARED)
         alone = speed(runs.lines(reference))
-        found.setdefault("one GPU", alone | {"loss": expected[-1]})
+        found.setdefault("one GPU" + reference.removeprefix("one").replace("-", ", ", 1), alone | {"loss": expected[-1]})
         done = runs.run(name, 2, LAYOUTS[layout])
         row = {"code": done["code"], "said": done["said"], "seconds": done["seconds"], **speed(runs.lines(name))}
         losses = runs.losses(name)
@@ -192,7 +209,7 @@ def layouts(runs: Runs, names: list[str]) -> dict:
 def one_gpu(runs: Runs, keys: dict) -> str:
     """The run of one GPU that a layout is compared with, made once for each model."""
     model = {key: value for key, value in keys.items() if key.startswith("model.")}
-    name = "-".join(["one", *(key.split(".")[1] for key in model)])
+    name = "-".join(["one", *(f"{key.split('.')[1]} {value}" for key, value in model.items())])
     if not runs.lines(name):
         runs.run(name, 1, model)
     return name
@@ -209,18 +226,24 @@ def planned(runs: Runs, name: str) -> dict[str, list[int]]:
 
 
 def guard(runs: Runs) -> dict:
-    """Settings that may race, on their own and with the guard: what it says, the losses, the newest checkpoint."""
-    unguarded, found = {"context.launch_blocking": "false", "train.replica_check_every": COMPARED}, {}
-    small = SMALL | {"train.steps": 5 * COMPARED, "train.keep_checkpoints": 2}
-    for name, what, keys in (
-        ("racy", "`optimizer_shard: 0`, the model of the table", DP | {ZERO: 0}),
-        ("racy-small", "`optimizer_shard: 0`, a small model", DP | small | {ZERO: 0}),
-        ("racy-by-hand", "a router that the compiler does not cut", DP | small | {"moe.router": "cosine"}),
+    """Small runs go on from a good checkpoint without waiting for kernels: what the guard of replicas says, after how
+    many steps, and which checkpoint is the newest then."""
+    small = SMALL | {"train.checkpoint_every": COMPARED}
+    good = small | {"train.steps": COMPARED}
+    racy = small | {"train.steps": 5 * COMPARED, "train.replica_check_every": 1, "context.launch_blocking": "false"}
+    found = {}
+    for name, what, keys, program in (
+        ("by-compiler", "data slices, `optimizer_shard: 0`", DP | {ZERO: 0}, TRAIN),
+        ("read", "the same, the sum of figures read by one more operator", DP | {ZERO: 0}, RACE),
+        ("slices", "`model_parallel: 2`", {"parallel.model_parallel": 2}, TRAIN),
+        ("by-hand", "processes exchange by hand (`moe.router: cosine`)", DP | {"moe.router": "cosine"}, TRAIN),
     ):
-        done = runs.run(name, 2, keys | unguarded)
+        name = f"guard-{name}"
+        runs.run(name, 2, keys | good, timeout=70)
+        done = runs.run(name, 2, keys | racy, "--resume", program=program, timeout=70)
         newest = [path.name for path in checkpoint.listed(runs.folder / "runs" / name)][-1:]
-        steps = len(runs.losses(name))
-        end = done["said"] if done["code"] else f"ended well after {steps} steps, replicas bit-equal"
+        steps = len(runs.losses(name)) - COMPARED
+        end = done["said"] if done["code"] else f"{steps} steps ended well, replicas bit-equal after each"
         found[name] = {**done, "what": what, "end": end, "newest": newest, "losses": runs.losses(name).tolist()}
     return found
 

@@ -9,7 +9,7 @@ all devices, with an AllGather around it.
 
 from collections.abc import Callable
 
-from mindspore import ops
+from mindspore import get_context, ops
 from mindspore.communication import create_group
 from mindspore.parallel import Layout
 
@@ -29,6 +29,7 @@ class Mesh:
         groups: routing groups G in all; a device holds G / data_parallel of them.
         length: tokens S of a sequence.
         noise: layout of the noise [J, N, D], or of the [1, 1, 1] that stands for it where a network reads none.
+        alone: a stage is one GPU, whose backend wants the graph of a pipeline without functions, and so no `local`.
         sequence: rows between two layers are cut over the model slices too (arXiv 2205.05198, section 4.2.2).
     """
 
@@ -36,6 +37,7 @@ class Mesh:
         self.degrees = Degrees.of(config.parallel)
         self.groups, self.length = config.groups, config.model.seq_length
         self.sequence = config.parallel.sequence_parallel
+        self.alone = self.degrees.stage_devices == 1 and get_context("device_target") == "GPU"
         degrees = self.degrees
         self.layout = Layout((degrees.outer, degrees.expert_parallel, degrees.model_parallel), AXES)
         self.noise = self.cut(None, "data" if noisy else None, None)
@@ -61,15 +63,17 @@ class Mesh:
             self.known.add(name)
         return name
 
-    def local(self, work: Callable, inputs: tuple, outputs: tuple, shapes: Callable, types: Callable) -> ops.Morph:
+    def local(self, work: Callable, inputs: tuple, outputs: tuple, shapes: Callable, types: Callable) -> Callable:
         """An operator that does `work` on the slices of one device.
 
         Args:
             work: function or method of a Cell. It sees local shapes, reads no Parameter that is not an argument, and
-                returns a tensor or a flat tuple.
+                returns a tensor or a flat tuple. Where there is nothing to cut it is handed back as it is.
             inputs, outputs: layouts of its arguments and results; replicated arguments get their gradients summed.
             shapes, types: shapes and types of the whole arguments -> those of the whole results.
         """
+        if self.alone:
+            return work
         morph = ops.Morph(work, shapes, types).add_prim_attr("self_define_shard", True)
         return morph.shard(in_strategy=inputs, out_strategy=outputs)
 

@@ -186,7 +186,8 @@ def must_block(config: Config) -> bool:
     but for what it cannot cut; docs/gpu.md has what was seen."""
     if config.context.launch_blocking is not None:
         return config.context.launch_blocking
-    return config.parallel.optimizer_shard == 0 or config.parallel.model_parallel > 1
+    cut = config.parallel
+    return (cut.data_parallel > 1 and cut.optimizer_shard == 0) or cut.model_parallel > 1
 
 
 def local_config(config: Config, processes: Processes) -> Config:

@@ -60,6 +60,16 @@ def with_defaults(config: Config, target: str) -> Config:
     return config.model_copy(update={"parallel": config.parallel.model_copy(update={"optimizer_shard": 1})})
 
 
+def check_target(config: Config, target: str) -> None:
+    """Refuses what the compiler cuts for another target only (UserError, one line)."""
+    stages = config.parallel.pipeline_stage
+    if target == "GPU" and stages > 1 and config.devices > stages:
+        raise UserError(
+            f"parallel.pipeline_stage: {stages}; on GPU a stage is one device, since MindSpore's backend there 'does not "
+            f"support the lazy_inline feature': set the other degrees to 1, or pipeline_stage"
+        )
+
+
 class LossScale:
     """Dynamic loss scale kept on the host, by the rule of StepGraph.adjust_scale; 1 without float16."""
 

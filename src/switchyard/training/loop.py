@@ -27,7 +27,7 @@ from switchyard.parallel.replicas import check_replicas
 from switchyard.routing.fixed import balance_tables
 from switchyard.routing.replay import Recorder
 from switchyard.training import checkpoint
-from switchyard.training.cluster import ClusterStep, why_by_hand, with_defaults
+from switchyard.training.cluster import ClusterStep, check_target, why_by_hand, with_defaults
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
 from switchyard.training.layout import whole_shape
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
@@ -98,6 +98,7 @@ def choose_way(config: Config, count: int) -> tuple[Config, str | None]:
     by_hand = why_by_hand(config, target)
     check_degrees(config, count, by_hand is None, by_hand if target != "CPU" else "")
     if by_hand is None:
+        check_target(config, target)
         return with_defaults(config, target), None
     if target != "CPU" and is_first():
         print(f"parallel: processes exchange by hand, for {by_hand}", flush=True)

@@ -2,7 +2,8 @@
 
 Every device compiles the whole network and keeps the cells of its stage; between stages the compiler puts Send and
 Receive. It asks for much, and hangs or fails with words of its own otherwise:
-    - one lazily inlined cell that holds a micro-batch's whole forward pass, called for every micro-batch;
+    - one lazily inlined cell that holds a micro-batch's whole forward pass, called for every micro-batch. GPUs refuse
+      it; there a stage is one device, and without `local` operators the cell is inlined at once;
     - whatever is not of one stage alone inside a cell with `pipeline_stage`, every `local` operator above all;
     - what crosses comes out of a plain operator with a layout, the last one of its cell;
     - nothing behind the gradients may join those of different stages, but a tuple that AddN sums.
@@ -105,7 +106,7 @@ class LastCell(ParallelLoss):
 
 
 class MicroBatch(nn.Cell):
-    """Forward pass of one micro-batch through all stages.
+    """Forward pass of one micro-batch through all stages, written out for each: the graph grows with their number.
 
     Args:
         model: a Decoder on which `shard` was called.
@@ -113,7 +114,6 @@ class MicroBatch(nn.Cell):
         mesh: the devices of a stage.
     """
 
-    @lazy_inline
     def __init__(self, model: nn.Cell, config: Config, mesh: Mesh):
         super().__init__(auto_prefix=False)
         self.first, self.last, self.layers = FirstCell(model), LastCell(model, config, mesh), model.layers
@@ -141,6 +141,14 @@ class MicroBatch(nn.Cell):
                 own = (*own, tallies[index])
             joined = (*joined, join(*own))
         return self.last(x, labels, valid, rest[-1], *joined)
+
+
+class SharedMicroBatch(MicroBatch):
+    """The same, as one function of the graph that all micro-batches call: compiled once. Not on GPU."""
+
+    @lazy_inline
+    def __init__(self, model: nn.Cell, config: Config, mesh: Mesh):
+        super().__init__(model, config, mesh)
 
 
 class Pipelined(nn.Cell):
@@ -192,7 +200,8 @@ class PipelineStepGraph(StepEnd):
     def __init__(self, model: nn.Cell, config: Config, mesh: Mesh, cuts: list[int]):
         super().__init__(model, config)
         os.environ[SLICES_STAY_CUT] = "1"  # read by the compiler
-        self.loss = Pipelined(MicroBatch(model, config, mesh), config.micro_batches, cuts)
+        kind = MicroBatch if mesh.alone else SharedMicroBatch
+        self.loss = Pipelined(kind(model, config, mesh), config.micro_batches, cuts)
         self.accumulated = self.parameters.clone("accu_grads", init="zeros")
         self.ends = SquaresAndFigures(self.parameters, mesh.degrees)
         self.clear, self.sliced = ops.Assign(), config.parallel.optimizer_shard > 0
