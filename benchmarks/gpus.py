@@ -189,8 +189,8 @@ def layouts(runs: Runs, names: list[str]) -> dict:
         name, reference = re.sub(r"[ ,]+", "-", layout), one_gpu(runs, LAYOUTS[layout])
         expected, weights = runs.losses(reference), runs.weights(reference, COMPARED)
         alone = speed(runs.lines(reference))
-        found.setdefault("one GPU" + reference.removeprefix("one").replace("-", ", ", 1), alone | {"loss": expected[-1]})
-        done = runs.run(name, 2, LAYOUTS[layout])
+        found.setdefault("one GPU" + reference.removeprefix("one").replace("-", ", ", 1).replace("-", " "), alone | {"loss": expected[-1]})
+        done = runs.run(name, 2, LAYOUTS[layout], timeout=90)
         row = {"code": done["code"], "said": done["said"], "seconds": done["seconds"], **speed(runs.lines(name))}
         losses = runs.losses(name)
         if len(losses) >= COMPARED:
@@ -209,7 +209,7 @@ def layouts(runs: Runs, names: list[str]) -> dict:
 def one_gpu(runs: Runs, keys: dict) -> str:
     """The run of one GPU that a layout is compared with, made once for each model."""
     model = {key: value for key, value in keys.items() if key.startswith("model.")}
-    name = "-".join(["one", *(f"{key.split('.')[1]} {value}" for key, value in model.items())])
+    name = "-".join(["one", *(f"{key.split('.')[1]}-{value}" for key, value in model.items())])
     if not runs.lines(name):
         runs.run(name, 1, model)
     return name
