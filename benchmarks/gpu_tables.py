@@ -45,8 +45,7 @@ def tables(found: dict) -> str:
             f"- A killed worker: the job ended {kill['seconds']} s later with exit code {kill['code']}, "
             f"named the rank and left {kill['left']} processes."
         )
-    for row in found.get("guard", {}).values():
-        text.append(f"- `context.launch_blocking: false`, {row['what']}: {row['end']}.")
+    text += [f"- Not waiting, {row['what']}: {row['end']}." for row in found.get("guard", {}).values()]
     if half := found.get("float16"):
         skipped = sum(point[3] for point in half["curve"])
         text.append(

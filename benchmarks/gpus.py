@@ -189,7 +189,10 @@ def layouts(runs: Runs, names: list[str]) -> dict:
         name, reference = re.sub(r"[ ,]+", "-", layout), one_gpu(runs, LAYOUTS[layout])
         expected, weights = runs.losses(reference), runs.weights(reference, COMPARED)
         alone = speed(runs.lines(reference))
-        found.setdefault("one GPU" + reference.removeprefix("one").replace("-", ", ", 1).replace("-", " "), alone | {"loss": expected[-1]})
+        found.setdefault(
+            "one GPU" + reference.removeprefix("one").replace("-", ", ", 1).replace("-", " "),
+            alone | {"loss": expected[-1]},
+        )
         done = runs.run(name, 2, LAYOUTS[layout], timeout=90)
         row = {"code": done["code"], "said": done["said"], "seconds": done["seconds"], **speed(runs.lines(name))}
         losses = runs.losses(name)
@@ -243,7 +246,8 @@ def guard(runs: Runs) -> dict:
         done = runs.run(name, 2, keys | racy, "--resume", program=program, timeout=70)
         newest = [path.name for path in checkpoint.listed(runs.folder / "runs" / name)][-1:]
         steps = len(runs.losses(name)) - COMPARED
-        end = done["said"] if done["code"] else f"{steps} steps ended well, replicas bit-equal after each"
+        stopped = done["said"].split(" | ")[0].replace(f"{runs.folder}/", "")
+        end = f"`{stopped}`" if done["code"] else f"{steps} steps ended well, replicas bit-equal after each"
         found[name] = {**done, "what": what, "end": end, "newest": newest, "losses": runs.losses(name).tolist()}
     return found
 

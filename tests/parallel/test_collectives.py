@@ -10,6 +10,7 @@ import pytest
 from oracles.layouts import DEVICES, DROPLESS, LAYOUTS, RANK, VOCAB
 
 from switchyard.config import build
+from switchyard.parallel.graph import sums_may_race
 from switchyard.parallel.placement import Degrees, optimizer_slices, placement, slice_of, stages_of
 from switchyard.parallel.simulate import compile_step
 
@@ -118,6 +119,13 @@ def test_collectives_are_those_of_the_table(compiled):
     elif ("AlltoAll", (4, 5, 6, 7)) in golden and "recompute" not in name:
         number = 4 if "accumulation" in name else 2
         assert report.count("AlltoAll", FORWARD, "layers.1") == number == report.count("AlltoAll", BACKWARD, "layers.1")
+
+
+@pytest.mark.slow
+def test_on_gpus_no_sum_races_where_there_are_data_slices(compiled):
+    """The sum of figures is handed out as it is. A pipeline's is read, but a stage of it is one GPU."""
+    name, degrees, report, _ = compiled
+    assert degrees.data_parallel > 1 and sums_may_race(report.graph) == ("pp2" in name)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from switchyard.parallel.processes import (
     on_one_device,
     own_rank,
     require_one_device,
+    waits_for_nothing,
 )
 
 EXPERTS = {"expert_num": 4}
@@ -136,9 +137,20 @@ def test_one_alone_hears_itself():
         ({"data_parallel": 2}, {}, True),
         ({"data_parallel": 2, "optimizer_shard": 1}, {}, False),
         ({"model_parallel": 2, "optimizer_shard": 1}, {}, True),
+        ({"pipeline_stage": 2, "micro_batch_num": 2}, {}, False),  # of one device each: nothing is summed
         ({"data_parallel": 2}, {"launch_blocking": False}, False),
         ({"data_parallel": 2, "optimizer_shard": 3}, {"launch_blocking": True}, True),
     ],
 )
 def test_kernels_are_waited_for_where_sums_would_race(parallel, context, blocks):
     assert must_block(build({"parallel": parallel, "context": context})) is blocks
+
+
+@pytest.mark.parametrize(
+    ("target", "count", "blocking", "nothing"),
+    [("GPU", 2, False, True), ("GPU", 2, None, False), ("GPU", 1, False, False), ("CPU", 2, False, False)],
+)
+def test_several_gpus_may_be_told_to_wait_for_nothing(target, count, blocking, nothing, monkeypatch):
+    monkeypatch.setattr("mindspore.get_context", {"device_target": target}.get)
+    config = build({"parallel": {"model_parallel": 2}, "context": {"launch_blocking": blocking}})
+    assert waits_for_nothing(config, Processes(0, count)) is nothing

@@ -4,6 +4,7 @@ Compiles run in processes of their own; one layout is compiled for the tests of 
 """
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -223,6 +224,18 @@ def test_a_pipeline_equals_one_device(staged):
     assert moved > 100 * virtual.TOLERANCE
     assert found.met["Send", (0, 2)] == found.met["Send", (3, 1)] == 2 * 2  # rows and tallies of each micro-batch
     assert not any(name.startswith("accu_grads") for name in found.differences)
+
+
+@pytest.mark.slow
+def test_a_pipeline_written_out_for_gpus_equals_one_device(references, monkeypatch):
+    """Without a function that the micro-batches share, without operators of Ascend, a stage a device."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    config = layout({"tie_word_embeddings": False}, {"layers": "all"}, pipeline_stage=2, micro_batch_num=2)
+    reports = simulate.compile_ranks(config, 2, range(2), VOCABULARY, step="oracles.written_out:step")
+    assert not any(report.graph.functions or report.operators["RmsNorm"] for report in reports)
+    found = virtual.compare(config, reports, *references(config))
+    assert found.equal, virtual.render(found)
+    assert found.met["Send", (0, 1)] == found.met["Send", (1, 0)] == 2 * 2  # rows and tallies of each micro-batch
 
 
 def lost_gradients_of_tallies(attributes, held):

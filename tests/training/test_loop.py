@@ -50,6 +50,14 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, graph):
     assert evaluations[0].items() <= evaluations[1].items()  # the part was also evaluated where it ended first
 
 
+def test_gpus_that_wait_for_nothing_are_warned_once(tmp_path, monkeypatch, capsys):
+    write_text(tmp_path)
+    monkeypatch.setattr("switchyard.training.loop.waits_for_nothing", lambda config, processes: processes.size == 1)
+    train(run_config(tmp_path, train={"steps": 2, "replica_check_every": 7}))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: launch: ")]
+    assert len(said) == 1 and "context.launch_blocking=true" in said[0] and "train.replica_check_every=7 " in said[0]
+
+
 def test_what_a_run_leaves(tmp_path, graph, capsys):
     write_text(tmp_path)
     config = run_config(tmp_path, train={"steps": 5, "log_every": 2, "eval_every": 2, "checkpoint_every": 2})

@@ -218,6 +218,23 @@ def _collectives(graph: Graph, functions: dict[str, Graph]) -> Iterator[Collecti
         yield Collective(node.kind, group, direction, layer, _cause(node), node.parameter, tuple(shape), size)
 
 
+def sums_may_race(graph: Graph) -> bool:
+    """Whether MindSpore's GPU backend gives the AllReduce of a graph a stream of their own, on which they race with the
+    kernels that make and read them. It does where there are several and an operator reads each; where one is handed
+    out as it is, all stay with the kernels. (Source: AssignGpuStream of MindSpore; docs/gpu.md has what was seen.)
+
+    `graph`: without functions.
+    """
+    sums = [node.output for node in graph.nodes if node.kind == "AllReduce"]
+    read = set()
+    for node in reversed(graph.nodes):
+        if node.kind not in ("MakeTuple", "TupleGetItem", "Depend"):
+            read.update(node.inputs)
+        elif node.output in read:
+            read.update(node.inputs[:1] if node.kind == "Depend" else node.inputs)
+    return len(sums) > 1 and all(name in read for name in sums)
+
+
 def called_by(node: Node, made: dict[str, Node], functions: dict[str, "Graph"]) -> str | None:
     """The function that a call runs, where the graph says: one by its name, or the backward pass that came out of one.
 

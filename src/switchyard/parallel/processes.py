@@ -27,6 +27,10 @@ BLOCKING = (
     "launch: each kernel is waited for, which costs up to a third of the speed: on GPU MindSpore 2.9 lets several "
     "AllReduce of one step race with its kernels (parallel.optimizer_shard=1 needs it not, without model slices)"
 )
+RACING = (
+    "warning: launch: the AllReduce of this step may race with its kernels, and nothing is waited for: set "
+    "context.launch_blocking=true; until then train.replica_check_every={every} is all that would notice"
+)
 LAUNCH = "bash scripts/run_distribute_train_ascend.sh --devices {count} starts them, with DEVICE=cpu on this machine"
 
 
@@ -182,12 +186,19 @@ def meet(config: Config) -> Processes:
 
 def must_block(config: Config) -> bool:
     """Whether several GPUs wait for each kernel: where the step sums gradients or activations by AllReduce, which
-    MindSpore 2.9 lets race with the kernels that make and read them. With ZeRO these are ReduceScatter and AllGather,
-    but for what it cannot cut; docs/gpu.md has what was seen."""
+    MindSpore 2.9 can let race with the kernels that make and read them. With ZeRO most are ReduceScatter and
+    AllGather; of the compiled graph `graph.sums_may_race` knows."""
     if config.context.launch_blocking is not None:
         return config.context.launch_blocking
     cut = config.parallel
     return (cut.data_parallel > 1 and cut.optimizer_shard == 0) or cut.model_parallel > 1
+
+
+def waits_for_nothing(config: Config, processes: Processes) -> bool:
+    """Whether this is one of several GPUs that do not wait for each kernel."""
+    import mindspore as ms
+
+    return processes.size > 1 and ms.get_context("device_target") == "GPU" and not must_block(config)
 
 
 def local_config(config: Config, processes: Processes) -> Config:

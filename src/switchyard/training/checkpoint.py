@@ -32,6 +32,7 @@ from switchyard import cli
 from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.parallel.placement import Degrees
+from switchyard.parallel.processes import Processes
 from switchyard.training.layout import held
 from switchyard.training.manifest import (
     CONFIG,
@@ -199,6 +200,24 @@ def finish(run: str | Path, config: Config, tokenizer_json: str, state: dict[str
         UserError: a slice is missing, doubled or foreign; names it. There is no checkpoint then.
     """
     return _finish(run, config, tokenizer_json, state, Degrees.of(config.parallel), wait)
+
+
+def save_together(
+    processes: Processes, run: Path, config: Config, tokenizer_json: str, weights, optimizer, state, shapes=None
+) -> None:
+    """Writes a checkpoint, see `save`: every process its own slices, and the first makes it one.
+
+    `shapes`: see save_slice."""
+    if processes.size == 1:
+        save(run, config, tokenizer_json, weights, optimizer, state)
+        return
+    if processes.is_first:
+        begin(run, state["step"])
+    processes.wait()
+    save_slice(run, config, state["step"], processes.rank, weights, optimizer, shapes)
+    if processes.is_first:
+        finish(run, config, tokenizer_json, state)
+    processes.wait()
 
 
 def _temporary(run: str | Path, step: int) -> Path:

@@ -7,6 +7,7 @@ Legend: A micro-batches, B batch, S sequence, N = B * S tokens, J noise slices, 
 """
 
 import math
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from mindspore.graph.api import _cell_graph_executor
 
 from switchyard.config import Config
 from switchyard.errors import UserError
-from switchyard.parallel.graph import collectives, read_graph
+from switchyard.parallel.graph import Graph, collectives, read_graph, sums_may_race
 from switchyard.parallel.offered import refusals
 from switchyard.parallel.processes import Processes
 from switchyard.parallel.stages import factors
@@ -65,8 +66,8 @@ def check_target(config: Config, target: str) -> None:
     stages = config.parallel.pipeline_stage
     if target == "GPU" and stages > 1 and config.devices > stages:
         raise UserError(
-            f"parallel.pipeline_stage: {stages}; on GPU a stage is one device, since MindSpore's backend there 'does not "
-            f"support the lazy_inline feature': set the other degrees to 1, or pipeline_stage"
+            f"parallel.pipeline_stage: {stages}; on GPU a stage is one device, for MindSpore's backend there 'does not "
+            "support the lazy_inline feature': set the other degrees to 1, or pipeline_stage"
         )
 
 
@@ -147,12 +148,22 @@ class ClusterStep:
     def exchanged(self) -> dict[str, tuple[int, int]]:
         """Kind of collective -> (how many of them this device's step makes, their bytes together), as read from the
         compiled graph; the step has been called."""
-        phase, found = list(self.step.compile_cache)[-1], {}
-        graph = read_graph(_cell_graph_executor._graph_executor.get_func_graph_proto(phase, "mind_ir", False))
-        for one in collectives(graph):
+        found = {}
+        for one in collectives(self._compiled):
             number, size = found.get(one.kind, (0, 0))
             found[one.kind] = number + 1, size + one.bytes
         return found
+
+    @property
+    def may_race(self) -> bool:
+        """Whether the compiled graph has sums that a GPU lets race, unless kernels are waited for; as `exchanged`."""
+        return sums_may_race(self._compiled)
+
+    @cached_property
+    def _compiled(self) -> Graph:
+        """The graph of the step, which has been called."""
+        phase = list(self.step.compile_cache)[-1]
+        return read_graph(_cell_graph_executor._graph_executor.get_func_graph_proto(phase, "mind_ir", False))
 
     def load(self, weights: dict[str, np.ndarray], optimizer: dict[str, np.ndarray]) -> None:
         """Compiles the step, which cuts the parameters, and sets them and the optimizer's state to slices that were

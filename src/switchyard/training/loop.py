@@ -15,6 +15,7 @@ from switchyard.errors import Interrupted, UserError
 from switchyard.models import create_model
 from switchyard.parallel.exchange import create_joint, cut_model, whole_arrays
 from switchyard.parallel.processes import (
+    RACING,
     Processes,
     check_degrees,
     is_first,
@@ -22,6 +23,7 @@ from switchyard.parallel.processes import (
     launched,
     local_config,
     meet,
+    waits_for_nothing,
 )
 from switchyard.parallel.replicas import check_replicas
 from switchyard.routing.fixed import balance_tables
@@ -219,10 +221,7 @@ class Trainer:
             self.compile_seconds = (self.compile_seconds or 0.0) + seconds
             if self.config.context.mode == "graph":
                 self.progress.say(f"compiled, and made step {self.done}, in {seconds:.1f} s")
-            if self.is_cut:
-                exchanged = self.step.exchanged()
-                self.metrics.write({"kind": "exchanges", "step": self.done, **exchanged})
-                self.progress.say(exchange_line(exchanged))
+            self._say_what_travels()
         else:
             self.clock.add(seconds)
         if self.done == 1 or self._is_due(self.config.train.log_every):
@@ -231,6 +230,15 @@ class Trainer:
                 del line["loss_scale"], line["skipped"]
             self.metrics.write(line)
             self.progress.say(self.progress.train_line(line))
+
+    def _say_what_travels(self) -> None:
+        """What the compiled step exchanges, and whether it does so safely."""
+        if self.is_cut:
+            exchanged = self.step.exchanged()
+            self.metrics.write({"kind": "exchanges", "step": self.done, **exchanged})
+            self.progress.say(exchange_line(exchanged))
+        if waits_for_nothing(self.config, self.processes) and (not self.is_cut or self.step.may_race):
+            self.progress.say(RACING.format(every=self.config.train.replica_check_every))
 
     def _inputs(self) -> tuple[np.ndarray, ...]:
         """tokens [A, B, S], labels [A, B, S], valid [A, B, S] and noise [A, max(J, 1), N, D] of the next step."""
@@ -308,7 +316,7 @@ class Trainer:
         self._compare_replicas(weights | optimizer)  # what is saved has been seen to be right
         self.metrics.flush()
         texts, shapes = self.data.tokenizer.to_json(), self.step.shapes if self.is_cut else None
-        save_together(self.processes, self.run, config, texts, weights, optimizer, state, shapes)
+        checkpoint.save_together(self.processes, self.run, config, texts, weights, optimizer, state, shapes)
         self.saved = self.done
 
     def _arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -377,22 +385,6 @@ class Trainer:
             "checkpoint": checkpoint.name_of(self.done),
             "best_checkpoint": best[0].name if best else None,
         }
-
-
-def save_together(processes, run: Path, config: Config, tokenizer_json: str, weights, optimizer, state, shapes=None):
-    """Writes a checkpoint, see checkpoint.save: every process its own slices, and the first makes it one.
-
-    `shapes`: see checkpoint.save_slice."""
-    if processes.size == 1:
-        checkpoint.save(run, config, tokenizer_json, weights, optimizer, state)
-        return
-    if processes.is_first:
-        checkpoint.begin(run, state["step"])
-    processes.wait()
-    checkpoint.save_slice(run, config, state["step"], processes.rank, weights, optimizer, shapes)
-    if processes.is_first:
-        checkpoint.finish(run, config, tokenizer_json, state)
-    processes.wait()
 
 
 def expected_compile_seconds(config: Config) -> float:

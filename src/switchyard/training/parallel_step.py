@@ -73,7 +73,8 @@ class ParallelLoss(TallyJoin):
         the model reads some, factors [1, A] of the losses where `is_weighted` -> [2 + M * (TALLY + 2 E)].
 
         The first entry is the loss, the only one with a gradient; the second the cross-entropy; then come the sums over
-        the data slices of every conditional layer's tally, see MoELayer.tally.
+        the data slices of every conditional layer's tally, see MoELayer.tally. No operator reads them behind the sum
+        over the devices, which keeps the AllReduce of a GPU in order: see graph.sums_may_race.
         """
         factor = rest[-1] if self.weighted else self.one
         noise = rest[0] if self.noisy else self.no_noise
