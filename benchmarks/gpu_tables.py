@@ -34,10 +34,9 @@ def tables(found: dict) -> str:
         note = "; ".join({part["note"] for part in found["same"].values() if "note" in part})
         what = f"{COMPARED} losses{', ' if note else ''}{note}"
         text.append(f"- One GPU against a CPU, largest relative difference of {what}: {apart}.")
-    for name, row in found.get("resume", {}).items():
-        ways = {"two-one": "dp 2, ep 2, then one GPU", "one-two": "one GPU, then dp 2, ep 2"}[name]
+    for row in found.get("resume", {}).values():
         text.append(
-            f"- Resumed half way, {ways}: after {COMPARED} steps losses are within {row['loss_apart']:.1e} and weights "
+            f"- Resumed half way, {row['what']}: after {COMPARED} steps losses are within {row['loss_apart']:.1e} and weights "
             f"within {row['weights_apart']:.1e} of one GPU's without a stop."
         )
     if kill := found.get("kill"):

@@ -1,6 +1,6 @@
 """train.py on one and on several GPUs: the same losses and weights, how fast, what travels, and what goes wrong.
 
-    python benchmarks/gpus.py --out FILE.json [--parts same layouts ...] [--data FILE] [--folder DIR]
+    python benchmarks/gpus.py --out FILE.json [--parts same layouts ...] [--rows "pp 2" ...] [--data FILE]
 
 Every job is started as a user starts one, by scripts/run_distribute_train_gpu.sh. Parts, each of which adds its figures
 to FILE:
@@ -56,6 +56,14 @@ TREE = {  # a gentle rate, and an eps above the rounding of gradients: what diff
 SMALL = {"model.num_layers": 2, "model.hidden_size": 128, "model.intermediate_size": 512, "data.batch_size": 8}
 ZERO = "parallel.optimizer_shard"
 DP, EP = {"parallel.data_parallel": 2}, {"parallel.data_parallel": 2, "parallel.expert_parallel": 2}
+PP_ON_ONE = {  # two micro-batches of half the batch, and so of one of the groups, each
+    "data.batch_size": TREE["data"]["batch_size"] // 2,
+    "moe.groups": 1,
+    "model.tie_word_embeddings": "false",
+    "train.gradient_accumulation_steps": 2,
+}
+PP = PP_ON_ONE | {"parallel.pipeline_stage": 2, "parallel.micro_batch_num": 2, ZERO: 0}
+PP["train.gradient_accumulation_steps"] = 1  # the stages' micro-batches take its place
 LAYOUTS = {
     "dp 2": DP | {ZERO: 0},
     "dp 2, not waiting": DP | {ZERO: 0, "context.launch_blocking": "false"},
@@ -65,14 +73,20 @@ LAYOUTS = {
     "dp 2, ep 2, ZeRO 1": EP,
     "dp 2, ep 2": EP | {ZERO: 0},
     "tp 2": {"parallel.model_parallel": 2},
-    "pp 2": {
-        "parallel.pipeline_stage": 2,
-        "parallel.micro_batch_num": 2,  # of half the batch, and so of one of the groups, each
-        "data.batch_size": TREE["data"]["batch_size"] // 2,
-        "moe.groups": 1,
-        "model.tie_word_embeddings": "false",
-        ZERO: 0,
-    },
+    "pp 2": PP,
+}
+GUARDED = {  # kernels are not waited for: what, keys, program
+    "guard-by-compiler": ("data slices, `optimizer_shard: 0`", DP | {ZERO: 0}, TRAIN),
+    "guard-read": ("the same, the sum of figures read by one more operator", DP | {ZERO: 0}, RACE),
+    "guard-read-1": ("the same with `optimizer_shard: 1`", DP, RACE),
+    "guard-slices": ("`model_parallel: 2`", {"parallel.model_parallel": 2}, TRAIN),
+    "guard-by-hand": ("processes exchange by hand (`moe.router: cosine`)", DP | {"moe.router": "cosine"}, TRAIN),
+}
+RESUMED = {  # what, then devices and keys of the first half, and of the second
+    "two-one": ("dp 2, ep 2, then one GPU", (2, EP), (1, {})),
+    "one-two": ("one GPU, then dp 2, ep 2", (1, {}), (2, EP)),
+    "stages-one": ("pp 2, then one GPU", (2, PP), (1, PP_ON_ONE)),
+    "one-stages": ("one GPU, then pp 2", (1, PP_ON_ONE), (2, PP)),
 }
 
 
@@ -228,20 +242,15 @@ def planned(runs: Runs, name: str) -> dict[str, list[int]]:
     return found
 
 
-def guard(runs: Runs) -> dict:
+def guard(runs: Runs, names: list[str]) -> dict:
     """Small runs go on from a good checkpoint without waiting for kernels: what the guard of replicas says, after how
     many steps, and which checkpoint is the newest then."""
     small = SMALL | {"train.checkpoint_every": COMPARED}
     good = small | {"train.steps": COMPARED}
     racy = small | {"train.steps": 5 * COMPARED, "train.replica_check_every": 1, "context.launch_blocking": "false"}
     found = {}
-    for name, what, keys, program in (
-        ("by-compiler", "data slices, `optimizer_shard: 0`", DP | {ZERO: 0}, TRAIN),
-        ("read", "the same, the sum of figures read by one more operator", DP | {ZERO: 0}, RACE),
-        ("slices", "`model_parallel: 2`", {"parallel.model_parallel": 2}, TRAIN),
-        ("by-hand", "processes exchange by hand (`moe.router: cosine`)", DP | {"moe.router": "cosine"}, TRAIN),
-    ):
-        name = f"guard-{name}"
+    for name in names:
+        what, keys, program = GUARDED[name]
         runs.run(name, 2, keys | good, timeout=70)
         done = runs.run(name, 2, keys | racy, "--resume", program=program, timeout=70)
         newest = [path.name for path in checkpoint.listed(runs.folder / "runs" / name)][-1:]
@@ -252,17 +261,17 @@ def guard(runs: Runs) -> dict:
     return found
 
 
-def resume(runs: Runs) -> dict:
+def resume(runs: Runs, names: list[str]) -> dict:
     """Ten steps on one, ten on the other, against twenty on one GPU."""
-    steps, half = {"train.steps": COMPARED}, {"train.steps": COMPARED // 2}
-    if not runs.lines("one"):
-        runs.run("one", 1, {})
-    expected, found = runs.weights("one", COMPARED), {}
-    for name, first, second in (("two-one", (2, EP), (1, {})), ("one-two", (1, {}), (2, EP))):
-        runs.run(name, first[0], first[1] | half)
-        done = runs.run(name, second[0], second[1] | steps, "--resume")
-        found[name] = {"code": done["code"], "weights_apart": apart(runs.weights(name, COMPARED), expected)}
-        found[name]["loss_apart"] = float(np.abs(runs.losses(name) - runs.losses("one")[:COMPARED]).max())
+    found = {}
+    for name in names:
+        what, *halves = RESUMED[name]
+        reference = one_gpu(runs, halves[0][1])
+        for (count, keys), steps, flags in zip(halves, (COMPARED // 2, COMPARED), ((), ("--resume",))):
+            done = runs.run(name, count, keys | {"train.steps": steps}, *flags)
+        far = apart(runs.weights(name, COMPARED), runs.weights(reference, COMPARED))
+        found[name] = {"code": done["code"], "what": what, "weights_apart": far}
+        found[name]["loss_apart"] = float(np.abs(runs.losses(name) - runs.losses(reference)[:COMPARED]).max())
     return found
 
 
@@ -334,18 +343,12 @@ def gpus() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {
-        "cpu": cpu,
-        "same": same,
-        "layouts": layouts,
-        "guard": guard,
-        "resume": resume,
-        "kill": kill,
-        "float16": float16,
-    }
+    rows = {layouts: LAYOUTS, guard: GUARDED, resume: RESUMED}
+    parts = {part.__name__: part for part in (cpu, same, layouts, guard, resume, kill, float16)}
+    names = [name for part in rows.values() for name in part]
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--rows", nargs="+", choices=names, default=names, help="of layouts, guard and resume")
     parser.add_argument("--data", help="a text file; otherwise the default corpus")
     parser.add_argument("--folder", type=Path, help="where runs are kept; otherwise a temporary folder")
     args = parser.parse_args()
@@ -353,14 +356,16 @@ def main() -> None:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         runs = Runs(folder, args.data)
-        for part in args.parts:
+        for name, part in ((name, parts[name]) for name in args.parts):
             found = json.loads(args.out.read_text()) if args.out.exists() else {"gpus": gpus()}
             try:
-                more = {"layouts": (args.layouts,), "same": (found.get("cpu"),)}.get(part, ())
-                found[part] = parts[part](runs, *more)
+                if part in rows:
+                    found[name] = found.get(name, {}) | part(runs, [row for row in rows[part] if row in args.rows])
+                else:
+                    found[name] = part(runs, found["cpu"]) if part is same else part(runs)
             except Exception as error:  # the other parts can still be measured
-                found[part] = {"failed": f"{type(error).__name__}: {error}"}
-                print(part, found[part], file=sys.stderr, flush=True)
+                found[f"{name} failed"] = f"{type(error).__name__}: {error}"
+                print(name, found[f"{name} failed"], file=sys.stderr, flush=True)
             args.out.write_text(json.dumps(found, indent=1))
 
 
