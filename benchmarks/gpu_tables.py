@@ -1,7 +1,7 @@
-"""Tables of docs/gpu.md, made of what benchmarks/gpus.py has measured: no figure there is typed.
+"""What docs/gpu.md and docs/parallel.md say of GPUs, made of what benchmarks/gpus.py has measured: no figure there is typed.
 
-python benchmarks/gpu_tables.py            # writes the tables between their marks
-python benchmarks/gpu_tables.py --check    # exit code 1 if the page and the results differ
+python benchmarks/gpu_tables.py            # writes it between its marks
+python benchmarks/gpu_tables.py --check    # exit code 1 if the pages and the results differ
 """
 
 import argparse
@@ -9,35 +9,31 @@ import json
 import sys
 from pathlib import Path
 
-from gpus import COMPARED, MODEL, TREE
+from gpus import COMPARED, LAYOUTS, MODEL, TREE
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpus.json"
-PAGE = HERE.parent / "docs" / "gpu.md"
+DOCS = HERE.parent / "docs"
 
 
-def page_of(found: dict, page: str) -> str:
-    """The page with the tables of what was found between its marks."""
+def page_of(text: str, page: str) -> str:
+    """The page with `text` between its marks."""
     begin, end = "<!-- gpus -->", "<!-- end -->"
     before, _, rest = page.partition(begin)
     after = rest.partition(end)[2]
-    return f"{before}{begin}\n{tables(found)}\n{end}{after}"
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
-def tables(found: dict) -> str:
-    """What was found, as Markdown."""
-    text = [f"GPUs and driver: {'; '.join(sorted(set(found['gpus'])))}.", ""]
-    if "layouts" in found:
-        text += [*layout_table(found["layouts"]), ""]
+def findings(found: dict) -> str:
+    """What was found besides the layouts, as Markdown."""
+    text = []
     if "same" in found:
         apart = ", ".join(f"{kind} {part['largest_relative']:.1e}" for kind, part in found["same"].items())
-        note = "; ".join({part["note"] for part in found["same"].values() if "note" in part})
-        what = f"{COMPARED} losses{', ' if note else ''}{note}"
-        text.append(f"- One GPU against a CPU, largest relative difference of {what}: {apart}.")
+        text.append(f"- One GPU against a CPU, largest relative difference of {COMPARED} losses: {apart}.")
     for row in found.get("resume", {}).values():
         text.append(
-            f"- Resumed half way, {row['what']}: after {COMPARED} steps losses are within {row['loss_apart']:.1e} and weights "
-            f"within {row['weights_apart']:.1e} of one GPU's without a stop."
+            f"- Resumed half way, {row['what']}: after {COMPARED} steps losses are within {row['loss_apart']:.1e} and "
+            f"weights within {row['weights_apart']:.1e} of one GPU's without a stop."
         )
     if kill := found.get("kill"):
         text.append(
@@ -56,6 +52,17 @@ def tables(found: dict) -> str:
         )
         text += ["", "![loss of the float16 run](images/gpu_float16.png)"]
     return "\n".join(text)
+
+
+def measured(found: dict) -> str:
+    """The cards, the layouts and how each is asked for, as Markdown."""
+    text = [f"GPUs and driver: {'; '.join(sorted(set(found['gpus'])))}.", "", *layout_table(found["layouts"]), ""]
+    asked = [
+        f"{name} `{' '.join(f'{key}={value}' for key, value in LAYOUTS[name].items())}`"
+        for name in found["layouts"]
+        if name in LAYOUTS
+    ]
+    return "\n".join([*text, f"Keys: {'; '.join(asked)}."])
 
 
 def layout_table(found: dict) -> list[str]:
@@ -101,18 +108,21 @@ def draw(half: dict, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, say whether the page is up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing, say whether the pages are up to date")
     args = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    renewed = page_of(found, page)
-    if args.check:
-        return int(page != renewed)
-    PAGE.write_text(renewed, encoding="utf-8")
-    if "float16" in found:
-        draw(found["float16"], PAGE.parent / "images" / "gpu_float16.png")
-    return 0
+    found, old = json.loads(RESULTS.read_text(encoding="utf-8")), False
+    for name, part in PAGES.items():
+        page = (DOCS / name).read_text(encoding="utf-8")
+        renewed = page_of(part(found), page)
+        old = old or renewed != page
+        if not args.check:
+            (DOCS / name).write_text(renewed, encoding="utf-8")
+    if "float16" in found and not args.check:
+        draw(found["float16"], DOCS / "images" / "gpu_float16.png")
+    return int(args.check and old)
 
+
+PAGES = {"gpu.md": findings, "parallel.md": measured}
 
 if __name__ == "__main__":
     sys.exit(main())

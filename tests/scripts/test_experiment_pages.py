@@ -80,14 +80,15 @@ def gpu_tables(monkeypatch):
     return importlib.import_module("gpu_tables")
 
 
-def test_gpu_page_is_made_of_the_results(gpu_tables):
-    page = gpu_tables.PAGE.read_text(encoding="utf-8")
+def test_pages_on_gpus_are_made_of_the_results(gpu_tables):
     found = json.loads(gpu_tables.RESULTS.read_text(encoding="utf-8"))
-    assert gpu_tables.page_of(found, page) == page
-    rows = found["layouts"]
+    pages = {name: (gpu_tables.DOCS / name).read_text(encoding="utf-8") for name in gpu_tables.PAGES}
+    for name, part in gpu_tables.PAGES.items():
+        assert gpu_tables.page_of(part(found), pages[name]) == pages[name]
+    rows, page = found["layouts"], pages["parallel.md"]
     assert all(f"| {name} |" in page for name in rows) and "= planned" in page
     rows["one GPU"]["tokens_per_second"] *= 2
-    assert gpu_tables.page_of(found, page) != page
+    assert gpu_tables.page_of(gpu_tables.measured(found), page) != page
 
 
 def test_gpu_table_says_what_did_not_run(gpu_tables):
