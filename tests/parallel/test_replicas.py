@@ -2,17 +2,19 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from oracles.jobs import ROOT, start
 from oracles.tiny_run import run_config, write_text
 
+from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.parallel.placement import Degrees
 from switchyard.parallel.processes import Processes
 from switchyard.parallel.replicas import check_replicas, checksum, odd_ones, replica_groups
-from switchyard.training import checkpoint
+from switchyard.training import checkpoint, loop
 
 EXPERT, PLAIN = "layers.0.feed_forward.experts.w_in", "norm.gain"
 
@@ -59,6 +61,22 @@ def test_what_differs_is_named():
         check_replicas(arrays, {PLAIN: (4,)}, processes, 7, "kept")
     assert "\n" not in str(caught.value)
     check_replicas({EXPERT: arrays[PLAIN].reshape(1, 2, 2)}, {EXPERT: (2, 2, 2)}, processes, 7, "")  # slices may differ
+
+
+def test_random_state_is_compared_too(monkeypatch):
+    """A rank that reads another seed, say from an old copy of the configuration, draws other noise."""
+    given = []
+    monkeypatch.setattr(loop, "check_replicas", lambda arrays, shapes, *_: given.append((arrays, shapes)))
+    for seed, done in ((1, 5), (1, 5), (2, 5), (1, 6)):
+        trainer = SimpleNamespace(
+            processes=Processes(0, 2, Degrees(2)), config=build({"train": {"seed": seed}}), compared=0, done=done
+        )
+        trainer.is_cut, trainer._kept = False, lambda: ""
+        loop.Trainer._compare_replicas(trainer, {PLAIN: np.ones(3, np.float32)})
+    sums = [checksum(arrays["random state"]) for arrays, _ in given]
+    assert sums[0] == sums[1] and len(set(sums)) == 3
+    assert given[0][1]["random state"] == () and list(replica_groups("random state", (), Degrees(2))) == [(0, 1)]
+    assert list(replica_groups("random state", (), Degrees(2, 2, 3, optimizer_shard=1))) == [tuple(range(6))]
 
 
 def job(folder: Path, config, *corrupted: str):

@@ -38,7 +38,7 @@ from switchyard.training.resume import RESULT, find_start, finished, resumed
 from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
-from switchyard.training.step import NOISE_RULE, TrainStep, draw_noise
+from switchyard.training.step import NOISE_RULE, TrainStep, draw_noise, random_state
 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -331,6 +331,7 @@ class Trainer:
         if arrays is None:
             weights, optimizer = self._arrays()
             arrays = weights | optimizer
+        arrays = arrays | {"random state": random_state(self.config.train.seed, self.done)}
         known, degrees = self.step.shapes if self.is_cut else {}, self.processes.degrees
         shapes = {name: known.get(name) or known.get(name.partition(".")[2]) for name in arrays}
         shapes = {name: shape or whole_shape(name, arrays[name].shape, degrees) for name, shape in shapes.items()}

@@ -22,6 +22,11 @@ GROWTH_INTERVAL = 2000  # good steps before the loss scale doubles, as torch.amp
 MAX_LOSS_SCALE = 2.0**24
 
 
+def random_state(seed: int, step: int) -> np.ndarray:
+    """The number that all randomness of a step follows from, see `draw_noise`: [] uint64."""
+    return np.array(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
+
+
 def draw_noise(seed: int, step: int, micro_batches: int, slices: int, rows: int, width: int) -> np.ndarray:
     """The randomness of one step: [A, J, N, D] float32 of U(0, 1), or zeros [A, 1, 1, 1] where a model needs none.
 
