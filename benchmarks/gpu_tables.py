@@ -1,4 +1,4 @@
-"""What docs/gpu.md and docs/parallel.md say of GPUs, made of what benchmarks/gpus.py has measured: no figure there is typed.
+"""What docs/gpu.md and docs/parallel.md say of GPUs, made of what benchmarks/gpus.py has measured.
 
 python benchmarks/gpu_tables.py            # writes it between its marks
 python benchmarks/gpu_tables.py --check    # exit code 1 if the pages and the results differ
