@@ -39,9 +39,8 @@ class RMSNorm(nn.Cell):
         if self.fused is not None:
             return self.fused(x, gain)[0]
         scale = self.rsqrt(self.mean(x * x, -1) + self.eps)  # [N, 1]
-        return self.scale(
-            x * self.spread(scale, self.ones), self.spread(ops.ones_like(scale), ops.expand_dims(gain, 0))
-        )
+        gains = self.spread(ops.ones_like(scale), ops.expand_dims(gain, 0))  # [N, D]; no Reshape: training.pipeline
+        return self.scale(x * self.spread(scale, self.ones), gains)
 
     def shard(self, mesh: Mesh) -> None:
         """Rows are cut; the gain is whole everywhere."""

@@ -6,6 +6,8 @@ Receive. It asks for much, and hangs or fails with words of its own otherwise:
       it; there a stage is one device, and without `local` operators the cell is inlined at once;
     - whatever is not of one stage alone inside a cell with `pipeline_stage`, every `local` operator above all;
     - what crosses comes out of a plain operator with a layout, the last one of its cell;
+    - where the cell is inlined, the first parameter of a stage (a gain) must meet an operator with a layout before any
+      Reshape: it takes the shape of what is received else;
     - nothing behind the gradients may join those of different stages, but a tuple that AddN sums.
 
 Legend: A micro-batches, B sequences of one, S sequence, N = B * S tokens, D width, M conditional layers, E experts,
