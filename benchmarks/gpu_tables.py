@@ -106,6 +106,9 @@ def draw(half: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+PAGES = {"gpu.md": findings, "parallel.md": measured}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, say whether the pages are up to date")
@@ -121,8 +124,6 @@ def main() -> int:
         draw(found["float16"], DOCS / "images" / "gpu_float16.png")
     return int(args.check and old)
 
-
-PAGES = {"gpu.md": findings, "parallel.md": measured}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -62,8 +62,12 @@ PP_ON_ONE = {  # two micro-batches of half the batch, and so of one of the group
     "model.tie_word_embeddings": "false",
     "train.gradient_accumulation_steps": 2,
 }
-PP = PP_ON_ONE | {"parallel.pipeline_stage": 2, "parallel.micro_batch_num": 2, ZERO: 0}
-PP["train.gradient_accumulation_steps"] = 1  # the stages' micro-batches take its place
+PP = PP_ON_ONE | {
+    "parallel.pipeline_stage": 2,
+    "parallel.micro_batch_num": 2,  # in the place of:
+    "train.gradient_accumulation_steps": 1,
+    ZERO: 0,
+}
 LAYOUTS = {
     "dp 2": DP | {ZERO: 0},
     "dp 2, not waiting": DP | {ZERO: 0, "context.launch_blocking": "false"},

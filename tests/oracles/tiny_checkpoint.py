@@ -87,3 +87,8 @@ def slice_by_hand(name: str, array: np.ndarray, parallel: dict, rank: int) -> np
     if parallel.get("optimizer_shard") and array.ndim and len(array) % count == 0:
         array = np.split(array, count, 0)[index]
     return array
+
+
+def content_of(path: Path) -> dict[str, bytes]:
+    """Name -> bytes of each file of tensors in a checkpoint."""
+    return {file.name: file.read_bytes() for file in path.glob("*.safetensors")}

@@ -11,9 +11,10 @@ from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.parallel import simulate
 from switchyard.parallel.graph import sums_may_race
+from switchyard.parallel.offered import check_offered
 from switchyard.parallel.placement import Degrees
 from switchyard.training import checkpoint
-from switchyard.training.cluster import ClusterStep, LossScale, check_target, joined, why_by_hand, with_defaults
+from switchyard.training.cluster import ClusterStep, LossScale, joined, why_by_hand, with_defaults
 from switchyard.training.layout import updates
 from switchyard.training.parallel_eval import evaluation_config
 from switchyard.training.step import GROWTH_INTERVAL, MAX_LOSS_SCALE
@@ -56,12 +57,13 @@ def test_gpus_cut_the_optimizer_unless_told():
 
 @pytest.mark.parametrize("beside", [{"data_parallel": 2}, {"model_parallel": 2}])
 def test_a_gpu_is_a_whole_stage(beside):
-    config = build({"parallel": {"pipeline_stage": 2, "micro_batch_num": 2, **beside}})
-    check_target(config, "Ascend")
-    check_target(build({"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}), "GPU")
-    check_target(build({"parallel": beside}), "GPU")
+    stages, untied = {"pipeline_stage": 2, "micro_batch_num": 2}, {"tie_word_embeddings": False}
+    config = build({"model": untied, "parallel": stages | beside})
+    check_offered(config, "Ascend")
+    check_offered(build({"model": untied, "parallel": stages}), "GPU")
+    check_offered(build({"parallel": beside}), "GPU")
     with pytest.raises(UserError, match=r"^parallel\.pipeline_stage: 2; on GPU a stage is one device.*lazy_inline"):
-        check_target(config, "GPU")
+        check_offered(config, "GPU")
 
 
 def test_loss_scale_goes_by_the_rule_of_one_device():

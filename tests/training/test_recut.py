@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from oracles.tiny_checkpoint import arrays_of, config_of, save_whole, shapes_of, slice_by_hand, state_of
+from oracles.tiny_checkpoint import arrays_of, config_of, content_of, save_whole, shapes_of, slice_by_hand, state_of
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -68,10 +66,6 @@ def _save_cut(run, parallel: dict, step: int = 3, whole_arrays: bool = False, sk
     return checkpoint.finish(run, config, "{}", state_of(step), wait=0), weights, optimizer
 
 
-def _content(path) -> dict:
-    return {file.name: file.read_bytes() for file in path.glob("*.safetensors")}
-
-
 def _to(parallel: dict) -> str:
     return json.dumps(parallel)
 
@@ -111,7 +105,7 @@ def test_round_trips_are_equal_bit_for_bit(tmp_path, first, second):
         _, config = recut.convert(path, _to(layout), out)
         assert config.parallel == config_of(**layout).parallel == checkpoint.read(out).config.parallel
         path = out
-    assert _content(path) == _content(start)
+    assert content_of(path) == content_of(start)
     for name in ("state.json", "tokenizer.json"):
         assert (path / name).read_bytes() == (start / name).read_bytes()
 
@@ -144,7 +138,7 @@ def test_replicas_write_nothing(tmp_path):
         path, *_ = _save_cut(tmp_path / name, LAYOUTS[name])
         devices = _degrees(LAYOUTS[name]).devices
         files = {f"{kind}-{rank:05d}-of-{devices:05d}.safetensors" for rank in writers for kind in manifest.KINDS}
-        assert set(_content(path)) == files
+        assert set(content_of(path)) == files
     second = load_file(tmp_path / "ep4/checkpoints/step-00000003/weights-00001-of-00004.safetensors")
     assert {name: array.shape for name, array in second.items()} == {
         f"layers.{layer}.feed_forward.experts.{name}": shape
@@ -161,7 +155,7 @@ def test_whole_arrays_are_cut_when_they_are_saved(tmp_path):
     """A rank that has gathered a tensor may hand over all of it, if it says its shape."""
     slices, *_ = _save_cut(tmp_path / "slices", LAYOUTS["all"])
     whole, *_ = _save_cut(tmp_path / "whole", LAYOUTS["all"], whole_arrays=True)
-    assert _content(slices) == _content(whole)
+    assert content_of(slices) == content_of(whole)
 
 
 def test_shapes_are_told_from_the_slices_without_zero(tmp_path):
@@ -357,7 +351,7 @@ def test_the_command(tmp_path, capsys):
     assert "routing groups: 8 from here on, not 1: each has a capacity of its own" in printed
     assert checkpoint.read(cut).config.parallel.expert_parallel == 4
     assert cli.run(checkpoint.main, ["convert", str(cut), "--to", "{}", "--out", str(back)]) == 0
-    assert _content(back) == _content(path)
+    assert content_of(back) == content_of(path)
     table = [
         (["convert", str(run), "--to", "{}", "--out", str(cut)], f"--out: '{cut}' exists"),
         (["convert", str(run), "--to", "8", "--out", str(tmp_path / "x")], "--to: '8'; give degrees as YAML"),
@@ -369,36 +363,3 @@ def test_the_command(tmp_path, capsys):
     for arguments, text in table:
         assert cli.run(checkpoint.main, arguments) == 2
         assert text in capsys.readouterr().err
-
-
-PEAK = """
-import sys
-from pathlib import Path
-from switchyard.training import checkpoint, recut
-
-def peak():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-source, out = map(Path, sys.argv[1:])
-start = peak()
-recut.convert(source, "{data_parallel: 4, expert_parallel: 2, model_parallel: 2}", out)
-print(peak() - start)
-recut.convert(out, "{}", out.with_name("back"))
-print(peak() - start)
-checkpoint.read(source)
-print(peak() - start)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_memory_of_a_conversion_is_two_tensors_at_most(tmp_path):
-    """Of 15 tensors of 8 MB each; mapped pages count. Reading them all shows that the measure can see it."""
-    experts = {f"layers.{layer}.feed_forward.experts.w_in": (8, 256, 1024) for layer in (1, 3)}
-    shapes = experts | {f"layers.{layer}.attention.qkv.weight": (1024, 2048) for layer in range(3)}
-    path, *_ = save_whole(tmp_path, shapes=shapes)
-    command = [sys.executable, "-c", PEAK, str(path), str(tmp_path / "out")]
-    cut, back, whole = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-    assert cut <= back <= 2 * (8 << 20)
-    assert whole > 15 * (8 << 20) * 0.9
-    assert _content(tmp_path / "back") == _content(path)

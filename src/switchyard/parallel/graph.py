@@ -2,7 +2,7 @@
 
 The compiler hands it out as MindIR. It is the final one: after the parallel pass, differentiation and all
 optimizations. Reading needs protobuf and the description of the format in the installed MindSpore; MindSpore itself
-is not imported.
+is imported by the process that compiles alone.
 """
 
 import importlib.util
@@ -66,6 +66,14 @@ class Graph:
     parameters: dict[str, tuple[str, tuple[int, ...], type]] = field(default_factory=dict)
     functions: dict[str, "Graph"] = field(default_factory=dict)
     input_shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+
+def compiled_model(step) -> bytes:
+    """The MindIR of a Cell, as it was compiled last."""
+    from mindspore.graph.api import _cell_graph_executor
+
+    phase = list(step.compile_cache)[-1]
+    return _cell_graph_executor._graph_executor.get_func_graph_proto(phase, "mind_ir", False)
 
 
 def read_graph(blob: bytes) -> Graph:
@@ -216,6 +224,15 @@ def _collectives(graph: Graph, functions: dict[str, Graph]) -> Iterator[Collecti
         direction, layer = place_of(node.scope)
         group = group_of(node)
         yield Collective(node.kind, group, direction, layer, _cause(node), node.parameter, tuple(shape), size)
+
+
+def exchanged(graph: Graph) -> dict[str, tuple[int, int]]:
+    """Kind of collective -> (how many of them there are, their bytes together)."""
+    found = {}
+    for one in collectives(graph):
+        number, size = found.get(one.kind, (0, 0))
+        found[one.kind] = number + 1, size + one.bytes
+    return found
 
 
 def sums_may_race(graph: Graph) -> bool:

@@ -33,8 +33,8 @@ class Refusal:
         return f"{self.key}: {self.value}; {self.allowed}"
 
 
-def refusals(config: Config) -> Iterator[Refusal]:
-    """All that stands against cutting a configuration, first what processes can do by hand."""
+def refusals(config: Config, target: str = "Ascend") -> Iterator[Refusal]:
+    """All that stands against cutting a configuration for devices of a kind, first what processes can do by hand."""
     moe, usual = config.moe, "leave it at its default where parallel degrees cut the model"
     if config.model.type != "decoder":
         yield Refusal("model.type", config.model.type, "only a decoder is cut over devices", True)
@@ -46,17 +46,22 @@ def refusals(config: Config) -> Iterator[Refusal]:
         yield Refusal("moe.router_warmup_steps", moe.router_warmup_steps, usual, True)
     if moe.router_freeze_step is not None:
         yield Refusal("moe.router_freeze_step", moe.router_freeze_step, usual, True)
-    yield from _of_pipelines(config)
+    if target == "GPU" and config.moe_layers and moe.dispatch != "capacity":
+        yield Refusal("moe.dispatch", moe.dispatch, "the compiler cuts it for Ascend", True)
+    yield from _of_pipelines(config, target)
     level, count = config.parallel.optimizer_shard, config.train.gradient_accumulation_steps
     if count > 1 and level:  # the compiler gathers a cut parameter for the first micro-batch only
         yield Refusal(ACCUMULATION, count, f"1 with parallel.optimizer_shard ({level})", False)
 
 
-def _of_pipelines(config: Config) -> Iterator[Refusal]:
+def _of_pipelines(config: Config, target: str) -> Iterator[Refusal]:
     """What does not go with several stages."""
     stages, count = config.parallel.pipeline_stage, config.train.gradient_accumulation_steps
     if stages == 1:
         return
+    if target == "GPU" and config.devices > stages:
+        why = "on GPU a stage is one device, for MindSpore's backend there 'does not support the lazy_inline feature'"
+        yield Refusal("parallel.pipeline_stage", stages, f"{why}: set the other degrees to 1, or pipeline_stage", False)
     beside = f"with parallel.pipeline_stage ({stages})"
     if count > 1:
         yield Refusal(ACCUMULATION, count, f"1 {beside}: raise parallel.micro_batch_num", False)
@@ -66,7 +71,7 @@ def _of_pipelines(config: Config) -> Iterator[Refusal]:
         yield Refusal("model.tie_word_embeddings", True, f"False {beside}", False)
 
 
-def check_offered(config: Config) -> None:
-    """Refuses what the compiler does not cut (UserError, one line)."""
-    for refusal in refusals(config):
+def check_offered(config: Config, target: str = "Ascend") -> None:
+    """Refuses what the compiler does not cut for a device (UserError, one line)."""
+    for refusal in refusals(config, target):
         raise UserError(str(refusal))

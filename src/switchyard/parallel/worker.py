@@ -80,9 +80,9 @@ def compile_rank(folder: Path, job: dict, rank: int) -> None:
     os.environ.update(RANK_SIZE=str(job["devices"]), RANK_ID=str(rank))
     import mindspore as ms
     from mindspore.communication import init
-    from mindspore.graph.api import _cell_graph_executor
 
     from switchyard.config import build
+    from switchyard.parallel.graph import compiled_model
 
     os.chdir(folder)  # MindSpore leaves files where it stands
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -95,9 +95,7 @@ def compile_rank(folder: Path, job: dict, rank: int) -> None:
     built = time.perf_counter()
     parallel.compile(*inputs)
     seconds = time.perf_counter() - built
-    phase = list(parallel.compile_cache)[-1]
-    blob = _cell_graph_executor._graph_executor.get_func_graph_proto(phase, "mind_ir", False)
-    (folder / f"rank{rank}.mindir").write_bytes(blob)
+    (folder / f"rank{rank}.mindir").write_bytes(compiled_model(parallel))
     layouts = {name: [list(part) for part in held[:3]] for name, held in parallel.parameter_layout_dict.items()}
     found = {
         "build_seconds": built - began,

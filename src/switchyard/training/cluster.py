@@ -7,16 +7,14 @@ Legend: A micro-batches, B batch, S sequence, N = B * S tokens, J noise slices, 
 """
 
 import math
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from mindspore import Parameter, Tensor
-from mindspore.graph.api import _cell_graph_executor
 
 from switchyard.config import Config
 from switchyard.errors import UserError
-from switchyard.parallel.graph import Graph, collectives, read_graph, sums_may_race
+from switchyard.parallel.graph import Graph, compiled_model, read_graph
 from switchyard.parallel.offered import refusals
 from switchyard.parallel.processes import Processes
 from switchyard.parallel.stages import factors
@@ -34,19 +32,17 @@ SCALE_STATE = ("loss_scale", "good_steps")
 def why_by_hand(config: Config, target: str) -> str | None:
     """Why the compiler does not cut the step of this configuration, and processes can do it by hand; None where it
     does, or nobody can."""
-    moe, conditional = config.moe, bool(config.moe_layers)
-    dropless = moe.dispatch != "capacity" and conditional
+    moe = config.moe
     reasons = (
         (target == "CPU", "MindSpore's compiler cuts graphs for Ascend and GPU only"),
         (config.context.mode != "graph", f"context.mode: {config.context.mode}; the compiler cuts graphs"),
-        *((refusal.by_hand, str(refusal)) for refusal in refusals(config)),
+        *((refusal.by_hand, str(refusal)) for refusal in refusals(config, target)),
         (moe.record is not None, "moe.record is read by one process"),
         (moe.replay is not None, "moe.replay is read by one process"),
         (
-            conditional and not find_router(moe.router).cuts,
+            bool(config.moe_layers) and not find_router(moe.router).cuts,
             f"moe.router: {moe.router}; the compiler cuts routers whose scores are x W",
         ),
-        (target == "GPU" and dropless, f"moe.dispatch: {moe.dispatch}; the compiler cuts it for Ascend"),
     )
     return next((reason for holds, reason in reasons if holds), None)
 
@@ -59,16 +55,6 @@ def with_defaults(config: Config, target: str) -> Config:
     if target != "GPU" or written or alone or config.train.gradient_accumulation_steps > 1:
         return config
     return config.model_copy(update={"parallel": config.parallel.model_copy(update={"optimizer_shard": 1})})
-
-
-def check_target(config: Config, target: str) -> None:
-    """Refuses what the compiler cuts for another target only (UserError, one line)."""
-    stages = config.parallel.pipeline_stage
-    if target == "GPU" and stages > 1 and config.devices > stages:
-        raise UserError(
-            f"parallel.pipeline_stage: {stages}; on GPU a stage is one device, for MindSpore's backend there 'does not "
-            "support the lazy_inline feature': set the other degrees to 1, or pipeline_stage"
-        )
 
 
 class LossScale:
@@ -145,25 +131,9 @@ class ClusterStep:
         self.processes.wait()
         self.step.transformer_opt(str(path))
 
-    def exchanged(self) -> dict[str, tuple[int, int]]:
-        """Kind of collective -> (how many of them this device's step makes, their bytes together), as read from the
-        compiled graph; the step has been called."""
-        found = {}
-        for one in collectives(self._compiled):
-            number, size = found.get(one.kind, (0, 0))
-            found[one.kind] = number + 1, size + one.bytes
-        return found
-
-    @property
-    def may_race(self) -> bool:
-        """Whether the compiled graph has sums that a GPU lets race, unless kernels are waited for; as `exchanged`."""
-        return sums_may_race(self._compiled)
-
-    @cached_property
-    def _compiled(self) -> Graph:
-        """The graph of the step, which has been called."""
-        phase = list(self.step.compile_cache)[-1]
-        return read_graph(_cell_graph_executor._graph_executor.get_func_graph_proto(phase, "mind_ir", False))
+    def compiled(self) -> Graph:
+        """What the compiler has made of this device's step, which has been called."""
+        return read_graph(compiled_model(self.step))
 
     def load(self, weights: dict[str, np.ndarray], optimizer: dict[str, np.ndarray]) -> None:
         """Compiles the step, which cuts the parameters, and sets them and the optimizer's state to slices that were

@@ -14,6 +14,8 @@ from switchyard.device import set_context, target_of
 from switchyard.errors import Interrupted, UserError
 from switchyard.models import create_model
 from switchyard.parallel.exchange import create_joint, cut_model, whole_arrays
+from switchyard.parallel.graph import exchanged, sums_may_race
+from switchyard.parallel.offered import check_offered
 from switchyard.parallel.processes import (
     RACING,
     Processes,
@@ -29,7 +31,7 @@ from switchyard.parallel.replicas import check_replicas
 from switchyard.routing.fixed import balance_tables
 from switchyard.routing.replay import Recorder
 from switchyard.training import checkpoint
-from switchyard.training.cluster import ClusterStep, check_target, why_by_hand, with_defaults
+from switchyard.training.cluster import ClusterStep, why_by_hand, with_defaults
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
 from switchyard.training.layout import whole_shape
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
@@ -100,7 +102,7 @@ def choose_way(config: Config, count: int) -> tuple[Config, str | None]:
     by_hand = why_by_hand(config, target)
     check_degrees(config, count, by_hand is None, by_hand if target != "CPU" else "")
     if by_hand is None:
-        check_target(config, target)
+        check_offered(config, target)
         return with_defaults(config, target), None
     if target != "CPU" and is_first():
         print(f"parallel: processes exchange by hand, for {by_hand}", flush=True)
@@ -233,11 +235,13 @@ class Trainer:
 
     def _say_what_travels(self) -> None:
         """What the compiled step exchanges, and whether it does so safely."""
+        races = waits_for_nothing(self.config, self.processes)
         if self.is_cut:
-            exchanged = self.step.exchanged()
-            self.metrics.write({"kind": "exchanges", "step": self.done, **exchanged})
-            self.progress.say(exchange_line(exchanged))
-        if waits_for_nothing(self.config, self.processes) and (not self.is_cut or self.step.may_race):
+            graph = self.step.compiled()
+            travels, races = exchanged(graph), races and sums_may_race(graph)
+            self.metrics.write({"kind": "exchanges", "step": self.done, **travels})
+            self.progress.say(exchange_line(travels))
+        if races:
             self.progress.say(RACING.format(every=self.config.train.replica_check_every))
 
     def _inputs(self) -> tuple[np.ndarray, ...]:

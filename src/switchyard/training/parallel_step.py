@@ -8,7 +8,7 @@ Shapes are those of all devices together; what `local` operators see is one devi
 import json
 
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, get_context, nn, ops
 from mindspore import dtype as mstype
 from mindspore.parallel.auto_parallel import AutoParallel
 
@@ -269,7 +269,7 @@ def parallel_step(config: Config, vocab_size: int, drawn: bool = True) -> AutoPa
     Raises:
         UserError: what cannot be cut over devices.
     """
-    check_offered(config)
+    check_offered(config, get_context("device_target"))
     model = create_model(config, vocab_size, drawn=drawn)
     mesh = Mesh(config, model.noise_slices > 0)
     model.shard(mesh)
