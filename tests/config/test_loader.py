@@ -16,7 +16,7 @@ from switchyard.errors import UserError
 
 MODELS = ["model", "moe", "vision", "cascade"]
 SECTIONS = [*MODELS, "data", "optimizer", "schedule", "train", "parallel", "context", "export"]
-CONFIGS = sorted((Path(__file__).parents[1] / "config").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "config").glob("*.yaml"))
 
 
 def _refusal(*overrides, tree=None) -> str:
