@@ -30,7 +30,6 @@ class AdamW(nn.Cell):
     Args:
         parameters: what to update; float32.
         beta1, beta2, eps, weight_decay: as above.
-        guarded: an update can be refused by `alive` (dynamic loss scale).
         apart: for each parameter whether its learning rate is multiplied by `factor` of a call; None: of none.
         device_target: "CPU" takes the kernel that is fastest there; None asks MindSpore's context.
 
@@ -44,7 +43,6 @@ class AdamW(nn.Cell):
         beta2,
         eps,
         weight_decay,
-        guarded=False,
         device_target: str | None = None,
         apart: list[bool] | None = None,
     ):
@@ -56,20 +54,25 @@ class AdamW(nn.Cell):
         self.correction2 = Parameter(Tensor(0.0, mstype.float32), name="correction2", requires_grad=False)
         self.beta1, self.beta2 = Tensor(beta1, mstype.float32), Tensor(beta2, mstype.float32)
         self.rest1, self.rest2 = 1.0 - beta1, 1.0 - beta2
-        self.eps, self.weight_decay, self.guarded = eps, weight_decay, guarded
+        self.eps, self.weight_decay = eps, weight_decay
         self.apart = tuple(apart or [False] * len(self.parameters))
         self.decays = tuple(weight_decay > 0 and parameter.ndim >= 2 for parameter in parameters)
         self.one_kernel = (device_target or ms.get_context("device_target")) != "CPU"
         self.zero, self.one = Tensor(0.0, mstype.float32), Tensor(1.0, mstype.float32)
         self.adam, self.adam_decay, self.assign = ops.Adam(), ops.AdamWeightDecay(), ops.Assign()
-        self.sqrt, self.select = ops.Sqrt(), ops.Select()
+        self.sqrt, self.select, self.multiply = ops.Sqrt(), ops.Select(), ops.MulNoNan()
 
-    def construct(self, gradients: tuple, learning_rate: Tensor, alive: Tensor, factor: Tensor = None) -> Tensor:
+    def construct(self, gradients: tuple, learning_rate, alive, factor=None, scale=None) -> Tensor:
         """One update by `gradients` (one for each parameter, same shapes) and a float32 scalar: returns 0.
 
-        factor []: 0 holds the parameters that stand apart, 1 lets them go; None where there are none.
+        Where `alive` is false nothing changes, whatever the gradients hold.
 
-        Where the optimizer is guarded and `alive` is false nothing changes, whatever the gradients hold.
+        Args:
+            gradients: as they come out of the graph.
+            learning_rate: [] float32.
+            alive: [] bool; whether the update is applied.
+            factor: []; 0 holds the parameters that stand apart, 1 lets them go; None where there are none.
+            scale: []; multiplies the gradients, see `gradient_scale`; None = 1.
         """
         correction1 = self.correction1 + self.rest1 * (1.0 - self.correction1)
         correction2 = self.correction2 + self.rest2 * (1.0 - self.correction2)
@@ -77,21 +80,18 @@ class AdamW(nn.Cell):
         root = self.sqrt(correction2)
         eps, decay = self.eps * root, self.weight_decay * correction1 / root  # the kernel multiplies decay by `rate`
         beta1, beta2 = self.beta1, self.beta2
-        if self.guarded:  # betas of 1 and a rate of 0 leave everything as it is, if the gradient is finite
-            learning_rate = self.select(alive, learning_rate, self.zero)
-            beta1, beta2 = self.select(alive, beta1, self.one), self.select(alive, beta2, self.one)
+        # A refused update: betas of 1 and a rate of 0 leave everything as it is, if the gradient is finite.
+        learning_rate = self.select(alive, learning_rate, self.zero)
+        beta1, beta2 = self.select(alive, beta1, self.one), self.select(alive, beta2, self.one)
+        scale = self.select(alive, self.one if scale is None else scale, self.zero)
         rate, shrink = learning_rate * root / correction1, 1.0 - learning_rate * self.weight_decay
         other_rate, other_shrink = rate, shrink
         if factor is not None:
             other_rate, other_shrink = rate * factor, 1.0 - learning_rate * factor * self.weight_decay
-        if self.guarded:
-            correction1 = self.select(alive, correction1, self.correction1)
-            correction2 = self.select(alive, correction2, self.correction2)
-        self.assign(self.correction1, correction1)
-        self.assign(self.correction2, correction2)
+        self.assign(self.correction1, self.select(alive, correction1, self.correction1))
+        self.assign(self.correction2, self.select(alive, correction2, self.correction2))
         for index, gradient in enumerate(gradients):
-            if self.guarded:
-                gradient = self.select(alive, gradient, ops.zeros_like(gradient))
+            gradient = self.multiply(gradient, scale)  # 0 times NaN is 0 here: refusing costs no pass of its own
             parameter, m, v = self.parameters[index], self.moment1[index], self.moment2[index]
             own_rate = other_rate if self.apart[index] else rate
             if self.one_kernel:
@@ -136,22 +136,15 @@ def plain_adamw(parameter, moment1, moment2, gradient, step, learning_rate, beta
     return parameter - learning_rate * mean / (np.sqrt(variance) + eps), moment1, moment2
 
 
-def clipped(gradients: tuple, norm: Tensor, clip: float | None, unscale: Tensor | None) -> tuple:
-    """Gradients without the loss scale and of global norm at most `clip`: one pass, or none where neither is on.
+def gradient_scale(norm: Tensor, clip: float | None, unscale: Tensor | None) -> Tensor | None:
+    """What gradients are multiplied by: without the loss scale, and of global norm at most `clip`; None = nothing.
 
     Args:
-        gradients: times the loss scale.
-        norm: of what they are without it.
+        norm: of the gradients without the loss scale.
         clip: the limit; None = no limit.
         unscale: the inverse of the loss scale []; None = there is none.
     """
-    if clip is None and unscale is None:
-        return gradients
-    factor, shorter = 1.0, ()
-    if clip is not None:
-        factor = ops.minimum(clip / (norm + 1e-6), 1.0)
-    if unscale is not None:
-        factor = factor * unscale
-    for gradient in gradients:
-        shorter = (*shorter, gradient * factor)
-    return shorter
+    if clip is None:
+        return unscale
+    factor = ops.minimum(clip / (norm + 1e-6), 1.0)
+    return factor if unscale is None else factor * unscale

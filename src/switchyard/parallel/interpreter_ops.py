@@ -145,6 +145,12 @@ def maximum_grad(attributes, x, y, d_out, *rest):
     return d_out * first, d_out * ~first
 
 
+@operator("MulNoNan")
+def multiply_no_nan(_, x, y):
+    """x times y, and 0 where y is 0, whatever x is."""
+    return np.where(y == 0, np.zeros_like(x), x * y)
+
+
 @operator("Select")
 def select(_, condition, x, y):
     """x where the condition holds, else y."""

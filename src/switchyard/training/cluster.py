@@ -180,7 +180,7 @@ class ClusterStep:
         self.scale.adjust(alive)
         rows = np.concatenate([part.asnumpy() for part in figures]).reshape(len(shares), -1)  # a pipeline has one part
         found = joined([unpack(row, self.config) for row in rows], shares)
-        found |= {"gradient_norm": norm, "loss_scale": scale, "skipped": float(self.scale.used and not alive)}
+        found |= {"gradient_norm": norm, "loss_scale": scale, "skipped": float(not alive)}
         tensors = {name: as_tensor(figure) for name, figure in found.items() if name != "audit"}
         return tensors | {"audit": {name: as_tensor(figure) for name, figure in found["audit"].items()}}
 

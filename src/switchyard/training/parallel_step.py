@@ -13,7 +13,7 @@ from mindspore import dtype as mstype
 from mindspore.parallel.auto_parallel import AutoParallel
 
 from switchyard.config import Config
-from switchyard.kernels.adam import AdamW, clipped
+from switchyard.kernels.adam import AdamW, gradient_scale
 from switchyard.kernels.cross_entropy import TokenLosses
 from switchyard.models import create_model
 from switchyard.moe import TALLY
@@ -198,18 +198,20 @@ class StepEnd(nn.Cell):
         self.scaled = config.model.compute_dtype == "float16"
         self.parameters = ParameterTuple(model.trainable_params())
         decay = (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay)
-        self.optimizer = AdamW(self.parameters, *decay, guarded=self.scaled)
+        self.optimizer = AdamW(self.parameters, *decay)
         self.gradient, self.is_finite = ops.GradOperation(get_by_list=True), ops.IsFinite()
         self.learning_rate = Parameter(Tensor(0.0, mstype.float32), "learning_rate", False)
         self.unscale = Parameter(Tensor(1.0, mstype.float32), "unscale", False) if self.scaled else None
 
     def update(self, gradients: tuple, norm: Tensor) -> Tensor:
-        """The step by gradients and their global norm, both times the loss scale -> the norm without it."""
-        alive = norm
+        """The step by gradients and their global norm, both times the loss scale -> the norm without it.
+
+        Nothing changes where the norm is not finite.
+        """
         if self.scaled:
             norm = norm * self.unscale
-            alive = self.is_finite(norm)
-        self.optimizer(clipped(gradients, norm, self.clip, self.unscale), self.learning_rate * 1.0, alive)
+        scale = gradient_scale(norm, self.clip, self.unscale)
+        self.optimizer(gradients, self.learning_rate * 1.0, self.is_finite(norm), None, scale)
         return norm
 
 

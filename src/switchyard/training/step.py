@@ -11,7 +11,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config
-from switchyard.kernels.adam import AdamW, GlobalNorm, clipped
+from switchyard.kernels.adam import AdamW, GlobalNorm, gradient_scale
 from switchyard.kernels.cross_entropy import TokenLosses
 from switchyard.training.checkpoint import load_weights, set_parameters
 
@@ -157,13 +157,12 @@ class StepGraph(nn.Cell):
             optimizer.beta2,
             optimizer.eps,
             optimizer.weight_decay,
-            self.scaled,
             apart=[".router." in parameter.name for parameter in model.trainable_params()],
         )
         self.of_router = self.optimizer.apart
         self.freezes = config.moe.router_freeze_step is not None and self.loss.conditional
-        states = [parameter for parameter in model.untrainable_params() if ".router." in parameter.name]
-        self.router_states = ParameterTuple(states if self.freezes else [])
+        self.states = ParameterTuple(model.untrainable_params())  # a forward pass may write them, such as a bias
+        self.state_of_router = tuple(".router." in parameter.name for parameter in self.states)
         self.norm = GlobalNorm()
         self.accumulated = None
         if self.micro_batches > 1:
@@ -199,8 +198,8 @@ class StepGraph(nn.Cell):
         live, held = None, ()
         if self.freezes:
             learning_rate, live = learning_rate[0], learning_rate[1]
-            for state in self.router_states:
-                held = (*held, state + ops.zeros_like(state))
+        for state in self.states:
+            held = (*held, state + ops.zeros_like(state))
         if self.micro_batches == 1:
             forced = None if replay is None else replay[0]  # [M, N, K]
             (_, figures), gradients = self.differentiate(tokens[0], labels[0], valid[0], noise[0], scale, forced)
@@ -210,15 +209,13 @@ class StepGraph(nn.Cell):
             gradients = self.joint(gradients)
         if self.freezes:
             gradients = self.learning(gradients, live)
-            self.keep(held, live)
         norm = (self.norm(gradients) if self.joint is None else self.joint.norm(gradients)) / scale
         alive, unscale = self.is_finite(norm), 1.0 / scale if self.scaled else None
-        self.optimizer(clipped(gradients, norm, self.clip, unscale), learning_rate, alive, live)
-        skipped = ops.zeros_like(norm)
+        self.keep(held, alive, live)
+        self.optimizer(gradients, learning_rate, alive, live, gradient_scale(norm, self.clip, unscale))
         if self.scaled:
-            skipped = 1.0 - alive.astype(mstype.float32)
             self.adjust_scale(alive)
-        return (norm, scale, skipped, *figures)
+        return (norm, scale, 1.0 - alive.astype(mstype.float32), *figures)
 
     def learning(self, gradients, live):
         """The gradients, those of the routers times `live`: 0 where they are frozen, for the norm counts them not."""
@@ -227,10 +224,14 @@ class StepGraph(nn.Cell):
             kept = (*kept, gradient * live if of_router else gradient)
         return kept
 
-    def keep(self, held, live):
-        """Puts back what frozen routers have written in the forward pass, such as the bias that balances `sigmoid`."""
-        for state, before in zip(self.router_states, held):
-            self.assign(state, ops.select(live > 0, state + ops.zeros_like(state), before))
+    def keep(self, held, alive, live):
+        """Puts back what the forward pass has written, such as the bias that balances `sigmoid`: all of it where the
+        step is refused, that of frozen routers always."""
+        for index, before in enumerate(held):
+            state, moves = self.states[index], alive
+            if self.freezes and self.state_of_router[index]:
+                moves = ops.logical_and(alive, live > 0)
+            self.assign(state, ops.select(moves, state + ops.zeros_like(state), before))
 
     def scaled_loss(self, tokens, labels, valid, noise, factor, replay=None):
         """(total loss times `factor`, figures): what is differentiated."""
@@ -303,8 +304,9 @@ class TrainStep:
     With more than one micro-batch the graph loops over them and adds up gradients in place, each weighted by its share
     of the valid tokens: the cross-entropy's gradient is that of the joined batch. Balance losses are per micro-batch.
 
-    With float16 the loss is scaled: a step whose gradients are not finite is skipped and halves the scale, and
-    GROWTH_INTERVAL good steps double it. Scale and counter are parameters.
+    A step whose gradient norm is not finite is skipped: weights, moments and the routers' state stay. With float16 the
+    loss is scaled: a skipped step halves the scale, and GROWTH_INTERVAL good steps double it. Scale and counter are
+    parameters.
 
     Args:
         model: see LossCell; its trainable parameters are float32.
