@@ -8,7 +8,6 @@ caches on. All are exported, loaded and called as infer.py does it, with caches 
 """
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -24,6 +23,7 @@ from timing import interleave, print_table, ratios
 from switchyard.config import Config, build
 from switchyard.inference.export import inference_config, prefill_block, write_graphs
 from switchyard.inference.mindir import load_graph
+from switchyard.json_text import to_json
 from switchyard.models import create_model
 
 SMALL = {
@@ -103,7 +103,7 @@ def main() -> None:
         print("best tokens/s: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items() if name != "floor"))
         found[batch] = {name: min(times) for name, times in seconds.items()}
     if chosen.json:
-        Path(chosen.json).write_text(json.dumps(found), encoding="utf-8")
+        Path(chosen.json).write_text(to_json(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

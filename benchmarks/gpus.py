@@ -31,6 +31,7 @@ import numpy as np
 import yaml
 
 from switchyard import config as configuration
+from switchyard.json_text import to_json
 from switchyard.parallel.costs import costs
 from switchyard.training import checkpoint
 
@@ -223,7 +224,7 @@ def layouts(runs: Runs, names: list[str]) -> dict:
         if row["tokens_per_second"]:
             row["efficiency"] = row["tokens_per_second"] / alone["tokens_per_second"] / 2
         found[layout] = row
-        print(json.dumps(row), flush=True)
+        print(to_json(row), flush=True)
     return found
 
 
@@ -370,7 +371,7 @@ def main() -> None:
             except Exception as error:  # the other parts can still be measured
                 found[f"{name} failed"] = f"{type(error).__name__}: {error}"
                 print(name, found[f"{name} failed"], file=sys.stderr, flush=True)
-            args.out.write_text(json.dumps(found, indent=1))
+            args.out.write_text(to_json(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ and the activation on the same slots; the dense layer has the same active FLOPs 
 """
 
 import argparse
-import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # MindSpore's kernels have a pool of their own
@@ -21,6 +20,7 @@ from timing import interleave, print_table, ratios
 from switchyard.capacity import capacity
 from switchyard.config import build
 from switchyard.experts import FeedForwardExperts
+from switchyard.json_text import to_json
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.moe import MoELayer
 
@@ -104,7 +104,7 @@ def main() -> None:
         print_table(title, figures[shape], "expert matrix products")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
+            file.write(to_json(figures, indent=1))
 
 
 if __name__ == "__main__":

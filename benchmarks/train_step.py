@@ -9,7 +9,6 @@ idle thread pools spin: a round gives each of them `--steps` steps, in turn.
 
 import argparse
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -151,8 +150,10 @@ def main() -> None:
     figures = ratios(seconds, names[0])
     print_table("one training step, 768 tokens", figures, names[0])
     if args.json:
+        from switchyard.json_text import to_json
+
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
+            file.write(to_json(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from plots import RESULTS, draw
 
 from switchyard.config import Config, build
 from switchyard.data import load_data
+from switchyard.json_text import to_json
 from switchyard.models import create_model
 from switchyard.routing.fixed import balance_tables
 from switchyard.training.schedule import learning_rate
@@ -187,7 +188,7 @@ def save(args: argparse.Namespace, name: str, title: str, rows: list[dict]) -> N
     args.out.mkdir(parents=True, exist_ok=True)
     content = {"title": title, "steps": args.steps, "seeds": len(args.seeds), "rows": rows}
     partial = args.out / f".{name}.json.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, args.out / f"{name}.json")
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from typing import NoReturn
 
 from switchyard import config as configuration
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Interrupted, UserError
+from switchyard.json_text import to_json
 
 EXIT_KILLED = 130  # Ctrl-C where there was nothing to save: what a shell reports for SIGINT
 EXIT_PIPE = 141  # nobody reads stdout any more: what a shell reports for SIGPIPE
@@ -90,7 +90,7 @@ def eval_main(arguments: list[str]) -> None:
                 bar.update(done - bar.n)
 
             found = evaluate(chosen.checkpoint, chosen.overrides, on_batch=show)
-        text = json.dumps(found.to_dict()) if chosen.json else found.to_text()
+        text = to_json(found.to_dict()) if chosen.json else found.to_text()
         out.write(text + "\n")
 
 

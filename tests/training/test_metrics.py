@@ -40,7 +40,8 @@ def test_evaluations_that_were_made_are_known(tmp_path):
     log.write({"kind": "evaluation", "step": 5, "loss": 1.0})
     log.close()
     log = MetricsLog(tmp_path, 6)
-    assert log.is_evaluated(5) and not log.is_evaluated(6)
+    assert log.evaluated(5, whole=True) == 1.0
+    assert log.evaluated(6, whole=True) is None and log.evaluated(5, whole=False) is None
     log.close()
 
 

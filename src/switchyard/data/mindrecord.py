@@ -138,7 +138,7 @@ def _write_blocks(file: Path, stream: np.ndarray, width: int, advance: Callable[
 def write_manifest(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
     """Writes the two small files of a prepared folder."""
     (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-    text = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False)
+    text = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

@@ -1,10 +1,10 @@
 """The command lines export.py and infer.py: arguments in, one call, text out. Nothing heavy is imported for --help."""
 
-import json
 import sys
 
 from switchyard.cli import Parser, create_parser, stdout_to_stderr
 from switchyard.errors import UserError
+from switchyard.json_text import to_json
 
 
 def export_main(arguments: list[str]) -> None:
@@ -65,7 +65,7 @@ def _classify(chosen, out) -> None:
     for probabilities in classify(chosen.model, images, chosen.task, key):
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
         if chosen.json:
-            out.write(json.dumps({"class": best, "probabilities": probabilities}) + "\n")
+            out.write(to_json({"class": best, "probabilities": probabilities}) + "\n")
         else:
             out.write(f"class {best}  probability {probabilities[best]:.4f}\n")
 
@@ -102,7 +102,7 @@ def _infer(chosen, out) -> None:
         on_text("\n")
     elif chosen.json:
         objects = [to_dict(one, timing) for one in found]
-        stream(json.dumps(objects if chosen.prompts_file is not None else objects[0]) + "\n")
+        stream(to_json(objects if chosen.prompts_file is not None else objects[0]) + "\n")
     else:
         for one in found:
             stream(f"{one.prompt}{one.text}\n{'-' * 40}\n")

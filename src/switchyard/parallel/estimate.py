@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from switchyard import cli
+from switchyard import cli, json_text
 from switchyard import config as configuration
 from switchyard.capacity import dropped_of_record, dropped_share
 from switchyard.config import Config
@@ -310,7 +310,7 @@ def main(arguments: list[str]) -> None:
     print("\n".join(render(found, chosen.top)))
     print(f"\nranked by seconds = TFLOP / {chosen.tflops:g} + GB sent / {chosen.bandwidth:g}, then by memory")
     if chosen.json:
-        Path(chosen.json).write_text(json.dumps(to_json(found), indent=1), encoding="utf-8")
+        Path(chosen.json).write_text(json_text.to_json(to_json(found), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ word. So now and then each rank takes two numbers of every tensor that it holds,
 whose replicas differ stops.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -41,7 +41,11 @@ def replica_groups(name: str, shape: tuple[int, ...], degrees: Degrees) -> Itera
 
 
 def check_replicas(
-    arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], processes: Processes, step: int, kept: str
+    arrays: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    processes: Processes,
+    step: int,
+    kept: Callable[[], str],
 ) -> None:
     """Compares what the ranks hold; all of them call it at the same step and come to the same end.
 
@@ -50,7 +54,7 @@ def check_replicas(
         shapes: name -> shape of the whole tensor.
         processes: this one and the others.
         step: optimizer steps taken.
-        kept: the newest checkpoint in words, for the message.
+        kept: returns the newest good checkpoint in words, for the message.
 
     Raises:
         UserError: two ranks differ; names the tensor, the ranks and the step.
@@ -64,7 +68,7 @@ def check_replicas(
             if apart:
                 raise UserError(
                     f"train.replica_check_every: '{name}' is not the same on ranks {listed(apart)} as on "
-                    f"{listed([rank for rank in group if rank not in apart])} after step {step}, and must be; {kept}"
+                    f"{listed([rank for rank in group if rank not in apart])} after step {step}, and must be; {kept()}"
                 )
 
 

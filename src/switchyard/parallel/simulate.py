@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from switchyard import cli
+from switchyard import cli, json_text
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
@@ -131,7 +131,7 @@ def compile_ranks(
     with tempfile.TemporaryDirectory(prefix="switchyard-simulate-") as name:
         folder = Path(name)
         job = {"config": config.model_dump(), "vocab": vocab, "devices": devices, "ranks": list(ranks), "step": step}
-        (folder / JOB).write_text(json.dumps(job | {"jobs": min(2, os.cpu_count() or 1)}))
+        (folder / JOB).write_text(json.dumps(job | {"jobs": min(2, os.cpu_count() or 1)}, allow_nan=False))
         command = [sys.executable, "-m", "switchyard.parallel.worker", name]
         done = run_child(command, environment, timeout, f"compile for {devices} devices")
         if done.returncode:
@@ -309,7 +309,7 @@ def main(arguments: list[str]) -> None:
     report = compile_step(config, chosen.devices, chosen.rank, chosen.vocab)
     print(render(report, config, chosen.brief))
     if chosen.json:
-        Path(chosen.json).write_text(json.dumps(to_json(report), indent=1), encoding="utf-8")
+        Path(chosen.json).write_text(json_text.to_json(to_json(report), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float 
     """Trains on one CPU device in a process of its own: see `reference` for what comes back."""
     with tempfile.TemporaryDirectory(prefix="switchyard-reference-") as name:
         folder = Path(name)
-        (folder / JOB).write_text(json.dumps({"config": config.model_dump(), "vocab": vocab}))
+        (folder / JOB).write_text(json.dumps({"config": config.model_dump(), "vocab": vocab}, allow_nan=False))
         np.savez(folder / BATCHES, **batches)
         source = str(Path(__file__).resolve().parents[2])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}

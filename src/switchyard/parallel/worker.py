@@ -103,7 +103,7 @@ def compile_rank(folder: Path, job: dict, rank: int) -> None:
         "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "layouts": layouts,
     }
-    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    (folder / f"rank{rank}.json").write_text(json.dumps(found, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ directory is renamed: the moment of the rename is the moment the checkpoint exis
 """
 
 import json
+import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +33,11 @@ import numpy as np
 from switchyard import cli
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.json_text import to_json
 from switchyard.parallel.placement import Degrees
 from switchyard.parallel.processes import Processes
+from switchyard.training.finite import REMEDY, first_not_finite
+from switchyard.training.health import Healthy
 from switchyard.training.layout import held
 from switchyard.training.manifest import (
     CONFIG,
@@ -101,13 +106,20 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The inverse of `name_of`, of a checkpoint's directory."""
+    return int(NAME.fullmatch(path.name)[1])
+
+
 def resolve(path: str | Path) -> Path:
     """The checkpoint that `path` means: a run folder's newest, or the checkpoint directory itself (UserError)."""
     path = Path(path)
+    if NAME.fullmatch(path.name) and os.path.lexists(path):  # whatever it is: who reads it says so
+        return path
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
         raise UserError(f"checkpoint '{path}': {what}; give a run folder such as runs/NAME, or one checkpoint in it")
-    if NAME.fullmatch(path.resolve().name) or (path / MANIFEST).exists():
+    if NAME.fullmatch(Path(os.path.realpath(path)).name) or (path / MANIFEST).exists():
         return path
     found = listed(path)
     if not found:
@@ -121,9 +133,10 @@ def best(run: str | Path) -> tuple[Path, float] | None:
     try:
         entry = json.loads((folder / BEST).read_text(encoding="utf-8"))
         path, loss = folder / entry["checkpoint"], float(entry["loss"])
+        exists = NAME.fullmatch(path.name) and path.is_dir()
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return (path, loss) if NAME.fullmatch(path.name) and path.is_dir() else None
+    return (path, loss) if exists and math.isfinite(loss) else None
 
 
 def save(
@@ -133,19 +146,35 @@ def save(
     weights: dict[str, np.ndarray],
     optimizer: dict[str, np.ndarray],
     state: dict[str, Any],
+    healthy: Healthy | None = None,
 ) -> Path:
     """Writes a checkpoint of `state["step"]`, then drops those that `train.keep_checkpoints` no longer keeps.
 
     Args:
         run: the run folder; one process writes it.
         config, tokenizer_json, weights, optimizer, state: see Checkpoint; all tensors are whole.
+        healthy: knows which checkpoints of the run are good; None reads them.
 
     Returns:
         The directory. If the process dies before this returns, either it is there whole or not at all.
+
+    Raises:
+        UserError: a tensor holds a number that is not finite; nothing was written.
     """
+    healthy = healthy or Healthy()
+    refuse(run, state["step"], first_not_finite({**weights, **optimizer}), healthy)
     begin(run, state["step"])
     _save_slice(run, state["step"], Degrees(), 0, config.model.num_layers, weights, optimizer)
-    return _finish(run, config, tokenizer_json, state, Degrees(), wait=0)
+    return _finish(run, config, tokenizer_json, state, Degrees(), 0, healthy)
+
+
+def refuse(run: str | Path, step: int, name: str | None, healthy: Healthy) -> None:
+    """Refuses to write a checkpoint of which the tensor `name` is not finite (UserError); None = all are."""
+    if name is not None:
+        raise UserError(
+            f"checkpoint of step {step}: '{name}' holds numbers that are not finite, so it was not written; "
+            f"{healthy.kept(run)}; {REMEDY}"
+        )
 
 
 def begin(run: str | Path, step: int) -> None:
@@ -181,8 +210,9 @@ def save_slice(
             tensors where the rank holds a slice.
 
     Raises:
-        UserError: an array that is neither the slice of this rank nor the whole.
+        UserError: an array that is neither the slice of this rank nor the whole, or a number that is not finite.
     """
+    refuse(run, step, first_not_finite({**weights, **optimizer}), Healthy())
     _save_slice(run, step, Degrees.of(config.parallel), rank, config.model.num_layers, weights, optimizer, shapes)
 
 
@@ -199,25 +229,40 @@ def finish(run: str | Path, config: Config, tokenizer_json: str, state: dict[str
     Raises:
         UserError: a slice is missing, doubled or foreign; names it. There is no checkpoint then.
     """
-    return _finish(run, config, tokenizer_json, state, Degrees.of(config.parallel), wait)
+    return _finish(run, config, tokenizer_json, state, Degrees.of(config.parallel), wait, Healthy())
 
 
 def save_together(
-    processes: Processes, run: Path, config: Config, tokenizer_json: str, weights, optimizer, state, shapes=None
+    processes: Processes,
+    run: Path,
+    config: Config,
+    tokenizer_json: str,
+    weights,
+    optimizer,
+    state,
+    shapes=None,
+    healthy: Healthy | None = None,
 ) -> None:
     """Writes a checkpoint, see `save`: every process its own slices, and the first makes it one.
 
-    `shapes`: see save_slice."""
+    `shapes`: see save_slice. All processes refuse it where one of them holds a number that is not finite (UserError).
+    """
+    healthy, step = healthy or Healthy(), state["step"]
     if processes.size == 1:
-        save(run, config, tokenizer_json, weights, optimizer, state)
+        save(run, config, tokenizer_json, weights, optimizer, state, healthy)
         return
+    name = first_not_finite({**weights, **optimizer})
+    if processes.any(name is not None):
+        refuse(run, step, name or "a slice of another rank", healthy)
     if processes.is_first:
-        begin(run, state["step"])
+        begin(run, step)
     processes.wait()
-    save_slice(run, config, state["step"], processes.rank, weights, optimizer, shapes)
+    degrees, layers = Degrees.of(config.parallel), config.model.num_layers
+    _save_slice(run, step, degrees, processes.rank, layers, weights, optimizer, shapes)
     if processes.is_first:
-        finish(run, config, tokenizer_json, state)
+        _finish(run, config, tokenizer_json, state, degrees, PATIENCE, healthy)
     processes.wait()
+    healthy.note(run / FOLDER / name_of(step))
 
 
 def _temporary(run: str | Path, step: int) -> Path:
@@ -231,19 +276,21 @@ def _save_slice(run, step: int, degrees: Degrees, rank: int, layers: int, weight
     write_slices(_temporary(run, step), degrees, layers, rank, entries, read)
 
 
-def _finish(run, config: Config, tokenizer_json: str, state: dict, degrees: Degrees, wait: float) -> Path:
+def _finish(
+    run, config: Config, tokenizer_json: str, state: dict, degrees: Degrees, wait: float, healthy: Healthy
+) -> Path:
     folder = _temporary(run, state["step"])
     place = folder.with_name(name_of(state["step"]))
     assemble(folder, config, tokenizer_json, state, degrees, wait)
     publish(folder, place)
-    _drop_old(run, config.train.keep_checkpoints)
+    healthy.note(place)
+    _drop_old(run, config.train.keep_checkpoints, healthy)
     return place
 
 
 def mark_best(run: str | Path, step: int, loss: float) -> None:
     """Names the checkpoint of `step`, which exists, as the best: it is kept until another is named."""
-    text = json.dumps({"checkpoint": name_of(step), "loss": loss})
-    write_whole(Path(run) / FOLDER / BEST, text)
+    write_whole(Path(run) / FOLDER / BEST, to_json({"checkpoint": name_of(step), "loss": loss}))
 
 
 def read(path: str | Path, with_optimizer: bool = True, degrees: Degrees | None = None, rank: int = 0) -> Checkpoint:
@@ -256,8 +303,8 @@ def read(path: str | Path, with_optimizer: bool = True, degrees: Degrees | None 
         rank: of the reader.
 
     Raises:
-        DamagedError: a file is missing, cut or altered, or a slice missing, doubled or foreign; names the checkpoint
-            before it.
+        DamagedError: a file is missing, cut, altered or unreadable, a slice missing, doubled or foreign, or a number
+            not finite; names the good checkpoint before it.
         UserError: no checkpoint, one of another format, or degrees that do not divide a tensor.
     """
     path, degrees = resolve(path), degrees or Degrees()
@@ -269,7 +316,7 @@ def read(path: str | Path, with_optimizer: bool = True, degrees: Degrees | None 
         for name, entry in tensors.entries.items():
             box = held(name, entry.shape, degrees, rank, config.model.num_layers)
             if box is not None:
-                arrays[kind][name] = tensors.read(name, box)
+                arrays[kind][name] = tensors.read_finite(name, box)
     return Checkpoint(path, config, tokenizer_json, *arrays.values(), state)
 
 
@@ -301,11 +348,16 @@ def set_parameters(parameters: "dict[str, Parameter]", arrays: dict[str, np.ndar
         parameter.set_data(Tensor(arrays[name], parameter.dtype), slice_shape=bool(parameter.sliced))
 
 
-def _drop_old(run: str | Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints and the best."""
+def _drop_old(run: str | Path, keep: int, healthy: Healthy) -> None:
+    """Removes checkpoints older than the newest `keep` good ones, but for the best; a damaged one does not count."""
+    paths, good = listed(run), 0
+    if len(paths) <= keep:
+        return
     kept_best = best(run)
-    for path in listed(run)[:-keep]:
-        if kept_best is None or path != kept_best[0]:
+    for path in reversed(paths):
+        if good < keep:
+            good += healthy.is_good(path)
+        elif kept_best is None or path != kept_best[0]:
             remove(set_aside(path))
 
 

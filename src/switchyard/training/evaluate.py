@@ -19,6 +19,8 @@ from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilitie
 from switchyard.parallel.processes import ALONE, Processes, on_one_device, require_one_device
 from switchyard.routing.replay import Recorder, Replayer
 from switchyard.training import checkpoint
+from switchyard.training.finite import check_evaluation
+from switchyard.training.metrics import whole_numbers
 from switchyard.training.step import AUDIT_MEANS, AUDIT_SUMS, EvalStep
 
 # what an override may not change: these decide names and shapes of the weights
@@ -210,7 +212,7 @@ class Evaluator:
             layers.append(
                 {
                     "layer": layer,
-                    "load": [int(choices) for choices in load],
+                    "load": whole_numbers(load),
                     "importance": [float(mass) for mass in audit["importance"][place]],
                     **means,
                 }
@@ -302,7 +304,8 @@ def evaluate(
         on_batch: called after each batch with (batches done, batches in all).
 
     Raises:
-        UserError: a damaged checkpoint, data that cannot be read, an override that would change the weights' shapes.
+        UserError: a damaged checkpoint, data that cannot be read, an override that would change the weights' shapes, a
+            figure that is not finite.
     """
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)
@@ -321,6 +324,7 @@ def evaluate(
     found = evaluator(batches, lambda done: on_batch(done, len(batches)))
     if recorder:
         recorder.save()
+    check_evaluation(found.to_dict(), f"'{held.path}'", "evaluate an earlier checkpoint, or with float32")
     return found
 
 

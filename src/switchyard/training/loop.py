@@ -1,6 +1,5 @@
 """The training loop: a run folder, exact resume, evaluation, checkpoints and a clean stop on a signal."""
 
-import json
 import math
 import time
 from pathlib import Path
@@ -11,7 +10,8 @@ import numpy as np
 from switchyard.config import Config
 from switchyard.data import Data, load_data
 from switchyard.device import set_context, target_of
-from switchyard.errors import Interrupted, UserError
+from switchyard.errors import Interrupted
+from switchyard.json_text import to_json
 from switchyard.models import create_model
 from switchyard.parallel.exchange import create_joint, cut_model, whole_arrays
 from switchyard.parallel.graph import exchanged, sums_may_race
@@ -33,10 +33,12 @@ from switchyard.routing.replay import Recorder
 from switchyard.training import checkpoint
 from switchyard.training.cluster import ClusterStep, why_by_hand, with_defaults
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
+from switchyard.training.finite import REMEDY, check_evaluation, check_step
+from switchyard.training.health import Healthy
 from switchyard.training.layout import whole_shape
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
 from switchyard.training.parallel_eval import evaluation_config
-from switchyard.training.resume import RESULT, find_start, finished, resumed
+from switchyard.training.resume import RESULT, agreed, find_start, finished, resumed
 from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
@@ -55,7 +57,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         UserError: a run of that name exists and `resume` is off; a key was changed that would change the model; bad
-            data; a loss that is not finite.
+            data; a loss, a gradient norm, a weight or a figure of the evaluation that is not finite.
         Interrupted: SIGINT or SIGTERM came and the run was saved.
     """
     if is_scheduler() and launched() == 1:
@@ -71,6 +73,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     processes = meet(config)  # nothing was written before all have seen what is there
     if is_scheduler():
         return {}
+    held = agreed(held, run, config, processes)
     slices = config.parallel.data_parallel if processes.size > 1 else 1
     data = load_data(config, held.tokenizer_json if held else None, processes.data_slice, slices)
     if by_hand is None:
@@ -144,7 +147,7 @@ class Trainer:
     ):
         self.config, self.run, self.data, self.model, self.step = config, run, data, model, step
         train, state = config.train, state or {"step": 0, "seconds": 0.0}
-        self.done = state["step"]
+        self.done, self.healthy = state["step"], Healthy()
         self.saved = self.compared = self.done  # the newest steps that need no saving, and no look at the replicas
         self.clock = Clock(seconds=state["seconds"], mark_seconds=state["seconds"])
         best = checkpoint.best(run)
@@ -174,8 +177,8 @@ class Trainer:
         train = self.config.train
         try:
             self._announce()
-            if self.done and self._is_due(train.eval_every) and not self.metrics.is_evaluated(self.done):
-                self._evaluate_sample(stop)  # a signal came in the middle of it
+            if 0 < self.done < train.steps and self._is_due(train.eval_every):
+                self._evaluate_sample(stop)  # a signal or a kill may have come in the middle of it
             while self.done < train.steps:
                 self._advance()
                 if self._is_due(train.replica_check_every):
@@ -213,7 +216,7 @@ class Trainer:
         figures = self.step(*inputs, rate, replay, routers_learn(self.config, self.done))
         loss = float(figures["loss"].asnumpy())  # waits for the step
         seconds = time.perf_counter() - started
-        self._check_finite(loss, figures)
+        check_step(self.done + 1, loss, figures, self._kept)
         if self.recorder:
             self.recorder.add(self.done, inputs[0], figures["audit"]["experts"].asnumpy())
         self.done += 1
@@ -255,17 +258,6 @@ class Trainer:
             noise = self.processes.part(noise, 2)  # of the rows that this process reads
         return tokens, labels, valid, noise
 
-    def _check_finite(self, loss: float, figures: dict[str, Any]) -> None:
-        """Ends the run where the loss is no number, unless the loss scale has refused the step (UserError)."""
-        if math.isfinite(loss):
-            return
-        if figures["skipped"].asnumpy() and figures["loss_scale"].asnumpy() > 1.0:
-            return
-        raise UserError(
-            f"train: the loss is {loss} at step {self.done + 1}; {self._kept()}; lower schedule.learning_rate or set "
-            "optimizer.clip_grad, under another train.name"
-        )
-
     def _is_due(self, every: int) -> bool:
         return bool(every) and self.done % every == 0
 
@@ -275,12 +267,15 @@ class Trainer:
             raise Interrupted(f"saved step {self.done} of '{self.run}'; go on with --resume")
 
     def _evaluate_sample(self, stop: StopSignals) -> None:
-        """Scores train.eval_batches batches; weights that are the best so far are saved."""
-        found = self._evaluate(self.sample, stop)
-        if found.loss < self.best_loss:
-            self.best_loss = found.loss
+        """Scores train.eval_batches batches, unless a run that was killed did; weights that are the best so far are
+        saved."""
+        loss = self.metrics.evaluated(self.done, len(self.sample) == len(self.validation))
+        if loss is None:
+            loss = self._evaluate(self.sample, stop).loss
+        if loss < self.best_loss:
+            self.best_loss = loss
             self._save()
-            self._mark_best(found)
+            self._mark_best(loss)
 
     def _evaluate(self, places: list[int], stop: StopSignals) -> Evaluation:
         """Scores some batches of the validation set and writes the line."""
@@ -320,7 +315,8 @@ class Trainer:
         self._compare_replicas(weights | optimizer)  # what is saved has been seen to be right
         self.metrics.flush()
         texts, shapes = self.data.tokenizer.to_json(), self.step.shapes if self.is_cut else None
-        checkpoint.save_together(self.processes, self.run, config, texts, weights, optimizer, state, shapes)
+        parts = (texts, weights, optimizer, state, shapes, self.healthy)
+        checkpoint.save_together(self.processes, self.run, config, *parts)
         self.saved = self.done
 
     def _arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -339,35 +335,35 @@ class Trainer:
         known, degrees = self.step.shapes if self.is_cut else {}, self.processes.degrees
         shapes = {name: known.get(name) or known.get(name.partition(".")[2]) for name in arrays}
         shapes = {name: shape or whole_shape(name, arrays[name].shape, degrees) for name, shape in shapes.items()}
-        check_replicas(arrays, shapes, self.processes, self.done, self._kept())
+        check_replicas(arrays, shapes, self.processes, self.done, self._kept)
         self.compared = self.done
 
     def _kept(self) -> str:
-        """The newest checkpoint, for a message."""
-        found = checkpoint.listed(self.run)
-        return f"'{found[-1]}' was not touched" if found else "no checkpoint was written"
+        """The newest good checkpoint, for a message."""
+        return self.healthy.kept(self.run)
 
-    def _mark_best(self, found: Evaluation) -> None:
+    def _mark_best(self, loss: float) -> None:
         """Names the checkpoint of this step as the best."""
         if self.processes.is_first:
-            checkpoint.mark_best(self.run, self.done, found.loss)
+            checkpoint.mark_best(self.run, self.done, loss)
 
     def _finish(self, stop: StopSignals) -> dict[str, Any]:
         """The whole validation set, the best checkpoint, result.json."""
         result = self._result(self._validate(stop) if self.evaluator else None)
         if self.processes.is_first:
-            checkpoint.write_whole(self.run / RESULT, json.dumps(result, indent=1))
+            checkpoint.write_whole(self.run / RESULT, to_json(result, indent=1))
         self.progress.say(f"done: {self.run / RESULT}")
         return result
 
     def _validate(self, stop: StopSignals) -> Evaluation:
         """The whole validation set, and the best checkpoint."""
         whole = len(self.sample) == len(self.validation)
-        if self.config.train.eval_every and not whole and not self.metrics.is_evaluated(self.done):
+        if self.config.train.eval_every and not whole:
             self._evaluate_sample(stop)  # comparable with those before it
         found = self._evaluate(spread(len(self.validation), 0), stop)
+        check_evaluation(found.to_dict(), f"step {self.done} of '{self.run}'", REMEDY)
         if (whole or not self.config.train.eval_every) and found.loss < self.best_loss:
-            self._mark_best(found)
+            self._mark_best(found.loss)
         return found
 
     def _result(self, found: Evaluation | None) -> dict[str, Any]:

@@ -7,10 +7,13 @@ Version 1 is a checkpoint of one device, whose two tensor files hold whole tenso
     files       {file: {sha256, bytes}}, those with tensors also {slices: {name: {offsets, shape}}}
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import stat
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.json_text import to_json
 from switchyard.parallel.placement import Degrees
 from switchyard.training.tensors import Entry
 
@@ -30,7 +34,30 @@ NAME = re.compile(r"step-(\d{8,})")
 
 
 class DamagedError(UserError):
-    """A checkpoint with a file that is missing, cut or altered."""
+    """A checkpoint with a file that is missing, cut, altered or unreadable, or with a number that is not finite.
+
+    Its line ends with the newest good checkpoint before it, which is looked for when the line is printed.
+
+    Attributes:
+        path: of the checkpoint.
+        what: is wrong with it.
+    """
+
+    def __init__(self, path: Path, what: str):
+        super().__init__(path, what)
+        self.path, self.what = path, what
+
+    def __str__(self) -> str:
+        from switchyard.training.health import Healthy  # which reads checkpoints by what this module offers
+
+        named = NAME.fullmatch(self.path.name)
+        place = Path(os.path.abspath(self.path) if named else os.path.realpath(self.path))
+        good = Healthy().newest(place.parent.parent, below=place.name)
+        remedy = "there is none before it that is good: train again"
+        if good is not None:
+            good = self.path.with_name(good.name) if named else good
+            remedy = f"use the previous checkpoint '{good}', which is good"
+        return f"checkpoint '{self.path}': {self.what}; {remedy}"
 
 
 @dataclass(frozen=True)
@@ -77,14 +104,19 @@ def write_manifest(manifest: Manifest) -> None:
         content |= {"version": CUT_VERSION, "degrees": asdict(manifest.degrees), "tensors": tensors}
     content["files"] = manifest.files
     content["sha256"] = _digest_of(content)
-    (manifest.path / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (manifest.path / MANIFEST).write_text(to_json(content, indent=1), encoding="utf-8")
     flush(manifest.path / MANIFEST)
 
 
 def read_manifest(path: Path) -> Manifest:
     """Reads the manifest of a checkpoint's directory (DamagedError; UserError: of another version)."""
+    with readable(path, MANIFEST):
+        if not path.is_dir():
+            raise DamagedError(path, "is no folder")
+        size_of_file(path / MANIFEST)
+        text = (path / MANIFEST).read_bytes()
     try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        content = json.loads(text)
         version, digest = content["version"], content.pop("sha256")
         if version not in (WHOLE_VERSION, CUT_VERSION):
             raise UserError(
@@ -99,10 +131,27 @@ def read_manifest(path: Path) -> Manifest:
         if not set(TEXTS) <= set(files) or (tensors is None and len(files) != len(TEXTS) + len(KINDS)):
             raise ValueError
         return Manifest(path, content["step"], files, degrees, tensors)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(path, f"{MANIFEST} is cut or altered") from None
+
+
+@contextlib.contextmanager
+def readable(path: Path, name: str) -> Iterator[None]:
+    """Turns what the system says about a file `name` of the checkpoint `path` into a DamagedError."""
+    try:
+        yield
     except FileNotFoundError:
-        raise DamagedError(damage(path, f"{MANIFEST} is missing")) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedError(damage(path, f"{MANIFEST} is cut or altered")) from None
+        raise DamagedError(path, f"{name} is missing") from None
+    except OSError as error:
+        raise DamagedError(path, f"{name} cannot be read ({error.strerror or error})") from None
+
+
+def size_of_file(path: Path) -> int:
+    """Returns the bytes of a file (OSError: a directory, a pipe, a device, which nobody reads)."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(0, "it is no plain file")
+    return found.st_size
 
 
 def _tensors(content: dict) -> dict[str, dict[str, Entry]]:
@@ -115,36 +164,24 @@ def _tensors(content: dict) -> dict[str, dict[str, Entry]]:
 def verify(manifest: Manifest, name: str) -> None:
     """Refuses a file that is not the one that was written (DamagedError); holds a block of it at a time."""
     path, expected = manifest.path, manifest.files[name]
-    try:
+    with readable(path, name):
+        size = size_of_file(path / name)
+        if size != expected["bytes"]:
+            raise DamagedError(path, f"{name} has {size} bytes instead of {expected['bytes']}: it was cut")
         found = fingerprint(path / name)
-    except FileNotFoundError:
-        raise DamagedError(damage(path, f"{name} is missing")) from None
-    if found["bytes"] != expected["bytes"]:
-        what = f"{name} has {found['bytes']} bytes instead of {expected['bytes']}: it was cut"
-        raise DamagedError(damage(path, what))
     if found["sha256"] != expected["sha256"]:
-        raise DamagedError(damage(path, f"{name} was altered: its sha256 is not the one of {MANIFEST}"))
+        raise DamagedError(path, f"{name} was altered: its sha256 is not the one of {MANIFEST}")
 
 
 def read_texts(manifest: Manifest) -> tuple[Config, str, dict[str, Any]]:
     """(configuration, tokenizer, state), see training.checkpoint.Checkpoint (DamagedError)."""
     for name in TEXTS:
         verify(manifest, name)
-    state = json.loads((manifest.path / STATE).read_text(encoding="utf-8"))
-    tokenizer = (manifest.path / TOKENIZER).read_text(encoding="utf-8")
+    with readable(manifest.path, STATE):
+        state = json.loads((manifest.path / STATE).read_text(encoding="utf-8"))
+    with readable(manifest.path, TOKENIZER):
+        tokenizer = (manifest.path / TOKENIZER).read_text(encoding="utf-8")
     return configuration.load(manifest.path / CONFIG), tokenizer, state
-
-
-def damage(path: Path, what: str) -> str:
-    """One line about a damaged checkpoint, with the way out."""
-    place = path.resolve()
-    before = [other for other in listed(place.parent.parent) if other.name < place.name]
-    remedy = (
-        f"use the previous checkpoint '{path.with_name(before[-1].name)}'"
-        if before
-        else "there is none before it: train again"
-    )
-    return f"checkpoint '{path}': {what}; {remedy}"
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -166,4 +203,4 @@ def flush(path: Path) -> None:
 
 
 def _digest_of(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

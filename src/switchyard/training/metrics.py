@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from switchyard.json_text import to_json
+
 METRICS = "metrics.jsonl"
+EVALUATION = "evaluation"  # a kind of line
 
 
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of a run folder.
 
-    Each line is one JSON object with `kind` ("train" or "evaluation") and `step`; see `train_figures` and
-    `Evaluation.to_dict` for the rest.
+    Each line is one JSON object with `kind` ("train", "evaluation" or "exchanges") and `step`; see `train_figures` and
+    `Evaluation.to_dict` for the rest. There is one line of a kind for a step, and of evaluations one with `whole` and
+    one without, whatever was killed and resumed in between.
 
     Args:
         run: the run folder.
@@ -27,33 +32,51 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, resume_step: int = 0, writes: bool = True):
-        path = run / METRICS
-        kept = [line for line in _lines(path) if _step_of(line) <= resume_step] if resume_step else []
-        self._evaluated = {step for line in kept if (step := _evaluated_step(line)) is not None}
+        self._path = run / METRICS
+        kept = _kept(self._path, resume_step) if resume_step else {}
+        self._evaluations = {key: line for key, line in kept.items() if key[0] == EVALUATION}
         self._file = self._events = None
         if not writes:
             return
         from tensorboardX import SummaryWriter
 
-        temporary = path.with_name(f".{METRICS}")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        self._begin(kept.values())
         self._events = SummaryWriter(str(run), purge_step=resume_step + 1 if resume_step else None)
 
-    def write(self, figures: dict[str, Any]) -> None:
-        """Appends one object; its numbers become TensorBoard scalars named kind/key."""
-        if self._file is None:
-            return
-        self._file.write(json.dumps(_finite(figures)) + "\n")
-        self._file.flush()
-        for key, value in figures.items():
-            if isinstance(value, (int, float)) and key != "step":
-                self._events.add_scalar(f"{figures['kind']}/{key}", value, figures["step"])
+    def _begin(self, lines: Iterable[str]) -> None:
+        """Replaces the file by one of these lines, and opens it behind them."""
+        temporary = self._path.with_name(f".{METRICS}")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, self._path)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
 
-    def is_evaluated(self, step: int) -> bool:
-        """Whether the lines of the run so far hold an evaluation of this step."""
-        return step in self._evaluated
+    def write(self, figures: dict[str, Any]) -> None:
+        """Appends one object; its numbers become TensorBoard scalars named kind/key.
+
+        An evaluation that is there already, made again by a resumed run, takes the place of the first.
+        """
+        line, key = to_json(figures) + "\n", _key(figures)
+        before = self._evaluations.get(key)
+        if figures["kind"] == EVALUATION:
+            self._evaluations[key] = line
+        if self._file is None or line == before:
+            return
+        if before is not None:
+            self._file.close()
+            self._begin(other for other in _lines(self._path) if other != before)
+        self._file.write(line)
+        self._file.flush()
+        for name, value in figures.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._events.add_scalar(f"{figures['kind']}/{name}", value, figures["step"])
+
+    def evaluated(self, step: int, whole: bool) -> float | None:
+        """Returns the loss of an evaluation that the lines of the run hold, of the whole validation set or of a part.
+
+        None: there is no such line, or its loss is not finite.
+        """
+        line = self._evaluations.get((EVALUATION, step, whole))
+        return None if line is None else json.loads(line)["loss"]
 
     def flush(self) -> None:
         """Brings events to the disk, so that a run that is killed later shows them."""
@@ -171,7 +194,8 @@ def train_figures(
         audit = {name: tensor.asnumpy() for name, tensor in figures["audit"].items()}
         low, high = load_range(audit["load"])
         out |= {"load_min": low, "load_max": high, "dropped": float(audit["dropped"].mean())}
-        out |= {"load": audit["load"].astype(int).tolist(), "entropy": [float(value) for value in audit["entropy"]]}
+        out["load"] = [whole_numbers(load) for load in audit["load"]]
+        out["entropy"] = [float(value) for value in audit["entropy"]]
     return out
 
 
@@ -194,22 +218,24 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines(True) if line.endswith("\n")]
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _kept(path: Path, step: int) -> dict[tuple, str]:
+    """Returns the lines of a metrics file up to a step by their keys: of two with one key the later counts."""
+    found = {}
+    for line in _lines(path):
+        try:
+            figures = json.loads(line)
+            if figures["step"] <= step:
+                found[_key(figures)] = line
+        except (ValueError, KeyError, TypeError):  # what another program has written
+            continue
+    return found
 
 
-def _evaluated_step(line: str) -> int | None:
-    figures = json.loads(line)
-    return figures["step"] if figures.get("kind") == "evaluation" else None
+def _key(figures: dict[str, Any]) -> tuple:
+    """Returns what a line of a run is known by: its kind and step, and of an evaluation whether it is whole."""
+    return (figures["kind"], figures["step"], figures.get("whole", True))
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for what JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def whole_numbers(counts: np.ndarray) -> list[int | float]:
+    """Returns counts [E] as whole numbers; one that is not finite, out of a broken model, stays as it is."""
+    return [int(count) if math.isfinite(count) else float(count) for count in counts]

@@ -316,7 +316,7 @@ def fused(size: int | str) -> dict:
 
 def speed_up_file(config: Config) -> str:
     """What a file for `transformer_opt` holds: parallel.transformer_opt as JSON."""
-    return json.dumps(config.parallel.transformer_opt, indent=1)
+    return json.dumps(config.parallel.transformer_opt, indent=1, allow_nan=False)
 
 
 def batch_slices(config: Config, vocab_size: int, noise_slices: int = 0, seed: int = 0) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
         The configurations before and after.
 
     Raises:
-        DamagedError: a file is missing, cut or altered; a slice is missing, doubled or foreign.
+        DamagedError: a file is missing, cut or altered; a slice is missing, doubled or foreign; a number is not finite.
         UserError: `out` exists; degrees that do not fit each other or the model.
     """
     if out.exists() or out.is_symlink():
@@ -48,7 +48,7 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
     folder = out.with_name(f"{TEMPORARY}{out.name}-{os.getpid()}")
     folder.mkdir()
     try:
-        read = {kind: source.read for kind, source in sources.items()}
+        read = {kind: source.read_finite for kind, source in sources.items()}
         for rank in range(degrees.devices):
             write_slices(folder, degrees, layers, rank, entries, read, advance)
         assemble(folder, new, tokenizer_json, state, degrees, wait=0)

@@ -1,14 +1,17 @@
 """What a run goes on from: its newest whole checkpoint, and which keys may differ from those it was trained with."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.parallel.placement import Degrees
-from switchyard.parallel.processes import is_first, own_rank
+from switchyard.parallel.processes import Processes, is_first, own_rank
 from switchyard.training import checkpoint
 from switchyard.training.checkpoint import Checkpoint
 from switchyard.training.layout import keep_groups
@@ -48,15 +51,8 @@ def find_start(run: Path, config: Config, resume: bool) -> Checkpoint | None:
                 f"train.name: {config.train.name}; the run '{run}' exists: choose another name, or go on with --resume"
             )
         return None
-    held, damaged = None, []
-    for path in reversed(checkpoint.listed(run)):
-        try:
-            held = checkpoint.read(path, degrees=Degrees.of(config.parallel), rank=own_rank())
-            break
-        except checkpoint.DamagedError as error:
-            print(f"warning: {error}", flush=True)
-            damaged.append(path)
-    if held is None and damaged:
+    held = newest(run, config)
+    if held is None and checkpoint.listed(run):
         raise UserError(f"--resume: no checkpoint of '{run}' is whole; train again under another train.name")
     if held is None:
         print(f"resume: '{run}' holds no checkpoint yet: starting from step 0", flush=True)
@@ -64,8 +60,41 @@ def find_start(run: Path, config: Config, resume: bool) -> Checkpoint | None:
     check_resumable(held.config, keep_groups(held.config, config))
     if held.step > config.train.steps:
         raise UserError(f"train.steps: {config.train.steps}; the run '{run}' is at step {held.step} already: raise it")
-    for path in damaged if is_first() else ():  # out of the way, so that it is neither counted nor read as the newest
-        path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+    return held
+
+
+def newest(run: Path, config: Config, limit: float = math.inf) -> Checkpoint | None:
+    """Returns the newest good checkpoint of at most `limit` steps, what this rank reads of it; None if none is good."""
+    for path in reversed(checkpoint.listed(run)):
+        if checkpoint.step_of(path) > limit:
+            continue
+        try:
+            return checkpoint.read(path, degrees=Degrees.of(config.parallel), rank=own_rank())
+        except checkpoint.DamagedError as error:
+            print(f"warning: {error}", flush=True)
+    return None
+
+
+def agreed(held: Checkpoint | None, run: Path, config: Config, processes: Processes) -> Checkpoint | None:
+    """Returns the checkpoint that all processes start from, and puts newer ones, which are damaged, out of the way.
+
+    Each process reads its own slices, so one may find damage that the others do not see: all take the oldest choice.
+    A damaged one must neither be counted nor be read as the newest.
+
+    Raises:
+        UserError: some processes see a checkpoint, others none.
+    """
+    while processes.size > 1:
+        steps = processes.gather(np.array([held.step if held else -1], np.int64)).reshape(-1)
+        if steps.min() == steps.max():
+            break
+        if steps.min() < 0:
+            raise UserError(f"--resume: not all processes find a good checkpoint in '{run}'; see their logs")
+        if held.step > steps.min():
+            held = newest(run, config, int(steps.min()))
+    for path in checkpoint.listed(run) if held and processes.is_first else ():
+        if checkpoint.step_of(path) > held.step:
+            path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
     return held
 
 
@@ -97,9 +126,11 @@ def finished(run: Path, config: Config) -> dict[str, Any] | None:
     """result.json, if it is that of train.steps steps."""
     try:
         result = json.loads((run / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        steps, loss = result["steps"], result["validation_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return result if result["steps"] == config.train.steps else None
+    is_result = loss is None or (isinstance(loss, float) and math.isfinite(loss))  # None of a pipeline
+    return result if steps == config.train.steps and is_result else None
 
 
 def check_resumable(old: Config, new: Config) -> None:

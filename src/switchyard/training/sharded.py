@@ -16,6 +16,7 @@ import numpy as np
 
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.json_text import to_json
 from switchyard.parallel.placement import Degrees
 from switchyard.training.layout import held, whole_shape, writes
 from switchyard.training.manifest import (
@@ -78,7 +79,7 @@ def write_slices(
                 for name, box in sorted(mine.items())
             }
     note = {"rank": rank, "degrees": asdict(degrees), "tensors": known, "files": files}
-    write_whole(folder / NOTE.format(rank=rank), json.dumps(note))
+    write_whole(folder / NOTE.format(rank=rank), to_json(note))
 
 
 def _shifted(read: Read, boxes: Mapping[str, Box]) -> Read:
@@ -153,7 +154,7 @@ def assemble(folder: Path, config: Config, tokenizer_json: str, state: dict, deg
             joined(kind, tensors[kind], slices, degrees.devices)
     (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
     (folder / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
-    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    (folder / STATE).write_text(to_json(state, indent=1), encoding="utf-8")
     for name in TEXTS:
         flush(folder / name)
     for note in notes:
@@ -181,7 +182,7 @@ def _notes(folder: Path, degrees: Degrees, wait: float) -> list[dict]:
 
 def publish(folder: Path, place: Path) -> None:
     """Renames a finished temporary directory: this is the moment at which the checkpoint exists."""
-    aside = set_aside(place) if place.exists() else None  # a damaged one that a resumed run has reached again
+    aside = set_aside(place) if os.path.lexists(place) else None  # a damaged one that a resumed run has reached again
     os.replace(folder, place)
     flush(place.parent)
     if aside is not None:
@@ -191,7 +192,7 @@ def publish(folder: Path, place: Path) -> None:
 def set_aside(path: Path) -> Path:
     """Renames a checkpoint so that it is one no more; removing its files is then not seen half done."""
     aside = path.with_name(f"{TEMPORARY}old-{path.name}")
-    if aside.exists():
+    if os.path.lexists(aside):
         remove(aside)
     os.replace(path, aside)
     return aside
@@ -199,7 +200,7 @@ def set_aside(path: Path) -> Path:
 
 def remove(path: Path) -> None:
     """Removes a file or directory, as far as it can be."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from switchyard.errors import UserError
-from switchyard.training.manifest import MANIFEST, DamagedError, Manifest, damage, file_of, verify
-from switchyard.training.tensors import TYPES, Box, Entry, read_header, read_part, size_of, whole, within
+from switchyard.training.finite import is_finite
+from switchyard.training.manifest import MANIFEST, DamagedError, Manifest, file_of, readable, verify
+from switchyard.training.tensors import TYPES, Box, Entry, pieces, read_header, read_part, size_of, whole, within
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Tensors:
                     raise UserError(f"foreign slices in {path.name}: {MANIFEST} does not know the file")
             self._slices = joined(kind, self.entries, manifest.files, manifest.degrees.devices)
         except UserError as error:
-            raise DamagedError(damage(manifest.path, str(error))) from None
+            raise DamagedError(manifest.path, str(error)) from None
 
     def read(self, name: str, box: Box | None = None) -> np.ndarray:
         """A part of a tensor, or all of it, as an array of its own."""
@@ -115,19 +116,34 @@ class Tensors:
             common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, place))
             held = self._header(file).get(name)
             if held is None or held.dtype != entry.dtype or held.shape != size_of(place):
-                raise DamagedError(damage(self._manifest.path, f"{file} does not hold the slice of '{name}'"))
+                raise DamagedError(self._manifest.path, f"{file} does not hold the slice of '{name}'")
             target = out[within(common, box)] if box else out
-            read_part(self._manifest.path / file, held, within(common, place), target)
+            with readable(self._manifest.path, file):
+                read_part(self._manifest.path / file, held, within(common, place), target)
         return out
+
+    def read_finite(self, name: str, box: Box | None = None) -> np.ndarray:
+        """As `read`; refuses numbers that are not finite (DamagedError)."""
+        array = self.read(name, box)
+        if not is_finite(array):
+            raise DamagedError(self._manifest.path, f"'{name}' of its {self._kind} holds numbers that are not finite")
+        return array
+
+    def check_finite(self) -> None:
+        """Reads every tensor, piece by piece, and refuses numbers that are not finite (DamagedError)."""
+        for name, entry in self.entries.items():
+            for box in pieces(whole(entry.shape), np.dtype(TYPES[entry.dtype]).itemsize):
+                self.read_finite(name, box)
 
     def _header(self, file: str) -> dict[str, Entry]:
         """The header of a file, which is verified when it is first asked for."""
         if file not in self._headers:
             verify(self._manifest, file)
             try:
-                self._headers[file] = read_header(self._manifest.path / file)
+                with readable(self._manifest.path, file):
+                    self._headers[file] = read_header(self._manifest.path / file)
             except (ValueError, KeyError) as error:
-                raise DamagedError(damage(self._manifest.path, f"{file} is not safetensors ({error})")) from None
+                raise DamagedError(self._manifest.path, f"{file} is not safetensors ({error})") from None
         return self._headers[file]
 
 

@@ -1,0 +1,72 @@
+"""Which tensors and figures are finite: what is not is never applied, never saved and never called a result."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from switchyard.errors import UserError
+
+PIECE = 1 << 20  # elements that are looked at together: no mask of a whole tensor
+REMEDY = "lower schedule.learning_rate or set optimizer.clip_grad, under another train.name"
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Returns whether all numbers of an array are finite; whole numbers always are."""
+    if array.dtype.kind not in "fc":
+        return True
+    flat = array.reshape(-1)
+    return all(np.isfinite(flat[start : start + PIECE]).all() for start in range(0, flat.size, PIECE))
+
+
+def first_not_finite(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """Returns the name of the first array with a number that is not finite; None where there is none."""
+    return next((name for name, array in arrays.items() if not is_finite(array)), None)
+
+
+def check_step(step: int, loss: float, figures: Mapping[str, Any], kept: Callable[[], str]) -> None:
+    """Ends the run after a step whose loss or gradient norm is not finite, unless the loss scale can still fall.
+
+    Args:
+        step: number of the step, from 1.
+        loss: its loss.
+        figures: what TrainStep returned.
+        kept: says which checkpoint is good.
+
+    Raises:
+        UserError: names the step, the figure and the checkpoint.
+    """
+    norm = float(figures["gradient_norm"].asnumpy())
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    if not math.isfinite(norm) and figures["loss_scale"].asnumpy() > 1.0:
+        return  # refused, and tried again with half the scale
+    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+    refused = "" if math.isfinite(norm) else ", which was not applied"
+    raise UserError(f"train: the {what} at step {step}{refused}; {kept()}; {REMEDY}")
+
+
+def check_evaluation(figures: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Refuses an evaluation with a figure that is not finite (UserError names it).
+
+    Args:
+        figures: of `Evaluation.to_dict`.
+        what: was evaluated.
+        remedy: the end of the message.
+    """
+    for name, value in _numbers("", figures):
+        if not math.isfinite(value):
+            raise UserError(f"evaluation: {name} is {value} for {what}; {remedy}")
+
+
+def _numbers(name: str, value: Any) -> Iterable[tuple[str, float]]:
+    """Yields every float in nested dicts and lists, with its place."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _numbers(f"{name}.{key}" if name else str(key), part)
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from _numbers(f"{name}[{index}]", part)
+    elif isinstance(value, float):
+        yield name, value
