@@ -60,6 +60,18 @@ def test_refused_update_changes_nothing(pynative):
         np.testing.assert_array_equal(parameter.asnumpy(), value)
 
 
+@pytest.mark.parametrize("target", ["CPU", "GPU"])
+def test_a_scale_multiplies_the_gradients_however_small_it_is(target, pynative):
+    """The inverse of a loss scale of 2^24 is 6e-8."""
+    one, other = _optimizer(target), _optimizer(target)
+    plain, scaled = _arrays(1), [gradient * np.float32(2.0**24) for gradient in _arrays(1)]
+    rate, alive = Tensor(RATE, mstype.float32), Tensor(True)
+    one(tuple(map(Tensor, plain)), rate, alive)
+    other(tuple(map(Tensor, scaled)), rate, alive, None, Tensor(2.0**-24, mstype.float32))
+    for first, second in zip(one.parameters, other.parameters):
+        np.testing.assert_array_equal(first.asnumpy(), second.asnumpy())
+
+
 def test_only_matrices_decay(pynative):
     """With gradients of 0 nothing but decay moves a parameter, and vectors do not decay."""
     optimizer = _optimizer("CPU")

@@ -83,7 +83,7 @@ class AdamW(nn.Cell):
         # A refused update: betas of 1 and a rate of 0 leave everything as it is, if the gradient is finite.
         learning_rate = self.select(alive, learning_rate, self.zero)
         beta1, beta2 = self.select(alive, beta1, self.one), self.select(alive, beta2, self.one)
-        scale = self.select(alive, self.one if scale is None else scale, self.zero)
+        kept = self.select(alive, self.one if scale is None or self.one_kernel else scale, self.zero)
         rate, shrink = learning_rate * root / correction1, 1.0 - learning_rate * self.weight_decay
         other_rate, other_shrink = rate, shrink
         if factor is not None:
@@ -91,7 +91,9 @@ class AdamW(nn.Cell):
         self.assign(self.correction1, self.select(alive, correction1, self.correction1))
         self.assign(self.correction2, self.select(alive, correction2, self.correction2))
         for index, gradient in enumerate(gradients):
-            gradient = self.multiply(gradient, scale)  # 0 times NaN is 0 here: refusing costs no pass of its own
+            gradient = self.multiply(gradient, kept)  # 0 times NaN is 0 here: on CPU refusing costs no pass of its own
+            if self.one_kernel and scale is not None:  # a GPU's MulNoNan takes factors below 2e-7 for 0, so 1 or 0 there
+                gradient = gradient * scale
             parameter, m, v = self.parameters[index], self.moment1[index], self.moment2[index]
             own_rate = other_rate if self.apart[index] else rate
             if self.one_kernel:
