@@ -2,10 +2,20 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**31 - 1  # what MindSpore's int32 holds
+
+
+def _fits(number: int) -> int:
+    if number > LARGEST:
+        raise ValueError(f"input should be at most {LARGEST}")
+    return number
+
+
+Whole = Annotated[int, AfterValidator(_fits)]
+Positive = Annotated[Whole, Field(ge=1)]
+NotNegative = Annotated[Whole, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 SpeedUp = Literal[  # keys of MindSpore's parallel_speed_up.json
@@ -35,6 +45,8 @@ class Section(BaseModel):
         """`true` is not the number 1."""
         if isinstance(value, bool) and bool not in _kinds(cls.model_fields[info.field_name].annotation):
             raise ValueError("input should not be true or false")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("input should hold no NUL character")  # no file name and no C string can
         return value
 
 

@@ -132,7 +132,7 @@ def read_texts(manifest: Manifest) -> tuple[Config, str, dict[str, Any]]:
         verify(manifest, name)
     state = json.loads((manifest.path / STATE).read_text(encoding="utf-8"))
     tokenizer = (manifest.path / TOKENIZER).read_text(encoding="utf-8")
-    return configuration.load(manifest.path / CONFIG), tokenizer, state
+    return configuration.load(manifest.path / CONFIG, inherited=True), tokenizer, state
 
 
 def damage(path: Path, what: str) -> str:
