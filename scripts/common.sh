@@ -23,6 +23,29 @@ fail() { # fail TEXT: one line, exit code 2 as the Python command lines have it
     exit 2
 }
 
+shown() { # shown TEXT: as messages show it: one line, at most 80 characters
+    local text="${1:0:200}"
+    text="${text//[[:cntrl:]]/?}"
+    if ((${#text} > 80)); then text="${text:0:60} ... ${text: -10}"; fi
+    printf '%s' "$text"
+}
+
+# whole FLAG VALUE LEAST MOST: prints the number; 08 is 8, not octal, and nothing overflows.
+whole() {
+    local digits="${2:0:40}"
+    while [[ "$digits" == 0?* ]]; do digits="${digits#0}"; done
+    case "$digits" in
+        "" | *[!0123456789]* | ??????????*) ;;
+        *)
+            if ((digits >= $3 && digits <= $4)); then
+                printf '%s\n' "$digits"
+                return
+            fi
+            ;;
+    esac
+    fail "$1: $(shown "$2"); a whole number from $3 to $4"
+}
+
 # The comment at the top of the script, without the licence line, is its help.
 show_usage() {
     awk 'NR > 2 && !/^#/ { exit } NR > 2 { sub(/^# ?/, ""); print }' "$1"

@@ -58,6 +58,10 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = N
     except MemoryError as error:
         reason = shortened(str(error), 160) or "the system gives no more"
         return _say(f"error: memory: {reason}; lower data.batch_size or the sizes of the model", EXIT_USER_ERROR)
+    except UnicodeEncodeError as error:  # a file name: streams have escapes
+        text = shortened(ascii(error.object[error.start : error.end]))
+        reason = f"{text} cannot be part of a file name where the locale is {error.encoding}"
+        return _say(f"error: {reason}; set PYTHONUTF8=1", EXIT_USER_ERROR)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its end
         return EXIT_PIPE

@@ -27,7 +27,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), inherited: bool = Fals
     Raises:
         UserError: missing file, broken YAML, unknown key, wrong type or impossible combination.
     """
-    text, name = read_text(path, "config file", "give the path of a YAML file"), shortened(str(path))
+    text, name = read_text(path, "config file", "give the path of a YAML file"), shortened(str(path), 200)
     try:
         tree = parse_yaml(text)
     except UnreadableError as error:
@@ -82,7 +82,7 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     try:
         value = _value_of(section, key, text.strip())
     except UnreadableError as error:
-        raise UserError(f"override '{shortened(override)}': the value is not YAML: {error.reason}; quote it") from None
+        raise UserError(f"override '{shortened(override)}': {error.reason}") from None
     part = tree.setdefault(section, {})
     if part is None:
         part = tree[section] = {}
@@ -94,10 +94,12 @@ def _apply(tree: dict[str, Any], override: str) -> str:
 
 def _value_of(section: str, key: str, text: str) -> Any:
     """Returns the value of an override (UnreadableError)."""
-    if not _is_text(section, key) or text.startswith(("'", '"')):
-        value = parse_yaml(text)
-        return text if _is_text(section, key) and not isinstance(value, str | None) else value
     check_characters(text)
+    if not _is_text(section, key) or text.startswith(("'", '"')):
+        try:
+            return parse_yaml(text)
+        except UnreadableError as error:
+            raise UnreadableError(f"the value is not YAML: {error.reason}; quote it") from None
     return None if text in EMPTY else text  # train.name=001 is a name, and data.path=a #1.txt no comment
 
 

@@ -20,6 +20,7 @@ LARGEST_TREE = 100_000  # values, each counted as often as aliases repeat it
 DEEPEST = 32  # lists and mappings inside each other
 LONGEST_NUMBER = 40  # digits
 CORE = ("null", "bool", "int", "float", "str", "seq", "map", "merge")  # what is left of YAML's types
+NOT_TEXT = "holds bytes that are no text here: use UTF-8; where the locale has none, set PYTHONUTF8=1"
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -135,11 +136,11 @@ class UnreadableError(ValueError):
 
 
 def check_characters(text: str) -> None:
-    """Refuses text that holds bytes of another encoding, which Python keeps as surrogates (UnreadableError)."""
+    """Refuses text with bytes that the locale could not read and Python keeps as surrogates (UnreadableError)."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UnreadableError("holds bytes that are not UTF-8; in a shell without UTF-8 set PYTHONUTF8=1") from None
+        raise UnreadableError(NOT_TEXT) from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -212,7 +213,7 @@ def read_text(path: str | Path, what: str, remedy: str, largest: int = LARGEST_F
         reason = error.strerror or str(error)
     except ValueError as error:
         reason = str(error)
-    raise UserError(f"{what} '{shortened(str(path))}': {reason}; {remedy}") from None
+    raise UserError(f"{what} '{shortened(str(path), 200)}': {reason}; {remedy}") from None
 
 
 def _read_bytes(path: str | Path, largest: int) -> bytes:
