@@ -1,8 +1,11 @@
 """Command line: python eval.py --help."""
 
 import sys
+from pathlib import Path
 
-from switchyard.cli import eval_main, run
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # this folder's own code, installed or not
+
+from switchyard.cli import eval_main, run  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(run(eval_main))

@@ -1,9 +1,12 @@
 """Command line: python export.py --help."""
 
 import sys
+from pathlib import Path
 
-from switchyard.cli import run
-from switchyard.inference.commands import export_main
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # this folder's own code, installed or not
+
+from switchyard.cli import run  # noqa: E402
+from switchyard.inference.commands import export_main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(run(export_main))

@@ -1,8 +1,11 @@
 """Command line: python train.py --help."""
 
 import sys
+from pathlib import Path
 
-from switchyard.cli import run, train_main
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # this folder's own code, installed or not
+
+from switchyard.cli import run, train_main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(run(train_main))

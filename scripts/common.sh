@@ -125,12 +125,21 @@ watch_pip() {
     if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
 }
 
-# set_up run | set_up tests: afterwards "$VENV/bin/python" has what requirements.txt, or requirements-test.txt, asks for.
+# Makes `import switchyard` in $VENV mean $ROOT/src. A path file needs no build, and takes any character of a path.
+install_package() {
+    local packages
+    packages="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    printf '%s\n' "$ROOT/src" >"$packages/switchyard-here.pth"
+}
+
+# set_up run | set_up tests: afterwards "$VENV/bin/python" has what requirements.txt, or requirements-test.txt, asks for,
+# and the package itself.
 # The stamp of what is installed is written last, so that an interrupted set-up is seen and made anew.
 set_up() {
     local kind="$1" requirements="requirements.txt" files=(requirements.txt) stamp log start=$SECONDS
     if [[ -n "${SWITCHYARD_VENV:-}" ]]; then
         "$VENV/bin/python" -c "$RIGHT_VERSION" 2>/dev/null || fail "SWITCHYARD_VENV=$VENV: holds no Python $SUPPORTED that runs"
+        export PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}"
         return
     fi
     if [[ "$kind" == tests ]]; then
@@ -153,6 +162,7 @@ set_up() {
         tail -n 15 "$log" >&2
         fail "pip could not install $requirements; the end of its log stands above, all of it in $log"
     fi
+    install_package
     checksum requirements.txt >"$VENV/complete-run"
     checksum "${files[@]}" >"$stamp"
     rm "$VENV/installing"

@@ -43,7 +43,7 @@ while (($#)); do
 done
 tokens="$(whole --tokens "$tokens" 1 999999999)"
 [[ "$name" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || fail "--name: $(shown "$name"); letters, digits, and . _ - behind the first"
-[[ -f "$config" ]] || fail "--config: $(shown "$config"); no such file"
+[[ -f "$config" || "$config" == "$ROOT/config/quickstart.yaml" ]] || fail "--config: $(shown "$config"); no such file"
 out="${out#"$PWD/"}"
 
 free="$name"

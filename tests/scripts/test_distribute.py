@@ -111,7 +111,9 @@ def test_refused_in_one_line(arguments, says):
 
 
 def test_zeros_in_front_are_decimal():
-    words = dry_run("gpu", "--devices", "08", "--nodes", "02", "--node-rank", "01", "--master", "ten", "--port", "09000")
+    words = dry_run(
+        "gpu", "--devices", "08", "--nodes", "02", "--node-rank", "01", "--master", "ten", "--port", "09000"
+    )
     assert words[:5] == [
         "--worker_num=16",
         "--local_worker_num=8",

@@ -13,9 +13,8 @@ def _fits(number: int) -> int:
     return number
 
 
-Whole = Annotated[int, AfterValidator(_fits)]
-Positive = Annotated[Whole, Field(ge=1)]
-NotNegative = Annotated[Whole, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1), AfterValidator(_fits)]
+NotNegative = Annotated[int, Field(ge=0), AfterValidator(_fits)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 SpeedUp = Literal[  # keys of MindSpore's parallel_speed_up.json
@@ -60,7 +59,7 @@ class VisionConfig(Section):
 
     image_size: Positive = Field(8, description="height and width of an image")
     channels: Positive = Field(1, description="channels of an image")
-    classes: Annotated[int, Field(ge=2)] = Field(10, description="classes of the labels")
+    classes: Annotated[int, Field(ge=2), AfterValidator(_fits)] = Field(10, description="classes of the labels")
     tasks: Annotated[list[Literal["identity", "parity", "half"]], Field(min_length=1)] = Field(
         ["identity"], description="a head each: the class, whether it is odd, whether it is in the upper half"
     )

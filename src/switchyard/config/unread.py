@@ -121,7 +121,9 @@ def _by_router(config: Config) -> Iterator[Unread]:
     if router not in ROUTERS:
         return
     if router in NORMALISED:
-        yield Unread(("moe.norm_topk_prob",), f"moe.router '{router}' always has gates that sum to 1: leave it out", True)
+        yield Unread(
+            ("moe.norm_topk_prob",), f"moe.router '{router}' always has gates that sum to 1: leave it out", True
+        )
     for name, readers in ROUTER_KEYS.items():
         if router in readers:
             continue
