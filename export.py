@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # this folder's own code, installed or not
 
-from switchyard.cli import run  # noqa: E402
-from switchyard.inference.commands import export_main  # noqa: E402
+from switchyard.cli import run
+from switchyard.inference.commands import export_main
 
 if __name__ == "__main__":
     sys.exit(run(export_main))

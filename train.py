@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # this folder's own code, installed or not
 
-from switchyard.cli import run, train_main  # noqa: E402
+from switchyard.cli import run, train_main
 
 if __name__ == "__main__":
     sys.exit(run(train_main))

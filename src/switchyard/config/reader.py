@@ -9,7 +9,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -27,12 +27,12 @@ UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticErro
 class PlainLoader(yaml.SafeLoader):
     """PyYAML's safe loader without the types that a configuration does not have, and with limits."""
 
-    yaml_constructors = {
+    yaml_constructors: ClassVar[dict] = {
         tag: construct
         for tag, construct in yaml.SafeLoader.yaml_constructors.items()
         if tag is None or tag.removeprefix("tag:yaml.org,2002:") in CORE
     }
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar[dict] = {
         first: [(tag, pattern) for tag, pattern in rules if tag.removeprefix("tag:yaml.org,2002:") in CORE]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

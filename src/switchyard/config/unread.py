@@ -5,7 +5,7 @@ mathematics, and told in one line where a file for several purposes may well car
 own may read anything.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from switchyard.config.schema import Config
