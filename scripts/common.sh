@@ -23,6 +23,29 @@ fail() { # fail TEXT: one line, exit code 2 as the Python command lines have it
     exit 2
 }
 
+shown() { # shown TEXT: as messages show it: one line, at most 80 characters
+    local text="${1:0:200}"
+    text="${text//[[:cntrl:]]/?}"
+    if ((${#text} > 80)); then text="${text:0:60} ... ${text: -10}"; fi
+    printf '%s' "$text"
+}
+
+# whole FLAG VALUE LEAST MOST: prints the number; 08 is 8, not octal, and nothing overflows.
+whole() {
+    local digits="${2:0:40}"
+    while [[ "$digits" == 0?* ]]; do digits="${digits#0}"; done
+    case "$digits" in
+        "" | *[!0123456789]* | ??????????*) ;;
+        *)
+            if ((digits >= $3 && digits <= $4)); then
+                printf '%s\n' "$digits"
+                return
+            fi
+            ;;
+    esac
+    fail "$1: $(shown "$2"); a whole number from $3 to $4"
+}
+
 # The comment at the top of the script, without the licence line, is its help.
 show_usage() {
     awk 'NR > 2 && !/^#/ { exit } NR > 2 { sub(/^# ?/, ""); print }' "$1"
@@ -102,12 +125,21 @@ watch_pip() {
     if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
 }
 
-# set_up run | set_up tests: afterwards "$VENV/bin/python" has what requirements.txt, or requirements-test.txt, asks for.
+# Makes `import switchyard` in $VENV mean $ROOT/src. A path file needs no build, and takes any character of a path.
+install_package() {
+    local packages
+    packages="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    printf '%s\n' "$ROOT/src" >"$packages/switchyard-here.pth"
+}
+
+# set_up run | set_up tests: afterwards "$VENV/bin/python" has what requirements.txt, or requirements-test.txt, asks for,
+# and the package itself.
 # The stamp of what is installed is written last, so that an interrupted set-up is seen and made anew.
 set_up() {
     local kind="$1" requirements="requirements.txt" files=(requirements.txt) stamp log start=$SECONDS
     if [[ -n "${SWITCHYARD_VENV:-}" ]]; then
         "$VENV/bin/python" -c "$RIGHT_VERSION" 2>/dev/null || fail "SWITCHYARD_VENV=$VENV: holds no Python $SUPPORTED that runs"
+        export PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}"
         return
     fi
     if [[ "$kind" == tests ]]; then
@@ -130,6 +162,7 @@ set_up() {
         tail -n 15 "$log" >&2
         fail "pip could not install $requirements; the end of its log stands above, all of it in $log"
     fi
+    install_package
     checksum requirements.txt >"$VENV/complete-run"
     checksum "${files[@]}" >"$stamp"
     rm "$VENV/installing"

@@ -3,8 +3,21 @@
 #
 # What run_distribute_train_ascend.sh and run_distribute_train_gpu.sh share. Sourced, not run.
 
-fail_unless_number() { # fail_unless_number FLAG VALUE LEAST
-    if ! [[ "$2" =~ ^[0-9]+$ ]] || (($2 < $3)); then fail "$1: $2; a whole number, at least $3"; fi
+# check_file FLAG FILE: a file that can be read.
+check_file() {
+    [[ -e "$2" ]] || fail "$1: $(shown "$2"); no such file"
+    [[ -f "$2" ]] || fail "$1: $(shown "$2"); is no regular file"
+    [[ -r "$2" ]] || fail "$1: $(shown "$2"); cannot be read: check its permissions"
+}
+
+# check_address ADDRESS NODES: of node 0, as all nodes can reach it.
+check_address() {
+    case "$1" in
+        "" | -* | *[!0-9A-Za-z.:_-]*) fail "--master: $(shown "$1"); an address or a host name" ;;
+        127.* | localhost | ::1 | 0.0.0.0)
+            (($2 == 1)) || fail "--master: $1; with --nodes $2 the address of node 0 that all nodes can reach"
+            ;;
+    esac
 }
 
 # Prints a port of this machine on which nobody listens.
@@ -40,24 +53,23 @@ distribute() {
                 ;;
             --resume) program+=("$1") ;;
             --dry-run) dry_run=yes ;;
+            -*) fail "$(shown "$1"): unknown option; see --help" ;;
             *.*=*) program+=("$1") ;;
-            *) fail "$1: unknown option; see --help" ;;
+            *) fail "$(shown "$1"): unknown option; see --help" ;;
         esac
         shift
     done
     [[ -n "$config" ]] || fail "--config: needs the YAML file of an experiment; see --help"
-    [[ -f "$config" ]] || fail "--config: $config; no such file"
-    fail_unless_number --devices "$devices" 1
-    fail_unless_number --nodes "$nodes" 1
-    fail_unless_number --node-rank "$node_rank" 0
+    check_file --config "$config"
+    devices="$(whole --devices "$devices" 1 65536)" # each in a line of its own, so that a refusal ends the script
+    nodes="$(whole --nodes "$nodes" 1 65536)"
+    node_rank="$(whole --node-rank "$node_rank" 0 65535)"
     ((node_rank < nodes)) || fail "--node-rank: $node_rank; from 0 below --nodes ($nodes)"
-    if ((nodes > 1)); then
-        [[ "$master" != 127.0.0.1 ]] || fail "--master: $master; with --nodes $nodes the address of node 0 that all nodes can reach"
-        port="${port:-8118}" # the same on all nodes, so none is searched for
-    fi
-    port="${port:-$(free_port)}"
-    fail_unless_number --port "$port" 1024
-    [[ -z "$rank_table" || -f "$rank_table" ]] || fail "--rank-table: $rank_table; no such file"
+    check_address "$master" "$nodes"
+    if ((nodes > 1)); then port="${port:-8118}"; fi # the same on all nodes, so none is searched for
+    port="$(whole --port "${port:-$(free_port)}" 1024 65535)"
+    [[ -z "$rank_table" ]] || check_file --rank-table "$rank_table"
+    [[ ! -e "$log_dir" || -d "$log_dir" ]] || fail "--log-dir: $(shown "$log_dir"); is no folder"
     log_dir="${log_dir:-logs/train-$(date +%Y%m%d-%H%M%S)}"
 
     launcher=("$VENV/bin/python" -m mindspore.parallel.cluster.run "--worker_num=$((devices * nodes))"

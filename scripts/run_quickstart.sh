@@ -35,11 +35,15 @@ while (($#)); do
             ;;
         train.name=*) fail "${1%%=*}: use --name" ;;
         train.output_dir=*) fail "${1%%=*}: use --out" ;;
+        -*) fail "$(shown "$1"): unknown option; see --help" ;;
         *.*=*) overrides+=("$1") ;;
-        *) fail "$1: unknown option; see --help" ;;
+        *) fail "$(shown "$1"): unknown option; see --help" ;;
     esac
     shift
 done
+tokens="$(whole --tokens "$tokens" 1 999999999)"
+[[ "$name" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || fail "--name: $(shown "$name"); letters, digits, and . _ - behind the first"
+[[ -f "$config" || "$config" == "$ROOT/config/quickstart.yaml" ]] || fail "--config: $(shown "$config"); no such file"
 out="${out#"$PWD/"}"
 
 free="$name"

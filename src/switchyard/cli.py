@@ -4,11 +4,11 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from switchyard import config as configuration
-from switchyard.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Interrupted, UserError
+from switchyard.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Interrupted, UserError, shortened
 from switchyard.json_text import to_json
 
 EXIT_KILLED = 130  # Ctrl-C where there was nothing to save: what a shell reports for SIGINT
@@ -20,7 +20,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """A bad command line as a UserError, so that it is one line like any other mistake."""
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{shortened(message, 300)}; see {self.prog} --help")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuses `--option=--`, which argparse takes for the end of the options and then misses a value."""
+        for argument in sys.argv[1:] if args is None else args:
+            if argument == "--":
+                break
+            if argument.startswith("-") and argument.endswith("=--"):
+                self.error(f"argument {argument[:-3]}: '--' is no value")
+        return super().parse_known_args(args, namespace)
 
 
 def create_parser(prog: str, description: str) -> Parser:
@@ -37,6 +46,7 @@ def create_parser(prog: str, description: str) -> Parser:
 
 def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
     """Calls `main` with the arguments and turns what users and signals do into one line and an exit code."""
+    escape_characters()
     try:
         return main(sys.argv[1:] if arguments is None else arguments) or EXIT_OK
     except UserError as error:
@@ -45,6 +55,13 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = N
         return _say(f"interrupted: {error}", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _say("interrupted: there was nothing to save", EXIT_KILLED)
+    except MemoryError as error:
+        reason = shortened(str(error), 160) or "the system gives no more"
+        return _say(f"error: memory: {reason}; lower data.batch_size or the sizes of the model", EXIT_USER_ERROR)
+    except UnicodeEncodeError as error:  # a file name: streams have escapes
+        text = shortened(ascii(error.object[error.start : error.end]))
+        reason = f"{text} cannot be part of a file name where the locale is {error.encoding}"
+        return _say(f"error: {reason}; set PYTHONUTF8=1", EXIT_USER_ERROR)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its end
         return EXIT_PIPE
@@ -52,6 +69,23 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = N
         if error.filename is None or error.strerror is None:
             raise
         return _say(f"error: '{error.filename}': {error.strerror}", EXIT_USER_ERROR)
+
+
+def escape_characters() -> None:
+    """Makes stdout and stderr write what their encoding does not have as escapes: an accented path is no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what tests and notebooks put there may be something else
+            stream.reconfigure(errors="backslashreplace")
+
+
+def announce(config: configuration.Config, overrides: Sequence[str]) -> None:
+    """Says on stderr, in the first process of a job, which keys have no effect."""
+    from switchyard.device import target_of
+    from switchyard.parallel.processes import is_first
+
+    if is_first():
+        for line in configuration.notes(config, overrides, target_of(config.context)):
+            print(line, file=sys.stderr, flush=True)
 
 
 def train_main(arguments: list[str]) -> None:
@@ -66,6 +100,7 @@ def train_main(arguments: list[str]) -> None:
         print(config.to_yaml(), end="")
         return
     _prepare()
+    announce(config, chosen.overrides)
     from switchyard.training.loop import train
 
     train(config, chosen.resume)
@@ -98,7 +133,7 @@ def eval_main(arguments: list[str]) -> None:
 def stdout_to_stderr() -> Iterator:
     """Everything that is printed meanwhile, by C++ too, goes to stderr; yields a file that is the real stdout."""
     sys.stdout.flush()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+    with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="surrogateescape") as out:  # bytes come out as they came in
         os.dup2(2, 1)
         try:
             yield out

@@ -16,7 +16,8 @@ def tiny_config(activation: str = "relu", width: int = 6, hidden: int = 5, **moe
     """A configuration of one conditional layer: top_k of 4 experts unless `moe` says otherwise."""
     model = {"hidden_size": width, "intermediate_size": hidden, "activation": activation, "num_heads": 1}
     model["position"] = "learned"  # of no consequence here, and allows an odd width
-    return build({"model": model, "moe": {"router": "top_k", "expert_num": 4} | moe, "data": {"batch_size": 24}})
+    tree = {"model": model, "moe": {"router": "top_k", "expert_num": 4} | moe, "data": {"batch_size": 24}}
+    return build(tree, inherited=True)  # tests of many routers share keys that not every one of them reads
 
 
 def tiny_layer(config: Config, seed: int = 0, dtype=mstype.float32, train: bool = True) -> MoELayer:

@@ -80,9 +80,23 @@ def test_further_words(tmp_path):
         ([], "--config: needs the YAML file of an experiment; see --help"),
         (["--config"], "--config: needs a value"),
         (["--config", "no such.yaml"], "--config: no such.yaml; no such file"),
-        (["--devices", "two"], "--devices: two; a whole number, at least 1"),
-        (["--devices", "0"], "--devices: 0; a whole number, at least 1"),
-        (["--port", "80"], "--port: 80; a whole number, at least 1024"),
+        (["--config", "scripts"], "--config: scripts; is no regular file"),
+        (["--devices", "two"], "--devices: two; a whole number from 1 to 65536"),
+        (["--devices", "0"], "--devices: 0; a whole number from 1 to 65536"),
+        (["--devices", ""], "--devices: ; a whole number from 1 to 65536"),
+        (["--devices", "-2"], "--devices: -2; a whole number from 1 to 65536"),
+        (["--devices", "0x8"], "--devices: 0x8; a whole number from 1 to 65536"),
+        (["--devices", "18446744073709551617"], "--devices: 18446744073709551617; a whole number from 1 to 65536"),
+        (["--devices", "1\n2"], "--devices: 1?2; a whole number from 1 to 65536"),
+        (["--nodes", "9" * 300], f"--nodes: {'9' * 60} ... {'9' * 10}; a whole number from 1 to 65536"),
+        (["--port", "80"], "--port: 80; a whole number from 1024 to 65535"),
+        (["--port", "65536"], "--port: 65536; a whole number from 1024 to 65535"),
+        (["--port", "4294968000"], "--port: 4294968000; a whole number from 1024 to 65535"),
+        (["--node-rank", "-1"], "--node-rank: -1; a whole number from 0 to 65535"),
+        (["--master", "two words"], "--master: two words; an address or a host name"),
+        (["--master", ""], "--master: ; an address or a host name"),
+        (["--master=10.0.0.1"], "--master=10.0.0.1: unknown option; see --help"),
+        (["--log-dir", "README.md"], "--log-dir: README.md; is no folder"),
         (["--nodes", "2", "--node-rank", "2"], "--node-rank: 2; from 0 below --nodes (2)"),
         (["--nodes", "2"], "--master: 127.0.0.1; with --nodes 2 the address of node 0 that all nodes can reach"),
         (["--rank-table", "none.json"], "--rank-table: none.json; no such file"),
@@ -92,8 +106,32 @@ def test_further_words(tmp_path):
 )
 def test_refused_in_one_line(arguments, says):
     config = ["--config", "config/quickstart.yaml"] if arguments and arguments[0] != "--config" else []
-    done = script("gpu", *config, *arguments)
+    done = script("gpu", *config, *arguments, LANG="C")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {says}\n")
+
+
+def test_zeros_in_front_are_decimal():
+    words = dry_run(
+        "gpu", "--devices", "08", "--nodes", "02", "--node-rank", "01", "--master", "ten", "--port", "09000"
+    )
+    assert words[:5] == [
+        "--worker_num=16",
+        "--local_worker_num=8",
+        "--master_addr=ten",
+        "--master_port=9000",
+        "--node_rank=1",
+    ]
+
+
+@pytest.mark.parametrize("language", ["C", "C.UTF-8"])
+def test_a_path_that_is_not_ascii_arrives_whatever_the_language(language, tmp_path):
+    config = tmp_path / "Prójects (1).yaml"
+    config.write_text("{}")
+    done = script("gpu", "--config", config, "--devices", 1, "--dry-run", LANG=language)
+    pasted = subprocess.run(["bash", "-c", f"printf '%s\\n' {done.stdout.strip()}"], capture_output=True, text=True)
+    assert str(config) in pasted.stdout.splitlines()
+    missing = script("gpu", "--config", tmp_path / "né.yaml", LANG=language)
+    assert missing.stderr == f"error: --config: {tmp_path / 'né.yaml'}; no such file\n"
 
 
 def test_an_unknown_device_is_refused():

@@ -4,6 +4,7 @@ Each test works in a copy of scripts/ with requirements that need no download, b
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ class Clone:
     """A copy of the scripts, and a PATH on which every name of Python is a stand-in until `python` says otherwise."""
 
     def __init__(self, folder: Path):
-        self.root = folder / "a clone"
+        self.root = folder / "a clóne (1)"
         self.path = folder / "path"
         self.path.mkdir(parents=True)
         shutil.copytree(ROOT / "scripts", self.root / "scripts")
@@ -93,6 +94,42 @@ def test_falls_back_to_a_python_that_runs(ready):
     assert json.loads(ready.first.stdout) == ["--checkpoint", "a run"]
 
 
+def test_the_environment_finds_the_package_from_anywhere(ready, tmp_path):
+    """As `python -m switchyard...` does, from whatever folder, though pip has built nothing."""
+    package = ready.root / "src" / "switchyard"
+    package.mkdir(parents=True)
+    (package / "__main__.py").write_text("print(__file__)")
+    python = ready.root / ".venv" / "bin" / "python"
+    for language in ("C", "C.UTF-8"):
+        command = [python, "-m", "switchyard"]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"LANG": language})
+        assert found.stdout.strip() == str(package / "__main__.py"), found.stderr
+    shutil.rmtree(ready.root / "src")
+
+
+@pytest.mark.parametrize("program", ["train", "eval", "export", "infer"])
+def test_a_command_line_uses_the_code_beside_it(program, tmp_path):
+    """Whatever package of that name is installed, or none is."""
+    root = tmp_path / "a clóne (2)"
+    package = root / "src" / "switchyard" / "inference"
+    package.mkdir(parents=True)
+    shutil.copy(ROOT / f"{program}.py", root)
+    (package.parent / "__init__.py").write_text("")
+    (package.parent / "cli.py").write_text("train_main = eval_main = None\nrun = lambda main: print(__file__)")
+    (package / "commands.py").write_text("export_main = infer_main = None")
+    command = [sys.executable, "-I", root / f"{program}.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={})
+    assert done.stdout.strip() == str(package.parent / "cli.py"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-test.txt"])
+def test_requirements_do_not_depend_on_the_current_folder(name):
+    """pip reads `-r` beside the file, but `-e .` and `./package` where it was called."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    for line in filter(None, lines):
+        assert re.fullmatch(r"-r requirements\.txt|[A-Za-z0-9-]+[<>=]=[0-9.]+(,<[0-9.]+)?", line), line
+
+
 def test_complete_environment_is_reused(ready):
     for name in NAMES:
         ready.python(name, ABSENT)
@@ -160,6 +197,10 @@ def test_what_is_no_environment_is_not_cleared(tmp_path):
         (["train.name=x"], "train.name: use --name"),
         (["train.output_dir=x"], "train.output_dir: use --out"),
         (["--steps", "3"], "--steps: unknown option; see --help"),
+        (["--tokens=3.5"], "--tokens=3.5: unknown option; see --help"),
+        (["--tokens", "many"], "--tokens: many; a whole number from 1 to 999999999"),
+        (["--name", "a b"], "--name: a b; letters, digits, and . _ - behind the first"),
+        (["--config", "none.yaml"], "--config: none.yaml; no such file"),
     ],
 )
 def test_quickstart_refuses(tmp_path, arguments, says):

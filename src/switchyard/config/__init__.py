@@ -16,6 +16,7 @@ from switchyard.config.schema import (
     VisionConfig,
 )
 from switchyard.config.sections import Section
+from switchyard.config.unread import notes, without_effect
 
 __all__ = [
     "CascadeConfig",
@@ -34,4 +35,6 @@ __all__ = [
     "build",
     "check",
     "load",
+    "notes",
+    "without_effect",
 ]

@@ -209,8 +209,26 @@ def parallel_laws(config):
         yield size == 1 or model.type == "decoder", f"parallel.{degree}", size, "1, or model.type 'decoder'"
 
 
+LARGEST_ARRAY = 2**58  # numbers; NumPy counts bytes up to 2^63
+
+
+def size_laws(config):
+    """Laws of what NumPy can count: the product of several keys, each within its own limits."""
+    model, vision = config.model, config.vision
+    widest = 16 * max(config.dense_width, config.expert_width) * max(1, config.moe.shared_expert_num)  # 9: convolutions
+    for key, numbers in (
+        ("model.hidden_size", model.hidden_size * widest * config.moe.expert_num),
+        ("model.seq_length", model.seq_length**2),
+        ("vision.image_size", 16 * vision.image_size**2 * max(vision.channels, model.hidden_size)),
+        ("data.batch_size", config.data.batch_size * model.seq_length * model.hidden_size),
+    ):
+        reason = f"makes arrays of {numbers:.1e} numbers together with the other sizes; lower it or them"
+        yield numbers < LARGEST_ARRAY, key, config.value(key), reason
+
+
 def laws(config):
     """(holds, key, value, what is allowed) of each cross-field law of a Config."""
+    yield from size_laws(config)
     yield from granularity_laws(config)
     yield from model_laws(config.model)
     yield from layer_laws(config)

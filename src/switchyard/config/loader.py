@@ -1,50 +1,58 @@
 """Reads the configuration: YAML and dotted overrides in, a checked Config out, one-line errors."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
 from pydantic import ValidationError
 
 from switchyard.config.checks import laws
+from switchyard.config.reader import UnreadableError, check_characters, parse_yaml, read_text
 from switchyard.config.schema import Config
-from switchyard.errors import UserError
+from switchyard.config.unread import refused
+from switchyard.errors import LONGEST, UserError, represented, shortened
+
+EMPTY = ("", "null", "Null", "NULL", "~")  # what is no text
 
 
-def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
-    """Reads a YAML file and `section.key=value` overrides.
+def load(path: str | Path, overrides: Sequence[str] = (), inherited: bool = False) -> Config:
+    """Reads a YAML file and `section.key=value` overrides, of which the last of a key counts.
+
+    Args:
+        path: of a UTF-8 file with a mapping of sections; an empty file means the defaults.
+        overrides: see above.
+        inherited: whether the file is a checkpoint's own, which may hold keys that have no effect, see `build`.
 
     Raises:
         UserError: missing file, broken YAML, unknown key, wrong type or impossible combination.
     """
+    text, name = read_text(path, "config file", "give the path of a YAML file"), shortened(str(path), 200)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"config file '{path}': {reason}; give the path of a YAML file") from None
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        where = f" line {error.problem_mark.line + 1}:" if getattr(error, "problem_mark", None) else ""
-        raise UserError(
-            f"config file '{path}':{where} broken YAML: {_flat(getattr(error, 'problem', error))}"
-        ) from None
+        tree = parse_yaml(text)
+    except UnreadableError as error:
+        where = f" line {error.line}:" if error.line else ""
+        raise UserError(f"config file '{name}':{where} broken YAML: {error.reason}") from None
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise UserError(f"config file '{path}': holds a {type(tree).__name__}, wants sections such as 'model:'")
-    return build(tree, overrides)
+        raise UserError(f"config file '{name}': holds a {type(tree).__name__}, wants sections such as 'model:'")
+    return build(tree, overrides, inherited)
 
 
-def _flat(message: object) -> str:
-    """A report of several lines as one."""
-    return " ".join(str(message).split())
+def build(tree: dict[str, Any], overrides: Sequence[str] = (), inherited: bool = False) -> Config:
+    """Makes a checked Config of nested mappings and `section.key=value` overrides.
 
+    Args:
+        tree: section -> key -> value.
+        overrides: the last of a key counts.
+        inherited: whether `tree` comes from a checkpoint. A key that this configuration does not read is then refused
+            only where an override names it; `notes` tells of the others.
 
-def build(tree: dict[str, Any], overrides: tuple[str, ...] | list[str] = ()) -> Config:
-    """Makes a checked Config of nested mappings and `section.key=value` overrides (UserError as in `load`)."""
+    Raises:
+        UserError: as in `load`.
+    """
     tree = {name: dict(part) if isinstance(part, dict) else part for name, part in tree.items()}
-    for override in overrides:
-        _apply(tree, override)
+    given = {_apply(tree, override) for override in overrides}
     try:
         config = Config(**{name: {} if part is None else part for name, part in tree.items()})
     except ValidationError as error:
@@ -52,6 +60,9 @@ def build(tree: dict[str, Any], overrides: tuple[str, ...] | list[str] = ()) -> 
     except TypeError as error:
         raise UserError(f"config: section names must be text: {error}") from None
     check(config)
+    for key, reason in refused(config).items():
+        if not inherited or key in given:
+            raise UserError(f"{key}: {represented(config.value(key))}; {reason}")
     return config
 
 
@@ -59,27 +70,37 @@ def check(config: Config) -> None:
     """Refuses combinations that no single field can see (UserError)."""
     for holds, key, value, allowed in laws(config):
         if not holds:
-            raise UserError(f"{key}: {value}; {allowed}")
+            raise UserError(f"{key}: {shortened(value)}; {allowed}")
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Writes one `section.key=value` into the tree."""
+def _apply(tree: dict[str, Any], override: str) -> str:
+    """Writes one `section.key=value` into the tree and returns `section.key`."""
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
-        raise UserError(f"override '{override}': write section.key=value, such as train.steps=100")
+        raise UserError(f"override '{shortened(override)}': write section.key=value, such as train.steps=100")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override '{override}': the value is not YAML; quote it") from None
-    if _is_text(section, key) and not isinstance(value, str | None):
-        value = text.strip()  # train.name=001 is a name, not a number
+        value = _value_of(section, key, text.strip())
+    except UnreadableError as error:
+        raise UserError(f"override '{shortened(override)}': {error.reason}") from None
     part = tree.setdefault(section, {})
     if part is None:
         part = tree[section] = {}
     if not isinstance(part, dict):
-        raise UserError(f"{section}: {part!r}; must be a section of keys")
+        raise UserError(f"{shortened(section)}: {represented(part)}; must be a section of keys")
     part[key] = value
+    return f"{section}.{key}"
+
+
+def _value_of(section: str, key: str, text: str) -> Any:
+    """Returns the value of an override (UnreadableError)."""
+    check_characters(text)
+    if not _is_text(section, key) or text.startswith(("'", '"')):
+        try:
+            return parse_yaml(text)
+        except UnreadableError as error:
+            raise UnreadableError(f"the value is not YAML: {error.reason}; quote it") from None
+    return None if text in EMPTY else text  # train.name=001 is a name, and data.path=a #1.txt no comment
 
 
 def _is_text(section: str, key: str) -> bool:
@@ -104,11 +125,15 @@ def _one_line(error: ValidationError) -> str:
         known = list(Config.model_fields)
         if len(path) > 1:
             known = list(Config.model_fields[path[0]].annotation.model_fields)
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(shortened(path[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-        return f"{'.'.join(path)}: unknown key; {hint}"
+        return f"{_dotted(path)}: unknown key; {hint}"
     path = path[: 3 if _is_table(*path[:2]) else 2]  # what follows are the types that were tried
     same_key = [p["msg"] for p in problems if [str(s) for s in p["loc"]][: len(path)] == path]
     same_key = [message.removeprefix("Value error, ") for message in same_key]
     allowed = " or ".join(dict.fromkeys(m[0].lower() + m[1:] for m in same_key))
-    return f"{'.'.join(path)}: {first['input']!r}; {allowed}"
+    return f"{_dotted(path)}: {represented(first['input'])}; {shortened(allowed, 4 * LONGEST)}"
+
+
+def _dotted(path: list[str]) -> str:
+    return ".".join(shortened(step) for step in path)

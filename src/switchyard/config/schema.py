@@ -4,7 +4,7 @@ The vocabulary is MindFormers' where it has a word (`expert_num`, `num_experts_c
 `aux_loss_factor`, `data_parallel`, ...), else the field's own. Nothing here imports MindSpore.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
@@ -29,7 +29,9 @@ class ModelConfig(Section):
     type: Literal["decoder", "vision", "cascade"] = Field(
         "decoder", description="the network: text decoder, image classifier, or image classifier with early exits"
     )
-    num_layers: Positive = Field(4, description="Transformer layers; vision: convolutional layers, 0 at the input")
+    num_layers: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        4, description="Transformer layers; vision: convolutional layers, 0 at the input"
+    )
     hidden_size: Positive = Field(128, description="width D of the residual stream; vision: channels")
     num_heads: Positive = Field(4, description="query heads")
     n_kv_heads: Positive | None = Field(None, description="key/value heads; null = num_heads, fewer = grouped-query")
@@ -194,7 +196,7 @@ class TrainConfig(Section):
     )
     output_dir: str = Field("runs", description="where run folders stand")
     steps: Positive = Field(2000, description="optimizer steps")
-    seed: NotNegative = Field(1, description="of weights, batches and noise")
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(1, description="of weights, batches and noise")
     gradient_accumulation_steps: Positive = Field(1, description="micro-batches of one optimizer step")
     log_every: Positive = Field(20, description="steps between two lines of the log")
     eval_every: NotNegative = Field(500, description="steps between evaluations; 0 = only at the end")
@@ -288,6 +290,11 @@ class Config(Section):
         """Devices that the parallel degrees ask for."""
         cut = self.parallel
         return cut.data_parallel * cut.model_parallel * cut.pipeline_stage
+
+    def value(self, key: str) -> Any:
+        """The value of `section.key`."""
+        section, _, name = key.partition(".")
+        return getattr(getattr(self, section), name)
 
     def to_yaml(self) -> str:
         """The resolved whole as YAML, in the order of the sections."""

@@ -2,10 +2,19 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**31 - 1  # what MindSpore's int32 holds
+
+
+def _fits(number: int) -> int:
+    if number > LARGEST:
+        raise ValueError(f"input should be at most {LARGEST}")
+    return number
+
+
+Positive = Annotated[int, Field(ge=1), AfterValidator(_fits)]
+NotNegative = Annotated[int, Field(ge=0), AfterValidator(_fits)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 SpeedUp = Literal[  # keys of MindSpore's parallel_speed_up.json
@@ -35,6 +44,8 @@ class Section(BaseModel):
         """`true` is not the number 1."""
         if isinstance(value, bool) and bool not in _kinds(cls.model_fields[info.field_name].annotation):
             raise ValueError("input should not be true or false")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("input should hold no NUL character")  # no file name and no C string can
         return value
 
 
@@ -48,7 +59,7 @@ class VisionConfig(Section):
 
     image_size: Positive = Field(8, description="height and width of an image")
     channels: Positive = Field(1, description="channels of an image")
-    classes: Annotated[int, Field(ge=2)] = Field(10, description="classes of the labels")
+    classes: Annotated[int, Field(ge=2), AfterValidator(_fits)] = Field(10, description="classes of the labels")
     tasks: Annotated[list[Literal["identity", "parity", "half"]], Field(min_length=1)] = Field(
         ["identity"], description="a head each: the class, whether it is odd, whether it is in the upper half"
     )

@@ -3,7 +3,6 @@
 The folder appears whole or not at all; `data.path` takes it.
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from switchyard import cli
 from switchyard.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ STOPPED_BY_SIGINT = 130  # as shells report it
 TRAINING_PIECE = 1_000_000  # characters that the BPE trainer gets at a time
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.Parser:
     """The arguments of the command line."""
-    made = argparse.ArgumentParser(
+    made = cli.Parser(
         prog="python -m switchyard.data.prepare",
         description="Trains a byte-level BPE tokenizer and writes text as MindRecord for data.path.",
     )
@@ -181,4 +181,4 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

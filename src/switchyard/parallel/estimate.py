@@ -23,11 +23,13 @@ from switchyard import cli, json_text
 from switchyard import config as configuration
 from switchyard.capacity import dropped_of_record, dropped_share
 from switchyard.config import Config
-from switchyard.errors import UserError
+from switchyard.config.reader import parse_json, read_text
+from switchyard.errors import UserError, shortened
 from switchyard.parallel.costs import Costs, costs, heaviest, stage_costs
 from switchyard.parallel.simulate import table, vocabulary
 
 KINDS = ("AlltoAll", "AllReduce", "AllGather", "ReduceScatter", "Send")
+LARGEST_LOAD = 1 << 26  # bytes of a file of tokens per expert
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 HEADS = ["dp", "ep", "tp", "pp", "zero", "seq", "recompute", "memory", *KINDS, "sent", "TFLOP", "dropped", "seconds"]
 SHORT = {"data_parallel": "dp", "expert_parallel": "ep", "model_parallel": "tp", "pipeline_stage": "pp"}
@@ -160,10 +162,13 @@ def read_load(path: str, config: Config) -> Load:
         if record.shape[-2] != config.rows:
             raise UserError(f"{key}: {path}; recorded with {record.shape[-2]} rows, this run has {config.rows}")
         return Load(record=record)
+    wanted = "must hold a JSON list of numbers, or one list a layer"
     try:
-        tokens = np.array(json.loads(Path(path).read_text(encoding="utf-8")), np.float64)
-    except ValueError:
-        raise UserError(f"{key}: {path}; must hold a JSON list of numbers, or one list a layer") from None
+        tokens = np.array(parse_json(read_text(path, key, wanted, LARGEST_LOAD)), np.float64)
+        if not np.isfinite(tokens).all():
+            raise ValueError
+    except (ValueError, TypeError, OverflowError):
+        raise UserError(f"{key}: {shortened(path)}; {wanted}") from None
     if tokens.shape not in ((experts,), (layers, experts)):
         wanted = f"[{experts}] or [{layers}, {experts}]"
         raise UserError(f"{key}: {path}; holds {list(tokens.shape)} numbers, wants {wanted}")
@@ -176,7 +181,7 @@ def read_size(text: str) -> float:
     """Bytes of `64GB`, `40GiB` or a number of bytes (UserError: neither)."""
     parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if parts is None or parts[2].upper() not in UNITS:
-        raise UserError(f"--memory: {text}; a number and MB, GB, TB, MiB, GiB or TiB, such as 64GB")
+        raise UserError(f"--memory: {shortened(text)}; a number and MB, GB, TB, MiB, GiB or TiB, such as 64GB")
     return float(parts[1]) * UNITS[parts[2].upper()]
 
 

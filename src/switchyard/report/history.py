@@ -56,7 +56,7 @@ def read_history(run: Path) -> History:
     evaluations = list({record["step"]: record for record in records if record["kind"] == "evaluation"}.values())
     if not train:
         raise UserError(f"run '{run}': {METRICS} holds no logged step; train for at least one")
-    layers = configuration.load(run / "config.yaml").moe_layers
+    layers = configuration.load(run / "config.yaml", inherited=True).moe_layers
     load = np.array([record["load"] for record in train], float) if layers else np.zeros((len(train), 0, 0))
     return History(
         steps=np.array([record["step"] for record in train]),

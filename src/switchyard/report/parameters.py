@@ -56,8 +56,12 @@ def _values(schema: dict[str, Any]) -> str:
         return f"list of {_values(schema['items'])}"
     name = {"boolean": "`true`, `false`", "string": "text", "null": "`null`"}.get(kind, kind)
     limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {schema[limit]:g}" for limit, sign in limits.items() if limit in schema]
+    bounds = [f"{sign} {_number(schema[limit])}" for limit, sign in limits.items() if limit in schema]
     return " ".join([name, ", ".join(bounds)]).strip()
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else f"{value:g}"
 
 
 if __name__ == "__main__":

@@ -332,7 +332,7 @@ def overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config
     """The configuration of a checkpoint with overrides that keep the weights' shapes (UserError)."""
     tree = on_one_device(config).model_dump()
     tree["moe"] |= {"record": None, "replay": None}  # those of the training run
-    changed = configuration.build(tree, overrides)
+    changed = configuration.build(tree, overrides, inherited=True)
     keys = SHAPE_KEYS
     if config.model.position == "learned":
         keys = (*keys, "model.seq_length")

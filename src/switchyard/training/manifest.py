@@ -181,7 +181,7 @@ def read_texts(manifest: Manifest) -> tuple[Config, str, dict[str, Any]]:
         state = json.loads((manifest.path / STATE).read_text(encoding="utf-8"))
     with readable(manifest.path, TOKENIZER):
         tokenizer = (manifest.path / TOKENIZER).read_text(encoding="utf-8")
-    return configuration.load(manifest.path / CONFIG), tokenizer, state
+    return configuration.load(manifest.path / CONFIG, inherited=True), tokenizer, state
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 import os
 from pathlib import Path
 
-import yaml
-
 from switchyard import config as configuration
 from switchyard.config import Config
-from switchyard.errors import UserError
+from switchyard.config.reader import UnreadableError, parse_yaml
+from switchyard.errors import UserError, represented
 from switchyard.parallel.placement import Degrees
 from switchyard.training.layout import keep_groups
 from switchyard.training.manifest import KINDS, read_manifest, read_texts
@@ -37,7 +36,7 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
         raise UserError(f"--out: '{out}' exists; remove it or name another folder")
     manifest = read_manifest(path)
     old, tokenizer_json, state = read_texts(manifest)
-    new = keep_groups(old, configuration.build(old.model_dump() | {"parallel": _section(to)}))
+    new = keep_groups(old, configuration.build(old.model_dump() | {"parallel": _section(to)}, inherited=True))
     degrees, layers = Degrees.of(new.parallel), new.model.num_layers
     sources = {kind: Tensors(manifest, kind) for kind in KINDS}
     entries = {kind: source.entries for kind, source in sources.items()}
@@ -61,9 +60,11 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
 def _section(text: str) -> dict:
     """The section `parallel` that --to means (UserError)."""
     try:
-        section = yaml.safe_load(text)
-    except yaml.YAMLError:
-        section = None
+        section, reason = parse_yaml(text), "no section of keys"
+    except UnreadableError as error:
+        section, reason = None, error.reason
     if not isinstance(section, dict):
-        raise UserError(f"--to: {text!r}; give degrees as YAML, such as '{{data_parallel: 8, expert_parallel: 4}}'")
+        raise UserError(
+            f"--to: {represented(text)}; {reason}; give degrees as YAML: '{{data_parallel: 8, expert_parallel: 4}}'"
+        )
     return section

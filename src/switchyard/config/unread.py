@@ -1,0 +1,237 @@
+"""Which keys a configuration does not read: what each router, network, dispatch and device looks at, as tables.
+
+A key that differs from its default and is not read is refused where somebody surely expects it to change the
+mathematics, and told in one line where a file for several purposes may well carry it. A router in a file of the user's
+own may read anything.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from switchyard.config.schema import Config
+from switchyard.errors import shortened
+
+LEARNED = (
+    *("switch", "top_k", "noisy_top_k", "gshard", "cosine", "prototype", "sigmoid", "two_level", "sinkhorn", "base"),
+    "multi_gate",
+)
+BLIND = ("hash", "random", "random_in_group", "task")  # choose without looking at a row
+FIXED = (*BLIND, "lsh")
+ROUTERS = (*LEARNED, *FIXED, "expert_choice", "mixture_of_depths", "tree", "dense", "merged", "soft")
+
+# key of `moe` -> the routers that read it; a test compares it with what each router does
+ROUTER_KEYS = {
+    "norm_topk_prob": ("top_k", "cosine", "sinkhorn", "sigmoid", "two_level", "multi_gate"),
+    "routed_scaling_factor": ("switch", "top_k", "cosine", "sinkhorn", "sigmoid"),
+    "second_expert": ("gshard",),
+    "second_expert_threshold": ("gshard",),
+    "topk_bias_update_rate": ("sigmoid",),
+    "n_group": ("sigmoid", "two_level", "random_in_group"),
+    "topk_group": ("sigmoid", "two_level"),
+    "sinkhorn_iterations": ("sinkhorn",),
+    "hash_table": ("hash",),
+    "random_draw": ("random",),
+    "task_num": ("task", "multi_gate"),
+    "task_experts": ("task",),
+    "slots_per_expert": ("soft",),
+    "jitter": tuple(name for name in ROUTERS if name not in BLIND),
+    "aux_loss_factor": LEARNED,
+    "z_loss_factor": (*LEARNED, "expert_choice", "dense", "merged"),
+}
+TOLD_ROUTER_KEYS = ("aux_loss_factor", "z_loss_factor")  # files that are tried with several routers carry them
+OFF = {"aux_loss_factor": 0, "z_loss_factor": 0, "topk_bias_update_rate": 0}  # what no router contradicts
+NORMALISED = ("gshard", "noisy_top_k", "dense", "soft", "merged", "tree", "task")  # gates sum to 1 whatever is asked
+BY_ROW = (*LEARNED, *FIXED)  # rows choose experts, in training
+BY_ROW_AT_EVALUATION = (*BY_ROW, "mixture_of_depths", "tree")
+TEXT_KEYS = ("num_heads", "n_kv_heads", "seq_length", "position", "theta", "tie_word_embeddings", "init_method_std")
+CASCADE_KEYS = ("type", "activation", "compute_dtype")  # what a cascade reads of `model`
+DECIDES = ("expert_num", "groups", "record", "replay")  # keys of `moe` that a dense model does not leave unread
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Keys that are not read.
+
+    Attributes:
+        keys: `section.key` of each.
+        reason: why, and what to do.
+        refused: whether such a key is refused, and not only told.
+    """
+
+    keys: tuple[str, ...]
+    reason: str
+    refused: bool = False
+
+
+def unread(config: Config, target: str = "auto") -> Iterator[Unread]:
+    """All keys that training does not read, whatever their value; a key may come twice, and the first counts.
+
+    Args:
+        config: the whole configuration.
+        target: the device: Ascend, GPU, CPU, or "auto" where nobody has looked yet.
+    """
+    yield from _by_network(config)
+    if config.moe_layers:
+        yield from _by_router(config)
+        yield from _by_capacity(config)
+    yield from _by_run(config)
+    yield from _by_device(config, config.context.device_target if target == "auto" else target)
+
+
+def _keys(section: str, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in names)
+
+
+def _all_but(section: str, names: Sequence[str]) -> tuple[str, ...]:
+    fields = Config.model_fields[section].annotation.model_fields
+    return _keys(section, [name for name in fields if name not in names])
+
+
+def _by_network(config: Config) -> Iterator[Unread]:
+    """What the network does not read."""
+    network = config.model.type
+    if network == "decoder":
+        yield Unread((*_all_but("vision", ()), *_all_but("cascade", ())), "model.type 'decoder' reads text")
+    else:
+        yield Unread(("data.tokenizer", "export.max_length"), f"model.type '{network}' reads images")
+    if network == "vision":
+        yield Unread((*_keys("model", TEXT_KEYS), *_all_but("cascade", ())), "not of model.type 'vision'")
+    if network == "cascade":
+        apart = (*_all_but("model", CASCADE_KEYS), *_all_but("moe", ("record", "replay")))
+        yield Unread((*apart, "vision.pool", "vision.regions", "vision.channel_groups"), "not of model.type 'cascade'")
+    elif not config.moe_layers:
+        yield Unread(("moe.record", "moe.replay"), "no layer is conditional, so nothing is chosen: leave it out", True)
+        yield Unread(_all_but("moe", DECIDES), "no layer is conditional: moe.expert_num 1 or moe.layers []")
+    kind = config.granularity if config.moe_layers else ""
+    for key, needs in (("vision.regions", "region"), ("vision.channel_groups", "channel")):
+        if network == "vision" and kind != needs:
+            yield Unread((key,), f"moe.granularity '{needs}' reads it")
+    if config.moe_layers and kind != "slice":
+        yield Unread(("moe.slice_length",), "moe.granularity 'slice' reads it: choose that, or leave it out", True)
+    if network == "decoder" and config.model.position == "learned":
+        yield Unread(("model.theta",), "model.position 'rotary' reads it")
+    everywhere = len(config.moe_layers) == config.model.num_layers
+    if everywhere and config.moe.moe_intermediate_size:
+        yield Unread(("model.intermediate_size",), "every layer is conditional and moe.moe_intermediate_size is set")
+
+
+def _by_router(config: Config) -> Iterator[Unread]:
+    """What the router does not read."""
+    moe, router = config.moe, config.moe.router
+    if router not in ROUTERS:
+        return
+    if router in NORMALISED:
+        yield Unread(
+            ("moe.norm_topk_prob",), f"moe.router '{router}' always has gates that sum to 1: leave it out", True
+        )
+    for name, readers in ROUTER_KEYS.items():
+        if router in readers:
+            continue
+        if name in TOLD_ROUTER_KEYS:
+            yield Unread((f"moe.{name}",), f"moe.router '{router}' has no such loss")
+            continue
+        others = f"one of {', '.join(readers)}" if len(readers) < 8 else f"none of {', '.join(BLIND)}"
+        yield Unread((f"moe.{name}",), f"moe.router '{router}' does not read it: take {others}, or leave it out", True)
+    if router == "gshard" and moe.second_expert != "threshold":
+        reason = "moe.second_expert 'threshold' reads it: choose that, or leave it out"
+        yield Unread(("moe.second_expert_threshold",), reason, True)
+
+
+def _by_capacity(config: Config) -> Iterator[Unread]:
+    """What nobody reads who has no slots, or no blocks."""
+    moe, router = config.moe, config.moe.router
+    own = router not in ROUTERS
+    by_row = own or router in BY_ROW
+    by_row_later = own or router in BY_ROW_AT_EVALUATION
+    slots = by_row and moe.dispatch == "capacity"
+    slots_later = by_row_later and moe.eval_capacity_factor is not None
+    reason = f"moe.dispatch '{moe.dispatch}' drops no choice" if by_row else f"moe.router '{router}' has no such slots"
+    if not slots and router not in ("expert_choice", "mixture_of_depths"):
+        yield Unread(("moe.capacity_factor",), reason)
+    if not slots and not slots_later:
+        yield Unread(_keys("moe", ("drop_order", "min_capacity", "reroute")), reason)
+    if not by_row_later and router != "expert_choice":
+        yield Unread(("moe.eval_capacity_factor",), reason)
+    if not by_row_later:
+        yield Unread(("moe.dropless_block_size",), reason)
+
+
+def _by_run(config: Config) -> Iterator[Unread]:
+    """What the course of the run does not read."""
+    if config.schedule.type == "constant":
+        yield Unread(("schedule.lr_end", "schedule.total_steps"), "schedule.type 'constant' stays at the peak")
+    if config.model.compute_dtype != "float16":
+        yield Unread(("train.init_loss_scale",), "model.compute_dtype 'float16' reads it")
+    if config.train.eval_every == 0:
+        yield Unread(("train.eval_batches",), "train.eval_every 0 scores the whole set, at the end")
+
+
+def _by_device(config: Config, target: str) -> Iterator[Unread]:
+    """What one device, or a kind of device, does not read."""
+    if config.devices == 1:
+        alone = ("parallel.comm_fusion", "parallel.transformer_opt", "context.launch_blocking")
+        yield Unread((*alone, "train.replica_check_every"), "the degrees of parallel make up one device")
+    if config.parallel.model_parallel == 1:
+        yield Unread(("parallel.sequence_parallel",), "parallel.model_parallel above 1 reads it")
+    if target in ("GPU", "CPU"):
+        yield Unread(("parallel.transformer_opt", "context.fused_operators"), "Ascend reads it")
+    if target in ("Ascend", "CPU"):
+        yield Unread(("context.launch_blocking",), "GPUs read it")
+    if target == "CPU":
+        yield Unread(("parallel.comm_fusion",), "Ascend and GPUs read it")
+
+
+def changed(config: Config, key: str) -> bool:
+    """Whether a key holds neither its default nor what it could just as well be where nobody reads it."""
+    section, _, name = key.partition(".")
+    default = Config.model_fields[section].annotation.model_fields[name].default
+    value = config.value(key)
+    if section == "moe" and name in OFF and value == OFF[name]:
+        return False
+    if name == "replica_check_every" and value == 0:
+        return False
+    if name == "norm_topk_prob" and config.moe.router not in NORMALISED:
+        return False  # false is what this router does
+    if name == "norm_topk_prob" and config.moe.num_experts_chosen == 1:
+        return False
+    if name == "task_num" and config.moe.router == "random_in_group":
+        return False  # says of what the groups are
+    return value != default
+
+
+def without_effect(config: Config, target: str = "auto") -> dict[str, Unread]:
+    """Key -> why it is not read, of all keys that somebody has changed."""
+    found: dict[str, Unread] = {}
+    for one in unread(config, target):
+        for key in one.keys:
+            if key not in found and changed(config, key):
+                found[key] = one
+    return found
+
+
+def refused(config: Config) -> dict[str, str]:
+    """Key -> reason, of the changed keys that are refused because nothing reads them."""
+    return {key: one.reason for key, one in without_effect(config).items() if one.refused}
+
+
+def notes(config: Config, overrides: Sequence[str] = (), target: str = "auto") -> list[str]:
+    """Lines for the beginning of a run: keys that have no effect in it, and overrides that another one replaces."""
+    by_reason: dict[str, list[str]] = {}
+    for key, one in without_effect(config, target).items():
+        by_reason.setdefault(one.reason, []).append(f"{key} {shortened(config.value(key))}")
+    parts = [f"{', '.join(keys)} ({reason})" for reason, keys in by_reason.items()]
+    lines = [f"note: keys without effect here: {'; '.join(parts)}"] if parts else []
+    return lines + _replaced(overrides)
+
+
+def _replaced(overrides: Sequence[str]) -> list[str]:
+    """A line for each key that several overrides set to different values."""
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        values.setdefault(key.strip(), []).append(value.strip())
+    return [
+        f"note: override {shortened(key)} is given {len(given)} times; the last counts: {shortened(given[-1])}"
+        for key, given in values.items()
+        if len(set(given)) > 1
+    ]
