@@ -198,11 +198,11 @@ def check_degrees(config: Config, count: int, compiled: bool = False, why: str =
 def require_trainable(config: Config, target: str = "Ascend") -> None:
     """Refuses degrees that the compiler's cut does not train on devices of a kind (UserError, one line): what is
     planned, compiled or emulated is what train.py would run. One device is not cut."""
-    refuse(of_sizes(config, target))
     if config.devices > 1:
         refuse(of_several(config))
         refuse(refusals(config, target))
         refuse(of_evaluation(config))
+    refuse(of_sizes(config, target))
 
 
 def check_offered(config: Config, target: str = "Ascend") -> None:

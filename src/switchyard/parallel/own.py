@@ -6,7 +6,7 @@ Each function is asked before the first layout is made, and raises one line (Use
 from mindspore import nn
 
 from switchyard.errors import UserError
-from switchyard.forms import changes_alone
+from switchyard.forms import changed, changes_alone
 from switchyard.parallel.placement import EXPERT, Degrees, placement
 
 ROUTER_METHODS = ("construct", "logits", "score", "score_flat", "decide")
@@ -15,9 +15,11 @@ ROUTER_METHODS = ("construct", "logits", "score", "score_flat", "decide")
 def require_partners(cell: nn.Cell, root: type, partners: dict[str, tuple[str, ...]]) -> None:
     """Refuses a cell whose class changes a method of `root` that a compiled cluster does not call, and not the one that
     it does. `partners`: what one device calls -> what a cluster calls in its place."""
+    name = f"{type(cell).__module__}.{type(cell).__name__}"
+    if not isinstance(cell, root):
+        raise UserError(f"{name}: extends no {root.__name__}, which a compiled cluster asks for: train on one device")
     for method, others in partners.items():
         if changes_alone(type(cell), method, others, root):
-            name = f"{type(cell).__module__}.{type(cell).__name__}"
             raise UserError(
                 f"{name}: changes `{method}` of {root.__name__} and not `{others[0]}`, which a compiled cluster calls "
                 f"in its place: define `{others[0]}`, or train on one device"
@@ -51,7 +53,7 @@ def require_cut_experts(experts: nn.Cell, number: int, dropless: str | None = No
 
     kind = type(experts)
     name = f"{kind.__module__}.{kind.__name__}"
-    if not hasattr(experts, "shard"):
+    if not changed(kind, "shard", nn.Cell):
         raise UserError(f"{name}: these experts have no `shard(mesh)`: define it, or train on one device")
     shipped = isinstance(experts, FeedForwardExperts)
     if shipped:

@@ -245,7 +245,7 @@ def _missing(router: type) -> str:
             return f"changes `{method}` and not `{partner}`, {instead}: define `{partner}` too"
     if changed(router, "score_flat", root) and not any(changed(router, method, root) for method, _ in PARTNERS):
         return "changes `score_flat` and not `logits`, which one device calls in its place: define `logits` too"
-    lacks = [name for name in ("decide", "score_flat", "shard") if not hasattr(router, name)]
+    lacks = [name for name in ("decide", "score_flat", "shard") if not changed(router, name, nn.Cell)]
     if lacks:
         return f"has no `{lacks[0]}`, which a compiled cluster calls: define it"
     if router.form != "token_choice" or router.eval_form:
