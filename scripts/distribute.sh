@@ -29,13 +29,26 @@ free_port() {
     printf '%s\n' "$port"
 }
 
-# print_command WORDS...: as one can paste it.
+# print_command WORDS...: as one can paste it into bash, zsh or sh.
 print_command() {
-    local word line=""
+    local word line="" quote="'\\''"
     for word in "$@"; do
-        line+="$(printf '%q' "$word") "
+        [[ "$word" =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]] || word="'${word//\'/$quote}'"
+        line+="$word "
     done
     printf '%s\n' "${line% }"
+}
+
+# check_job TARGET DEVICES ARGUMENTS...: ends in one line where train.py would refuse the keys or the degrees.
+check_job() {
+    local target="$1" devices="$2"
+    shift 2
+    if ! "$VENV/bin/python" -c "$RIGHT_VERSION" 2>/dev/null; then
+        say "note: $VENV holds no Python yet, so the keys and degrees were not checked; without --dry-run it is made"
+        return
+    fi
+    PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}" "$VENV/bin/python" -m switchyard.parallel.launch \
+        --devices "$devices" --target "$target" "$@" || exit $?
 }
 
 # distribute TARGET ARGUMENTS...: starts this node's processes on devices of TARGET (Ascend, GPU or CPU).
@@ -76,15 +89,18 @@ distribute() {
         "--local_worker_num=$devices" "--master_addr=$master" "--master_port=$port" "--node_rank=$node_rank"
         "--log_dir=$log_dir" --join=True "--tail_worker_log=$((node_rank * devices))" --cluster_time_out=300)
     [[ -z "$rank_table" ]] || launcher+=("--rank_table_file=$rank_table")
-    program=("$ROOT/train.py" --config "$config" "${program[@]+"${program[@]}"}" "context.device_target=$target")
+    program=(--config "$config" "${program[@]+"${program[@]}"}" "context.device_target=$target")
+    launcher=("$VENV/bin/python" -m switchyard.parallel.watch "$log_dir" "${launcher[@]}" "$ROOT/train.py")
     if [[ -n "$dry_run" ]]; then
+        check_job "$target" $((devices * nodes)) "${program[@]}"
         # shellcheck disable=SC2016  # PATH is for the shell into which this is pasted
-        printf 'PATH=%q:"$PATH" GLOG_v=%s OMP_NUM_THREADS=%s ' "$VENV/bin" "${GLOG_v:-3}" "${OMP_NUM_THREADS:-1}"
+        printf 'PATH=%s:"$PATH" GLOG_v=%s OMP_NUM_THREADS=%s ' "$(print_command "$VENV/bin")" \
+            "$(print_command "${GLOG_v:-3}")" "$(print_command "${OMP_NUM_THREADS:-1}")"
         print_command "${launcher[@]}" "${program[@]}"
         return
     fi
     set_up run
     export PATH="$VENV/bin:$PATH" GLOG_v="${GLOG_v:-3}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # msrun calls `python`
     say "Logs of all ranks: $log_dir"
-    exec "$VENV/bin/python" -m switchyard.parallel.watch "$log_dir" "${launcher[@]}" "${program[@]}"
+    exec "${launcher[@]}" "${program[@]}"
 }

@@ -15,7 +15,7 @@
 #                        (default: logs/train-DATE-TIME under the current folder)
 #   --rank-table FILE    the rank table of a cluster that still needs one
 #   --resume             go on from the newest checkpoint of the run
-#   --dry-run            print the command and end
+#   --dry-run            check keys and degrees as training would, print the command that would be run, and end
 #   section.key=value    any key of the configuration
 #
 # DEVICE=cpu in front of it starts the same processes on the CPU of this machine.

@@ -15,7 +15,7 @@
 #                        (default: logs/train-DATE-TIME under the current folder)
 #   --rank-table FILE    the rank table of a cluster that still needs one
 #   --resume             go on from the newest checkpoint of the run
-#   --dry-run            print the command and end
+#   --dry-run            check keys and degrees as training would, print the command that would be run, and end
 #   section.key=value    any key of the configuration
 #
 # DEVICE=cpu in front of it starts the same processes on the CPU of this machine.
@@ -24,7 +24,7 @@
 # ended and its first error is shown last. Ctrl-C or SIGTERM saves and ends all (exit code 75).
 #
 # Example: bash scripts/run_distribute_train_gpu.sh --config config/moe_1b_gpu.yaml --devices 8 \
-#              parallel.data_parallel=8 parallel.expert_parallel=8
+#              data.batch_size=64 train.gradient_accumulation_steps=1 parallel.data_parallel=8 parallel.expert_parallel=8
 # ==============================================================================
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

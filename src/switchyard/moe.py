@@ -8,6 +8,7 @@ and the transpose [G, E, C, D] <-> [E, G * C, D] is the only thing that crosses 
 from collections.abc import Callable
 from typing import TypedDict
 
+import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
@@ -15,14 +16,16 @@ from switchyard.capacity import slot_shape
 from switchyard.config import Config, MoEConfig
 from switchyard.errors import UserError
 from switchyard.experts import FeedForwardExperts
+from switchyard.forms import keeps
 from switchyard.kernels.fused import NONE
 from switchyard.kernels.noise import NoiseSlices, UniformRows
 from switchyard.kernels.weights import normal
 from switchyard.parallel.dropless import Dropless
 from switchyard.parallel.mesh import Mesh, first
-from switchyard.paths import create_path
+from switchyard.parallel.own import require_cut_experts, require_cut_router, require_partners
+from switchyard.paths import TokenChoicePath, create_path
 from switchyard.routing import balance, create_router
-from switchyard.routing.base import known_routers, require_choices, require_learnable
+from switchyard.routing.base import require_choices, require_learnable
 
 TALLY = 6  # figures of a layer besides load and importance, see MoELayer.tally
 
@@ -62,7 +65,8 @@ class MoELayer(nn.Cell):
         slices: hands out the slices of noise that jitter and the router read.
         vocab_size: of the tokens whose ids come along, for routers that choose by token.
         has_tasks: whether task ids come along, for routers that choose by task.
-        make_experts: (experts E, hidden width F) -> the experts' cell, where they are not feed-forward on D.
+        make_experts: (experts E, hidden width F) -> the experts' cell, [E, S, D] -> [E, S, D], where they are not
+            feed-forward on D. It may have `blocks`, which spares work where nothing is dropped (see `in_blocks`).
         fused: operators of the device, see kernels.fused.
     """
 
@@ -91,6 +95,9 @@ class MoELayer(nn.Cell):
             )
         else:
             self.experts = make_experts(moe.expert_num, hidden)
+        self.has_blocks = keeps(type(self.experts), "construct", "blocks")
+        self.numbers = Tensor(np.arange(moe.expert_num, dtype=np.int32).reshape(-1, 1, 1, 1))  # [E, 1, 1, 1]
+        self._require_merged(moe)
         self.to_experts, self.to_rows = None, None  # parallel.exchange.cut_model gives them to a process of several
         self.shared = None
         if moe.shared_expert_num and make_experts is None:
@@ -110,6 +117,13 @@ class MoELayer(nn.Cell):
         self.groups, self.groups_here, self.local_jitter = config.groups, config.groups, None
         self.local_fill, self.local_join, self.local_choose, self.dropless = None, None, None, None
         self.config, self.fused = config, fused
+
+    def _require_merged(self, moe: MoEConfig) -> None:
+        """Refuses experts that cannot be merged where the router merges them (UserError)."""
+        forms = (self.router.form, self.router.eval_form)
+        if "merged" in forms and not keeps(type(self.experts), "construct", "merged"):
+            name = type(self.experts).__name__
+            raise UserError(f"moe.router: {moe.router}; {name} has no `merged(rows, gates)` of its own: define it")
 
     def construct(
         self,
@@ -225,9 +239,7 @@ class MoELayer(nn.Cell):
         Raises:
             UserError: a router or a layer that cannot be cut.
         """
-        if not self.router.cuts:
-            cuts = ", ".join(name for name, router in known_routers().items() if router.cuts)
-            raise UserError(f"moe.router: {self.router.name!r}; cannot be cut over devices; one of {cuts}")
+        self._require_cut(mesh)
         self.groups_here = self.groups // mesh.degrees.data_parallel
         self.router.shard(mesh)
         if self.shared is not None:
@@ -239,6 +251,18 @@ class MoELayer(nn.Cell):
             self._shard_slots(mesh)
         else:
             self._shard_choices(mesh)
+
+    def _require_cut(self, mesh: Mesh) -> None:
+        """Refuses what `spread` would not ask as `construct` does (UserError)."""
+        moe = self.config.moe
+        require_partners(self, MoELayer, {"construct": ("spread",), "work": ("spread",)})
+        require_cut_router(self.router, moe.router)
+        require_partners(self.train_path, TokenChoicePath, {"dispatch": ("fill",), "combine": ("join",)})
+        require_cut_experts(self.experts, self.expert_num, None if moe.dispatch == "capacity" else moe.dispatch)
+        if self.shared is not None and not isinstance(self.shared, SharedExperts):
+            raise UserError(
+                f"moe.shared_expert_num: {moe.shared_expert_num}; shared experts of one's own are not cut: 0"
+            )
 
     def _shard_slots(self, mesh: Mesh) -> None:
         """Capacity: slots are cut by data slices before the AlltoAll, by experts behind it."""
@@ -283,7 +307,7 @@ class MoELayer(nn.Cell):
         plan = path.plan(routing)
         slots = path.dispatch(rows, plan)  # [E, S, D] or [P, b, D]
         if "block_expert" in plan:
-            slots = self.experts.blocks(slots, plan["block_expert"].reshape(-1))
+            slots = self.in_blocks(slots, plan["block_expert"].reshape(-1))
         elif "merged" in plan:
             slots = self.experts.merged(slots, plan["merged"])  # [G, N, D]
         elif self.to_experts is not None:
@@ -291,6 +315,19 @@ class MoELayer(nn.Cell):
         else:
             slots = self.experts(slots)
         return path.combine(slots, plan), path.served(routing, plan)
+
+    def in_blocks(self, rows: Tensor, block_expert: Tensor) -> Tensor:
+        """Rows [P, b, D], those of block p all of expert `block_expert` [P], through the experts.
+
+        Experts without `blocks` of their own do E times the work: all see every block, and one's result is kept.
+        """
+        if self.has_blocks:
+            return self.experts.blocks(rows, block_expert)
+        size, width = rows.shape[1], rows.shape[2]
+        out = self.experts(ops.tile(rows.reshape(1, -1, width), (self.expert_num, 1, 1)))  # [E, P * b, D]
+        out = out.reshape(self.expert_num, -1, size, out.shape[-1])  # [E, P, b, D]
+        mine = ops.equal(block_expert.reshape(1, -1, 1, 1), self.numbers)  # [E, P, 1, 1]
+        return ops.select(ops.broadcast_to(mine, out.shape), out, ops.zeros_like(out)).sum(0)  # [P, b, D]
 
 
 class SharedExperts(FeedForwardExperts):

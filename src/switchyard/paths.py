@@ -14,6 +14,7 @@ from mindspore import dtype as mstype
 
 from switchyard.config import MoEConfig
 from switchyard.dispatch import BlockPlan, CapacityPlan
+from switchyard.errors import UserError
 from switchyard.kernels.rows import Combine, Dispatch
 from switchyard.onehot import OneHotCombine, OneHotDispatch
 from switchyard.parallel.mesh import Mesh
@@ -219,5 +220,7 @@ PATHS = {
 
 
 def create_path(form: str, moe: MoEConfig, training: bool) -> nn.Cell:
-    """The path of a router's form."""
+    """The path of a router's form (UserError: there is none of that name)."""
+    if form not in PATHS:
+        raise UserError(f"moe.router: {moe.router}; its form {form!r} has no path; one of {', '.join(PATHS)}")
     return PATHS[form](moe, training)

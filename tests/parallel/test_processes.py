@@ -59,7 +59,7 @@ def test_what_msrun_says_of_a_process():
         (
             {"parallel": {"data_parallel": 2, "expert_parallel": 2}, "moe": EXPERTS | {"router": "merged"}},
             2,
-            "parallel.expert_parallel: merged experts need all",
+            "parallel.expert_parallel: 2; merged experts need all",
         ),
         (
             {"parallel": {"data_parallel": 2, "expert_parallel": 2}, "moe": EXPERTS | {"dispatch": "dropless"}},

@@ -24,6 +24,7 @@ from switchyard.kernels.norm import create_norm
 from switchyard.models.layers import Attention, Dropout, Embedding, Linear, causal_mask, hidden_mask
 from switchyard.moe import MoELayer
 from switchyard.parallel.mesh import Mesh, first
+from switchyard.parallel.own import require_partners
 from switchyard.routing.base import require_causal
 
 DTYPES = {"float32": mstype.float32, "float16": mstype.float16, "bfloat16": mstype.bfloat16}
@@ -111,6 +112,7 @@ class Block(nn.Cell):
         Raises:
             UserError: a feed-forward that cannot be cut.
         """
+        require_partners(self, Block, {"feed": ("feed_cut",)})
         if self.window > 1:
             raise UserError("moe.granularity: slice; cannot be cut over devices; 'token'")
         data = mesh.degrees.data_parallel
@@ -230,7 +232,12 @@ class Decoder(nn.Cell):
         return (x.reshape(-1, *places.shape) + places).reshape(x.shape)
 
     def shard(self, mesh: Mesh) -> None:
-        """Tables are whole everywhere, and every model slice makes all logits of its rows."""
+        """Tables are whole everywhere, and every model slice makes all logits of its rows.
+
+        Raises:
+            UserError: a subclass that changes what one device calls alone; what cannot be cut.
+        """
+        require_partners(self, Decoder, {"construct": ("spread",), "embed": ("enter",)})
         rows, data = mesh.cut("data", None), mesh.degrees.data_parallel
         self.embedding.shard(mesh)
         self.local_places = mesh.local(self.add_places, (rows, mesh.cut(None, None)), (rows,), first, first)

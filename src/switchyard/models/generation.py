@@ -16,6 +16,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.experts import FeedForwardExperts
+from switchyard.forms import keeps
 from switchyard.kernels.softmax import Softmax
 from switchyard.models.decoder import Decoder
 from switchyard.models.layers import MASKED, Linear, Rotary
@@ -150,7 +151,7 @@ class Prefill(_Half):
         """Rows [N, D], experts [N * K], gates [N, K] -> [N, D], by blocks of one expert each."""
         choice_of, slot_of, block_expert = self.plans[0](experts)
         slots = self.take(x, choice_of // moe.choices, 0).reshape(-1, self.block, self.width)  # [P, b, D]
-        slots = moe.experts.blocks(slots, block_expert).reshape(-1, self.width)  # [P * b, D]
+        slots = moe.in_blocks(slots, block_expert).reshape(-1, self.width)  # [P * b, D]
         out = self.take(slots, slot_of, 0) * gates.reshape(-1, 1)  # [N * K, D]
         if moe.choices > 1:
             out = out.reshape(-1, moe.choices, self.width).sum(1)  # [N, D]
@@ -208,7 +209,7 @@ class Decode(_Half):
         rows = ops.expand_dims(x, 1)  # [B, 1, D]
         if moe.choices > 1:
             rows = ops.tile(rows, (1, moe.choices, 1)).reshape(-1, 1, self.width)  # [B * K, 1, D]
-        out = moe.experts.blocks(rows, experts)  # [B * K, 1, D]
+        out = moe.in_blocks(rows, experts)  # [B * K, 1, D]
         return self.mix(ops.expand_dims(gates, 1), out.reshape(-1, moe.choices, self.width)).reshape(-1, self.width)
 
 
@@ -280,9 +281,10 @@ def rotation_tables(rotary: Rotary | None, length: int, repeat: int, size: int, 
 
 
 def chooses_tokens(decoder: Decoder) -> bool:
-    """Whether rows choose experts at evaluation, in every conditional layer."""
-    routers = [layer.feed_forward.router for layer in decoder.layers if layer.conditional]
-    return all((router.eval_form or router.form) == "token_choice" for router in routers)
+    """Whether rows choose experts at evaluation, in every conditional layer, and the layer is the shipped one."""
+    layers = [layer.feed_forward for layer in decoder.layers if layer.conditional]
+    forms = all((one.router.eval_form or one.router.form) == "token_choice" for one in layers)
+    return forms and all(keeps(type(one), name, "in_blocks") for one in layers for name in ("construct", "work"))
 
 
 def cast_products(decoder: Decoder) -> None:

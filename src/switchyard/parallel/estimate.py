@@ -26,6 +26,7 @@ from switchyard.config import Config
 from switchyard.config.reader import parse_json, read_text
 from switchyard.errors import UserError, shortened
 from switchyard.parallel.costs import Costs, costs, heaviest, stage_costs
+from switchyard.parallel.offered import require_trainable, with_defaults
 from switchyard.parallel.simulate import table, vocabulary
 
 KINDS = ("AlltoAll", "AllReduce", "AllGather", "ReduceScatter", "Send")
@@ -87,11 +88,12 @@ def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, sp
         load: how choices fall on experts.
         speed: for the ranking.
     """
-    found, drops = [], {}
+    found, drops, target = [], {}, target_of(config)
     for parallel in combinations(config, devices):
         own = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
         try:
             configuration.check(own)
+            require_trainable(own, target)
             stages = stage_costs(own, vocab)
         except UserError as error:
             found.append(Candidate(parallel, refusal=str(error)))
@@ -102,6 +104,11 @@ def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, sp
         over = None if cost.memory <= memory else f"memory: more than the {memory / 1e9:g} GB of a device"
         found.append(Candidate(parallel, cost, drops[own.groups], seconds, over))
     return sorted(found, key=_order)
+
+
+def target_of(config: Config) -> str:
+    """The devices that are planned for: GPU where the configuration says so, else Ascend."""
+    return "GPU" if config.context.device_target == "GPU" else "Ascend"
 
 
 def seconds_of(stages: list[Costs], micro: int, speed: Speed) -> float:
@@ -309,6 +316,8 @@ def main(arguments: list[str]) -> None:
     vocab = chosen.vocab or vocabulary(config)
     load = read_load(chosen.tokens_per_expert, config) if chosen.tokens_per_expert else Load()
     if config.devices == chosen.devices:
+        config = with_defaults(config, target_of(config))
+        require_trainable(config, target_of(config))
         print("\n".join([*render_own(config, costs(config, vocab), load.dropped(config)), ""]))
     speed = Speed(chosen.tflops * 1e12, chosen.bandwidth * 1e9)
     found = plan(config, chosen.devices, memory, vocab, load, speed)

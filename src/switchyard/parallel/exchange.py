@@ -14,6 +14,7 @@ from mindspore import dtype as mstype
 from switchyard.config import Config
 from switchyard.kernels.adam import GlobalNorm
 from switchyard.moe import MoELayer
+from switchyard.parallel.own import require_stacked
 from switchyard.parallel.placement import EXPERT, placement, slice_of
 from switchyard.parallel.processes import Processes
 from switchyard.routing.balance import max_violation
@@ -177,6 +178,7 @@ def cut_model(model: nn.Cell, processes: Processes) -> None:
         if hasattr(cell, "over_processes"):
             cell.over_processes = Sum()
         if isinstance(cell, MoELayer) and processes.degrees.expert_parallel > 1:
+            require_stacked(cell.experts, cell.expert_num)
             cell.to_experts, cell.to_rows = ToExperts(processes), ToRows(processes)
     whole = {parameter.name: parameter for parameter in model.get_parameters()}
     for name, part in own_arrays({name: value.asnumpy() for name, value in whole.items()}, processes).items():

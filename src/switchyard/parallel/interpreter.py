@@ -13,13 +13,17 @@ import numpy as np
 
 from switchyard.parallel import interpreter_fused, interpreter_index, interpreter_shape  # noqa: F401  (they enter their operators)
 from switchyard.parallel.graph import CALL, CONSTANT, Graph, Node, group_of, partner_of
-from switchyard.parallel.interpreter_ops import OPERATORS
+from switchyard.parallel.interpreter_ops import OPERATORS, IllegalInput
 
 Arrays = dict[str, np.ndarray]
 
 
 class ClusterError(Exception):
-    """Graphs that cannot be executed together: different collectives, a deadlock, an operator that is not known."""
+    """Graphs that cannot be executed together: different collectives, a deadlock, inputs that no operator allows."""
+
+
+class NotExecutable(ClusterError):
+    """An operator, or a form of one, that the interpreter does not know: nothing is said of the graph."""
 
 
 # ---- operators that change parameters: -> (result, {position of an input: its new value})
@@ -186,15 +190,27 @@ def _run(graph, inputs, weights, functions, constants) -> Generator:
         if node.kind in EXCHANGES or node.kind == "Receive":
             out = yield node, tuple(held) if node.kind in WITH_COUNTS else held[0]
         elif node.kind in UPDATES:
-            out, changed = UPDATES[node.kind](node.attributes, *held)
+            out, changed = _computed(UPDATES, node, held)
             for place, value in changed.items():  # bound anew, never in place: others may hold the old value
                 weights[given[place].name] = np.asarray(value).astype(held[place].dtype)
-        elif node.kind in OPERATORS:
-            out = OPERATORS[node.kind](node.attributes, *held)
         else:
-            raise ClusterError(f"operator {node.kind}: cannot be executed ({node.scope})")
+            out = _computed(OPERATORS, node, held)
         values[node.output] = checked(node, out)
     return tuple(values[name] for name in graph.outputs)
+
+
+def _computed(known, node, held):
+    """What an operator makes of its inputs (ClusterError: inputs that it does not allow; NotExecutable)."""
+    if node.kind not in known:
+        raise NotExecutable(f"operator {node.kind}: cannot be executed ({node.scope})")
+    try:
+        return known[node.kind](node.attributes, *held)
+    except IllegalInput as error:
+        raise ClusterError(f"operator {node.kind}: {error} ({node.scope})") from None
+    except (AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
+        form = f"{node.kind} {node.attributes.get('functor', '')}".strip()
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise NotExecutable(f"operator {form}: this form cannot be executed: {reason} ({node.scope})") from error
 
 
 def _read(value, weights):

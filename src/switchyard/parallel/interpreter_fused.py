@@ -101,13 +101,6 @@ def flash_attention_grad(_, query, key, value, d_out, shift, drop, padding, mask
 
 
 # ---- fused permutation; sorted_indices[c] is the row of choice c
-@operator("ShapeCalc")
-def shape_calc(attributes, x):
-    """Shapes that the gradient of MoeTokenPermute asks for: only K, the second, is read."""
-    assert attributes["functor"] == "ShapeCalc_moe_token_permute_shapecalc", attributes["functor"]
-    return None, (x.shape[1] if x.ndim == 2 else 1,)
-
-
 @operator("MoeTokenPermute")
 def token_permute(_, x, index, count, padded):
     """A copy of a row for each of its choices, sorted by expert; and the row of each choice."""

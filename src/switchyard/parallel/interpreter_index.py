@@ -2,12 +2,13 @@
 
 import numpy as np
 
-from switchyard.parallel.interpreter_ops import axes_of, operator
+from switchyard.parallel.interpreter_ops import IllegalInput, axes_of, operator
 
 
 def legal(index: np.ndarray, size: int) -> np.ndarray:
-    """The index, if every entry is one (AssertionError)."""
-    assert index.size == 0 or (index.min() >= 0 and index.max() < size), "index out of range"
+    """The index, if every entry is one (IllegalInput)."""
+    if index.size and (index.min() < 0 or index.max() >= size):
+        raise IllegalInput("index out of range")
     return index
 
 
@@ -103,7 +104,8 @@ def segment_sum(_, x, index, count):
 def grouped(x, weights, counts, group_type):
     """Rows of each group times the group's matrix (type 0), or the gradient of the matrices (type 2)."""
     counts = np.asarray(counts).astype(np.int64)
-    assert np.all(counts >= 0), "group_list must not decrease"
+    if np.any(counts < 0):
+        raise IllegalInput("group_list must not decrease")
     ends = np.cumsum(counts)
     parts = list(zip(ends - counts, ends))
     if int(group_type) == 0:  # x [M, K], weights [E, K, N] -> [M, N]

@@ -17,6 +17,10 @@ TYPE_NUMBERS = {
 OPERATORS = {}
 
 
+class IllegalInput(AssertionError):
+    """Inputs of which a device would read or make garbage: a fault of the graph, not of the interpreter."""
+
+
 def operator(*names: str):
     """Decorator: the function computes the primitives of these names."""
 

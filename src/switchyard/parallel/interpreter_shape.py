@@ -124,6 +124,45 @@ def repeat_interleave(_, x, times, axis, size):
     return np.repeat(x, times, int(axis))
 
 
+# ---- what gradients ask of shapes that are known at run time only
+def concat_offsets(parts, axis):
+    """Where each of some tensors begins in what Concat makes of them."""
+    ends = np.cumsum([part.shape[int(axis)] for part in parts])
+    dimensions, place = parts[0].ndim, int(axis) % parts[0].ndim
+    starts = [end - part.shape[place] for end, part in zip(ends, parts)]
+    return tuple(tuple(start if one == place else 0 for one in range(dimensions)) for start in starts)
+
+
+def broadcast_axes(x, y):
+    """The axes over which the gradients of two operands are summed, each repeated to the shape of both."""
+    both = np.broadcast_shapes(x.shape, y.shape)
+    return tuple(_repeated(shape, both) for shape in (x.shape, y.shape))
+
+
+def _repeated(shape, both):
+    padded = (1,) * (len(both) - len(shape)) + shape
+    new = len(both) - len(shape)
+    return tuple(i for i, (own, joint) in enumerate(zip(padded, both)) if i < new or (own == 1 and joint != 1))
+
+
+def permuted_choices(index):
+    """What the gradient of MoeTokenPermute asks for: only K, the second, is read."""
+    return None, (index.shape[1] if index.ndim == 2 else 1,)
+
+
+SHAPES = {
+    "ShapeCalc_g_concat": concat_offsets,
+    "ShapeCalc_BroadcastGradientArgs": broadcast_axes,
+    "ShapeCalc_moe_token_permute_shapecalc": permuted_choices,
+}
+
+
+@operator("ShapeCalc")
+def shape_calc(attributes, *inputs):
+    """What a functor of the compiler makes of shapes; one that is not known is a KeyError."""
+    return SHAPES[attributes["functor"]](*inputs)
+
+
 # ---- constants of a shape
 @operator("Zeros")
 def zeros(_, to, kind):

@@ -12,17 +12,10 @@ import numpy as np
 
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.parallel.offered import check_degrees  # noqa: F401  (asked for here, too)
 from switchyard.parallel.placement import Degrees
 
 WORKER, SCHEDULER = "MS_WORKER", "MS_SCHED"  # what msrun writes into MS_ROLE
-NEED_A_COMPILER = (
-    "model_parallel",
-    "pipeline_stage",
-    "micro_batch_num",
-    "optimizer_shard",
-    "sequence_parallel",
-    "recompute",
-)
 BLOCKING = (
     "launch: each kernel is waited for, which costs up to a third of the speed: on GPU MindSpore 2.9 lets several "
     "AllReduce of one step race with its kernels (parallel.optimizer_shard=1 needs it not, without model slices)"
@@ -31,7 +24,6 @@ RACING = (
     "warning: launch: the AllReduce of this step may race with its kernels, and nothing is waited for: set "
     "context.launch_blocking=true; until then train.replica_check_every={every} is all that would notice"
 )
-LAUNCH = "bash scripts/run_distribute_train_ascend.sh --devices {count} starts them, with DEVICE=cpu on this machine"
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> int:
@@ -56,57 +48,11 @@ def own_rank(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("RANK_ID", "0")) if launched(environment) > 1 else 0
 
 
-def check_degrees(config: Config, count: int, compiled: bool = False, why: str = "") -> None:
-    """Refuses degrees that `count` processes cannot carry out (UserError, one line).
-
-    Args:
-        config: the degrees.
-        count: of processes.
-        compiled: whether MindSpore's compiler cuts the step (Ascend, GPU), not `exchange`.
-        why: what the compiler cannot cut, where it would be asked otherwise.
-    """
-    cut = config.parallel
-    for name in () if compiled else NEED_A_COMPILER:
-        value = getattr(cut, name)
-        if value != type(cut).model_fields[name].default:
-            raise UserError(
-                f"parallel.{name}: {value}; training in processes cuts data_parallel and expert_parallel only; "
-                f"leave it at its default{f' ({why})' if why else ''}"
-            )
-    if config.devices != count:
-        what = "process runs" if count == 1 else "processes run"
-        key = "parallel.data_parallel"
-        remedy = LAUNCH.format(count=config.devices) if config.devices > count else f"set {key}={count}"
-        raise UserError(
-            f"{key}: {cut.data_parallel}; the degrees need {config.devices} processes, {count} {what}: {remedy}"
-        )
-    if count > 1:
-        _check_many(config, compiled)
-
-
 def require_one_device(config: Config) -> None:
     """Refuses any degree (UserError): evaluation and export read what many have written, and work alone."""
     for name, value in config.parallel.model_dump().items():
         if value != type(config.parallel).model_fields[name].default:
             raise UserError(f"parallel.{name}: {value}; evaluation and export run in one process: leave it out")
-
-
-def _check_many(config: Config, compiled: bool) -> None:
-    """Refuses what several processes cannot do, by the compiler's cut or by hand (UserError)."""
-    count, moe = config.parallel.data_parallel, config.moe
-    if config.groups % count:
-        raise UserError(
-            f"moe.groups: {moe.groups}; must be a multiple of parallel.data_parallel ({count}), or null for as many"
-        )
-    for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
-        if file is not None:
-            raise UserError(f"{key}: {file}; choices are recorded and replayed by one process: leave it null")
-    if moe.router_warmup_steps:
-        raise UserError(f"moe.router_warmup_steps: {moe.router_warmup_steps}; one process forces choices: set it to 0")
-    if config.parallel.expert_parallel > 1 and moe.dispatch != "capacity" and not compiled:
-        raise UserError(f"moe.dispatch: {moe.dispatch}; 'capacity' where processes on CPU or GPU cut the experts")
-    if config.parallel.expert_parallel > 1 and moe.router == "merged":
-        raise UserError("parallel.expert_parallel: merged experts need all their parameters in one place; set it to 1")
 
 
 @dataclass(frozen=True)

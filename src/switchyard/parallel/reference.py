@@ -1,8 +1,9 @@
 """The process that trains on one device what a virtual cluster is compared with.
 
 `python -m switchyard.parallel.reference FOLDER` reads FOLDER/job.json and FOLDER/batches.npz and writes
-FOLDER/reference.npz: the parameters before, the losses, the parameters and moments after. It runs on CPU, with the
-kernels of MindSpore, and routes in as many groups as the cluster has data slices.
+FOLDER/reference.npz: losses, norms of the gradients and loads of experts of each step; parameters and moments before
+the first step, after each (`step1:NAME`, ...) and after the last. It runs on CPU, with the kernels of MindSpore, and
+routes in as many groups as the cluster has data slices.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 BATCHES, RESULT, BEFORE, AFTER = "batches.npz", "reference.npz", "before:", "after:"
+STEP = "step{}:"  # after a step that is not the last, from 1
 
 
 def main(arguments: list[str]) -> None:
@@ -31,13 +33,18 @@ def main(arguments: list[str]) -> None:
     step = TrainStep(model, config)
     held = {parameter.name: parameter for parameter in model.get_parameters()} | step.optimizer_state()
     found = {BEFORE + name: parameter.asnumpy().copy() for name, parameter in held.items()}
+    figures = {"losses": [], "norms": [], "loads": []}
     with np.load(folder / BATCHES) as batches:
-        losses = []
-        for index in range(len(batches["tokens"])):
+        count = len(batches["tokens"])
+        for index in range(count):
             parts = [batches[name][index] for name in ("tokens", "labels", "valid", "noise")]  # [A, ...]
-            losses.append(float(step(*parts, float(batches["rates"][index]))["loss"].asnumpy()))
-    found |= {AFTER + name: parameter.asnumpy() for name, parameter in held.items()}
-    np.savez(folder / RESULT, losses=np.array(losses), **found)
+            made = step(*parts, float(batches["rates"][index]))
+            figures["losses"].append(float(made["loss"].asnumpy()))
+            figures["norms"].append(float(made["gradient_norm"].asnumpy()))
+            figures["loads"].append(made["audit"]["load"].asnumpy() if made["audit"] else np.zeros((0, 0)))  # [M, E]
+            mark = AFTER if index == count - 1 else STEP.format(index + 1)
+            found |= {mark + name: parameter.asnumpy().copy() for name, parameter in held.items()}
+    np.savez(folder / RESULT, **{name: np.array(values) for name, values in figures.items()}, **found)
 
 
 def one_device(tree: dict) -> dict:

@@ -22,6 +22,7 @@ from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.parallel.graph import Collective, Graph, collectives, read_graph
+from switchyard.parallel.offered import require_trainable
 from switchyard.parallel.placement import Degrees
 from switchyard.parallel.stubs import simulation_environment
 from switchyard.parallel.worker import JOB, TRAINING_STEP
@@ -306,6 +307,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--brief", action="store_true", help="layers that are alike in one row, and no parameters")
     chosen = parser.parse_intermixed_args(arguments)
     config = configuration.load(chosen.config, chosen.overrides)
+    require_trainable(config)
     report = compile_step(config, chosen.devices, chosen.rank, chosen.vocab)
     print(render(report, config, chosen.brief))
     if chosen.json:

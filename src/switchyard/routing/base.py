@@ -15,6 +15,7 @@ from mindspore import dtype as mstype
 
 from switchyard.config import MoEConfig
 from switchyard.errors import UserError
+from switchyard.forms import changed, changes_alone
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.weights import normal
 from switchyard.parallel.mesh import Mesh
@@ -86,6 +87,8 @@ class RouterSetting:
 
 
 _ROUTERS: dict[str, type] = {}
+# What one device calls, and what a compiled cluster calls in its place
+PARTNERS = (("construct", "decide"), ("logits", "score_flat"), ("score", "score_flat"))
 
 
 def register(name: str):
@@ -191,10 +194,11 @@ class Router(nn.Cell):
     name: in YAML. paper: where it is from. unit: what it decides for: row (of the layer), token (by its id) or task.
     form: of its Routing; eval_form: of the one at evaluation, where it differs. learnable: has weights. causal: a row's
     routing at evaluation does not look at later rows. batch_independent: the same row gets the same experts and gates
-    whatever batch it stands in. cuts: it can be cut over devices, for its scores are x W, of which `decide(logits,
-    context)` makes the Routing. refuses: may give a real row no expert, E, at evaluation. needs: entries of the Context
-    it cannot do without. losses: names in `moe.losses` that it can give; `switch` and `z` also by aux_loss_factor and
-    z_loss_factor.
+    whatever batch it stands in. cuts: the compiler can cut it over devices, where its scores are x W, from
+    `score_flat(rows [N, D])`, and `decide(logits [G, N, E], context)` makes the Routing of them and reads no parameter.
+    A subclass that changes `construct`, `logits` or `score` and not those two is no longer cut, see `why_not_cut`.
+    refuses: may give a real row no expert, E, at evaluation. needs: entries of the Context it cannot do without.
+    losses: names in `moe.losses` that it can give; `switch` and `z` also by aux_loss_factor and z_loss_factor.
     """
 
     name, paper, unit = "", "", "row"
@@ -203,6 +207,15 @@ class Router(nn.Cell):
     cuts, refuses = False, False
     needs: tuple = ()
     losses: tuple = ("switch", "z", "importance", "sequence", "mutual_information")
+    _says_it_cuts, _cuts_from = False, None  # what the nearest class says of `cuts`, and the first that says True
+
+    def __init_subclass__(cls, **options):
+        """Clears `cuts` where the class has not the methods that a compiled cluster calls."""
+        super().__init_subclass__(**options)
+        cls._says_it_cuts = cls.__dict__.get("cuts", cls._says_it_cuts)
+        if cls._says_it_cuts and cls._cuts_from is None:
+            cls._cuts_from = cls
+        cls.cuts = cls._says_it_cuts and not _missing(cls)
 
     def __init__(self, setting: RouterSetting):
         super().__init__()
@@ -211,6 +224,35 @@ class Router(nn.Cell):
     def construct(self, rows: Tensor, context: dict) -> dict:
         """Rows [G, N, D] float32 and a Context -> Routing."""
         raise NotImplementedError
+
+
+def why_not_cut(router: type) -> str | None:
+    """Why MindSpore's compiler does not cut a router over devices, one line; None where it does."""
+    if router.cuts:
+        return None
+    missing = _missing(router) if router._says_it_cuts else ""
+    if missing:
+        return f"{router.__name__} {missing}"
+    cut = ", ".join(name for name, known in known_routers().items() if known.cuts)
+    return f"cannot be cut over devices; one of {cut}"
+
+
+def _missing(router: type) -> str:
+    """What a router that says it can be cut has not for a compiled cluster; empty where it has all."""
+    root, instead = router._cuts_from, "which a compiled cluster calls in its place"
+    for method, partner in PARTNERS:
+        if changes_alone(router, method, (partner,), root):
+            return f"changes `{method}` and not `{partner}`, {instead}: define `{partner}` too"
+    if changed(router, "score_flat", root) and not any(changed(router, method, root) for method, _ in PARTNERS):
+        return "changes `score_flat` and not `logits`, which one device calls in its place: define `logits` too"
+    lacks = [name for name in ("decide", "score_flat", "shard") if not changed(router, name, nn.Cell)]
+    if lacks:
+        return f"has no `{lacks[0]}`, which a compiled cluster calls: define it"
+    if router.form != "token_choice" or router.eval_form:
+        return "does not choose experts row by row, which a compiled cluster asks for"
+    if router.needs:
+        return f"needs {', '.join(router.needs)}, which a compiled cluster does not hand out"
+    return ""
 
 
 class Copies(nn.Cell):

@@ -13,12 +13,10 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from switchyard.config import Config
-from switchyard.errors import UserError
 from switchyard.parallel.graph import Graph, compiled_model, read_graph
-from switchyard.parallel.offered import refusals
+from switchyard.parallel.offered import of_evaluation, refuse, why_by_hand, with_defaults  # noqa: F401  (asked for here, too)
 from switchyard.parallel.processes import Processes
 from switchyard.parallel.stages import factors
-from switchyard.routing.base import find_router
 from switchyard.training.checkpoint import set_parameters, write_whole
 from switchyard.training.evaluate import Evaluator
 from switchyard.training.layout import updates
@@ -27,34 +25,6 @@ from switchyard.training.parallel_step import SPEED_UP, batch_slices, is_weighte
 from switchyard.training.step import AUDIT_SUMS, GROWTH_INTERVAL, MAX_LOSS_SCALE
 
 SCALE_STATE = ("loss_scale", "good_steps")
-
-
-def why_by_hand(config: Config, target: str) -> str | None:
-    """Why the compiler does not cut the step of this configuration, and processes can do it by hand; None where it
-    does, or nobody can."""
-    moe = config.moe
-    reasons = (
-        (target == "CPU", "MindSpore's compiler cuts graphs for Ascend and GPU only"),
-        (config.context.mode != "graph", f"context.mode: {config.context.mode}; the compiler cuts graphs"),
-        *((refusal.by_hand, str(refusal)) for refusal in refusals(config, target)),
-        (moe.record is not None, "moe.record is read by one process"),
-        (moe.replay is not None, "moe.replay is read by one process"),
-        (
-            bool(config.moe_layers) and not find_router(moe.router).cuts,
-            f"moe.router: {moe.router}; the compiler cuts routers whose scores are x W",
-        ),
-    )
-    return next((reason for holds, reason in reasons if holds), None)
-
-
-def with_defaults(config: Config, target: str) -> Config:
-    """The configuration as it runs on several devices: on GPU ZeRO level 1 unless the user has written a level, or
-    asks for what it does not go with."""
-    written = "optimizer_shard" in config.parallel.model_fields_set
-    alone = config.parallel.data_parallel == 1  # there are no replicas whose state could be shared out
-    if target != "GPU" or written or alone or config.train.gradient_accumulation_steps > 1:
-        return config
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"optimizer_shard": 1})})
 
 
 class LossScale:
@@ -110,11 +80,7 @@ class ClusterStep:
 
     def __init__(self, config: Config, vocab_size: int, processes: Processes):
         self.config, self.vocab_size, self.processes = config, vocab_size, processes
-        stages, every = config.parallel.pipeline_stage, config.train.eval_every
-        if stages > 1 and every:
-            raise UserError(
-                f"train.eval_every: {every}; 0 with parallel.pipeline_stage ({stages}): eval.py scores its checkpoints"
-            )
+        refuse(of_evaluation(config))
         self.step = parallel_step(config, vocab_size)
         self.graph = self.step.network
         self.model, self.scale = self.graph.model, LossScale(config)

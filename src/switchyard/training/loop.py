@@ -15,11 +15,10 @@ from switchyard.json_text import to_json
 from switchyard.models import create_model
 from switchyard.parallel.exchange import create_joint, cut_model, whole_arrays
 from switchyard.parallel.graph import exchanged, sums_may_race
-from switchyard.parallel.offered import check_offered
+from switchyard.parallel.offered import check_way, lost_default, with_defaults
 from switchyard.parallel.processes import (
     RACING,
     Processes,
-    check_degrees,
     is_first,
     is_scheduler,
     launched,
@@ -31,7 +30,7 @@ from switchyard.parallel.replicas import check_replicas
 from switchyard.routing.fixed import balance_tables
 from switchyard.routing.replay import Recorder
 from switchyard.training import checkpoint
-from switchyard.training.cluster import ClusterStep, why_by_hand, with_defaults
+from switchyard.training.cluster import ClusterStep
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
 from switchyard.training.finite import REMEDY, check_evaluation, check_step
 from switchyard.training.health import Healthy
@@ -102,10 +101,10 @@ def choose_way(config: Config, count: int) -> tuple[Config, str | None]:
         UserError: degrees that cannot be carried out.
     """
     target = target_of(config.context) if count > 1 else "CPU"
-    by_hand = why_by_hand(config, target)
-    check_degrees(config, count, by_hand is None, by_hand if target != "CPU" else "")
+    by_hand = check_way(config, count, target)
     if by_hand is None:
-        check_offered(config, target)
+        if is_first() and (lost := lost_default(config, target)):
+            print(lost, flush=True)
         return with_defaults(config, target), None
     if target != "CPU" and is_first():
         print(f"parallel: processes exchange by hand, for {by_hand}", flush=True)
