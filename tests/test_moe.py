@@ -159,14 +159,16 @@ def test_four_groups_equal_four_layers_of_one(pynative):
     out, balance, z, audit = run_layer(layer, rows, valid)
     apart = [run_layer(layer, rows[g : g + 1], valid[g : g + 1]) for g in range(4)]
     np.testing.assert_allclose(out, np.concatenate([part[0] for part in apart]), atol=1e-6)
-    assert balance == pytest.approx(np.mean([part[1] for part in apart]), abs=1e-6)
-    assert z == pytest.approx(np.mean([part[2] for part in apart]), abs=1e-6)
+    share = valid.sum(1) / valid.sum()  # a group counts by its real rows: 6, 4, 6 and 6
+    assert balance == pytest.approx(share @ [part[1] for part in apart], abs=1e-6)
+    assert z == pytest.approx(share @ [part[2] for part in apart], abs=1e-6)
     np.testing.assert_array_equal(audit["load"], sum(part[3]["load"] for part in apart))
 
     together = layer_gradients(layer, rows, valid, d_out, 0.4, 0.4)
     parts = [
-        layer_gradients(layer, rows[g : g + 1], valid[g : g + 1], d_out[g : g + 1], 0.1, 0.1) for g in range(4)
-    ]  # a mean over groups: each alone counts a quarter
+        layer_gradients(layer, rows[g : g + 1], valid[g : g + 1], d_out[g : g + 1], 0.4 * share[g], 0.4 * share[g])
+        for g in range(4)
+    ]
     np.testing.assert_allclose(together.pop("rows"), np.concatenate([part.pop("rows") for part in parts]), atol=1e-5)
     for name, value in together.items():
         np.testing.assert_allclose(value, sum(part[name] for part in parts), atol=1e-5, err_msg=name)

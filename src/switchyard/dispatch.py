@@ -18,6 +18,8 @@ from mindspore import dtype as mstype
 
 from switchyard.capacity import capacity
 
+LAST = -1e30  # the gate of a choice that comes behind all others
+
 
 def block_size(rows: int, experts: int, choices: int) -> int:
     """Rows of a dropless block: about a quarter of an expert's fair share, a power of two from 8 to 128.
@@ -36,13 +38,14 @@ class ChoiceOrder(nn.Cell):
     Order "position": all first choices before any second, each by row. "probability": the largest gate first.
     "batch_priority": all first choices before any second, each by the row's largest gate (V-MoE, arXiv
     2106.05974). "random": the same by lot, and by row where none is drawn.
-    Choices of padded rows (expert = E) come last and are counted nowhere.
+    Choices of padded rows (expert = E) come last and are counted nowhere. A gate that is NaN or Inf counts as the
+    smallest: in a sort it would put the choices of other rows out of order.
     """
 
     def __init__(self, experts: int, choices: int, order: str):
         super().__init__()
         self.experts, self.choices, self.kind = experts, choices, order
-        self.largest = ops.ReduceMax()
+        self.largest, self.is_finite = ops.ReduceMax(), ops.IsFinite()
         self.sort = ops.Sort(axis=1)
         self.one_hot = ops.OneHot()
         self.prefix = ops.CumSum(exclusive=True)
@@ -65,6 +68,8 @@ class ChoiceOrder(nn.Cell):
 
     def _place(self, gates, lot):
         """Who comes first, from 0, among all choices: gates [G, N * K] -> [G, N * K], or [1, N * K] for all groups."""
+        if self.kind in ("probability", "batch_priority"):
+            gates = ops.where(self.is_finite(gates), gates, ops.full_like(gates, LAST))
         if self.kind == "probability":
             return self._inverse(self._argsort(-gates))
         groups, total = gates.shape
@@ -84,7 +89,11 @@ class ChoiceOrder(nn.Cell):
 
 
 class CapacityPlan(nn.Cell):
-    """Every expert owns C slots: M = E * C; choices beyond an expert's C are dropped."""
+    """Every expert owns C slots: M = E * C; choices beyond an expert's C are dropped.
+
+    C is room in memory, so it is that of all N rows of a group, padded ones included: padding takes no slot and leaves
+    the real rows more room.
+    """
 
     def __init__(self, experts: int, choices: int, factor: float, order: str, least: int = 1):
         super().__init__()

@@ -18,6 +18,7 @@ from switchyard.errors import UserError
 from switchyard.experts import FeedForwardExperts
 from switchyard.forms import keeps
 from switchyard.kernels.fused import NONE
+from switchyard.kernels.masks import keep_where
 from switchyard.kernels.noise import NoiseSlices, UniformRows
 from switchyard.kernels.weights import normal
 from switchyard.parallel.dropless import Dropless
@@ -28,6 +29,7 @@ from switchyard.routing import balance, create_router
 from switchyard.routing.base import require_choices, require_learnable
 
 TALLY = 6  # figures of a layer besides load and importance, see MoELayer.tally
+ROW_MEANS = (0, 1, 2, 3, 5)  # those of them that are means over real rows
 
 
 class Audit(TypedDict):
@@ -48,7 +50,10 @@ class Audit(TypedDict):
 
 
 class MoELayer(nn.Cell):
-    """Rows [G, N, D] -> (rows [G, N, D], losses, Audit). A row without a slot comes back as zero.
+    """Rows [G, N, D] -> (rows [G, N, D], losses, Audit). A row without a slot comes back as zero, a padded row too.
+
+    Router, experts and shared experts see zeros in the place of padded rows, whose contents reach nothing: no output, no
+    loss, no gradient.
 
     losses: three scalars, the ones that carry a gradient: the balance loss and the z-loss, unweighted, and the weighted
     sum of those of `moe.losses`.
@@ -112,9 +117,9 @@ class MoELayer(nn.Cell):
         if asked or moe.dispatch != "capacity":
             require_choices(moe)
         require_learnable(moe)
-        self.losses = balance.WeightedLosses(moe, self.router, config.model.seq_length)
+        self.losses = balance.WeightedLosses(moe, self.router, config.model.seq_length // config.row_tokens)
         self.slot_shape = slot_shape(config)
-        self.groups, self.groups_here, self.local_jitter = config.groups, config.groups, None
+        self.groups, self.groups_here, self.local_jitter, self.local_hide = config.groups, config.groups, None, None
         self.local_fill, self.local_join, self.local_choose, self.dropless = None, None, None, None
         self.config, self.fused = config, fused
 
@@ -138,7 +143,8 @@ class MoELayer(nn.Cell):
         """Rows [G, N, D], valid [G, N] (1 = real, 0 = padding), noise [.., G * N, D] of U(0, 1); ids [G, N] int32;
         choices to force [G, N, K] int32, -1 where the router's own stand; view [G, N, D], what the router sees where it
         is not the rows themselves, which may then be of any width."""
-        routed = rows if view is None else view
+        rows = keep_where(rows, valid)
+        routed = rows if view is None else keep_where(view, valid)
         if self.training and self.jitter > 0:
             factor = 1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice]  # arXiv 2101.03961, appendix C
             routed = routed * factor.reshape(routed.shape)
@@ -168,6 +174,7 @@ class MoELayer(nn.Cell):
 
         Tally [data_parallel, TALLY + 2 E]: one row for each data slice, see `tally`.
         """
+        rows = self.local_hide(rows, valid)
         routed = rows if self.local_jitter is None else self.local_jitter(rows, noise)
         logits = self.router.score_flat(routed)  # [N, E]
         if self.dropless is None:
@@ -183,6 +190,10 @@ class MoELayer(nn.Cell):
             shared = self.shared(self.shared.lift(rows, 0))  # [1, N, D]
             out = self.shared.add(out, shared.reshape(rows.shape))
         return out, tally
+
+    def hide_padding(self, rows: Tensor, valid: Tensor) -> Tensor:
+        """Rows [N, D] of a data slice, zeros where valid [B, S] is 0."""
+        return keep_where(rows, valid.reshape(-1))
 
     def jitter_rows(self, rows: Tensor, noise: Tensor) -> Tensor:
         """What the router of a data slice sees: rows [N, D]."""
@@ -219,12 +230,13 @@ class MoELayer(nn.Cell):
     def tally(self, routing: dict, served: Tensor, valid: Tensor) -> Tensor:
         """[1, TALLY + 2 E]: balance loss, z-loss, further losses, entropy, choices served, z, load [E], importance [E].
 
-        The first three carry a gradient. A row is what is summed over the devices, once a step.
+        The first three carry a gradient. A row is what is summed over the devices, once a step; so means are multiplied
+        by the real rows that they are of (ROW_MEANS), and divided by all of them behind the sum.
         """
-        figures = audit(routing, served, valid)
+        figures, real = audit(routing, served, valid), valid.sum()
         balance_loss, router_z, further = self.losses(routing, valid)
-        rest = (figures["entropy"], ops.stop_gradient(served), figures["z"])
-        scalars = ops.stack((balance_loss, router_z, further, *rest))
+        means = (balance_loss * real, router_z * real, further * real, figures["entropy"] * real)
+        scalars = ops.stack((*means, ops.stop_gradient(served), figures["z"] * real))
         return ops.expand_dims(ops.concat((scalars, figures["load"], figures["importance"])), 0)
 
     def join_slots(self, outputs: Tensor, gates, choice_of, slot_of, filled, kept) -> Tensor:
@@ -244,8 +256,9 @@ class MoELayer(nn.Cell):
         self.router.shard(mesh)
         if self.shared is not None:
             self.shared.shard(mesh)
+        pair = mesh.cut("data", None)
+        self.local_hide = mesh.local(self.hide_padding, (pair, pair), (pair,), first, first)
         if self.jitter > 0:
-            pair = mesh.cut("data", None)
             self.local_jitter = mesh.local(self.jitter_rows, (pair, mesh.noise), (pair,), first, first)
         if self.config.moe.dispatch == "capacity":
             self._shard_slots(mesh)

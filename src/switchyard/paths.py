@@ -15,6 +15,7 @@ from mindspore import dtype as mstype
 from switchyard.config import MoEConfig
 from switchyard.dispatch import BlockPlan, CapacityPlan
 from switchyard.errors import UserError
+from switchyard.kernels.masks import keep_where
 from switchyard.kernels.rows import Combine, Dispatch
 from switchyard.onehot import OneHotCombine, OneHotDispatch
 from switchyard.parallel.mesh import Mesh
@@ -68,7 +69,7 @@ class TokenChoicePath(nn.Cell):
 
     def fill(self, rows: Tensor, plan: dict) -> Tensor:
         """Rows [G, N, D] -> slots [G, M, D]."""
-        return self.to_slots(rows, plan["choice_of"], plan["slot_of"], plan["kept"])
+        return self.to_slots(rows, plan["choice_of"], plan["slot_of"], plan["filled"], plan["kept"])
 
     def send(self, slots: Tensor) -> Tensor:
         """Slots from their groups to their experts: [G, E, C, D] -> [E, G * C, D]."""
@@ -119,7 +120,8 @@ class OpenPath(nn.Cell):
 class ExpertChoicePath(OpenPath):
     """Each expert gets the rows that it took (arXiv 2202.09368): a gather, and a sum of segments back.
 
-    The gradient of the one is the other. The index runs over the rows of all groups.
+    The gradient of the one is the other. The index runs over the rows of all groups and a row of zeros behind them,
+    which a slot that nobody fills holds.
     """
 
     def __init__(self, moe: MoEConfig, training: bool):
@@ -127,24 +129,28 @@ class ExpertChoicePath(OpenPath):
         self.take, self.turn = ops.Gather(), ops.Transpose()
 
     def plan(self, routing: dict) -> dict:
-        """{index [E, G * C] int32 into all rows, gates [E, G * C], chosen [G, N, E]}."""
+        """{index [E, G * C] int32 into all rows, G * N for nobody, gates [E, G * C], chosen [G, N, E]}."""
         groups, count, experts = routing["chosen"].shape
         first = (ops.arange(groups) * count).astype(mstype.int32).reshape(groups, 1, 1)
-        index = self.turn(routing["rows"] + first, (1, 0, 2)).reshape(experts, -1)  # [E, G * C]
+        index = routing["rows"] + first  # [G, E, C]
+        if "filled" in routing:
+            index = ops.where(routing["filled"] > 0, index, ops.full_like(index, groups * count))
+        index = self.turn(index, (1, 0, 2)).reshape(experts, -1)  # [E, G * C]
         gates = self.turn(routing["gates"], (1, 0, 2)).reshape(experts, -1)  # [E, G * C]
         return {"index": ops.stop_gradient(index), "gates": gates, "chosen": routing["chosen"]}
 
     def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
         """Rows [G, N, D] -> [E, G * C, D]."""
-        return self.take(rows.reshape(-1, rows.shape[-1]), plan["index"], 0)
+        rows = rows.reshape(-1, rows.shape[-1])  # [G * N, D]
+        return self.take(ops.concat((rows, ops.zeros_like(rows[:1])), 0), plan["index"], 0)
 
     def combine(self, outputs: Tensor, plan: dict) -> Tensor:
         """[E, G * C, D] -> [G, N, D]: y = sum of gates * outputs over the slots that hold the row."""
         groups, count, _ = plan["chosen"].shape
         width = outputs.shape[-1]
         weighted = (outputs * ops.expand_dims(plan["gates"], -1)).reshape(-1, width)  # [E * G * C, D]
-        rows = ops.unsorted_segment_sum(weighted, plan["index"].reshape(-1), groups * count)  # [G * N, D]
-        return rows.reshape(groups, count, width)
+        rows = ops.unsorted_segment_sum(weighted, plan["index"].reshape(-1), groups * count + 1)  # [G * N + 1, D]
+        return rows[:-1].reshape(groups, count, width)
 
 
 class DensePath(OpenPath):
@@ -207,7 +213,7 @@ class MergedPath(OpenPath):
 
     def combine(self, outputs: Tensor, plan: dict) -> Tensor:
         """[G, N, D]; padded rows come back as zero."""
-        return outputs * plan["real"]
+        return keep_where(outputs, plan["real"])
 
 
 PATHS = {

@@ -10,6 +10,7 @@ from switchyard.kernels.rows import Combine, Dispatch, TakeRows
 from switchyard.onehot import OneHotCombine, OneHotDispatch, OneHotPlan
 
 EXPERTS, ROWS, WIDTH = 4, 7, 5
+PLAN = ("choice_of", "slot_of", "filled", "kept")
 
 
 def _routing(groups, choices, padded=0):
@@ -42,9 +43,9 @@ def test_value_and_gradients_equal_the_one_hot_form(order, groups, choices, padd
     rows, work, d_out = _normal(groups, ROWS, WIDTH), _normal(slots, WIDTH), _normal(groups, ROWS, WIDTH)
 
     def by_gather(rows, work, gates):
-        moved = there(rows, plan["choice_of"], plan["slot_of"], plan["kept"]) * work  # [G, M, D]
+        moved = there(rows, *(plan[name] for name in PLAN)) * work  # [G, M, D]
         flat = gates.reshape(groups, -1)
-        out = back(moved, flat, plan["choice_of"], plan["slot_of"], plan["filled"], plan["kept"])
+        out = back(moved, flat, *(plan[name] for name in PLAN))
         return (out * d_out).sum(), out
 
     def by_one_hot(rows, work, gates):
@@ -68,7 +69,7 @@ def test_block_plan_moves_rows_there_and_back(pynative):
     there, back = Dispatch(2), Combine(2)
 
     def round_trip(rows):
-        moved = there(rows, plan["choice_of"], plan["slot_of"], plan["kept"])
+        moved = there(rows, *(plan[name] for name in PLAN))
         return back(moved, halves, plan["choice_of"], plan["slot_of"], plan["filled"], plan["kept"])
 
     wanted = rows.asnumpy().copy()

@@ -129,7 +129,8 @@ def moe_loop(rows, valid, weights, rules: Rules, upstream=None, jitter=None) -> 
     jitter = np.ones_like(rows) if jitter is None else jitter
     result = Pass(np.zeros_like(rows))
     result.gradients = {name: np.zeros_like(value) for name, value in weights.items()} | {"rows": np.zeros_like(rows)}
-    load, importance, entropies, seats, asked = np.zeros(experts), np.zeros(experts), [], 0, 0
+    load, importance, entropy, seats, asked = np.zeros(experts), np.zeros(experts), 0.0, 0, 0
+    total = max(valid.sum(), 1)  # every mean is over the real rows of all groups
     for g in range(groups):
         tokens = [
             route(x * j, weights["router.weight"], rules) if real else None
@@ -144,20 +145,20 @@ def moe_loop(rows, valid, weights, rules: Rules, upstream=None, jitter=None) -> 
                 count[expert] += 1
         many = max(len(real), 1)
         share, mean = count / (many * rules.choices), sum(t.probabilities for t in real) / many
-        result.balance += experts * float((share * mean).sum()) / groups
-        result.z += sum(_log_sum(t.logits) ** 2 for t in real) / many / groups
-        entropies.append(-sum((t.probabilities * np.log(t.probabilities)).sum() for t in real) / many)
+        result.balance += experts * float((share * mean).sum()) * len(real) / total  # a group counts by its real rows
+        result.z += sum(_log_sum(t.logits) ** 2 for t in real) / total
+        entropy -= sum((t.probabilities * np.log(t.probabilities)).sum() for t in real) / total
         load, importance = load + count, importance + sum(t.probabilities for t in real)
         seats, asked = seats + len(seated), asked + len(real) * rules.choices
         if upstream is not None:
-            d_p = upstream[1] * experts * share / many / groups  # of each real row's probabilities
-            d_z = upstream[2] / many / groups
+            d_p = upstream[1] * experts * share / total  # of each real row's probabilities
+            d_z = upstream[2] / total
             _backward(g, rows[g], jitter[g], upstream[0][g], (d_p, d_z), tokens, seated, weights, rules, result)
     result.audit = {
         "load": load,
         "importance": importance,
         "dropped": 1 - seats / max(asked, 1),
-        "entropy": float(np.mean(entropies)),
+        "entropy": float(entropy),
         "max_violation": load.max() / load.mean() - 1,
         "z": result.z,
     }
@@ -170,7 +171,7 @@ def _log_sum(logits):
 
 def _forward(g, rows, tokens, seated, weights, rules, result):
     for n, x in enumerate(rows):
-        if "shared.w_in" in weights:
+        if "shared.w_in" in weights and tokens[n]:
             result.out[g, n] += work(x, weights, "shared", 0, rules.activation)
         for k in range(rules.choices):
             if (n, k) in seated:
@@ -181,7 +182,7 @@ def _forward(g, rows, tokens, seated, weights, rules, result):
 def _backward(g, rows, jitter, d_out, d_losses, tokens, seated, weights, rules, result):
     gradients, d_rows = result.gradients, result.gradients["rows"][g]
     for n, x in enumerate(rows):
-        if "shared.w_in" in weights:
+        if "shared.w_in" in weights and tokens[n]:
             d_rows[n] += work_backward(x, d_out[n], weights, gradients, "shared", 0, rules.activation)
         token = tokens[n]
         if token is None:

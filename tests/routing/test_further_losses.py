@@ -35,9 +35,12 @@ def test_sequence_loss_sees_what_the_whole_does_not(pynative):
 
 
 def test_sequence_loss_by_hand(pynative):
-    """First sequence: f = (1, 0), P = (.75, .25), 2 * .75; second: one real row, f = (0, 1), P = (.4, .6), 2 * .6."""
+    """First sequence: f = (1, 0), P = (.75, .25), 2 * .75; second: one real row, f = (0, 1), P = (.4, .6), 2 * .6.
+
+    The first counts by its two real rows, the second by its one.
+    """
     routing = _routing([[[0.9, 0.1], [0.6, 0.4], [0.4, 0.6], [0.9, 0.1]]], [[0, 0, 1, 2]])
-    assert _value(balance.sequence_loss(routing, _tensor([[1, 1, 1, 0]]), 1, 2)) == pytest.approx((1.5 + 1.2) / 2)
+    assert _value(balance.sequence_loss(routing, _tensor([[1, 1, 1, 0]]), 1, 2)) == pytest.approx((2 * 1.5 + 1.2) / 3)
 
 
 def test_importance_loss_by_hand(pynative):

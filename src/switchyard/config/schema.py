@@ -264,6 +264,11 @@ class Config(Section):
         return {"region": vision.regions**2, "channel": vision.channel_groups}.get(self.granularity, 1)
 
     @property
+    def row_tokens(self) -> int:
+        """Tokens of a routed row: those of a window where windows are routed, else 1."""
+        return self.moe.slice_length if self.granularity == "slice" else 1
+
+    @property
     def rows(self) -> int:
         """Rows of a micro-batch, as noise is drawn for them: tokens, or units of images."""
         each = self.model.seq_length if self.model.type == "decoder" else self.units

@@ -3,11 +3,25 @@
 Legend: G groups, N rows of a group, M slots of a group, K choices of a row, D width. A choice is numbered n * K + k.
 `choice_of` [G, M] names the choice that fills a slot, `slot_of` [G, N * K] the slot that a choice got; both are
 legal indices everywhere, and `filled` [G, M] and `kept` [G, N * K], 1.0 or 0.0, say where they mean something.
+
+Where they mean nothing a row of zeros is gathered. A product with 0 would not do: 0 times NaN or Inf is NaN, so one
+such row would spoil rows that have nothing to do with it. Gathering from a table with one more row costs two thirds of
+gathering and multiplying (forward, 2,048 rows of 256 on two CPU cores: 0.96 and 1.45 ms; with `where` 1.61 ms).
 """
 
 from mindspore import Tensor, nn, ops
 
 from switchyard.parallel.mesh import Mesh
+
+
+def with_zero_row(table: Tensor) -> Tensor:
+    """A table with a row of zeros behind its last: [G, N, D] -> [G, N + 1, D]."""
+    return ops.concat((table, ops.zeros_like(table[:, :1])), 1)
+
+
+def index_or_zero_row(index: Tensor, mask: Tensor, rows: int) -> Tensor:
+    """Indices [G, I] where the mask [G, I] is above 0, else that of the zero row behind `rows` rows: [G, I]."""
+    return ops.where(mask > 0, index, ops.full_like(index, rows))
 
 
 class TakeRows(nn.Cell):
@@ -39,29 +53,26 @@ class TakeSlicedRows(nn.Cell):
 
 
 class Dispatch(nn.Cell):
-    """Copies rows into slots: [G, N, D] -> [G, M, D].
-
-    An empty slot holds a copy of some row; nothing reads what an expert makes of it, and its gradient is zero.
-    """
+    """Copies rows into slots: [G, N, D] -> [G, M, D]. An empty slot holds zeros, and its gradient goes nowhere."""
 
     def __init__(self, choices: int):
         super().__init__()
         self.choices = choices
         self.take = TakeRows()
 
-    def construct(self, rows: Tensor, choice_of: Tensor, slot_of: Tensor, kept: Tensor) -> Tensor:
+    def construct(self, rows: Tensor, choice_of: Tensor, slot_of: Tensor, filled: Tensor, kept: Tensor) -> Tensor:
         """`slot_of` and `kept` serve the gradient only."""
-        return self.take(rows, choice_of // self.choices)  # [G, M, D]
+        source = index_or_zero_row(choice_of // self.choices, filled, rows.shape[1])
+        return self.take(with_zero_row(rows), source)  # [G, M, D]
 
-    def bprop(self, rows, choice_of, slot_of, kept, out, d_out):
-        d_rows = self._of_choice(d_out, slot_of, kept, 0)  # [G, N, D]
+    def bprop(self, rows, choice_of, slot_of, filled, kept, out, d_out):
+        table = with_zero_row(d_out)  # [G, M + 1, D]
+        place = index_or_zero_row(slot_of, kept, d_out.shape[1])  # [G, N * K]
+        d_rows = self.take(table, place[:, 0 :: self.choices])  # [G, N, D]
         for k in range(1, self.choices):
-            d_rows = d_rows + self._of_choice(d_out, slot_of, kept, k)
-        return d_rows, ops.zeros_like(choice_of), ops.zeros_like(slot_of), ops.zeros_like(kept)
-
-    def _of_choice(self, d_out, slot_of, kept, k):
-        mask = ops.expand_dims(kept[:, k :: self.choices], 2)  # [G, N, 1]
-        return self.take(d_out, slot_of[:, k :: self.choices]) * mask.astype(d_out.dtype)
+            d_rows = d_rows + self.take(table, place[:, k :: self.choices])
+        nothing = ops.zeros_like
+        return d_rows, nothing(choice_of), nothing(slot_of), nothing(filled), nothing(kept)
 
     def shard(self, mesh: Mesh) -> None:
         """Works on the groups of one device, whatever their number."""
@@ -82,26 +93,30 @@ class Combine(nn.Cell):
         self.sum = ops.MatMul()
 
     def construct(self, outputs: Tensor, gates: Tensor, choice_of: Tensor, slot_of: Tensor, filled, kept) -> Tensor:
-        rows = self._of_choice(outputs, gates * kept, slot_of, 0)
+        table = with_zero_row(outputs)  # [G, M + 1, D]
+        place = index_or_zero_row(slot_of, kept, outputs.shape[1])  # [G, N * K]
+        gates = ops.where(kept > 0, gates, ops.zeros_like(gates))
+        rows = self._of_choice(table, gates, place, 0)
         for k in range(1, self.choices):
-            rows = rows + self._of_choice(outputs, gates * kept, slot_of, k)
+            rows = rows + self._of_choice(table, gates, place, k)
         return rows
 
-    def _of_choice(self, outputs, gates, slot_of, k):
-        weight = ops.expand_dims(gates[:, k :: self.choices], 2).astype(outputs.dtype)  # [G, N, 1]
-        return self.take(outputs, slot_of[:, k :: self.choices]) * weight  # [G, N, D]
+    def _of_choice(self, table, gates, place, k):
+        weight = ops.expand_dims(gates[:, k :: self.choices], 2).astype(table.dtype)  # [G, N, 1]
+        return self.take(table, place[:, k :: self.choices]) * weight  # [G, N, D]
 
     def bprop(self, outputs, gates, choice_of, slot_of, filled, kept, out, d_out):
         weight = self.take_gates(ops.expand_dims(gates, 2), choice_of)  # [G, M, 1]
-        weight = (weight * ops.expand_dims(filled, 2)).astype(d_out.dtype)
-        d_outputs = self.take(d_out, choice_of // self.choices) * weight  # [G, M, D]
+        weight = ops.where(ops.expand_dims(filled, 2) > 0, weight, ops.zeros_like(weight)).astype(d_out.dtype)
+        source = index_or_zero_row(choice_of // self.choices, filled, d_out.shape[1])  # [G, M]
+        d_outputs = self.take(with_zero_row(d_out), source) * weight  # [G, M, D]
         parts = ()
         for k in range(self.choices):
             picked = self.take(outputs, slot_of[:, k :: self.choices])  # [G, N, D]
             parts = (*parts, self._row_sums(picked * d_out))  # [G * N, 1]
         d_gates = parts[0] if self.choices == 1 else ops.concat(parts, 1)  # [G * N, K]
-        d_gates = d_gates.reshape(gates.shape)  # [G, N * K]
-        d_gates = d_gates.astype(gates.dtype) * kept
+        d_gates = d_gates.reshape(gates.shape).astype(gates.dtype)  # [G, N * K]
+        d_gates = ops.where(kept > 0, d_gates, ops.zeros_like(d_gates))
         nothing = ops.zeros_like
         return d_outputs, d_gates, nothing(choice_of), nothing(slot_of), nothing(filled), nothing(kept)
 

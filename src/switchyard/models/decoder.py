@@ -19,6 +19,7 @@ from switchyard.experts_conv import SliceExperts
 from switchyard.granularity import first_of_slices, from_slices, to_slices
 from switchyard.kernels.cast import Cast
 from switchyard.kernels.fused import fused_operators
+from switchyard.kernels.masks import keep_where
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.norm import create_norm
 from switchyard.models.layers import Attention, Dropout, Embedding, Linear, causal_mask, hidden_mask
@@ -200,7 +201,8 @@ class Decoder(nn.Cell):
         """
         length = tokens.shape[1]
         valid = valid.reshape(-1)  # [N]
-        x = self.dropout(self.embed(tokens, ops.arange(length)), noise)  # [N, D]
+        x = keep_where(self.embed(tokens, ops.arange(length)), valid)  # [N, D]; what padding holds reaches nothing
+        x = self.dropout(x, noise)
         losses, audits = (), ()
         for layer in self.layers:
             if replay is not None and layer.conditional:

@@ -13,6 +13,7 @@ from switchyard.capacity import check_sort_keys
 from switchyard.config import Config
 from switchyard.experts_conv import ConvolutionExperts
 from switchyard.granularity import ImageFold
+from switchyard.kernels.masks import keep_where
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.norm import create_norm
 from switchyard.models.decoder import DTYPES, stack_audits, stack_losses
@@ -151,7 +152,7 @@ class Vision(nn.Cell):
         [max(noise_slices, 1), N, D] of U(0, 1), read in training only."""
         groups = images.shape[0] // self.group_size if images.shape[0] > self.group_size else 1
         tasks, real = self.task_of(valid), valid.sum(1)  # [B] each
-        x = self.turn(images, (0, 2, 3, 1))  # [B, H, W, C]
+        x = self.turn(keep_where(images, real), (0, 2, 3, 1))  # [B, H, W, C]
         losses, audits = (), ()
         for index, layer in enumerate(self.layers):
             x, loss, audit = layer(x, tasks, real, noise, groups)

@@ -10,7 +10,6 @@ thin: it is an order, not a forecast.
 """
 
 import itertools
-import json
 import re
 import sys
 from collections.abc import Iterator

@@ -85,8 +85,9 @@ class Joint(nn.Cell):
     """What a step adds up over the processes: counts, gradients, their norm, figures.
 
     Each process minimises its own part of one loss: its tokens' cross-entropy over the number of all valid tokens, and
-    its groups' balance losses over the number of processes. So gradients are summed, never averaged: those of experts
-    over the processes that hold the same slice, since the rows of the others have come through the exchange already.
+    its groups' balance losses times its share of the real rows. So gradients are summed, never averaged: those of
+    experts over the processes that hold the same slice, since the rows of the others have come through the exchange
+    already.
 
     Args:
         processes: this one and the others.
@@ -140,16 +141,23 @@ class Joint(nn.Cell):
         squares = self.norm_cut(cut) ** 2
         return ops.sqrt(self.norm_whole(whole) ** 2 + self.count(squares) / self.copies)
 
+    def parts(self, figures: tuple, part: Tensor) -> tuple:
+        """Figures of this process's rows, of which it has the share `part` -> its part of those of all rows: means over
+        rows are multiplied by it, see training.step.LossCell."""
+        load, importance, dropped, entropy, violation, router_z = figures[3:9]
+        means = figures[0], figures[1] * part, figures[2] * part
+        return (*means, load, importance, dropped, entropy * part, violation, router_z * part)
+
     def figures(self, figures: tuple) -> tuple:
-        """Figures of this process's part, see training.step.LossCell -> those of the whole micro-batch."""
-        loss, balance, z = figures[0], figures[1] / self.size, figures[2] / self.size
+        """This process's part of the figures of a micro-batch, see `parts` -> those of the whole."""
+        loss, balance, z = figures[0], figures[1], figures[2]
         if len(figures) == 3:
             summed = self.count(ops.stack((loss, balance, z)))
             return summed[0], summed[1], summed[2]
         load, importance, dropped, entropy, _, router_z = figures[3:9]  # [M, E] twice, [M] each
         choices = load.sum(1)
         parts = (ops.stack((loss, balance, z)), load.reshape(-1), importance.reshape(-1), dropped * choices)
-        summed = self.count(ops.concat((*parts, entropy / self.size, router_z / self.size)))
+        summed = self.count(ops.concat((*parts, entropy, router_z)))
         amounts, layers = self.layers * self.experts, self.layers
         load = summed[3 : 3 + amounts].reshape(layers, -1)
         importance = summed[3 + amounts : 3 + 2 * amounts].reshape(layers, -1)

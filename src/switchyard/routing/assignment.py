@@ -7,6 +7,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.dispatch import ChoiceOrder
+from switchyard.kernels.masks import keep_where
 from switchyard.routing.balance import log_partition, rows_of
 from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register
 from switchyard.routing.softmax import NormalisedRouter
@@ -35,7 +36,18 @@ class Sinkhorn(NormalisedRouter):
         if not self.training:
             return logits
         # a row's own factor does not change its order
-        return logits + scaling(ops.stop_gradient(logits), valid, self.iterations)
+        return logits + scaling(*matched(logits, valid), self.iterations)
+
+
+def matched(scores: Tensor, valid: Tensor):
+    """(scores [G, N, E] without a gradient, valid [G, N]), both 0 for padded rows and for rows with NaN or Inf.
+
+    A row that holds such a value would set every expert's price, and so the choices of all others.
+    """
+    scores = ops.stop_gradient(scores)
+    whole = ops.IsFinite()(scores).astype(mstype.float32).sum(-1) == scores.shape[-1]  # [G, N]
+    valid = valid * whole.astype(mstype.float32)
+    return keep_where(scores, valid), valid
 
 
 def scaling(logits: Tensor, valid: Tensor, iterations: int) -> Tensor:
@@ -108,11 +120,12 @@ class Auction(nn.Cell):
         self.prefix, self.before = ops.CumSum(), ops.CumSum(exclusive=True)
 
     def construct(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """Scores [G, N, E] and valid [G, N] -> expert [G, N] int32, E for a padded row."""
-        scores, real = ops.stop_gradient(scores) * ops.expand_dims(valid, -1), valid > 0
+        """Scores [G, N, E] and valid [G, N] -> expert [G, N] int32, E for a padded row and for one with NaN or Inf."""
+        scores, valid = matched(scores, valid)
+        real = valid > 0  # [G, N]
         count = valid.sum(1, keepdims=True).astype(mstype.int32)  # [G, 1]
         seats = (count + (self.expert_num - 1)) // self.expert_num
-        spread = self.highest(scores, (1, 2)) - self.lowest(scores, (1, 2))  # [G]
+        spread = self.range(scores, valid)  # [G]
         step = ops.expand_dims(ops.maximum(self.fraction * spread, 1e-6), -1)  # [G, 1]
         heat = ops.expand_dims(step, -1)  # [G, 1, 1]
         price = (-heat * scaling(scores / heat, valid, self.passes)).squeeze(1)  # [G, E]
@@ -124,6 +137,11 @@ class Auction(nn.Cell):
             expert, bid = ops.where(waiting > 0, asked, expert), ops.where(waiting > 0, offer, bid)
             expert, price = self.settle(expert, bid, price, seats)
         return self.fill(expert, self.waiting(expert, real), seats)
+
+    def range(self, scores: Tensor, valid: Tensor) -> Tensor:
+        """Largest less smallest score of the real rows of each group: scores [G, N, E], valid [G, N] -> [G]."""
+        real, far = ops.expand_dims(valid, -1) > 0, ops.full_like(scores, FAR)
+        return self.highest(ops.where(real, scores, -far), (1, 2)) - self.lowest(ops.where(real, scores, far), (1, 2))
 
     def waiting(self, expert: Tensor, real: Tensor) -> Tensor:
         """1 where a real row has no seat: [G, N]."""

@@ -16,6 +16,7 @@ from mindspore import dtype as mstype
 from switchyard.config import MoEConfig
 from switchyard.errors import UserError
 from switchyard.forms import changed, changes_alone
+from switchyard.kernels.masks import keep_where
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.weights import normal
 from switchyard.parallel.mesh import Mesh
@@ -34,7 +35,8 @@ class Routing(TypedDict):
     Form "token_choice":
         experts [G, N, K] int32: the choices, best first; E, which is no expert, for a padded row
         gates [G, N, K] float32: what a choice's output is multiplied by; 0 for a padded row
-    Form "expert_choice": rows [G, E, C] int32 and gates [G, E, C] float32, 0 for a slot that nobody fills.
+    Form "expert_choice": rows [G, E, C] int32 and gates [G, E, C] float32, 0 for a slot that nobody fills; filled [G,
+    E, C], 1 and 0, says which those are.
     Form "soft": dispatch and combine [G, N, E, C] float32 weights. Form "dense": gates [G, N, E] float32. Form
     "merged": gates [G, E] float32, one mixture of the experts' parameters for a group.
     """
@@ -48,13 +50,14 @@ class Routing(TypedDict):
     experts: Tensor
     gates: Tensor
     rows: Tensor
+    filled: Tensor
     dispatch: Tensor
     combine: Tensor
     lot: Tensor
 
 
 class Context(TypedDict):
-    """What a router may look at besides the rows.
+    """What a router may look at besides the rows. The layer hands it padded rows as zeros, whatever they held.
 
     valid [G, N] float32: 1 for a real row, 0 for padding. noise [.., G * N, D] float32 of U(0, 1), read in training
     only. token_ids, task_ids [G, N] int32, None where the network has none. replay [G, N, K] int32: choices that are
@@ -138,7 +141,7 @@ def create_router(
         raise UserError(f"moe.router: {name!r}; chooses by token id, which this network does not have")
     if "task_ids" in router.needs and not has_tasks:
         raise UserError(f"moe.router: {name!r}; chooses by task id, which this network does not have")
-    length = None if vocab_size is None else config.model.seq_length
+    length = None if vocab_size is None else config.model.seq_length // config.row_tokens
     width, slices = config.model.hidden_size, slices or NoiseSlices()
     setting = RouterSetting(config.moe, width, random, slices, vocab_size, has_tasks, length)
     if config.moe.copies == 1:
@@ -354,9 +357,13 @@ def by_rows(experts: Tensor, gates: Tensor, chosen: Tensor, probabilities: Tenso
     }
 
 
-def normalised(gates: Tensor) -> Tensor:
-    """Gates [G, N, K] divided by their sum; a padded row's stay 0."""
-    return gates / ops.maximum(gates.sum(-1, keepdims=True), 1e-20)
+def shares(logits: Tensor, valid: Tensor) -> Tensor:
+    """Gates that sum to 1: the softmax of the chosen experts' logits [G, N, K]; 0 for a padded row, valid [G, N].
+
+    For probabilities p = exp(logits) / Z that is p / sum of the chosen p, and it stays that where all of them are too
+    small for float32, which a quotient with a floor does not.
+    """
+    return keep_where(ops.Softmax(-1)(logits), valid)
 
 
 class TopChoices(nn.Cell):
@@ -394,7 +401,11 @@ class Choosing(nn.Cell):
         self.sum = ops.ReduceSum()
 
     def construct(self, scores: Tensor, probabilities: Tensor, context: dict):
-        """[G, N, E] twice and a Context -> (experts [G, N, K], gates [G, N, K], chosen [G, N, E])."""
+        """[G, N, E] twice and a Context -> (experts [G, N, K], gates [G, N, K], chosen [G, N, E]).
+
+        The gates are the second input's values of the chosen experts, 0 for a padded row: probabilities, or logits of
+        which `shares` makes gates that sum to 1.
+        """
         experts, masks = self.top(scores)  # [G, N, K]
         return self.weigh(experts, masks, probabilities, context)
 
@@ -404,11 +415,11 @@ class Choosing(nn.Cell):
         valid = ops.expand_dims(context["valid"], -1)  # [G, N, 1]
         gates, chosen = (), masks[0]
         for mask in masks:
-            gates = (*gates, self.sum(probabilities * mask, -1))  # [G, N]
+            gates = (*gates, self.sum(keep_where(probabilities, mask), -1))  # [G, N]
         for mask in masks[1:]:
             chosen = chosen + mask
         experts = ops.where(valid > 0, experts, ops.full_like(experts, self.expert_num))
-        return experts, ops.stack(gates, -1) * valid, chosen * valid
+        return experts, keep_where(ops.stack(gates, -1), context["valid"]), chosen * valid
 
     def replayed(self, experts: Tensor, masks: tuple, context: dict):
         """Choices and the one-hot of each, those of the context's `replay` in the place of the router's own."""

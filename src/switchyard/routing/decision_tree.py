@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.kernels.masks import keep_where
 from switchyard.routing.base import Router, RouterSetting, register
 from switchyard.routing.fixed import Assign
 from switchyard.routing.soft import everyone
@@ -75,7 +76,7 @@ class DecisionTree(Router):
             leaves = leaves.reshape(groups * count, -1)  # [G * N, 2^(level + 1)]
         probabilities = leaves.reshape(groups, count, self.expert_num)  # [G, N, E]
         return {
-            "gates": probabilities * ops.expand_dims(context["valid"], -1),
+            "gates": keep_where(probabilities, context["valid"]),
             "probabilities": probabilities,
             "logits": ops.zeros_like(probabilities),
             "mass": probabilities,

@@ -6,8 +6,9 @@ Legend: G groups, N rows of a group, E experts, D width.
 from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
+from switchyard.kernels.masks import keep_where
 from switchyard.kernels.noise import UniformRows
-from switchyard.routing.base import RouterSetting, by_rows, normalised, register
+from switchyard.routing.base import RouterSetting, by_rows, register, shares
 from switchyard.routing.softmax import SoftmaxRouter
 
 
@@ -36,8 +37,8 @@ class GShard(SoftmaxRouter):
     def decide(self, logits: Tensor, context: dict) -> dict:
         """The Routing that scores [G, N, E] make; reads no parameter."""
         probabilities = self.softmax(logits)
-        experts, gates, chosen = self.choose(logits, probabilities, context)
-        gates = normalised(gates)  # [G, N, 2]
+        experts, gates, chosen = self.choose(logits, logits, context)
+        gates = shares(gates, context["valid"])  # [G, N, 2]
         if self.policy == "threshold":
             experts, gates, chosen = self.refuse(gates[..., 1] > self.threshold, experts, gates, chosen)
         if self.policy == "sampling" and self.training:
@@ -52,5 +53,5 @@ class GShard(SoftmaxRouter):
         mask = self.one_hot(second, self.expert_num, self.on, self.off)  # [G, N, E]; nothing for a padded row
         nowhere = ops.full_like(second, self.expert_num)
         experts = ops.stack((experts[..., 0], ops.where(kept, second, nowhere)), -1)
-        gates = ops.stack((gates[..., 0], gates[..., 1] * (1.0 - alone)), -1)
+        gates = ops.stack((gates[..., 0], keep_where(gates[..., 1], kept.astype(mstype.float32))), -1)
         return experts, gates, chosen - mask * ops.expand_dims(alone, -1)

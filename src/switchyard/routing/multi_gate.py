@@ -7,7 +7,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 from mindspore import dtype as mstype
 
-from switchyard.routing.base import Choosing, Router, RouterSetting, by_rows, register
+from switchyard.kernels.masks import keep_where
+from switchyard.routing.base import Choosing, Router, RouterSetting, by_rows, register, shares
 
 
 @register("multi_gate")
@@ -39,9 +40,10 @@ class MultiGate(Router):
         logits = self.product(rows.reshape(groups * count, width).astype(mstype.float32), self.weight)  # [G * N, T * E]
         logits = logits.reshape(groups, count, self.task_num, self.expert_num)  # [G, N, T, E]
         own = self.one_hot(context["task_ids"], self.task_num, self.on, self.off)  # [G, N, T]
-        logits = (logits * ops.expand_dims(own, -1)).sum(2)  # [G, N, E], those of the row's own gate
+        logits = keep_where(logits, own).sum(2)  # [G, N, E], those of the row's own gate
         probabilities = self.softmax(logits)
-        experts, gates, chosen = self.choose(logits, probabilities, context)
+        weighed = logits if self.normalise else probabilities
+        experts, gates, chosen = self.choose(logits, weighed, context)
         if self.normalise:
-            gates = gates / ops.maximum(gates.sum(-1, keepdims=True), 1e-20)  # a padded row's gates are 0
+            gates = shares(gates, context["valid"])
         return by_rows(experts, gates, chosen, probabilities, logits)

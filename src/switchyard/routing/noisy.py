@@ -8,9 +8,11 @@ import math
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
+from switchyard.kernels.masks import keep_where
 from switchyard.kernels.noise import NormalRows
 from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, register
 
+FAR = 1e30  # taken from a score, it has no part in a softmax
 SMALLEST_DEVIATION = 1e-4  # a divisor of the smooth load; smaller ones make steps of it
 
 
@@ -50,9 +52,10 @@ class NoisyTopK(LinearRouter):
         probabilities = self.softmax(scores)
         kept = self.kept(masks)
         first, own = self.choose.replayed(experts[..., : self.choices], masks[: self.choices], context)
-        sparse = probabilities * self.kept(own)  # [G, N, E]
-        if self.choices > 1:
-            sparse = sparse / sparse.sum(-1, keepdims=True)  # softmax of the K largest alone: eq. 3 and 5
+        sparse = probabilities
+        if self.choices > 1:  # softmax of the K largest alone: eq. 3 and 5
+            sparse = self.softmax(scores - (1.0 - self.kept(own)) * FAR)
+        sparse = keep_where(sparse, self.kept(own))  # [G, N, E]
         experts, gates, chosen = self.choose.weigh(first, own, sparse, context)
         smooth_load = chosen
         if self.training and self.choices < self.expert_num:
@@ -64,7 +67,7 @@ class NoisyTopK(LinearRouter):
             "logits": scores,
             "mass": sparse,
             "chosen": chosen,
-            "smooth_load": smooth_load * ops.expand_dims(context["valid"], -1),
+            "smooth_load": keep_where(smooth_load, context["valid"]),
         }
 
     def kept(self, masks: tuple) -> Tensor:

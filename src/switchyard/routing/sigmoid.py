@@ -8,7 +8,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from switchyard.config import MoEConfig
-from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, by_rows, normalised, register
+from switchyard.kernels.softmax import log_sigmoid
+from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, by_rows, register, shares
 
 FAR = 1e30  # taken from a score, it is never chosen
 
@@ -37,7 +38,7 @@ class Sigmoid(LinearRouter):
         self.bias = Parameter(bias, name="bias", requires_grad=False)
         self.limit = BestGroups(moe, self.expert_num) if moe.n_group > moe.topk_group else None
         self.choose = Choosing(self.expert_num, self.choices)
-        self.sigmoid, self.sign, self.assign = ops.Sigmoid(), ops.Sign(), ops.Assign()
+        self.sigmoid, self.softmax, self.sign, self.assign = ops.Sigmoid(), ops.Softmax(-1), ops.Sign(), ops.Assign()
         self.over_processes = None  # sums the load over the processes of a job, see parallel.exchange.cut_model
 
     def construct(self, rows: Tensor, context: dict) -> dict:
@@ -47,15 +48,16 @@ class Sigmoid(LinearRouter):
         biased = ops.stop_gradient(scores) + self.bias  # eq. 16
         if self.limit is not None:
             biased = self.limit(biased)
-        experts, gates, chosen = self.choose(biased, scores, context)
+        logarithm = log_sigmoid(logits)
+        experts, gates, chosen = self.choose(biased, logarithm if self.normalise else scores, context)
         if self.normalise:
-            gates = normalised(gates)  # eq. 13
+            gates = shares(gates, context["valid"])  # eq. 13
         if self.training and self.rate > 0:
             load = ops.stop_gradient(chosen).sum((0, 1))  # c, [E]
             if self.over_processes is not None:
                 load = self.over_processes(load)
             self.assign(self.bias, self.bias + self.rate * self.sign(load.mean() - load))  # algorithm 1
-        probabilities = scores / ops.maximum(scores.sum(-1, keepdims=True), 1e-20)  # s', eq. 19
+        probabilities = self.softmax(logarithm)  # s' = s / sum of s, eq. 19
         return by_rows(experts, gates * self.factor, chosen, probabilities, logits)
 
 

@@ -7,9 +7,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.kernels.masks import keep_where
 from switchyard.routing.base import LinearRouter, Router, RouterSetting, register
 
-EXCLUDED = 1e30  # taken off a padded row's logits, so that a softmax over rows leaves it out
+EXCLUDED = -1e30  # the logit of a padded row, which a softmax over rows leaves out
 
 
 def everyone(probabilities: Tensor, valid: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ class Dense(LinearRouter):
         logits = self.score(rows, self.weight)  # [G, N, E]
         probabilities = self.softmax(logits)
         return {
-            "gates": probabilities * ops.expand_dims(context["valid"], -1),
+            "gates": keep_where(probabilities, context["valid"]),
             "probabilities": probabilities,
             "logits": logits,
             "mass": probabilities,
@@ -67,7 +68,7 @@ class Merged(LinearRouter):
     def construct(self, rows: Tensor, context: dict) -> dict:
         """See Router.construct."""
         valid = ops.expand_dims(context["valid"], -1)  # [G, N, 1]
-        total = (rows.astype(mstype.float32) * valid).sum(1, keepdims=True)  # [G, 1, D]
+        total = keep_where(rows.astype(mstype.float32), context["valid"]).sum(1, keepdims=True)  # [G, 1, D]
         mean = total / ops.maximum(valid.sum(1, keepdims=True), 1.0)
         logits = self.score(mean, self.weight)  # [G, 1, E]
         gates = self.softmax(logits)
@@ -113,8 +114,10 @@ class Soft(Router):
         rows = self.normalise(rows.reshape(-1, width).astype(mstype.float32), -1)  # [G * N, D]
         logits = self.product(rows, self.scale * self.normalise(self.weight, 0))  # X Phi, [G * N, E * S]
         logits = logits.reshape(groups, count, -1)  # [G, N, E * S]
-        dispatch = self.over_rows(logits - EXCLUDED * (1.0 - valid)) * valid  # a slot's weights sum to 1
-        combine = self.over_slots(logits) * valid  # a row's weights sum to 1
+        logits = keep_where(logits, valid)
+        over_rows = self.over_rows(ops.where(valid > 0, logits, ops.full_like(logits, EXCLUDED)))
+        dispatch = keep_where(over_rows, valid)  # a slot's weights sum to 1
+        combine = keep_where(self.over_slots(logits), valid)  # a row's weights sum to 1
         shape = (groups, count, self.expert_num, self.slots)
         probabilities = self.over_slots(logits).reshape(shape).sum(-1)  # [G, N, E]
         return {

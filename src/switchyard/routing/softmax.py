@@ -5,7 +5,7 @@ Legend: G groups, N rows of a group, E experts, K choices of a row, D width.
 
 from mindspore import Tensor, ops
 
-from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, normalised, register
+from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register, shares
 
 
 class SoftmaxRouter(LinearRouter):
@@ -27,7 +27,7 @@ class SoftmaxRouter(LinearRouter):
         """The Routing that scores [G, N, E] make; reads no parameter."""
         probabilities = self.softmax(logits)  # arXiv 2101.03961, eq. 1
         scores = self.rank(logits, context["valid"])
-        experts, gates, chosen = self.choose(scores, probabilities, context)
+        experts, gates, chosen = self.chosen(scores, logits, probabilities, context)
         return by_rows(experts, self.weigh(gates) * self.factor, chosen, probabilities, logits)
 
     def logits(self, rows: Tensor) -> Tensor:
@@ -38,8 +38,12 @@ class SoftmaxRouter(LinearRouter):
         """What the choice goes by: logits [G, N, E] and valid [G, N] -> [G, N, E]."""
         return logits
 
+    def chosen(self, scores: Tensor, logits: Tensor, probabilities: Tensor, context: dict):
+        """What Choosing returns for scores [G, N, E]; the gates are the chosen experts' probabilities."""
+        return self.choose(scores, probabilities, context)
+
     def weigh(self, gates: Tensor) -> Tensor:
-        """Gates of the chosen experts' probabilities [G, N, K]."""
+        """What becomes of the gates [G, N, K]."""
         return gates
 
 
@@ -60,9 +64,12 @@ class NormalisedRouter(SoftmaxRouter):
         super().__init__(setting, columns)
         self.normalise = setting.moe.norm_topk_prob and self.choices > 1
 
-    def weigh(self, gates: Tensor) -> Tensor:
-        """Gates [G, N, K] that sum to 1, or as they are."""
-        return normalised(gates) if self.normalise else gates
+    def chosen(self, scores: Tensor, logits: Tensor, probabilities: Tensor, context: dict):
+        """As of SoftmaxRouter, with gates that sum to 1, or as they are."""
+        if not self.normalise:
+            return self.choose(scores, probabilities, context)
+        experts, gates, chosen = self.choose(scores, logits, context)
+        return experts, shares(gates, context["valid"]), chosen
 
 
 @register("top_k")

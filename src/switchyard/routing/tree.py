@@ -6,7 +6,8 @@ experts.
 
 from mindspore import Parameter, Tensor, ops
 
-from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, normalised, register, router_weight
+from switchyard.routing.balance import log_partition
+from switchyard.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register, router_weight, shares
 from switchyard.routing.sigmoid import GroupLimit
 
 
@@ -40,7 +41,10 @@ class TwoLevel(LinearRouter):
         grouped = secondary.reshape(*primary.shape, self.size)  # [G, N, Q, E / Q]
         joint = ops.expand_dims(group_probabilities, -1) * self.softmax(grouped)  # eq. 12
         joint = joint.reshape(secondary.shape)  # [G, N, E]
-        experts, gates, chosen = self.choose(self.limit(joint, primary), joint, context)
+        logarithm = ops.expand_dims(primary - log_partition(grouped), -1) + grouped  # of the product, less a constant
+        logarithm = logarithm.reshape(secondary.shape)
+        weighed = logarithm if self.normalise else joint
+        experts, gates, chosen = self.choose(self.limit(logarithm, primary), weighed, context)
         if self.normalise:
-            gates = normalised(gates)
+            gates = shares(gates, context["valid"])
         return by_rows(experts, gates, chosen, joint, (ops.expand_dims(primary, -1) + grouped).reshape(secondary.shape))

@@ -62,7 +62,8 @@ class Evaluation:
         tokens: predictions that were scored.
         layers: audits of the conditional layers, [] when dense: {layer (index from 0), load [E], importance [E],
             dropped, entropy, max_violation, z}. load and importance are sums over the set, max_violation is that of
-            the summed load, the others are means over tokens.
+            the summed load, dropped a share of all choices, entropy and z are means over the real rows: the same
+            however the set is cut into batches and groups.
     """
 
     loss: float
@@ -146,6 +147,7 @@ class Evaluator:
         tokens_per_byte: of the validation set, for bits per byte.
         recorder, replayer: take and give the choices of experts of each batch, by its number from 0.
         processes: each scores its `part` of every batch, and gets the figures of the whole.
+        row_tokens: tokens of a routed row, see Config; the row is real where its first token is.
     """
 
     def __init__(
@@ -156,11 +158,12 @@ class Evaluator:
         recorder: Recorder | None = None,
         replayer: Replayer | None = None,
         processes: Processes = ALONE,
+        row_tokens: int = 1,
     ):
         self._step = model if hasattr(model, "scores_whole_batches") else EvalStep(model)
         self._moe_layers, self._tokens_per_byte = moe_layers, tokens_per_byte
         self._recorder, self._replayer, self._processes = recorder, replayer, processes
-        self._classifies = getattr(model, "classifies", False)
+        self._row_tokens, self._classifies = row_tokens, getattr(model, "classifies", False)
         self.is_compiled = False
 
     def part(self, batch: Batch) -> Batch:
@@ -171,7 +174,8 @@ class Evaluator:
         """Scores batches; `on_batch` is called after each with its number from 1, and may raise to stop."""
         self._step.set_train(False)
         sums, counts, right = [], [], 0.0
-        audit: dict[str, np.ndarray | float] = dict.fromkeys(AUDIT_SUMS + AUDIT_MEANS, 0.0)
+        audit: dict[str, np.ndarray | float] = dict.fromkeys((*AUDIT_SUMS, *AUDIT_MEANS), 0.0)
+        rows = 0.0
         for index, batch in enumerate(batches):
             inputs = [Tensor(part) for part in batch]
             if self._replayer:
@@ -183,9 +187,10 @@ class Evaluator:
                 right += float(figures.pop(0).asnumpy().sum())
             sums.append(total.asnumpy().astype(np.float64))  # [B]
             counts.append(count.asnumpy().astype(np.float64))  # [B]
-            for name, figure in zip(AUDIT_SUMS + AUDIT_MEANS, figures):
-                weight = counts[-1].sum() if name in AUDIT_MEANS else 1.0
-                audit[name] = audit[name] + weight * figure.asnumpy().astype(np.float64)
+            routed = float(batch.valid.reshape(-1)[:: self._row_tokens].sum())
+            rows += routed
+            for name, figure in self._sums(figures, routed).items():
+                audit[name] = audit[name] + figure
             self.is_compiled = True
             on_batch(index + 1)
         gather = self._processes.gather
@@ -194,20 +199,31 @@ class Evaluator:
             gather(np.concatenate(counts)).reshape(-1),
         )  # [sequences]
         audit = {name: gather(np.asarray(figure)).sum(0) for name, figure in audit.items()}
+        layers = self._layers(audit, float(gather(np.array(rows)).sum()))
         right = float(gather(np.array(right)).sum())
         loss, interval = mean_with_interval(sums, counts)
         tokens = int(counts.sum())
         bits = loss / math.log(2) * self._tokens_per_byte
         if self._classifies:
-            return ImageEvaluation(loss, interval, bits, tokens, self._layers(audit, tokens), right / tokens)
-        return Evaluation(loss, interval, bits, tokens, self._layers(audit, tokens))
+            return ImageEvaluation(loss, interval, bits, tokens, layers, right / tokens)
+        return Evaluation(loss, interval, bits, tokens, layers)
 
-    def _layers(self, audit: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
-        """One audit a conditional layer."""
+    def _sums(self, figures: list[Tensor], rows: float) -> dict[str, np.ndarray]:
+        """The audit of a batch of so many real rows as what can be added up: a mean times the rows that it is of, the
+        share of dropped choices times the choices."""
+        sums = {n: f.asnumpy().astype(np.float64) for n, f in zip((*AUDIT_SUMS, *AUDIT_MEANS), figures)}
+        for name in AUDIT_MEANS:
+            if name in sums:
+                sums[name] = sums[name] * (sums["load"].sum(-1) if name == "dropped" else rows)
+        return sums
+
+    def _layers(self, audit: dict[str, Any], rows: float) -> list[dict[str, Any]]:
+        """One audit a conditional layer, of the sums over the set, see `_sums`."""
         layers = []
         for place, layer in enumerate(self._moe_layers):
             load = audit["load"][place]  # [E]
-            means = {name: float(audit[name][place] / tokens) for name in AUDIT_MEANS}
+            means = {name: float(audit[name][place] / max(rows, 1.0)) for name in AUDIT_MEANS}
+            means["dropped"] = float(audit["dropped"][place] / max(load.sum(), 1.0))
             means["max_violation"] = float(load.max() / max(load.mean(), 1e-9) - 1)
             layers.append(
                 {
@@ -263,7 +279,7 @@ def create_evaluator(
     """The evaluator of a model, see Evaluator and CascadeEvaluator."""
     if config.model.type == "cascade":
         return CascadeEvaluator(model)
-    return Evaluator(model, config.moe_layers, tokens_per_byte, recorder, replayer, processes)
+    return Evaluator(model, config.moe_layers, tokens_per_byte, recorder, replayer, processes, config.row_tokens)
 
 
 def mean_with_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tuple[float, float]]:

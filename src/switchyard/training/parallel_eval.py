@@ -8,15 +8,16 @@ from mindspore import Tensor, nn, ops
 from mindspore.parallel.auto_parallel import AutoParallel
 
 from switchyard.config import Config
+from switchyard.kernels.masks import keep_where
 from switchyard.models import create_model
 from switchyard.parallel.mesh import Mesh, first
 from switchyard.parallel.processes import Processes
-from switchyard.training.parallel_step import ParallelLoss, over_devices, unpack
+from switchyard.training.parallel_step import ParallelLoss, over_devices, row_means, unpack
 from switchyard.training.step import AUDIT_MEANS, AUDIT_SUMS
 
 
 class ParallelScores(ParallelLoss):
-    """tokens, labels [B, S] int32, valid [B, S] float32 -> (scores [B, 2], tallies of all layers, see ParallelLoss).
+    """tokens, labels [B, S] int32, valid [B, S] float32 -> (scores [B, 2], tallies of all layers, see MoELayer.tally).
 
     Scores are the sum of losses and the number of valid tokens of each sequence, whole on every device.
 
@@ -37,7 +38,7 @@ class ParallelScores(ParallelLoss):
     def sums(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """Of a data slice: [B, 2]."""
         losses = self.token_losses(logits, labels.reshape(-1)).reshape(valid.shape)  # [N] -> [B, S]
-        return ops.stack(((losses * valid).sum(1), valid.sum(1)), 1)
+        return ops.stack((keep_where(losses, valid).sum(1), valid.sum(1)), 1)
 
     def as_it_is(self, scores: Tensor) -> Tensor:
         """[B, 2] -> [B, 2]: what comes in whole, out of slices."""
@@ -87,7 +88,9 @@ class ParallelEvalStep:
             raise RuntimeError(f"evaluation: scores of {len(scores)} of {len(tokens)} sequences came out of the graph")
         found = [scores[:, 0], scores[:, 1]]
         if tally:
-            figures = unpack(np.concatenate((np.zeros(2, np.float32), tally[0].asnumpy())), self.config)
+            means = row_means(self.config) / max(scores[:, 1].sum(), 1.0) + 1.0 - row_means(self.config)
+            layers = (tally[0].asnumpy().reshape(-1, len(means)) * means).reshape(-1)
+            figures = unpack(np.concatenate((np.zeros(2, np.float32), layers)), self.config)
             found += [figures["audit"][name] for name in (*AUDIT_SUMS, *AUDIT_MEANS)]
         return tuple(Tensor(np.asarray(array, np.float32)) for array in found)
 

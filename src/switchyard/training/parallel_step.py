@@ -15,8 +15,9 @@ from mindspore.parallel.auto_parallel import AutoParallel
 from switchyard.config import Config
 from switchyard.kernels.adam import AdamW, gradient_scale
 from switchyard.kernels.cross_entropy import TokenLosses
+from switchyard.kernels.masks import keep_where
 from switchyard.models import create_model
-from switchyard.moe import TALLY
+from switchyard.moe import ROW_MEANS, TALLY
 from switchyard.parallel.mesh import Mesh, first
 from switchyard.parallel.offered import check_offered
 from switchyard.parallel.placement import Degrees, optimizer_slices, placement
@@ -66,6 +67,7 @@ class ParallelLoss(TallyJoin):
         self.noisy, self.weighted = model.noise_slices > 0, is_weighted(config)
         self.micro_batches = config.train.gradient_accumulation_steps
         self.one = Tensor(np.ones((1, 1), np.float32))
+        self.of_rows = Tensor(row_means(config))
         self.shard(mesh)
 
     def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, *rest) -> Tensor:
@@ -105,7 +107,7 @@ class ParallelLoss(TallyJoin):
     def cross_entropy(self, logits, labels, valid, count):
         """Part of a data slice in the mean over all valid tokens: []."""
         losses = self.token_losses(logits, labels.reshape(-1))  # [N]
-        return (losses * valid.reshape(-1)).sum() / ops.maximum(count.sum(), 1.0)
+        return keep_where(losses, valid.reshape(-1)).sum() / ops.maximum(count.sum(), 1.0)
 
     def dense_part(self, logits: Tensor, labels: Tensor, valid: Tensor, count: Tensor, factor: Tensor) -> Tensor:
         """What a data slice adds: [1, 2]."""
@@ -120,7 +122,9 @@ class ParallelLoss(TallyJoin):
         """What a data slice adds: [1, 2 + M * (TALLY + 2 E)]."""
         loss, layers = self.cross_entropy(logits, labels, valid, count), tally.reshape(self.layers, self.columns)
         balance = self.balance_factor * layers[:, 0] + self.z_factor * layers[:, 1] + layers[:, 2]  # [M]
-        total = loss + balance.sum() / self.slices
+        rows = ops.maximum(count.sum(), 1.0)  # real ones of all data slices; without windows a row is a token
+        total = loss + balance.sum() / rows
+        tally = (layers * (self.of_rows / rows + (1.0 - self.of_rows))).reshape(tally.shape)
         losses = ops.stack((self.scaled(total, factor), ops.stop_gradient(loss))).reshape(1, 2)
         return ops.concat((losses, ops.stop_gradient(tally)), 1)
 
@@ -332,9 +336,16 @@ def batch_slices(config: Config, vocab_size: int, noise_slices: int = 0, seed: i
     return tuple(Tensor(np.ascontiguousarray(array)) for array in arrays)
 
 
+def row_means(config: Config) -> np.ndarray:
+    """1 at the columns of a layer's tally that are means over rows, see MoELayer.tally: [TALLY + 2 E] float32."""
+    found = np.zeros(TALLY + 2 * config.moe.expert_num, np.float32)
+    found[list(ROW_MEANS)] = 1.0
+    return found
+
+
 def unpack(figures: np.ndarray, config: Config) -> dict:
     """Figures of ParallelLoss -> those that `step.name_figures` names, as arrays."""
-    layers, slices, experts = len(config.moe_layers), config.parallel.data_parallel, config.moe.expert_num
+    layers, experts = len(config.moe_layers), config.moe.expert_num
     if layers == 0:
         return {"loss": figures[1], "balance_loss": 0.0, "z_loss": 0.0, "audit": {}}
     tally = figures[2:].reshape(layers, -1)
@@ -344,9 +355,9 @@ def unpack(figures: np.ndarray, config: Config) -> dict:
         "load": load,
         "importance": importance,
         "dropped": (total - tally[:, 4]) / np.maximum(total, 1.0),
-        "entropy": tally[:, 3] / slices,
+        "entropy": tally[:, 3],
         "max_violation": load.max(1) / np.maximum(load.mean(1), 1e-9) - 1.0,
-        "z": tally[:, 5] / slices,
+        "z": tally[:, 5],
     }
-    balance, z = tally[:, 0].mean() / slices, tally[:, 1].mean() / slices
+    balance, z = tally[:, 0].mean(), tally[:, 1].mean()
     return {"loss": figures[1], "balance_loss": balance, "z_loss": z, "audit": audit}

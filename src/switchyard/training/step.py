@@ -13,6 +13,7 @@ from mindspore import dtype as mstype
 from switchyard.config import Config
 from switchyard.kernels.adam import AdamW, GlobalNorm, gradient_scale
 from switchyard.kernels.cross_entropy import TokenLosses
+from switchyard.kernels.masks import keep_where
 from switchyard.training.checkpoint import load_weights, set_parameters
 
 NOISE_RULE = "float32 U(0,1) of numpy SFC64 seeded by (train.seed, step, micro-batch)"
@@ -67,6 +68,7 @@ class LossCell(nn.Cell):
         self.conditional = bool(config.moe_layers)
         self.balance_factor, self.z_factor = config.moe.aux_loss_factor, config.moe.z_loss_factor
         self.consistency = config.moe.consistency_loss_factor if self.conditional else 0.0
+        self.window = config.row_tokens
         self.log_softmax = ops.LogSoftmax(-1)
 
     def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor, replay: Tensor = None):
@@ -87,26 +89,30 @@ class LossCell(nn.Cell):
             other, _, _ = self.read(tokens, valid, noise[noise.shape[0] // 2 :], replay)  # [N, V]
             losses = (losses + self.token_losses(other, labels)) / 2
             apart = self.divergence(logits, other)
-        count = self.count(weights)
-        loss = (losses * weights).sum() / count
+        count, part = self.counts(weights, valid)
+        loss = keep_where(losses, weights).sum() / count
         if not self.conditional:
             zero = ops.zeros_like(loss)
             return loss, (loss, zero, zero)
         balance, z, further = layer_losses  # [M] each
         total = loss + self.balance_factor * balance.sum() + self.z_factor * z.sum() + further.sum()
-        if self.joint is not None:  # a mean over the groups, of which this process has its part
+        figures = (loss, balance.mean(), z.mean(), *flat_audit(audit))
+        if self.joint is not None:  # means over the routed rows, of which this process has its part
             balances = self.balance_factor * balance.sum() + self.z_factor * z.sum() + further.sum()
-            total = loss + balances / self.joint.size
+            total, figures = loss + balances * part, self.joint.parts(figures, part)
         if self.consistency > 0:
-            total = total + self.consistency * (apart * weights).sum() / count
-        return total, (loss, balance.mean(), z.mean(), *flat_audit(audit))
+            total = total + self.consistency * keep_where(apart, weights).sum() / count
+        return total, figures
 
-    def count(self, weights: Tensor) -> Tensor:
-        """Valid predictions of the micro-batch, over all processes: [] float32, 1 at least."""
+    def counts(self, weights: Tensor, valid: Tensor):
+        """(valid predictions of the micro-batch over all processes, 1 at least; the share of its routed rows that this
+        process has), both [] float32: by one sum over the processes."""
         count = weights.sum()
-        if self.joint is not None:
-            count = self.joint.count(count)
-        return ops.maximum(count, 1.0)
+        if self.joint is None:
+            return ops.maximum(count, 1.0), ops.ones_like(count)
+        rows = valid.reshape(-1)[:: self.window].sum()
+        totals = self.joint.count(ops.stack((count, rows)))
+        return ops.maximum(totals[0], 1.0), rows / ops.maximum(totals[1], 1.0)
 
     def read(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor):
         """What the model makes of a batch; only a run that replays hands it choices."""
@@ -302,7 +308,8 @@ class TrainStep:
     """One optimizer step as one compiled graph: forward, backward, accumulation, clip and AdamW, all in place.
 
     With more than one micro-batch the graph loops over them and adds up gradients in place, each weighted by its share
-    of the valid tokens: the cross-entropy's gradient is that of the joined batch. Balance losses are per micro-batch.
+    of the valid tokens: the cross-entropy's gradient is that of the joined batch. Balance losses are those of each
+    micro-batch, weighted likewise.
 
     A step whose gradient norm is not finite is skipped: weights, moments and the routers' state stay. With float16 the
     loss is scaled: a skipped step halves the scale, and GROWTH_INTERVAL good steps double it. Scale and counter are
@@ -378,7 +385,7 @@ class EvalStep(nn.Cell):
         else:
             logits, _, audit = self.model(tokens, valid, self.no_noise, replay)
         losses = self.token_losses(logits, labels.reshape(-1)).reshape(valid.shape)  # [N] -> [B, S]
-        sums = ((losses * valid).sum(1), valid.sum(1))
+        sums = (keep_where(losses, valid).sum(1), valid.sum(1))
         if self.classifies:
             right = (self.argmax(logits) == labels.reshape(-1)).astype(mstype.float32).reshape(valid.shape)
             sums = (*sums, (right * valid).sum(1))
