@@ -162,7 +162,8 @@ def settle(place: Path) -> None:
     found = present(place)
     if found != place:
         os.replace(found, place)
-    remove(place.with_name(OLD + place.name))
+    if place.name:
+        remove(place.with_name(OLD + place.name))
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -79,9 +79,7 @@ def _classify(chosen, out) -> None:
     images = file.images(manifest.image, declared)
     key = key_of(chosen.model, manifest.encryption, chosen.key_file, say)
     if not manifest.batch_independent:
-        say(
-            f"note: the router of this model looks at all {manifest.batch} images of a batch: an answer depends on them"
-        )
+        say(f"note: the router looks at all {manifest.batch} images of a batch, so an answer depends on the others")
     set_context(ContextConfig(), say=say)
     for probabilities in classify(chosen.model, images, chosen.task, key):
         best = max(range(len(probabilities)), key=probabilities.__getitem__)

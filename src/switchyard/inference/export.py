@@ -60,8 +60,8 @@ def export(
     field = "--key-file" if key_file is not None else "export.key_file"
     key_file = key_file if key_file is not None else config.export.key_file
     key = None if key_file is None else manifests.read_key(key_file, field, say)
-    out = Path(out).resolve() if Path(out).is_symlink() else Path(out)
-    files.settle(out)
+    out = Path(out)
+    files.settle(out.resolve())
     check_free(out)
     if config.model.type != "decoder":
         return export_classifier(held, config, out, key, say)
@@ -81,13 +81,13 @@ def export(
         mindspore=ms.__version__,
         switchyard=switchyard.__version__,
     )
-    with files.unfinished(out.absolute()) as temporary:
+    with files.unfinished(out.resolve()) as temporary:
         (temporary / manifests.TOKENIZER).write_text(data.tokenizer.to_json(), encoding="utf-8")
         graphs = write_graphs(decoder, temporary, max_length, prefill_block(config, max_length), key)
         unchecked = _manifest(config, decoder, graphs, key, source, expected, temporary)
         found = compare(ExportedModel(temporary, unchecked, key), expected, config.model.compute_dtype)
         written = unchecked.model_copy(update={"parity": found}).signed()
-        manifests.publish(temporary, written, out)
+        manifests.publish(temporary, written, out.resolve())
     report(out, written, say)
     return written
 

@@ -65,7 +65,7 @@ def export_classifier(
     cell = Classify(model, len(vision.tasks)).set_train(False)
     expected = answers(cell, data.validation())
     shape = (vision.channels, vision.image_size, vision.image_size)
-    with files.unfinished(out.absolute()) as temporary:
+    with files.unfinished(out.resolve()) as temporary:
         write_graph(cell, temporary, (batch, *shape), key)
         written = ClassifierManifest(
             encryption=AES_GCM if key else None,
@@ -86,7 +86,7 @@ def export_classifier(
             files=manifests.fingerprints(temporary),
         )
         written = written.signed()
-        manifests.publish(temporary, written, out)
+        manifests.publish(temporary, written, out.resolve())
     report(out, written, say)
     return written
 

@@ -82,13 +82,8 @@ def _range_of(path: str | Path, dtype: np.dtype, declared: Range | None) -> Rang
         return BYTES
     if dtype.kind == "f":
         return FLOATS
-    raise UserError(
-        f"--image: '{path}'; {dtype} says no range of values: declare it, such as {OPTION} 0,{_largest(dtype)}"
-    )
-
-
-def _largest(dtype: np.dtype) -> int:
-    return int(np.iinfo(dtype).max)
+    example = f"{OPTION} 0,{np.iinfo(dtype).max}"
+    raise UserError(f"--image: '{path}'; {dtype} says no range of values: declare it, such as {example}")
 
 
 def _check_values(path: str | Path, index: int, image: np.ndarray, allowed: Range) -> None:
