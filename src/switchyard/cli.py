@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
@@ -42,6 +44,38 @@ def create_parser(prog: str, description: str) -> Parser:
         help="changes one key of the configuration, such as moe.expert_num=16",
     )
     return parser
+
+
+def add_trust_code(parser: argparse.ArgumentParser) -> None:
+    """Adds --trust-code, the consent to import a module that a checkpoint names."""
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the module of a router that the checkpoint names, which runs it",
+    )
+
+
+@contextlib.contextmanager
+def cleans_up() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that its temporary files are removed at once.
+
+    A signal that is ignored, as nohup does with SIGHUP, stays ignored. Not for commands with handlers of their own.
+    """
+
+    def interrupt(_number: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
@@ -111,6 +145,7 @@ def eval_main(arguments: list[str]) -> None:
     parser = create_parser("eval.py", "Evaluates a checkpoint over its whole validation set.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or one checkpoint in it")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    add_trust_code(parser)
     chosen = parser.parse_intermixed_args(arguments)
     _prepare()
     with stdout_to_stderr() as out:
@@ -124,7 +159,7 @@ def eval_main(arguments: list[str]) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            found = evaluate(chosen.checkpoint, chosen.overrides, on_batch=show)
+            found = evaluate(chosen.checkpoint, chosen.overrides, on_batch=show, trust_code=chosen.trust_code)
         text = to_json(found.to_dict()) if chosen.json else found.to_text()
         out.write(text + "\n")
 

@@ -8,19 +8,21 @@ B is fixed: data.batch_size. A cascade's graph has every stage at work; to save 
 models.cascade.EarlyExit.
 """
 
-import json
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from switchyard.errors import UserError
+from switchyard.files import parse_json, present, read_regular
 from switchyard.inference import manifest as manifests
-from switchyard.inference.manifest import Count, Part, Signed, Source
-from switchyard.inference.mindir import load_graph
+from switchyard.inference.manifest import Count, Part, Signed, Source, Total
+from switchyard.inference.mindir import load_graph, run_graph
 
 FORMAT, GRAPH = "switchyard classifier", "classify.mindir"
+LARGEST = 2**31  # values of a batch
 
 
 class ImageParity(Part):
@@ -32,24 +34,41 @@ class ImageParity(Part):
 
 
 class ClassifierManifest(Signed):
-    """manifest.json. image: [C, H, W]. counts: classes of each task."""
+    """manifest.json. image: [C, H, W]. counts: classes of each task.
+
+    value_range: values of an image that the graph takes. `inference.images` maps the declared range of a file to it:
+    0 to 255 of bytes, 0 to 1 of floats, or --value-range. batch_independent: an image's answer does not depend on the
+    other images of its batch.
+    """
 
     format: Literal["switchyard classifier"] = FORMAT
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     network: Literal["vision", "cascade"]
     image: tuple[Count, Count, Count]
+    value_range: tuple[float, float] = (0.0, 1.0)
+    batch_independent: bool = True
     batch: Count
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     counts: tuple[Count, ...]
-    parameters: Count
+    parameters: Total
     parity: ImageParity | None
     source: Source
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ClassifierManifest":
+        """The graph is among the files, each task has its classes, and a batch fits into memory."""
+        if GRAPH not in self.files or len(self.counts) != len(self.tasks) or self.value_range != (0.0, 1.0):
+            raise ValueError("files, counts or value_range")
+        if self.batch * math.prod(self.image) > LARGEST:
+            raise ValueError("batch and image")
+        return self
 
 
 def is_classifier(directory: str | Path) -> bool:
     """Whether a directory says that it is an export of a network that reads images."""
     try:
-        tree = json.loads((Path(directory) / manifests.MANIFEST).read_bytes())
+        directory = present(Path(directory))
+        tree = parse_json(read_regular(directory / manifests.MANIFEST, manifests.LONGEST, directory))
     except (OSError, ValueError):
         return False
     return isinstance(tree, dict) and tree.get("format") == FORMAT
@@ -72,13 +91,16 @@ def classify(directory: str | Path, images: np.ndarray, task: str | None = None,
         key: of an encrypted export.
 
     Raises:
-        UserError: a damaged export, images of another shape, an unknown task.
+        UserError: a damaged export, images of another shape or with other values, an unknown task.
     """
     from mindspore import Tensor
 
+    directory = present(Path(directory))
     manifest = read(directory)
     if images.shape[1:] != manifest.image:
         raise UserError(f"--image: an array of {images.shape[1:]}; the model takes {manifest.image}")
+    if not ((images >= 0.0) & (images <= 1.0)).all():  # false for what is no number
+        raise UserError("--image: a value that is not from 0 to 1; see switchyard.inference.images")
     if task is not None and task not in manifest.tasks:
         raise UserError(f"--task: {task}; the model's tasks: {', '.join(manifest.tasks)}")
     place = manifest.tasks.index(task) if task else 0
@@ -88,26 +110,16 @@ def classify(directory: str | Path, images: np.ndarray, task: str | None = None,
         part = images[start : start + manifest.batch]
         filled = np.zeros((manifest.batch, *manifest.image), np.float32)
         filled[: len(part)] = part
-        logits = graph(Tensor(filled), tasks).asnumpy()[: len(part), : manifest.counts[place]].astype(np.float64)
+        logits = _logits(run_graph(GRAPH, graph, Tensor(filled), tasks), manifest)
+        logits = logits[: len(part), : manifest.counts[place]].astype(np.float64)
         shifted = np.exp(logits - logits.max(1, keepdims=True))
         found += (shifted / shifted.sum(1, keepdims=True)).tolist()
     return found
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """A .npy array [H, W], [C, H, W] or [N, C, H, W] (bytes, or floats from 0 to 1) or a picture -> [N, C, H, W]."""
-    try:
-        if str(path).endswith(".npy"):
-            values = np.load(path, allow_pickle=False)
-        else:
-            from matplotlib.image import imread
-
-            values = imread(path)
-            values = values[..., :3].mean(-1) if values.ndim == 3 else values  # grey
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"--image: '{path}'; cannot be read: {' '.join(str(error).split())}") from None
-    if values.ndim not in (2, 3, 4) or not values.size:
-        raise UserError(f"--image: '{path}'; holds an array of {values.shape}, wants [H, W], [C, H, W] or [N, C, H, W]")
-    scale = 255.0 if values.dtype == np.uint8 or values.max() > 1.0 else 1.0
-    values = (values / scale).astype(np.float32)
-    return values.reshape((1,) * (4 - values.ndim) + values.shape)
+def _logits(found, manifest: ClassifierManifest) -> np.ndarray:
+    """What the graph gave [B, V], if it is what the manifest says (UserError)."""
+    shape = tuple(getattr(found, "shape", ()))
+    if shape != (manifest.batch, max(manifest.counts)):
+        raise UserError(f"--model: '{GRAPH}' does not fit {manifests.MANIFEST}; export the checkpoint again")
+    return found.asnumpy()

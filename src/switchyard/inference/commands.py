@@ -2,7 +2,7 @@
 
 import sys
 
-from switchyard.cli import Parser, create_parser, stdout_to_stderr
+from switchyard.cli import Parser, add_trust_code, cleans_up, create_parser, stdout_to_stderr
 from switchyard.errors import UserError
 from switchyard.json_text import to_json
 
@@ -15,11 +15,13 @@ def export_main(arguments: list[str]) -> None:
     parser.add_argument(
         "--key-file", metavar="FILE", help="16, 24 or 32 raw bytes: encrypts the MindIR files with AES-GCM"
     )
+    add_trust_code(parser)
     chosen = parser.parse_intermixed_args(arguments)
     _prepare()
-    from switchyard.inference.export import export
+    with cleans_up():
+        from switchyard.inference.export import export
 
-    export(chosen.checkpoint, chosen.out, chosen.overrides, chosen.key_file, say)
+        export(chosen.checkpoint, chosen.out, chosen.overrides, chosen.key_file, say, chosen.trust_code)
 
 
 def infer_main(arguments: list[str]) -> None:
@@ -28,7 +30,16 @@ def infer_main(arguments: list[str]) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder that export.py made")
     parser.add_argument("--prompt", metavar="TEXT", help="the beginning of the text")
     parser.add_argument("--prompts-file", metavar="FILE", help="instead: one prompt a line, run as one batch")
-    parser.add_argument("--image", metavar="FILE", help="of a classifier: a picture, or images in a .npy file")
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        help="of a classifier: a picture, or a .npy file of [H, W], [C, H, W] or [N, C, H, W] (channels first)",
+    )
+    parser.add_argument(
+        "--value-range",
+        metavar="LOW,HIGH",
+        help="the values of --image that mean 0 and 1 (declared by their type: 0,255 for bytes, 0,1 for floats)",
+    )
     parser.add_argument("--task", metavar="TASK", help="of a classifier: which of its tasks (the first)")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="most tokens of an answer (200)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (0.8)")
@@ -41,6 +52,9 @@ def infer_main(arguments: list[str]) -> None:
     given = [chosen.prompt, chosen.prompts_file, chosen.image]
     if given.count(None) != len(given) - 1:
         raise UserError("--prompt: give one of --prompt TEXT, --prompts-file FILE and, for a classifier, --image FILE")
+    for option, value in (("--value-range", chosen.value_range), ("--task", chosen.task)):
+        if value is not None and chosen.image is None:
+            raise UserError(f"{option}: {value}; belongs to --image FILE of a classifier: leave it out")
     _prepare()
     with stdout_to_stderr() as out:
         from switchyard.inference.classify import is_classifier
@@ -56,11 +70,16 @@ def infer_main(arguments: list[str]) -> None:
 def _classify(chosen, out) -> None:
     from switchyard.config import ContextConfig
     from switchyard.device import set_context
-    from switchyard.inference.classify import classify, read, read_image
+    from switchyard.inference.classify import classify, read
+    from switchyard.inference.images import parse_range, read_file
     from switchyard.inference.manifest import key_of
 
-    images, manifest = read_image(chosen.image), read(chosen.model)
-    key = key_of(chosen.model, manifest.encryption, chosen.key_file)
+    declared = None if chosen.value_range is None else parse_range(chosen.value_range)
+    file, manifest = read_file(chosen.image), read(chosen.model)
+    images = file.images(manifest.image, declared)
+    key = key_of(chosen.model, manifest.encryption, chosen.key_file, say)
+    if not manifest.batch_independent:
+        say(f"note: the router looks at all {manifest.batch} images of a batch, so an answer depends on the others")
     set_context(ContextConfig(), say=say)
     for probabilities in classify(chosen.model, images, chosen.task, key):
         best = max(range(len(probabilities)), key=probabilities.__getitem__)

@@ -3,8 +3,6 @@
 The directory appears whole or not at all, and only after its files, loaded again, agreed with the training graph.
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import mindspore as ms
 from mindspore import nn
 
 import switchyard
+from switchyard import files
 from switchyard.config import Config, ParallelConfig
 from switchyard.data import load_data
 from switchyard.device import set_context
@@ -27,6 +26,7 @@ from switchyard.models import Decoder, create_model
 from switchyard.models.generation import Decode, Prefill, cast_products
 from switchyard.training import checkpoint
 from switchyard.training.evaluate import overridden
+from switchyard.trust import check_trusted, names_router
 
 
 def export(
@@ -35,6 +35,7 @@ def export(
     overrides: list[str] | tuple[str, ...] = (),
     key_file: str | Path | None = None,
     say: Callable[[str], None] = print,
+    trust_code: bool = False,
 ) -> Manifest | ClassifierManifest:
     """Exports a checkpoint; one of a network that reads images as `inference.classify` has it.
 
@@ -44,23 +45,26 @@ def export(
         overrides: `section.key=value`, such as export.max_length=512 or data.path=... for the comparison.
         key_file: file with the AES-GCM key; None = export.key_file of the configuration.
         say: receives lines about what is done.
+        trust_code: whether a router in a file of somebody's own, which the checkpoint names, may be imported.
 
     Returns:
         The manifest that was written.
 
     Raises:
         UserError: a damaged checkpoint, a directory that is something else, a bad key, an override that would change
-            the weights' shapes, or logits that differ. Nothing is written then.
+            the weights' shapes, a router that is not trusted, or logits that differ. Nothing is written then.
     """
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)
+    check_trusted(config.moe.router, trust_code or names_router(overrides), say)
     field = "--key-file" if key_file is not None else "export.key_file"
     key_file = key_file if key_file is not None else config.export.key_file
-    key = None if key_file is None else manifests.read_key(key_file, field)
+    key = None if key_file is None else manifests.read_key(key_file, field, say)
     out = Path(out)
+    files.settle(out.resolve())
     check_free(out)
     if config.model.type != "decoder":
-        return export_classifier(held, config, out, key, say, _put)
+        return export_classifier(held, config, out, key, say)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
     say(f"checkpoint: {held.path}")
     data = load_data(config, held.tokenizer_json)
@@ -72,20 +76,18 @@ def export(
     decoder.set_train(False)
     expected = reference(decoder, data.validation(), max_length, config.train.seed)
     source = Source(
-        checkpoint=held.path.as_posix(), step=held.step, mindspore=ms.__version__, switchyard=switchyard.__version__
+        checkpoint=manifests.checkpoint_name(held.path),
+        step=held.step,
+        mindspore=ms.__version__,
+        switchyard=switchyard.__version__,
     )
-    temporary = out.absolute().parent / f".tmp-{out.absolute().name}-{os.getpid()}"
-    temporary.mkdir(parents=True)
-    try:
+    with files.unfinished(out.resolve()) as temporary:
         (temporary / manifests.TOKENIZER).write_text(data.tokenizer.to_json(), encoding="utf-8")
         graphs = write_graphs(decoder, temporary, max_length, prefill_block(config, max_length), key)
         unchecked = _manifest(config, decoder, graphs, key, source, expected, temporary)
         found = compare(ExportedModel(temporary, unchecked, key), expected, config.model.compute_dtype)
         written = unchecked.model_copy(update={"parity": found}).signed()
-        (temporary / manifests.MANIFEST).write_text(written.model_dump_json(indent=1), encoding="utf-8")
-        _put(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        manifests.publish(temporary, written, out.resolve())
     report(out, written, say)
     return written
 
@@ -142,8 +144,11 @@ def write_graphs(decoder: Decoder, directory: Path, max_length: int, block: int,
         return ms.Tensor(shape=list(shape), dtype=dtype)
 
     cache = anything(len(decoder.layers), None, decoder.kv_heads, None, decoder.head_size, dtype=decoder.dtype)
-    _write(Prefill(decoder, max_length, block), directory / PREFILL, key, anything(None, None), anything(None))
-    _write(Decode(decoder, max_length), directory / DECODE, key, anything(None), anything(None), cache, cache)
+    with files.plain_path(directory) as name:
+        plain = Path(name)
+        _write(Prefill(decoder, max_length, block), plain / PREFILL, key, anything(None, None), anything(None))
+        _write(Decode(decoder, max_length), plain / DECODE, key, anything(None), anything(None), cache, cache)
+    files.follow_umask(directory)  # MindSpore gives modes of its own
     return {graph: _written_name(directory, graph) for graph in (PREFILL, DECODE)}
 
 
@@ -170,8 +175,6 @@ def _write(cell: nn.Cell, path: Path, key: bytes | None, *inputs: ms.Tensor) -> 
 
 def _written_name(directory: Path, graph: str) -> str:
     """NAME.mindir, or NAME_graph.mindir beside NAME_variables where the weights exceed 1 GB."""
-    for file in directory.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)  # MindSpore writes them read-only
     names = [name for name in (f"{graph}.mindir", f"{graph}_graph.mindir") if (directory / name).exists()]
     return names[0]
 
@@ -215,14 +218,3 @@ def _manifest(
         source=source,
         files=manifests.fingerprints(directory),
     )
-
-
-def _put(temporary: Path, out: Path) -> None:
-    """Renames the finished directory into its place; an earlier export makes way at the last moment."""
-    old = None
-    if out.exists() and any(out.iterdir()):
-        old = temporary.with_name(f"{temporary.name}-old")
-        os.replace(out, old)
-    os.replace(temporary, out)
-    if old:
-        shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Export of networks that read images: a checkpoint becomes one MindIR graph, see inference.classify."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 import switchyard
+from switchyard import files
 from switchyard.config import Config, ParallelConfig
 from switchyard.data import ImageEvalBatches, load_data
 from switchyard.device import set_context
@@ -42,7 +42,7 @@ class Classify(nn.Cell):
 
 
 def export_classifier(
-    held: Checkpoint, config: Config, out: Path, key: bytes | None, say: Callable[[str], None], put: Callable
+    held: Checkpoint, config: Config, out: Path, key: bytes | None, say: Callable[[str], None]
 ) -> ClassifierManifest:
     """Writes a checkpoint of a network that reads images; see inference.export.export, which calls this.
 
@@ -51,7 +51,6 @@ def export_classifier(
         out: the directory to make.
         key: encrypts the graph.
         say: receives lines about what is done.
-        put: (temporary directory, out) -> None brings the finished directory into its place.
 
     Raises:
         UserError: logits that differ; nothing is written then.
@@ -66,22 +65,20 @@ def export_classifier(
     cell = Classify(model, len(vision.tasks)).set_train(False)
     expected = answers(cell, data.validation())
     shape = (vision.channels, vision.image_size, vision.image_size)
-    temporary = out.absolute().parent / f".tmp-{out.absolute().name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with files.unfinished(out.resolve()) as temporary:
         write_graph(cell, temporary, (batch, *shape), key)
         written = ClassifierManifest(
             encryption=AES_GCM if key else None,
             network=config.model.type,
             image=shape,
+            batch_independent=is_batch_independent(model),
             batch=batch,
             tasks=vision.tasks,
             counts=vision.task_classes,
             parameters=sum(parameter.size for parameter in model.get_parameters()),
             parity=compare(temporary / GRAPH, key, expected, data.validation(), config.model.compute_dtype),
             source=Source(
-                checkpoint=held.path.as_posix(),
+                checkpoint=manifests.checkpoint_name(held.path),
                 step=held.step,
                 mindspore=ms.__version__,
                 switchyard=switchyard.__version__,
@@ -89,10 +86,7 @@ def export_classifier(
             files=manifests.fingerprints(temporary),
         )
         written = written.signed()
-        (temporary / manifests.MANIFEST).write_text(written.model_dump_json(indent=1), encoding="utf-8")
-        put(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        manifests.publish(temporary, written, out.resolve())
     report(out, written, say)
     return written
 
@@ -101,8 +95,15 @@ def write_graph(cell: nn.Cell, folder: Path, shape: tuple[int, ...], key: bytes 
     """Writes the graph for images [B, C, H, W] of a shape into a folder, encrypted where there is a key."""
     options = {"enc_key": key, "enc_mode": AES_GCM} if key else {}
     inputs = Tensor(np.zeros(shape, np.float32)), Tensor(np.zeros(shape[0], np.int32))
-    ms.export(cell, *inputs, file_name=str(folder / "classify"), file_format="MINDIR", **options)
-    (folder / GRAPH).chmod(0o644)  # MindSpore writes it read-only
+    with files.plain_path(folder) as plain:
+        ms.export(cell, *inputs, file_name=f"{plain}/classify", file_format="MINDIR", **options)
+    files.follow_umask(folder)  # MindSpore gives modes of its own
+
+
+def is_batch_independent(model: nn.Cell) -> bool:
+    """Whether no router of a network lets the answer to an image depend on the others of its batch."""
+    routers = [cell.feed_forward.router for _, cell in model.cells_and_names() if getattr(cell, "conditional", False)]
+    return all(router.batch_independent for router in routers)
 
 
 def report(out: Path, written: ClassifierManifest, say: Callable[[str], None]) -> None:
@@ -120,7 +121,8 @@ def inference_config(config: Config) -> Config:
     """The configuration that the graph runs with: one device, and a block size that is a number already."""
     moe, rows = config.moe, config.rows // config.groups
     block = moe.dropless_block_size or block_size(rows, moe.expert_num, moe.choices)
-    moe = moe.model_copy(update={"dropless_block_size": block, "groups": config.groups})
+    changes = {"dropless_block_size": block, "groups": config.groups, "eval_capacity_factor": None}
+    moe = moe.model_copy(update=changes)  # without drops, so that no image takes the place of another
     return config.model_copy(update={"moe": moe, "parallel": ParallelConfig()})
 
 

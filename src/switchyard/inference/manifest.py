@@ -12,32 +12,41 @@ names that were written.
 
 import hashlib
 import json
+import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from switchyard.errors import UserError
+from switchyard.files import UnfitError, flush_tree, open_regular, parse_json, present, read_regular, replace, sha256_of
 
 FORMAT, VERSION = "switchyard export", 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 PREFILL, DECODE = "prefill", "decode"
 AES_GCM = "AES-GCM"
 KEY_BYTES = (16, 24, 32)
+LONGEST = 64 << 20  # bytes of a manifest
+LONGEST_TOKENIZER = 256 << 20
+OTHERS_READ = 0o044  # of a mode: the group and everybody
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Total = Annotated[int, Field(ge=1, lt=2**63)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=200)]
 
 
 class Part(BaseModel):
     """A part of the manifest: unknown keys are refused, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class File(Part):
     """One file: its size and checksum."""
 
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -52,8 +61,8 @@ class Figures(Part):
     head_size: Count
     expert_num: Count
     num_experts_chosen: Count
-    moe_layers: tuple[int, ...]
-    parameters: Count
+    moe_layers: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...]
+    parameters: Total
     compute_dtype: Literal["float32", "float16", "bfloat16"]
 
 
@@ -65,7 +74,7 @@ class Limits(Part):
     """
 
     max_length: Count
-    prompt_multiple: Count
+    prompt_multiple: Annotated[int, Field(ge=1, le=2**20)]
     dynamic: tuple[str, ...]
 
 
@@ -81,7 +90,7 @@ class Parity(Part):
     decode_max_abs_difference: float
     bound: float
     prefill_positions: Count
-    decode_positions: Annotated[int, Field(ge=0)]
+    decode_positions: Annotated[int, Field(ge=0, lt=2**31)]
     not_reached: tuple[tuple[int, int, str], ...]
 
 
@@ -95,12 +104,12 @@ class Source(Part):
 
 
 class Signed(Part):
-    """A manifest; `sha256` is that of all its other fields."""
+    """A manifest; `sha256` is that of all its other fields. Files are in the directory, or in one folder of it."""
 
     format: str
     version: int
     encryption: Literal["AES-GCM"] | None
-    files: dict[str, File]
+    files: dict[FileName, File]
     sha256: str = ""
 
     def digest(self) -> str:
@@ -124,6 +133,16 @@ class Manifest(Signed):
     parity: Parity | None
     source: Source
 
+    @model_validator(mode="after")
+    def _graphs_are_files(self) -> "Manifest":
+        """Both graphs are among the files, so that nothing is read that was not verified."""
+        for graph in (PREFILL, DECODE):
+            if self.graphs.get(graph) not in (f"{graph}.mindir", f"{graph}_graph.mindir"):
+                raise ValueError(f"graphs: {graph}")
+        if not set(self.graphs.values()) <= set(self.files):
+            raise ValueError("files: a graph is missing")
+        return self
+
 
 Kind = TypeVar("Kind", bound=Signed)
 
@@ -138,24 +157,28 @@ def read(directory: str | Path, kind: type[Kind] = Manifest) -> Kind:
     Raises:
         UserError: no such directory, no export in it, another format version, or a manifest cut or altered.
     """
-    directory = Path(directory)
+    directory = present(Path(directory))
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise UserError(f"--model: '{directory}' {what}; give the folder that export.py made")
     path = directory / MANIFEST
     wanted = {name: kind.model_fields[name].default for name in ("format", "version")}
     try:
-        tree = json.loads(path.read_bytes())
+        tree = parse_json(read_regular(path, LONGEST, directory))
         if not isinstance(tree, dict) or tree.get("format") != wanted["format"]:
             raise UserError(f"--model: '{directory}' is no {wanted['format']}; give the folder that export.py made")
         if tree.get("version") != wanted["version"]:
             raise UserError(
-                f"--model: '{path}' has format version {tree.get('version')}, this Switchyard reads "
+                f"--model: '{path}' has format version {str(tree.get('version'))[:20]}, this Switchyard reads "
                 f"{wanted['version']}; export the checkpoint again"
             )
         manifest = kind(**tree)
     except FileNotFoundError:
         raise UserError(f"--model: '{directory}' holds no {MANIFEST}; give the folder that export.py made") from None
+    except UnfitError as error:
+        raise UserError(f"--model: '{path}' {error}; give the folder that export.py made") from None
+    except OSError as error:
+        raise UserError(f"--model: '{path}': {error.strerror}; make the file readable") from None
     except (ValueError, ValidationError):
         raise UserError(f"--model: '{path}' was cut or altered; export the checkpoint again") from None
     if manifest.sha256 != manifest.digest():
@@ -164,12 +187,21 @@ def read(directory: str | Path, kind: type[Kind] = Manifest) -> Kind:
 
 
 def verify(directory: str | Path, manifest: Signed) -> None:
-    """Compares size and sha256 of every file with the manifest (UserError names the first that differs)."""
+    """Compares type, size and sha256 of every file with the manifest (UserError names the first that differs).
+
+    A file that is no regular one, or of another size, is not read. Weights beside a graph must be in the manifest too.
+    """
+    directory = present(Path(directory))
     for name, expected in manifest.files.items():
-        path = Path(directory) / name
-        if not path.is_file():
+        path = directory / name
+        if not path.exists():
             raise UserError(f"--model: '{path}' is missing; export the checkpoint again")
-        found = fingerprint(path)
+        try:
+            found = fingerprint(path, directory, expected.bytes)
+        except UnfitError as error:
+            raise UserError(f"--model: '{path}' {error}; export the checkpoint again") from None
+        except OSError as error:
+            raise UserError(f"--model: '{path}': {error.strerror}; make the file readable") from None
         if found.bytes != expected.bytes:
             raise UserError(
                 f"--model: '{path}' has {found.bytes} bytes instead of {expected.bytes}: it was cut or altered; "
@@ -177,15 +209,40 @@ def verify(directory: str | Path, manifest: Signed) -> None:
             )
         if found.sha256 != expected.sha256:
             raise UserError(f"--model: '{path}' was altered: its sha256 is another; export the checkpoint again")
+    for path in directory.glob("*_variables/*"):
+        if path.relative_to(directory).as_posix() not in manifest.files:
+            raise UserError(f"--model: '{path}' is not in {MANIFEST}; export the checkpoint again")
 
 
-def fingerprint(path: Path) -> File:
-    """Size and sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return File(bytes=path.stat().st_size, sha256=digest.hexdigest())
+def fingerprint(path: Path, folder: Path | None = None, size: int | None = None) -> File:
+    """Size and sha256 of a regular file; it is not read where its size is not `size` (UnfitError, OSError)."""
+    with open_regular(path, folder=folder) as file:
+        found = os.fstat(file.fileno()).st_size
+        return File(bytes=found, sha256=sha256_of(file) if size in (None, found) else "0" * 64)
+
+
+def publish(temporary: Path, manifest: Signed, out: Path) -> None:
+    """Writes the manifest into a finished directory and brings it to its place, where it replaces an earlier export.
+
+    Whenever the process dies, a whole export is at the place: the earlier one or the new one.
+    """
+    (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    flush_tree(temporary)
+    replace(temporary, out)
+
+
+def checkpoint_name(path: Path) -> str:
+    """A path as text that JSON holds, whatever bytes are in it."""
+    return path.as_posix().encode("utf-8", "backslashreplace").decode()
+
+
+def read_tokenizer(directory: Path) -> str:
+    """The text of a directory's tokenizer (UserError)."""
+    path = directory / TOKENIZER
+    try:
+        return read_regular(path, LONGEST_TOKENIZER, directory).decode("utf-8")
+    except (OSError, ValueError):
+        raise UserError(f"--model: '{path}' cannot be read as text; export the checkpoint again") from None
 
 
 def fingerprints(directory: Path) -> dict[str, File]:
@@ -195,24 +252,34 @@ def fingerprints(directory: Path) -> dict[str, File]:
     return {name: fingerprint(path) for name, path in zip(names, paths) if name != MANIFEST}
 
 
-def read_key(path: str | Path, field: str = "--key-file") -> bytes:
-    """The key in a file: 16, 24 or 32 raw bytes, as `openssl rand -out FILE 32` writes them (UserError)."""
+def read_key(path: str | Path, field: str = "--key-file", say: Callable[[str], None] = lambda line: None) -> bytes:
+    """The key in a file: 16, 24 or 32 raw bytes, as `openssl rand -out FILE 32` writes them (UserError).
+
+    `say` receives a warning where others than the owner can read the file.
+    """
     try:
         with open(Path(path).expanduser(), "rb") as file:
-            key = file.read(1 << 16)
+            key, mode = file.read(1 << 16), os.fstat(file.fileno()).st_mode
     except OSError as error:
         raise UserError(f"{field}: '{path}': {error.strerror}; give a file of 16, 24 or 32 raw bytes") from None
     if len(key) not in KEY_BYTES:
         raise UserError(
             f"{field}: '{path}' has {len(key)} bytes; AES-GCM takes 16, 24 or 32 raw bytes: openssl rand -out FILE 32"
         )
+    if mode & OTHERS_READ and stat.S_ISREG(mode):
+        say(f"warning: {field}: '{path}' can be read by other users (mode {stat.S_IMODE(mode):o}); chmod 600 '{path}'")
     return key
 
 
-def key_of(directory: str | Path, encryption: str | None, key_file: str | Path | None) -> bytes | None:
+def key_of(
+    directory: str | Path,
+    encryption: str | None,
+    key_file: str | Path | None,
+    say: Callable[[str], None] = lambda line: None,
+) -> bytes | None:
     """The key that opens an export, None where it needs none (UserError: one is missing, or given for nothing)."""
     if encryption is None and key_file is not None:
         raise UserError(f"--key-file: '{key_file}'; '{directory}' is not encrypted: leave it out")
     if encryption is not None and key_file is None:
         raise UserError(f"--key-file: not given; '{directory}' is encrypted: name the file with its key")
-    return None if key_file is None else read_key(key_file)
+    return None if key_file is None else read_key(key_file, say=say)

@@ -11,6 +11,7 @@ import numpy as np
 
 from switchyard.data.tokenizer import Tokenizer
 from switchyard.errors import UserError
+from switchyard.files import present
 from switchyard.inference import manifest as manifests
 from switchyard.inference.manifest import AES_GCM, DECODE, PREFILL, Manifest
 
@@ -34,10 +35,12 @@ class ExportedModel:
     def __init__(self, directory: str | Path, manifest: Manifest, key: bytes | None = None):
         self.manifest, self.max_length = manifest, manifest.limits.max_length
         self.vocab_size = manifest.model.vocab_size
-        directory = Path(directory)
-        self.tokenizer = Tokenizer.from_json(
-            (directory / manifests.TOKENIZER).read_text(encoding="utf-8"), str(directory / manifests.TOKENIZER)
-        )
+        directory = present(Path(directory))
+        if manifests.TOKENIZER not in manifest.files:
+            raise UserError(
+                f"--model: '{directory / manifests.MANIFEST}' lists no tokenizer; export the checkpoint again"
+            )
+        self.tokenizer = Tokenizer.from_json(manifests.read_tokenizer(directory), str(directory / manifests.TOKENIZER))
         if self.tokenizer.vocab_size > self.vocab_size:
             raise UserError(
                 f"--model: '{directory}': the tokenizer has {self.tokenizer.vocab_size} entries, the model "
@@ -67,8 +70,8 @@ class ExportedModel:
         tokens = np.zeros((len(prompts), self.bucket(int(lengths.max()))), np.int32)  # [B, S]
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = prompt
-        logits, keys, values = self._prefill(Tensor(tokens), Tensor(lengths))
-        return logits.asnumpy(), keys, values
+        found = run_graph(PREFILL, self._prefill, Tensor(tokens), Tensor(lengths))
+        return self._checked(PREFILL, found, len(prompts), tokens.shape[1])
 
     def grow(self, keys, values, length: int):
         """Caches with room for at least `length` places: [L, B, J, T, h] -> [L, B, J, >= length, h]."""
@@ -90,7 +93,17 @@ class ExportedModel:
 
         self._check_step(tokens, positions, keys, values)
         tokens, positions = Tensor(tokens.astype(np.int32)), Tensor(positions.astype(np.int32))
-        logits, keys, values = self._decode(tokens, positions, keys, values)
+        found = run_graph(DECODE, self._decode, tokens, positions, keys, values)
+        return self._checked(DECODE, found, len(tokens), keys.shape[3])
+
+    def _checked(self, graph: str, found, batch: int, length: int):
+        """(logits [B, V], keys, values) that a graph gave, if they are what the manifest says (UserError)."""
+        model = self.manifest.model
+        cache = (model.num_layers, batch, model.n_kv_heads, length, model.head_size)
+        shapes = [tuple(part.shape) for part in found] if isinstance(found, tuple) else []
+        if shapes != [(batch, self.vocab_size), cache, cache]:
+            raise UserError(f"--model: '{graph}' does not fit {manifests.MANIFEST}; export the checkpoint again")
+        logits, keys, values = found
         return logits.asnumpy(), keys, values
 
     def compile(self, batch: int, prompt_length: int, length: int) -> float:
@@ -146,8 +159,9 @@ def open_model(directory: str | Path, key_file: str | Path | None = None, say=pr
     Raises:
         UserError: a missing, cut or altered file; a key that is missing, wrong or not asked for.
     """
+    directory = present(Path(directory))
     manifest = manifests.read(directory)
-    key = manifests.key_of(directory, manifest.encryption, key_file)
+    key = manifests.key_of(directory, manifest.encryption, key_file, say)
     manifests.verify(directory, manifest)
     from switchyard.config import ContextConfig
     from switchyard.device import set_context
@@ -164,7 +178,20 @@ def load_graph(path: Path, key: bytes | None):
     options = {"dec_key": key, "dec_mode": AES_GCM} if key else {}
     try:
         return nn.GraphCell(ms.load(str(path), **options))
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # what MindSpore raises depends on where it stops reading
         if key:
             raise UserError(f"--key-file: it does not open '{path}'; give the key of the export") from None
-        raise UserError(f"--model: MindSpore cannot load '{path}': {str(error).splitlines()[0]}") from None
+        raise UserError(f"--model: MindSpore cannot load '{path}': {_first_line(error)}") from None
+
+
+def run_graph(name: str, graph, *inputs):
+    """What a loaded graph makes of its inputs (UserError: it takes others than its manifest says)."""
+    try:
+        return graph(*inputs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        text = f"--model: MindSpore cannot run '{name}': {_first_line(error)}; export the checkpoint again"
+        raise UserError(text) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

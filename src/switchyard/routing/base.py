@@ -3,10 +3,7 @@
 Legend: G groups that route for themselves, N rows of a group, E experts, K choices of a row, D width.
 """
 
-import importlib
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
@@ -20,6 +17,7 @@ from switchyard.kernels.masks import keep_where
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.kernels.weights import normal
 from switchyard.parallel.mesh import Mesh
+from switchyard.trust import import_class, is_own
 
 
 class Routing(TypedDict):
@@ -114,15 +112,9 @@ def find_router(name: str) -> type:
     """The class of a YAML name, or of `module.Class` in a file of the user's own (UserError if there is none)."""
     if name in _ROUTERS:
         return _ROUTERS[name]
-    module, dot, attribute = name.rpartition(".")
-    if not dot:
+    if not is_own(name):
         raise UserError(f"moe.router: {name!r}; known routers: {', '.join(known_routers())}")
-    try:
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))  # a file beside the command, as `python train.py` would find it
-        found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        raise UserError(f"moe.router: {name!r}; the module cannot be imported: {error}") from None
+    found = import_class(name)
     if not (isinstance(found, type) and issubclass(found, Router)):
         raise UserError(f"moe.router: {name!r}; must be a class that extends switchyard.routing.Router")
     return found

@@ -19,7 +19,6 @@ A checkpoint is written into a temporary directory beside its place, every file 
 directory is renamed: the moment of the rename is the moment the checkpoint exists. Nothing is ever unpickled.
 """
 
-import json
 import math
 import os
 import sys
@@ -33,6 +32,7 @@ import numpy as np
 from switchyard import cli
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.files import TEMPORARY, parse_json, read_regular, remove
 from switchyard.json_text import to_json
 from switchyard.parallel.placement import Degrees
 from switchyard.parallel.processes import Processes
@@ -54,11 +54,9 @@ from switchyard.training.manifest import (
     read_texts,
 )
 from switchyard.training.sharded import (
-    TEMPORARY,
     assemble,
     from_arrays,
     publish,
-    remove,
     set_aside,
     write_slices,
     write_whole,
@@ -72,6 +70,7 @@ __all__ = ["CONFIG", "MANIFEST", "STATE", "TOKENIZER", "DamagedError", "listed",
 
 FILES = (CONFIG, TOKENIZER, *map(file_of, KINDS), STATE)
 BEST = "best.json"
+LONGEST_BEST = 1 << 16  # bytes of it
 PATIENCE = 600.0  # seconds that `finish` waits for other ranks
 
 
@@ -131,7 +130,7 @@ def best(run: str | Path) -> tuple[Path, float] | None:
     """The checkpoint of the lowest validation loss, and that loss; None where no evaluation was made."""
     folder = Path(run) / FOLDER
     try:
-        entry = json.loads((folder / BEST).read_text(encoding="utf-8"))
+        entry = parse_json(read_regular(folder / BEST, LONGEST_BEST))
         path, loss = folder / entry["checkpoint"], float(entry["loss"])
         exists = NAME.fullmatch(path.name) and path.is_dir()
     except (OSError, ValueError, KeyError, TypeError):

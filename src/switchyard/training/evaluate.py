@@ -22,6 +22,7 @@ from switchyard.training import checkpoint
 from switchyard.training.finite import check_evaluation
 from switchyard.training.metrics import whole_numbers
 from switchyard.training.step import AUDIT_MEANS, AUDIT_SUMS, EvalStep
+from switchyard.trust import check_trusted, names_router
 
 # what an override may not change: these decide names and shapes of the weights
 SHAPE_KEYS = (
@@ -310,6 +311,7 @@ def evaluate(
     overrides: list[str] | tuple[str, ...] = (),
     say: Callable[[str], None] = print,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    trust_code: bool = False,
 ) -> Evaluation:
     """Evaluates a checkpoint over its whole validation set.
 
@@ -318,13 +320,15 @@ def evaluate(
         overrides: `section.key=value`, such as data.path=..., moe.eval_capacity_factor=1.25, data.batch_size=8.
         say: receives lines about device, checkpoint and data.
         on_batch: called after each batch with (batches done, batches in all).
+        trust_code: whether a router in a file of somebody's own, which the checkpoint names, may be imported.
 
     Raises:
         UserError: a damaged checkpoint, data that cannot be read, an override that would change the weights' shapes, a
-            figure that is not finite.
+            figure that is not finite, a router that is not trusted.
     """
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)
+    check_trusted(config.moe.router, trust_code or names_router(overrides), say)
     require_one_device(config)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
     data = load_data(config, held.tokenizer_json)

@@ -12,18 +12,20 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.files import UnfitError, flush, open_regular, parse_json, read_regular, sha256_of
 from switchyard.json_text import to_json
 from switchyard.parallel.placement import Degrees
-from switchyard.training.tensors import Entry
+from switchyard.training.tensors import TYPES, Entry, fits_memory
 
 FORMAT, WHOLE_VERSION, CUT_VERSION = "switchyard checkpoint", 1, 2
 MANIFEST, CONFIG, TOKENIZER, STATE = "manifest.json", "config.yaml", "tokenizer.json", "state.json"
@@ -31,6 +33,8 @@ KINDS = ("weights", "optimizer")
 TEXTS = (CONFIG, TOKENIZER, STATE)
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})")
+LONGEST = {MANIFEST: 1 << 30, CONFIG: 1 << 24, STATE: 1 << 24, TOKENIZER: 1 << 28}  # bytes of the files that are parsed
+MOST_DEVICES = 1 << 20
 
 
 class DamagedError(UserError):
@@ -108,50 +112,119 @@ def write_manifest(manifest: Manifest) -> None:
     flush(manifest.path / MANIFEST)
 
 
+class _Strict(BaseModel):
+    """A part of the content: no unknown keys, no other types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Size = Annotated[int, Field(ge=0, lt=2**48)]
+Degree = Annotated[int, Field(ge=1, le=MOST_DEVICES)]
+Sizes = Annotated[list[Size], Field(max_length=16)]
+TensorName = Annotated[str, Field(pattern=r"^[!-~]{1,500}$")]
+FileName = Annotated[
+    str,
+    Field(pattern=r"^(config\.yaml|tokenizer\.json|state\.json|(weights|optimizer)(-\d{5,}-of-\d{5,})?\.safetensors)$"),
+]
+
+
+class _Place(_Strict):
+    offsets: Sizes
+    shape: Sizes
+
+
+class _File(_Strict):
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
+    slices: dict[TensorName, _Place] | None = None
+
+
+class _Tensor(_Strict):
+    dtype: Literal[tuple(TYPES)]
+    shape: Sizes
+
+
+class _Degrees(_Strict):
+    data_parallel: Degree
+    expert_parallel: Degree
+    model_parallel: Degree
+    pipeline_stage: Degree
+    optimizer_shard: Annotated[int, Field(ge=0, le=3)]
+
+
+class _Content(_Strict):
+    """What the manifest holds besides its checksum; names of files lead nowhere but into the directory."""
+
+    format: Literal[FORMAT]
+    version: Literal[WHOLE_VERSION, CUT_VERSION]
+    step: Annotated[int, Field(ge=0, lt=2**53)]
+    files: dict[FileName, _File]
+    degrees: _Degrees | None = None
+    tensors: dict[Literal[KINDS], dict[TensorName, _Tensor]] | None = None
+
+
+class _State(BaseModel):
+    """What a run goes on from; what else is in the file stays as it is."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    step: Annotated[int, Field(ge=0, lt=2**53)]
+    seconds: Annotated[float, Field(ge=0)] | Size = 0.0
+    data_index: Size | None = None
+    train_seed: Annotated[int, Field(ge=0)] | None = None
+    noise_rule: str | None = None
+    best_loss: float | int | None = None
+
+
 def read_manifest(path: Path) -> Manifest:
     """Reads the manifest of a checkpoint's directory (DamagedError; UserError: of another version)."""
     with readable(path, MANIFEST):
         if not path.is_dir():
             raise DamagedError(path, "is no folder")
-        size_of_file(path / MANIFEST)
-        text = (path / MANIFEST).read_bytes()
+        text = read_regular(path / MANIFEST, LONGEST[MANIFEST], path)
     try:
-        content = json.loads(text)
+        content = parse_json(text.decode("utf-8"))
         version, digest = content["version"], content.pop("sha256")
         if version not in (WHOLE_VERSION, CUT_VERSION):
             raise UserError(
-                f"checkpoint '{path}': format version {version}; this version of Switchyard reads {WHOLE_VERSION} and "
-                f"{CUT_VERSION}"
+                f"checkpoint '{path}': format version {str(version)[:20]}; this version of Switchyard reads "
+                f"{WHOLE_VERSION} and {CUT_VERSION}"
             )
         if digest != _digest_of(content):
             raise ValueError
-        files, degrees, tensors = content["files"], Degrees(), None
-        if version == CUT_VERSION:
-            degrees, tensors = Degrees(**content["degrees"]), _tensors(content["tensors"])
-        if not set(TEXTS) <= set(files) or (tensors is None and len(files) != len(TEXTS) + len(KINDS)):
-            raise ValueError
-        return Manifest(path, content["step"], files, degrees, tensors)
+        _Content.model_validate(content)
+        return _checked(path, content)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedError(path, f"{MANIFEST} is cut or altered") from None
 
 
 @contextlib.contextmanager
 def readable(path: Path, name: str) -> Iterator[None]:
-    """Turns what the system says about a file `name` of the checkpoint `path` into a DamagedError."""
+    """Turns what stands against reading a file `name` of the checkpoint `path` into a DamagedError."""
     try:
         yield
     except FileNotFoundError:
         raise DamagedError(path, f"{name} is missing") from None
+    except UnfitError as error:
+        raise DamagedError(path, f"{name} {error}") from None
     except OSError as error:
         raise DamagedError(path, f"{name} cannot be read ({error.strerror or error})") from None
 
 
-def size_of_file(path: Path) -> int:
-    """Returns the bytes of a file (OSError: a directory, a pipe, a device, which nobody reads)."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(0, "it is no plain file")
-    return found.st_size
+def _checked(path: Path, content: dict[str, Any]) -> Manifest:
+    """The manifest of content whose types are right (ValueError, KeyError, TypeError: its parts contradict others)."""
+    files, degrees, tensors = content["files"], Degrees(), None
+    if content["version"] == CUT_VERSION:
+        degrees, tensors = Degrees(**content["degrees"]), _tensors(content["tensors"])
+        if degrees.devices > MOST_DEVICES or degrees.data_parallel % degrees.expert_parallel:
+            raise ValueError("degrees")
+        _check_sizes(files, tensors)
+    whole = {file_of(kind) for kind in KINDS}
+    if not set(TEXTS) <= set(files) or (tensors is None and set(files) != {*TEXTS, *whole}):
+        raise ValueError("files")
+    if NAME.fullmatch(path.name) and int(path.name.rpartition("-")[2]) != content["step"]:
+        raise ValueError("step")
+    return Manifest(path, content["step"], files, degrees, tensors)
 
 
 def _tensors(content: dict) -> dict[str, dict[str, Entry]]:
@@ -161,45 +234,65 @@ def _tensors(content: dict) -> dict[str, dict[str, Entry]]:
     }
 
 
+def _check_sizes(files: dict[str, dict], tensors: dict[str, dict[str, Entry]]) -> None:
+    """Refuses slices that their file has no room for, before any memory is taken for them (ValueError, KeyError)."""
+    for name, fields in files.items():
+        kind = name.partition("-")[0]
+        if kind not in KINDS:
+            continue
+        shapes = {key: tuple(place["shape"]) for key, place in fields["slices"].items() if key in tensors[kind]}
+        if sum(Entry(tensors[kind][key].dtype, shape).bytes for key, shape in shapes.items()) > fields["bytes"]:
+            raise ValueError(name)
+    for entries in tensors.values():
+        if not all(fits_memory(entry.shape) for entry in entries.values()):
+            raise ValueError("shape")
+
+
 def verify(manifest: Manifest, name: str) -> None:
-    """Refuses a file that is not the one that was written (DamagedError); holds a block of it at a time."""
+    """Refuses a file that is not the one that was written (DamagedError); holds a block of it at a time.
+
+    What is no regular file, or of another size, is not read.
+    """
     path, expected = manifest.path, manifest.files[name]
     with readable(path, name):
-        size = size_of_file(path / name)
-        if size != expected["bytes"]:
-            raise DamagedError(path, f"{name} has {size} bytes instead of {expected['bytes']}: it was cut")
-        found = fingerprint(path / name)
+        found = _fingerprint(path / name, path, expected["bytes"])
+    if found["bytes"] != expected["bytes"]:
+        raise DamagedError(path, f"{name} has {found['bytes']} bytes instead of {expected['bytes']}: it was cut")
     if found["sha256"] != expected["sha256"]:
         raise DamagedError(path, f"{name} was altered: its sha256 is not the one of {MANIFEST}")
 
 
 def read_texts(manifest: Manifest) -> tuple[Config, str, dict[str, Any]]:
     """(configuration, tokenizer, state), see training.checkpoint.Checkpoint (DamagedError)."""
+    path, texts = manifest.path, {}
     for name in TEXTS:
         verify(manifest, name)
-    with readable(manifest.path, STATE):
-        state = json.loads((manifest.path / STATE).read_text(encoding="utf-8"))
-    with readable(manifest.path, TOKENIZER):
-        tokenizer = (manifest.path / TOKENIZER).read_text(encoding="utf-8")
-    return configuration.load(manifest.path / CONFIG, inherited=True), tokenizer, state
+        with readable(path, name):
+            data = read_regular(path / name, LONGEST[name], path)
+        try:
+            texts[name] = data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise DamagedError(path, f"{name} is no UTF-8 text") from None
+    try:
+        state = parse_json(texts[STATE])
+        _State.model_validate(state)
+        if state["step"] != manifest.step:
+            raise ValueError("step")
+    except ValueError:
+        raise DamagedError(path, f"{STATE} does not hold the state of step {manifest.step}") from None
+    return configuration.load(path / CONFIG, inherited=True), texts[TOKENIZER], state
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """{"sha256", "bytes"} of a file."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+    return _fingerprint(path)
 
 
-def flush(path: Path) -> None:
-    """Asks the system to have a file or directory on the disk before it goes on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _fingerprint(path: Path, folder: Path | None = None, size: int | None = None) -> dict[str, Any]:
+    """The same of a regular file in a folder, which is not read where its size is not `size` (UnfitError)."""
+    with open_regular(path, folder=folder) as file:
+        found = os.fstat(file.fileno()).st_size
+        return {"sha256": sha256_of(file) if size in (None, found) else "", "bytes": found}
 
 
 def _digest_of(content: dict) -> str:

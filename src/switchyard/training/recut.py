@@ -1,16 +1,16 @@
 """Re-cuts a checkpoint for other degrees, piece by piece: `python -m switchyard.training.checkpoint convert`."""
 
-import os
 from pathlib import Path
 
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.config.reader import UnreadableError, parse_yaml
 from switchyard.errors import UserError, represented
+from switchyard.files import unfinished
 from switchyard.parallel.placement import Degrees
 from switchyard.training.layout import keep_groups
 from switchyard.training.manifest import KINDS, read_manifest, read_texts
-from switchyard.training.sharded import TEMPORARY, assemble, publish, remove, write_slices
+from switchyard.training.sharded import assemble, publish, write_slices
 from switchyard.training.slices import Tensors
 
 
@@ -43,17 +43,12 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
     if bar is not None:
         bar.reset(sum(entry.bytes for part in entries.values() for entry in part.values()))
     advance = (lambda count: None) if bar is None else bar.update
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f"{TEMPORARY}{out.name}-{os.getpid()}")
-    folder.mkdir()
-    try:
+    with unfinished(out.absolute()) as folder:
         read = {kind: source.read_finite for kind, source in sources.items()}
         for rank in range(degrees.devices):
             write_slices(folder, degrees, layers, rank, entries, read, advance)
         assemble(folder, new, tokenizer_json, state, degrees, wait=0)
-        publish(folder, out)
-    finally:
-        remove(folder)
+        publish(folder, out.absolute())
     return old, new
 
 

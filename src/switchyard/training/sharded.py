@@ -6,7 +6,6 @@ whole; when the notes of all ranks are there, they become the manifest and the d
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -16,6 +15,7 @@ import numpy as np
 
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.files import TEMPORARY, flush, remove, replace
 from switchyard.json_text import to_json
 from switchyard.parallel.placement import Degrees
 from switchyard.training.layout import held, whole_shape, writes
@@ -28,13 +28,11 @@ from switchyard.training.manifest import (
     Manifest,
     file_of,
     fingerprint,
-    flush,
     write_manifest,
 )
 from switchyard.training.slices import joined
 from switchyard.training.tensors import Box, Entry, size_of, type_of, whole, within, write_file
 
-TEMPORARY = ".tmp-"
 NOTE = ".rank-{rank:05d}.json"
 POLL = 0.1  # seconds between two looks for notes
 
@@ -182,11 +180,7 @@ def _notes(folder: Path, degrees: Degrees, wait: float) -> list[dict]:
 
 def publish(folder: Path, place: Path) -> None:
     """Renames a finished temporary directory: this is the moment at which the checkpoint exists."""
-    aside = set_aside(place) if os.path.lexists(place) else None  # a damaged one that a resumed run has reached again
-    os.replace(folder, place)
-    flush(place.parent)
-    if aside is not None:
-        remove(aside)
+    replace(folder, place)  # a damaged one may be there, which a resumed run has reached again
 
 
 def set_aside(path: Path) -> Path:
@@ -196,14 +190,6 @@ def set_aside(path: Path) -> Path:
         remove(aside)
     os.replace(path, aside)
     return aside
-
-
-def remove(path: Path) -> None:
-    """Removes a file or directory, as far as it can be."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """The tensors of a checkpoint of any layout: each part of each of them, put together from the slices in its files."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from switchyard.errors import UserError
 from switchyard.training.finite import is_finite
 from switchyard.training.manifest import MANIFEST, DamagedError, Manifest, file_of, readable, verify
 from switchyard.training.tensors import TYPES, Box, Entry, pieces, read_header, read_part, size_of, whole, within
+
+MOST_CELLS = 1_000_000  # between the edges of a tensor's slices
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,10 @@ class Slices:
                 f"foreign slice of '{name}' in {self.files[index]}: {self._text(index)} of a tensor {shape}"
             )
         edges = [np.unique([starts, stops]) for starts, stops in zip(self.starts.T, self.stops.T)]
-        count = np.zeros([len(edge) - 1 for edge in edges], np.int32)  # slices over each cell between all edges
+        cells = [len(edge) - 1 for edge in edges]
+        if math.prod(cells) > MOST_CELLS + 16 * len(self.files):  # slices that make up a tensor are cut alike
+            raise UserError(f"foreign slices of '{name}': {len(self.files)} that are cut in other ways than each other")
+        count = np.zeros(cells, np.int32)  # slices over each cell between all edges
         for index in range(len(self.files)):
             cells = [
                 slice(*np.searchsorted(edge, (self.starts[index, axis], self.stops[index, axis])))
@@ -159,15 +165,15 @@ def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices
     Raises:
         UserError: a slice is missing, doubled or foreign.
     """
-    known = {file_of(kind, rank, devices) for rank in range(devices)}
     places: dict[str, list] = {name: [] for name in entries}
     for file, fields in files.items():
         if not file.startswith(f"{kind}-"):
             continue
-        if file not in known:
+        if not _is_of(file, kind, devices):
             raise UserError(f"foreign slices in {file}: the checkpoint is one of {devices} devices")
-        for name, place in fields["slices"].items():
-            if name not in places or len(place["offsets"]) != len(entries[name].shape):
+        for name, place in (fields.get("slices") or {}).items():
+            axes = len(entries[name].shape) if name in places else -1
+            if not axes == len(place["offsets"]) == len(place["shape"]):
                 raise UserError(f"foreign slice of '{name}' in {file}: the checkpoint has no such tensor")
             places[name].append((file, place["offsets"], place["shape"]))
     slices = {}
@@ -177,3 +183,9 @@ def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices
         slices[name] = Slices.of(found)
         slices[name].check(name, entries[name].shape)
     return slices
+
+
+def _is_of(file: str, kind: str, devices: int) -> bool:
+    """Whether a name is that of a rank's file."""
+    rank = file.removeprefix(f"{kind}-").partition("-")[0]
+    return rank.isascii() and rank.isdigit() and int(rank) < devices and file == file_of(kind, int(rank), devices)

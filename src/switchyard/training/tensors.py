@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from switchyard.errors import UserError
+from switchyard.files import open_regular, parse_json
 
 Box = tuple[slice, ...]  # a part of an array: start and stop for each axis
 
@@ -35,6 +36,7 @@ TYPES = {
     "I64": "<i8",
     "U64": "<u8",
 }
+LONGEST_NAME, MOST_AXES = 500, 16
 LONGEST_HEADER = 100_000_000  # bytes, as in the library
 PIECE = 1 << 20  # bytes that are read, or made ready to be written, at a time
 
@@ -95,26 +97,51 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         ValueError: not safetensors, or a tensor that ends beyond the file's end.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= LONGEST_HEADER:
+        if not 2 <= length <= min(LONGEST_HEADER, size - 8):
             raise ValueError(f"a header of {length} bytes")
-        content = json.loads(file.read(length))
+        content = parse_json(file.read(length))
     if not isinstance(content, dict):
         raise ValueError("the header is no mapping")
     content.pop("__metadata__", None)
-    entries, end = {}, path.stat().st_size - 8 - length
-    for name, fields in content.items():
-        try:
-            start, stop = fields["data_offsets"]
-            entry = Entry(fields["dtype"], tuple(fields["shape"]), 8 + length + start)
-            fits = entry.bytes == stop - start and start >= 0 and stop <= end
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"'{name}': {error!r} in the header") from None
-        if not fits:
-            raise ValueError(f"'{name}': does not fit into the file")
-        entries[name] = entry
+    entries = {name: _entry(name, fields, 8 + length) for name, fields in content.items()}
+    end = 8 + length
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.bytes)):
+        if entry.start != end:
+            raise ValueError("tensors that leave gaps or share bytes")
+        end += entry.bytes
+    if end != size:
+        raise ValueError(f"tensors end at byte {end} of {size}")
     return entries
+
+
+def _entry(name: str, fields: object, data: int) -> Entry:
+    """One entry of a header; `data` is the byte after it (ValueError)."""
+    if not (name.isprintable() and len(name) <= LONGEST_NAME and isinstance(fields, dict)):
+        raise ValueError(f"{name[:20]!r}: no name and fields of a tensor")
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(dtype, str) and dtype in TYPES and _are_sizes(shape) and _are_sizes(offsets)):
+        raise ValueError(f"'{name}': dtype, shape or data_offsets are missing or wrong")
+    entry = Entry(dtype, tuple(shape), data + offsets[0] if offsets else -1)
+    if (
+        len(offsets) != 2
+        or len(shape) > MOST_AXES
+        or not fits_memory(entry.shape)
+        or entry.bytes != offsets[1] - offsets[0]
+    ):
+        raise ValueError(f"'{name}': does not fit into the file")
+    return entry
+
+
+def fits_memory(shape: tuple[int, ...]) -> bool:
+    """Whether NumPy can hold an array of a shape, one of no elements too."""
+    return math.prod(max(1, size) for size in shape) < 2**48
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**48 for size in value)
 
 
 def read_part(path: Path, entry: Entry, box: Box, out: np.ndarray) -> None:

@@ -1,0 +1,116 @@
+"""Whose code runs: a router in a file of somebody's own is imported only where the user has named or allowed it.
+
+A checkpoint may come from somebody else, and importing a module runs it. What is to be imported is found, and its file
+is said, before anything of it runs.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from switchyard.errors import UserError
+
+KEY = "moe.router"
+
+
+def is_own(router: str) -> bool:
+    """Whether a router's name is `module.Class`, a class in somebody's own file."""
+    return "." in router
+
+
+def names_router(overrides: list[str] | tuple[str, ...]) -> bool:
+    """Whether the user's own `section.key=value` name the router."""
+    return any(override.partition("=")[0].strip() == KEY for override in overrides)
+
+
+def check_trusted(router: str, consent: bool, say: Callable[[str], None]) -> None:
+    """Refuses the module of a router that the user has neither named nor allowed; says which file one is that he has.
+
+    Args:
+        router: moe.router as a checkpoint, or the user, has it.
+        consent: --trust-code, or moe.router=... on the user's own command line.
+        say: receives the line about what is imported.
+
+    Raises:
+        UserError: without consent; or no module of that name can be found.
+    """
+    if not is_own(router):
+        return
+    place = locate(router)
+    if not consent:
+        raise UserError(
+            f"{KEY}: {router!r}; the checkpoint asks to import and run '{place}': read that file, then allow it with "
+            f"--trust-code or {KEY}={router}"
+        )
+    say(f"router: importing {router!r} of '{place}'")
+
+
+def locate(router: str) -> str:
+    """The file or folder of the module that `module.Class` names, found without running any of it (UserError)."""
+    module, _, attribute = router.rpartition(".")
+    first, *rest = module.split(".")
+    if not all(part.isidentifier() for part in (first, *rest, attribute)):
+        raise UserError(f"{KEY}: {router!r}; write module.Class, such as my_file.MyRouter")
+    if first in sys.stdlib_module_names:
+        raise UserError(f"{KEY}: {router!r}; {first!r} is a module of Python itself: give your file another name")
+    with current_folder_last():
+        try:
+            spec = importlib.util.find_spec(first)  # of a first part: nothing is imported
+        except (ImportError, ValueError):
+            spec = None
+    if spec is None:
+        raise UserError(f"{KEY}: {router!r}; the module cannot be imported: there is no {first!r} here")
+    return _file_of(spec, rest)
+
+
+def _file_of(spec, rest: list[str]) -> str:
+    """Where the module `rest` of a package is; the package itself where it cannot be told without running it."""
+    for folder in spec.submodule_search_locations or ():
+        place = Path(folder, *rest)
+        for candidate in (place / "__init__.py", place.with_suffix(".py")):
+            if rest and candidate.is_file():
+                return str(candidate)
+    return str(spec.origin or next(iter(spec.submodule_search_locations or ()), spec.name))
+
+
+@contextmanager
+def current_folder_last() -> Iterator[None]:
+    """Modules beside the command are found after all others, so that a file there hides no installed module.
+
+    The folder stays on the path only if a module of it was imported.
+    """
+    here, before = str(Path.cwd()), set(sys.modules)
+    added = here not in sys.path and "" not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added and not any(_is_below(sys.modules.get(name), here) for name in set(sys.modules) - before):
+            sys.path.remove(here)
+
+
+def _is_below(module, folder: str) -> bool:
+    file = getattr(module, "__file__", None)
+    return isinstance(file, str) and Path(file).is_relative_to(folder)
+
+
+def import_class(router: str) -> object:
+    """What `module.Class` names, None where the module has no such thing; the module is imported.
+
+    Raises:
+        UserError: the module is not there, or fails while it is imported.
+    """
+    module, _, attribute = router.rpartition(".")
+    place = locate(router)
+    try:
+        with current_folder_last():
+            return getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise UserError(f"{KEY}: {router!r}; the module cannot be imported: {error}") from None
+    except (Exception, SystemExit) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{KEY}: {router!r}; '{place}' fails while it is imported: {what}") from None
