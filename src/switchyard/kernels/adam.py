@@ -91,8 +91,8 @@ class AdamW(nn.Cell):
         self.assign(self.correction1, self.select(alive, correction1, self.correction1))
         self.assign(self.correction2, self.select(alive, correction2, self.correction2))
         for index, gradient in enumerate(gradients):
-            gradient = self.multiply(gradient, kept)  # 0 times NaN is 0 here: on CPU refusing costs no pass of its own
-            if self.one_kernel and scale is not None:  # MulNoNan of a GPU takes factors below 2e-7 for 0
+            gradient = self.multiply(gradient, kept)  # 0 times NaN is 0: refusing costs no pass of its own
+            if self.one_kernel and scale is not None:  # a GPU's MulNoNan takes what is below 2e-7 for 0
                 gradient = gradient * scale
             parameter, m, v = self.parameters[index], self.moment1[index], self.moment2[index]
             own_rate = other_rate if self.apart[index] else rate

@@ -1,0 +1,154 @@
+"""Steps whose gradient norm is not finite: never applied, the end of a run that cannot lower its loss scale."""
+
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn
+from oracles.tiny_run import losses_of, run_config, token_batch, write_text
+
+from switchyard.errors import UserError
+from switchyard.models import create_model
+from switchyard.training import checkpoint
+from switchyard.training.finite import check_evaluation, check_step
+from switchyard.training.loop import train
+from switchyard.training.parallel_step import StepEnd
+from switchyard.training.step import TrainStep, draw_noise
+
+SIGMOID = {"expert_num": 4, "router": "sigmoid", "num_experts_chosen": 2, "topk_bias_update_rate": 0.01}
+BIAS = "layers.0.feed_forward.router.bias"
+STEEP = {"learning_rate": 1000.0, "lr_end": 0.0, "warmup_steps": 0, "type": "constant"}
+
+
+def _state(step: TrainStep) -> dict[str, np.ndarray]:
+    """Weights, what routers keep besides, moments and corrections."""
+    found = {parameter.name: parameter for parameter in step.model.get_parameters()} | step.optimizer_state()
+    return {name: tensor.asnumpy().copy() for name, tensor in found.items() if name not in ("loss_scale", "good_steps")}
+
+
+def _changed(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> set[str]:
+    return {name for name, value in before.items() if not np.array_equal(value, after[name], equal_nan=True)}
+
+
+def _step(config) -> tuple[TrainStep, tuple]:
+    """(step, its batch)."""
+    step, micro_batches = TrainStep(create_model(config, 17), config), config.train.gradient_accumulation_steps
+    noise = draw_noise(1, 0, micro_batches, step.model.noise_slices, config.rows, config.model.hidden_size)
+    return step, (*token_batch(micro_batches, 4, 16), noise)
+
+
+@pytest.mark.parametrize("mode, micro_batches", [("graph", 2), ("pynative", 1)])
+def test_float32_refuses_a_gradient_that_is_not_finite(mode, micro_batches, request):
+    """With one weight of 3e38 the loss is finite and its gradient is not; without it the step is applied."""
+    request.getfixturevalue(mode)
+    step, batch = _step(run_config(moe=SIGMOID, train={"gradient_accumulation_steps": micro_batches}))
+    step(*batch, 0.01)  # moments and bias are not 0 any more
+    table = next(parameter for parameter in step.model.get_parameters() if parameter.name == "embedding.table")
+    kept = table.asnumpy().copy()
+    table.set_data(Tensor(np.where(np.arange(kept.size).reshape(kept.shape) == 0, np.float32(3e38), kept)))
+    before = _state(step)
+    figures = step(*batch, 0.01)
+    assert np.isfinite(figures["loss"].asnumpy())
+    assert not np.isfinite(figures["gradient_norm"].asnumpy()) and figures["skipped"].asnumpy() == 1
+    assert not _changed(before, _state(step))
+    table.set_data(Tensor(kept))
+    before = _state(step)
+    figures = step(*batch, 0.01)
+    assert figures["skipped"].asnumpy() == 0 and {BIAS, "embedding.table", "correction1"} <= _changed(
+        before, _state(step)
+    )
+
+
+def test_float16_moves_the_bias_only_by_steps_that_it_applies(graph):
+    config = run_config(moe=SIGMOID, model={"compute_dtype": "float16"}, train={"init_loss_scale": 2.0**60})
+    step, batch = _step(config)
+    before = _state(step)
+    figures = step(*batch, 0.01)
+    assert figures["skipped"].asnumpy() == 1 and np.isfinite(figures["loss"].asnumpy())
+    assert not _changed(before, _state(step))
+    held = {name: value.asnumpy() for name, value in step.optimizer_state().items()}
+    step.load_optimizer_state(held | {"loss_scale": np.float32(8)})
+    assert step(*batch, 0.01)["skipped"].asnumpy() == 0
+    assert {BIAS, "embedding.table"} <= _changed(before, _state(step))
+
+
+class _Model(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.w = Parameter(Tensor(np.ones((3, 2), np.float32)), name="w")
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_compiled_cut_and_pipelines_refuse_it_too(dtype, clip, pynative):
+    """Both end in StepEnd, with the norm of all devices."""
+    end = StepEnd(_Model(), run_config(model={"compute_dtype": dtype}, optimizer={"clip_grad": clip}))
+    end.learning_rate.set_data(Tensor(np.float32(0.1)))
+    everything = [*end.parameters, *end.optimizer.state().values()]
+    gradient = Tensor(np.full((3, 2), 0.5, np.float32))
+    end.update((gradient,), Tensor(np.float32(1.2)))
+    before = [parameter.asnumpy().copy() for parameter in everything]
+    for norm in (np.nan, np.inf):  # of a rank whose own slice may be finite
+        for own in (gradient, Tensor(np.full((3, 2), np.nan, np.float32))):
+            assert not np.isfinite(end.update((own,), Tensor(np.float32(norm))).asnumpy())
+            for parameter, value in zip(everything, before):
+                np.testing.assert_array_equal(parameter.asnumpy(), value)
+    end.update((gradient,), Tensor(np.float32(1.2)))
+    assert (end.parameters[0].asnumpy() != before[0]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_run_ends_at_once_and_names_a_good_checkpoint(dtype, tmp_path, pynative):
+    """Also where the loss scale is 1 and cannot fall; one checkpoint is kept, and it can be read."""
+    write_text(tmp_path)
+    config = run_config(
+        tmp_path,
+        model={"compute_dtype": dtype},
+        moe={"expert_num": 4, "router": "top_k", "num_experts_chosen": 2},
+        schedule=STEEP | {"learning_rate": 1e4},
+        train={"steps": 40, "checkpoint_every": 1, "keep_checkpoints": 1, "init_loss_scale": 1.0},
+        context={"mode": "pynative"},
+    )
+    run = tmp_path / "runs" / "tiny"
+    words = r"train: the (loss|gradient norm) is (nan|inf) at step \d+.*step-\d+' was not touched and is good; lower"
+    with pytest.raises(UserError, match=words) as first:
+        train(config)
+    held = checkpoint.read(run)
+    assert f"at step {held.step + 1}" in str(first.value) and f"'{held.path}'" in str(first.value)
+    assert [path.name for path in checkpoint.listed(run)] == [held.path.name]
+    assert all(np.isfinite(array).all() for kind in (held.weights, held.optimizer) for array in kind.values())
+    assert not (run / "result.json").exists() and list(losses_of(run)) == list(range(1, held.step + 1))
+    with pytest.raises(UserError) as again:  # it recovers the checkpoint, and the same batch has the same gradient
+        train(config, resume=True)
+    assert str(again.value) == str(first.value)
+
+
+def _figures(norm: float, scale: float = 1.0) -> dict:
+    return {"gradient_norm": Tensor(np.float32(norm)), "loss_scale": Tensor(np.float32(scale))}
+
+
+@pytest.mark.parametrize(
+    "loss, norm, scale, says",
+    [
+        (1.0, 2.0, 1.0, None),
+        (1.0, np.nan, 1.0, "the gradient norm is nan at step 6, which was not applied; KEPT; lower"),
+        (1.0, np.inf, 1.0, "the gradient norm is inf at step 6, which was not applied; KEPT; lower"),
+        (1.0, np.inf, 2.0, None),  # the loss scale has refused it
+        (np.nan, np.nan, 2.0, None),
+        (np.nan, np.nan, 1.0, "the loss is nan at step 6, which was not applied; KEPT; lower"),
+        (np.nan, 2.0, 64.0, "the loss is nan at step 6; KEPT; lower"),
+    ],
+)
+def test_what_ends_a_run(loss, norm, scale, says):
+    if says is None:
+        return check_step(6, loss, _figures(norm, scale), str)
+    with pytest.raises(UserError, match=says):
+        check_step(6, loss, _figures(norm, scale), lambda: "KEPT")
+
+
+def test_an_evaluation_is_refused_wherever_it_is_not_finite():
+    good = {"loss": 1.0, "loss_ci95": [0.5, 1.5], "tokens": 7, "layers": [{"layer": 0, "load": [3, 4], "z": 0.25}]}
+    check_evaluation(good, "step 3", "train again")
+    bad = good | {"layers": [{"layer": 0, "load": [3, 4], "z": float("inf")}]}
+    with pytest.raises(UserError, match=r"^evaluation: layers\[0\]\.z is inf for step 3; train again$"):
+        check_evaluation(bad, "step 3", "train again")
+    with pytest.raises(UserError, match=r"loss_ci95\[1\] is nan"):
+        check_evaluation(good | {"loss_ci95": [0.5, float("nan")]}, "step 3", "train again")
