@@ -16,7 +16,7 @@ from switchyard.config.schema import (
     VisionConfig,
 )
 from switchyard.config.sections import Section
-from switchyard.config.unread import notes, without_effect
+from switchyard.config.unread import notes, unread_keys
 
 __all__ = [
     "CascadeConfig",
@@ -36,5 +36,5 @@ __all__ = [
     "check",
     "load",
     "notes",
-    "without_effect",
+    "unread_keys",
 ]

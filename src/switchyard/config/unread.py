@@ -38,7 +38,11 @@ ROUTER_KEYS = {
     "aux_loss_factor": LEARNED,
     "z_loss_factor": (*LEARNED, "expert_choice", "dense", "merged"),
 }
-TOLD_ROUTER_KEYS = ("aux_loss_factor", "z_loss_factor")  # files that are tried with several routers carry them
+TOLD_ROUTER_KEYS = (
+    "aux_loss_factor",
+    "z_loss_factor",
+    "task_num",
+)  # files that are tried with several routers carry them
 OFF = {"aux_loss_factor": 0, "z_loss_factor": 0, "topk_bias_update_rate": 0}  # what no router contradicts
 NORMALISED = ("gshard", "noisy_top_k", "dense", "soft", "merged", "tree", "task")  # gates sum to 1 whatever is asked
 BY_ROW = (*LEARNED, *FIXED)  # rows choose experts, in training
@@ -128,7 +132,8 @@ def _by_router(config: Config) -> Iterator[Unread]:
         if router in readers:
             continue
         if name in TOLD_ROUTER_KEYS:
-            yield Unread((f"moe.{name}",), f"moe.router '{router}' has no such loss")
+            what = "has no such loss" if name.endswith("_factor") else "knows no tasks"
+            yield Unread((f"moe.{name}",), f"moe.router '{router}' {what}")
             continue
         others = f"one of {', '.join(readers)}" if len(readers) < 8 else f"none of {', '.join(BLIND)}"
         yield Unread((f"moe.{name}",), f"moe.router '{router}' does not read it: take {others}, or leave it out", True)
@@ -181,6 +186,11 @@ def _by_device(config: Config, target: str) -> Iterator[Unread]:
         yield Unread(("parallel.comm_fusion",), "Ascend and GPUs read it")
 
 
+def unread_keys(config: Config) -> set[str]:
+    """All keys that are read on no device, whatever their value."""
+    return {key for one in unread(config) for key in one.keys}
+
+
 def changed(config: Config, key: str) -> bool:
     """Whether a key holds neither its default nor what it could just as well be where nobody reads it."""
     section, _, name = key.partition(".")
@@ -194,8 +204,6 @@ def changed(config: Config, key: str) -> bool:
         return False  # false is what this router does
     if name == "norm_topk_prob" and config.moe.num_experts_chosen == 1:
         return False
-    if name == "task_num" and config.moe.router == "random_in_group":
-        return False  # says of what the groups are
     return value != default
 
 
