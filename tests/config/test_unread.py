@@ -9,7 +9,7 @@ from mindspore import Tensor, ops
 from oracles.tiny import tiny_config
 from oracles.tiny_run import run_config, write_text
 
-from switchyard.config import Config, Section, build, load, notes, unread_keys
+from switchyard.config import Config, Section, build, load, notes, notes_of_checkpoint, unread_keys
 from switchyard.config import unread as tables
 from switchyard.errors import UserError
 from switchyard.kernels.noise import NoiseSlices
@@ -285,11 +285,21 @@ def test_shipped_configurations_carry_nothing_without_effect(path):
     assert notes(config, (), "CPU" if target == "auto" else target) == []
 
 
+def test_evaluation_and_export_tell_what_only_training_reads():
+    overrides = ["train.steps=5", "data.batch_size=8", "export.max_length=9", "optimizer.beta1=0.5", "moe.jitter=0.5"]
+    config = build({"moe": {"expert_num": 4}}, overrides)
+    wanted = "train.steps 5, export.max_length 9, optimizer.beta1 0.5, moe.jitter 0.5 (an evaluation does not read it)"
+    assert notes_of_checkpoint(config, overrides) == [f"note: keys without effect here: {wanted}"]
+    wanted = "train.steps 5, optimizer.beta1 0.5, moe.jitter 0.5 (an export does not read it)"
+    assert notes_of_checkpoint(config, overrides, exports=True) == [f"note: keys without effect here: {wanted}"]
+    assert notes_of_checkpoint(config, ["data.batch_size=8", "moe.eval_capacity_factor=2"]) == []
+
+
 def test_a_checkpoint_of_earlier_times_is_read_and_told():
     """Its file may hold keys that had no effect; an override that names one is refused as everywhere."""
     tree = {"moe": {"router": "top_k", "expert_num": 8, "n_group": 4}}
     config = build(tree, ["train.steps=5"], inherited=True)
-    assert "moe.n_group 4" in notes(config)[0]
+    assert "moe.n_group 4" in notes(config)[0] and "moe.n_group 4" in notes_of_checkpoint(config)[0]
     with pytest.raises(UserError, match=r"^moe\.n_group: 2; moe\.router 'top_k' does not read it"):
         build(tree, ["moe.n_group=2"], inherited=True)
 

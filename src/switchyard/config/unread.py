@@ -51,6 +51,12 @@ TEXT_KEYS = ("num_heads", "n_kv_heads", "seq_length", "position", "theta", "tie_
 CASCADE_KEYS = ("type", "activation", "compute_dtype")  # what a cascade reads of `model`
 DECIDES = ("expert_num", "groups", "record", "replay")  # keys of `moe` that a dense model does not leave unread
 
+TRAINED = (  # what weights have gone through already when they are evaluated or exported
+    *("model.dropout", "model.init_method_std", "moe.jitter", "moe.dispatch", "moe.losses", "moe.random_draw"),
+    *("moe.aux_loss_factor", "moe.z_loss_factor", "moe.consistency_loss_factor", "moe.router_warmup_steps"),
+    *("moe.router_freeze_step", "moe.sinkhorn_iterations", "moe.topk_bias_update_rate"),
+)
+
 
 @dataclass(frozen=True)
 class Unread:
@@ -132,7 +138,7 @@ def _by_router(config: Config) -> Iterator[Unread]:
         if router in readers:
             continue
         if name in TOLD_ROUTER_KEYS:
-            what = "has no such loss" if name.endswith("_factor") else "knows no tasks"
+            what = "has no such loss" if name.endswith("_factor") else "needs no number of tasks"
             yield Unread((f"moe.{name}",), f"moe.router '{router}' {what}")
             continue
         others = f"one of {', '.join(readers)}" if len(readers) < 8 else f"none of {', '.join(BLIND)}"
@@ -224,12 +230,31 @@ def refused(config: Config) -> dict[str, str]:
 
 def notes(config: Config, overrides: Sequence[str] = (), target: str = "auto") -> list[str]:
     """Lines for the beginning of a run: keys that have no effect in it, and overrides that another one replaces."""
+    return _told(config, {key: one.reason for key, one in without_effect(config, target).items()}) + _replaced(
+        overrides
+    )
+
+
+def notes_of_checkpoint(config: Config, overrides: Sequence[str] = (), exports: bool = False) -> list[str]:
+    """The same where a checkpoint is evaluated or exported: of the run's keys those that would be refused today, and of
+    the overrides those that only a training reads."""
+    what = "an export" if exports else "an evaluation"
+    idle = {*TRAINED, *_all_but("train", ("seed",)), *_all_but("optimizer", ()), *_all_but("schedule", ())}
+    if config.moe.router != "expert_choice":
+        idle.add("moe.capacity_factor")
+    idle |= {"moe.eval_capacity_factor", "moe.drop_order"} if exports else set(_all_but("export", ()))
+    given = [override.partition("=")[0].strip() for override in overrides]
+    unasked = {key: f"{what} does not read it" for key in given if key in idle}
+    return _told(config, refused(config) | unasked) + _replaced(overrides)
+
+
+def _told(config: Config, reasons: dict[str, str]) -> list[str]:
+    """One line of keys, their values and why nothing reads them; none where there are no such keys."""
     by_reason: dict[str, list[str]] = {}
-    for key, one in without_effect(config, target).items():
-        by_reason.setdefault(one.reason, []).append(f"{key} {shortened(config.value(key))}")
+    for key, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(f"{key} {shortened(config.value(key))}")
     parts = [f"{', '.join(keys)} ({reason})" for reason, keys in by_reason.items()]
-    lines = [f"note: keys without effect here: {'; '.join(parts)}"] if parts else []
-    return lines + _replaced(overrides)
+    return [f"note: keys without effect here: {'; '.join(parts)}"] if parts else []
 
 
 def _replaced(overrides: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ import mindspore as ms
 from mindspore import nn
 
 import switchyard
-from switchyard.config import Config, ParallelConfig
+from switchyard.config import Config, ParallelConfig, notes_of_checkpoint
 from switchyard.data import load_data
 from switchyard.device import set_context
 from switchyard.dispatch import block_size
@@ -54,6 +54,8 @@ def export(
     """
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)
+    for line in notes_of_checkpoint(config, overrides, exports=True):
+        say(line)
     field = "--key-file" if key_file is not None else "export.key_file"
     key_file = key_file if key_file is not None else config.export.key_file
     key = None if key_file is None else manifests.read_key(key_file, field)

@@ -306,6 +306,8 @@ def evaluate(
     """
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)
+    for line in configuration.notes_of_checkpoint(config, overrides):
+        say(line)
     require_one_device(config)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
     data = load_data(config, held.tokenizer_json)
