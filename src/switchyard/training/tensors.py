@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from switchyard.config.reader import parse_json
 from switchyard.errors import UserError
 
 Box = tuple[slice, ...]  # a part of an array: start and stop for each axis
@@ -99,7 +100,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= LONGEST_HEADER:
             raise ValueError(f"a header of {length} bytes")
-        content = json.loads(file.read(length))
+        content = parse_json(file.read(length))
     if not isinstance(content, dict):
         raise ValueError("the header is no mapping")
     content.pop("__metadata__", None)
