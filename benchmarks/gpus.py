@@ -239,7 +239,7 @@ def one_gpu(runs: Runs, keys: dict) -> str:
 
 def planned(runs: Runs, name: str) -> dict[str, list[int]]:
     """What the planner says that a device exchanges: kind -> [number, bytes]."""
-    config = configuration.load(runs.folder / "runs" / name / "config.yaml")
+    config = configuration.load(runs.folder / "runs" / name / "config.yaml", inherited=True)
     vocab, found = 256, {}
     for one in costs(config, vocab).exchanges:
         number, size = found.get(one.kind, (0, 0))

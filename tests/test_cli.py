@@ -1,6 +1,7 @@
 """Command lines as a user calls them: one line and an exit code for each mistake, one JSON object from eval.py."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import yaml
 from oracles.tiny_run import run_config, write_text
 
 from switchyard import cli
-from switchyard.config import load
+from switchyard.config import build, load
 from switchyard.errors import Interrupted, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -123,15 +124,90 @@ def _raise(error):
         (Interrupted("saved"), 75, "interrupted: saved\n"),
         (BrokenPipeError(), 141, ""),
         (KeyboardInterrupt(), 130, "interrupted: there was nothing to save\n"),
+        (
+            MemoryError("Unable to allocate 16. EiB"),
+            2,
+            "error: memory: Unable to allocate 16. EiB; lower data.batch_size",
+        ),
+        (
+            UnicodeEncodeError("ascii", "a/tëxt", 3, 4, "ordinal not in range(128)"),
+            2,
+            "error: '\\xeb' cannot be part of a file name where the locale is ascii; set PYTHONUTF8=1\n",
+        ),
         (PermissionError(13, "Permission denied", "runs"), 2, "error: 'runs': Permission denied\n"),
     ],
 )
 def test_exit_codes(error, code, text, capsys, monkeypatch):
     monkeypatch.setattr(cli.os, "dup2", lambda *_: None)  # the stdout of the tests is read to the end
     assert cli.run(_raise(error), []) == code
-    assert capsys.readouterr().err == text
+    said = capsys.readouterr().err
+    assert said == text or (text.startswith("error: memory") and said.startswith(text) and said.count("\n") == 1)
 
 
 def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError):
         cli.run(_raise(RuntimeError("a defect")), [])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config=--"],
+        ["--config", "a.yaml", "--resume=--"],
+        ["--config"],
+        ["--config", "--"],
+        ["--"],
+        ["-=--"],
+        ["--=--"],
+        [""],
+        ["--config", ""],
+        ["--config", "a\0b"],
+        ["--config", "\udcff.yaml"],
+        ["--config", "n" * 5000],
+        ["--config", QUICKSTART, "x" * 100_000],
+        ["--config", QUICKSTART, "--print-config=yes"],
+        ["--con\nfig", "a"],
+    ],
+)
+def test_odd_arguments_are_one_line(arguments, capsys):
+    assert cli.run(cli.train_main, arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 700
+
+
+@pytest.mark.parametrize("flag", ["--seed=--", "--max-new-tokens=--", "--max-new-tokens=9" + "9" * 30, "--top-p=nan"])
+def test_odd_numbers_of_infer_are_one_line(flag, capsys):
+    from switchyard.inference.commands import infer_main
+
+    assert cli.run(infer_main, ["--model", "out", "--prompt", "a", flag]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: argument {flag.split('=')[0]}: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("setting", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX"}, {"LANG": "C"}])
+def test_an_accented_path_needs_no_encoding_of_the_terminal(setting, tmp_path):
+    """Escapes stand for what the terminal cannot show; the path itself is the right one."""
+    config = tmp_path / "My Prójects (1)" / "é.yaml"
+    config.parent.mkdir()
+    config.write_text("data: {path: tëxt.txt}")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHONIO"))}
+    code = (
+        "import sys; from switchyard import cli\n"
+        "for path in sys.argv[1:]: cli.run(cli.train_main, ['--config', path, '--print-config'])\n"
+        "print(sys.argv[1])"
+    )
+    command = [sys.executable, "-c", code, config, tmp_path / "ñone.yaml"]
+    done = subprocess.run(command, capture_output=True, env=kept | setting, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr.count(b"\n") == 1 and b"Traceback" not in done.stderr
+    assert b"No such file or directory" in done.stderr
+    assert yaml.safe_load(done.stdout.rsplit(b"\n", 2)[0])["data"]["path"] == "tëxt.txt"
+
+
+def test_keys_without_effect_are_announced_once_a_job(capsys, monkeypatch):
+    config = build({}, ["moe.capacity_factor=2"])
+    cli.announce(config, ())
+    assert capsys.readouterr().err.startswith("note: keys without effect here: moe.capacity_factor 2.0 (")
+    for name, value in (("MS_ROLE", "MS_WORKER"), ("MS_WORKER_NUM", "2"), ("RANK_ID", "1")):
+        monkeypatch.setenv(name, value)
+    cli.announce(config, ())
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -10,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from switchyard import config as configuration
-from switchyard.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Interrupted, UserError, shortened
+from switchyard.config.sections import LARGEST
+from switchyard.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Interrupted, UserError, represented, shortened
 from switchyard.json_text import to_json
 
 EXIT_KILLED = 130  # Ctrl-C where there was nothing to save: what a shell reports for SIGINT
@@ -32,6 +34,28 @@ class Parser(argparse.ArgumentParser):
             if argument.startswith("-") and argument.endswith("=--"):
                 self.error(f"argument {argument[:-3]}: '--' is no value")
         return super().parse_known_args(args, namespace)
+
+
+def whole(text: str) -> int:
+    """The type of an argument that is an integer, as large as MindSpore and NumPy take it (ArgumentTypeError)."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {represented(text)}") from None
+    if abs(number) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{shortened(text)}; at most {LARGEST}")
+    return number
+
+
+def finite(text: str) -> float:
+    """The type of an argument that is a number, neither infinite nor NaN (ArgumentTypeError)."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {represented(text)}") from None
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{shortened(text)}; a finite number")
+    return number
 
 
 def create_parser(prog: str, description: str) -> Parser:

@@ -263,3 +263,30 @@ def test_any_overrides_are_a_configuration_or_one_line(overrides):
 )
 def test_any_tree_is_a_configuration_or_one_line(tree):
     _holds(lambda: build(tree))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, "[NaN]", "[1, 2"])
+def test_other_readers_of_json_have_the_same_limits(text, tmp_path):
+    from switchyard.data.tokenizer import Tokenizer
+    from switchyard.parallel.estimate import read_load
+    from switchyard.training.tensors import read_header
+
+    with pytest.raises(UserError, match=r"not a tokenizer\.json"):
+        Tokenizer.from_json(text)
+    (tmp_path / "load.json").write_text(text)
+    with pytest.raises(UserError, match=r"^--tokens-per-expert: .*must hold a JSON list of numbers"):
+        read_load(str(tmp_path / "load.json"), build({"moe": {"expert_num": 2}}))
+    (tmp_path / "w.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode())
+    with pytest.raises(ValueError):
+        read_header(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "text", ["[1", "!!int x", "[1]", "{data_parallel: 1, data_parallel: 2}", "[" * 1000, "2024-13-45"]
+)
+def test_the_degrees_of_a_conversion_go_through_the_same_reader(text):
+    from switchyard.training.recut import _section
+
+    with pytest.raises(UserError, match=r"^--to: ") as caught:
+        _section(text)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300

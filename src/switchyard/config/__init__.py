@@ -16,7 +16,7 @@ from switchyard.config.schema import (
     VisionConfig,
 )
 from switchyard.config.sections import Section
-from switchyard.config.unread import notes, without_effect
+from switchyard.config.unread import notes, notes_of_checkpoint, unread_keys
 
 __all__ = [
     "CascadeConfig",
@@ -36,5 +36,6 @@ __all__ = [
     "check",
     "load",
     "notes",
-    "without_effect",
+    "notes_of_checkpoint",
+    "unread_keys",
 ]

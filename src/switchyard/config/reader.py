@@ -167,7 +167,7 @@ def _reason(error: yaml.YAMLError) -> str:
     return shortened(" ".join(str(getattr(error, "problem", None) or error).split()), 120)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """Returns what JSON text holds, NaN and Infinity refused (UnreadableError)."""
 
     def refuse(word: str) -> None:

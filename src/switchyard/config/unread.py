@@ -38,7 +38,11 @@ ROUTER_KEYS = {
     "aux_loss_factor": LEARNED,
     "z_loss_factor": (*LEARNED, "expert_choice", "dense", "merged"),
 }
-TOLD_ROUTER_KEYS = ("aux_loss_factor", "z_loss_factor")  # files that are tried with several routers carry them
+TOLD_ROUTER_KEYS = (
+    "aux_loss_factor",
+    "z_loss_factor",
+    "task_num",
+)  # files that are tried with several routers carry them
 OFF = {"aux_loss_factor": 0, "z_loss_factor": 0, "topk_bias_update_rate": 0}  # what no router contradicts
 NORMALISED = ("gshard", "noisy_top_k", "dense", "soft", "merged", "tree", "task")  # gates sum to 1 whatever is asked
 BY_ROW = (*LEARNED, *FIXED)  # rows choose experts, in training
@@ -46,6 +50,12 @@ BY_ROW_AT_EVALUATION = (*BY_ROW, "mixture_of_depths", "tree")
 TEXT_KEYS = ("num_heads", "n_kv_heads", "seq_length", "position", "theta", "tie_word_embeddings", "init_method_std")
 CASCADE_KEYS = ("type", "activation", "compute_dtype")  # what a cascade reads of `model`
 DECIDES = ("expert_num", "groups", "record", "replay")  # keys of `moe` that a dense model does not leave unread
+
+TRAINED = (  # what weights have gone through already when they are evaluated or exported
+    *("model.dropout", "model.init_method_std", "moe.jitter", "moe.dispatch", "moe.losses", "moe.random_draw"),
+    *("moe.aux_loss_factor", "moe.z_loss_factor", "moe.consistency_loss_factor", "moe.router_warmup_steps"),
+    *("moe.router_freeze_step", "moe.sinkhorn_iterations", "moe.topk_bias_update_rate"),
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,8 @@ def _by_router(config: Config) -> Iterator[Unread]:
         if router in readers:
             continue
         if name in TOLD_ROUTER_KEYS:
-            yield Unread((f"moe.{name}",), f"moe.router '{router}' has no such loss")
+            what = "has no such loss" if name.endswith("_factor") else "needs no number of tasks"
+            yield Unread((f"moe.{name}",), f"moe.router '{router}' {what}")
             continue
         others = f"one of {', '.join(readers)}" if len(readers) < 8 else f"none of {', '.join(BLIND)}"
         yield Unread((f"moe.{name}",), f"moe.router '{router}' does not read it: take {others}, or leave it out", True)
@@ -181,6 +192,11 @@ def _by_device(config: Config, target: str) -> Iterator[Unread]:
         yield Unread(("parallel.comm_fusion",), "Ascend and GPUs read it")
 
 
+def unread_keys(config: Config) -> set[str]:
+    """All keys that are read on no device, whatever their value."""
+    return {key for one in unread(config) for key in one.keys}
+
+
 def changed(config: Config, key: str) -> bool:
     """Whether a key holds neither its default nor what it could just as well be where nobody reads it."""
     section, _, name = key.partition(".")
@@ -194,8 +210,6 @@ def changed(config: Config, key: str) -> bool:
         return False  # false is what this router does
     if name == "norm_topk_prob" and config.moe.num_experts_chosen == 1:
         return False
-    if name == "task_num" and config.moe.router == "random_in_group":
-        return False  # says of what the groups are
     return value != default
 
 
@@ -216,12 +230,31 @@ def refused(config: Config) -> dict[str, str]:
 
 def notes(config: Config, overrides: Sequence[str] = (), target: str = "auto") -> list[str]:
     """Lines for the beginning of a run: keys that have no effect in it, and overrides that another one replaces."""
+    return _told(config, {key: one.reason for key, one in without_effect(config, target).items()}) + _replaced(
+        overrides
+    )
+
+
+def notes_of_checkpoint(config: Config, overrides: Sequence[str] = (), exports: bool = False) -> list[str]:
+    """The same where a checkpoint is evaluated or exported: of the run's keys those that would be refused today, and of
+    the overrides those that only a training reads."""
+    what = "an export" if exports else "an evaluation"
+    idle = {*TRAINED, *_all_but("train", ("seed",)), *_all_but("optimizer", ()), *_all_but("schedule", ())}
+    if config.moe.router != "expert_choice":
+        idle.add("moe.capacity_factor")
+    idle |= {"moe.eval_capacity_factor", "moe.drop_order"} if exports else set(_all_but("export", ()))
+    given = [override.partition("=")[0].strip() for override in overrides]
+    unasked = {key: f"{what} does not read it" for key in given if key in idle}
+    return _told(config, refused(config) | unasked) + _replaced(overrides)
+
+
+def _told(config: Config, reasons: dict[str, str]) -> list[str]:
+    """One line of keys, their values and why nothing reads them; none where there are no such keys."""
     by_reason: dict[str, list[str]] = {}
-    for key, one in without_effect(config, target).items():
-        by_reason.setdefault(one.reason, []).append(f"{key} {shortened(config.value(key))}")
+    for key, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(f"{key} {shortened(config.value(key))}")
     parts = [f"{', '.join(keys)} ({reason})" for reason, keys in by_reason.items()]
-    lines = [f"note: keys without effect here: {'; '.join(parts)}"] if parts else []
-    return lines + _replaced(overrides)
+    return [f"note: keys without effect here: {'; '.join(parts)}"] if parts else []
 
 
 def _replaced(overrides: Sequence[str]) -> list[str]:

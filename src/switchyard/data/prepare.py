@@ -32,9 +32,9 @@ def parser() -> cli.Parser:
     )
     made.add_argument("--input", required=True, help="text file, folder or glob, or the word stdlib")
     made.add_argument("--out", required=True, help="folder to make; must not exist")
-    made.add_argument("--vocab-size", type=int, default=4096, help="tokens of the BPE vocabulary (%(default)s)")
-    made.add_argument("--seq-length", type=int, default=256, help="tokens of a training sequence (%(default)s)")
-    made.add_argument("--val-fraction", type=float, default=0.1, help="part held out for validation (%(default)s)")
+    made.add_argument("--vocab-size", type=cli.whole, default=4096, help="tokens of the BPE vocabulary (%(default)s)")
+    made.add_argument("--seq-length", type=cli.whole, default=256, help="tokens of a training sequence (%(default)s)")
+    made.add_argument("--val-fraction", type=cli.finite, default=0.1, help="part held out for validation (%(default)s)")
     made.add_argument("--tokenizer", help="tokenizer.json to use instead of training one; or byte, char")
     return made
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from switchyard.config import DataConfig
+from switchyard.config.reader import parse_json
 from switchyard.data.corpus import Corpus, Document
 from switchyard.errors import UserError
 
@@ -62,7 +63,7 @@ class Tokenizer(ABC):
             UserError: not such a file; `name` says which in the message.
         """
         try:
-            tree = json.loads(text)
+            tree = parse_json(text)
         except ValueError:
             tree = None
         if isinstance(tree, dict) and tree.get("kind") == "byte":

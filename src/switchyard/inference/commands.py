@@ -2,7 +2,7 @@
 
 import sys
 
-from switchyard.cli import Parser, add_trust_code, cleans_up, create_parser, stdout_to_stderr
+from switchyard.cli import Parser, add_trust_code, cleans_up, create_parser, finite, stdout_to_stderr, whole
 from switchyard.errors import UserError
 from switchyard.json_text import to_json
 
@@ -41,10 +41,12 @@ def infer_main(arguments: list[str]) -> None:
         help="the values of --image that mean 0 and 1 (declared by their type: 0,255 for bytes, 0,1 for floats)",
     )
     parser.add_argument("--task", metavar="TASK", help="of a classifier: which of its tasks (the first)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="most tokens of an answer (200)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 = greedy (0.8)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable; 0 = all (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from a mass of P; 1 = all (1)")
+    parser.add_argument("--max-new-tokens", type=whole, default=200, metavar="N", help="most tokens of an answer (200)")
+    parser.add_argument("--temperature", type=finite, default=0.8, metavar="T", help="0 = greedy (0.8)")
+    parser.add_argument(
+        "--top-k", type=whole, default=0, metavar="K", help="draw from the K most probable; 0 = all (0)"
+    )
+    parser.add_argument("--top-p", type=finite, default=1.0, metavar="P", help="draw from a mass of P; 1 = all (1)")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the draws (1)")
     parser.add_argument("--key-file", metavar="FILE", help="the key of an encrypted export")
     parser.add_argument("--json", action="store_true", help="print one JSON object, a list for --prompts-file")
@@ -94,7 +96,6 @@ def _infer(chosen, out) -> None:
     from switchyard.inference.mindir import open_model
     from switchyard.inference.sampling import Sampling
 
-    out.reconfigure(errors="surrogateescape")  # bytes of a prompt that are no text come out as they came in
     sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p, chosen.seed)
     prompts = read_prompts(chosen.prompts_file) if chosen.prompts_file is not None else [chosen.prompt]
     model = open_model(chosen.model, chosen.key_file, say)

@@ -11,7 +11,7 @@ from mindspore import nn
 
 import switchyard
 from switchyard import files
-from switchyard.config import Config, ParallelConfig
+from switchyard.config import Config, ParallelConfig, notes_of_checkpoint
 from switchyard.data import load_data
 from switchyard.device import set_context
 from switchyard.dispatch import block_size
@@ -57,6 +57,8 @@ def export(
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)
     check_trusted(config.moe.router, trust_code or names_router(overrides), say)
+    for line in notes_of_checkpoint(config, overrides, exports=True):
+        say(line)
     field = "--key-file" if key_file is not None else "export.key_file"
     key_file = key_file if key_file is not None else config.export.key_file
     key = None if key_file is None else manifests.read_key(key_file, field, say)

@@ -23,6 +23,7 @@ from switchyard import config as configuration
 from switchyard.capacity import dropped_of_record, dropped_share
 from switchyard.config import Config
 from switchyard.config.reader import parse_json, read_text
+from switchyard.config.sections import LARGEST
 from switchyard.errors import UserError, shortened
 from switchyard.parallel.costs import Costs, costs, heaviest, stage_costs
 from switchyard.parallel.offered import require_trainable, with_defaults
@@ -292,15 +293,19 @@ def create_parser() -> cli.Parser:
     """The arguments."""
     parser = cli.create_parser("python -m switchyard.parallel.estimate", (__doc__ or "").split("\n\n", 1)[1])
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see config/")
-    parser.add_argument("--devices", required=True, type=int, metavar="N", help="devices of the cluster")
+    parser.add_argument("--devices", required=True, type=cli.whole, metavar="N", help="devices of the cluster")
     parser.add_argument("--memory", required=True, metavar="SIZE", help="of one device, such as 64GB")
-    parser.add_argument("--vocab", type=int, metavar="V", help="entries of the vocabulary; else the tokenizer's")
+    parser.add_argument("--vocab", type=cli.whole, metavar="V", help="entries of the vocabulary; else the tokenizer's")
     parser.add_argument(
         "--tokens-per-expert", metavar="FILE", help="JSON of E numbers or one list a layer, or a file of moe.record"
     )
-    parser.add_argument("--tflops", type=float, default=100.0, help="10^12 FLOPs a second of a device, for the ranking")
-    parser.add_argument("--bandwidth", type=float, default=25.0, help="GB sent a second, for the ranking")
-    parser.add_argument("--top", type=int, default=10, metavar="K", help="combinations to print; all are in --json")
+    parser.add_argument(
+        "--tflops", type=cli.finite, default=100.0, help="10^12 FLOPs a second of a device, for the ranking"
+    )
+    parser.add_argument("--bandwidth", type=cli.finite, default=25.0, help="GB sent a second, for the ranking")
+    parser.add_argument(
+        "--top", type=cli.whole, default=10, metavar="K", help="combinations to print; all are in --json"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all combinations there too")
     return parser
 
@@ -311,6 +316,10 @@ def main(arguments: list[str]) -> None:
     for name in ("devices", "tflops", "bandwidth"):
         if getattr(chosen, name) <= 0:
             raise UserError(f"--{name}: {getattr(chosen, name)}; must be above 0")
+    for name, most in (("devices", 10**6), ("vocab", LARGEST), ("top", LARGEST)):  # combinations are tried one by one
+        number = getattr(chosen, name)
+        if number is not None and not 1 <= number <= most:
+            raise UserError(f"--{name}: {number}; from 1 to {most}")
     config, memory = configuration.load(chosen.config, chosen.overrides), read_size(chosen.memory)
     vocab = chosen.vocab or vocabulary(config)
     load = read_load(chosen.tokens_per_expert, config) if chosen.tokens_per_expert else Load()

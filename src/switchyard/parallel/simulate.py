@@ -291,8 +291,10 @@ def create_parser(prog: str, description: str) -> cli.Parser:
     """The arguments that simulation and virtual cluster share."""
     parser = cli.create_parser(prog, description)
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see config/")
-    parser.add_argument("--devices", required=True, type=int, metavar="N", help="devices of the simulated cluster")
-    parser.add_argument("--vocab", type=int, metavar="V", help="entries of the vocabulary; else the tokenizer's")
+    parser.add_argument(
+        "--devices", required=True, type=cli.whole, metavar="N", help="devices of the simulated cluster"
+    )
+    parser.add_argument("--vocab", type=cli.whole, metavar="V", help="entries of the vocabulary; else the tokenizer's")
     return parser
 
 
@@ -302,7 +304,7 @@ def main(arguments: list[str]) -> None:
         "python -m switchyard.parallel.simulate",
         "Compiles the training step of one rank for N Ascend devices that need not be there.",
     )
-    parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose graph; 0 if not given")
+    parser.add_argument("--rank", type=cli.whole, default=0, metavar="R", help="whose graph; 0 if not given")
     parser.add_argument("--json", metavar="FILE", help="write the report there too, as JSON")
     parser.add_argument("--brief", action="store_true", help="layers that are alike in one row, and no parameters")
     chosen = parser.parse_intermixed_args(arguments)

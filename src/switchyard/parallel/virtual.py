@@ -280,7 +280,7 @@ def main(arguments: list[str]) -> int:
         "python -m switchyard.parallel.virtual",
         "Executes the compiled training steps of all ranks in numpy and compares them with one device.",
     )
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="training steps; 3 if not given")
+    parser.add_argument("--steps", type=cli.whole, default=3, metavar="N", help="training steps; 3 if not given")
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.steps < 1:
         raise UserError(f"--steps: {chosen.steps}; at least 1")

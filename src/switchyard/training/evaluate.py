@@ -329,6 +329,8 @@ def evaluate(
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)
     check_trusted(config.moe.router, trust_code or names_router(overrides), say)
+    for line in configuration.notes_of_checkpoint(config, overrides):
+        say(line)
     require_one_device(config)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
     data = load_data(config, held.tokenizer_json)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.parallel.placement import Degrees
@@ -151,10 +152,11 @@ def check_resumable(old: Config, new: Config) -> None:
                 f"schedule.total_steps={held_total} keeps it",
                 flush=True,
             )
+    idle = configuration.unread_keys(old) & configuration.unread_keys(new)  # what neither reads may differ
     for section, part in now.items():
         for name, value in part.items():
             key, held = f"{section}.{name}", before[section][name]
-            if value != held and key not in FREE_ON_RESUME:
+            if value != held and key not in FREE_ON_RESUME and key not in idle:
                 raise UserError(
                     f"{key}: {value}; the run was trained with {held}: keep it, or choose another train.name"
                 )
