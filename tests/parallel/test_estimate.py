@@ -59,7 +59,7 @@ def test_the_order_is_that_of_the_stated_rule():
 
 def test_stages_wait_for_each_other_and_share_what_is_held():
     """2 stages, 2 micro-batches: the slower stage has the head too, and works 2 of 3 turns; layers are alike."""
-    tree = SMALL | {"model": {"tie_word_embeddings": False}}
+    tree = SMALL | {"model": {"tie_word_embeddings": False}, "train": {"eval_every": 0}}
     found = [one for one in planned(tree, devices=2, flops=1e12, bandwidth=1e30) if one.refusal is None]
     by = {one.parallel["pipeline_stage"]: one for one in found if not one.parallel["recompute"]}
     config = build(tree | {"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}})
@@ -79,6 +79,37 @@ def test_a_slow_wire_prefers_other_degrees_than_slow_products():
     assert (slow_wire.parallel["model_parallel"], slow_products.parallel["data_parallel"]) == (4, 4)
     assert slow_wire.costs.sent < slow_products.costs.sent
     assert slow_products.costs.flops < slow_wire.costs.flops
+
+
+@pytest.mark.parametrize(
+    ("tree", "devices", "says"),
+    [
+        ({"moe": SMALL["moe"] | {"record": "a.safetensors"}}, 2, "moe.record: a.safetensors; choices are recorded"),
+        ({"moe": SMALL["moe"] | {"replay": "a.safetensors"}}, 2, "moe.replay: a.safetensors; choices are recorded"),
+        ({"moe": SMALL["moe"] | {"router_warmup_steps": 3}}, 2, "moe.router_warmup_steps: 3; "),
+        ({"moe": SMALL["moe"] | {"router": "hash"}}, 2, "moe.router: hash; cannot be cut over devices"),
+        ({"moe": SMALL["moe"] | {"dispatch": "dropless"}, "context": {"device_target": "GPU"}}, 2, "moe.dispatch: "),
+        ({"model": {"compute_dtype": "bfloat16"}, "context": {"device_target": "GPU"}}, 2, "model.compute_dtype: bf"),
+    ],
+)
+def test_what_training_refuses_is_not_planned(tree, devices, says):
+    found = planned(SMALL | tree, devices)
+    assert found and all(one.refusal for one in found)
+    assert any(one.refusal.startswith(says) for one in found)
+
+
+def test_a_pipeline_is_planned_without_evaluation_only():
+    untied = SMALL | {"model": {"tie_word_embeddings": False}}
+    says = "train.eval_every: 500; 0 with parallel.pipeline_stage (2): eval.py scores its checkpoints"
+    staged = [one for one in planned(untied, devices=2) if one.parallel["pipeline_stage"] == 2]
+    assert {one.refusal for one in staged} == {says}
+    staged = planned(untied | {"train": {"eval_every": 0}}, devices=2)
+    assert any(one.refusal is None and one.parallel["pipeline_stage"] == 2 for one in staged)
+
+
+def test_what_one_device_can_do_is_planned_for_one_device():
+    recorded = SMALL | {"moe": SMALL["moe"] | {"record": "a.safetensors"}}
+    assert any(one.refusal is None for one in planned(recorded, devices=1))
 
 
 def test_reasons_are_the_lines_of_the_laws_and_of_memory():

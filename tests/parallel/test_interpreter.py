@@ -5,7 +5,7 @@ import pytest
 
 from switchyard.parallel import interpreter
 from switchyard.parallel.graph import Graph, Node
-from switchyard.parallel.interpreter import ClusterError, run_cluster
+from switchyard.parallel.interpreter import ClusterError, NotExecutable, run_cluster
 from switchyard.parallel.interpreter_ops import OPERATORS
 
 
@@ -81,6 +81,45 @@ def test_an_unknown_operator_is_named():
     graph = Graph(["x"], ["y"], [Node("Fancy", ("x",), "y", {}, "Default/a-A/Fancy-op0")])
     with pytest.raises(ClusterError, match="operator Fancy: cannot be executed"):
         run_cluster([graph], [[1]], [{}])
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "says"),
+    [
+        ("Neg", {}, "operator Neg: this form cannot be executed: TypeError"),  # of two inputs
+        (
+            "ShapeCalc",
+            {"functor": "ShapeCalc_other"},
+            "operator ShapeCalc ShapeCalc_other: this form cannot be executed",
+        ),
+        ("Assign", {}, "operator Assign: this form cannot be executed"),
+    ],
+)
+def test_a_form_of_an_operator_that_is_not_known_is_named(kind, attributes, says):
+    names = ("x", "x") if kind != "Assign" else ("x",)
+    graph = Graph(["x"], ["y"], [Node(kind, names, "y", attributes, "Default/a-A/op0")])
+    with pytest.raises(NotExecutable, match=says) as caught:
+        run_cluster([graph], [[np.ones(2)]], [{}])
+    assert "\n" not in str(caught.value)
+
+
+def test_inputs_that_no_device_allows_are_a_fault_of_the_graph():
+    parts = [Node("Constant", (), "axis", {"value": 0}), Node("Gather", ("x", "at", "axis"), "y", {}, "Default/g")]
+    graph = Graph(["x", "at"], ["y"], parts)
+    with pytest.raises(ClusterError, match=r"^operator Gather: index out of range \(Default/g\)") as caught:
+        run_cluster([graph], [[np.ones((2, 3)), np.array([2])]], [{}])
+    assert not isinstance(caught.value, NotExecutable)
+
+
+def test_shapes_that_gradients_ask_for():
+    """Where each part of a Concat begins; over which axes the gradients of x + y are summed."""
+    x, y = np.ones((3, 4)), np.ones((3, 2))
+    assert OPERATORS["ShapeCalc"]({"functor": "ShapeCalc_g_concat"}, (x, y), -1) == ((0, 0), (0, 4))
+    assert OPERATORS["ShapeCalc"]({"functor": "ShapeCalc_g_concat"}, (x, x), 0) == ((0, 0), (3, 0))
+    axes = OPERATORS["ShapeCalc"]
+    assert axes({"functor": "ShapeCalc_BroadcastGradientArgs"}, x, x) == ((), ())
+    assert axes({"functor": "ShapeCalc_BroadcastGradientArgs"}, np.ones((2, 3, 4)), np.ones((3, 1))) == ((), (0, 2))
+    assert axes({"functor": "ShapeCalc_BroadcastGradientArgs"}, np.ones(4), np.ones((3, 1))) == ((0,), (1,))
 
 
 def test_another_shape_than_the_compiler_says_is_refused():

@@ -3,6 +3,7 @@
 Compiles run in processes of their own; one layout is compiled for the tests of faults, the others are slow tests.
 """
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.parallel import simulate, virtual
 from switchyard.parallel.graph import CONSTANT, Node
-from switchyard.parallel.interpreter import EXCHANGES, ClusterError, all_reduce, all_to_all
+from switchyard.parallel.interpreter import EXCHANGES, ClusterError, NotExecutable, all_reduce, all_to_all
 from switchyard.parallel.placement import Degrees
 
 VOCABULARY = 32
@@ -30,7 +31,7 @@ def layout(model=None, moe=None, train=None, optimizer=None, batch_size=4, **deg
             "model": MODEL | {"init_method_std": 0.2} | (model or {}),
             "moe": MOE | (moe or {}),
             "data": {"batch_size": batch_size},
-            "train": train or {},
+            "train": {"eval_every": 0} | (train or {}),
             "optimizer": optimizer or {},
             "parallel": degrees,
         }
@@ -98,13 +99,29 @@ def mean_for_sum(attributes, held):
     return [part / len(held) for part in all_reduce(attributes, held)]
 
 
+def twice_the_sum(attributes, held):
+    """Of gradients; the sums of losses and of the norm stay, so nothing else would tell."""
+    return [part * (2 if part.ndim >= 2 else 1) for part in all_reduce(attributes, held)]
+
+
+def lost_sum_of_the_table(attributes, held):
+    """The gradient of the embedding, and nothing else, is not summed."""
+    return list(held) if held[0].shape == (VOCABULARY, 16) else all_reduce(attributes, held)
+
+
 def reversed_ranks(attributes, held):
     return all_to_all(attributes, held[::-1])
 
 
 @pytest.mark.parametrize(
     "kind, fault",
-    [("AllReduce", without_expert_sums), ("AllReduce", mean_for_sum), ("AlltoAll", reversed_ranks)],
+    [
+        ("AllReduce", without_expert_sums),
+        ("AllReduce", mean_for_sum),
+        ("AllReduce", twice_the_sum),
+        ("AllReduce", lost_sum_of_the_table),
+        ("AlltoAll", reversed_ranks),
+    ],
 )
 def test_a_broken_collective_shows(four, kind, fault):
     try:
@@ -112,7 +129,18 @@ def test_a_broken_collective_shows(four, kind, fault):
     except ClusterError as error:
         assert "loss: the ranks differ" in str(error)  # refused is noticed, too
         return
-    assert found.largest > 10 * virtual.TOLERANCE and not found.equal
+    assert not found.equal, virtual.render(found)
+
+
+def test_a_broken_collective_shows_at_a_tiny_learning_rate(four):
+    """Parameters hardly move there, so they cannot tell; gradients do."""
+    config, reports, batches, _ = four
+    slow = {name: array * 0 + 1e-9 if name == "rates" else array for name, array in batches.items()}
+    still = virtual.train_reference(config, VOCABULARY, slow)
+    assert virtual.compare(config, reports, slow, still).equal
+    broken = virtual.compare(config, reports, slow, still, exchanges={**EXCHANGES, "AllReduce": without_expert_sums})
+    assert broken.largest < virtual.TOLERANCE and not broken.equal
+    assert any("gradient of layers.1.feed_forward.experts" in line for line in broken.reasons)
 
 
 def test_experts_that_were_not_cut_show(four):
@@ -260,11 +288,56 @@ def test_the_command_line_says_whether_they_are_equal(tmp_path, monkeypatch, cap
     path.write_text("parallel: {data_parallel: 2}\ndata: {batch_size: 2}\n")
     arguments = ["--config", str(path), "--devices", "2"]
     for far, code in ((1e-6, 0), (2e-5, 1), (float("nan"), 1)):
-        found = virtual.Comparison([(3.5, 3.5)], {"norm.gain": (far, 0.1)}, {})
+        found = virtual.Comparison([(3.5, 3.5)], {"norm.gain": (far, 0.1)}, Counter())
         monkeypatch.setattr(virtual, "prove", lambda *_, found=found: found)
         assert cli.run(virtual.main, arguments) == code
     assert "DIFFERENT" in capsys.readouterr().out
     assert cli.run(virtual.main, [*arguments, "--steps", "0"]) == 2
+
+
+def test_what_is_explained_is_said_and_what_cannot_be_executed_is_no_verdict(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "two.yaml"
+    path.write_text("parallel: {data_parallel: 2}\ndata: {batch_size: 2}\n")
+    arguments = ["--config", str(path), "--devices", "2"]
+    differences = {"norm.gain": (2e-3, 0.1)}
+    found = virtual.Comparison([(3.5, 3.5)], differences, Counter(), explained={"norm.gain": 2}, strayed=1)
+    monkeypatch.setattr(virtual, "prove", lambda *_: found)
+    assert cli.run(virtual.main, arguments) == 0
+    said = capsys.readouterr().out
+    assert "explained (2)" in said and "2 entries moved otherwise, explained by gradients near zero" in said
+    assert said.rstrip().endswith("1 choices of experts fell otherwise: equal")
+    for error, code, says in (
+        (NotExecutable("operator Fancy: cannot be executed (x)"), 2, "error: virtual cluster: operator Fancy: cannot"),
+        (ClusterError("deadlock: {}"), 1, "virtual cluster: deadlock: {}: DIFFERENT"),
+    ):
+        monkeypatch.setattr(virtual, "prove", lambda *_, error=error: raised(error))
+        assert cli.run(virtual.main, arguments) == code
+        assert says in "".join(capsys.readouterr())
+
+
+def raised(error):
+    raise error
+
+
+def test_a_tie_of_experts_is_drawn_again_and_a_fault_is_not_forgiven(monkeypatch):
+    """Loads that differ ask for other batches, as long as the verdict is DIFFERENT."""
+    config, draws = layout(data_parallel=2), []
+    monkeypatch.setattr(virtual.simulate, "compile_ranks", lambda *_: [None])
+    monkeypatch.setattr(virtual, "noise_slices", lambda _: 0)
+    monkeypatch.setattr(virtual, "train_reference", lambda *_: {})
+    monkeypatch.setattr(virtual, "compare", lambda config, reports, batches, _: draws.append(batches) or results.pop(0))
+    wrong, right = [(3.0, 4.0)], [(3.0, 3.0)]
+    for losses, strayed, count in (([wrong, right], 1, 2), ([wrong] * 3, 1, 3), ([wrong], 0, 1), ([right], 1, 1)):
+        draws.clear()
+        results = [virtual.Comparison(each, {}, Counter(), strayed=strayed) for each in losses]
+        assert virtual.prove(config, 2, vocab=VOCABULARY).equal == (losses[-1] is right) and len(draws) == count
+    assert (virtual.draw_batches(config, 9, 1)["tokens"] != virtual.draw_batches(config, 9, 1, draw=1)["tokens"]).any()
+
+
+def test_what_training_refuses_is_not_emulated():
+    config = layout({"tie_word_embeddings": False}, train={"eval_every": 5}, pipeline_stage=2, micro_batch_num=2)
+    with pytest.raises(UserError, match=r"^train\.eval_every: 5; 0 with parallel\.pipeline_stage \(2\)"):
+        virtual.prove(config, 2)
 
 
 def test_other_types_than_float32_are_refused():
@@ -274,5 +347,5 @@ def test_other_types_than_float32_are_refused():
 
 
 def test_moments_do_not_count_as_parameters():
-    found = virtual.Comparison([(1.0, 1.0)], {"moment1.a": (1.0, 1.0), "a": (1e-7, 1.0)}, {})
+    found = virtual.Comparison([(1.0, 1.0)], {"moment1.a": (1.0, 1.0), "a": (1e-7, 1.0)}, Counter())
     assert found.largest == np.float64(1e-7) and found.equal

@@ -22,18 +22,21 @@ def script(kind: str, *arguments, **environment):
 
 
 def dry_run(kind: str, *arguments, **environment) -> list[str]:
-    """The words of the command that would be run, from msrun on."""
+    """The words of the command that would be run, from msrun's arguments on."""
     done = script(kind, "--config", "config/quickstart.yaml", "--dry-run", *arguments, **environment)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     words = shlex.split(done.stdout)
     assert words[:3] == [f"PATH={sys.prefix}/bin:$PATH", "GLOG_v=3", "OMP_NUM_THREADS=1"]
-    assert words[3:6] == [f"{sys.prefix}/bin/python", "-m", "mindspore.parallel.cluster.run"]
-    return words[6:]
+    assert words[3:6] == [f"{sys.prefix}/bin/python", "-m", "switchyard.parallel.watch"]
+    assert words[7:10] == [f"{sys.prefix}/bin/python", "-m", "mindspore.parallel.cluster.run"]
+    assert f"--log_dir={words[6]}" in words
+    return words[10:]
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_one_node(kind):
-    words = dry_run(kind, "--devices", 4, "--log-dir", "logs of mine", "moe.layers=[0, 2]", "--resume")
+    own = ["moe.layers=[0, 2]", "data.path=it's\n$HOME", "parallel.data_parallel=4"]
+    words = dry_run(kind, "--devices", 4, "--log-dir", "logs of mine", *own, "--resume")
     port = next(word for word in words if word.startswith("--master_port="))
     assert words == [
         "--worker_num=4",
@@ -48,7 +51,7 @@ def test_one_node(kind):
         f"{ROOT}/train.py",
         "--config",
         "config/quickstart.yaml",
-        "moe.layers=[0, 2]",
+        *own,
         "--resume",
         f"context.device_target={SCRIPTS[kind]}",
     ]
@@ -58,7 +61,8 @@ def test_one_node(kind):
 
 def test_two_nodes_of_eight():
     for rank in range(2):
-        words = dry_run("ascend", "--nodes", 2, "--node-rank", rank, "--master", "10.0.0.1")
+        nodes = ("--nodes", 2, "--node-rank", rank, "--master", "10.0.0.1")
+        words = dry_run("ascend", *nodes, "parallel.data_parallel=16", "data.batch_size=16")
         for word in ("--worker_num=16", "--local_worker_num=8", "--master_addr=10.0.0.1", "--master_port=8118"):
             assert word in words
         assert f"--node_rank={rank}" in words and f"--tail_worker_log={8 * rank}" in words
@@ -69,7 +73,7 @@ def test_two_nodes_of_eight():
 def test_further_words(tmp_path):
     table = tmp_path / "rank table.json"
     table.write_text("{}")
-    words = dry_run("ascend", "--rank-table", table, "--port", 9000, DEVICE="cpu")
+    words = dry_run("ascend", "--rank-table", table, "--port", 9000, "parallel.data_parallel=8", DEVICE="cpu")
     assert f"--rank_table_file={table}" in words and "--master_port=9000" in words
     assert words[-1] == "context.device_target=CPU"
 
@@ -132,6 +136,43 @@ def test_a_path_that_is_not_ascii_arrives_whatever_the_language(language, tmp_pa
     assert str(config) in pasted.stdout.splitlines()
     missing = script("gpu", "--config", tmp_path / "né.yaml", LANG=language)
     assert missing.stderr == f"error: --config: {tmp_path / 'né.yaml'}; no such file\n"
+
+
+def test_a_dry_run_can_be_pasted():
+    """A shell reads the same words out of the line as were given: what is started is `env`, in the place of msrun."""
+    own = ["moe.layers=[0, 2]", 'data.path=it\'s $HOME \\ `x` "y"', "parallel.data_parallel=4", "train.name=a.b"]
+    done = script("gpu", "--config", "config/quickstart.yaml", "--dry-run", "--devices", 4, *own)
+    assert (done.returncode, done.stderr) == (0, "")
+    line = done.stdout.replace(f"{sys.prefix}/bin/python", "printf '%s\\n'", 1)
+    for shell in ("bash", "sh"):
+        pasted = subprocess.run([shell, "-c", line], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+        assert (pasted.returncode, pasted.stderr) == (0, "")
+        assert pasted.stdout.splitlines()[-len(own) - 1 : -1] == own
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "says"),
+    [
+        ("gpu", ["--devices", 4], "parallel.data_parallel: 1; the degrees need 1 processes, 4 processes run: set"),
+        ("gpu", ["moe.lyers=2"], "moe.lyers: unknown key; did you mean 'layers'?"),
+        ("ascend", ["parallel.data_parallel=8", "moe.record=a"], "moe.record: a; choices are recorded and replayed by"),
+        (
+            "gpu",
+            ["--devices", 2, "parallel.data_parallel=2", "model.compute_dtype=bfloat16"],
+            "model.compute_dtype: bf",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_training_would(kind, arguments, says):
+    done = script(kind, "--config", "config/quickstart.yaml", "--dry-run", *arguments)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(f"error: {says}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_dry_run_without_an_environment_says_what_it_did_not_check(tmp_path):
+    done = script("gpu", "--config", "config/quickstart.yaml", "--dry-run", SWITCHYARD_VENV=str(tmp_path / "none"))
+    assert done.returncode == 0 and "mindspore.parallel.cluster.run" in done.stdout
+    assert "holds no Python yet, so the keys and degrees were not checked" in done.stderr
 
 
 def test_an_unknown_device_is_refused():

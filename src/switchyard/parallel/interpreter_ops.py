@@ -57,11 +57,16 @@ UNARY = {
 }  # fmt: skip
 
 
-def _plain(function):
-    return lambda attributes, *inputs: function(*inputs)
+def _of_one(function):
+    return lambda attributes, x: function(x)  # a further input would be numpy's `out`
 
 
-OPERATORS.update({name: _plain(function) for name, function in {**BINARY, **UNARY}.items()})
+def _of_two(function):
+    return lambda attributes, x, y: function(x, y)
+
+
+OPERATORS.update({name: _of_one(function) for name, function in UNARY.items()})
+OPERATORS.update({name: _of_two(function) for name, function in BINARY.items()})
 
 
 @operator("Muls")

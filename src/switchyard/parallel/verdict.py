@@ -7,7 +7,7 @@ and is judged by itself:
     loss        differs by at most TOLERANCE, relative to its size (at least 1)
     norm        of the gradients: by at most GRADIENTS, relative to its size
     gradients   read off both moments: by at most GRADIENTS, relative to the largest entry of the tensor, or to NOISE of
-                the largest entry of all, below which a sum of float32 numbers has no digits
+                the largest entry of all: an error of 1e-7 of that is float32's own
     parameters  are what AdamW makes of the own moments, and differ by at most TOLERANCE, or else are `explained`:
                 their gradients are equal by the rule above, and AdamW alone has set them apart
     the rest    (bias corrections) by at most TOLERANCE
@@ -27,7 +27,7 @@ from switchyard.config import OptimizerConfig
 Arrays = dict[str, np.ndarray]
 TOLERANCE = 1e-5  # of losses, relative; of parameters, absolute
 GRADIENTS = 1e-4  # of gradients and their norm, relative
-NOISE = 1e-6  # of the largest gradient: smaller tensors are compared as if they were of this size
+NOISE = 1e-3  # of the largest gradient: smaller tensors are compared as if they were of this size
 ROUNDING = 4 * 6e-8  # of what is kept in float32
 FIRST, SECOND = "moment1.", "moment2."
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from switchyard.config.reader import parse_json
 from switchyard.errors import UserError
 from switchyard.files import open_regular, parse_json
 
