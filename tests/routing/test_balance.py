@@ -106,7 +106,7 @@ SHARES = [[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], [[0.3, 0.7], [0.5, 0.5], [np.nan
 
 
 def test_every_real_row_counts_alike_whatever_its_group(pynative):
-    """z: (2 log(4)^2 + 2 log(2)^2) / 4. Entropy: of the four real rows. A mean of groups would weigh the fourth thrice."""
+    """z: (2 log(4)^2 + 2 log(2)^2) / 4. Entropy: of the four real rows. A mean of groups weighs the fourth thrice."""
     z = (2 * np.log(4) ** 2 + 2 * np.log(2) ** 2) / 4
     assert _value(balance.z_loss(_tensor(LOGITS), _tensor(MASK))) == pytest.approx(z, rel=1e-5)
     rows = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
@@ -135,7 +135,7 @@ def test_a_group_of_padding_halves_nothing(pynative):
         (balance.entropy(_tensor(SHARES), mask), balance.entropy(_tensor(SHARES[:1]), mask[:1])),
     )
     for found, wanted in pairs:
-        assert _value(found) == pytest.approx(_value(wanted), rel=1e-6) and _value(wanted) > 0.5
+        assert _value(found) == pytest.approx(_value(wanted), rel=1e-6) and _value(wanted) > 0.4
 
 
 def test_figures_by_loop(pynative):
