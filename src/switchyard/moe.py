@@ -52,8 +52,8 @@ class Audit(TypedDict):
 class MoELayer(nn.Cell):
     """Rows [G, N, D] -> (rows [G, N, D], losses, Audit). A row without a slot comes back as zero, a padded row too.
 
-    Router, experts and shared experts see zeros in the place of padded rows, whose contents reach nothing: no output, no
-    loss, no gradient.
+    Router, experts and shared experts see zeros in the place of padded rows, whose contents reach nothing: no output,
+    no loss, no gradient.
 
     losses: three scalars, the ones that carry a gradient: the balance loss and the z-loss, unweighted, and the weighted
     sum of those of `moe.losses`.

@@ -1,5 +1,7 @@
 """Experts that choose rows: hand-typed scores, what is taken, and the classifier of mixture of depths."""
 
+import math
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -36,12 +38,52 @@ def test_experts_take_their_best_rows(pynative):
 
 
 def test_padding_is_taken_last_and_counts_nothing(pynative):
-    """Only row 0 is real: every expert takes it, and what else it takes has the gate 0."""
+    """Only row 0 is real: every expert takes it, its capacity of one row, and the other slot has the gate 0."""
     router = _choice(num_experts_chosen=2, capacity_factor=1.0)
     routing = _route(router, np.log(PROBABILITIES)[None], valid=[[1, 0, 0]])
     np.testing.assert_array_equal(routing["rows"][..., 0], [[0, 0, 0]])
     np.testing.assert_allclose(routing["gates"], [[[0.7, 0], [0.2, 0], [0.1, 0]]], atol=1e-6)
     np.testing.assert_array_equal(routing["chosen"], [[[1, 1, 1], [0, 0, 0], [0, 0, 0]]])
+
+
+@pytest.mark.parametrize("padded", [0, 1, 3, 9])
+def test_capacity_is_that_of_the_real_rows(padded, pynative):
+    """3 real rows, 3 experts, factor 1, K = 1: one row each, however many padded rows stand between them.
+
+    Counted with 9 of padding, 12 / 3 = 4 slots would have let every expert take every row.
+    """
+    router = _choice(num_experts_chosen=1, capacity_factor=1.0)
+    places = np.linspace(0, 2 + padded, 3).astype(int)
+    rows, valid = np.full((1, 3 + padded, 3), 50.0), np.zeros((1, 3 + padded))
+    rows[0, places], valid[0, places] = np.log(PROBABILITIES), 1
+    routing = _route(router, rows, valid)
+    np.testing.assert_array_equal(routing["chosen"][0, places], [[1, 0, 0], [0, 0, 1], [0, 1, 0]])
+    assert routing["chosen"].sum() == 3
+    np.testing.assert_array_equal(routing["filled"][0].sum(-1), [1, 1, 1])
+    np.testing.assert_allclose(routing["gates"][0][:, 0], [0.7, 0.5, 0.6], atol=1e-6)
+    assert not routing["gates"][0][:, 1:].any()
+
+
+@pytest.mark.parametrize("real", range(9))
+def test_rows_taken_by_loop(real, pynative):
+    """Against a loop: each expert its min(n, ceil(n * K * factor / E)) best rows, at least one where there are any."""
+    router, random = _choice(num_experts_chosen=2, capacity_factor=1.1), np.random.default_rng(real)
+    rows, valid = random.normal(0, 1, (1, 8, 3)), np.zeros((1, 8))
+    valid[0, random.permutation(8)[:real]] = 1
+    routing, wanted = _route(router, rows, valid), np.zeros((8, 3))
+    for expert in range(3):
+        scores = np.exp(rows[0, :, expert]) / np.exp(rows[0]).sum(-1)
+        best = sorted((n for n in range(8) if valid[0, n]), key=lambda n: -scores[n])
+        wanted[best[: min(real, math.ceil(round(real * 2 * 1.1 / 3, 6)))], expert] = 1
+    np.testing.assert_array_equal(routing["chosen"][0], wanted)
+
+
+def test_a_share_of_the_real_rows_of_each_sequence_works(pynative):
+    """Half of 4, of 2 and of 3 real rows: 2, 1 and 2. Padding at the end leaves the taken rows as they are."""
+    valid = [1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0]
+    routing = _route(_depths().set_train(True), _scores(5, 6, 7, 8, 1, 4, 9, 9, 3, 2, 1, 9), [valid])
+    np.testing.assert_array_equal(routing["chosen"][0, :, 0], [0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(routing["filled"][0, 0], [1, 1, 1, 0, 1, 1])
 
 
 def test_capacity_of_evaluation(pynative):

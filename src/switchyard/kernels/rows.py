@@ -16,12 +16,18 @@ from switchyard.parallel.mesh import Mesh
 
 def with_zero_row(table: Tensor) -> Tensor:
     """A table with a row of zeros behind its last: [G, N, D] -> [G, N + 1, D]."""
-    return ops.concat((table, ops.zeros_like(table[:, :1])), 1)
+    return ops.concat((table, ops.ZerosLike()(table[:, :1])), 1)
 
 
 def index_or_zero_row(index: Tensor, mask: Tensor, rows: int) -> Tensor:
     """Indices [G, I] where the mask [G, I] is above 0, else that of the zero row behind `rows` rows: [G, I]."""
-    return ops.where(mask > 0, index, ops.full_like(index, rows))
+    means = mask.astype(index.dtype)
+    return index * means + rows * (1 - means)
+
+
+def selected(values: Tensor, mask: Tensor) -> Tensor:
+    """`masks.keep_where` of operators alone, values and mask of one shape: functions fail in a compiled `bprop`."""
+    return ops.Select()(mask > 0, values, ops.ZerosLike()(values))
 
 
 class TakeRows(nn.Cell):
@@ -67,7 +73,7 @@ class Dispatch(nn.Cell):
 
     def bprop(self, rows, choice_of, slot_of, filled, kept, out, d_out):
         table = with_zero_row(d_out)  # [G, M + 1, D]
-        place = index_or_zero_row(slot_of, kept, d_out.shape[1])  # [G, N * K]
+        place = index_or_zero_row(slot_of, kept, out.shape[1])  # [G, N * K]
         d_rows = self.take(table, place[:, 0 :: self.choices])  # [G, N, D]
         for k in range(1, self.choices):
             d_rows = d_rows + self.take(table, place[:, k :: self.choices])
@@ -95,7 +101,7 @@ class Combine(nn.Cell):
     def construct(self, outputs: Tensor, gates: Tensor, choice_of: Tensor, slot_of: Tensor, filled, kept) -> Tensor:
         table = with_zero_row(outputs)  # [G, M + 1, D]
         place = index_or_zero_row(slot_of, kept, outputs.shape[1])  # [G, N * K]
-        gates = ops.where(kept > 0, gates, ops.zeros_like(gates))
+        gates = selected(gates, kept)
         rows = self._of_choice(table, gates, place, 0)
         for k in range(1, self.choices):
             rows = rows + self._of_choice(table, gates, place, k)
@@ -107,8 +113,8 @@ class Combine(nn.Cell):
 
     def bprop(self, outputs, gates, choice_of, slot_of, filled, kept, out, d_out):
         weight = self.take_gates(ops.expand_dims(gates, 2), choice_of)  # [G, M, 1]
-        weight = ops.where(ops.expand_dims(filled, 2) > 0, weight, ops.zeros_like(weight)).astype(d_out.dtype)
-        source = index_or_zero_row(choice_of // self.choices, filled, d_out.shape[1])  # [G, M]
+        weight = selected(weight, ops.expand_dims(filled, 2)).astype(d_out.dtype)
+        source = index_or_zero_row(choice_of // self.choices, filled, out.shape[1])  # [G, M]
         d_outputs = self.take(with_zero_row(d_out), source) * weight  # [G, M, D]
         parts = ()
         for k in range(self.choices):
@@ -116,7 +122,7 @@ class Combine(nn.Cell):
             parts = (*parts, self._row_sums(picked * d_out))  # [G * N, 1]
         d_gates = parts[0] if self.choices == 1 else ops.concat(parts, 1)  # [G * N, K]
         d_gates = d_gates.reshape(gates.shape).astype(gates.dtype)  # [G, N * K]
-        d_gates = ops.where(kept > 0, d_gates, ops.zeros_like(d_gates))
+        d_gates = selected(d_gates, kept)
         nothing = ops.zeros_like
         return d_outputs, d_gates, nothing(choice_of), nothing(slot_of), nothing(filled), nothing(kept)
 

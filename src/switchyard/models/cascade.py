@@ -15,6 +15,7 @@ from mindspore import dtype as mstype
 
 from switchyard.config import Config
 from switchyard.experts_conv import ConvolutionExperts
+from switchyard.kernels.masks import keep_where
 from switchyard.models.decoder import DTYPES
 from switchyard.models.vision import Summary
 
@@ -74,8 +75,8 @@ class Cascade(nn.Cell):
         self.turn, self.softmax, self.largest = ops.Transpose(), ops.Softmax(-1), ops.ReduceMax(True)
 
     def construct(self, images: Tensor, valid: Tensor, noise: Tensor):
-        """images [B, C, H, W] float32; valid [B, 1] and noise are not read."""
-        logits = self.all_exits(images)
+        """images [B, C, H, W] float32, valid [B, 1]: 0 for padding; noise is not read."""
+        logits = self.all_exits(keep_where(images, valid.sum(1)))
         if self.training:
             return ops.concat(logits, 0), (), {}  # [X * B, V]
         chosen = logits[-1]

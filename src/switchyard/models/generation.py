@@ -116,6 +116,7 @@ class Prefill(_Half):
         self.block, self.transpose = block, ops.Transpose()
         self.first_row = ops.StridedSlice(end_mask=0b10)
         self.smallest, self.largest = ops.ReduceMin(), ops.ReduceMax(keep_dims=True)
+        self.fill, self.zero = ops.MaskedFill(), Tensor(0.0, mstype.float32)
 
     def construct(self, tokens: Tensor, length: Tensor):
         ones = ops.ones_like(tokens)  # [B, S]
@@ -152,7 +153,8 @@ class Prefill(_Half):
         choice_of, slot_of, block_expert = self.plans[0](experts)
         slots = self.take(x, choice_of // moe.choices, 0).reshape(-1, self.block, self.width)  # [P, b, D]
         slots = moe.in_blocks(slots, block_expert).reshape(-1, self.width)  # [P * b, D]
-        out = self.take(slots, slot_of, 0) * gates.reshape(-1, 1)  # [N * K, D]
+        out = self.take(slots, slot_of, 0)  # [N * K, D]; padding reads a slot of another prompt's row
+        out = self.fill(out, experts.reshape(-1, 1) >= moe.expert_num, self.zero) * gates.reshape(-1, 1)
         if moe.choices > 1:
             out = out.reshape(-1, moe.choices, self.width).sum(1)  # [N, D]
         return out

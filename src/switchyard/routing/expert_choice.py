@@ -106,9 +106,9 @@ class ExpertChoice(LinearRouter):
 class MixtureOfDepths(LinearRouter):
     """Mixture of depths (arXiv 2404.02258): one expert, or none, for each row.
 
-    In training the top `moe.capacity_factor` share of the real rows of each sequence, by a score x . w, goes through the
-    expert and the others pass by on the residual. Which they are depends on later rows, so a generating model cannot
-    ask: a small classifier learns to foretell it from the row alone, through a stopped gradient, and
+    In training the top `moe.capacity_factor` share of the real rows of each sequence, by a score x . w, goes through
+    the expert and the others pass by on the residual. Which they are depends on later rows, so a generating model
+    cannot ask: a small classifier learns to foretell it from the row alone, through a stopped gradient, and
     decides at evaluation, where the layer is causal.
 
     The expert's output is multiplied by sigmoid(score), which puts the score on the way of the gradient: without it the
