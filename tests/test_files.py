@@ -1,5 +1,6 @@
 """Files are read only where they are regular, and replaced so that a whole one is there at every moment."""
 
+import contextlib
 import errno
 import os
 import socket
@@ -72,10 +73,8 @@ def test_a_replacement_killed_at_any_step_leaves_a_whole_folder(tmp_path, monkey
             for name, call in real.items():
                 patch.setattr(files, name, counted(call))
             patch.setattr(os, "replace", counted(real_replace))
-            try:
+            with contextlib.suppress(Killed):
                 files.replace(new, place)
-            except Killed:
-                pass
         assert (files.present(place) / "file").read_text() in ("old", "new")
         files.settle(place)
         assert (place / "file").read_text() in ("old", "new")

@@ -9,7 +9,6 @@ lower the layers and the batch by overrides; the layout is the same.
 import json
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from switchyard import cli
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.files import scratch
 from switchyard.parallel import simulate
 from switchyard.parallel.interpreter import EXCHANGES, Arrays, ClusterError, run_cluster
 from switchyard.parallel.placement import Degrees, optimizer_slices, placement, slice_of
@@ -28,6 +28,7 @@ from switchyard.parallel.reference import AFTER, BATCHES, BEFORE, RESULT
 from switchyard.parallel.simulate import ACCUMULATED, Report
 from switchyard.parallel.stages import factors
 from switchyard.parallel.worker import JOB
+from switchyard.trust import check_trusted
 
 TOLERANCE = 1e-5  # absolute, of losses and of parameters
 RATE, UNSCALE = "learning_rate", "unscale"  # parameters of the graph that the host sets
@@ -80,14 +81,13 @@ def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0) 
 
 def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float = 600) -> Arrays:
     """Trains on one CPU device in a process of its own: see `reference` for what comes back."""
-    with tempfile.TemporaryDirectory(prefix="switchyard-reference-") as name:
-        folder = Path(name)
+    with scratch("reference") as folder:
         (folder / JOB).write_text(json.dumps({"config": config.model_dump(), "vocab": vocab}))
         np.savez(folder / BATCHES, **batches)
         source = str(Path(__file__).resolve().parents[2])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+        environment = {**os.environ, "PYTHONPATH": simulate.with_source(source, os.environ.get("PYTHONPATH"))}
         done = simulate.run_child(
-            [sys.executable, "-m", "switchyard.parallel.reference", name], environment, timeout, "the reference"
+            [sys.executable, "-m", "switchyard.parallel.reference", str(folder)], environment, timeout, "the reference"
         )
         if done.returncode:
             lines = [line for line in done.stdout.splitlines() if line.strip()]
@@ -262,8 +262,10 @@ def main(arguments: list[str]) -> int:
     if chosen.steps < 1:
         raise UserError(f"--steps: {chosen.steps}; at least 1")
     config = configuration.load(chosen.config, chosen.overrides)
+    check_trusted(config.moe.router, consent=True, say=print)
     try:
-        found = prove(config, chosen.devices, chosen.steps, chosen.vocab)
+        with cli.cleans_up():
+            found = prove(config, chosen.devices, chosen.steps, chosen.vocab)
     except ClusterError as error:
         print(f"virtual cluster: {error}")
         return 1
