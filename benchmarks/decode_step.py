@@ -52,7 +52,8 @@ def exported(config: Config, length: int):
 def floor(cache: ms.Tensor, ids: ms.Tensor):
     """The floor as a loaded graph."""
     with tempfile.TemporaryDirectory() as folder:
-        ms.export(HandOn(), ids, ids, cache, cache, file_name=f"{folder}/floor", file_format="MINDIR")
+        with plain_path(Path(folder)) as plain:
+            ms.export(HandOn(), ids, ids, cache, cache, file_name=f"{plain}/floor", file_format="MINDIR")
         return load_graph(Path(folder) / "floor.mindir", None)
 
 

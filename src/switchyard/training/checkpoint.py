@@ -20,6 +20,7 @@ directory is renamed: the moment of the rename is the moment the checkpoint exis
 """
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -120,10 +121,11 @@ def best(run: str | Path) -> tuple[Path, float] | None:
     folder = Path(run) / FOLDER
     try:
         entry = parse_json(read_regular(folder / BEST, LONGEST_BEST))
-        path, loss = folder / entry["checkpoint"], float(entry["loss"])
-    except (OSError, ValueError, KeyError, TypeError):
+        name, loss = entry["checkpoint"], float(entry["loss"])
+        known = NAME.fullmatch(name) and math.isfinite(loss) and (folder / name).is_dir()
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
-    return (path, loss) if NAME.fullmatch(path.name) and path.is_dir() else None
+    return (folder / name, loss) if known else None
 
 
 def save(
