@@ -22,6 +22,7 @@ from mindspore import nn
 from timing import interleave, print_table, ratios
 
 from switchyard.config import Config, build
+from switchyard.files import plain_path
 from switchyard.inference.export import inference_config, prefill_block, write_graphs
 from switchyard.inference.mindir import load_graph
 from switchyard.models import create_model
