@@ -21,6 +21,7 @@ from mindspore import nn
 from timing import interleave, print_table, ratios
 
 from switchyard.config import Config, build
+from switchyard.files import plain_path
 from switchyard.inference.export import inference_config, prefill_block, write_graphs
 from switchyard.inference.mindir import load_graph
 from switchyard.json_text import to_json
@@ -52,7 +53,8 @@ def exported(config: Config, length: int):
 def floor(cache: ms.Tensor, ids: ms.Tensor):
     """The floor as a loaded graph."""
     with tempfile.TemporaryDirectory() as folder:
-        ms.export(HandOn(), ids, ids, cache, cache, file_name=f"{folder}/floor", file_format="MINDIR")
+        with plain_path(Path(folder)) as plain:
+            ms.export(HandOn(), ids, ids, cache, cache, file_name=f"{plain}/floor", file_format="MINDIR")
         return load_graph(Path(folder) / "floor.mindir", None)
 
 

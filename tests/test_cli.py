@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ import yaml
 from oracles.tiny_run import run_config, write_text
 
 from switchyard import cli
+from switchyard.cli import cleans_up, run
 from switchyard.config import build, load
 from switchyard.errors import Interrupted, UserError
+from switchyard.files import unfinished
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "config" / "quickstart.yaml")
@@ -211,3 +214,27 @@ def test_keys_without_effect_are_announced_once_a_job(capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     cli.announce(config, ())
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_removes_what_is_unfinished(tmp_path, number):
+    """SIGTERM and a closed terminal end a command as Ctrl-C does; handlers are put back."""
+    before = signal.getsignal(number)
+
+    def main(_arguments):
+        with cleans_up(), unfinished(tmp_path / "out") as folder:
+            (folder / "weights").write_text("x")
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    assert run(main, []) == 130 and list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with cleans_up():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -21,6 +21,9 @@ export: {max_length: 48}
 
 @pytest.mark.slow
 def test_quickstart_from_end_to_end(tmp_path):
+    """In a folder whose name has letters that MindSpore's export refuses."""
+    tmp_path = tmp_path / "My Prójects (1)" / "a+b,c=d~"
+    tmp_path.mkdir(parents=True)
     text, config, out = tmp_path / "text.txt", tmp_path / "tiny.yaml", tmp_path / "my_runs"
     text.write_text("def double(x):\n    return 2 * x\n\n" * 100)
     config.write_text(TINY.replace("TEXT", str(text)))

@@ -18,10 +18,12 @@ import numpy as np
 
 from switchyard.config import Config, VisionConfig
 from switchyard.errors import UserError
+from switchyard.files import UnfitError, read_regular
 
 SHUFFLE_STREAM, SPLIT_STREAM = 0x696D_6773, 0x7370_6C74  # set these draws apart from other draws of the same seed
 IDX_BYTES = 0x08  # the type of an IDX file's values: unsigned bytes
 TRAIN, TEST = "train", "t10k"
+LONGEST = 1 << 36  # bytes of a file
 
 
 class ImageBatch(NamedTuple):
@@ -176,7 +178,11 @@ def find_file(folder: Path, part: str, what: str) -> Path | None:
     """PART-WHAT-idxN-ubyte or PART-WHAT.idxN-ubyte in a folder, plain or .gz; None where there is none."""
     if not folder.is_dir():
         raise UserError(f"data.path: '{folder}'; give a folder with {TRAIN}-images-idx3-ubyte and its labels")
-    return min(folder.glob(f"{part}-{what}[-.]idx[0-9]-ubyte*"), default=None)
+    found = sorted(folder.glob(f"{part}-{what}[-.]idx[0-9]-ubyte*"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"data.path: '{folder}'; several files of {part}-{what}: {names}; keep one")
+    return found[0] if found else None
 
 
 def read_images(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
@@ -202,9 +208,9 @@ def read_images(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
 def read_idx(path: Path) -> np.ndarray:
     """The array of unsigned bytes in an IDX file, plain or gzip (UserError where it is damaged or something else)."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path, LONGEST)
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, UnfitError, zlib.error) as error:
         raise UserError(f"data.path: '{path}'; cannot be read: {' '.join(str(error).split())}") from None
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] != IDX_BYTES or not data[3]:
         raise UserError(f"data.path: '{path}'; is no IDX file of bytes: it must begin with 0, 0, 8 and its axes")

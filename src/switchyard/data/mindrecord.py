@@ -13,17 +13,19 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from switchyard.data.tokenizer import Tokenizer, smallest_dtype
 from switchyard.errors import UserError
+from switchyard.files import UnfitError, follow_umask, read_regular
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 COLUMN = "tokens"
+LONGEST = 256 << 20  # bytes of manifest and tokenizer
 WRITE_BLOCKS = 1024  # blocks handed to the writer, or counted, at a time
 STREAM_BLOCKS = 65_536  # blocks of one opened pipeline: bounds the list of indices that the sampler copies
 PREPARE = "python -m switchyard.data.prepare"
@@ -34,10 +36,10 @@ class Split(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    file: str
-    tokens: int  # of text, without the filling of the last block
-    blocks: int
-    size: int  # bytes of the file
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # in the folder itself
+    tokens: Annotated[int, Field(ge=1, lt=2**48)]  # of text, without the filling of the last block
+    blocks: Annotated[int, Field(ge=1, lt=2**40)]
+    size: Annotated[int, Field(ge=1, lt=2**63)]  # bytes of the file
     sha256: str
 
 
@@ -48,8 +50,8 @@ class Manifest(BaseModel):
 
     format: Literal["switchyard-mindrecord-1"] = "switchyard-mindrecord-1"
     source: str
-    seq_length: int
-    vocab_size: int
+    seq_length: Annotated[int, Field(ge=1, lt=2**31)]
+    vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
     tokenizer_fingerprint: str
     train: Split
     validation: Split
@@ -84,12 +86,13 @@ def read_manifest(folder: Path) -> tuple[Manifest, Tokenizer]:
         UserError: a file is missing, cut or altered.
     """
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-        tokenizer = Tokenizer.from_json((folder / TOKENIZER).read_text(encoding="utf-8"), str(folder / TOKENIZER))
+        manifest = Manifest.model_validate_json(read_regular(folder / MANIFEST, LONGEST, folder))
+        text = read_regular(folder / TOKENIZER, LONGEST, folder).decode("utf-8")
+        tokenizer = Tokenizer.from_json(text, str(folder / TOKENIZER))
     except ValidationError as error:
         where = ".".join(str(step) for step in error.errors()[0]["loc"]) or "JSON"
         raise UserError(f"data.path: '{folder / MANIFEST}': broken at '{where}'; write the folder anew") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnfitError, UnicodeDecodeError) as error:
         raise UserError(f"data.path: '{folder}': {error}; write the folder anew with {PREPARE}") from None
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(f"data.path: '{folder / TOKENIZER}': is not the tokenizer that wrote the blocks; restore it")
@@ -112,8 +115,7 @@ def write_split(file: Path, stream: np.ndarray, seq_length: int, advance: Callab
         count = _write_blocks(file, stream, seq_length + 1, advance)
     except RuntimeError as error:  # what MindSpore raises; its first line is the message, a C++ stack follows
         raise UserError(f"--out: '{file.parent}': {str(error).strip().splitlines()[0]}; free some space") from None
-    for part in (file, Path(f"{file}.db")):
-        part.chmod(0o644)  # the writer makes them unreadable for others
+    follow_umask(file.parent)  # the writer gives modes of its own
     with open(file, "rb") as handle:
         digest = _sha256(handle)
     return Split(file=file.name, tokens=len(stream), blocks=count, size=file.stat().st_size, sha256=digest)

@@ -4,16 +4,17 @@ The folder appears whole or not at all; `data.path` takes it.
 """
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from switchyard import cli
+from switchyard.cli import cleans_up
 from switchyard.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from switchyard.files import flush_tree, unfinished
 
 if TYPE_CHECKING:
     from switchyard.data.corpus import Document
@@ -43,14 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and gives its exit code."""
     options = parser().parse_args(arguments)
     try:
-        folder = prepare(
-            options.input,
-            Path(options.out),
-            options.vocab_size,
-            options.seq_length,
-            options.val_fraction,
-            options.tokenizer,
-        )
+        with cleans_up():
+            folder = prepare(
+                options.input,
+                Path(options.out),
+                options.vocab_size,
+                options.seq_length,
+                options.val_fraction,
+                options.tokenizer,
+            )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -89,12 +91,7 @@ def prepare(
     TextSource(train, seq_length)  # both refuse too little text, before anything is written
     eval_batches(validation, 1, seq_length)
     print(f"{made.vocab_size:,} tokens; {len(train):,} train / {len(validation):,} validation", flush=True)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out: '{out}'; {error.strerror}; name a folder that can be made") from None
-    try:
+    with _partial(out) as partial:
         width = seq_length + 1
         with _progress(-(-len(train) // width) - (-len(validation) // width)) as advance:
             splits = {
@@ -109,10 +106,20 @@ def prepare(
             **splits,
         )
         mindrecord.write_manifest(partial, manifest, made)
+        flush_tree(partial)
         os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+@contextmanager
+def _partial(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into; see files.unfinished (UserError: it cannot be made)."""
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(unfinished(out.absolute()))
+        except OSError as error:
+            raise UserError(f"--out: '{out}'; {error.strerror}; name a folder that can be made") from None
+        yield folder
 
 
 def train_bpe(documents: Iterable["Document"], vocab_size: int) -> "LibraryTokenizer":

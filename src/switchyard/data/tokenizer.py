@@ -20,9 +20,11 @@ from switchyard.config import DataConfig
 from switchyard.config.reader import parse_json
 from switchyard.data.corpus import Corpus, Document
 from switchyard.errors import UserError
+from switchyard.files import UnfitError, read_regular
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in foreign files, the first that exists
+LONGEST = 256 << 20  # bytes of a tokenizer.json
 Ids = Sequence[int] | np.ndarray
 
 
@@ -68,7 +70,7 @@ class Tokenizer(ABC):
             tree = None
         if isinstance(tree, dict) and tree.get("kind") == "byte":
             return ByteTokenizer()
-        if isinstance(tree, dict) and tree.get("kind") == "char" and _is_alphabet(tree.get("characters")):
+        if isinstance(tree, dict) and tree.get("kind") == "char" and _is_alphabet(tree):
             return CharTokenizer(tree["characters"], separated=tree.get("separated") is True)
         if isinstance(tree, dict) and "model" in tree:
             return LibraryTokenizer(text, name)
@@ -339,9 +341,9 @@ def load_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a file (UserError if there is none)."""
     try:
-        return Tokenizer.from_json(Path(path).expanduser().read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        return Tokenizer.from_json(read_regular(Path(path).expanduser(), LONGEST).decode("utf-8"), str(path))
+    except (OSError, UnfitError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or ("not UTF-8 text" if isinstance(error, UnicodeError) else error)
         raise UserError(
             f"data.tokenizer: '{path}'; {reason}; give byte, char or the path of a tokenizer.json"
         ) from None
@@ -388,6 +390,9 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def _is_alphabet(characters: object) -> bool:
-    """A text whose characters are distinct and sorted."""
-    return isinstance(characters, str) and len(characters) > 0 and list(characters) == sorted(set(characters))
+def _is_alphabet(tree: dict[str, Any]) -> bool:
+    """Whether `characters` are distinct and sorted, with the separator among them where `separated` asks for it."""
+    characters, separated = tree.get("characters"), tree.get("separated") is True
+    if not (isinstance(characters, str) and list(characters) == sorted(set(characters))):
+        return False
+    return len(characters) > 0 and (not separated or "\0" in characters)

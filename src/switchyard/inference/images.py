@@ -102,14 +102,12 @@ def _check_values(path: str | Path, index: int, image: np.ndarray, allowed: Rang
 
 def _as_images(path: str | Path, values: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """An array as [N, C, H, W] (UserError: another shape than the model takes)."""
-    if values.ndim == 2 and shape[0] == 1:
-        values = values[None]  # [1, H, W]
-    if values.ndim == 3:
-        values = values[None]  # [1, C, H, W]
-    if values.ndim != 4 or values.shape[1:] != shape or not len(values):
+    images = values[None] if values.ndim == 2 and shape[0] == 1 else values  # [1, H, W]
+    images = images[None] if images.ndim == 3 else images  # [1, C, H, W]
+    if images.ndim != 4 or images.shape[1:] != tuple(shape) or not len(images):
         wanted = f"{list(shape)} or [N, {', '.join(map(str, shape))}]"
         raise UserError(f"--image: '{path}'; an array of {list(values.shape)}; the model takes {wanted}")
-    return values
+    return images
 
 
 def _read_array(path: str | Path) -> np.ndarray:

@@ -169,7 +169,7 @@ def read(directory: str | Path, kind: type[Kind] = Manifest) -> Kind:
             raise UserError(f"--model: '{directory}' is no {wanted['format']}; give the folder that export.py made")
         if tree.get("version") != wanted["version"]:
             raise UserError(
-                f"--model: '{path}' has format version {str(tree.get('version'))[:20]}, this Switchyard reads "
+                f"--model: '{path}' has format version {repr(tree.get('version'))[:20]}, this Switchyard reads "
                 f"{wanted['version']}; export the checkpoint again"
             )
         manifest = kind(**tree)

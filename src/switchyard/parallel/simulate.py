@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,11 +20,13 @@ from switchyard import cli, json_text
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.files import scratch
 from switchyard.parallel.graph import Collective, Graph, collectives, read_graph
 from switchyard.parallel.offered import require_trainable
 from switchyard.parallel.placement import Degrees
 from switchyard.parallel.stubs import simulation_environment
 from switchyard.parallel.worker import JOB, TRAINING_STEP
+from switchyard.trust import check_trusted
 
 BYTE_VOCABULARY = 256
 COLUMNS = ["collective", "direction", "where", "why", "ranks", "number", "bytes each"]
@@ -128,16 +129,20 @@ def compile_ranks(
     vocab = vocab or vocabulary(config)
     environment = {**os.environ, **simulation_environment()}
     source = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join([source, environment.get("PYTHONPATH", "")])
-    with tempfile.TemporaryDirectory(prefix="switchyard-simulate-") as name:
-        folder = Path(name)
+    environment["PYTHONPATH"] = with_source(source, environment.get("PYTHONPATH"))
+    with scratch("simulate") as folder:
         job = {"config": config.model_dump(), "vocab": vocab, "devices": devices, "ranks": list(ranks), "step": step}
         (folder / JOB).write_text(json.dumps(job | {"jobs": min(2, os.cpu_count() or 1)}, allow_nan=False))
-        command = [sys.executable, "-m", "switchyard.parallel.worker", name]
+        command = [sys.executable, "-m", "switchyard.parallel.worker", str(folder)]
         done = run_child(command, environment, timeout, f"compile for {devices} devices")
         if done.returncode:
             raise UserError(_reason(folder, done))
         return [_report(folder, devices, rank) for rank in ranks]
+
+
+def with_source(source: str, path: str | None) -> str:
+    """PYTHONPATH with the package's folder first; without empty entries, which mean the current folder."""
+    return os.pathsep.join([source, *filter(None, (path or "").split(os.pathsep))])
 
 
 def run_child(command: list[str], environment: dict, timeout: float, what: str) -> subprocess.CompletedProcess:
@@ -309,8 +314,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--brief", action="store_true", help="layers that are alike in one row, and no parameters")
     chosen = parser.parse_intermixed_args(arguments)
     config = configuration.load(chosen.config, chosen.overrides)
+    check_trusted(config.moe.router, consent=True, say=print)
     require_trainable(config)
-    report = compile_step(config, chosen.devices, chosen.rank, chosen.vocab)
+    with cli.cleans_up():
+        report = compile_step(config, chosen.devices, chosen.rank, chosen.vocab)
     print(render(report, config, chosen.brief))
     if chosen.json:
         Path(chosen.json).write_text(json_text.to_json(to_json(report), indent=1), encoding="utf-8")

@@ -14,7 +14,6 @@ DIFFERENT, the whole is repeated with other batches, at most DRAWS times: a faul
 import json
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from switchyard import cli
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.files import scratch
 from switchyard.parallel import simulate
 from switchyard.parallel.interpreter import EXCHANGES, Arrays, ClusterError, NotExecutable, run_cluster
 from switchyard.parallel.offered import require_trainable
@@ -34,6 +34,7 @@ from switchyard.parallel.simulate import ACCUMULATED, Report
 from switchyard.parallel.stages import factors
 from switchyard.parallel.verdict import TOLERANCE, Comparison, Judge
 from switchyard.parallel.worker import JOB
+from switchyard.trust import check_trusted
 
 DRAWS = 3  # of batches, where choices of experts fell otherwise
 RATE, UNSCALE = "learning_rate", "unscale"  # parameters of the graph that the host sets
@@ -60,14 +61,13 @@ def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, 
 
 def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float = 600) -> Arrays:
     """Trains on one CPU device in a process of its own: see `reference` for what comes back."""
-    with tempfile.TemporaryDirectory(prefix="switchyard-reference-") as name:
-        folder = Path(name)
+    with scratch("reference") as folder:
         (folder / JOB).write_text(json.dumps({"config": config.model_dump(), "vocab": vocab}, allow_nan=False))
         np.savez(folder / BATCHES, **batches)
         source = str(Path(__file__).resolve().parents[2])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+        environment = {**os.environ, "PYTHONPATH": simulate.with_source(source, os.environ.get("PYTHONPATH"))}
         done = simulate.run_child(
-            [sys.executable, "-m", "switchyard.parallel.reference", name], environment, timeout, "the reference"
+            [sys.executable, "-m", "switchyard.parallel.reference", str(folder)], environment, timeout, "the reference"
         )
         if done.returncode:
             lines = [line for line in done.stdout.splitlines() if line.strip()]
@@ -285,8 +285,10 @@ def main(arguments: list[str]) -> int:
     if chosen.steps < 1:
         raise UserError(f"--steps: {chosen.steps}; at least 1")
     config = configuration.load(chosen.config, chosen.overrides)
+    check_trusted(config.moe.router, consent=True, say=print)
     try:
-        found = prove(config, chosen.devices, chosen.steps, chosen.vocab)
+        with cli.cleans_up():
+            found = prove(config, chosen.devices, chosen.steps, chosen.vocab)
     except (NotExecutable, NotImplementedError) as error:
         raise UserError(f"virtual cluster: {error}; nothing was compared, take another configuration") from None
     except ClusterError as error:

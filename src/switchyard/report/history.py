@@ -12,7 +12,10 @@ import numpy as np
 
 from switchyard import config as configuration
 from switchyard.errors import UserError
+from switchyard.files import UnfitError, read_regular
 from switchyard.training.metrics import METRICS
+
+LONGEST = 1 << 32  # bytes of the metrics
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ def read_history(run: Path) -> History:
     """
     path = run / METRICS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_regular(path, LONGEST).decode("utf-8").splitlines()
+    except (UnfitError, UnicodeDecodeError) as error:
+        raise UserError(f"run '{run}': {METRICS}: {error}; give a run folder such as runs/NAME") from None
     except OSError as error:
         raise UserError(f"run '{run}': {METRICS}: {error.strerror}; give a run folder such as runs/NAME") from None
     records = [record for record in map(_parsed, lines) if record]
@@ -57,6 +62,14 @@ def read_history(run: Path) -> History:
     if not train:
         raise UserError(f"run '{run}': {METRICS} holds no logged step; train for at least one")
     layers = configuration.load(run / "config.yaml", inherited=True).moe_layers
+    try:
+        return _history(train, evaluations, layers)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"run '{run}': {METRICS} holds a line that is no record of this run: {error!r}") from None
+
+
+def _history(train: list[dict[str, Any]], evaluations: list[dict[str, Any]], layers: tuple[int, ...]) -> History:
+    """The history of records whose kinds are known (KeyError, TypeError, ValueError: of other keys or types)."""
     load = np.array([record["load"] for record in train], float) if layers else np.zeros((len(train), 0, 0))
     return History(
         steps=np.array([record["step"] for record in train]),

@@ -15,10 +15,12 @@ import numpy as np
 
 from switchyard.cli import Parser, run
 from switchyard.errors import UserError
+from switchyard.files import read_regular
 from switchyard.inference import manifest
 from switchyard.report.picture import picture
 from switchyard.training.metrics import load_range
 
+LONGEST = 1 << 30  # bytes of a file
 EVALUATION, EXPORT, GENERATION = "evaluation.json", "export", "generation.json"
 
 
@@ -62,7 +64,7 @@ def text(table: list[tuple[str, str]]) -> str:
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     """A JSON object that has `keys` (UserError)."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_regular(path, LONGEST))
     except OSError as error:
         raise UserError(f"'{path}': {error.strerror}; run scripts/run_quickstart.sh to the end") from None
     except ValueError:

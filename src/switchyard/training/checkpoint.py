@@ -131,11 +131,11 @@ def best(run: str | Path) -> tuple[Path, float] | None:
     folder = Path(run) / FOLDER
     try:
         entry = parse_json(read_regular(folder / BEST, LONGEST_BEST))
-        path, loss = folder / entry["checkpoint"], float(entry["loss"])
-        exists = NAME.fullmatch(path.name) and path.is_dir()
-    except (OSError, ValueError, KeyError, TypeError):
+        name, loss = entry["checkpoint"], float(entry["loss"])
+        known = NAME.fullmatch(name) and math.isfinite(loss) and (folder / name).is_dir()
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
-    return (path, loss) if exists and math.isfinite(loss) else None
+    return (folder / name, loss) if known else None
 
 
 def save(

@@ -42,6 +42,7 @@ from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
 from switchyard.training.step import NOISE_RULE, TrainStep, draw_noise, random_state
+from switchyard.trust import check_trusted
 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """
     if is_scheduler() and launched() == 1:
         return {}  # one worker meets nobody, and is at work in the run folder already
+    check_trusted(config.moe.router, consent=True, say=print if is_first() else lambda line: None)  # the user's own
     config, by_hand = choose_way(config, launched())
     run = Path(config.train.output_dir) / config.train.name
     held = find_start(run, config, resume)

@@ -187,7 +187,7 @@ def read_manifest(path: Path) -> Manifest:
         version, digest = content["version"], content.pop("sha256")
         if version not in (WHOLE_VERSION, CUT_VERSION):
             raise UserError(
-                f"checkpoint '{path}': format version {str(version)[:20]}; this version of Switchyard reads "
+                f"checkpoint '{path}': format version {repr(version)[:20]}; this version of Switchyard reads "
                 f"{WHOLE_VERSION} and {CUT_VERSION}"
             )
         if digest != _digest_of(content):
