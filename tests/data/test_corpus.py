@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from switchyard.config import DataConfig
-from switchyard.data.corpus import hash_fraction, load_text
+from switchyard.data.corpus import load_text
+from switchyard.data.split import hash_fraction
 from switchyard.errors import UserError
 
 
