@@ -12,6 +12,7 @@ MARKS = (  # of other encodings; those of UTF-32 first, because the one begins w
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+SELDOM = 50  # bytes of which one is a NUL, at most, in UTF-8 text with stray NULs; wide text has more
 WIDE_CODECS = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 NO_TEXT = frozenset({"Cc", "Cn", "Co", "Cs"})  # Unicode categories: control, unassigned, private, surrogate
 REMEDY = "convert the file to UTF-8, for example with iconv"
@@ -57,8 +58,9 @@ def wide_encoding(raw: bytes) -> str | None:
     for mark, name in MARKS:
         if raw.startswith(mark) and _reads_as_text(raw[len(mark) :], name.lower(), mark):
             return name
-    if b"\0" not in raw[:PROBE]:  # UTF-8 text may happen to decode as UTF-16, too
-        return None
+    nuls = raw[:PROBE].count(0)
+    if not nuls or (nuls * SELDOM < len(raw[:PROBE]) and _reads_as_text(raw.replace(b"\0", b""), "utf-8")):
+        return None  # UTF-8, with a stray NUL or none, may happen to decode as UTF-16, too
     return next((codec[:6].upper() for codec in WIDE_CODECS if _reads_as_text(raw, codec)), None)
 
 
