@@ -61,7 +61,8 @@ def test_tokens_by_hand(place, path, count):
 
 def test_without_a_text_the_run_s_own_validation_set_is_scored(place):
     data = scored(place, CHAR, "data.batch_size=2", tokenizer="char")
-    own = load_data(config.build({"data": {"path": str(place / "run.txt"), "tokenizer": "char"}}), CHAR.to_json())
+    tree = {"data": {"path": str(place / "run.txt"), "tokenizer": "char", "batch_size": 3}, "model": {"seq_length": 4}}
+    own = load_data(config.build(tree), CHAR.to_json())
     assert data.validation_tokens == own.validation_tokens == 79
     assert predicted(data) == CHAR.encode(RUN_TEXT[720:]).tolist()[1:]
     validated = scored(place, ByteTokenizer(), val_path=str(place / "other.txt"))

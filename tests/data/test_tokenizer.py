@@ -149,6 +149,12 @@ def test_truncation_and_padding_of_a_file_are_off():
     assert len(Tokenizer.from_json(json.dumps(tree)).encode(SAMPLE)) == len(BPE.encode(SAMPLE))
 
 
+def test_dropout_of_merges_in_a_file_is_off():
+    tree = json.loads(BPE.to_json())
+    tree["model"]["dropout"] = 0.9
+    np.testing.assert_array_equal(Tokenizer.from_json(json.dumps(tree)).encode(SAMPLE), BPE.encode(SAMPLE))
+
+
 def test_tokenizer_that_is_not_byte_level_counts_bytes_of_its_text():
     from tokenizers import Tokenizer as Library
     from tokenizers import models, pre_tokenizers

@@ -189,7 +189,7 @@ class CharTokenizer(Tokenizer):
 
 
 class LibraryTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library, truncation and padding off."""
+    """A `tokenizer.json` of the `tokenizers` library; truncation, padding and dropout of merges are off."""
 
     kind = "tokenizer.json"
     _BATCH_SIZE = 4_000_000  # bytes handed to the library at a time: it holds about 100 bytes a token meanwhile
@@ -205,6 +205,8 @@ class LibraryTokenizer(Tokenizer):
             ) from None
         self._library.no_truncation()
         self._library.no_padding()
+        if getattr(self._library.model, "dropout", None):
+            self._library.model.dropout = None  # merges left out at random would give other ids at every reading
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not self.vocab_size:
