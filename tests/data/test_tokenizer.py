@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from switchyard.config import DataConfig
 from switchyard.data.corpus import Corpus, Document
 from switchyard.data.prepare import train_bpe
+from switchyard.data.stream_decoder import StreamDecoder
 from switchyard.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     LibraryTokenizer,
-    StreamDecoder,
     Tokenizer,
     load_tokenizer,
     reconcile,

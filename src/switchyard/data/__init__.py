@@ -12,14 +12,8 @@ from switchyard.data.batches import Batch, EvalBatches, TrainBatches, eval_batch
 from switchyard.data.corpus import Corpus, load_text
 from switchyard.data.given import load_scored
 from switchyard.data.images import Classes, ImageBatch, ImageBatches, ImageEvalBatches, load_split
-from switchyard.data.tokenizer import (
-    StreamDecoder,
-    Tokenizer,
-    load_tokenizer,
-    read_tokenizer,
-    reconcile,
-    unknown_note,
-)
+from switchyard.data.stream_decoder import StreamDecoder
+from switchyard.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, reconcile, unknown_note
 from switchyard.errors import UserError
 
 __all__ = [

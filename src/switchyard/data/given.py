@@ -45,11 +45,13 @@ def load_scored(config: Config, tokenizer_json: str, overrides: Sequence[str]) -
         return load_data(config, tokenizer_json)
     if config.model.type != "decoder":
         return _images(config, tokenizer_json)
-    if "data.val_path" not in keys:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"val_path": None})})
     tokenizer = Tokenizer.from_json(tokenizer_json, "of the checkpoint")
     if "data.tokenizer" in keys:
         _check_named(config.data.tokenizer, tokenizer)
+    changed = {"tokenizer": tokenizer.kind}  # what is read as bytes, and what as characters, goes by the checkpoint's
+    if "data.val_path" not in keys:
+        changed["val_path"] = None
+    config = config.model_copy(update={"data": config.data.model_copy(update=changed)})
     return _text(config, tokenizer, whole="data.val_fraction" not in keys)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from switchyard.data.tokenizer import StreamDecoder
+from switchyard.data.stream_decoder import StreamDecoder
 from switchyard.data.utf8 import decoded
 from switchyard.errors import UserError
 from switchyard.inference.mindir import ExportedModel
