@@ -74,6 +74,13 @@ def test_a_text_goes_before_the_run_s_validation_text(place):
     assert data.validation_tokens == 7
 
 
+def test_one_text_is_given(place):
+    with pytest.raises(UserError, match=r"^data\.val_path: '.*other\.txt'; one text is scored"):
+        scored(place, ByteTokenizer(), "data.path=@folder", "data.val_path=@other.txt")
+    own = scored(place, ByteTokenizer(), "data.val_path=null", val_path=str(place / "other.txt"))
+    assert own.validation_tokens == 79  # the last tenth of the run's text: no text was given
+
+
 def test_a_fraction_scores_the_validation_part(place):
     data = scored(place, CHAR, "data.path=@other.txt", "data.val_fraction=0.5")
     assert predicted(data) == CHAR.encode(OTHER[6:]).tolist()[1:]

@@ -41,6 +41,10 @@ def load_scored(config: Config, tokenizer_json: str, overrides: Sequence[str]) -
     from switchyard.data import load_data
 
     keys = keys_of(overrides)
+    if config.data.val_path is None:
+        keys -= {"data.val_path"}
+    if keys >= PATHS:
+        raise UserError(f"data.val_path: '{config.data.val_path}'; one text is scored: leave it or data.path out")
     if not keys & PATHS:
         return load_data(config, tokenizer_json)
     if config.model.type != "decoder":

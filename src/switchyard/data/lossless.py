@@ -52,17 +52,15 @@ def reserved_ids(tree: dict[str, Any], vocabulary: dict[str, int], separator: in
     return reserved
 
 
-def refuse_reserved(text: str, ids: np.ndarray, reserved: dict[int, str]) -> None:
-    """Raises a UserError where the ids [T] of a text hold a reserved one."""
+def refuse_reserved(text: str, ids: np.ndarray, encoding: Any, reserved: dict[int, str]) -> None:
+    """Raises a UserError where the ids [T] of a text, which an Encoding of the library holds, have a reserved one."""
     found = np.flatnonzero(np.isin(ids, list(reserved)))
     if not len(found):
         return
-    token = reserved[int(ids[found[0]])]
-    place = text.find(token)
-    where = f"{token!r} at position {place}" if place >= 0 else f"token {int(found[0])}"
+    start, stop = encoding.offsets[int(found[0])]
     raise UserError(
-        f"text: {where} becomes the tokenizer's special token {token!r}, which this vocabulary cannot tell from text; "
-        "remove it, or take another tokenizer"
+        f"text: {text[start:stop]!r} at position {start} becomes the special token {reserved[int(ids[found[0]])]!r} of "
+        "the tokenizer, which text may not become; remove it, or take another tokenizer"
     )
 
 

@@ -295,7 +295,7 @@ class LibraryTokenizer(Tokenizer):
             ids = np.array(encoding.ids, np.int32)
             if self._may_drop:
                 lossless.refuse_lost(self._library, text)
-            lossless.refuse_reserved(text, ids, self._reserved)
+            lossless.refuse_reserved(text, ids, encoding, self._reserved)
             yield ids
 
     def _parts(self, text: str) -> Iterator[list[str]]:
