@@ -166,7 +166,11 @@ def train_main(arguments: list[str]) -> None:
 
 def eval_main(arguments: list[str]) -> None:
     """`eval.py`: see its --help."""
-    parser = create_parser("eval.py", "Evaluates a checkpoint over its whole validation set.")
+    parser = create_parser(
+        "eval.py",
+        "Evaluates a checkpoint over its run's validation set. A text that data.path=... names is scored whole, with\n"
+        "the checkpoint's own tokenizer; with data.val_fraction=... as well, its validation part.",
+    )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or one checkpoint in it")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     add_trust_code(parser)

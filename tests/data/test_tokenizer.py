@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from switchyard.config import DataConfig
 from switchyard.data.corpus import Corpus, Document
 from switchyard.data.prepare import train_bpe
+from switchyard.data.stream_decoder import StreamDecoder
 from switchyard.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     LibraryTokenizer,
-    StreamDecoder,
     Tokenizer,
     load_tokenizer,
     reconcile,
@@ -147,6 +147,12 @@ def test_truncation_and_padding_of_a_file_are_off():
     tree = json.loads(BPE.to_json())
     tree["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     assert len(Tokenizer.from_json(json.dumps(tree)).encode(SAMPLE)) == len(BPE.encode(SAMPLE))
+
+
+def test_dropout_of_merges_in_a_file_is_off():
+    tree = json.loads(BPE.to_json())
+    tree["model"]["dropout"] = 0.9
+    np.testing.assert_array_equal(Tokenizer.from_json(json.dumps(tree)).encode(SAMPLE), BPE.encode(SAMPLE))
 
 
 def test_tokenizer_that_is_not_byte_level_counts_bytes_of_its_text():

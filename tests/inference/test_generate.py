@@ -116,13 +116,17 @@ def test_prompts_of_a_file(tmp_path):
     path = tmp_path / "prompts"
     path.write_bytes("one\r\ntwo words\nélan".encode())
     assert read_prompts(path) == ["one", "two words", "élan"]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte-order mark is not part of the first prompt
+    assert read_prompts(path) == ["one", "two words", "élan"]
     for content, said in (
         (b"", "line 1 is empty"),
         (b"a\n\nb\n", "line 2 is empty"),
-        (b"a\xff", "not UTF-8 at byte 1"),
+        (b"a\xff", "is not UTF-8: byte 0xff at offset 1"),
+        ("one\ntwo\n".encode("utf-16-le"), "is UTF-16 text; convert"),
+        (b"one\ntw\0o\n", "holds a NUL at offset 6"),
     ):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=f"^--prompts-file: '.*prompts': {said}"):
+        with pytest.raises(UserError, match=f"^--prompts-file: '.*prompts':? {said}"):
             read_prompts(path)
     with pytest.raises(UserError, match=r"^--prompts-file: '.*none': No such file"):
         read_prompts(tmp_path / "none")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from mindspore import Tensor
-from oracles.tiny_run import run_config, write_text
+from oracles.tiny_run import TEXT, run_config, write_text
 
 from switchyard.data import load_data
 from switchyard.errors import UserError
@@ -74,6 +74,21 @@ def test_the_whole_set_once(tmp_path, graph):
     assert layer["layer"] == 1 and sum(layer["load"]) == found.tokens and layer["dropped"] == 0
     assert sum(layer["importance"]) == pytest.approx(found.tokens, rel=1e-4)
     assert layer["max_violation"] == pytest.approx(max(layer["load"]) / (found.tokens / 4) - 1)
+
+
+def test_a_text_that_is_given_is_scored_whole_with_the_checkpoint_s_tokenizer(tmp_path, graph):
+    """200 characters are 199 predictions, whatever the batch size; the run's own set is its last tenth."""
+    run, _, data, _ = _saved(tmp_path)
+    (tmp_path / "other.txt").write_text(TEXT[:200], encoding="utf-8")
+    said = []
+    found = evaluate(run, [f"data.path={tmp_path / 'other.txt'}"], say=said.append)
+    again = evaluate(run, [f"data.path={tmp_path / 'other.txt'}", "data.batch_size=7"], say=said.append)
+    assert found.tokens == again.tokens == 199 and found.loss == pytest.approx(again.loss, abs=1e-5)
+    assert any("other.txt': 200 bytes, scored whole; the checkpoint's vocabulary" in line for line in said)
+    assert found.tokens != data.validation_tokens
+    (tmp_path / "other.txt").write_text(TEXT[:200] + "é", encoding="utf-8")
+    with pytest.raises(UserError, match=r"character 'é' \(U\+00E9\) at position 200 is not in the vocabulary"):
+        evaluate(run, [f"data.path={tmp_path / 'other.txt'}"], say=said.append)
 
 
 def test_a_checkpoint_is_evaluated_with_overrides(tmp_path, graph):

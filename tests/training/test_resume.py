@@ -55,6 +55,15 @@ def test_routing_groups_stay_where_the_degrees_allow_it(before, now, groups, cap
     assert ("routing groups from here on" in capsys.readouterr().out) == (groups != old.groups)
 
 
+def test_a_validation_text_may_move_but_neither_come_nor_go():
+    """With it all of data.path trains, so without it the sequence of losses would be another."""
+    with_text, moved, without = (build({"data": {"val_path": path}}) for path in ("a.txt", "b/a.txt", None))
+    check_resumable(with_text, moved)
+    for old, new in ((with_text, without), (without, with_text)):
+        with pytest.raises(UserError, match=r"^data\.val_path: .*keep it, or choose another train\.name"):
+            check_resumable(old, new)
+
+
 def test_groups_that_are_named_must_be_those_of_the_run():
     old = config_of(data_parallel=8)
     for groups in (4, 8):

@@ -162,7 +162,10 @@ class DataConfig(Section):
     )
     tokenizer: str = Field("byte", description="byte, char, or the path of a tokenizer.json")
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.1, description="of one file: its last part; of many: the files whose path hashes there"
+        0.1, description="validation share: the last part of each file, from 100 files on files by a hash of their path"
+    )
+    val_path: str | None = Field(
+        None, description="text file, folder or glob that validates, all of it; null = a part of data.path"
     )
     batch_size: Positive = Field(12, description="sequences or images of a micro-batch, over all devices together")
 

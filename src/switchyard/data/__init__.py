@@ -10,8 +10,10 @@ from switchyard.config import Config
 from switchyard.data import mindrecord
 from switchyard.data.batches import Batch, EvalBatches, TrainBatches, eval_batches
 from switchyard.data.corpus import Corpus, load_text
+from switchyard.data.given import load_scored
 from switchyard.data.images import Classes, ImageBatch, ImageBatches, ImageEvalBatches, load_split
-from switchyard.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, read_tokenizer, reconcile
+from switchyard.data.stream_decoder import StreamDecoder
+from switchyard.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, reconcile, unknown_note
 from switchyard.errors import UserError
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "TrainBatches",
     "eval_batches",
     "load_data",
+    "load_scored",
     "load_text",
     "load_tokenizer",
 ]
@@ -39,7 +42,7 @@ class Data:
 
     Attributes:
         tokenizer: text to ids and back; of images, their classes.
-        train: micro-batches by index.
+        train: micro-batches by index; None where a checkpoint is scored on data that it was given.
         validation: gives fresh batches over the whole validation set.
         validation_tokens: predictions of one pass: all tokens but the first.
         token_counts: counts how often each id occurs in the training split, [V] int64; None where nothing has ids.
@@ -48,7 +51,7 @@ class Data:
     """
 
     tokenizer: Tokenizer | Classes
-    train: TrainBatches | ImageBatches
+    train: TrainBatches | ImageBatches | None
     validation: Callable[[], EvalBatches | ImageEvalBatches]
     validation_tokens: int
     validation_bytes: int
@@ -91,6 +94,11 @@ def load_data(config: Config, tokenizer_json: str | None = None, rank: int = 0, 
 def _load_images(config: Config, classes_json: str | None, rank: int, world: int) -> Data:
     """The same of images; a prediction counts as one token of one byte."""
     vision, batch_size = config.vision, config.data.batch_size
+    if config.data.val_path is not None:
+        raise UserError(
+            f"data.val_path: '{config.data.val_path}'; names text, and images are read: leave it null; t10k-* files in "
+            "data.path are the validation images"
+        )
     classes = Classes(tuple(vision.tasks), vision.task_classes, vision.classes)
     if classes_json is not None and classes_json != classes.to_json():
         raise UserError(f"vision.tasks: {vision.tasks}; the checkpoint was trained on other tasks or classes")
@@ -112,6 +120,7 @@ def _load_images(config: Config, classes_json: str | None, rank: int, world: int
 
 def _read_text(config: Config, tokenizer_json: str | None) -> tuple[Tokenizer, np.ndarray, np.ndarray, Callable, str]:
     """(tokenizer, training stream [T], validation stream [T], what counts ids, description) of text."""
+    _refuse_records(config.data.val_path)
     corpus = load_text(config.data)
     named = config.data.tokenizer
     if tokenizer_json is not None and named not in ("byte", "char") and not os.path.exists(os.path.expanduser(named)):
@@ -121,7 +130,14 @@ def _read_text(config: Config, tokenizer_json: str | None) -> tuple[Tokenizer, n
         if tokenizer_json is not None:
             tokenizer = reconcile(tokenizer, tokenizer_json)
     train, validation = tokenizer.encode_documents(corpus.train), tokenizer.encode_documents(corpus.validation)
-    return tokenizer, train, validation, lambda: count_tokens([train], tokenizer.vocab_size), corpus.description
+    description = corpus.description + unknown_note(tokenizer, train, validation)
+    return tokenizer, train, validation, lambda: count_tokens([train], tokenizer.vocab_size), description
+
+
+def _refuse_records(val_path: str | None) -> None:
+    """Refuses a prepared folder as validation text (UserError)."""
+    if mindrecord.locate(val_path, "data.val_path") is not None:
+        raise UserError(f"data.val_path: '{val_path}'; is prepared as MindRecord: name the text itself")
 
 
 def count_tokens(pieces: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
@@ -138,6 +154,11 @@ def _read_records(
     """(tokenizer, training source, validation stream [T], what counts ids, description) of a prepared folder."""
     folder = mindrecord.locate(config.data.path)
     manifest, tokenizer = mindrecord.read_manifest(folder)
+    if config.data.val_path is not None:
+        raise UserError(
+            f"data.val_path: '{config.data.val_path}'; '{folder}' has a validation part already: leave it null, or "
+            "prepare the text with --val-path"
+        )
     if config.model.seq_length != manifest.seq_length:
         raise UserError(
             f"model.seq_length: {config.model.seq_length}; '{folder}' holds blocks for {manifest.seq_length}; "

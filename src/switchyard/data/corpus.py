@@ -4,25 +4,35 @@ Documents stay raw bytes until a tokenizer asks for characters, so that the byte
 """
 
 import glob
-import hashlib
 import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from switchyard.config import DataConfig
+from switchyard.data import split
+from switchyard.data.split import Split
+from switchyard.data.utf8 import is_binary, text_bytes
 from switchyard.errors import UserError
 
 INSTALLED_PACKAGES = frozenset({"site-packages", "dist-packages", "__pycache__"})  # below stdlib, not part of it
-BINARY_PROBE = 8192  # bytes searched for a NUL, which text does not hold
+BINARY_PROBE = 8192  # bytes of a library source that are searched for a NUL
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text: `name` for messages (the path as the user would find it), `raw` its bytes."""
+    """One text.
+
+    Attributes:
+        name: for messages, the path as the user would find it.
+        raw: its bytes.
+        key: what the user named it by, for messages.
+    """
 
     name: str
     raw: bytes
+    key: str = "data.path"
 
     def text(self) -> str:
         """The characters, with the file's own line ends.
@@ -34,7 +44,7 @@ class Document:
             return self.raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"data.path: '{self.name}' is not UTF-8: byte 0x{self.raw[error.start]:02x} at offset {error.start}; "
+                f"{self.key}: '{self.name}' is not UTF-8: byte 0x{self.raw[error.start]:02x} at offset {error.start}; "
                 "convert the file to UTF-8 or leave it out"
             ) from None
 
@@ -48,42 +58,84 @@ class Corpus:
     description: str
 
 
-def load_text(data: DataConfig) -> Corpus:
-    """Reads the text that `data.path` names and splits it by `data.val_fraction`.
+class Found(NamedTuple):
+    """The documents of a path, sorted by name, their files, and what they are in words."""
 
-    One file: its last part validates, cut at `int(characters * (1 - val_fraction))` as nanoGPT does. Many files: those
-    whose relative path hashes (sha256) below the fraction validate, so a file keeps its side when others come and go.
+    documents: list[Document]
+    files: list[Path]
+    description: str
+
+
+def load_text(data: DataConfig) -> Corpus:
+    """Reads the text that `data.path` names and holds out a part of it, or reads `data.val_path` for that.
+
+    The part is `data.val_fraction`, see switchyard.data.split. Of the standard library whole files validate.
 
     Raises:
-        UserError: nothing there, nothing readable, empty text, or bytes that are not UTF-8.
+        UserError: nothing there, nothing readable, empty text, bytes that are not UTF-8, or a validation text that is
+            part of the training text.
     """
-    if data.path is None:
-        return _standard_library(data)
-    path = os.path.expanduser(data.path)
-    if os.path.isfile(path):
-        return _one_file(_read(Path(path), data.path), data)
-    if os.path.isdir(path):
-        root, paths = Path(path), _files_below(Path(path))
-    else:
-        root, paths = _matches(data.path)
-    documents = _text_documents(root, paths)
-    for document in documents:
-        document.text()  # a folder of text means UTF-8, whatever the tokenizer reads
-    if not any(document.raw for document in documents):
-        raise UserError(f"data.path: '{data.path}' holds no text file with anything in it; name UTF-8 text files")
-    binary = len(paths) - len(documents)
-    note = f", {binary:,} binary skipped" if binary else ""
-    if len(documents) == 1:
-        return _one_file(documents[0], data)
-    train, validation = _split_by_hash(documents, data.val_fraction)
-    return Corpus(train, validation, _describe(f"'{data.path}'", train, validation) + note)
+    found = _find(data)
+    if data.val_path is not None:
+        return _with_validation(found, data)
+    divide = split.split_by_hash if data.path is None else split.split
+    parts = divide(found.documents, data.val_fraction)
+    return Corpus(parts.train, parts.validation, f"{found.description}, {_describe(parts)}")
 
 
-def _standard_library(data: DataConfig) -> Corpus:
-    """The running Python's own modules; for a tokenizer of characters without the few files that are not UTF-8."""
+def load_whole(data: DataConfig) -> Corpus:
+    """Reads the text of `data.val_path`, or else of `data.path`, and holds out all of it (UserError as load_text)."""
+    found = _find(data) if data.val_path is None else read_documents(data.val_path, "data.val_path")
+    return Corpus((), tuple(found.documents), f"{found.description}, scored whole")
+
+
+def read_documents(path: str, key: str = "data.path") -> Found:
+    """Reads all documents of a file, folder or glob; `key` begins messages (UserError as in load_text)."""
+    place = os.path.expanduser(path)
+    if os.path.isfile(place):
+        document = _text_document(_read(Path(place), path, key))
+        if not document.raw:
+            raise UserError(f"{key}: '{path}'; the file is empty; name a file with text")
+        return Found([document], [Path(place)], f"'{path}': {_size(len(document.raw))}")
+    root, paths = (Path(place), _files_below(Path(place))) if os.path.isdir(place) else _matches(path, key)
+    read = [(_read(file, file.relative_to(root).as_posix(), key), file) for file in paths]
+    kept = [(_text_document(document), file) for document, file in read if not is_binary(document.raw)]
+    kept = sorted(kept, key=lambda pair: pair[0].name)
+    if not any(document.raw for document, _ in kept):
+        raise UserError(f"{key}: '{path}' holds no text file with anything in it; name UTF-8 text files")
+    documents = [document for document, _ in kept]
+    skipped = len(read) - len(kept)
+    note = f", {skipped:,} binary skipped" if skipped else ""
+    return Found(documents, [file for _, file in kept], _counted(f"'{path}'", documents) + note)
+
+
+def _find(data: DataConfig) -> Found:
+    """The documents of data.path."""
+    return _standard_library(data) if data.path is None else read_documents(data.path)
+
+
+def _with_validation(found: Found, data: DataConfig) -> Corpus:
+    """All documents of data.path for training and all of data.val_path for validation."""
+    held_out = read_documents(data.val_path, "data.val_path")
+    known = {_identity(file) for file in found.files}
+    for document, file in zip(held_out.documents, held_out.files, strict=True):
+        if _identity(file) in known:
+            raise UserError(
+                f"data.val_path: '{data.val_path}'; '{document.name}' is training text of data.path, too: name other "
+                "text, or leave data.val_path out to hold out a part of data.path"
+            )
+    parts = Split(tuple(found.documents), tuple(held_out.documents), "data.val_path")
+    description = f"{found.description}; validation {held_out.description}, {100 * parts.share:.3g} % of both"
+    return Corpus(parts.train, parts.validation, description)
+
+
+def _standard_library(data: DataConfig) -> Found:
+    """The running Python's own modules as they are; for a tokenizer of characters without those that are not UTF-8."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in _files_below(root, skip=INSTALLED_PACKAGES) if path.suffix == ".py"]
-    documents = _text_documents(root, paths)
+    documents = [_read(path, path.relative_to(root).as_posix(), "data.path") for path in paths]
+    documents = [document for document in documents if b"\0" not in document.raw[:BINARY_PROBE]]
+    documents.sort(key=lambda document: document.name)
     skipped = 0
     if data.tokenizer != "byte":
         decodable = [document for document in documents if _is_utf8(document.raw)]
@@ -91,42 +143,15 @@ def _standard_library(data: DataConfig) -> Corpus:
         documents = decodable
     if len(documents) < 2:
         raise UserError(f"data.path: null; this Python has no library sources below '{root}'; name a text file instead")
-    train, validation = _split_by_hash(documents, data.val_fraction)
     note = f", {skipped} not UTF-8 skipped" if skipped else ""
-    return Corpus(train, validation, _describe("standard library", train, validation) + note)
+    return Found(documents, paths, _counted("standard library", documents) + note)
 
 
-def _one_file(document: Document, data: DataConfig) -> Corpus:
-    """Head and tail of one text, cut between two characters."""
-    if not document.raw:
-        raise UserError(f"data.path: '{document.name}'; the file is empty; name a file with text")
-    raw, text = document.raw, document.text()
-    cut = len(text[: int(len(text) * (1 - data.val_fraction))].encode("utf-8"))
-    description = f"'{document.name}': {_size(len(raw))}, the last {data.val_fraction:.3g} of it validation"
-    return Corpus((Document(document.name, raw[:cut]),), (Document(document.name, raw[cut:]),), description)
-
-
-def _split_by_hash(documents: list[Document], fraction: float) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
-    """(train, validation) of two or more documents; neither side is left empty."""
-    held_out = [hash_fraction(document.name) < fraction for document in documents]
-    if all(held_out):
-        held_out[0] = False
-    if not any(held_out):
-        held_out[-1] = True
-    train = tuple(document for document, out in zip(documents, held_out, strict=True) if not out)
-    return train, tuple(document for document, out in zip(documents, held_out, strict=True) if out)
-
-
-def hash_fraction(name: str) -> float:
-    """A number in [0, 1) drawn from the sha256 of the name: the same on every machine."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
-
-
-def _text_documents(root: Path, paths: list[Path]) -> list[Document]:
-    """The files that are not binary, named by their path below `root`, sorted by that name."""
-    documents = (_read(path, path.relative_to(root).as_posix()) for path in paths)
-    kept = [document for document in documents if b"\0" not in document.raw[:BINARY_PROBE]]
-    return sorted(kept, key=lambda document: document.name)
+def _text_document(document: Document) -> Document:
+    """The document without a byte-order mark, checked to be UTF-8 whatever the tokenizer reads."""
+    checked = Document(document.name, text_bytes(document.raw, f"{document.key}: '{document.name}'"), document.key)
+    checked.text()
+    return checked
 
 
 def _files_below(root: Path, skip: frozenset[str] = frozenset()) -> list[Path]:
@@ -138,13 +163,14 @@ def _files_below(root: Path, skip: frozenset[str] = frozenset()) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def _matches(pattern: str) -> tuple[Path, list[Path]]:
+def _matches(pattern: str, key: str) -> tuple[Path, list[Path]]:
     """(folder before the first wildcard, files that match); UserError if there are none."""
     expanded = os.path.expanduser(pattern)
     paths = [Path(match) for match in set(glob.glob(expanded, recursive=True)) if os.path.isfile(match)]
     if not paths:
         kind = "no file matches; correct the glob" if glob.has_magic(pattern) else "no such file or folder"
-        raise UserError(f"data.path: '{pattern}'; {kind}, or leave data.path null for the standard library")
+        other = "leave data.path null for the standard library" if key == "data.path" else "leave it null"
+        raise UserError(f"{key}: '{pattern}'; {kind}, or {other}")
     fixed = []
     for part in Path(expanded).parts[:-1]:
         if glob.has_magic(part):
@@ -153,12 +179,18 @@ def _matches(pattern: str) -> tuple[Path, list[Path]]:
     return Path(*fixed), paths
 
 
-def _read(path: Path, name: str) -> Document:
+def _read(path: Path, name: str, key: str) -> Document:
     """One file whole; UserError if the system refuses."""
     try:
-        return Document(name, path.read_bytes())
+        return Document(name, path.read_bytes(), key)
     except OSError as error:
-        raise UserError(f"data.path: '{path}'; {error.strerror or error}; make the file readable") from None
+        raise UserError(f"{key}: '{path}'; {error.strerror or error}; make the file readable") from None
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """What is equal for one file under several names."""
+    found = file.stat()
+    return found.st_dev, found.st_ino
 
 
 def _is_utf8(raw: bytes) -> bool:
@@ -169,10 +201,14 @@ def _is_utf8(raw: bytes) -> bool:
     return True
 
 
-def _describe(what: str, train: tuple[Document, ...], validation: tuple[Document, ...]) -> str:
-    size = sum(len(document.raw) for document in train + validation)
-    files = len(train) + len(validation)
-    return f"{what}: {files:,} files, {_size(size)}, {len(train):,} train / {len(validation):,} validation"
+def _counted(what: str, documents: list[Document]) -> str:
+    return f"{what}: {len(documents):,} files, {_size(sum(len(document.raw) for document in documents))}"
+
+
+def _describe(parts: Split) -> str:
+    """The shares of a split in words; the real ones, which are not quite data.val_fraction."""
+    counts = f"{len(parts.train):,} train / {len(parts.validation):,} validation, " if "hash" in parts.rule else ""
+    return f"{counts}validation {100 * parts.share:.3g} % of it ({parts.rule})"
 
 
 def _size(count: int) -> str:

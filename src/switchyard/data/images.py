@@ -166,6 +166,23 @@ def load_split(config: Config) -> Split:
     return Split((images, labels), held_out, description)
 
 
+def load_all(config: Config) -> tuple[np.ndarray, np.ndarray, str]:
+    """Images, labels and a description of data.path: of its t10k files where it has some, otherwise of all its images.
+
+    Raises:
+        UserError: as load_split.
+    """
+    path = config.data.path
+    if path is None:
+        images, labels, name = (*load_digits(), "scikit-learn's digits")
+    else:
+        folder = Path(path).expanduser()
+        part = TRAIN if find_file(folder, TEST, "images") is None else TEST
+        images, labels, name = (*read_images(folder, part), f"'{path}' ({part} files)")
+    check_fit(images, labels, config.vision)
+    return images, labels, f"{name}, {len(images):,} images, all scored"
+
+
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's digits: 1,797 images [N, 1, 8, 8] and labels [N] (UCI, Alpaydin and Kaynak, 1998)."""
     from sklearn import datasets

@@ -57,8 +57,8 @@ class Manifest(BaseModel):
     validation: Split
 
 
-def locate(path: str | None) -> Path | None:
-    """The prepared folder that `data.path` names: the folder itself or a `*.mindrecord` in it; None for text.
+def locate(path: str | None, key: str = "data.path") -> Path | None:
+    """The prepared folder that the configuration names: the folder itself or a `*.mindrecord` in it; None for text.
 
     Raises:
         UserError: MindRecord without a manifest beside it.
@@ -68,12 +68,12 @@ def locate(path: str | None) -> Path | None:
     place = Path(os.path.expanduser(path))
     if place.suffix == ".mindrecord":
         if not os.path.isfile(place.parent / MANIFEST):
-            raise UserError(f"data.path: '{path}'; no {MANIFEST} beside it; write the folder with {PREPARE}")
+            raise UserError(f"{key}: '{path}'; no {MANIFEST} beside it; write the folder with {PREPARE}")
         return place.parent
     if not os.path.isdir(place) or not any(place.glob("*.mindrecord")):
         return None
     if not os.path.isfile(place / MANIFEST):
-        raise UserError(f"data.path: '{path}'; MindRecord without {MANIFEST}; write the folder with {PREPARE}")
+        raise UserError(f"{key}: '{path}'; MindRecord without {MANIFEST}; write the folder with {PREPARE}")
     return place
 
 

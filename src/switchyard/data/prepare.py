@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SMALLEST_VOCABULARY = 257  # 256 bytes and the separator
 STOPPED_BY_SIGINT = 130  # as shells report it
 TRAINING_PIECE = 1_000_000  # characters that the BPE trainer gets at a time
+LONGEST_RUN = 256  # characters of one kind that may make one word: the trainer's time grows with the square of a word
 
 
 def parser() -> cli.Parser:
@@ -36,6 +37,7 @@ def parser() -> cli.Parser:
     made.add_argument("--vocab-size", type=cli.whole, default=4096, help="tokens of the BPE vocabulary (%(default)s)")
     made.add_argument("--seq-length", type=cli.whole, default=256, help="tokens of a training sequence (%(default)s)")
     made.add_argument("--val-fraction", type=cli.finite, default=0.1, help="part held out for validation (%(default)s)")
+    made.add_argument("--val-path", help="text to validate on instead: file, folder or glob, all of it")
     made.add_argument("--tokenizer", help="tokenizer.json to use instead of training one; or byte, char")
     return made
 
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.seq_length,
                 options.val_fraction,
                 options.tokenizer,
+                options.val_path,
             )
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,9 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(
-    source: str, out: Path, vocab_size: int, seq_length: int, val_fraction: float, tokenizer: str | None
+    source: str,
+    out: Path,
+    vocab_size: int,
+    seq_length: int,
+    val_fraction: float,
+    tokenizer: str | None,
+    val_path: str | None = None,
 ) -> Path:
     """Reads `source`, trains or reads the tokenizer and writes the folder `out`, which it returns.
+
+    `val_path` is text to validate on; None holds out `val_fraction` of `source`.
 
     Raises:
         UserError: impossible arguments, `out` exists, or the text is missing, undecodable or too short.
@@ -76,13 +87,17 @@ def prepare(
     from switchyard.data import mindrecord
     from switchyard.data.batches import TextSource, eval_batches
     from switchyard.data.corpus import load_text
-    from switchyard.data.tokenizer import load_tokenizer
+    from switchyard.data.tokenizer import load_tokenizer, unknown_note
 
-    if source != "stdlib" and mindrecord.locate(source):
-        raise UserError(f"--input: '{source}' is prepared already; name text")
+    for option, path in (("--input", source), ("--val-path", val_path)):
+        if path not in ("stdlib", None) and mindrecord.locate(path):
+            raise UserError(f"{option}: '{path}' is prepared already; name text")
     # any word but `byte` makes load_text insist on characters, which BPE training needs too
     data = DataConfig(
-        path=None if source == "stdlib" else source, tokenizer=tokenizer or "bpe", val_fraction=val_fraction
+        path=None if source == "stdlib" else source,
+        val_path=val_path,
+        tokenizer=tokenizer or "bpe",
+        val_fraction=val_fraction,
     )
     corpus = load_text(data)
     print(corpus.description, flush=True)
@@ -90,7 +105,12 @@ def prepare(
     train, validation = made.encode_documents(corpus.train), made.encode_documents(corpus.validation)
     TextSource(train, seq_length)  # both refuse too little text, before anything is written
     eval_batches(validation, 1, seq_length)
-    print(f"{made.vocab_size:,} tokens; {len(train):,} train / {len(validation):,} validation", flush=True)
+    share = 100 * len(validation) / (len(train) + len(validation))
+    print(
+        f"vocabulary of {made.vocab_size:,}; {len(train):,} train / {len(validation):,} validation tokens "
+        f"({share:.3g} % validation){unknown_note(made, train, validation)}",
+        flush=True,
+    )
     with _partial(out) as partial:
         width = seq_length + 1
         with _progress(-(-len(train) // width) - (-len(validation) // width)) as advance:
@@ -126,13 +146,18 @@ def train_bpe(documents: Iterable["Document"], vocab_size: int) -> "LibraryToken
     """A byte-level BPE tokenizer (arXiv 1508.07909, bytes as in GPT-2) learnt from the text of `documents`.
 
     The end-of-text token separates documents. The vocabulary is smaller than asked if the text has no more pairs.
+    Runs of letters, digits, signs or white space are cut after every LONGEST_RUN characters, so that training takes
+    seconds on text without spaces, too. The vocabulary of other text does not depend on that rule.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from switchyard.data.tokenizer import END_OF_TEXT, LibraryTokenizer
 
     library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    run = "|".join(f"{kind}{{{LONGEST_RUN}}}" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s"))
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(run), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -4,7 +4,6 @@ Documents are joined by one separator token. It stands for one NUL byte, which t
 bits per byte of different tokenizers then have the same denominator. A byte model needs no 257th token for it.
 """
 
-import codecs
 import hashlib
 import json
 import re
@@ -18,7 +17,9 @@ import numpy as np
 
 from switchyard.config import DataConfig
 from switchyard.config.reader import parse_json
+from switchyard.data import lossless
 from switchyard.data.corpus import Corpus, Document
+from switchyard.data.utf8 import decoded
 from switchyard.errors import UserError
 from switchyard.files import UnfitError, read_regular
 
@@ -34,10 +35,15 @@ class Tokenizer(ABC):
     kind: str
     vocab_size: int
     separator: int | None  # the token between two documents; None = documents follow each other without a mark
+    unknown: int | None = None  # the token that stands for text outside the vocabulary; None = such text is refused
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Ids [T] int32 of a text. UserError on a character that the vocabulary lacks."""
+        """Ids [T] int32 of a text, the separator's never among them.
+
+        Raises:
+            UserError: a character that the vocabulary lacks, named with its position; text that becomes the separator.
+        """
 
     @abstractmethod
     def decode(self, ids: Ids) -> str:
@@ -99,7 +105,7 @@ class Tokenizer(ABC):
             try:
                 yield self.encode(text)
             except UserError as error:
-                raise UserError(f"data.path: '{document.name}': {error}") from None
+                raise UserError(f"{document.key}: '{document.name}': {error}") from None
 
 
 class ByteTokenizer(Tokenizer):
@@ -111,6 +117,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """See Tokenizer.encode."""
+        _refuse_nul(text)
         raw = text.encode("utf-8", "surrogateescape")  # command-line arguments may carry raw bytes so
         return np.frombuffer(raw, np.uint8).astype(np.int32)
 
@@ -158,6 +165,8 @@ class CharTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """See Tokenizer.encode."""
+        if self.separated:
+            _refuse_nul(text)
         ids = self._id_of[_code_points(text)]
         wrong = np.flatnonzero(ids < 0)
         if len(wrong):
@@ -182,7 +191,7 @@ class CharTokenizer(Tokenizer):
 
 
 class LibraryTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library, truncation and padding off."""
+    """A `tokenizer.json` of the `tokenizers` library; truncation, padding and dropout of merges are off."""
 
     kind = "tokenizer.json"
     _BATCH_SIZE = 4_000_000  # bytes handed to the library at a time: it holds about 100 bytes a token meanwhile
@@ -198,11 +207,23 @@ class LibraryTokenizer(Tokenizer):
             ) from None
         self._library.no_truncation()
         self._library.no_padding()
+        if getattr(self._library.model, "dropout", None):
+            self._library.model.dropout = None  # merges left out at random would give other ids at every reading
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not self.vocab_size:
             raise UserError(f"tokenizer '{name}': its vocabulary is empty; train it first")
-        self.separator = next((vocabulary[token] for token in SEPARATORS if token in vocabulary), None)
+        mark = next((token for token in SEPARATORS if token in vocabulary), None)
+        self.separator = vocabulary.get(mark)
+        if any(
+            token.content == mark and not token.special for token in self._library.get_added_tokens_decoder().values()
+        ):
+            self._library.add_special_tokens([mark])  # one that is not special would be found in texts that spell it
+        self._library.encode_special_tokens = True  # texts that spell special tokens keep their characters
+        tree = json.loads(self.to_json())
+        self.unknown = vocabulary.get(lossless.unknown_token(tree))
+        self._reserved = lossless.reserved_ids(tree, vocabulary, self.separator)
+        self._may_drop = lossless.may_drop(tree, tokenizers.pre_tokenizers.ByteLevel.alphabet())
         self._bytes = self._token_bytes(vocabulary)
 
     def encode(self, text: str) -> np.ndarray:
@@ -211,7 +232,7 @@ class LibraryTokenizer(Tokenizer):
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # command-line arguments may carry raw bytes as lone surrogates
             raise UserError(f"text: not UTF-8 at position {error.start}; correct the encoding") from None
-        return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
+        return next(self._encode_batch([text]))
 
     def decode(self, ids: Ids) -> str:
         """See Tokenizer.decode."""
@@ -242,27 +263,47 @@ class LibraryTokenizer(Tokenizer):
         return sizes
 
     def _encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
-        batch: list[str] = []
+        batch: list[Document] = []
         size = 0
         for document in documents:
             if size + len(document.raw) > self._BATCH_SIZE and batch:
-                yield from self._encode_batch(batch)
+                yield from self._encode_together(batch)
                 batch, size = [], 0
-            if len(document.raw) > self._BATCH_SIZE:
-                yield np.concatenate([ids for part in self._parts(document.text()) for ids in self._encode_batch(part)])
+            batch.append(document)
+            size += len(document.raw)
+        yield from self._encode_together(batch)
+
+    def _encode_together(self, documents: list[Document]) -> Iterator[np.ndarray]:
+        """Ids of documents that are one batch, or of one that is longer than that."""
+        texts = [document.text() for document in documents]
+        try:
+            if sum(len(document.raw) for document in documents) > self._BATCH_SIZE:
+                yield np.concatenate([ids for part in self._parts(texts[0]) for ids in self._encode_batch(part)])
             else:
-                batch.append(document.text())
-                size += len(document.raw)
-        yield from self._encode_batch(batch)
+                yield from self._encode_batch(texts)
+        except UserError:
+            list(super()._encode_each(documents))  # one by one: names the document and the place in it
+            raise
 
     def _encode_batch(self, texts: list[str]) -> Iterator[np.ndarray]:
-        for encoding in self._library.encode_batch(texts, add_special_tokens=False):
-            yield np.array(encoding.ids, np.int32)
+        try:
+            encodings = self._library.encode_batch(texts, add_special_tokens=False)
+        except (
+            Exception
+        ) as error:  # the library raises bare Exception; models without an unknown token do at unknown text
+            for text in texts:
+                lossless.refuse_lost(self._library, text)
+            raise UserError(f"text: the tokenizers library refuses it: {' '.join(str(error).split())}") from None
+        for text, encoding in zip(texts, encodings, strict=True):
+            ids = np.array(encoding.ids, np.int32)
+            if self._may_drop:
+                lossless.refuse_lost(self._library, text)
+            lossless.refuse_reserved(text, ids, encoding, self._reserved)
+            yield ids
 
     def _parts(self, text: str) -> Iterator[list[str]]:
         """A long text as lists of pieces, cut after lone line ends where that leaves the ids as they are."""
-        joined, apart = self.encode("a\nb").tolist(), self.encode("a\n").tolist() + self.encode("b").tolist()
-        if joined != apart:
+        if not self._may_be_cut():
             yield [text]
             return
         lone_end = re.compile(r"(?<=\S)\n(?=\S)")
@@ -277,51 +318,13 @@ class LibraryTokenizer(Tokenizer):
                 part = []
         yield part
 
-
-class StreamDecoder:
-    """Decodes ids as they come and never emits half a character.
-
-    The pieces of all `push` calls and the final `flush` join to `tokenizer.decode` of all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._push = self._push_characters
-        if isinstance(tokenizer, ByteTokenizer):
-            self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-            self._push = self._push_bytes
-        elif isinstance(tokenizer, LibraryTokenizer):
-            from tokenizers.decoders import DecodeStream
-
-            self._stream = DecodeStream(skip_special_tokens=True)
-            self._ids: list[int] = []
-            self._emitted = 0
-            self._push = self._push_library
-
-    def push(self, ids: Ids) -> str:
-        """The characters that are complete now."""
-        return self._push([int(i) for i in ids])
-
-    def flush(self) -> str:
-        """What was held back, with U+FFFD for bytes that never became a character. Ends the stream."""
-        if isinstance(self._tokenizer, ByteTokenizer):
-            return self._utf8.decode(b"", final=True)
-        if isinstance(self._tokenizer, LibraryTokenizer):
-            return self._tokenizer.decode(self._ids)[self._emitted :]
-        return ""
-
-    def _push_bytes(self, ids: list[int]) -> str:
-        return self._utf8.decode(bytes(ids))
-
-    def _push_characters(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
-
-    def _push_library(self, ids: list[int]) -> str:
-        pieces = [self._stream.step(self._tokenizer._library, i) or "" for i in ids]
-        self._ids += ids
-        text = "".join(pieces)
-        self._emitted += len(text)
-        return text
+    def _may_be_cut(self) -> bool:
+        """Tells whether a line end separates what goes before from what follows."""
+        try:
+            whole, apart = self.encode("a\nb").tolist(), self.encode("a\n").tolist() + self.encode("b").tolist()
+        except UserError:  # a vocabulary without these letters
+            return False
+        return whole == apart
 
 
 def load_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:
@@ -341,12 +344,13 @@ def load_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a file (UserError if there is none)."""
     try:
-        return Tokenizer.from_json(read_regular(Path(path).expanduser(), LONGEST).decode("utf-8"), str(path))
-    except (OSError, UnfitError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or ("not UTF-8 text" if isinstance(error, UnicodeError) else error)
+        raw = read_regular(Path(path).expanduser(), LONGEST)
+    except (OSError, UnfitError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"data.tokenizer: '{path}'; {reason}; give byte, char or the path of a tokenizer.json"
         ) from None
+    return Tokenizer.from_json(decoded(raw, f"data.tokenizer: '{path}'"), str(path))
 
 
 def reconcile(tokenizer: Tokenizer, of_checkpoint: str) -> Tokenizer:
@@ -372,9 +376,24 @@ def reconcile(tokenizer: Tokenizer, of_checkpoint: str) -> Tokenizer:
     )
 
 
+def unknown_note(tokenizer: Tokenizer, *streams: np.ndarray) -> str:
+    """Says how many ids of streams [T] stand for text that the vocabulary lacks; "" where there is none."""
+    if tokenizer.unknown is None:
+        return ""
+    count = sum(int((stream == tokenizer.unknown).sum()) for stream in streams)
+    return f"; {count:,} tokens stand for text outside the vocabulary" if count else ""
+
+
 def smallest_dtype(vocab_size: int) -> Any:
     """The unsigned integer type that holds every id."""
     return np.min_scalar_type(vocab_size - 1)
+
+
+def _refuse_nul(text: str) -> None:
+    """Refuses a NUL in a text, because its id is the separator's."""
+    place = text.find("\0")
+    if place >= 0:
+        raise UserError(f"text: NUL at position {place}, which stands between documents; remove it")
 
 
 def _label(tokenizer: Tokenizer) -> str:

@@ -118,6 +118,7 @@ def _infer(chosen, out) -> None:
             pass
 
     found, timing = generate(model, prompts, chosen.max_new_tokens, sampling, on_text)
+    _say_unknown(model.tokenizer, prompts)
     if streams:
         on_text("\n")
     elif chosen.json:
@@ -135,6 +136,15 @@ def _infer(chosen, out) -> None:
         f"{timing.decode_seconds:.3f} s ({timing.tokens_per_second:,.0f} tokens/s)  "
         f"compile: {timing.compile_seconds:.1f} s"
     )
+
+
+def _say_unknown(tokenizer, prompts: list[str]) -> None:
+    """Names the prompts whose text is partly outside the vocabulary."""
+    from switchyard.data.tokenizer import unknown_note
+
+    for number, prompt in enumerate(prompts, 1):
+        if note := unknown_note(tokenizer, tokenizer.encode(prompt)):
+            say(f"note: prompt {number}{note}")
 
 
 def say(text: str) -> None:

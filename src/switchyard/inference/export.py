@@ -12,7 +12,7 @@ from mindspore import nn
 import switchyard
 from switchyard import files
 from switchyard.config import Config, ParallelConfig, notes_of_checkpoint
-from switchyard.data import load_data
+from switchyard.data import load_scored
 from switchyard.device import set_context
 from switchyard.dispatch import block_size
 from switchyard.errors import UserError
@@ -69,7 +69,7 @@ def export(
         return export_classifier(held, config, out, key, say)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
     say(f"checkpoint: {held.path}")
-    data = load_data(config, held.tokenizer_json)
+    data = load_scored(config, held.tokenizer_json, overrides)
     max_length = config.export.max_length or config.model.seq_length
     config = inference_config(config)
     decoder = create_model(config, data.tokenizer.vocab_size, length=max_length)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from switchyard.data.tokenizer import StreamDecoder
+from switchyard.data.stream_decoder import StreamDecoder
+from switchyard.data.utf8 import decoded
 from switchyard.errors import UserError
 from switchyard.inference.mindir import ExportedModel
 from switchyard.inference.sampling import Sampler, Sampling
@@ -192,11 +193,10 @@ class _Rows:
 def read_prompts(path: str | Path) -> list[str]:
     """One prompt a line of a UTF-8 file; the last line end is optional (UserError)."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        raw = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise UserError(f"--prompts-file: '{path}': {error.strerror}; give a file with one prompt a line") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts-file: '{path}': not UTF-8 at byte {error.start}; correct its encoding") from None
+    text = decoded(raw, f"--prompts-file: '{path}'").replace("\r\n", "\n").replace("\r", "\n")
     lines = text.removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.rstrip("\r"):

@@ -11,7 +11,7 @@ from mindspore import Tensor, nn
 
 from switchyard import config as configuration
 from switchyard.config import Config
-from switchyard.data import Batch, ImageBatch, load_data
+from switchyard.data import Batch, ImageBatch, load_scored
 from switchyard.device import set_context
 from switchyard.errors import UserError
 from switchyard.models import create_model
@@ -313,11 +313,12 @@ def evaluate(
     on_batch: Callable[[int, int], None] = lambda done, total: None,
     trust_code: bool = False,
 ) -> Evaluation:
-    """Evaluates a checkpoint over its whole validation set.
+    """Evaluates a checkpoint over its run's validation set, or over a text that the overrides name.
 
     Args:
         path: a run folder (its newest checkpoint) or one checkpoint.
-        overrides: `section.key=value`, such as data.path=..., moe.eval_capacity_factor=1.25, data.batch_size=8.
+        overrides: `section.key=value`, such as moe.eval_capacity_factor=1.25 or data.batch_size=8. Text of data.path
+            or data.val_path is scored whole, with the checkpoint's tokenizer; see switchyard.data.given.
         say: receives lines about device, checkpoint and data.
         on_batch: called after each batch with (batches done, batches in all).
         trust_code: whether a router in a file of somebody's own, which the checkpoint names, may be imported.
@@ -333,7 +334,7 @@ def evaluate(
         say(line)
     require_one_device(config)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
-    data = load_data(config, held.tokenizer_json)
+    data = load_scored(config, held.tokenizer_json, overrides)
     say(f"checkpoint: {held.path}")
     say(f"data: {data.description}")
     model = create_model(config, data.tokenizer.vocab_size)

@@ -140,6 +140,8 @@ def check_resumable(old: Config, new: Config) -> None:
     before.pop("parallel"), now.pop("parallel")  # free; so are routing groups that follow data_parallel, see `resumed`
     for config, tree in ((old, before), (new, now)):  # a pipeline's micro-batches are a device's, one after the other
         tree["train"]["gradient_accumulation_steps"] = config.micro_batches
+    if old.data.val_path and new.data.val_path:  # the file may have moved, as that of data.path may
+        before["data"]["val_path"] = new.data.val_path
     if new.moe_layers:
         before["moe"]["groups"], now["moe"]["groups"] = old.groups, new.moe.groups or old.groups
     held_total = before["schedule"]["total_steps"] or before["train"]["steps"]

@@ -1,0 +1,137 @@
+"""Data that `eval.py` or `export.py` was given for a checkpoint: scored whole, with the checkpoint's own tokenizer."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from switchyard.config import Config
+from switchyard.data import mindrecord
+from switchyard.data.corpus import load_text, load_whole
+from switchyard.data.images import Classes, ImageEvalBatches, load_all
+from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, read_tokenizer, reconcile, unknown_note
+from switchyard.errors import UserError
+
+if TYPE_CHECKING:
+    from switchyard.data import Data
+
+PATHS = frozenset({"data.path", "data.val_path"})
+
+
+def keys_of(overrides: Sequence[str]) -> frozenset[str]:
+    """The keys that `section.key=value` overrides change."""
+    return frozenset(override.partition("=")[0].strip() for override in overrides)
+
+
+def load_scored(config: Config, tokenizer_json: str, overrides: Sequence[str]) -> "Data":
+    """Reads what a checkpoint is to be scored on.
+
+    Without data.path and data.val_path among the overrides this is the run's own validation set. A text, a prepared
+    folder or images that they name are scored whole, with the checkpoint's tokenizer; with data.val_fraction among the
+    overrides, too, the validation part of the text.
+
+    Args:
+        config: with the overrides in it.
+        tokenizer_json: the checkpoint's.
+        overrides: as the user gave them.
+
+    Raises:
+        UserError: as load_data; another tokenizer than the checkpoint's; a character that it does not know.
+    """
+    from switchyard.data import load_data
+
+    keys = keys_of(overrides)
+    if config.data.val_path is None:
+        keys -= {"data.val_path"}
+    if keys >= PATHS:
+        raise UserError(f"data.val_path: '{config.data.val_path}'; one text is scored: leave it or data.path out")
+    if not keys & PATHS:
+        return load_data(config, tokenizer_json)
+    if config.model.type != "decoder":
+        return _images(config, tokenizer_json)
+    tokenizer = Tokenizer.from_json(tokenizer_json, "of the checkpoint")
+    if "data.tokenizer" in keys:
+        _check_named(config.data.tokenizer, tokenizer)
+    changed = {"tokenizer": tokenizer.kind}  # what is read as bytes, and what as characters, goes by the checkpoint's
+    if "data.val_path" not in keys:
+        changed["val_path"] = None
+    config = config.model_copy(update={"data": config.data.model_copy(update=changed)})
+    return _text(config, tokenizer, whole="data.val_fraction" not in keys)
+
+
+def _text(config: Config, tokenizer: Tokenizer, whole: bool) -> "Data":
+    """The text of data.val_path, or else of data.path, or its validation part."""
+    from switchyard.data import Data, eval_batches
+
+    path, key = config.data.path, "data.path"
+    if config.data.val_path is not None:
+        path, key = config.data.val_path, "data.val_path"
+    folder = mindrecord.locate(path, key)
+    if folder is not None:
+        stream, description = _records(folder, tokenizer, whole, key)
+    else:
+        corpus = load_whole(config.data) if whole else load_text(config.data)
+        stream, description = tokenizer.encode_documents(corpus.validation), corpus.description
+    if len(stream) < 2:
+        raise UserError(f"{key}: '{path}'; gives {len(stream)} tokens, 2 is the least; give more text")
+    batch_size, seq_length = config.data.batch_size, config.model.seq_length
+    return Data(
+        tokenizer=tokenizer,
+        train=None,
+        validation=lambda: eval_batches(stream, batch_size, seq_length),
+        validation_tokens=len(stream) - 1,
+        validation_bytes=tokenizer.byte_length(stream[1:]),
+        description=f"{description}; the checkpoint's vocabulary of {tokenizer.vocab_size:,} ({tokenizer.kind})"
+        f"{unknown_note(tokenizer, stream)}; {len(stream):,} tokens, all but the first predicted",
+    )
+
+
+def _records(folder, tokenizer: Tokenizer, whole: bool, key: str) -> tuple[np.ndarray, str]:
+    """(stream [T], description) of a prepared folder: both parts with a separator between them, or the second."""
+    manifest, its_tokenizer = mindrecord.read_manifest(folder)
+    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{key}: '{folder}' was prepared with another tokenizer than the checkpoint's; name the text itself, or "
+            "prepare it with --tokenizer and the tokenizer.json of the run"
+        )
+    description = f"MindRecord '{folder}' of {manifest.source}"
+    stream = mindrecord.read_stream(folder, manifest, manifest.validation)
+    if not whole:
+        return stream, f"{description}, its validation part"
+    mark = np.array([] if tokenizer.separator is None else [tokenizer.separator], stream.dtype)
+    train = mindrecord.read_stream(folder, manifest, manifest.train)
+    return np.concatenate((train, mark, stream)), f"{description}, scored whole"
+
+
+def _check_named(name: str, tokenizer: Tokenizer) -> None:
+    """Refuses a data.tokenizer that is not the checkpoint's (UserError)."""
+    kinds = {"byte": ByteTokenizer, "char": CharTokenizer}
+    if name not in kinds:
+        reconcile(read_tokenizer(name), tokenizer.to_json())
+    elif not isinstance(tokenizer, kinds[name]):
+        raise UserError(
+            f"data.tokenizer: {name}; the checkpoint was trained with another ({tokenizer.kind} vocabulary of "
+            f"{tokenizer.vocab_size:,}), which is used without being named: leave the override out"
+        )
+
+
+def _images(config: Config, classes_json: str) -> "Data":
+    """The images of data.path: its t10k files where it has some, otherwise all."""
+    from switchyard.data import Data
+
+    vision, batch_size = config.vision, config.data.batch_size
+    if config.data.val_path is not None:
+        raise UserError(f"data.val_path: '{config.data.val_path}'; names text, and images are read: give data.path")
+    classes = Classes(tuple(vision.tasks), vision.task_classes, vision.classes)
+    if classes_json != classes.to_json():
+        raise UserError(f"vision.tasks: {vision.tasks}; the checkpoint was trained on other tasks or classes")
+    images, labels, description = load_all(config)
+    answers = classes.answers(labels)
+    return Data(
+        tokenizer=classes,
+        train=None,
+        validation=lambda: ImageEvalBatches(images, answers, batch_size),
+        validation_tokens=answers.size,
+        validation_bytes=answers.size,
+        description=f"{description}; tasks: {', '.join(vision.tasks)}",
+    )

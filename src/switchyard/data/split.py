@@ -1,0 +1,102 @@
+"""Which part of a text validates: the last part of each file where files are few, whole files where they are many.
+
+Either way the split follows from the sorted names and from the bytes, and is the same on every machine.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from switchyard.data.corpus import Document
+
+MANY_FILES = 100  # from here on whole files are held out
+TOLERANCE = 0.5  # of the fraction: a split by hash that is further off gives way to the last part of each file
+
+
+@dataclass(frozen=True)
+class Split:
+    """Documents to learn from, documents held out, and the rule in words."""
+
+    train: tuple["Document", ...]
+    validation: tuple["Document", ...]
+    rule: str
+
+    @property
+    def share(self) -> float:
+        """Bytes of the validation documents / bytes of all."""
+        held_out, kept = (sum(len(one.raw) for one in side) for side in (self.validation, self.train))
+        return held_out / max(held_out + kept, 1)
+
+
+def split(documents: Sequence["Document"], fraction: float) -> Split:
+    """Holds out `fraction` of the bytes of documents that are sorted by name.
+
+    From MANY_FILES documents on, those whose name hashes below the fraction validate, so a file keeps its side when
+    others come and go. Fewer documents, or sizes so uneven that the share would be off by more than TOLERANCE of the
+    fraction, are each cut in two: the last part validates.
+    """
+    if len(documents) == 1:
+        return split_one(documents[0], fraction)
+    if len(documents) >= MANY_FILES:
+        by_hash = split_by_hash(documents, fraction)
+        if abs(by_hash.share - fraction) <= TOLERANCE * fraction:
+            return by_hash
+    return split_each(documents, fraction)
+
+
+def split_one(document: "Document", fraction: float) -> Split:
+    """Cuts one text between two characters at `int(characters * (1 - fraction))`, as nanoGPT does."""
+    text = document.text()
+    cut = len(text[: int(len(text) * (1 - fraction))].encode("utf-8"))
+    head, tail = _halves(document, cut)
+    return Split((head,), (tail,), "its last part")
+
+
+def split_each(documents: Sequence["Document"], fraction: float) -> Split:
+    """Cuts every document between two characters so that the parts held out are `fraction` of the bytes up to there."""
+    train, validation, seen, held_out = [], [], 0, 0
+    total = sum(len(document.raw) for document in documents)
+    for document in documents:
+        seen += len(document.raw)
+        wanted = min(max(round(fraction * seen), seen == total), total - 1)  # neither side stays empty
+        cut = _boundary(document.raw, min(len(document.raw), len(document.raw) - (wanted - held_out)))
+        head, tail = _halves(document, cut)
+        held_out += len(tail.raw)
+        train.append(head)
+        validation.append(tail)
+    return Split(_filled(train), _filled(validation), "the last part of each file")
+
+
+def split_by_hash(documents: Sequence["Document"], fraction: float) -> Split:
+    """Holds out the documents whose name hashes below `fraction`, of two or more; neither side is left empty."""
+    held_out = [hash_fraction(document.name) < fraction for document in documents]
+    if all(held_out):
+        held_out[0] = False
+    if not any(held_out):
+        held_out[-1] = True
+    train = tuple(document for document, out in zip(documents, held_out, strict=True) if not out)
+    validation = tuple(document for document, out in zip(documents, held_out, strict=True) if out)
+    return Split(train, validation, "files by a hash of their paths")
+
+
+def hash_fraction(name: str) -> float:
+    """A number in [0, 1) drawn from the sha256 of the name: the same on every machine."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
+
+
+def _boundary(raw: bytes, cut: int) -> int:
+    """The nearest place at or before `cut` where a UTF-8 character begins."""
+    cut = max(cut, 0)
+    while 0 < cut < len(raw) and raw[cut] & 0xC0 == 0x80:
+        cut -= 1
+    return cut
+
+
+def _halves(document: "Document", cut: int) -> tuple["Document", "Document"]:
+    return replace(document, raw=document.raw[:cut]), replace(document, raw=document.raw[cut:])
+
+
+def _filled(documents: list["Document"]) -> tuple["Document", ...]:
+    return tuple(document for document in documents if document.raw)
