@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from switchyard import config as configuration
+from switchyard import files, streams
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Interrupted, UserError
 
 EXIT_KILLED = 130  # Ctrl-C where there was nothing to save: what a shell reports for SIGINT
@@ -37,8 +38,20 @@ def create_parser(prog: str, description: str) -> Parser:
 
 def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
     """Calls `main` with the arguments and turns what users and signals do into one line and an exit code."""
+    with streams.guarded():
+        code = _outcome(main, sys.argv[1:] if arguments is None else arguments)
+        unwritten = _outcome(lambda _: sys.stdout.flush(), [])  # now, for Python would complain at its end
+        try:
+            sys.stderr.flush()
+        except OSError:
+            sys.stderr.silence()
+        return code or unwritten
+
+
+def _outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
+    """The exit code of a call; what went wrong is said in one line."""
     try:
-        return main(sys.argv[1:] if arguments is None else arguments) or EXIT_OK
+        return main(arguments) or EXIT_OK
     except UserError as error:
         return _say(f"error: {error}", EXIT_USER_ERROR)
     except Interrupted as error:
@@ -46,12 +59,15 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = N
     except KeyboardInterrupt:
         return _say("interrupted: there was nothing to save", EXIT_KILLED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its end
+        sys.stdout.silence()
         return EXIT_PIPE
-    except OSError as error:
-        if error.filename is None or error.strerror is None:
+    except Exception as error:
+        line = files.line_of(error)  # of files that were opened, and of full disks that a library met
+        if line is None:
             raise
-        return _say(f"error: '{error.filename}': {error.strerror}", EXIT_USER_ERROR)
+        if isinstance(error, OSError) and error.filename == streams.STDOUT:
+            sys.stdout.silence()
+        return _say(f"error: {line}", EXIT_USER_ERROR)
 
 
 def train_main(arguments: list[str]) -> None:
@@ -65,6 +81,7 @@ def train_main(arguments: list[str]) -> None:
     if chosen.print_config:
         print(config.to_yaml(), end="")
         return
+    streams.survive()
     _prepare()
     from switchyard.training.loop import train
 
@@ -98,14 +115,18 @@ def eval_main(arguments: list[str]) -> None:
 def stdout_to_stderr() -> Iterator:
     """Everything that is printed meanwhile, by C++ too, goes to stderr; yields a file that is the real stdout."""
     sys.stdout.flush()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
-        os.dup2(2, 1)
-        try:
-            yield out
-        finally:
+    file = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    out = streams.Stream(file, streams.STDOUT)
+    os.dup2(2, 1)
+    try:
+        yield out
+        out.flush()
+    finally:
+        with contextlib.suppress(OSError):
             sys.stdout.flush()
-            out.flush()
-            os.dup2(out.fileno(), 1)
+        os.dup2(file.fileno(), 1)
+        with contextlib.suppress(OSError):  # what could not be written has been said
+            file.close()
 
 
 def _prepare() -> None:
@@ -115,5 +136,6 @@ def _prepare() -> None:
 
 
 def _say(text: str, code: int) -> int:
-    print(" ".join(text.split("\n")), file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it: the exit code says it too
+        print(" ".join(text.split("\n")), file=sys.stderr, flush=True)
     return code

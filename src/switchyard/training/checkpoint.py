@@ -19,9 +19,10 @@ A checkpoint is written into a temporary directory beside its place, every file 
 directory is renamed: the moment of the rename is the moment the checkpoint exists. Nothing is ever unpickled.
 """
 
+import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,8 +145,9 @@ def save(
         The directory. If the process dies before this returns, either it is there whole or not at all.
     """
     begin(run, state["step"])
-    _save_slice(run, state["step"], Degrees(), 0, config.model.num_layers, weights, optimizer)
-    return _finish(run, config, tokenizer_json, state, Degrees(), wait=0)
+    with _cleared_on_error(run, state["step"]):
+        _save_slice(run, state["step"], Degrees(), 0, config.model.num_layers, weights, optimizer)
+        return _finish(run, config, tokenizer_json, state, Degrees(), wait=0)
 
 
 def begin(run: str | Path, step: int) -> None:
@@ -214,10 +216,21 @@ def save_together(
     if processes.is_first:
         begin(run, state["step"])
     processes.wait()
-    save_slice(run, config, state["step"], processes.rank, weights, optimizer, shapes)
-    if processes.is_first:
-        finish(run, config, tokenizer_json, state)
+    with _cleared_on_error(run, state["step"]):
+        save_slice(run, config, state["step"], processes.rank, weights, optimizer, shapes)
+        if processes.is_first:
+            finish(run, config, tokenizer_json, state)
     processes.wait()
+
+
+@contextlib.contextmanager
+def _cleared_on_error(run: str | Path, step: int) -> Iterator[None]:
+    """Leaves nothing half written of a checkpoint that could not be: on a full disk it would be in the way."""
+    try:
+        yield
+    except BaseException:
+        remove(_temporary(run, step))
+        raise
 
 
 def _temporary(run: str | Path, step: int) -> Path:

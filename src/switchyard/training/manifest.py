@@ -18,6 +18,7 @@ from typing import Any
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.files import writing
 from switchyard.parallel.placement import Degrees
 from switchyard.training.tensors import Entry
 
@@ -77,8 +78,7 @@ def write_manifest(manifest: Manifest) -> None:
         content |= {"version": CUT_VERSION, "degrees": asdict(manifest.degrees), "tensors": tensors}
     content["files"] = manifest.files
     content["sha256"] = _digest_of(content)
-    (manifest.path / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    flush(manifest.path / MANIFEST)
+    write_text(manifest.path / MANIFEST, json.dumps(content, indent=1))
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -156,13 +156,21 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file and has it on the disk (UserError)."""
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
+        flush(path)
+
+
 def flush(path: Path) -> None:
     """Asks the system to have a file or directory on the disk before it goes on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with writing(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _digest_of(content: dict) -> str:

@@ -1,5 +1,6 @@
 """What a run writes down: JSON lines, TensorBoard events, and lines or a progress bar for whoever watches."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,42 +12,56 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from switchyard.errors import UserError
+from switchyard.files import append, writing
+from switchyard.training.events import EventFile
+
 METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of a run folder.
 
-    Each line is one JSON object with `kind` ("train" or "evaluation") and `step`; see `train_figures` and
-    `Evaluation.to_dict` for the rest.
+    Each line is one JSON object with `kind` ("train", "evaluation", "exchanges", "resumed") and `step`; see
+    `train_figures`, `Evaluation.to_dict` and `Change.to_dict` for the rest. Within `with`, an error is not hidden by
+    what closing the files raises.
 
     Args:
         run: the run folder.
         resume_step: lines and events after this step are dropped; 0 starts anew.
         writes: False leaves both to another process, and only knows what they hold.
+
+    Raises:
+        UserError: from any of its methods, where a file cannot be written; metrics.jsonl keeps whole lines.
     """
 
     def __init__(self, run: Path, resume_step: int = 0, writes: bool = True):
-        path = run / METRICS
-        kept = [line for line in _lines(path) if _step_of(line) <= resume_step] if resume_step else []
+        self._path = run / METRICS
+        kept = [line for line in _lines(self._path) if _is_kept(line, resume_step)] if resume_step else []
         self._evaluated = {step for line in kept if (step := _evaluated_step(line)) is not None}
         self._file = self._events = None
         if not writes:
             return
-        from tensorboardX import SummaryWriter
+        temporary = self._path.with_name(f".{METRICS}")
+        with writing(self._path):
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, self._path)
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._events = EventFile(run, resume_step + 1 if resume_step else None)
 
-        temporary = path.with_name(f".{METRICS}")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
-        self._events = SummaryWriter(str(run), purge_step=resume_step + 1 if resume_step else None)
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with contextlib.suppress(*([UserError] if kind else [])):
+            self.close()
 
     def write(self, figures: dict[str, Any]) -> None:
         """Appends one object; its numbers become TensorBoard scalars named kind/key."""
         if self._file is None:
             return
-        self._file.write(json.dumps(_finite(figures)) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            append(self._file, json.dumps(_finite(figures)) + "\n")
         for key, value in figures.items():
             if isinstance(value, (int, float)) and key != "step":
                 self._events.add_scalar(f"{figures['kind']}/{key}", value, figures["step"])
@@ -199,6 +214,12 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def _is_kept(line: str, resume_step: int) -> bool:
+    """Whether a line belongs to the run up to a step; what a resumption changed belongs to the steps after it."""
+    step = _step_of(line)
+    return step < resume_step or (step == resume_step and json.loads(line).get("kind") != "resumed")
 
 
 def _evaluated_step(line: str) -> int | None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.files import writing
 from switchyard.parallel.placement import Degrees
 from switchyard.training.layout import held, whole_shape, writes
 from switchyard.training.manifest import (
@@ -29,6 +30,7 @@ from switchyard.training.manifest import (
     fingerprint,
     flush,
     write_manifest,
+    write_text,
 )
 from switchyard.training.slices import joined
 from switchyard.training.tensors import Box, Entry, size_of, type_of, whole, within, write_file
@@ -151,11 +153,9 @@ def assemble(folder: Path, config: Config, tokenizer_json: str, state: dict, deg
     if degrees.devices > 1:
         for kind in KINDS:
             joined(kind, tensors[kind], slices, degrees.devices)
-    (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-    (folder / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
-    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    texts = {CONFIG: config.to_yaml(), TOKENIZER: tokenizer_json, STATE: json.dumps(state, indent=1)}
     for name in TEXTS:
-        flush(folder / name)
+        write_text(folder / name, texts[name])
     for note in notes:
         (folder / NOTE.format(rank=note["rank"])).unlink()
     files = {name: fingerprint(folder / name) for name in TEXTS} | slices
@@ -182,8 +182,9 @@ def _notes(folder: Path, degrees: Degrees, wait: float) -> list[dict]:
 def publish(folder: Path, place: Path) -> None:
     """Renames a finished temporary directory: this is the moment at which the checkpoint exists."""
     aside = set_aside(place) if place.exists() else None  # a damaged one that a resumed run has reached again
-    os.replace(folder, place)
-    flush(place.parent)
+    with writing(place):
+        os.replace(folder, place)
+        flush(place.parent)
     if aside is not None:
         remove(aside)
 
@@ -208,7 +209,11 @@ def remove(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Writes a small file so that it is there whole, new or old, whenever the process dies."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, path)
-    flush(path.parent)
+    try:
+        with writing(path):
+            temporary.write_text(text, encoding="utf-8")
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
+    finally:
+        remove(temporary)
