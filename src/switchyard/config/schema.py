@@ -163,6 +163,9 @@ class DataConfig(Section):
         0.1, description="of one file: its last part; of many: the files whose path hashes there"
     )
     batch_size: Positive = Field(12, description="sequences or images of a micro-batch, over all devices together")
+    accept_changed: bool = Field(
+        False, description="--resume: goes on although data.path holds other data than the run was trained on"
+    )
 
 
 class OptimizerConfig(Section):

@@ -6,7 +6,7 @@ RUN/checkpoints/step-00000100/
     tokenizer.json          the tokenizer
     weights.safetensors     the model
     optimizer.safetensors   moments, loss scale, counters
-    state.json              step, position in the data, seed, noise rule, best validation loss
+    state.json              step, position in the data, their fingerprint, seed, noise rule, best validation loss
 RUN/checkpoints/best.json   names the checkpoint of the lowest validation loss
 
 A run on N devices has weights-RANK-of-N.safetensors and optimizer-RANK-of-N.safetensors instead, one of each for every
@@ -81,7 +81,9 @@ class Checkpoint:
         tokenizer_json: see `Tokenizer.from_json`.
         weights: name -> float array.
         optimizer: name -> array, {} where it was not asked for.
-        state: step, data_index (micro-batches read), train_seed, noise_rule, best_loss, seconds.
+        state: step, data_index (micro-batches read), data_epoch and data_window (where the next one begins, see
+            data.batches.Course), corpus (see data.fingerprint), tokens (predictions made), train_seed, noise_rule,
+            best_loss, seconds.
     """
 
     path: Path
