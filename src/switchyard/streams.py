@@ -6,6 +6,7 @@ for what they print: there a failed write is an error with a name.
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,6 +59,11 @@ class Stream:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
+
+
+def hangs_up() -> bool:
+    """Whether a terminal that closes ends this process: under nohup SIGHUP is ignored, and some systems have none."""
+    return hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from switchyard.data.tokenizer import Tokenizer, smallest_dtype
 from switchyard.errors import UserError
+from switchyard.files import writing
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -137,9 +138,10 @@ def _write_blocks(file: Path, stream: np.ndarray, width: int, advance: Callable[
 
 def write_manifest(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
     """Writes the two small files of a prepared folder."""
-    (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-    text = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False) + "\n"
+    for name, content in ((TOKENIZER, tokenizer.to_json()), (MANIFEST, text)):
+        with writing(folder / name):
+            (folder / name).write_text(content, encoding="utf-8")
 
 
 def read_stream(folder: Path, manifest: Manifest, split: Split) -> np.ndarray:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from switchyard.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from switchyard.files import line_of
 
 if TYPE_CHECKING:
     from switchyard.data.corpus import Document
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.tokenizer,
         )
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error if isinstance(error, UserError) else line_of(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

@@ -5,6 +5,7 @@ import sys
 
 from switchyard.cli import Parser, create_parser, stdout_to_stderr
 from switchyard.errors import UserError
+from switchyard.files import writing
 
 
 def export_main(arguments: list[str]) -> None:
@@ -19,7 +20,8 @@ def export_main(arguments: list[str]) -> None:
     _prepare()
     from switchyard.inference.export import export
 
-    export(chosen.checkpoint, chosen.out, chosen.overrides, chosen.key_file, say)
+    with writing(chosen.out):  # what a library could not write there
+        export(chosen.checkpoint, chosen.out, chosen.overrides, chosen.key_file, say)
 
 
 def infer_main(arguments: list[str]) -> None:

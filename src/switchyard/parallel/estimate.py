@@ -24,6 +24,7 @@ from switchyard import config as configuration
 from switchyard.capacity import dropped_of_record, dropped_share
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.files import writing
 from switchyard.parallel.costs import Costs, costs, heaviest, stage_costs
 from switchyard.parallel.simulate import table, vocabulary
 
@@ -310,7 +311,8 @@ def main(arguments: list[str]) -> None:
     print("\n".join(render(found, chosen.top)))
     print(f"\nranked by seconds = TFLOP / {chosen.tflops:g} + GB sent / {chosen.bandwidth:g}, then by memory")
     if chosen.json:
-        Path(chosen.json).write_text(json.dumps(to_json(found), indent=1), encoding="utf-8")
+        with writing(chosen.json):
+            Path(chosen.json).write_text(json.dumps(to_json(found), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

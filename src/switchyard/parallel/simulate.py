@@ -21,6 +21,7 @@ from switchyard import cli
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.files import writing
 from switchyard.parallel.graph import Collective, Graph, collectives, read_graph
 from switchyard.parallel.placement import Degrees
 from switchyard.parallel.stubs import simulation_environment
@@ -309,7 +310,8 @@ def main(arguments: list[str]) -> None:
     report = compile_step(config, chosen.devices, chosen.rank, chosen.vocab)
     print(render(report, config, chosen.brief))
     if chosen.json:
-        Path(chosen.json).write_text(json.dumps(to_json(report), indent=1), encoding="utf-8")
+        with writing(chosen.json):
+            Path(chosen.json).write_text(json.dumps(to_json(report), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

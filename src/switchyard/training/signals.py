@@ -3,10 +3,7 @@
 import signal
 from typing import Any
 
-
-def hangs_up() -> bool:
-    """Whether a closed terminal ends this process: not under nohup, which ignores SIGHUP, nor where there is none."""
-    return hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+from switchyard.streams import hangs_up
 
 
 class StopSignals:
