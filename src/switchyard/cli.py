@@ -41,10 +41,7 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = N
     with streams.guarded():
         code = _outcome(main, sys.argv[1:] if arguments is None else arguments)
         unwritten = _outcome(lambda _: sys.stdout.flush(), [])  # now, for Python would complain at its end
-        try:
-            sys.stderr.flush()
-        except OSError:
-            sys.stderr.silence()
+        sys.stderr.flush()
         return code or unwritten
 
 
@@ -136,6 +133,5 @@ def _prepare() -> None:
 
 
 def _say(text: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # nobody reads it: the exit code says it too
-        print(" ".join(text.split("\n")), file=sys.stderr, flush=True)
+    print(" ".join(text.split("\n")), file=sys.stderr, flush=True)
     return code

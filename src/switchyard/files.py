@@ -7,6 +7,8 @@ that a disk is full. `writing` turns both into one UserError.
 import contextlib
 import errno
 import os
+import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ REMEDIES = {
 FULL = {  # what compiled code says -> what the system would have said
     "no space left on device": errno.ENOSPC,
     "disk is full": errno.ENOSPC,
+    "no free disk": errno.ENOSPC,
     "disk quota exceeded": errno.EDQUOT,
     "file too large": errno.EFBIG,
 }
@@ -65,6 +68,21 @@ def _number_in(text: str) -> int | None:
     """The error number of the system that a library's message means."""
     text = text.lower()
     return next((number for words, number in FULL.items() if words in text), None)
+
+
+def check_room(path: Path, size: int) -> None:
+    """Refuses to begin a file that would not fit (UserError): compiled code may crash where the room ends.
+
+    Args:
+        path: the file; its folder exists.
+        size: bytes that it will have.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and size > limit:
+        raise FileError(f"'{path}': needs {size:,} bytes, a file may have {limit:,}; {REMEDIES[errno.EFBIG]}")
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise FileError(f"'{path}': needs {size:,} bytes, the disk has {free:,}; {REMEDIES[errno.ENOSPC]}")
 
 
 def append(file, line: str) -> None:

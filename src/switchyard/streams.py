@@ -71,7 +71,8 @@ def guarded() -> Iterator[None]:
     """Wraps both streams meanwhile."""
     _open_descriptors()
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Stream(before[0], STDOUT), Stream(before[1], STDERR)
+    sys.stdout = Stream(before[0], STDOUT)
+    sys.stderr = Stream(before[1], STDERR, survives=True)  # what a program is for goes to stdout
     try:
         yield
     finally:
@@ -80,9 +81,8 @@ def guarded() -> Iterator[None]:
 
 def survive() -> None:
     """From here on the program goes on where nobody reads what it prints (within `guarded`)."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, Stream):
-            stream.survives = True
+    if isinstance(sys.stdout, Stream):
+        sys.stdout.survives = True
 
 
 def _open_descriptors() -> None:

@@ -20,12 +20,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from switchyard.data.tokenizer import Tokenizer, smallest_dtype
 from switchyard.errors import UserError
-from switchyard.files import writing
+from switchyard.files import check_room, line_of, writing
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 COLUMN = "tokens"
 WRITE_BLOCKS = 1024  # blocks handed to the writer, or counted, at a time
+PAGES, BLOCK_BYTES = 50_400_000, 64  # bytes of a file without blocks, and of what stands about each block besides it
 STREAM_BLOCKS = 65_536  # blocks of one opened pipeline: bounds the list of indices that the sampler copies
 PREPARE = "python -m switchyard.data.prepare"
 
@@ -112,6 +113,8 @@ def write_split(file: Path, stream: np.ndarray, seq_length: int, advance: Callab
     try:
         count = _write_blocks(file, stream, seq_length + 1, advance)
     except RuntimeError as error:  # what MindSpore raises; its first line is the message, a C++ stack follows
+        if full := line_of(error, file):
+            raise UserError(full) from None
         raise UserError(f"--out: '{file.parent}': {str(error).strip().splitlines()[0]}; free some space") from None
     for part in (file, Path(f"{file}.db")):
         part.chmod(0o644)  # the writer makes them unreadable for others
@@ -125,6 +128,7 @@ def _write_blocks(file: Path, stream: np.ndarray, width: int, advance: Callable[
     from mindspore.mindrecord import FileWriter
 
     count = -(-len(stream) // width)
+    check_room(file, PAGES + count * (4 * width + BLOCK_BYTES))
     writer = FileWriter(str(file), shard_num=1)
     writer.add_schema({COLUMN: {"type": "int32", "shape": [width]}}, "blocks of tokens")
     for start in range(0, count, WRITE_BLOCKS):

@@ -93,7 +93,7 @@ def locked(run: Path, name: str, wanted: bool = True) -> Iterator[bool]:
     Raises:
         UserError: another training holds it, or may hold it on a host that cannot be asked.
     """
-    if not wanted:
+    if not wanted or run.is_file():  # which `find_start` refuses
         yield True
         return
     missing = [folder for folder in (run, *run.parents) if not folder.exists()]
