@@ -215,7 +215,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 @pytest.mark.parametrize(
     ("what", "file"),
     [
-        ("switchyard.training.tensors.os.fsync", "optimizer.safetensors|weights.safetensors"),
+        ("switchyard.training.tensors.pieces", "optimizer.safetensors|weights.safetensors"),
         ("switchyard.training.metrics.append", "metrics.jsonl"),
         ("tensorboardX.event_file_writer.EventsWriter.write_event", "events.out.tfevents"),
     ],
