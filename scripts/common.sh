@@ -14,8 +14,8 @@ VENV="${SWITCHYARD_VENV:-$ROOT/.venv}"
 SUPPORTED="3.10, 3.11 or 3.12"
 RIGHT_VERSION='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
 
-say() {
-    printf '%s\n' "$*" >&2
+say() { # nobody may read it any more, which is no reason to stop
+    printf '%s\n' "$*" >&2 || true
 }
 
 fail() { # fail TEXT: one line, exit code 2 as the Python command lines have it

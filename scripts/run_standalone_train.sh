@@ -38,4 +38,8 @@ done
 set_up run
 mkdir -p "$(dirname "$log")"
 say "Log: $log"
-run_program train.py "${arguments[@]+"${arguments[@]}"}" 2>&1 | tee "$log"
+tee=(tee)
+if tee -p </dev/null >/dev/null 2>&1; then tee=(tee -p); fi # of GNU: writes the log on when nobody reads stdout
+# The log outlives what stops the training, so that it has the last line; signals to this script reach the training.
+exec > >(trap '' HUP INT TERM PIPE && exec "${tee[@]}" "$log") 2>&1
+exec "$VENV/bin/python" "$ROOT/train.py" "${arguments[@]+"${arguments[@]}"}"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from switchyard import config as configuration
+from switchyard import file_errors, streams
 from switchyard.config.sections import LARGEST
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Interrupted, UserError, represented, shortened
 from switchyard.json_text import to_json
@@ -104,9 +105,21 @@ def cleans_up() -> Iterator[None]:
 
 def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
     """Calls `main` with the arguments and turns what users and signals do into one line and an exit code."""
-    escape_characters()
+    with streams.guarded():
+        escape_characters()
+        code = _outcome(main, sys.argv[1:] if arguments is None else arguments)
+        unwritten = _outcome(lambda _: sys.stdout.flush(), [])  # now, for Python would complain at its end
+        try:
+            sys.stderr.flush()
+        except OSError:
+            sys.stderr.silence()
+        return code or unwritten
+
+
+def _outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
+    """The exit code of a call; what went wrong is said in one line."""
     try:
-        return main(sys.argv[1:] if arguments is None else arguments) or EXIT_OK
+        return main(arguments) or EXIT_OK
     except UserError as error:
         return _say(f"error: {error}", EXIT_USER_ERROR)
     except Interrupted as error:
@@ -121,12 +134,15 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = N
         reason = f"{text} cannot be part of a file name where the locale is {error.encoding}"
         return _say(f"error: {reason}; set PYTHONUTF8=1", EXIT_USER_ERROR)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its end
+        sys.stdout.silence()
         return EXIT_PIPE
-    except OSError as error:
-        if error.filename is None or error.strerror is None:
+    except Exception as error:
+        line = file_errors.line_of(error)  # of files that were opened, and of full disks that a library met
+        if line is None:
             raise
-        return _say(f"error: '{error.filename}': {error.strerror}", EXIT_USER_ERROR)
+        if isinstance(error, OSError) and error.filename == streams.STDOUT:
+            sys.stdout.silence()
+        return _say(f"error: {line}", EXIT_USER_ERROR)
 
 
 def escape_characters() -> None:
@@ -157,6 +173,7 @@ def train_main(arguments: list[str]) -> None:
     if chosen.print_config:
         print(config.to_yaml(), end="")
         return
+    streams.survive()
     _prepare()
     announce(config, chosen.overrides)
     from switchyard.training.loop import train
@@ -196,14 +213,18 @@ def eval_main(arguments: list[str]) -> None:
 def stdout_to_stderr() -> Iterator:
     """Everything that is printed meanwhile, by C++ too, goes to stderr; yields a file that is the real stdout."""
     sys.stdout.flush()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="surrogateescape") as out:  # bytes come out as they came in
-        os.dup2(2, 1)
-        try:
-            yield out
-        finally:
+    file = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="surrogateescape")  # bytes come out as they came in
+    out = streams.Stream(file, streams.STDOUT)
+    os.dup2(2, 1)
+    try:
+        yield out
+        out.flush()
+    finally:
+        with contextlib.suppress(OSError):
             sys.stdout.flush()
-            out.flush()
-            os.dup2(out.fileno(), 1)
+        os.dup2(file.fileno(), 1)
+        with contextlib.suppress(OSError):  # what could not be written has been said
+            file.close()
 
 
 def _prepare() -> None:
@@ -213,5 +234,5 @@ def _prepare() -> None:
 
 
 def _say(text: str, code: int) -> int:
-    print(" ".join(text.split("\n")), file=sys.stderr)
+    print(" ".join(text.split("\n")), file=sys.stderr, flush=True)
     return code

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from switchyard.file_errors import writing
+
 TEMPORARY = ".tmp-"
 OLD = ".tmp-replaced-"  # before the name of what makes way where two folders cannot change places in one step
 PLAIN = re.compile(r"[0-9a-zA-Z@_\-.:/]+")  # paths that MindSpore's export accepts
@@ -102,12 +104,13 @@ def _refused(word: str) -> Any:
 
 
 def flush(path: Path) -> None:
-    """Asks the system to have a file or directory on the disk before it goes on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Asks the system to have a file or directory on the disk before it goes on (UserError: it cannot)."""
+    with writing(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def flush_tree(folder: Path) -> None:

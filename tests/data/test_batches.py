@@ -137,3 +137,44 @@ def test_indices_outside_are_refused():
         TrainBatches(np.zeros(100, np.uint8), 1, 8, 1).at(-1)
     with pytest.raises(IndexError):
         eval_batches(np.zeros(10, np.uint8), 1, 9).at(1)
+
+
+def _starts(batches, indices) -> list[int]:
+    """First tokens of the sequences of some batches: a stream of distinct tokens names its windows by them."""
+    return [int(token) for index in indices for token in batches.at(index).tokens[:, 0]]
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 8), (4, 6), (8, 4), (3, 5), (5, 1)])
+def test_another_batch_size_goes_on_with_what_the_epoch_has_left(before, after):
+    """Of 40 windows some were read in batches of the old size: no window comes twice, only a last part stays out."""
+    stream = np.arange(40 * 5 + 4, dtype=np.uint16)
+    old, new = TrainBatches(stream, before, 4, seed=3), TrainBatches(stream, after, 4, seed=3)
+    done = 3
+    new.start_at(done, *old.course.after(done))
+    rest = (40 - done * before) // after
+    seen = _starts(old, range(done)) + _starts(new, range(done, done + rest))
+    assert len(set(seen)) == len(seen) > 40 - after
+    assert {*seen} <= {*_starts(TrainBatches(stream, 1, 4, seed=3), range(40))}  # the windows of the same epoch
+    assert new.course.at(done + rest) == (1, 0)  # and then the next epoch as a whole
+
+
+def test_windows_that_filled_no_batch_are_read_by_smaller_ones():
+    stream = np.arange(10 * 5 + 4, dtype=np.uint16)
+    old, new = TrainBatches(stream, 4, 4, seed=3), TrainBatches(stream, 2, 4, seed=3)
+    new.start_at(2, *old.course.after(2))  # 8 of 10 were read
+    seen = _starts(old, range(2)) + _starts(new, range(2, 3))
+    assert len(set(seen)) == 10 and new.course.at(3) == (1, 0)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_beginning_anywhere_gives_the_same_batches(world):
+    """Every place of three epochs, whose last batches leave windows over."""
+    stream = np.arange(23 * 5 + 4, dtype=np.uint16)
+    for rank in range(world):
+        whole, later = (TrainBatches(stream, 4 // world, 4, 1, rank, world) for _ in range(2))
+        for index in range(15):
+            later.start_at(index, *whole.course.after(index))
+            for ahead in range(index, 16):
+                np.testing.assert_array_equal(later.at(ahead).tokens, whole.at(ahead).tokens)
+        with pytest.raises(IndexError, match="counted from 14"):
+            later.at(13)

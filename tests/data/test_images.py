@@ -141,3 +141,23 @@ def test_another_checkpoint(folder):
     held = load_data(config()).tokenizer.to_json()
     with pytest.raises(UserError, match=r"vision\.tasks"):
         load_data(config(tasks=["parity"]), held)
+
+
+def test_beginning_anywhere_gives_the_same_batches_of_images():
+    pictures = np.arange(11, dtype=np.float32).reshape(11, 1, 1, 1)
+    answers = np.arange(11, dtype=np.int32).reshape(11, 1)
+    whole, later = (ImageBatches(pictures, answers, 2, 1, rank=1, world=2) for _ in range(2))
+    for index in range(6):
+        later.start_at(index, *whole.course.after(index))
+        for ahead in range(index, 8):
+            np.testing.assert_array_equal(later.at(ahead).images, whole.at(ahead).images)
+    ones = ImageBatches(pictures, answers, 1, 1)
+    ones.start_at(2, *whole.course.after(2))  # 8 of 11 were read by both ranks
+    left = {int(ones.at(index).images[0, 0, 0, 0]) for index in range(2, 5)}
+    read = {
+        int(picture)
+        for rank in (0, 1)
+        for index in (0, 1)
+        for picture in ImageBatches(pictures, answers, 2, 1, rank, 2).at(index).images.reshape(-1)
+    }
+    assert left | read == set(range(11))

@@ -1,7 +1,9 @@
 """Prepared folders: the blocks are the text, any index can be asked for, and damage is noticed."""
 
 import json
+import resource
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,3 +205,21 @@ def test_whole_blocks_only_are_trained_on(tmp_path):
     assert (split.tokens, split.blocks, advanced) == (11, 3, [3])
     blocks = mindrecord.RecordSource(tmp_path / "x.mindrecord", 3).read(np.arange(3), 0, 3, 0)
     assert blocks.tolist() == [[97, 98, 99, 100], [101, 102, 103, 104], [105, 106, 107, 0]]
+
+
+def test_a_disk_without_room_is_said_before_a_file_begins(tmp_path, monkeypatch):
+    """MindSpore's writer crashes at the limit of a file's size, and loses blocks without a word on a full disk."""
+    stream, file = np.zeros(6500, np.int32), tmp_path / "train.mindrecord"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300 * 1024, limits[1]))
+    try:
+        with pytest.raises(
+            UserError, match=rf"^'{file}': needs 50,432,400 bytes, a file may have 307,200; .*ulimit -f"
+        ):
+            mindrecord.write_split(file, stream, 64, lambda count: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=rf"^'{file}': needs 50,432,400 bytes, the disk has 1,000; free some space"):
+        mindrecord.write_split(file, stream, 64, lambda count: None)
+    assert not list(tmp_path.iterdir())

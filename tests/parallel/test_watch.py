@@ -43,6 +43,7 @@ SLEEP = "import time; print('working', flush=True); time.sleep(600)"
 SAVE = """
 import signal, sys, time
 def save(number, frame):
+    time.sleep(0.3)
     print("interrupted: saved step 7 of 'runs/x'; go on with --resume", flush=True)
     sys.exit(75)
 signal.signal(signal.SIGTERM, save)
@@ -123,7 +124,7 @@ def test_a_traceback_is_shown(tmp_path):
     assert said.splitlines()[1].startswith("Traceback") and "ZeroDivisionError" in said.splitlines()[-1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_the_workers_save(tmp_path, number):
     job = watch(tmp_path, SAVE, SAVE)
     workers_of(job, 2)
@@ -131,6 +132,9 @@ def test_a_signal_lets_the_workers_save(tmp_path, number):
         until(lambda rank=rank: "ready" in (tmp_path / "logs" / f"worker_{rank}.log").read_text())
     time.sleep(0.5)  # the watcher has seen them too
     os.kill(job.pid, number)
+    if number == signal.SIGHUP:  # a terminal that closes sends it twice
+        time.sleep(0.05)
+        os.kill(job.pid, number)
     code, said = end_of(job)
     assert code == 75 and said.startswith("interrupted: saved step 7 of 'runs/x'; go on with --resume (rank ")
 

@@ -1,5 +1,6 @@
 """Record and replay: files, refusals, forced choices with live gates, and whole runs."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 from mindspore import Tensor
 from oracles.tiny import tiny_config
 from oracles.tiny_run import losses_of, run_config, write_text
+from safetensors.numpy import load, save
 
 from switchyard.errors import UserError
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.models import create_model
 from switchyard.routing import create_router, known_routers
-from switchyard.routing.replay import Recorder, Replayer, manifest_of, read
+from switchyard.routing.replay import Recorder, Replayer, manifest_of, read, subject
 from switchyard.training.evaluate import evaluate
 from switchyard.training.loop import train
 
@@ -49,7 +51,7 @@ def test_what_is_recorded_comes_back(tmp_path):
     np.testing.assert_array_equal(replayer.at(1, TOKENS + 1), _choices(1))
     np.testing.assert_array_equal(replayer.at(3, TOKENS), _choices(3))
     np.testing.assert_array_equal(replayer.at(0, TOKENS), np.full((1, 1, 64, 2), -1))  # unset: the router decides
-    assert {path.name for path in tmp_path.iterdir()} == {"choices.safetensors", "choices.safetensors.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"choices.safetensors"}
 
 
 def test_a_resumed_run_goes_on_in_its_file(tmp_path):
@@ -108,9 +110,17 @@ def _flip(path):
     path.write_bytes(data)
 
 
-def _other_format(path):
-    manifest = json.loads(manifest_of(path).read_text())
-    manifest_of(path).write_text(json.dumps(manifest | {"format_version": 99}))
+def _as_version_1(path, manifest=None):
+    """The same record as earlier versions wrote it: the manifest in a file of its own."""
+    arrays = load(path.read_bytes())
+    data = save(arrays)
+    path.write_bytes(data)
+    own = {"format_version": 1, "sha256": hashlib.sha256(data).hexdigest(), **subject(_config(), "training")}
+    manifest_of(path).write_text(json.dumps(own) if manifest is None else manifest)
+
+
+def _with_manifest(path, text):
+    path.write_bytes(save(load(path.read_bytes()), {"switchyard": text}))
 
 
 @pytest.mark.parametrize(
@@ -118,11 +128,15 @@ def _other_format(path):
     [
         (_cut, "damaged"),
         (_flip, "damaged"),
+        (lambda path: path.write_bytes(b""), "damaged"),
         (lambda path: path.unlink(), "No such file"),
-        (lambda path: manifest_of(path).unlink(), "No such file"),
-        (lambda path: manifest_of(path).write_text("{"), "is no manifest"),
-        (lambda path: manifest_of(path).write_text("[]"), "another format"),
-        (_other_format, "another format"),
+        (lambda path: path.write_bytes(save({"weight": np.zeros(3)})), "holds no manifest"),
+        (lambda path: _with_manifest(path, "{"), "damaged"),
+        (lambda path: _with_manifest(path, "[]"), "another format"),
+        (lambda path: _with_manifest(path, '{"format_version": 99}'), "another format"),
+        (lambda path: _as_version_1(path, "{"), "is no manifest"),
+        (lambda path: _as_version_1(path, '{"format_version": 2}'), "another format"),
+        (lambda path: _as_version_1(path, '{"format_version": 1}'), "damaged"),
     ],
 )
 def test_a_damaged_record_is_one_line(harm, message, tmp_path):
@@ -131,6 +145,43 @@ def test_a_damaged_record_is_one_line(harm, message, tmp_path):
     with pytest.raises(UserError, match=rf"^moe\.replay: {path}; .*{message}") as caught:
         Replayer(path, _config(), "training")
     assert "\n" not in str(caught.value)
+
+
+def test_a_record_of_two_files_is_read_and_becomes_one(tmp_path):
+    path = Path(_recorded(tmp_path))
+    _as_version_1(path)
+    np.testing.assert_array_equal(Replayer(str(path), _config(), "training").at(3, TOKENS), _choices(3))
+    Recorder(str(path), _config(), "training", start=4).save()
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    np.testing.assert_array_equal(Replayer(str(path), _config(), "training").at(3, TOKENS), _choices(3))
+
+
+def test_a_run_takes_up_its_own_record_and_no_other(tmp_path):
+    """Also one from before its first checkpoint, and after its folder was moved."""
+    path = _recorded(tmp_path)
+    assert not Recorder(path, _config(), "training", start=0, resume=True).rows
+    assert list(Recorder(path, _config(), "training", start=2, resume=True).rows) == [1]
+    Recorder(path, _config(train={"output_dir": "moved"}), "training", start=2, resume=True)
+    (tmp_path / "there" / "tiny").mkdir(parents=True)
+    there = _config(train={"output_dir": str(tmp_path / "there")})
+    other = str(tmp_path / "other.safetensors")
+    recorder = Recorder(other, there, "training")
+    recorder.add(0, TOKENS, _choices(0))
+    recorder.save()
+    for config in (_config(), _config(train={"name": "b"})):
+        for start in (0, 2):
+            with pytest.raises(UserError, match=rf"^moe\.record: {other}; was recorded by run '.*there/tiny': choose"):
+                Recorder(other, config, "training", start=start, resume=True)
+
+
+def test_a_record_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = Path(_recorded(tmp_path))
+    before = path.read_bytes()
+    recorder = Recorder(str(path), _config(), "training", start=4)
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=rf"^'{path}': No space left on device; free some space"):
+        recorder.save()
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_nothing_is_overwritten(tmp_path):

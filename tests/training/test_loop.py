@@ -93,9 +93,9 @@ REFUSED = [
     ({"model": {"hidden_size": 32}}, "model.hidden_size: 32; the run was trained with 16"),
     ({"moe": {"expert_num": 4}}, "moe.expert_num: 4; the run was trained with 1"),
     ({"optimizer": {"beta1": 0.5}}, "optimizer.beta1: 0.5; the run was trained with 0.9"),
-    ({"data": {"batch_size": 8}}, "data.batch_size: 8; the run was trained with 4"),
+    ({"optimizer": {"eps": 1e-6}}, "optimizer.eps: 1e-06; the run was trained with 1e-08"),
+    ({"data": {"val_fraction": 0.2}}, "data.val_fraction: 0.2; the run was trained with 0.1"),
     ({"train": {"seed": 2}}, "train.seed: 2; the run was trained with 1"),
-    ({"schedule": {"learning_rate": 0.5}}, "schedule.learning_rate: 0.5; the run was trained with 0.01"),
     ({"train": {"steps": 1}}, "train.steps: 1; the run .* is at step 3 already"),
     (
         {"parallel": {"data_parallel": 2}, "data": {"batch_size": 4}},

@@ -168,6 +168,9 @@ class DataConfig(Section):
         None, description="text file, folder or glob that validates, all of it; null = a part of data.path"
     )
     batch_size: Positive = Field(12, description="sequences or images of a micro-batch, over all devices together")
+    accept_changed: bool = Field(
+        False, description="--resume: goes on although data.path holds other data than the run was trained on"
+    )
 
 
 class OptimizerConfig(Section):

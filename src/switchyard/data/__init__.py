@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from switchyard.config import Config
-from switchyard.data import mindrecord
+from switchyard.data import fingerprint, mindrecord
 from switchyard.data.batches import Batch, EvalBatches, TrainBatches, eval_batches
 from switchyard.data.corpus import Corpus, load_text
 from switchyard.data.given import load_scored
@@ -48,6 +49,7 @@ class Data:
         token_counts: counts how often each id occurs in the training split, [V] int64; None where nothing has ids.
         validation_bytes: UTF-8 bytes that those tokens stand for; bits per byte = loss * tokens / bytes / ln 2.
         description: one line for logs.
+        fingerprint: of what is read, see data.fingerprint.
     """
 
     tokenizer: Tokenizer | Classes
@@ -57,15 +59,26 @@ class Data:
     validation_bytes: int
     description: str
     token_counts: Callable[[], np.ndarray] | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
-def load_data(config: Config, tokenizer_json: str | None = None, rank: int = 0, world: int = 1) -> Data:
+Seen = Callable[[dict[str, Any]], object]  # is told the fingerprint of the data
+
+
+def load_data(
+    config: Config,
+    tokenizer_json: str | None = None,
+    rank: int = 0,
+    world: int = 1,
+    seen: Seen = lambda marks: None,
+) -> Data:
     """Reads the data that a configuration names.
 
     Args:
         config: sections data, model.seq_length and train.seed are read.
         tokenizer_json: the tokenizer of a checkpoint, when one is continued or evaluated.
         rank, world: the slice of each micro-batch of data.batch_size sequences; validation is not cut.
+        seen: is told the fingerprint before text becomes tokens, and may refuse it.
 
     Raises:
         UserError: missing, empty, undecodable or too short text; another vocabulary than the checkpoint's.
@@ -73,10 +86,10 @@ def load_data(config: Config, tokenizer_json: str | None = None, rank: int = 0, 
     if config.data.batch_size % world:
         raise UserError(f"data.batch_size: {config.data.batch_size}; must be a multiple of the {world} processes")
     if config.model.type != "decoder":
-        return _load_images(config, tokenizer_json, rank, world)
+        return _load_images(config, tokenizer_json, rank, world, seen)
     folder = mindrecord.locate(config.data.path)
     read = _read_text if folder is None else _read_records
-    tokenizer, source, stream, count, description = read(config, tokenizer_json)
+    tokenizer, source, stream, count, description, marks = read(config, tokenizer_json, seen)
     batch_size, seq_length = config.data.batch_size, config.model.seq_length
     train = TrainBatches(source, batch_size // world, seq_length, config.train.seed, rank, world)
     eval_batches(stream, batch_size, seq_length)  # too little text is said now, not after training
@@ -88,10 +101,11 @@ def load_data(config: Config, tokenizer_json: str | None = None, rank: int = 0, 
         validation_bytes=tokenizer.byte_length(stream[1:]),
         description=f"{description}; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind})",
         token_counts=count,
+        fingerprint=marks,
     )
 
 
-def _load_images(config: Config, classes_json: str | None, rank: int, world: int) -> Data:
+def _load_images(config: Config, classes_json: str | None, rank: int, world: int, seen: Seen) -> Data:
     """The same of images; a prediction counts as one token of one byte."""
     vision, batch_size = config.vision, config.data.batch_size
     if config.data.val_path is not None:
@@ -103,6 +117,8 @@ def _load_images(config: Config, classes_json: str | None, rank: int, world: int
     if classes_json is not None and classes_json != classes.to_json():
         raise UserError(f"vision.tasks: {vision.tasks}; the checkpoint was trained on other tasks or classes")
     split = load_split(config)
+    marks = fingerprint.of_images(split.train, split.validation)
+    seen(marks)
     images, labels = split.validation
     answers = classes.answers(labels)
     train = ImageBatches(
@@ -115,13 +131,18 @@ def _load_images(config: Config, classes_json: str | None, rank: int, world: int
         validation_tokens=answers.size,
         validation_bytes=answers.size,
         description=f"{split.description}; tasks: {', '.join(vision.tasks)}",
+        fingerprint=marks,
     )
 
 
-def _read_text(config: Config, tokenizer_json: str | None) -> tuple[Tokenizer, np.ndarray, np.ndarray, Callable, str]:
-    """(tokenizer, training stream [T], validation stream [T], what counts ids, description) of text."""
+def _read_text(
+    config: Config, tokenizer_json: str | None, seen: Seen
+) -> tuple[Tokenizer, np.ndarray, np.ndarray, Callable, str, dict[str, Any]]:
+    """(tokenizer, training stream [T], validation stream [T], what counts ids, description, fingerprint) of text."""
     _refuse_records(config.data.val_path)
     corpus = load_text(config.data)
+    marks = fingerprint.of_corpus(corpus)
+    seen(marks)
     named = config.data.tokenizer
     if tokenizer_json is not None and named not in ("byte", "char") and not os.path.exists(os.path.expanduser(named)):
         tokenizer = Tokenizer.from_json(tokenizer_json, "of the checkpoint")  # its file has gone; the copy serves
@@ -131,7 +152,7 @@ def _read_text(config: Config, tokenizer_json: str | None) -> tuple[Tokenizer, n
             tokenizer = reconcile(tokenizer, tokenizer_json)
     train, validation = tokenizer.encode_documents(corpus.train), tokenizer.encode_documents(corpus.validation)
     description = corpus.description + unknown_note(tokenizer, train, validation)
-    return tokenizer, train, validation, lambda: count_tokens([train], tokenizer.vocab_size), description
+    return tokenizer, train, validation, lambda: count_tokens([train], tokenizer.vocab_size), description, marks
 
 
 def _refuse_records(val_path: str | None) -> None:
@@ -149,9 +170,9 @@ def count_tokens(pieces: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
 
 
 def _read_records(
-    config: Config, tokenizer_json: str | None
-) -> tuple[Tokenizer, mindrecord.RecordSource, np.ndarray, Callable, str]:
-    """(tokenizer, training source, validation stream [T], what counts ids, description) of a prepared folder."""
+    config: Config, tokenizer_json: str | None, seen: Seen
+) -> tuple[Tokenizer, mindrecord.RecordSource, np.ndarray, Callable, str, dict[str, Any]]:
+    """(tokenizer, training source, validation stream [T], what counts ids, description, fingerprint) of a folder."""
     folder = mindrecord.locate(config.data.path)
     manifest, tokenizer = mindrecord.read_manifest(folder)
     if config.data.val_path is not None:
@@ -159,6 +180,8 @@ def _read_records(
             f"data.val_path: '{config.data.val_path}'; '{folder}' has a validation part already: leave it null, or "
             "prepare the text with --val-path"
         )
+    marks = fingerprint.of_records(manifest)
+    seen(marks)
     if config.model.seq_length != manifest.seq_length:
         raise UserError(
             f"model.seq_length: {config.model.seq_length}; '{folder}' holds blocks for {manifest.seq_length}; "
@@ -172,4 +195,4 @@ def _read_records(
     source = mindrecord.RecordSource(folder / manifest.train.file, manifest.train.tokens // width)
     stream = mindrecord.read_stream(folder, manifest, manifest.validation)
     description = f"MindRecord '{folder}' of {manifest.source}"
-    return tokenizer, source, stream, lambda: count_tokens(source.pieces(), manifest.vocab_size), description
+    return tokenizer, source, stream, lambda: count_tokens(source.pieces(), manifest.vocab_size), description, marks

@@ -4,6 +4,7 @@ Nothing is remembered between two batches, so a run resumes by asking for the ne
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +20,47 @@ class Batch(NamedTuple):
     tokens: np.ndarray  # [B, S] int32
     labels: np.ndarray  # [B, S] int32
     valid: np.ndarray  # [B, S] float32: 1 = a real prediction, 0 = padding
+
+
+@dataclass(frozen=True)
+class Course:
+    """Which windows of which epoch each batch takes.
+
+    Counting may begin anywhere: batch `index` takes the windows of `epoch` from number `window` on. So a run that goes
+    on with another batch size reads what its epoch has left, no window twice and none left out but those that do not
+    fill the epoch's last batch.
+
+    Attributes:
+        windows: of an epoch.
+        together: windows of a batch, over all processes.
+    """
+
+    windows: int
+    together: int
+    index: int = 0
+    epoch: int = 0
+    window: int = 0
+
+    def at(self, index: int) -> tuple[int, int]:
+        """(epoch, first window) of a batch (IndexError: one before the beginning)."""
+        if index < self.index:
+            raise IndexError(f"batch {index}: counted from {self.index}")
+        number, left = index - self.index, (self.windows - self.window) // self.together
+        if number < left:
+            return self.epoch, self.window + number * self.together
+        epochs, place = divmod(number - left, self.windows // self.together)
+        return self.epoch + 1 + epochs, place * self.together
+
+    def first_of(self, epoch: int) -> int:
+        """The window with which the batches of an epoch begin."""
+        return self.window if epoch == self.epoch else 0
+
+    def after(self, count: int) -> tuple[int, int]:
+        """(epoch, windows of it) that were read with the first `count` batches."""
+        if count == self.index:
+            return self.epoch, self.window
+        epoch, window = self.at(count - 1)
+        return epoch, window + self.together
 
 
 class Source(Protocol):
@@ -63,7 +105,8 @@ class TrainBatches:
 
     An epoch moves the windows by an offset and permutes them, both drawn by (seed, epoch). Batch i of the world takes
     the next `batch_size * world` windows of the permutation and rank r the r-th slice of them: the ranks' batches,
-    joined, are the batch of one process. The windows that do not fill a last batch wait for another epoch.
+    joined, are the batch of one process. The windows that do not fill a last batch wait for another epoch. `start_at`
+    lets counting begin elsewhere, see Course.
 
     Args:
         tokens: stream [T] of any integer type, or a `Source`.
@@ -90,19 +133,22 @@ class TrainBatches:
                 f"data.batch_size: {together}; the training text has only {len(self._source)} blocks of "
                 f"{seq_length + 1} tokens; lower data.batch_size or model.seq_length, or give more text"
             )
+        self.start_at(0, 0, 0)
+
+    def start_at(self, index: int, epoch: int, window: int) -> None:
+        """Batch `index` and those after it take the windows of `epoch` from number `window` on."""
+        self.course = Course(len(self._source), self._batch_size * self._world, index, epoch, window)
         self._epoch = -1  # the permutation of one epoch is kept, for speed alone
         self._order = np.zeros(0, np.int64)
         self._offset = 0
 
     def at(self, index: int) -> Batch:
         """Micro-batch `index` of the whole training."""
-        if index < 0:
-            raise IndexError(f"batch {index}: counted from 0")
-        epoch, place = divmod(index, self.batches_per_epoch)
+        epoch, first = self.course.at(index)
         if epoch != self._epoch:
             self._order, self._offset = self._shuffle(epoch)
             self._epoch = epoch
-        start = place * self._batch_size
+        start = (first - self.course.first_of(epoch)) // self._world
         windows = self._source.read(self._order, start, start + self._batch_size, self._offset)  # [B, S+1]
         tokens, labels = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])  # [B, S] each
         return Batch(tokens, labels, np.ones(tokens.shape, np.float32))
@@ -111,9 +157,9 @@ class TrainBatches:
         """(window indices of this rank in the order of its batches, offset of all windows)."""
         random = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
         offset = int(random.integers(self._source.slack + 1))
-        order = random.permutation(len(self._source))
-        order = order[: self.batches_per_epoch * self._world * self._batch_size]
-        order = order.reshape(self.batches_per_epoch, self._world, self._batch_size)
+        order = random.permutation(len(self._source))[self.course.first_of(epoch) :]
+        count = len(order) // self.course.together
+        order = order[: count * self.course.together].reshape(count, self._world, self._batch_size)
         return order[:, self._rank].reshape(-1), offset
 
 

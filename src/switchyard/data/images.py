@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from switchyard.config import Config, VisionConfig
+from switchyard.data.batches import Course
 from switchyard.errors import UserError
 from switchyard.files import UnfitError, read_regular
 
@@ -92,20 +93,23 @@ class ImageBatches:
             raise UserError(
                 f"data.batch_size: {batch_size * world}; there are only {len(images)} training images: lower it"
             )
+        self.start_at(0, 0, 0)
+
+    def start_at(self, index: int, epoch: int, window: int) -> None:
+        """Batch `index` and those after it take the images of `epoch` from number `window` of its order on."""
+        self.course = Course(len(self._images), self._batch_size * self._world, index, epoch, window)
         self._epoch = -1  # the permutation of one epoch is kept, for speed alone
         self._order = self._tasks = np.zeros(0, np.int64)
 
     def at(self, index: int) -> ImageBatch:
         """Micro-batch `index` of the whole training."""
-        if index < 0:
-            raise IndexError(f"batch {index}: counted from 0")
-        epoch, place = divmod(index, self.batches_per_epoch)
+        epoch, first = self.course.at(index)
         if epoch != self._epoch:
             random = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
             self._order = random.permutation(len(self._images))
             self._tasks = random.integers(0, self._answers.shape[1], len(self._images))
             self._epoch = epoch
-        start = (place * self._world + self._rank) * self._batch_size
+        start = first + self._rank * self._batch_size
         chosen = self._order[start : start + self._batch_size]  # [B]
         valid = np.eye(self._answers.shape[1], dtype=np.float32)[self._tasks[chosen]]  # [B, T]
         return ImageBatch(self._images[chosen], self._answers[chosen], valid)

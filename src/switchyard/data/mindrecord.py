@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from switchyard.data.tokenizer import Tokenizer, smallest_dtype
 from switchyard.errors import UserError
+from switchyard.file_errors import check_room, line_of, writing
 from switchyard.files import UnfitError, follow_umask, read_regular
 
 MANIFEST = "manifest.json"
@@ -27,6 +28,7 @@ TOKENIZER = "tokenizer.json"
 COLUMN = "tokens"
 LONGEST = 256 << 20  # bytes of manifest and tokenizer
 WRITE_BLOCKS = 1024  # blocks handed to the writer, or counted, at a time
+PAGES, BLOCK_BYTES = 50_400_000, 64  # bytes of a file without blocks, and of what stands about each block besides it
 STREAM_BLOCKS = 65_536  # blocks of one opened pipeline: bounds the list of indices that the sampler copies
 PREPARE = "python -m switchyard.data.prepare"
 
@@ -114,6 +116,8 @@ def write_split(file: Path, stream: np.ndarray, seq_length: int, advance: Callab
     try:
         count = _write_blocks(file, stream, seq_length + 1, advance)
     except RuntimeError as error:  # what MindSpore raises; its first line is the message, a C++ stack follows
+        if full := line_of(error, file):
+            raise UserError(full) from None
         raise UserError(f"--out: '{file.parent}': {str(error).strip().splitlines()[0]}; free some space") from None
     follow_umask(file.parent)  # the writer gives modes of its own
     with open(file, "rb") as handle:
@@ -126,6 +130,7 @@ def _write_blocks(file: Path, stream: np.ndarray, width: int, advance: Callable[
     from mindspore.mindrecord import FileWriter
 
     count = -(-len(stream) // width)
+    check_room(file, PAGES + count * (4 * width + BLOCK_BYTES))
     writer = FileWriter(str(file), shard_num=1)
     writer.add_schema({COLUMN: {"type": "int32", "shape": [width]}}, "blocks of tokens")
     for start in range(0, count, WRITE_BLOCKS):
@@ -139,9 +144,10 @@ def _write_blocks(file: Path, stream: np.ndarray, width: int, advance: Callable[
 
 def write_manifest(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
     """Writes the two small files of a prepared folder."""
-    (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-    text = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    for name, content in ((TOKENIZER, tokenizer.to_json()), (MANIFEST, text)):
+        with writing(folder / name):
+            (folder / name).write_text(content, encoding="utf-8")
 
 
 def read_stream(folder: Path, manifest: Manifest, split: Split) -> np.ndarray:

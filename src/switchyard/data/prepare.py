@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from switchyard import cli
 from switchyard.cli import cleans_up
 from switchyard.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from switchyard.file_errors import line_of
 from switchyard.files import flush_tree, unfinished
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.val_path,
             )
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error if isinstance(error, UserError) else line_of(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

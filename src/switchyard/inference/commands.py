@@ -4,6 +4,7 @@ import sys
 
 from switchyard.cli import Parser, add_trust_code, cleans_up, create_parser, finite, stdout_to_stderr, whole
 from switchyard.errors import UserError
+from switchyard.file_errors import writing
 from switchyard.json_text import to_json
 
 
@@ -21,7 +22,8 @@ def export_main(arguments: list[str]) -> None:
     with cleans_up():
         from switchyard.inference.export import export
 
-        export(chosen.checkpoint, chosen.out, chosen.overrides, chosen.key_file, say, chosen.trust_code)
+        with writing(chosen.out):  # what a library could not write there
+            export(chosen.checkpoint, chosen.out, chosen.overrides, chosen.key_file, say, chosen.trust_code)
 
 
 def infer_main(arguments: list[str]) -> None:

@@ -25,6 +25,7 @@ from switchyard.config import Config
 from switchyard.config.reader import parse_json, read_text
 from switchyard.config.sections import LARGEST
 from switchyard.errors import UserError, shortened
+from switchyard.file_errors import writing
 from switchyard.parallel.costs import Costs, costs, heaviest, stage_costs
 from switchyard.parallel.offered import require_trainable, with_defaults
 from switchyard.parallel.simulate import table, vocabulary
@@ -332,7 +333,8 @@ def main(arguments: list[str]) -> None:
     print("\n".join(render(found, chosen.top)))
     print(f"\nranked by seconds = TFLOP / {chosen.tflops:g} + GB sent / {chosen.bandwidth:g}, then by memory")
     if chosen.json:
-        Path(chosen.json).write_text(json_text.to_json(to_json(found), indent=1), encoding="utf-8")
+        with writing(chosen.json):
+            Path(chosen.json).write_text(json_text.to_json(to_json(found), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from switchyard import cli, json_text
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.file_errors import writing
 from switchyard.files import scratch
 from switchyard.parallel.graph import Collective, Graph, collectives, read_graph
 from switchyard.parallel.offered import require_trainable
@@ -320,7 +321,8 @@ def main(arguments: list[str]) -> None:
         report = compile_step(config, chosen.devices, chosen.rank, chosen.vocab)
     print(render(report, config, chosen.brief))
     if chosen.json:
-        Path(chosen.json).write_text(json_text.to_json(to_json(report), indent=1), encoding="utf-8")
+        with writing(chosen.json):
+            Path(chosen.json).write_text(json_text.to_json(to_json(report), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

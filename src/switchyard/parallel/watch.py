@@ -5,7 +5,8 @@
 msrun puts every worker into a session of its own, so that neither Ctrl-C nor the end of msrun reaches them; it dies of
 SIGTERM and leaves them running; and after a worker's death it waits half a minute for its scheduler. So: SIGINT and
 SIGTERM go to the workers, who save and end together, and a second one ends everything; where no worker is left the
-scheduler is ended; and whatever is left when msrun has ended, is killed.
+scheduler is ended; and whatever is left when msrun has ended, is killed. SIGHUP, of a terminal that closes, counts as
+SIGTERM, but never as the second signal, for it comes twice; under nohup it is ignored.
 
 Exit code: 0, or that of the worker which failed first (2 a mistake in the input, 75 saved after a signal), 1 where it
 was killed. Nothing heavy is imported.
@@ -23,6 +24,7 @@ import psutil
 
 from switchyard.cli import EXIT_KILLED
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from switchyard.streams import hangs_up
 
 POLL = 0.2  # seconds
 PATIENCE = 1.0  # seconds that msrun gets to end by itself when no worker is left, one of them having failed
@@ -66,8 +68,10 @@ class Job:
             self._kill_all()
         return self.exit_code()
 
-    def on_signal(self, _number: int, _frame: object) -> None:
-        """The first goes to the workers, who save; the second ends the job."""
+    def on_signal(self, number: int, _frame: object) -> None:
+        """The first goes to the workers, who save; the second ends the job, unless it is SIGHUP."""
+        if number == signal.SIGHUP and self.signals:
+            return
         self.signals += 1
         for pid in self._alive(self.ranks):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -193,11 +197,12 @@ def main(arguments: list[str]) -> int:
     for old in log_dir.glob("worker_*.log"):
         old.unlink()  # of an earlier job, perhaps with more workers
     job = Job(arguments[1:], log_dir)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up() else [])):
         signal.signal(number, job.on_signal)
     code = job.wait()
     if said := job.report():
-        print(said, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            print(said, file=sys.stderr, flush=True)
     return code
 
 

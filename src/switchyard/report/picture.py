@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from switchyard.cli import Parser, run
+from switchyard.file_errors import writing
 from switchyard.report.history import History, read_history
 
 NAME = "picture.png"
@@ -38,8 +39,9 @@ def draw(history: History, title: str, path: Path) -> None:
         figure.colorbar(image, ax=maps, label="load / mean load", extend="max")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        figure.savefig(partial, format="png", dpi=120)
-        os.replace(partial, path)
+        with writing(path):
+            figure.savefig(partial, format="png", dpi=120)
+            os.replace(partial, path)
     finally:
         pyplot.close(figure)
         partial.unlink(missing_ok=True)

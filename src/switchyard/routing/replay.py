@@ -1,19 +1,23 @@
 """Choices of experts as a file: what one run chose, another can be made to choose.
 
-A record is a safetensors file and, beside it, a manifest of the same name with `.json` behind:
+A record is one safetensors file, whose metadata hold a manifest under the key "switchyard":
 
     experts [R, A, M, N, K] int16   the choices of R steps (or batches of an evaluation), A micro-batches, M conditional
                                     layers, N tokens, K experts; -1 is unset; E, no expert, for a padded token
     steps   [R] int64               which steps they are of, from 0 (or which batches)
     tokens  [R] int64               CRC-32 of each step's token ids
 
-    manifest: format_version, file, sha256, bytes, and what the choices are of (see `subject`)
+    manifest: format_version, sha256 of the arrays, the run (name and folder), and what the choices are of (see
+              `subject`)
+
+A record of version 1 has its manifest in a second file, of the same name with `.json` behind; it can be read.
 
 While they are replayed (`moe.replay`), gates are computed anew from the live probabilities of the replayed experts, so
 their gradient flows and none is zero because the live router would not have chosen it. Steps that the record does not
 hold, and tokens with an unset entry, are the router's own.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,8 +31,10 @@ from safetensors.numpy import load, save
 
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.file_errors import writing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, TWO_FILES_VERSION = 2, 1
+KEY = "switchyard"  # of the manifest in a file's metadata
 UNSET = -1
 FREE = ("compute_dtype", "dropout", "init_method_std", "norm_eps")  # keys of the model that a replay may change
 
@@ -52,13 +58,19 @@ def subject(config: Config, kind: str) -> dict[str, Any]:
 
 
 def manifest_of(path: str | Path) -> Path:
-    """Where the manifest of a record stands."""
+    """Where the manifest of a record of version 1 stands."""
     return Path(f"{path}.json")
 
 
 def checksum(tokens: np.ndarray) -> int:
     """CRC-32 of token ids."""
     return zlib.crc32(np.ascontiguousarray(tokens, np.int32).tobytes())
+
+
+def run_of(config: Config) -> dict[str, str]:
+    """Which run a record belongs to."""
+    folder = Path(config.train.output_dir) / config.train.name
+    return {"name": config.train.name, "folder": str(folder.absolute())}
 
 
 class Recorder:
@@ -69,32 +81,45 @@ class Recorder:
         config: of the run.
         kind: "training" or "evaluation".
         start: a run that is resumed after so many steps keeps those of the file that came before.
+        resume: whether the run goes on, be it from its beginning: it takes up what it has recorded itself.
 
     Raises:
         UserError: the folder does not exist, a new run would overwrite a file, or a resumed one goes on in a file that
             is damaged or another's.
     """
 
-    def __init__(self, path: str, config: Config, kind: str, start: int = 0):
-        self.path, self.subject = Path(path), subject(config, kind)
+    def __init__(self, path: str, config: Config, kind: str, start: int = 0, resume: bool = False):
+        self.path, self.subject, self.run = Path(path), subject(config, kind), run_of(config)
         self.rows: dict[int, tuple[int, np.ndarray]] = {}
         if not self.path.parent.is_dir():
             raise UserError(f"moe.record: {path}; the folder '{self.path.parent}' does not exist: make it")
         if not self.path.exists():
             return
-        if not start:
+        if not (start or resume):
             raise UserError(f"moe.record: {path}; the file exists: choose another name, or remove it")
-        held = read(path, self.subject, "moe.record")
+        held, manifest = read_whole(path, self.subject, "moe.record")
+        self._check_own(manifest, start)
         for step, tokens, experts in zip(held["steps"], held["tokens"], held["experts"]):
             if step < start:
                 self.rows[int(step)] = (int(tokens), experts)
+
+    def _check_own(self, manifest: dict[str, Any], start: int) -> None:
+        """Refuses the record of another run (UserError); a run whose folder was moved is the same."""
+        run = manifest.get("run")
+        run = run if isinstance(run, dict) and run.keys() == self.run.keys() else None
+        if run is None and start:  # of version 1, which does not say
+            return
+        moved = run is not None and run["name"] == self.run["name"] and not Path(run["folder"]).exists()
+        if run != self.run and not moved:
+            whose = f"run '{run['folder']}'" if run else "a run that it does not name"
+            raise UserError(f"moe.record: {self.path}; was recorded by {whose}: choose another name, or remove it")
 
     def add(self, step: int, tokens: np.ndarray, experts: np.ndarray) -> None:
         """The choices [A, M, N, K] of a step, made for tokens [A, B, S]; A may be missing where it is 1."""
         self.rows[step] = (checksum(tokens), experts.astype(np.int16).reshape(-1, *experts.shape[-3:]))
 
     def save(self) -> None:
-        """Writes file and manifest, each whole or not at all."""
+        """Writes the file, whole or not at all (UserError: it cannot be written)."""
         if not self.rows:
             return
         steps = sorted(self.rows)
@@ -104,11 +129,9 @@ class Recorder:
             "steps": np.array(steps, np.int64),
             "tokens": np.array(tokens, np.int64),
         }
-        data = save(arrays)
-        manifest = {"format_version": FORMAT_VERSION, "file": self.path.name, "bytes": len(data)}
-        manifest |= {"sha256": hashlib.sha256(data).hexdigest(), **self.subject}
-        _write(self.path, data)
-        _write(manifest_of(self.path), json.dumps(manifest, indent=1).encode())
+        manifest = {"format_version": FORMAT_VERSION, "sha256": digest(arrays), "run": self.run, **self.subject}
+        _write(self.path, save(arrays, {KEY: json.dumps(manifest)}))
+        manifest_of(self.path).unlink(missing_ok=True)  # of version 1, which this file replaces
 
 
 class Replayer:
@@ -145,30 +168,72 @@ class Replayer:
         return self.experts[place].astype(np.int32)
 
 
+def digest(arrays: dict[str, np.ndarray]) -> str:
+    """sha256 of arrays by name, with types and shapes."""
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
+
+
 def read(path: str | Path, wanted: dict[str, Any], key: str) -> dict[str, np.ndarray]:
     """The arrays of a record that is whole and of the wanted subject (UserError, which names `key`)."""
+    return read_whole(path, wanted, key)[0]
+
+
+def read_whole(path: str | Path, wanted: dict[str, Any], key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, manifest) of a record, see `read`."""
     try:
-        data, manifest = Path(path).read_bytes(), json.loads(manifest_of(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{key}: {path}; '{error.filename}': {error.strerror}; record it with moe.record") from None
-    except ValueError:
-        raise UserError(f"{key}: {path}; '{manifest_of(path)}' is no manifest; record it anew") from None
-    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{key}: {path}; '{manifest_of(path)}' has another format than {FORMAT_VERSION}; record it anew"
-        )
-    if hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
+        raise UserError(f"{key}: {path}; '{path}': {error.strerror}; record it with moe.record") from None
+    try:
+        arrays, manifest = load(data), _manifest_in(data)
+    except (SafetensorError, ValueError, AttributeError) as error:
+        raise UserError(f"{key}: {path}; damaged, or no safetensors file: {error}; record it anew") from None
+    version = FORMAT_VERSION
+    if manifest is None:
+        version, manifest = TWO_FILES_VERSION, _manifest_beside(path, key)
+    if not isinstance(manifest, dict) or manifest.get("format_version") != version:
+        raise UserError(f"{key}: {path}; has another format than {FORMAT_VERSION}; record it anew")
+    found = digest(arrays) if version == FORMAT_VERSION else hashlib.sha256(data).hexdigest()
+    if found != manifest.get("sha256"):
         raise UserError(f"{key}: {path}; damaged: its sha256 is not that of the manifest; record it anew")
     for name, value in wanted.items():
         if manifest.get(name) != value:
             raise UserError(f"{key}: {path}; recorded with {name} {manifest.get(name)}, this run has {value}")
+    return arrays, manifest
+
+
+def _manifest_in(data: bytes) -> Any:
+    """The manifest in the metadata of a safetensors file; None where it has none (ValueError: it is no JSON)."""
+    length = int.from_bytes(data[:8], "little")
+    text = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(KEY)
+    return None if text is None else json.loads(text)
+
+
+def _manifest_beside(path: str | Path, key: str) -> Any:
+    """The manifest of a record of version 1 (UserError)."""
     try:
-        return load(data)
-    except SafetensorError as error:
-        raise UserError(f"{key}: {path}; no safetensors file: {error}") from None
+        return json.loads(manifest_of(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"{key}: {path}; holds no manifest: no record of Switchyard; record it with moe.record"
+        ) from None
+    except ValueError:
+        raise UserError(f"{key}: {path}; '{manifest_of(path)}' is no manifest; record it anew") from None
 
 
 def _write(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ RUN/checkpoints/step-00000100/
     tokenizer.json          the tokenizer
     weights.safetensors     the model
     optimizer.safetensors   moments, loss scale, counters
-    state.json              step, position in the data, seed, noise rule, best validation loss
+    state.json              step, position in the data, their fingerprint, seed, noise rule, best validation loss
 RUN/checkpoints/best.json   names the checkpoint of the lowest validation loss
 
 A run on N devices has weights-RANK-of-N.safetensors and optimizer-RANK-of-N.safetensors instead, one of each for every
@@ -19,10 +19,11 @@ A checkpoint is written into a temporary directory beside its place, every file 
 directory is renamed: the moment of the rename is the moment the checkpoint exists. Nothing is ever unpickled.
 """
 
+import contextlib
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,9 @@ class Checkpoint:
         tokenizer_json: see `Tokenizer.from_json`.
         weights: name -> float array.
         optimizer: name -> array, {} where it was not asked for.
-        state: step, data_index (micro-batches read), train_seed, noise_rule, best_loss, seconds.
+        state: step, data_index (micro-batches read), data_epoch and data_window (where the next one begins, see
+            data.batches.Course), corpus (see data.fingerprint), tokens (predictions made), train_seed, noise_rule,
+            best_loss, seconds.
     """
 
     path: Path
@@ -163,8 +166,9 @@ def save(
     healthy = healthy or Healthy()
     refuse(run, state["step"], first_not_finite({**weights, **optimizer}), healthy)
     begin(run, state["step"])
-    _save_slice(run, state["step"], Degrees(), 0, config.model.num_layers, weights, optimizer)
-    return _finish(run, config, tokenizer_json, state, Degrees(), 0, healthy)
+    with _cleared_on_error(run, state["step"]):
+        _save_slice(run, state["step"], Degrees(), 0, config.model.num_layers, weights, optimizer)
+        return _finish(run, config, tokenizer_json, state, Degrees(), 0, healthy)
 
 
 def refuse(run: str | Path, step: int, name: str | None, healthy: Healthy) -> None:
@@ -257,11 +261,22 @@ def save_together(
         begin(run, step)
     processes.wait()
     degrees, layers = Degrees.of(config.parallel), config.model.num_layers
-    _save_slice(run, step, degrees, processes.rank, layers, weights, optimizer, shapes)
-    if processes.is_first:
-        _finish(run, config, tokenizer_json, state, degrees, PATIENCE, healthy)
+    with _cleared_on_error(run, step):
+        _save_slice(run, step, degrees, processes.rank, layers, weights, optimizer, shapes)
+        if processes.is_first:
+            _finish(run, config, tokenizer_json, state, degrees, PATIENCE, healthy)
     processes.wait()
     healthy.note(run / FOLDER / name_of(step))
+
+
+@contextlib.contextmanager
+def _cleared_on_error(run: str | Path, step: int) -> Iterator[None]:
+    """Leaves nothing half written of a checkpoint that could not be: on a full disk it would be in the way."""
+    try:
+        yield
+    except BaseException:
+        remove(_temporary(run, step))
+        raise
 
 
 def _temporary(run: str | Path, step: int) -> Path:

@@ -1,5 +1,6 @@
 """The training loop: a run folder, exact resume, evaluation, checkpoints and a clean stop on a signal."""
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -34,10 +35,20 @@ from switchyard.training.cluster import ClusterStep
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
 from switchyard.training.finite import REMEDY, check_evaluation, check_step
 from switchyard.training.health import Healthy
-from switchyard.training.layout import whole_shape
+from switchyard.training.layout import keep_groups, whole_shape
+from switchyard.training.lock import locked
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
 from switchyard.training.parallel_eval import evaluation_config
-from switchyard.training.resume import RESULT, agreed, find_start, finished, resumed
+from switchyard.training.resume import (
+    RESULT,
+    agreed,
+    changed_keys,
+    check_corpus,
+    find_start,
+    finished,
+    resumed,
+    start_reading,
+)
 from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
@@ -56,16 +67,31 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         The object that is written to result.json, see `_result`.
 
     Raises:
-        UserError: a run of that name exists and `resume` is off; a key was changed that would change the model; bad
-            data; a loss, a gradient norm, a weight or a figure of the evaluation that is not finite.
-        Interrupted: SIGINT or SIGTERM came and the run was saved.
+        UserError: a run of that name exists and `resume` is off, or none does and it is on; another process trains it;
+            a key was changed that would change the model; bad or other data; a full disk; a loss, a gradient norm, a
+            weight or a figure of the evaluation that is not finite.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came and the run was saved.
     """
     if is_scheduler() and launched() == 1:
         return {}  # one worker meets nobody, and is at work in the run folder already
     check_trusted(config.moe.router, consent=True, say=print if is_first() else lambda line: None)  # the user's own
     config, by_hand = choose_way(config, launched())
     run = Path(config.train.output_dir) / config.train.name
-    held = find_start(run, config, resume)
+    with locked(run, config.train.name, wanted=is_first()) as existed:
+        return train_locked(config, by_hand, run, resume, existed)
+
+
+def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, existed: bool) -> dict[str, Any]:
+    """`train` in a run folder that no other job trains in.
+
+    Args:
+        config, by_hand: see `choose_way`.
+        run: the folder.
+        resume: see `train`.
+        existed: whether the folder was there before it was locked.
+    """
+    held = find_start(run, config, resume, existed)
+    changes = changed_keys(held.config, keep_groups(held.config, config)) if held else {}
     config = resumed(held.config, config) if held else config
     if held and (result := finished(run, config)):
         print(f"run: '{run}' has made its {config.train.steps} steps; raise train.steps to go on", flush=True)
@@ -76,7 +102,18 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         return {}
     held = agreed(held, run, config, processes)
     slices = config.parallel.data_parallel if processes.size > 1 else 1
-    data = load_data(config, held.tokenizer_json if held else None, processes.data_slice, slices)
+    compared: list[str | None] = []
+    data = load_data(
+        config,
+        held.tokenizer_json if held else None,
+        processes.data_slice,
+        slices,
+        seen=lambda marks: compared.append(check_corpus(held, marks, config, processes)),
+    )
+    other_data = compared[0]
+    if held:
+        start_reading(held, data, changed=other_data is not None)
+    config = consent_used(config)
     if by_hand is None:
         step = ClusterStep(config, data.tokenizer.vocab_size, processes)
     else:
@@ -91,7 +128,15 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     if held:
         step.load(held.weights, held.optimizer)
     with StopSignals() as stop:
-        return Trainer(config, run, data, step.model, step, held.state if held else None, processes).run_to_end(stop)
+        state = held.state if held else None
+        trainer = Trainer(config, run, data, step.model, step, state, processes, resume)
+        trainer.note_changes(changes, other_data)
+        return trainer.run_to_end(stop)
+
+
+def consent_used(config: Config) -> Config:
+    """The same without data.accept_changed, which is meant for one resumption: the next change is asked about again."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"accept_changed": False})})
 
 
 def choose_way(config: Config, count: int) -> tuple[Config, str | None]:
@@ -134,6 +179,7 @@ class Trainer:
         model, step: set to the state to start from.
         state: of the checkpoint that they come from; None for a new run.
         processes: all of them run this with the same configuration; the first writes the run folder.
+        resume: whether the run goes on, be it from its beginning.
     """
 
     def __init__(
@@ -145,15 +191,20 @@ class Trainer:
         step: TrainStep | ClusterStep,
         state: dict[str, Any] | None,
         processes: Processes,
+        resume: bool = False,
     ):
         self.config, self.run, self.data, self.model, self.step = config, run, data, model, step
         train, state = config.train, state or {"step": 0, "seconds": 0.0}
         self.done, self.healthy = state["step"], Healthy()
+        self.start, self.start_index = self.done, data.train.course.index
+        self.start_tokens = state.get("tokens")
         self.saved = self.compared = self.done  # the newest steps that need no saving, and no look at the replicas
         self.clock = Clock(seconds=state["seconds"], mark_seconds=state["seconds"])
         best = checkpoint.best(run)
         self.best_loss = best[1] if best and best[0].name <= checkpoint.name_of(self.done) else math.inf
         self.tokens_per_step = config.micro_batches * config.predictions
+        if self.start_tokens is None:  # a new run, or one of an earlier version, whose steps were all alike
+            self.start_tokens = self.done * self.tokens_per_step
         self.whole = model  # what is evaluated: of a model that is cut, a second one that is not
         tokens_per_byte = data.validation_tokens / data.validation_bytes
         self.is_cut, self.processes = isinstance(step, ClusterStep), processes
@@ -170,13 +221,14 @@ class Trainer:
         self.metrics = MetricsLog(run, self.done, processes.is_first)
         self.progress = Progress(train.steps, self.done, config.unit)
         self.compile_seconds: float | None = None
-        self.recorder = Recorder(config.moe.record, config, "training", self.done) if config.moe.record else None
+        record = config.moe.record
+        self.recorder = Recorder(record, config, "training", self.done, resume) if record else None
         self.forced, self.forces = forced_choices(config), None
 
     def run_to_end(self, stop: StopSignals) -> dict[str, Any]:
         """Steps until train.steps, then evaluates over the whole validation set and writes result.json."""
         train = self.config.train
-        try:
+        with self.metrics, contextlib.closing(self.progress):
             self._announce()
             if 0 < self.done < train.steps and self._is_due(train.eval_every):
                 self._evaluate_sample(stop)  # a signal or a kill may have come in the middle of it
@@ -191,9 +243,14 @@ class Trainer:
                     self._save()
             self._save()
             return self._finish(stop)
-        finally:
-            self.metrics.close()
-            self.progress.close()
+
+    def note_changes(self, changes: dict[str, tuple[Any, Any]], other_data: str | None) -> None:
+        """Records what a resumed run does otherwise from here on; nothing where nothing changed."""
+        if changes or other_data:
+            line = {"kind": "resumed", "step": self.done, "changes": {key: list(pair) for key, pair in changes.items()}}
+            self.metrics.write(line | {"data": other_data})
+        if other_data:
+            self.best_loss = math.inf  # of other data
 
     def _announce(self) -> None:
         say, config = self.progress.say, self.config
@@ -251,13 +308,22 @@ class Trainer:
     def _inputs(self) -> tuple[np.ndarray, ...]:
         """tokens [A, B, S], labels [A, B, S], valid [A, B, S] and noise [A, max(J, 1), N, D] of the next step."""
         count, seed = self.config.micro_batches, self.config.train.seed
-        batches = [self.data.train.at(self.done * count + micro) for micro in range(count)]
+        first = self._read()
+        batches = [self.data.train.at(first + micro) for micro in range(count)]
         tokens, labels, valid = (np.stack(part) for part in zip(*batches))  # [A, B, S] each
         slices, width = self.model.noise_slices, self.config.model.hidden_size
         noise = draw_noise(seed, self.done, count, slices, self.config.rows, width)
         if slices:
             noise = self.processes.part(noise, 2)  # of the rows that this process reads
         return tokens, labels, valid, noise
+
+    def _read(self) -> int:
+        """Micro-batches that the run has read."""
+        return self.start_index + (self.done - self.start) * self.config.micro_batches
+
+    def _tokens(self) -> int:
+        """Predictions that the run has made in training."""
+        return self.start_tokens + (self.done - self.start) * self.tokens_per_step
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and self.done % every == 0
@@ -304,9 +370,14 @@ class Trainer:
         if self.recorder:
             self.recorder.save()
         config = self.config
+        epoch, window = self.data.train.course.after(self._read())
         state = {
             "step": self.done,
-            "data_index": self.done * config.micro_batches,
+            "data_index": self._read(),
+            "data_epoch": epoch,
+            "data_window": window,
+            "corpus": self.data.fingerprint,
+            "tokens": self._tokens(),
             "train_seed": config.train.seed,
             "noise_rule": NOISE_RULE,
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
@@ -377,7 +448,7 @@ class Trainer:
             "steps": self.done,
             "seconds": self.clock.seconds,
             "compile_seconds": self.compile_seconds,
-            "tokens_per_second": self.tokens_per_step * self.done / self.clock.seconds if self.clock.seconds else None,
+            "tokens_per_second": self._tokens() / self.clock.seconds if self.clock.seconds else None,
             "parameters": self.parameters,
             "validation_loss": figures.pop("loss"),
             "validation_tokens": figures.pop("tokens"),

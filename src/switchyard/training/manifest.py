@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.file_errors import writing
 from switchyard.files import UnfitError, flush, open_regular, parse_json, read_regular, sha256_of
 from switchyard.json_text import to_json
 from switchyard.parallel.placement import Degrees
@@ -108,8 +109,7 @@ def write_manifest(manifest: Manifest) -> None:
         content |= {"version": CUT_VERSION, "degrees": asdict(manifest.degrees), "tensors": tensors}
     content["files"] = manifest.files
     content["sha256"] = _digest_of(content)
-    (manifest.path / MANIFEST).write_text(to_json(content, indent=1), encoding="utf-8")
-    flush(manifest.path / MANIFEST)
+    write_text(manifest.path / MANIFEST, to_json(content, indent=1))
 
 
 class _Strict(BaseModel):
@@ -171,6 +171,9 @@ class _State(BaseModel):
     step: Annotated[int, Field(ge=0, lt=2**53)]
     seconds: Annotated[float, Field(ge=0)] | Size = 0.0
     data_index: Size | None = None
+    data_epoch: Size | None = None
+    data_window: Size | None = None
+    tokens: Size | None = None
     train_seed: Annotated[int, Field(ge=0)] | None = None
     noise_rule: str | None = None
     best_loss: float | int | None = None
@@ -293,6 +296,13 @@ def _fingerprint(path: Path, folder: Path | None = None, size: int | None = None
     with open_regular(path, folder=folder) as file:
         found = os.fstat(file.fileno()).st_size
         return {"sha256": sha256_of(file) if size in (None, found) else "", "bytes": found}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file and has it on the disk (UserError)."""
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
+        flush(path)
 
 
 def _digest_of(content: dict) -> str:

@@ -1,5 +1,6 @@
 """What a run writes down: JSON lines, TensorBoard events, and lines or a progress bar for whoever watches."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,23 +13,30 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from switchyard.errors import UserError
+from switchyard.file_errors import append, writing
 from switchyard.json_text import to_json
+from switchyard.training.events import EventFile
 
 METRICS = "metrics.jsonl"
-EVALUATION = "evaluation"  # a kind of line
+EVALUATION, RESUMED = "evaluation", "resumed"  # kinds of lines
 
 
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of a run folder.
 
-    Each line is one JSON object with `kind` ("train", "evaluation" or "exchanges") and `step`; see `train_figures` and
-    `Evaluation.to_dict` for the rest. There is one line of a kind for a step, and of evaluations one with `whole` and
-    one without, whatever was killed and resumed in between.
+    Each line is one JSON object with `kind` ("train", "evaluation", "exchanges", "resumed") and `step`; see
+    `train_figures`, `Evaluation.to_dict` and `Change.to_dict` for the rest. There is one line of a kind for a step, and
+    of evaluations one with `whole` and one without, whatever was killed and resumed in between. Within `with`, an error
+    is not hidden by what closing the files raises.
 
     Args:
         run: the run folder.
         resume_step: lines and events after this step are dropped; 0 starts anew.
         writes: False leaves both to another process, and only knows what they hold.
+
+    Raises:
+        UserError: from any of its methods, where a file cannot be written; metrics.jsonl keeps whole lines.
     """
 
     def __init__(self, run: Path, resume_step: int = 0, writes: bool = True):
@@ -38,17 +46,23 @@ class MetricsLog:
         self._file = self._events = None
         if not writes:
             return
-        from tensorboardX import SummaryWriter
-
         self._begin(kept.values())
-        self._events = SummaryWriter(str(run), purge_step=resume_step + 1 if resume_step else None)
+        self._events = EventFile(run, resume_step + 1 if resume_step else None)
 
     def _begin(self, lines: Iterable[str]) -> None:
         """Replaces the file by one of these lines, and opens it behind them."""
         temporary = self._path.with_name(f".{METRICS}")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, self._path)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        with writing(self._path):
+            temporary.write_text("".join(lines), encoding="utf-8")
+            os.replace(temporary, self._path)
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with contextlib.suppress(*([UserError] if kind else [])):
+            self.close()
 
     def write(self, figures: dict[str, Any]) -> None:
         """Appends one object; its numbers become TensorBoard scalars named kind/key.
@@ -64,8 +78,8 @@ class MetricsLog:
         if before is not None:
             self._file.close()
             self._begin(other for other in _lines(self._path) if other != before)
-        self._file.write(line)
-        self._file.flush()
+        with writing(self._path):
+            append(self._file, line)
         for name, value in figures.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._events.add_scalar(f"{figures['kind']}/{name}", value, figures["step"])
@@ -224,7 +238,8 @@ def _kept(path: Path, step: int) -> dict[tuple, str]:
     for line in _lines(path):
         try:
             figures = json.loads(line)
-            if figures["step"] <= step:
+            after = figures["kind"] == RESUMED and figures["step"] == step  # belongs to the steps that follow
+            if figures["step"] <= step and not after:
                 found[_key(figures)] = line
         except (ValueError, KeyError, TypeError):  # what another program has written
             continue

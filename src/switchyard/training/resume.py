@@ -1,5 +1,6 @@
 """What a run goes on from: its newest whole checkpoint, and which keys may differ from those it was trained with."""
 
+import difflib
 import json
 import math
 import time
@@ -10,14 +11,17 @@ import numpy as np
 
 from switchyard import config as configuration
 from switchyard.config import Config
+from switchyard.data import Data, fingerprint
 from switchyard.errors import UserError
 from switchyard.parallel.placement import Degrees
 from switchyard.parallel.processes import Processes, is_first, own_rank
 from switchyard.training import checkpoint
 from switchyard.training.checkpoint import Checkpoint
 from switchyard.training.layout import keep_groups
+from switchyard.training.lock import contents
 
 RESULT = "result.json"
+MOST_NAMES = 5  # of other runs, in a message
 
 # keys that a resumed run may change: they do not touch the sequence of losses (schedule.total_steps=null follows steps)
 FREE_ON_RESUME = (
@@ -35,6 +39,7 @@ FREE_ON_RESUME = (
     "moe.dropless_block_size",
     "cascade.threshold",
     "data.path",
+    "data.accept_changed",
     "context.device_target",
     "context.device_id",
     "context.mode",
@@ -43,15 +48,46 @@ FREE_ON_RESUME = (
     "export.key_file",
 )
 
+# keys that change the losses to come but not what weights and moments mean: allowed, and said
+ANNOUNCED_ON_RESUME = (
+    "model.dropout",
+    "moe.dispatch",
+    "moe.capacity_factor",
+    "moe.drop_order",
+    "moe.min_capacity",
+    "moe.reroute",
+    "moe.aux_loss_factor",
+    "moe.z_loss_factor",
+    "moe.losses",
+    "moe.consistency_loss_factor",
+    "moe.topk_bias_update_rate",
+    "moe.jitter",
+    "moe.router_warmup_steps",
+    "moe.router_freeze_step",
+    "data.batch_size",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "schedule.type",
+    "schedule.learning_rate",
+    "schedule.lr_end",
+    "schedule.warmup_steps",
+    "schedule.total_steps",
+    "train.gradient_accumulation_steps",
+)
 
-def find_start(run: Path, config: Config, resume: bool) -> Checkpoint | None:
-    """The checkpoint that training goes on from, None to begin anew (UserError as in `loop.train`)."""
+
+def find_start(run: Path, config: Config, resume: bool, existed: bool = True) -> Checkpoint | None:
+    """The checkpoint that training goes on from, None to begin anew (UserError as in `loop.train`).
+
+    `existed`: whether the run folder was there before this process has locked it."""
     if not resume:
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if run.exists() and (not run.is_dir() or contents(run)):
             raise UserError(
                 f"train.name: {config.train.name}; the run '{run}' exists: choose another name, or go on with --resume"
             )
         return None
+    if not existed:
+        raise UserError(f"--resume: train.name: {config.train.name}; {no_run(run)}; leave --resume out to start it")
     held = newest(run, config)
     if held is None and checkpoint.listed(run):
         raise UserError(f"--resume: no checkpoint of '{run}' is whole; train again under another train.name")
@@ -99,12 +135,35 @@ def agreed(held: Checkpoint | None, run: Path, config: Config, processes: Proces
     return held
 
 
+def no_run(run: Path) -> str:
+    """Says that a run folder is not there, and which ones are: those with like names first."""
+    try:
+        names = [path.name for path in run.parent.iterdir() if path.is_dir() and contents(path)]
+    except OSError:
+        names = []
+    near = difflib.get_close_matches(run.name, names, MOST_NAMES, cutoff=0.5)
+    shown = (near + sorted(set(names) - set(near)))[:MOST_NAMES]
+    further = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    held = f"its runs are {', '.join(shown)}{further}" if shown else "it holds no run"
+    return f"no such run in '{run.parent}': {held}"
+
+
 def resumed(old: Config, new: Config) -> Config:
     """The configuration that a run goes on with: `new`, with the routing groups that it had, where that can be.
 
-    Prints what the change of layout means: weights and moments are the same numbers, cut otherwise.
+    Prints what was changed, and what a change of layout means: weights and moments are the same numbers, cut otherwise.
     """
     kept = keep_groups(old, new)
+    if is_first():
+        for key, (before, now) in changed_keys(old, kept).items():
+            print(f"resume: {key}: {_word(before)} -> {_word(now)}", flush=True)
+        total = old.schedule.total_steps or old.train.steps
+        if new.schedule.total_steps is None and new.train.steps != total:
+            print(
+                f"resume: the learning-rate curve ends at step {new.train.steps} now, not {total}; "
+                f"schedule.total_steps={total} keeps it",
+                flush=True,
+            )
     if old.parallel != new.parallel and is_first():
         before, now = (changed_degrees(config) for config in (old, new))
         print(f"resume: the checkpoint is re-cut from {before} to {now}", flush=True)
@@ -135,7 +194,19 @@ def finished(run: Path, config: Config) -> dict[str, Any] | None:
 
 
 def check_resumable(old: Config, new: Config) -> None:
-    """Refuses changes that would give another model or another sequence of losses (UserError names the key)."""
+    """Refuses changes that would give another model, or other meanings to its moments (UserError names the key)."""
+    for key, (before, now) in _differences(old, new).items():
+        if key not in FREE_ON_RESUME and key not in ANNOUNCED_ON_RESUME:
+            raise UserError(f"{key}: {now}; the run was trained with {before}: keep it, or choose another train.name")
+
+
+def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Key -> (value before, value now) of the changes that the losses will show."""
+    return {key: pair for key, pair in _differences(old, new).items() if key in ANNOUNCED_ON_RESUME}
+
+
+def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Key -> (value before, value now), where they mean something else."""
     before, now = old.model_dump(), new.model_dump()
     before.pop("parallel"), now.pop("parallel")  # free; so are routing groups that follow data_parallel, see `resumed`
     for config, tree in ((old, before), (new, now)):  # a pipeline's micro-batches are a device's, one after the other
@@ -144,21 +215,56 @@ def check_resumable(old: Config, new: Config) -> None:
         before["data"]["val_path"] = new.data.val_path
     if new.moe_layers:
         before["moe"]["groups"], now["moe"]["groups"] = old.groups, new.moe.groups or old.groups
-    held_total = before["schedule"]["total_steps"] or before["train"]["steps"]
     total = now["schedule"]["total_steps"]
-    if total in (None, held_total):  # nothing that the user has asked to change
-        before["schedule"]["total_steps"] = total
-        if total is None and new.train.steps != held_total:
-            print(
-                f"resume: the learning-rate curve ends at step {new.train.steps} now, not {held_total}; "
-                f"schedule.total_steps={held_total} keeps it",
-                flush=True,
-            )
+    if total in (None, before["schedule"]["total_steps"] or before["train"]["steps"]):
+        before["schedule"]["total_steps"] = total  # nothing that the user has asked to change
     idle = configuration.unread_keys(old) & configuration.unread_keys(new)  # what neither reads may differ
-    for section, part in now.items():
-        for name, value in part.items():
-            key, held = f"{section}.{name}", before[section][name]
-            if value != held and key not in FREE_ON_RESUME and key not in idle:
-                raise UserError(
-                    f"{key}: {value}; the run was trained with {held}: keep it, or choose another train.name"
-                )
+    pairs = {
+        f"{section}.{name}": (before[section][name], value) for section in now for name, value in now[section].items()
+    }
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in idle}
+
+
+def _word(value: Any) -> str:
+    """A value as it is written in a configuration."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def check_corpus(held: Checkpoint | None, marks: dict[str, Any], config: Config, processes: Processes) -> str | None:
+    """What the data, of which `marks` are the fingerprint, differ in from those of the run; None where they do not.
+
+    A checkpoint without a fingerprint, of an earlier version, is not compared.
+
+    Raises:
+        UserError: they differ, and data.accept_changed is off; or processes of one job read different data.
+    """
+    digest = "".join(marks[name]["sha256"] for name in ("train", "validation"))
+    read = processes.gather(np.frombuffer(bytes.fromhex(digest), np.uint8))  # [processes, bytes]
+    for rank in np.flatnonzero((read != read[0]).any(1))[:1]:
+        raise UserError(
+            f"data.path: {config.data.path}; rank {rank} reads other data than rank 0: copy the same to all"
+        )
+    before = held.state.get("corpus") if held else None
+    found = fingerprint.difference(before, marks) if before else None
+    if found and not config.data.accept_changed:
+        raise UserError(
+            f"data.path: {config.data.path}; not the data that the run was trained on: {found}; restore them, or set "
+            "data.accept_changed=true to go on with these"
+        )
+    if found and is_first():
+        print(f"resume: data.accept_changed: goes on with other data, from a new epoch on: {found}", flush=True)
+    return found
+
+
+def start_reading(held: Checkpoint, data: Data, changed: bool) -> None:
+    """Lets the batches begin where the checkpoint's run has stopped to read.
+
+    With another batch size that is the same sequence of the same epoch, see data.batches.Course; other data begin with
+    a new epoch.
+    """
+    state, size = held.state, held.config.data.batch_size
+    index, epoch, window = state["data_index"], state.get("data_epoch"), state.get("data_window")
+    if epoch is None:  # of an earlier version
+        each = max(1, data.train.course.windows // size)
+        epoch, window = index // each, index % each * size
+    data.train.start_at(index, *((epoch + 1, 0) if changed else (epoch, window)))

@@ -15,6 +15,7 @@ import numpy as np
 
 from switchyard.config import Config
 from switchyard.errors import UserError
+from switchyard.file_errors import writing
 from switchyard.files import TEMPORARY, flush, remove, replace
 from switchyard.json_text import to_json
 from switchyard.parallel.placement import Degrees
@@ -29,6 +30,7 @@ from switchyard.training.manifest import (
     file_of,
     fingerprint,
     write_manifest,
+    write_text,
 )
 from switchyard.training.slices import joined
 from switchyard.training.tensors import Box, Entry, size_of, type_of, whole, within, write_file
@@ -150,11 +152,9 @@ def assemble(folder: Path, config: Config, tokenizer_json: str, state: dict, deg
     if degrees.devices > 1:
         for kind in KINDS:
             joined(kind, tensors[kind], slices, degrees.devices)
-    (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-    (folder / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
-    (folder / STATE).write_text(to_json(state, indent=1), encoding="utf-8")
+    texts = {CONFIG: config.to_yaml(), TOKENIZER: tokenizer_json, STATE: to_json(state, indent=1)}
     for name in TEXTS:
-        flush(folder / name)
+        write_text(folder / name, texts[name])
     for note in notes:
         (folder / NOTE.format(rank=note["rank"])).unlink()
     files = {name: fingerprint(folder / name) for name in TEXTS} | slices
@@ -180,7 +180,8 @@ def _notes(folder: Path, degrees: Degrees, wait: float) -> list[dict]:
 
 def publish(folder: Path, place: Path) -> None:
     """Renames a finished temporary directory: this is the moment at which the checkpoint exists."""
-    replace(folder, place)  # a damaged one may be there, which a resumed run has reached again
+    with writing(place):
+        replace(folder, place)  # a damaged one may be there, which a resumed run has reached again
 
 
 def set_aside(path: Path) -> Path:
@@ -195,7 +196,11 @@ def set_aside(path: Path) -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Writes a small file so that it is there whole, new or old, whenever the process dies."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, path)
-    flush(path.parent)
+    try:
+        with writing(path):
+            temporary.write_text(text, encoding="utf-8")
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
+    finally:
+        remove(temporary)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from switchyard.errors import UserError
+from switchyard.file_errors import writing
 from switchyard.files import open_regular, parse_json
 
 Box = tuple[slice, ...]  # a part of an array: start and stop for each axis
@@ -182,7 +183,7 @@ def write_file(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
+    with writing(path), open(path, "wb") as file:
         for content in (len(text).to_bytes(8, "little"), text):
             file.write(content)
             digest.update(content)

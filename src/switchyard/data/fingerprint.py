@@ -1,0 +1,107 @@
+"""What a run reads, as a few numbers that a checkpoint can keep: another text is seen when the run goes on.
+
+    kind          text, MindRecord or images
+    train         {count, bytes, sha256}: of the documents, blocks or images in their order; validation is the same
+    files         [[name, bytes, first digits of sha256], ...], to say which one differs; [] for large collections
+
+Names say what differs but do not count: a text that was moved is the same text.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from switchyard.data.corpus import Corpus, Document
+from switchyard.data.mindrecord import Manifest
+
+MOST_FILES = 2000  # that are listed one by one
+DIGITS = 12  # of a file's sha256
+
+
+def of_corpus(corpus: Corpus) -> dict[str, Any]:
+    """The fingerprint of text; each byte is hashed once."""
+    splits = {"train": corpus.train, "validation": corpus.validation}
+    digests = {name: [hashlib.sha256(document.raw).hexdigest() for document in part] for name, part in splits.items()}
+    found: dict[str, Any] = {"kind": "text"}
+    for name, documents in splits.items():
+        size = sum(len(document.raw) for document in documents)
+        found[name] = {"count": len(documents), "bytes": size, "sha256": _joined(digests[name])}
+    every = [pair for name, part in splits.items() for pair in zip(part, digests[name])]
+    return found | {"files": _listed(every) if len(every) <= MOST_FILES else []}
+
+
+def _listed(documents: Iterable[tuple[Document, str]]) -> list[list]:
+    """Files by name; head and tail of one file, which train and validate, are one entry."""
+    found: dict[str, list] = {}
+    for document, digest in documents:
+        entry = found.setdefault(document.name, [document.name, 0, ""])
+        entry[1] += len(document.raw)
+        entry[2] = (entry[2] + digest[:DIGITS]).strip()
+    return list(found.values())
+
+
+def of_records(manifest: Manifest) -> dict[str, Any]:
+    """The fingerprint of a prepared folder, from its manifest: no block is read."""
+    found: dict[str, Any] = {"kind": "MindRecord", "files": []}
+    for name in ("train", "validation"):
+        split = getattr(manifest, name)
+        found[name] = {"count": split.blocks, "bytes": split.size, "sha256": split.sha256}
+        found["files"].append([split.file, split.size, split.sha256[:DIGITS]])
+    return found
+
+
+def of_images(train: tuple[np.ndarray, ...], validation: tuple[np.ndarray, ...]) -> dict[str, Any]:
+    """The fingerprint of (images, labels) for training and for validation."""
+    found: dict[str, Any] = {"kind": "images", "files": []}
+    for name, arrays in (("train", train), ("validation", validation)):
+        digests = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays]
+        size = sum(array.nbytes for array in arrays)
+        found[name] = {"count": len(arrays[0]), "bytes": size, "sha256": _joined(digests)}
+    return found
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """In what two fingerprints differ, in words; None where the run reads the same."""
+    if before["kind"] != now["kind"]:
+        return f"{now['kind']} instead of {before['kind']}"
+    splits = [name for name in ("train", "validation") if before[name]["sha256"] != now[name]["sha256"]]
+    if not splits:
+        return None
+    return _of_files(before["files"], now["files"]) or "; ".join(_of_split(name, before, now) for name in splits)
+
+
+def _of_files(before: list[list], now: list[list]) -> str | None:
+    """The first files that differ, and how many more do; None where they are not listed or only their roles changed."""
+    if len(before) == len(now) == 1:
+        before = [[now[0][0], *before[0][1:]]]  # one file under another name
+    old, new = ({name: rest for name, *rest in files} for files in (before, now))
+    if not (old and new):
+        return None
+    words = [f"'{name}' is missing" for name in old if name not in new]
+    words += [f"'{name}' is new" for name in new if name not in old]
+    words = [_of_file(name, old[name], new[name]) for name in new if name in old and old[name] != new[name]] + words
+    further = f" and {len(words) - 3} more" if len(words) > 3 else ""
+    return ", ".join(words[:3]) + further or None
+
+
+def _of_file(name: str, before: list, now: list) -> str:
+    what = f"has {now[0]:,} bytes instead of {before[0]:,}" if now[0] != before[0] else "has other content"
+    return f"'{name}' {what}"
+
+
+def _of_split(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    old, new = before[name], now[name]
+    units = {"text": "documents", "MindRecord": "blocks", "images": "images"}[now["kind"]]
+    if (old["count"], old["bytes"]) == (new["count"], new["bytes"]):
+        return f"the {new['count']:,} {units} for {name} have other content"
+    return (
+        f"{new['count']:,} {units} of {new['bytes']:,} bytes for {name} instead of {old['count']:,} of "
+        f"{old['bytes']:,} bytes"
+    )
+
+
+def _joined(digests: Iterable[str]) -> str:
+    """One digest of several, in their order."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
