@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from switchyard.cli import Parser, run
 from switchyard.config import Config
-from switchyard.errors import EXIT_OK
 
 HEADINGS = ("Key", "Values", "Default", "Meaning")
 
@@ -60,6 +60,11 @@ def _values(schema: dict[str, Any]) -> str:
     return " ".join([name, ", ".join(bounds)]).strip()
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
+    """The command line."""
+    Parser(prog="python -m switchyard.report.parameters", description="Prints the table.").parse_args(arguments)
     print(table())
-    sys.exit(EXIT_OK)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from switchyard.training.audit import histograms, layer_audits, scalars, step_arrays
+
 METRICS = "metrics.jsonl"
 
 
@@ -24,10 +26,11 @@ class MetricsLog:
         run: the run folder.
         resume_step: lines and events after this step are dropped; 0 starts anew.
         writes: False leaves both to another process, and only knows what they hold.
+        layers: indices of the conditional layers, which the events of their audits are named by.
     """
 
-    def __init__(self, run: Path, resume_step: int = 0, writes: bool = True):
-        path = run / METRICS
+    def __init__(self, run: Path, resume_step: int = 0, writes: bool = True, layers: tuple[int, ...] = ()):
+        path, self._layers = run / METRICS, layers
         kept = [line for line in _lines(path) if _step_of(line) <= resume_step] if resume_step else []
         self._evaluated = {step for line in kept if (step := _evaluated_step(line)) is not None}
         self._file = self._events = None
@@ -42,7 +45,7 @@ class MetricsLog:
         self._events = SummaryWriter(str(run), purge_step=resume_step + 1 if resume_step else None)
 
     def write(self, figures: dict[str, Any]) -> None:
-        """Appends one object; its numbers become TensorBoard scalars named kind/key."""
+        """Appends one object; its numbers become TensorBoard scalars named kind/key, see also `audit.scalars`."""
         if self._file is None:
             return
         self._file.write(json.dumps(_finite(figures)) + "\n")
@@ -50,6 +53,15 @@ class MetricsLog:
         for key, value in figures.items():
             if isinstance(value, (int, float)) and key != "step":
                 self._events.add_scalar(f"{figures['kind']}/{key}", value, figures["step"])
+        self._write_audits(figures)
+
+    def _write_audits(self, figures: dict[str, Any]) -> None:
+        """Writes the audit of every conditional layer as TensorBoard events."""
+        kind, step, audits = figures["kind"], figures["step"], layer_audits(figures, self._layers)
+        for tag, value in scalars(kind, audits):
+            self._events.add_scalar(tag, value, step)
+        for tag, values in histograms(kind, audits):
+            self._events.add_histogram(tag, values, step)
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the lines of the run so far hold an evaluation of this step."""
@@ -158,7 +170,7 @@ def train_figures(
     Returns:
         kind, step, loss, balance_loss, z_loss, gradient_norm, learning_rate, tokens_per_second; of a conditional model
         also load_min and load_max (over layers and experts, relative to the mean load of the layer), dropped (mean
-        over layers, a fraction) and the lists load [M][E], entropy [M]; with float16 also loss_scale and skipped.
+        over layers, a fraction) and the lists of `audit.step_arrays`; with float16 also loss_scale and skipped.
     """
     out = {"kind": "train", "step": step}
     for name in ("loss", "balance_loss", "z_loss", "gradient_norm"):
@@ -171,7 +183,7 @@ def train_figures(
         audit = {name: tensor.asnumpy() for name, tensor in figures["audit"].items()}
         low, high = load_range(audit["load"])
         out |= {"load_min": low, "load_max": high, "dropped": float(audit["dropped"].mean())}
-        out |= {"load": audit["load"].astype(int).tolist(), "entropy": [float(value) for value in audit["entropy"]]}
+        out |= step_arrays(audit)
     return out
 
 
