@@ -36,6 +36,7 @@ WORDS = {
     r" \[[^\]']*\]": "",  # optional arguments
     r"--config FILE": "--config config/quickstart.yaml",
     r"runs/NAME": "runs/quickstart",
+    r"--input TEXT\b": "--input my_texts/",
     r"--devices N\b": "--devices 8",
     r"--node-rank R\b": "--node-rank 0",
     r"--master ADDRESS\b": "--master 10.0.0.1",
@@ -52,6 +53,7 @@ RULES = {
     r"python (train|eval|export|infer|scripts/renew_readmes)\.py.*": "",
     r"python -m switchyard\.(data\.prepare|parallel\.\w+)": "--help",
     r"python -m switchyard\.parallel\.simulate .*": "model.num_layers=2 moe.layers=2",
+    r"python -m switchyard\.data\.prepare .* --seq-length 1024": "--out data/corpus-1024",  # data/corpus has 512
     r"python -m switchyard\..*": "",
     r"python benchmarks/moe_layer\.py": "--shapes 64,16,4,1 --rounds 1",
     r"python benchmarks/train_step\.py": "--rounds 1 --steps 1",
