@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from switchyard.config import Config
+from switchyard.routing import known_routers
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (
@@ -83,6 +84,14 @@ def test_keys_that_are_named_exist(name):
     sections = {name: field.annotation.model_fields for name, field in Config.model_fields.items()}
     named = re.findall(r"`([a-z]+)\.([a-z0-9_]+)(?=[`:= ])", read(name))
     assert [key for key in named if key[0] in sections and key[1] not in (*sections[key[0]], "py")] == []
+
+
+def test_the_routing_page_lists_every_router():
+    rows = re.findall(
+        r"^\| (?:token|expert) choice .*|^\| (?:dense|soft|merged) \|.*", read("docs/routing.md"), re.MULTILINE
+    )
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted(known_routers())
 
 
 def test_every_folder_with_programs_is_in_the_tree(renew_readmes):
