@@ -1,21 +1,28 @@
-"""Renews what the READMEs repeat: the file tree and the table of configuration keys.
+"""Renews what documents repeat: the file tree and the table of keys of the READMEs, the planner's output.
 
     python scripts/renew_readmes.py
 
-Both stand between markers. The tree keeps the comment that stands beside a path; a new path gets the first line of its
-docstring or of its comment, for somebody to shorten. The table's English comes from `switchyard.config`; README_CN.md
-keeps its translation of each key; a new key comes in English, for somebody to translate.
+Tree and table stand between markers. The tree keeps the comment that stands beside a path; a new path gets the first
+line of its docstring or of its comment, for somebody to shorten. The table's English comes from `switchyard.config`;
+README_CN.md keeps its translation of each key; a new key comes in English, for somebody to translate. What the planner
+prints stands in docs/parallel.md, in blocks that begin with its command.
 """
 
+import contextlib
+import io
 import re
+import shlex
 import sys
 from pathlib import Path
 
+from switchyard.parallel import estimate
 from switchyard.report import parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = {"README.md": parameters.HEADINGS, "README_CN.md": ("参数", "取值", "默认值", "含义")}
-FOLDERS = ("config/*.yaml", "scripts/*", "benchmarks/*.py", "docs/*.md")
+FOLDERS = ("config/*.yaml", "scripts/*", "benchmarks/**/*.py", "docs/*.md")
+PLANNER_PAGE = "docs/parallel.md"
+PLAN = re.compile(r"```text\n\$ (python -m switchyard\.parallel\.estimate (.*))\n(?:.*\n)*?```")
 FIXED = {
     "train.py": "command line: train, resume",
     "eval.py": "command line: loss, bits per byte, audit",
@@ -34,11 +41,26 @@ FIXED = {
 
 
 def main() -> int:
-    """Rewrites both files."""
+    """Rewrites the files."""
     for name in READMES:
         path = ROOT / name
         path.write_text(renewed(name, path.read_text(encoding="utf-8")), encoding="utf-8")
+    page = ROOT / PLANNER_PAGE
+    page.write_text(with_plans(page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
+
+
+def with_plans(text: str) -> str:
+    """The page with what the planner prints now under each of its commands."""
+    return PLAN.sub(lambda found: f"```text\n$ {found[1]}\n{plan(found[2])}\n```", text)
+
+
+def plan(arguments: str) -> str:
+    """What the planner prints for a command line; configurations are those of the repository."""
+    words = [str(ROOT / word) if word.startswith("config/") else word for word in shlex.split(arguments)]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        estimate.main(words)
+    return out.getvalue().strip()
 
 
 def renewed(name: str, text: str) -> str:
@@ -100,7 +122,7 @@ def tree_comments(text: str) -> dict[str, str]:
 def entries() -> list[tuple[str, str]]:
     """(path, comment) of everything that the tree lists; a folder's path ends with a slash."""
     top = [ROOT / name for name in FIXED if (ROOT / name).is_file()]
-    listed = sorted(path for pattern in FOLDERS for path in ROOT.glob(pattern) if path.is_file())
+    listed = sorted((path for pattern in FOLDERS for path in ROOT.glob(pattern) if path.is_file()), key=_order)
     package = sorted((ROOT / "src" / "switchyard").rglob("*.py"), key=_order)
     found, seen = [], set()
     for path in [*top, *listed, *package]:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from switchyard.config import Config
+from switchyard.routing import known_routers
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (
     "README.md",
@@ -70,6 +73,35 @@ def test_tree_and_parameters_are_those_of_the_code(renew_readmes, name):
     assert renew_readmes.renewed(name, text) == text, "run: python scripts/renew_readmes.py"
 
 
+def test_the_planners_output_is_what_it_prints(renew_readmes):
+    page = read(renew_readmes.PLANNER_PAGE)
+    assert len(renew_readmes.PLAN.findall(page)) == page.count("$ python -m switchyard.parallel.estimate") == 2
+    assert renew_readmes.with_plans(page) == page, "run: python scripts/renew_readmes.py"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_keys_that_are_named_exist(name):
+    sections = {name: field.annotation.model_fields for name, field in Config.model_fields.items()}
+    named = re.findall(r"`([a-z]+)\.([a-z0-9_]+)(?=[`:= ])", read(name))
+    assert [key for key in named if key[0] in sections and key[1] not in (*sections[key[0]], "py")] == []
+
+
+def test_the_routing_page_lists_every_router():
+    rows = re.findall(
+        r"^\| (?:token|expert) choice .*|^\| (?:dense|soft|merged) \|.*", read("docs/routing.md"), re.MULTILINE
+    )
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted(known_routers())
+
+
+def test_every_folder_with_programs_is_in_the_tree(renew_readmes):
+    listed = {path for path, _ in renew_readmes.entries()}
+    for top in ("benchmarks", "scripts", "src/switchyard"):
+        folders = {path.parent.relative_to(ROOT).as_posix() + "/" for path in (ROOT / top).rglob("*.py")}
+        assert folders <= listed
+    assert "benchmarks/experiments/" in listed and "benchmarks/experiments/digits.py" in listed
+
+
 def test_every_parameter_is_translated(renew_readmes):
     meanings = renew_readmes.table_meanings(renew_readmes.section(read("README_CN.md"), "parameters"))
     untranslated = [key for key, meaning in meanings.items() if not re.search("[\u4e00-\u9fff]", meaning)]
@@ -83,7 +115,7 @@ def test_renewing_keeps_comments_and_translations(renew_readmes):
     old = re.sub(r"^  errors\.py .*\n", "", old, flags=re.MULTILINE)
     assert old != text
     renewed = renew_readmes.renewed("README_CN.md", old)
-    assert "| `model.hidden_size` | integer >= 1 | `128` | 残差流的宽度 D |" in renewed
+    assert "| `model.hidden_size` | integer >= 1 | `128` | 残差流的宽度 D；vision：通道数 |" in renewed
     assert re.search(r"^  errors\.py +# What a user did wrong, said in one line", renewed, flags=re.MULTILINE)
     assert re.search(r"^  experts\.py +# 谁来计算", renewed, flags=re.MULTILINE)
 
@@ -115,7 +147,7 @@ def test_links_lead_somewhere(name):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_files_and_modules_that_are_named_exist(name):
     text = read(name)
-    for path in re.findall(r"\b((?:scripts|config|benchmarks|docs)/\w+\.\w+)", text):
+    for path in re.findall(r"(?<![\w/])((?:tests/)?(?:scripts|config|benchmarks|docs)/[\w/]+\.\w+)", text):
         assert (ROOT / path).exists() or path == "config/mine.yaml", path
     for path in re.findall(r"python (\w+\.py)", text):
         assert (ROOT / path).exists(), path

@@ -60,12 +60,18 @@ def test_loads_are_relative_to_the_mean_of_their_layer():
 def test_figures_of_a_step():
     audit = {
         "load": Tensor(np.array([[6.0, 2.0], [4.0, 4.0]], np.float32)),
+        "importance": Tensor(np.array([[5.0, 3.0], [3.5, 4.5]], np.float32)),
         "dropped": Tensor(np.array([0.25, 0.0], np.float32)),
         "entropy": Tensor(np.array([0.5, 0.25], np.float32)),
+        "max_violation": Tensor(np.array([0.75, 0.25], np.float32)),  # mean over micro-batches: not what is written
+        "z": Tensor(np.array([1.5, 2.5], np.float32)),
     }
     scalars = {name: Tensor(1.5) for name in ("loss", "balance_loss", "z_loss", "gradient_norm", "loss_scale")}
     line = train_figures(9, {**scalars, "skipped": Tensor(0.0), "audit": audit}, 1e-3, None)
     assert line["load"] == [[6, 2], [4, 4]] and (line["load_min"], line["load_max"]) == (0.5, 1.5)
     assert line["dropped"] == pytest.approx(0.125) and line["entropy"] == [0.5, 0.25]
     assert line["step"] == 9 and line["loss"] == 1.5 and line["learning_rate"] == 1e-3
+    assert line["layer_dropped"] == [0.25, 0.0] and line["z"] == [1.5, 2.5]
+    assert line["importance"] == [[5.0, 3.0], [3.5, 4.5]]
+    assert line["max_violation"] == [0.5, 0.0]  # of the load of the whole step: 6 / 4 - 1
     json.dumps(line)

@@ -51,7 +51,9 @@ def infer_main(arguments: list[str]) -> None:
     parser.add_argument("--top-p", type=finite, default=1.0, metavar="P", help="draw from a mass of P; 1 = all (1)")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the draws (1)")
     parser.add_argument("--key-file", metavar="FILE", help="the key of an encrypted export")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, a list for --prompts-file")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; a list for --prompts-file, one a line for --image"
+    )
     chosen = parser.parse_args(arguments)
     given = [chosen.prompt, chosen.prompts_file, chosen.image]
     if given.count(None) != len(given) - 1:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from switchyard.cli import Parser, run
 from switchyard.config import Config
-from switchyard.errors import EXIT_OK
 
 HEADINGS = ("Key", "Values", "Default", "Meaning")
 
@@ -64,6 +64,11 @@ def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:g}"
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
+    """The command line."""
+    Parser(prog="python -m switchyard.report.parameters", description="Prints the table.").parse_args(arguments)
     print(table())
-    sys.exit(EXIT_OK)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

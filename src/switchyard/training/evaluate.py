@@ -19,8 +19,8 @@ from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilitie
 from switchyard.parallel.processes import ALONE, Processes, on_one_device, require_one_device
 from switchyard.routing.replay import Recorder, Replayer
 from switchyard.training import checkpoint
+from switchyard.training.audit import layer_line, whole_numbers
 from switchyard.training.finite import check_evaluation
-from switchyard.training.metrics import whole_numbers
 from switchyard.training.step import AUDIT_MEANS, AUDIT_SUMS, EvalStep
 from switchyard.trust import check_trusted, names_router
 
@@ -101,14 +101,7 @@ class Evaluation:
             f"loss {self.loss:.4f} ({self.loss_ci95[0]:.4f}..{self.loss_ci95[1]:.4f} at 95 %)  "
             f"{self.headline}  {self.tokens:,} {self.unit}"
         ]
-        for layer in self.layers:
-            mean = max(sum(layer["load"]) / len(layer["load"]), 1e-9)
-            loads = " ".join(f"{choices / mean:.2f}" for choices in layer["load"])
-            lines.append(
-                f"layer {layer['layer']}: load / mean {loads}  MaxVio {layer['max_violation']:.2f}  dropped "
-                f"{100 * layer['dropped']:.1f} %  entropy {layer['entropy']:.2f} nats  z {layer['z']:.2f}"
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(layer_line, self.layers)])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,11 @@ training then waits for a queue that nobody empties.
 import time
 from pathlib import Path
 
+import numpy as np
+
 from switchyard.file_errors import writing
+
+BINS = "doane"  # the rule by which a histogram is divided
 
 
 class EventFile:
@@ -37,6 +41,12 @@ class EventFile:
         from tensorboardX.summary import scalar
 
         self._write(step=step, summary=scalar(tag, value))
+
+    def add_histogram(self, tag: str, values: np.ndarray, step: int) -> None:
+        """Writes the distribution of some figures of a step."""
+        from tensorboardX.summary import histogram
+
+        self._write(step=step, summary=histogram(tag, values, BINS))
 
     def _write(self, **fields) -> None:
         with writing(self._path):

@@ -31,7 +31,8 @@ from switchyard.parallel.replicas import check_replicas
 from switchyard.routing.fixed import balance_tables
 from switchyard.routing.replay import Recorder
 from switchyard.training import checkpoint
-from switchyard.training.cluster import ClusterStep
+from switchyard.training.audit import MOST_SHOWN, layer_line
+from switchyard.training.cluster import ClusterStep, with_defaults
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
 from switchyard.training.finite import REMEDY, check_evaluation, check_step
 from switchyard.training.health import Healthy
@@ -218,7 +219,7 @@ class Trainer:
             self.parameters = sum(parameter.size for parameter in self.whole.trainable_params())
         self.validation = data.validation()
         self.sample = spread(len(self.validation), train.eval_batches)
-        self.metrics = MetricsLog(run, self.done, processes.is_first)
+        self.metrics = MetricsLog(run, self.done, processes.is_first, config.moe_layers)
         self.progress = Progress(train.steps, self.done, config.unit)
         self.compile_seconds: float | None = None
         record = config.moe.record
@@ -359,6 +360,8 @@ class Trainer:
             f"step {self.done}/{self.config.train.steps}  validation loss {found.loss:.4f} "
             f"({found.loss_ci95[0]:.4f}..{found.loss_ci95[1]:.4f})  {found.headline}{part}"
         )
+        for layer in found.layers:
+            self.progress.say(layer_line(layer, MOST_SHOWN))
         self.metrics.write({"kind": "evaluation", "step": self.done, "whole": not part, **found.to_dict()})
         self.metrics.flush()
         return found

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from switchyard.errors import UserError
 from switchyard.file_errors import append, writing
 from switchyard.json_text import to_json
+from switchyard.training.audit import histograms, layer_audits, scalars, step_arrays
 from switchyard.training.events import EventFile
 
 METRICS = "metrics.jsonl"
@@ -34,13 +34,14 @@ class MetricsLog:
         run: the run folder.
         resume_step: lines and events after this step are dropped; 0 starts anew.
         writes: False leaves both to another process, and only knows what they hold.
+        layers: indices of the conditional layers, which the events of their audits are named by.
 
     Raises:
         UserError: from any of its methods, where a file cannot be written; metrics.jsonl keeps whole lines.
     """
 
-    def __init__(self, run: Path, resume_step: int = 0, writes: bool = True):
-        self._path = run / METRICS
+    def __init__(self, run: Path, resume_step: int = 0, writes: bool = True, layers: tuple[int, ...] = ()):
+        self._path, self._layers = run / METRICS, layers
         kept = _kept(self._path, resume_step) if resume_step else {}
         self._evaluations = {key: line for key, line in kept.items() if key[0] == EVALUATION}
         self._file = self._events = None
@@ -65,7 +66,7 @@ class MetricsLog:
             self.close()
 
     def write(self, figures: dict[str, Any]) -> None:
-        """Appends one object; its numbers become TensorBoard scalars named kind/key.
+        """Appends one object; its numbers become TensorBoard scalars named kind/key, see also `audit.scalars`.
 
         An evaluation that is there already, made again by a resumed run, takes the place of the first.
         """
@@ -83,6 +84,15 @@ class MetricsLog:
         for name, value in figures.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._events.add_scalar(f"{figures['kind']}/{name}", value, figures["step"])
+        self._write_audits(figures)
+
+    def _write_audits(self, figures: dict[str, Any]) -> None:
+        """Writes the audit of every conditional layer as TensorBoard events."""
+        kind, step, audits = figures["kind"], figures["step"], layer_audits(figures, self._layers)
+        for tag, value in scalars(kind, audits):
+            self._events.add_scalar(tag, value, step)
+        for tag, values in histograms(kind, audits):
+            self._events.add_histogram(tag, values, step)
 
     def evaluated(self, step: int, whole: bool) -> float | None:
         """Returns the loss of an evaluation that the lines of the run hold, of the whole validation set or of a part.
@@ -195,7 +205,7 @@ def train_figures(
     Returns:
         kind, step, loss, balance_loss, z_loss, gradient_norm, learning_rate, tokens_per_second; of a conditional model
         also load_min and load_max (over layers and experts, relative to the mean load of the layer), dropped (mean
-        over layers, a fraction) and the lists load [M][E], entropy [M]; with float16 also loss_scale and skipped.
+        over layers, a fraction) and the lists of `audit.step_arrays`; with float16 also loss_scale and skipped.
     """
     out = {"kind": "train", "step": step}
     for name in ("loss", "balance_loss", "z_loss", "gradient_norm"):
@@ -208,8 +218,7 @@ def train_figures(
         audit = {name: tensor.asnumpy() for name, tensor in figures["audit"].items()}
         low, high = load_range(audit["load"])
         out |= {"load_min": low, "load_max": high, "dropped": float(audit["dropped"].mean())}
-        out["load"] = [whole_numbers(load) for load in audit["load"]]
-        out["entropy"] = [float(value) for value in audit["entropy"]]
+        out |= step_arrays(audit)
     return out
 
 
@@ -249,8 +258,3 @@ def _kept(path: Path, step: int) -> dict[tuple, str]:
 def _key(figures: dict[str, Any]) -> tuple:
     """Returns what a line of a run is known by: its kind and step, and of an evaluation whether it is whole."""
     return (figures["kind"], figures["step"], figures.get("whole", True))
-
-
-def whole_numbers(counts: np.ndarray) -> list[int | float]:
-    """Returns counts [E] as whole numbers; one that is not finite, out of a broken model, stays as it is."""
-    return [int(count) if math.isfinite(count) else float(count) for count in counts]
