@@ -161,7 +161,7 @@ def read_load(path: str, config: Config) -> Load:
             raise UserError(f"{key}: {path}; recorded with {record.shape[-2]} rows, this run has {config.rows}")
         return Load(record=record)
     try:
-        tokens = np.array(json.loads(Path(path).read_text(encoding="utf-8-sig")), np.float64)
+        tokens = np.array(json.loads(Path(path).read_text(encoding="utf-8")), np.float64)
     except ValueError:
         raise UserError(f"{key}: {path}; must hold a JSON list of numbers, or one list a layer") from None
     if tokens.shape not in ((experts,), (layers, experts)):
