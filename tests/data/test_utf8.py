@@ -16,7 +16,7 @@ WIDE = ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "utf-16", "utf-32"]
 
 @pytest.mark.parametrize("codec", WIDE)
 def test_wide_encodings_are_refused_by_name_with_and_without_a_mark(tmp_path, codec):
-    for text in (TEXT, TEXT * 100, "a", "a\u3000b"):
+    for text in (TEXT, TEXT * 100, "a", "a\u3000b", "Привет, мир\n" * 9, "नमस्ते दुनिया\n" * 9, "世界 " * 9):
         assert wide_encoding(text.encode(codec)) == codec[:6].upper()
     (tmp_path / "wide.txt").write_bytes(TEXT.encode(codec))
     for path in (tmp_path / "wide.txt", tmp_path, tmp_path / "*.txt"):
@@ -45,7 +45,19 @@ def test_in_a_folder_binary_is_skipped_and_a_late_nul_is_refused(tmp_path):
         load_text(DataConfig(path=str(tmp_path)))
 
 
-@pytest.mark.parametrize("raw", [b"", b"abc", "世界".encode("utf-16-le"), b"\x89\0\0", b"\x89PNG\0\0\0\r", bytes(16)])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"abc",
+        b"line\0\n",
+        b"x" * 8191 + b"\0",
+        "世界".encode("utf-16-le"),
+        b"\x89\0\0",
+        b"\x89PNG\0\0\0\r",
+        bytes(16),
+    ],
+)
 def test_what_is_not_taken_for_wide_text(raw):
     assert wide_encoding(raw) is None
     assert is_binary(raw) == (b"\0" in raw)

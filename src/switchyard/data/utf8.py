@@ -12,7 +12,6 @@ MARKS = (  # of other encodings; those of UTF-32 first, because the one begins w
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-SELDOM = 50  # bytes of which one is a NUL, at most, in UTF-8 text with stray NULs; wide text has more
 WIDE_CODECS = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 NO_TEXT = frozenset({"Cc", "Cn", "Co", "Cs"})  # Unicode categories: control, unassigned, private, surrogate
 REMEDY = "convert the file to UTF-8, for example with iconv"
@@ -58,10 +57,20 @@ def wide_encoding(raw: bytes) -> str | None:
     for mark, name in MARKS:
         if raw.startswith(mark) and _reads_as_text(raw[len(mark) :], name.lower(), mark):
             return name
-    nuls = raw[:PROBE].count(0)
-    if not nuls or (nuls * SELDOM < len(raw[:PROBE]) and _reads_as_text(raw.replace(b"\0", b""), "utf-8")):
-        return None  # UTF-8, with a stray NUL or none, may happen to decode as UTF-16, too
+    if b"\0" not in raw[:PROBE] or _has_stray_nuls(raw):  # UTF-8 may happen to decode as UTF-16, too
+        return None
     return next((codec[:6].upper() for codec in WIDE_CODECS if _reads_as_text(raw, codec)), None)
+
+
+def _has_stray_nuls(raw: bytes) -> bool:
+    """Tells whether the bytes are UTF-8 text with some NULs in it, one or two or at odd and even places alike.
+
+    The NULs of UTF-16 stand at even places only, or at odd ones, and every second byte of Latin text is one.
+    """
+    probe = raw[:PROBE]
+    odd, even = probe[1::2].count(0), probe[::2].count(0)
+    few = odd + even <= 2 or (odd and even)
+    return few and 4 * (odd + even) < len(probe) and _reads_as_text(raw.replace(b"\0", b""), "utf-8")
 
 
 def _reads_as_text(raw: bytes, codec: str, mark: bytes = b"") -> bool:
