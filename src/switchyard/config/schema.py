@@ -61,7 +61,7 @@ class MoEConfig(Section):
     expert_num: Positive = Field(1, description="experts E of a layer; 1 = dense feed-forward everywhere")
     num_experts_chosen: Positive = Field(1, description="experts K that each row goes to")
     norm_topk_prob: bool = Field(
-        True, description="top_k, sigmoid, cosine, sinkhorn, two_level with K >= 2: gates of a row sum to 1"
+        True, description="top_k, sigmoid, cosine, sinkhorn, two_level, multi_gate; K >= 2: gates of a row sum to 1"
     )
     layers: Literal["all"] | Positive | list[NotNegative] = Field(
         "all", description="which layers are conditional: all, every n-th (the n-th, 2n-th, ...), or a list from 0"
@@ -122,11 +122,13 @@ class MoEConfig(Section):
     )
     topk_group: Positive = Field(1, description="sigmoid, two_level: groups that a row may choose experts from")
     routed_scaling_factor: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="softmax and sigmoid routers: factor of the gates"
+        1.0, description="switch, top_k, cosine, sinkhorn, sigmoid: factor of the gates"
     )
     sinkhorn_iterations: Positive = Field(8, description="sinkhorn, training: passes that balance rows and experts")
-    n_group: Positive = Field(1, description="groups that the experts are split into, one beside the other")
-    task_num: Positive = Field(1, description="tasks T that rows may belong to: task, multi_gate, random_in_group")
+    n_group: Positive = Field(
+        1, description="sigmoid, two_level, random_in_group: groups of experts, one beside the other"
+    )
+    task_num: Positive = Field(1, description="task, multi_gate: tasks T that rows may belong to")
     task_experts: list[list[NotNegative]] | None = Field(
         None, description="task: the K experts of each task; null = sets of K in turn"
     )

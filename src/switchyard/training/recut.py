@@ -59,7 +59,6 @@ def _section(text: str) -> dict:
     except UnreadableError as error:
         section, reason = None, error.reason
     if not isinstance(section, dict):
-        raise UserError(
-            f"--to: {represented(text)}; {reason}; give degrees as YAML: '{{data_parallel: 8, expert_parallel: 4}}'"
-        )
+        example = "'{data_parallel: 8, expert_parallel: 4}'"
+        raise UserError(f"--to: {represented(text)}; give degrees as YAML, such as {example} ({reason})")
     return section
