@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from switchyard.training.audit import histograms, layer_audits, scalars, step_arrays
+from switchyard.training.audit import MOST_SHOWN, histograms, layer_audits, layer_line, scalars, step_arrays
 
 METRICS = "metrics.jsonl"
 
@@ -131,6 +131,11 @@ class Progress:
             self._bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
+
+    def say_layers(self, audits: list[dict[str, Any]]) -> None:
+        """One line for each conditional layer, see `audit.layer_line`."""
+        for audit in audits:
+            self.say(layer_line(audit, MOST_SHOWN))
 
     def close(self) -> None:
         """Ends the bar."""
