@@ -32,7 +32,7 @@ from switchyard.routing.fixed import balance_tables
 from switchyard.routing.replay import Recorder
 from switchyard.training import checkpoint
 from switchyard.training.audit import MOST_SHOWN, layer_line
-from switchyard.training.cluster import ClusterStep
+from switchyard.training.cluster import ClusterStep, why_by_hand, with_defaults
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
 from switchyard.training.finite import REMEDY, check_evaluation, check_step
 from switchyard.training.health import Healthy
@@ -360,8 +360,7 @@ class Trainer:
             f"step {self.done}/{self.config.train.steps}  validation loss {found.loss:.4f} "
             f"({found.loss_ci95[0]:.4f}..{found.loss_ci95[1]:.4f})  {found.headline}{part}"
         )
-        for layer in found.layers:
-            self.progress.say(layer_line(layer, MOST_SHOWN))
+        self.progress.say_layers(found.layers)
         self.metrics.write({"kind": "evaluation", "step": self.done, "whole": not part, **found.to_dict()})
         self.metrics.flush()
         return found

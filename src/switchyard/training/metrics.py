@@ -15,7 +15,7 @@ from tqdm import tqdm
 from switchyard.errors import UserError
 from switchyard.file_errors import append, writing
 from switchyard.json_text import to_json
-from switchyard.training.audit import histograms, layer_audits, scalars, step_arrays
+from switchyard.training.audit import histograms, layer_audits, scalars, step_arrays, MOST_SHOWN, layer_line
 from switchyard.training.events import EventFile
 
 METRICS = "metrics.jsonl"
@@ -166,6 +166,11 @@ class Progress:
             self._bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
+
+    def say_layers(self, audits: list[dict[str, Any]]) -> None:
+        """One line for each conditional layer, see `audit.layer_line`."""
+        for audit in audits:
+            self.say(layer_line(audit, MOST_SHOWN))
 
     def close(self) -> None:
         """Ends the bar."""
