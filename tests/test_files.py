@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from switchyard import files
+from switchyard.errors import UserError
 from switchyard.files import UnfitError
 
 
@@ -145,6 +146,12 @@ def test_modes_follow_the_umask(tmp_path):
 def test_a_name_too_long_for_a_temporary_one(tmp_path):
     with files.unfinished(tmp_path / ("ö" * 120)) as folder:
         assert folder.is_dir()
+
+
+def test_a_path_that_is_no_text_is_refused(tmp_path):
+    files.require_text(tmp_path / "My Prójects (1)", "--out")
+    with pytest.raises(UserError, match=r"^--out: .*the path is not UTF-8"):
+        files.require_text(tmp_path / os.fsdecode(b"lat\xe9"), "--out")
 
 
 def test_what_the_system_forbids_is_said(tmp_path, monkeypatch):

@@ -19,13 +19,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from switchyard.errors import UserError
 from switchyard.file_errors import writing
 
 TEMPORARY = ".tmp-"
 OLD = ".tmp-replaced-"  # before the name of what makes way where two folders cannot change places in one step
 PLAIN = re.compile(r"[0-9a-zA-Z@_\-.:/]+")  # paths that MindSpore's export accepts
 RENAME_EXCHANGE, AT_FDCWD = 2, -100
-NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)  # this kernel or file system cannot
+NO_EXCHANGE = (
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EXDEV,
+)  # this kernel or file system cannot
 BLOCK = 1 << 20
 LONGEST_NAME = 120  # bytes that leave room for process and host in a name of 255
 
@@ -101,6 +108,14 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refused(word: str) -> Any:
     raise ValueError(f"{word} is no JSON")
+
+
+def require_text(path: Path, field: str) -> None:
+    """Refuses a path whose bytes are no UTF-8, which MindSpore cannot open (UserError names `field`)."""
+    try:
+        str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{field}: {str(path)!r}; the path is not UTF-8, MindSpore opens no such: rename it") from None
 
 
 def flush(path: Path) -> None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from switchyard.data.tokenizer import Tokenizer, smallest_dtype
 from switchyard.errors import UserError
 from switchyard.file_errors import check_room, line_of, writing
-from switchyard.files import UnfitError, follow_umask, read_regular
+from switchyard.files import UnfitError, follow_umask, read_regular, require_text
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -69,11 +69,13 @@ def locate(path: str | None, key: str = "data.path") -> Path | None:
         return None
     place = Path(os.path.expanduser(path))
     if place.suffix == ".mindrecord":
+        require_text(place, key)
         if not os.path.isfile(place.parent / MANIFEST):
             raise UserError(f"{key}: '{path}'; no {MANIFEST} beside it; write the folder with {PREPARE}")
         return place.parent
     if not os.path.isdir(place) or not any(place.glob("*.mindrecord")):
         return None
+    require_text(place, key)
     if not os.path.isfile(place / MANIFEST):
         raise UserError(f"{key}: '{path}'; MindRecord without {MANIFEST}; write the folder with {PREPARE}")
     return place

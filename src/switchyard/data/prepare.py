@@ -15,7 +15,7 @@ from switchyard import cli
 from switchyard.cli import cleans_up
 from switchyard.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from switchyard.file_errors import line_of
-from switchyard.files import flush_tree, unfinished
+from switchyard.files import flush_tree, require_text, unfinished
 
 if TYPE_CHECKING:
     from switchyard.data.corpus import Document
@@ -183,6 +183,7 @@ def _pieces(documents: Iterable["Document"]) -> Iterator[str]:
 
 def _check(out: Path, vocab_size: int, seq_length: int, val_fraction: float, tokenizer: str | None) -> None:
     """Refuses impossible arguments before any work (UserError)."""
+    require_text(out, "--out")
     if out.exists() or out.is_symlink():
         raise UserError(f"--out: '{out}' exists; remove it or name another folder")
     if not tokenizer and vocab_size < SMALLEST_VOCABULARY:

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from switchyard.errors import UserError
 from switchyard.files import parse_json, present, read_regular
 from switchyard.inference import manifest as manifests
+from switchyard.inference.images import RANGES
 from switchyard.inference.manifest import Count, Part, Signed, Source, Total
 from switchyard.inference.mindir import load_graph, run_graph
 
@@ -36,9 +37,9 @@ class ImageParity(Part):
 class ClassifierManifest(Signed):
     """manifest.json. image: [C, H, W]. counts: classes of each task.
 
-    value_range: values of an image that the graph takes. `inference.images` maps the declared range of a file to it:
-    0 to 255 of bytes, 0 to 1 of floats, or --value-range. batch_independent: an image's answer does not depend on the
-    other images of its batch.
+    value_range: values that the graph takes. file_ranges: the values in a file that mean these two, by type; for other
+    files --value-range declares them. batch_independent: the answer to an image does not depend on the other
+    images of its batch.
     """
 
     format: Literal["switchyard classifier"] = FORMAT
@@ -46,6 +47,7 @@ class ClassifierManifest(Signed):
     network: Literal["vision", "cascade"]
     image: tuple[Count, Count, Count]
     value_range: tuple[float, float] = (0.0, 1.0)
+    file_ranges: dict[Literal["uint8", "float"], tuple[float, float]] = RANGES
     batch_independent: bool = True
     batch: Count
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -59,6 +61,8 @@ class ClassifierManifest(Signed):
         """The graph is among the files, each task has its classes, and a batch fits into memory."""
         if GRAPH not in self.files or len(self.counts) != len(self.tasks) or self.value_range != (0.0, 1.0):
             raise ValueError("files, counts or value_range")
+        if any(low >= high for low, high in self.file_ranges.values()):
+            raise ValueError("file_ranges")
         if self.batch * math.prod(self.image) > LARGEST:
             raise ValueError("batch and image")
         return self

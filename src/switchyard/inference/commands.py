@@ -82,7 +82,7 @@ def _classify(chosen, out) -> None:
 
     declared = None if chosen.value_range is None else parse_range(chosen.value_range)
     file, manifest = read_file(chosen.image), read(chosen.model)
-    images = file.images(manifest.image, declared)
+    images = file.images(manifest.image, declared, manifest.file_ranges)
     key = key_of(chosen.model, manifest.encryption, chosen.key_file, say)
     if not manifest.batch_independent:
         say(f"note: the router looks at all {manifest.batch} images of a batch, so an answer depends on the others")

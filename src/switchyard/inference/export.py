@@ -63,6 +63,7 @@ def export(
     key_file = key_file if key_file is not None else config.export.key_file
     key = None if key_file is None else manifests.read_key(key_file, field, say)
     out = Path(out)
+    files.require_text(out, "--out")
     files.settle(out.resolve())
     check_free(out)
     if config.model.type != "decoder":

@@ -8,6 +8,7 @@ Values are mapped so that the lower end of the range becomes 0 and the upper end
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from switchyard.files import UnfitError, open_regular
 
 Range = tuple[float, float]
 OPTION = "--value-range"
-BYTES, FLOATS = (0.0, 255.0), (0.0, 1.0)
+RANGES = {"uint8": (0.0, 255.0), "float": (0.0, 1.0)}  # what types of values declare
 
 
 def parse_range(text: str) -> Range:
@@ -40,12 +41,15 @@ class ImageFile:
     values: np.ndarray
     is_picture: bool = False
 
-    def images(self, shape: tuple[int, int, int], declared: Range | None = None) -> np.ndarray:
+    def images(
+        self, shape: tuple[int, int, int], declared: Range | None = None, ranges: Mapping[str, Range] = RANGES
+    ) -> np.ndarray:
         """The images as the model takes them: [N, C, H, W] float32 from 0 to 1.
 
         Args:
             shape: [C, H, W] of an image of the model.
             declared: the values that mean 0 and 1; None = what the type of the values declares.
+            ranges: what types declare, as the manifest of the model has it.
 
         Raises:
             UserError: another shape, a type that declares no range, a value that is not finite or outside the range;
@@ -55,7 +59,7 @@ class ImageFile:
         if values.dtype.kind not in "uif":
             raise UserError(f"--image: '{self.path}'; holds values of type {values.dtype}; wants bytes or floats")
         images = _as_images(self.path, values, shape)  # [N, C, H, W]
-        low, high = _range_of(self.path, values.dtype, declared)
+        low, high = _range_of(self.path, values.dtype, declared, ranges)
         for index, image in enumerate(images):
             _check_values(self.path, index, image, (low, high))
         return ((images.astype(np.float64) - low) / (high - low)).astype(np.float32)
@@ -74,14 +78,11 @@ def read_file(path: str | Path) -> ImageFile:
     return ImageFile(str(path), _read_picture(path), is_picture=True)
 
 
-def _range_of(path: str | Path, dtype: np.dtype, declared: Range | None) -> Range:
+def _range_of(path: str, dtype: np.dtype, declared: Range | None, ranges: Mapping[str, Range]) -> Range:
     """The values that mean 0 and 1 (UserError: neither the type nor the user says)."""
-    if declared is not None:
-        return declared
-    if dtype == np.uint8:
-        return BYTES
-    if dtype.kind == "f":
-        return FLOATS
+    name = "float" if dtype.kind == "f" else dtype.name
+    if declared is not None or name in ranges:
+        return declared or ranges[name]
     example = f"{OPTION} 0,{np.iinfo(dtype).max}"
     raise UserError(f"--image: '{path}'; {dtype} says no range of values: declare it, such as {example}")
 

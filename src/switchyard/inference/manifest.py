@@ -21,7 +21,17 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from switchyard.errors import UserError
-from switchyard.files import UnfitError, flush_tree, open_regular, parse_json, present, read_regular, replace, sha256_of
+from switchyard.files import (
+    UnfitError,
+    flush_tree,
+    open_regular,
+    parse_json,
+    present,
+    read_regular,
+    replace,
+    require_text,
+    sha256_of,
+)
 
 FORMAT, VERSION = "switchyard export", 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
@@ -157,6 +167,7 @@ def read(directory: str | Path, kind: type[Kind] = Manifest) -> Kind:
     Raises:
         UserError: no such directory, no export in it, another format version, or a manifest cut or altered.
     """
+    require_text(Path(directory), "--model")
     directory = present(Path(directory))
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"

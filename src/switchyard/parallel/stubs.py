@@ -10,12 +10,12 @@ import ctypes
 import importlib.util
 import os
 import platform
-import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
 
 from switchyard.errors import UserError
+from switchyard.files import unfinished
 from switchyard.parallel.elf import Symbols, read_symbols, write_library
 
 MAIN_LIBRARY = "libascendcl.so"  # carries all the symbols
@@ -78,12 +78,10 @@ def prepared(package: Path) -> Path:
     folder = cache / name
     if folder.is_dir():
         return folder
-    own = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
-    write_stand_ins(own, package)
-    try:
-        own.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(own)
+    with unfinished(folder) as own:
+        write_stand_ins(own, package)
+        with contextlib.suppress(OSError):  # another process was first
+            own.rename(folder)
     return folder
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from switchyard.cli import Parser, run
 from switchyard.file_errors import writing
+from switchyard.files import unfinished
 from switchyard.report.history import History, read_history
 
 NAME = "picture.png"
@@ -37,14 +38,12 @@ def draw(history: History, title: str, path: Path) -> None:
         axes.set_ylabel("expert" if layer % COLUMNS == 0 else "")
     if maps:
         figure.colorbar(image, ax=maps, label="load / mean load", extend="max")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with writing(path):
-            figure.savefig(partial, format="png", dpi=120)
-            os.replace(partial, path)
+        with writing(path), unfinished(path.absolute()) as folder:
+            figure.savefig(folder / NAME, format="png", dpi=120)
+            os.replace(folder / NAME, path)
     finally:
         pyplot.close(figure)
-        partial.unlink(missing_ok=True)
 
 
 def _draw_losses(axes, history: History, title: str) -> None:

@@ -391,7 +391,8 @@ def main(arguments: list[str]) -> None:
     from switchyard.training.recut import convert
 
     out = Path(chosen.out)
-    with tqdm(unit="B", unit_scale=True, desc="writing", disable=None, leave=False) as bar:  # None: only on a terminal
+    show = {"unit": "B", "unit_scale": True, "desc": "writing", "disable": None, "leave": False}  # None: on a terminal
+    with cli.cleans_up(), tqdm(**show) as bar:
         old, new = convert(resolve(chosen.checkpoint), chosen.to, out, bar)
     print(f"checkpoint: '{out}' for {Degrees.of(new.parallel).devices} device(s)", flush=True)
     if new.moe_layers and new.groups != old.groups:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from switchyard.errors import UserError
 from switchyard.file_errors import append, writing
 from switchyard.json_text import to_json
-from switchyard.training.audit import histograms, layer_audits, scalars, step_arrays, MOST_SHOWN, layer_line
+from switchyard.training.audit import MOST_SHOWN, histograms, layer_audits, layer_line, scalars, step_arrays
 from switchyard.training.events import EventFile
 
 METRICS = "metrics.jsonl"
