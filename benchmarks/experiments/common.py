@@ -82,8 +82,7 @@ def evaluate(model, data) -> dict:
     batches = data.validation()
     places = np.unique(np.linspace(0, len(batches) - 1, EVAL_BATCHES).astype(int))
     loss = tokens = 0.0
-    load = importance = 0.0
-    entropy = []
+    load = importance = entropy = 0.0
     for place in places:
         losses, counts, *flat = graph(*(ms.Tensor(part) for part in batches.at(int(place))))
         loss, tokens = loss + float(losses.asnumpy().sum()), tokens + float(counts.asnumpy().sum())
@@ -91,10 +90,10 @@ def evaluate(model, data) -> dict:
         if audit:
             load = load + audit["load"].asnumpy()
             importance = importance + audit["importance"].asnumpy()
-            entropy.append(float(audit["entropy"].asnumpy().mean()))
+            entropy = entropy + float(counts.asnumpy().sum()) * float(audit["entropy"].asnumpy().mean())
     result = {"loss": loss / tokens}
-    if entropy:
-        result.update(balance(load, importance), entropy=statistics.mean(entropy))
+    if audit:
+        result.update(balance(load, importance), entropy=entropy / tokens)
     return result
 
 
