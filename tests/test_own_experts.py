@@ -9,6 +9,8 @@ from oracles.tiny import layer_gradients, run_layer, tiny_config, tiny_rows, wei
 from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.experts import FeedForwardExperts
+from switchyard.experts_conv import ConvolutionExperts, SliceExperts
+from switchyard.forms import keeps
 from switchyard.kernels.noise import NoiseSlices
 from switchyard.models import Decode, Decoder, Prefill
 from switchyard.moe import MoELayer
@@ -110,6 +112,11 @@ def test_experts_that_cannot_be_merged_are_refused_when_the_layer_is_made():
         own_layer(shifted_experts, True, router="merged")
 
 
+def test_shipped_experts_keep_their_blocks():
+    for kind in (FeedForwardExperts, ConvolutionExperts, SliceExperts):
+        assert keeps(kind, "construct", "blocks") and keeps(kind, "construct", "merged")
+
+
 class Louder(MoELayer):
     """A layer of one's own, of which generation must not take the shipped one's shortcut."""
 
@@ -185,3 +192,6 @@ def test_a_compiled_cluster_refuses_models_and_layers_that_it_would_replace():
     louder = Louder(tiny_config(), (0.1, 0.1), np.random.default_rng(0), mstype.float32, NoiseSlices())
     with pytest.raises(UserError, match=r"\.Louder: changes `construct` of MoELayer and not `spread`"):
         louder.shard(None)
+    copied = MoELayer(tiny_config(copies=2), (0.1, 0.1), np.random.default_rng(0), mstype.float32, NoiseSlices())
+    with pytest.raises(UserError, match=r"^moe\.copies: 2; 1 where parallel degrees cut the model"):
+        copied.shard(None)

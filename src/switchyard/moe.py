@@ -269,6 +269,8 @@ class MoELayer(nn.Cell):
         """Refuses what `spread` would not ask as `construct` does (UserError)."""
         moe = self.config.moe
         require_partners(self, MoELayer, {"construct": ("spread",), "work": ("spread",)})
+        if moe.copies > 1:
+            raise UserError(f"moe.copies: {moe.copies}; 1 where parallel degrees cut the model")
         require_cut_router(self.router, moe.router)
         require_partners(self.train_path, TokenChoicePath, {"dispatch": ("fill",), "combine": ("join",)})
         require_cut_experts(self.experts, self.expert_num, None if moe.dispatch == "capacity" else moe.dispatch)

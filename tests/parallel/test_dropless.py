@@ -137,6 +137,8 @@ CASES = {
             "model_parallel": 2,
         },
     ),
+    "SwiGLU by its operator": ("dropless", {"model": {"activation": "swiglu"}}),
+    "SwiGLU composed": ("dropless", {"model": {"activation": "swiglu"}, "context": {"fused_operators": False}}),
     "as other devices compose": ("dropless", {"context": {"fused_operators": False}}),
     "no expert parallel": ("dropless", {"expert_parallel": 1, "model": {"activation": "gelu"}}),
 }

@@ -92,3 +92,14 @@ def test_the_command_is_silent_or_one_line(tmp_path, capsys):
 def test_no_mindspore_is_imported_for_shipped_routers():
     code = "import sys; import switchyard.parallel.launch; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_training_says_that_accumulation_costs_a_gpu_its_default(monkeypatch, capsys):
+    from switchyard.training import loop
+
+    monkeypatch.setattr(loop, "target_of", lambda context: "GPU")
+    for count, level, says in ((1, 1, ""), (2, 0, "parallel: optimizer_shard stays 0, not 1 as by default on several")):
+        tree = {"train": {"gradient_accumulation_steps": count}, "parallel": {"data_parallel": 2}}
+        config, by_hand = loop.choose_way(build(tree | {"data": {"batch_size": 4}}), 2)
+        assert by_hand is None and config.parallel.optimizer_shard == level
+        assert capsys.readouterr().out.startswith(says)

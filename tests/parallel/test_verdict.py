@@ -78,6 +78,14 @@ def test_a_wrong_gradient_is_found_whatever_the_learning_rate(fault, rate):
     assert any(line.startswith(f"gradient of {name}: ") for line in found.reasons)
 
 
+def test_a_gradient_where_one_device_has_none_at_all_is_found():
+    judge = Judge(OPTIMIZER, lambda name, whole, shape, rank: whole)
+    judge.judge(
+        [state({"a": [1e-9]}, 1e-3)], state(None, 1e-3) | state({"a": [0.0]}, 0.0), state({"a": [0.0]}, 1e-3), 1e-3
+    )
+    assert judge.gradients == {"a": np.inf}
+
+
 def test_a_parameter_that_adamw_did_not_move_is_found():
     def spoil(own):
         own["a"] = np.full((2, 2), 0.5, np.float32)

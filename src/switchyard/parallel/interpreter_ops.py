@@ -48,7 +48,8 @@ BINARY = {
     "Less": np.less, "LessEqual": np.less_equal, "Greater": np.greater, "GreaterEqual": np.greater_equal,
     "Equal": np.equal, "NotEqual": np.not_equal, "FloorMod": np.mod, "Mod": np.mod, "FloorDiv": np.floor_divide,
     "RealDiv": np.true_divide, "Div": np.true_divide, "Pow": np.power, "LogicalAnd": np.logical_and,
-    "LogicalOr": np.logical_or, "LessScalar": np.less, "RemainderTensorScalar": np.mod,
+    "LogicalOr": np.logical_or, "LessScalar": np.less, "EqScalar": np.equal, "GreaterEqualScalar": np.greater_equal,
+    "RemainderTensorScalar": np.mod, "FloorDivScalar": np.floor_divide,
 }  # fmt: skip
 UNARY = {
     "Neg": np.negative, "Square": np.square, "Exp": np.exp, "Log": np.log, "Sqrt": np.sqrt, "Tanh": np.tanh,
@@ -79,6 +80,12 @@ def muls(_, x, scalar):
 def divs(_, x, scalar):
     """x divided by a number, in x's type."""
     return x / np.asarray(scalar).astype(x.dtype)
+
+
+@operator("AddScalar")
+def add_scalar(_, x, scalar, factor=1):
+    """x plus a number times a factor, in x's type."""
+    return x + np.asarray(scalar * factor).astype(x.dtype)
 
 
 @operator("SubScalar")

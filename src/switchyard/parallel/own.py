@@ -58,16 +58,10 @@ def require_cut_experts(experts: nn.Cell, number: int, dropless: str | None = No
     shipped = isinstance(experts, FeedForwardExperts)
     if shipped:
         require_partners(experts, FeedForwardExperts, {"construct": ("shard",), "_work": ("shard",)})
-    own = [key for key in ("construct", "_work", "gate_hidden", "bend_hidden") if shipped and _changed(kind, key)]
-    if dropless and (own or not shipped):
+    methods = ("construct", "_work", "gate_hidden", "bend_hidden")
+    if dropless and (not shipped or any(changed(kind, method, FeedForwardExperts) for method in methods)):
         raise UserError(f"moe.dispatch: {dropless}; is made of w_in, w_gate and w_out, not of {name}: take 'capacity'")
     require_stacked(experts, number)
-
-
-def _changed(kind: type, name: str) -> bool:
-    from switchyard.experts import FeedForwardExperts
-
-    return getattr(kind, name) is not getattr(FeedForwardExperts, name)
 
 
 def require_stacked(experts: nn.Cell, number: int) -> None:

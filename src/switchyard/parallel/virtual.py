@@ -130,24 +130,16 @@ def compare(
         ClusterError: graphs that cannot be executed together.
     """
     degrees, graphs = Degrees.of(config.parallel), [report.graph for report in reports]
-    noisy, losses, norms, met, strayed = batches["noise"].shape[-1] > 1, [], [], Counter(), 0
-    weighted = len(graphs[0].input_shapes) > 3 + noisy  # by a factor of each micro-batch's loss
     scale = config.train.init_loss_scale if config.model.compute_dtype == "float16" else 1.0
-    states = states_of(reference, len(batches["rates"]))
+    states, losses, norms, met, strayed = states_of(reference, len(batches["rates"])), [], [], Counter(), 0
     judge = Judge(config.optimizer, lambda name, whole, shape, rank: held_by(name, whole, shape, degrees, rank))
     weights = [empty_sums(report) for report in reports]
     for step, rate in enumerate(batches["rates"]):
-        for rank, own in enumerate(weights):
-            own |= _held_at_first(reports[rank], states[step], degrees)
-            own |= {
-                name: value for name, value in _set_by_host(rate, scale).items() if name in reports[rank].parameters
-            }
+        for report, own in zip(reports, weights):
+            own |= _held_at_first(report, states[step], degrees, float(rate), scale)
             if spoil is not None and step == 0:
-                spoil(rank, own)
-        inputs = [batch_of(batches, step, degrees, rank, noisy) for rank in range(len(graphs))]
-        shares = shares_of(batches["valid"][step])
-        if weighted:
-            inputs = [[*parts, factors(config, scale * shares)] for parts in inputs]
+                spoil(report.rank, own)
+        inputs, shares = _inputs(config, batches, step, graphs, scale)
         outputs, met = run_cluster(graphs, inputs, weights, exchanges)
         losses.append((float(reference["losses"][step]), loss_of(outputs, shares)))
         norms.append(norms_of(float(reference["norms"][step]), outputs))
@@ -158,14 +150,20 @@ def compare(
     return judge.found(losses, norms, moved, met, strayed)
 
 
+def _inputs(config: Config, batches: Arrays, step: int, graphs: list, scale: float) -> tuple[list, np.ndarray]:
+    """(what each rank reads at a step, the shares of its micro-batches)."""
+    degrees, noisy = Degrees.of(config.parallel), batches["noise"].shape[-1] > 1
+    shares = shares_of(batches["valid"][step])
+    inputs = [batch_of(batches, step, degrees, rank, noisy) for rank in range(len(graphs))]
+    if len(graphs[0].input_shapes) > 3 + noisy:  # weighted by a factor of each micro-batch's loss
+        inputs = [[*parts, factors(config, scale * shares)] for parts in inputs]
+    return inputs, shares
+
+
 def states_of(reference: Arrays, steps: int) -> list[Arrays]:
     """Parameters and moments of one device before the first step and after each."""
     marks = [BEFORE, *(STEP.format(step) for step in range(1, steps)), AFTER]
     return [{name.removeprefix(mark): a for name, a in reference.items() if name.startswith(mark)} for mark in marks]
-
-
-def _set_by_host(rate: float, scale: float) -> Arrays:
-    return {RATE: np.float32(rate), UNSCALE: np.float32(1 / scale)}
 
 
 def _is_state(name: str) -> bool:
@@ -179,10 +177,16 @@ def empty_sums(report: Report) -> Arrays:
     return {name: np.zeros(shape, np.float32) for name, shape in shapes if name.startswith(ACCUMULATED)}
 
 
-def _held_at_first(report: Report, before: Arrays, degrees: Degrees) -> Arrays:
-    """What a rank holds before a step: its slices of `before`."""
-    rest = [(name, shape) for name, shape in report.parameters.items() if _is_state(name)]
-    return {name: held_by(name, _whole(before, name), shape, degrees, report.rank) for name, shape in rest}
+def _held_at_first(report: Report, before: Arrays, degrees: Degrees, rate: float, scale: float) -> Arrays:
+    """What a rank holds before a step: its slices of `before`, and what the host sets."""
+    names = report.parameters
+    held = {
+        name: held_by(name, _whole(before, name), shape, degrees, report.rank)
+        for name, shape in names.items()
+        if _is_state(name)
+    }
+    by_host = {RATE: np.float32(rate), UNSCALE: np.float32(1 / scale)}
+    return held | {name: value for name, value in by_host.items() if name in names}
 
 
 def _whole(arrays: Arrays, name: str) -> np.ndarray:
