@@ -44,6 +44,7 @@ from switchyard.training.resume import (
     agreed,
     changed_keys,
     check_corpus,
+    consent_used,
     find_start,
     finished,
     resumed,
@@ -132,11 +133,6 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
         trainer = Trainer(config, run, data, step.model, step, state, processes, resume)
         trainer.note_changes(changes, other_data)
         return trainer.run_to_end(stop)
-
-
-def consent_used(config: Config) -> Config:
-    """The same without data.accept_changed, which is meant for one resumption: the next change is asked about again."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"accept_changed": False})})
 
 
 def choose_way(config: Config, count: int) -> tuple[Config, str | None]:

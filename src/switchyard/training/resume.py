@@ -256,6 +256,11 @@ def check_corpus(held: Checkpoint | None, marks: dict[str, Any], config: Config,
     return found
 
 
+def consent_used(config: Config) -> Config:
+    """The same without data.accept_changed, which is meant for one resumption: the next change is asked about again."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"accept_changed": False})})
+
+
 def start_reading(held: Checkpoint, data: Data, changed: bool) -> None:
     """Lets the batches begin where the checkpoint's run has stopped to read.
 
