@@ -31,7 +31,7 @@ from switchyard.parallel.replicas import check_replicas
 from switchyard.routing.fixed import balance_tables
 from switchyard.routing.replay import Recorder
 from switchyard.training import checkpoint
-from switchyard.training.cluster import ClusterStep, with_defaults
+from switchyard.training.cluster import ClusterStep
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
 from switchyard.training.finite import REMEDY, check_evaluation, check_step
 from switchyard.training.health import Healthy
