@@ -75,7 +75,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 def read_regular(path: Path, most: int, folder: Path | None = None) -> bytes:
     """The content of a regular file of at most `most` bytes; raises as `open_regular`."""
     with open_regular(path, most, folder) as file:
-        return file.read(most + 1)
+        return file.read(os.fstat(file.fileno()).st_size)  # a larger number would be taken as memory at once
 
 
 def sha256_of(file: BinaryIO) -> str:
