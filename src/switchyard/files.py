@@ -8,7 +8,6 @@ import ctypes
 import errno
 import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from switchyard.errors import UserError
 from switchyard.file_errors import writing
@@ -55,14 +54,22 @@ def open_regular(path: Path, most: int | None = None, folder: Path | None = None
     """
     if folder is not None and not _is_inside(path, folder):
         raise UnfitError("is a link that leads out of its folder")
-    if not stat.S_ISREG(path.stat().st_mode):  # some devices act when they are opened
-        raise UnfitError("is not a regular file")
+    _require_regular(os.stat(path))  # some devices act when they are opened
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 (the caller closes)
-    found = os.fstat(file.fileno())
-    if stat.S_ISREG(found.st_mode) and (most is None or found.st_size <= most):
+    try:
+        found = os.fstat(file.fileno())
+        _require_regular(found)  # another may have taken its place
+        if most is not None and found.st_size > most:
+            raise UnfitError(f"has more than {most:,} bytes")
         return file
-    file.close()
-    raise UnfitError("is not a regular file" if not stat.S_ISREG(found.st_mode) else f"has more than {most:,} bytes")
+    except UnfitError:
+        file.close()
+        raise
+
+
+def _require_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise UnfitError("is a directory, not a regular file" if stat.S_ISDIR(found.st_mode) else "is not a regular file")
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -84,30 +91,6 @@ def sha256_of(file: BinaryIO) -> str:
     while block := file.read(BLOCK):
         digest.update(block)
     return digest.hexdigest()
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Parses JSON as the standard has it.
-
-    Raises:
-        ValueError: no JSON; a key that stands twice; NaN or Infinity; numbers of thousands of digits; nesting without
-            end.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_refused)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
-
-
-def _refused(word: str) -> Any:
-    raise ValueError(f"{word} is no JSON")
 
 
 def require_text(path: Path, field: str) -> None:

@@ -129,9 +129,9 @@ def test_a_file_that_is_no_configuration(content, reason, tmp_path):
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, reason in (
-        (tmp_path / "pipe", "is no regular file"),
-        ("/dev/zero", "is no regular file"),
-        (tmp_path, "Is a directory"),
+        (tmp_path / "pipe", "is not a regular file"),
+        ("/dev/zero", "is not a regular file"),
+        (tmp_path, "is a directory"),
         (tmp_path / "none", "No such file or directory"),
         (tmp_path / ("n" * 300), "File name too long"),
         ("a\0b", "embedded null byte"),

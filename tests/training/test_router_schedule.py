@@ -52,7 +52,8 @@ def test_frozen_from_a_step_on():
 
 
 def _moe(**moe):
-    return {"router": "sigmoid", "num_experts_chosen": 2, "expert_num": 4, "topk_bias_update_rate": 0.01} | moe
+    own = {"topk_bias_update_rate": 0.01} if moe.get("router", "sigmoid") == "sigmoid" else {}
+    return {"router": "sigmoid", "num_experts_chosen": 2, "expert_num": 4} | own | moe
 
 
 def test_frozen_routers_stay_and_the_rest_learns(graph):

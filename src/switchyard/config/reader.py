@@ -6,14 +6,13 @@ than LARGEST_TREE values, and nesting deeper than DEEPEST.
 """
 
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
 from switchyard.errors import UserError, represented, shortened
+from switchyard.files import read_regular
 
 LARGEST_FILE = 1 << 20  # bytes
 LARGEST_TREE = 100_000  # values, each counted as often as aliases repeat it
@@ -204,7 +203,7 @@ def read_text(path: str | Path, what: str, remedy: str, largest: int = LARGEST_F
         UserError: no such file, no regular file, too large, or not UTF-8.
     """
     try:
-        data = _read_bytes(path, largest)
+        data = read_regular(Path(path), largest)
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         marks = (b"\xff\xfe", b"\xfe\xff")
@@ -214,16 +213,3 @@ def read_text(path: str | Path, what: str, remedy: str, largest: int = LARGEST_F
     except ValueError as error:
         reason = str(error)
     raise UserError(f"{what} '{shortened(str(path), 200)}': {reason}; {remedy}") from None
-
-
-def _read_bytes(path: str | Path, largest: int) -> bytes:
-    """Returns the bytes of a regular file (OSError; ValueError: another kind, or too large)."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a pipe that nobody writes to is waited for
-    with os.fdopen(handle, "rb") as file:
-        mode = os.fstat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            raise ValueError("Is a directory" if stat.S_ISDIR(mode) else "is no regular file")
-        data = file.read(largest + 1)
-    if len(data) > largest:
-        raise ValueError(f"has more than {largest:,} bytes")
-    return data

@@ -15,8 +15,9 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from switchyard.config.reader import parse_json
 from switchyard.errors import UserError
-from switchyard.files import parse_json, present, read_regular
+from switchyard.files import present, read_regular
 from switchyard.inference import manifest as manifests
 from switchyard.inference.images import RANGES
 from switchyard.inference.manifest import Count, Part, Signed, Source, Total

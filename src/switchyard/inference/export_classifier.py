@@ -19,6 +19,7 @@ from switchyard.inference.classify import GRAPH, ClassifierManifest, ImageParity
 from switchyard.inference.manifest import AES_GCM, Source
 from switchyard.inference.mindir import load_graph
 from switchyard.inference.parity import BOUNDS
+from switchyard.kernels.masks import keep_where
 from switchyard.models import create_model
 from switchyard.training import checkpoint
 from switchyard.training.checkpoint import Checkpoint
@@ -38,7 +39,7 @@ class Classify(nn.Cell):
         asked = self.one_hot(tasks, self.tasks, self.on, self.off)  # [B, T]
         logits, _, _ = self.model(images, asked, self.no_noise)  # [B * T, V]
         logits = logits.reshape(asked.shape[0], self.tasks, -1)
-        return (logits * ops.expand_dims(asked, 2)).sum(1)  # [B, V]
+        return keep_where(logits, asked).sum(1)  # [B, V]
 
 
 def export_classifier(

@@ -20,12 +20,12 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from switchyard.config.reader import parse_json
 from switchyard.errors import UserError
 from switchyard.files import (
     UnfitError,
     flush_tree,
     open_regular,
-    parse_json,
     present,
     read_regular,
     replace,

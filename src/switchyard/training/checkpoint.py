@@ -32,8 +32,9 @@ import numpy as np
 
 from switchyard import cli
 from switchyard.config import Config
+from switchyard.config.reader import parse_json
 from switchyard.errors import UserError
-from switchyard.files import TEMPORARY, parse_json, read_regular, remove
+from switchyard.files import TEMPORARY, read_regular, remove
 from switchyard.json_text import to_json
 from switchyard.parallel.placement import Degrees
 from switchyard.parallel.processes import Processes

@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from switchyard import config as configuration
 from switchyard.config import Config
+from switchyard.config.reader import parse_json
 from switchyard.errors import UserError
 from switchyard.file_errors import writing
-from switchyard.files import UnfitError, flush, open_regular, parse_json, read_regular, sha256_of
+from switchyard.files import UnfitError, flush, open_regular, read_regular, sha256_of
 from switchyard.json_text import to_json
 from switchyard.parallel.placement import Degrees
 from switchyard.training.tensors import TYPES, Entry, fits_memory

@@ -224,10 +224,10 @@ class StepGraph(nn.Cell):
         return (norm, scale, 1.0 - alive.astype(mstype.float32), *figures)
 
     def learning(self, gradients, live):
-        """The gradients, those of the routers times `live`: 0 where they are frozen, for the norm counts them not."""
+        """Returns the gradients, with zeros for those of frozen routers (`live` is 0): the norm does not count them."""
         kept = ()
         for of_router, gradient in zip(self.of_router, gradients):
-            kept = (*kept, gradient * live if of_router else gradient)
+            kept = (*kept, keep_where(gradient, live) if of_router else gradient)
         return kept
 
     def keep(self, held, alive, live):

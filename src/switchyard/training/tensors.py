@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from switchyard.config.reader import parse_json
 from switchyard.errors import UserError
 from switchyard.file_errors import writing
-from switchyard.files import open_regular, parse_json
+from switchyard.files import open_regular
 
 Box = tuple[slice, ...]  # a part of an array: start and stop for each axis
 
