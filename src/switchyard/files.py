@@ -69,7 +69,9 @@ def open_regular(path: Path, most: int | None = None, folder: Path | None = None
 
 def _require_regular(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise UnfitError("is a directory, not a regular file" if stat.S_ISDIR(found.st_mode) else "is not a regular file")
+        raise UnfitError(
+            "is a directory, not a regular file" if stat.S_ISDIR(found.st_mode) else "is not a regular file"
+        )
 
 
 def _is_inside(path: Path, folder: Path) -> bool:

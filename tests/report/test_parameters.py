@@ -17,7 +17,7 @@ def test_every_key_has_a_row():
 @pytest.mark.parametrize(
     ("key", "values", "default"),
     [
-        ("model.num_layers", "integer >= 1", "`4`"),
+        ("model.num_layers", "integer >= 1, <= 10000", "`4`"),
         ("model.n_kv_heads", "integer >= 1 or `null`", "`null`"),
         ("model.norm", "`rmsnorm`, `layernorm`", "`rmsnorm`"),
         ("model.dropout", "number >= 0, < 1", "`0.0`"),

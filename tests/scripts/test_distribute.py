@@ -116,7 +116,8 @@ def test_refused_in_one_line(arguments, says):
 
 def test_zeros_in_front_are_decimal():
     words = dry_run(
-        "gpu", "--devices", "08", "--nodes", "02", "--node-rank", "01", "--master", "ten", "--port", "09000"
+        *("gpu", "--devices", "08", "--nodes", "02", "--node-rank", "01", "--master", "ten", "--port", "09000"),
+        *("parallel.data_parallel=16", "data.batch_size=16"),
     )
     assert words[:5] == [
         "--worker_num=16",
@@ -135,7 +136,7 @@ def test_a_path_that_is_not_ascii_arrives_whatever_the_language(language, tmp_pa
     pasted = subprocess.run(["bash", "-c", f"printf '%s\\n' {done.stdout.strip()}"], capture_output=True, text=True)
     assert str(config) in pasted.stdout.splitlines()
     missing = script("gpu", "--config", tmp_path / "né.yaml", LANG=language)
-    assert missing.stderr == f"error: --config: {tmp_path / 'né.yaml'}; no such file\n"
+    assert missing.stderr.startswith("error: --config: ") and missing.stderr.endswith("né.yaml; no such file\n")
 
 
 def test_a_dry_run_can_be_pasted():

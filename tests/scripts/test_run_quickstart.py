@@ -26,7 +26,7 @@ def test_quickstart_from_end_to_end(tmp_path):
     tmp_path.mkdir(parents=True)
     text, config, out = tmp_path / "text.txt", tmp_path / "tiny.yaml", tmp_path / "my_runs"
     text.write_text("def double(x):\n    return 2 * x\n\n" * 100)
-    config.write_text(TINY.replace("TEXT", str(text)))
+    config.write_text(TINY.replace("TEXT", json.dumps(str(text), ensure_ascii=False)))
     (out / "quickstart").mkdir(parents=True)  # an earlier run, which must be left alone
     command = ["bash", ROOT / "scripts" / "run_quickstart.sh", "--config", config, "--out", out]
     command += ["--prompt", "def ", "--tokens", "12", "train.steps=8"]

@@ -161,15 +161,14 @@ def test_resume_passes_over_what_cannot_be_read(tmp_path, damage, capsys):
 @pytest.mark.parametrize("where", ["manifest.json", "config.yaml", "weights.safetensors", "optimizer.safetensors"])
 def test_resume_passes_over_what_the_system_does_not_hand_out(tmp_path, error, where, monkeypatch, capsys):
     _save(tmp_path, 1)
-    path, original = _save(tmp_path, 2) / where, open
+    path, original = _save(tmp_path, 2) / where, os.open
 
     def refusing(file, *arguments, **more):
         if os.fspath(file) == str(path) if isinstance(file, (str, os.PathLike)) else False:
             raise error
         return original(file, *arguments, **more)
 
-    monkeypatch.setattr("builtins.open", refusing)
-    monkeypatch.setattr("io.open", refusing)  # of pathlib
+    monkeypatch.setattr("os.open", refusing)  # by which files of checkpoints are opened
     assert newest(tmp_path, run_config()).step == 1
     said = capsys.readouterr().out
     assert f"{NAMES[2]}': {where} cannot be read ({error.strerror}); use the previous checkpoint" in said

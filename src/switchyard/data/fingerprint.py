@@ -21,25 +21,37 @@ DIGITS = 12  # of a file's sha256
 
 
 def of_corpus(corpus: Corpus) -> dict[str, Any]:
-    """The fingerprint of text; each byte is hashed once."""
+    """Returns the fingerprint of text; each byte is hashed once, those of a file's validation part twice."""
     splits = {"train": corpus.train, "validation": corpus.validation}
-    digests = {name: [hashlib.sha256(document.raw).hexdigest() for document in part] for name, part in splits.items()}
+    hashes = {name: [hashlib.sha256(document.raw) for document in part] for name, part in splits.items()}
     found: dict[str, Any] = {"kind": "text"}
     for name, documents in splits.items():
         size = sum(len(document.raw) for document in documents)
-        found[name] = {"count": len(documents), "bytes": size, "sha256": _joined(digests[name])}
-    every = [pair for name, part in splits.items() for pair in zip(part, digests[name])]
+        found[name] = {
+            "count": len(documents),
+            "bytes": size,
+            "sha256": _joined(made.hexdigest() for made in hashes[name]),
+        }
+    every = [pair for name, part in splits.items() for pair in zip(part, hashes[name])]
     return found | {"files": _listed(every) if len(every) <= MOST_FILES else []}
 
 
-def _listed(documents: Iterable[tuple[Document, str]]) -> list[list]:
-    """Files by name; head and tail of one file, which train and validate, are one entry."""
-    found: dict[str, list] = {}
-    for document, digest in documents:
-        entry = found.setdefault(document.name, [document.name, 0, ""])
-        entry[1] += len(document.raw)
-        entry[2] = (entry[2] + digest[:DIGITS]).strip()
-    return list(found.values())
+def _listed(documents: Iterable[tuple[Document, Any]]) -> list[list]:
+    """Returns the files by name, each with the digest of the whole file, wherever it was cut to train and validate.
+
+    Args:
+        documents: (document, hash object of its bytes), those for training first.
+    """
+    sizes: dict[str, int] = {}
+    whole: dict[str, Any] = {}
+    for document, made in documents:
+        name = document.name
+        sizes[name] = sizes.get(name, 0) + len(document.raw)
+        if name in whole:
+            whole[name].update(document.raw)  # the part that validates, behind the part that trains
+        else:
+            whole[name] = made.copy()
+    return [[name, size, whole[name].hexdigest()[:DIGITS]] for name, size in sizes.items()]
 
 
 def of_records(manifest: Manifest) -> dict[str, Any]:

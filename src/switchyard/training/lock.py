@@ -163,7 +163,7 @@ def _make(path: Path, own: Holder, name: str) -> None:
     temporary = path.with_name(f"{LOCK}-{own.host}-{own.pid}-{time.time_ns()}")
     try:
         with writing(path):
-            temporary.write_text(json.dumps(asdict(own)), encoding="utf-8")
+            temporary.write_text(json.dumps(asdict(own), allow_nan=False), encoding="utf-8")
             try:
                 os.link(temporary, path)
             except FileExistsError:

@@ -227,7 +227,7 @@ def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 def _word(value: Any) -> str:
     """A value as it is written in a configuration."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
 
 
 def check_corpus(held: Checkpoint | None, marks: dict[str, Any], config: Config, processes: Processes) -> str | None:
