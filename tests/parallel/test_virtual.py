@@ -197,16 +197,18 @@ LAYOUTS = {
     "zero3": {"data_parallel": 2, "expert_parallel": 2, "optimizer_shard": 3},
     "sequence-parallel": {"data_parallel": 2, "model_parallel": 2, "sequence_parallel": True},
     "recompute": {"data_parallel": 2, "expert_parallel": 2, "recompute": True},
-    "re-routing, further losses": {
+    "sinkhorn, re-routing, further losses": {
         "data_parallel": 2,
         "expert_parallel": 2,
-        "model": {"activation": "gelu", "norm": "layernorm", "position": "learned"},
-        "moe": {"reroute": 2, "capacity_factor": 0.5, "losses": {"sequence": 0.1, "mutual_information": 0.1}},
-    },
-    "sinkhorn, drop order": {
-        "data_parallel": 2,
-        "model": {"tie_word_embeddings": False, "n_kv_heads": 1},
-        "moe": {"router": "sinkhorn", "drop_order": "batch_priority", "capacity_factor": 0.5, "shared_expert_num": 1},
+        "model": {"activation": "gelu", "norm": "layernorm", "position": "learned", "tie_word_embeddings": False},
+        "moe": {
+            "router": "sinkhorn",
+            "drop_order": "batch_priority",
+            "reroute": 2,
+            "capacity_factor": 0.5,
+            "shared_expert_num": 1,
+            "losses": {"sequence": 0.1, "mutual_information": 0.1},
+        },
     },
     "accumulation": {"data_parallel": 2, "expert_parallel": 2, "train": {"gradient_accumulation_steps": 2}},
 }

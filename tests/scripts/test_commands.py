@@ -50,6 +50,7 @@ RULES = {
     r"bash scripts/run_distribute_train_(ascend|gpu)\.sh .*": "--dry-run",
     r"bash scripts/run_\w+\.sh( .*)?": "",
     r"python train\.py --config config/moe_1b_gpu\.yaml": "--print-config",  # of devices that are not here
+    r"python train\.py --config config/digits_(cascade|channel|region|task)_cpu\.yaml": "--print-config",  # like sample
     r"python (train|eval|export|infer)\.py": "--help",  # the name of a program
     r"python (train|eval|export|infer|scripts/renew_readmes)\.py.*": "",
     r"python -m switchyard\.(data\.prepare|parallel\.\w+)": "--help",
