@@ -9,7 +9,10 @@ import numpy as np
 from switchyard.errors import UserError
 
 PIECE = 1 << 20  # elements that are looked at together: no mask of a whole tensor
-REMEDY = "lower schedule.learning_rate or set optimizer.clip_grad, and go on with --resume or under another train.name"
+REMEDY = (
+    "lower schedule.learning_rate or set optimizer.clip_grad, and go on with --resume, or under another train.name "
+    "where the weights have diverged already"
+)
 
 
 def is_finite(array: np.ndarray) -> bool:
