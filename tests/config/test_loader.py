@@ -220,7 +220,7 @@ def test_refused_file(text, answer, tmp_path):
 
 
 def test_missing_file_and_folder_in_place_of_a_file(tmp_path):
-    for path, reason in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "Is a directory")):
+    for path, reason in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "is a directory, not a regular file")):
         with pytest.raises(UserError, match=f"config file '{path}': {reason}"):
             load(path)
 
