@@ -46,13 +46,14 @@ WORDS = {
 
 TWO = "parallel.data_parallel=2 parallel.expert_parallel=2"  # the last of two overrides counts
 
-# what is added to a command that needs devices or takes long: it ends before the long part, or is as small as can be
+# what is added to a command that needs devices, takes long, or trains what another command here trains: it ends before
+# the long part, or is as small as can be
 RULES = {
     r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .*": "",
     r"bash scripts/run_distribute_train_(ascend|gpu)\.sh .*": "--dry-run",
     r"bash scripts/run_\w+\.sh( .*)?": "",
     r"python train\.py --config config/moe_1b_gpu\.yaml": "--print-config",  # of devices that are not here
-    r"python train\.py --config config/digits_(cascade|channel|region|soft|task)_cpu\.yaml": "--print-config",  # like sample
+    r"python train\.py --config config/digits_(cascade|channel|region|soft|task)_cpu\.yaml": "--print-config",
     r"python train\.py --config config/quickstart\.yaml": "--print-config",  # the README trains it under another name
     r"python (train|eval|export|infer)\.py": "--help",  # the name of a program
     r"python (train|eval|export|infer|scripts/renew_readmes)\.py.*": "",
