@@ -6,7 +6,7 @@
 #
 # Usage: bash scripts/run_tests.sh [ARGUMENTS OF PYTEST]
 #
-# Examples: bash scripts/run_tests.sh                            everything, at most 20 minutes on 2 cores
+# Examples: bash scripts/run_tests.sh                            everything, 18 to 28 minutes on 2 cores
 #           bash scripts/run_tests.sh -m "not slow"              what answers quickly
 #           bash scripts/run_tests.sh tests/data -k corpus       one room
 # ==============================================================================
