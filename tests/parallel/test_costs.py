@@ -7,7 +7,8 @@ from oracles.layouts import DROPLESS, FURTHER, LAYOUTS, VOCAB
 
 from switchyard.config import build
 from switchyard.errors import UserError
-from switchyard.parallel.costs import CUT_ROUTERS, Exchange, costs, exchanges, parameters, stage_costs
+from switchyard.parallel.costs import Exchange, costs, exchanges, parameters, stage_costs
+from switchyard.parallel.offered import CUT_ROUTERS
 from switchyard.parallel.placement import Degrees
 from switchyard.parallel.simulate import OPTIMIZER_STATE, whole_shape
 

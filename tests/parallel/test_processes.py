@@ -5,11 +5,11 @@ import pytest
 
 from switchyard.config import build
 from switchyard.errors import UserError
+from switchyard.parallel.offered import check_degrees
 from switchyard.parallel.placement import Degrees
 from switchyard.parallel.processes import (
     ALONE,
     Processes,
-    check_degrees,
     is_first,
     is_scheduler,
     launched,

@@ -11,10 +11,10 @@ from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.parallel import simulate
 from switchyard.parallel.graph import sums_may_race
-from switchyard.parallel.offered import check_offered
+from switchyard.parallel.offered import check_offered, why_by_hand, with_defaults
 from switchyard.parallel.placement import Degrees
 from switchyard.training import checkpoint
-from switchyard.training.cluster import ClusterStep, LossScale, joined, why_by_hand, with_defaults
+from switchyard.training.cluster import ClusterStep, LossScale, joined
 from switchyard.training.layout import updates
 from switchyard.training.parallel_eval import evaluation_config
 from switchyard.training.step import GROWTH_INTERVAL, MAX_LOSS_SCALE

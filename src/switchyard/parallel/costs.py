@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from switchyard.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape
 from switchyard.config import Config
 from switchyard.kernels.fused import fused_operators
-from switchyard.parallel.offered import CUT_ROUTERS, check_offered  # noqa: F401  (the routers are asked for here, too)
+from switchyard.parallel.offered import check_offered
 from switchyard.parallel.placement import EXPERT, MODEL, Degrees, placement
 from switchyard.parallel.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
 from switchyard.parallel.stages import stage_config, ways

@@ -12,7 +12,6 @@ import numpy as np
 
 from switchyard.config import Config
 from switchyard.errors import UserError
-from switchyard.parallel.offered import check_degrees  # noqa: F401  (asked for here, too)
 from switchyard.parallel.placement import Degrees
 
 WORKER, SCHEDULER = "MS_WORKER", "MS_SCHED"  # what msrun writes into MS_ROLE

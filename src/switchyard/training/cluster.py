@@ -14,7 +14,7 @@ from mindspore import Parameter, Tensor
 
 from switchyard.config import Config
 from switchyard.parallel.graph import Graph, compiled_model, read_graph
-from switchyard.parallel.offered import of_evaluation, refuse, why_by_hand, with_defaults  # noqa: F401  (asked for here, too)
+from switchyard.parallel.offered import of_evaluation, refuse
 from switchyard.parallel.processes import Processes
 from switchyard.parallel.stages import factors
 from switchyard.training.checkpoint import set_parameters, write_whole
