@@ -12,7 +12,7 @@ from switchyard.data import fingerprint, mindrecord
 from switchyard.data.batches import Batch, EvalBatches, TrainBatches, eval_batches
 from switchyard.data.corpus import Corpus, load_text
 from switchyard.data.given import load_scored
-from switchyard.data.images import Classes, ImageBatch, ImageBatches, ImageEvalBatches, load_split
+from switchyard.data.images import Classes, ImageBatch, ImageBatches, ImageEvalBatches, classes_of, load_split
 from switchyard.data.stream_decoder import StreamDecoder
 from switchyard.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, reconcile, unknown_note
 from switchyard.errors import UserError
@@ -113,9 +113,7 @@ def _load_images(config: Config, classes_json: str | None, rank: int, world: int
             f"data.val_path: '{config.data.val_path}'; names text, and images are read: leave it null; t10k-* files in "
             "data.path are the validation images"
         )
-    classes = Classes(tuple(vision.tasks), vision.task_classes, vision.classes)
-    if classes_json is not None and classes_json != classes.to_json():
-        raise UserError(f"vision.tasks: {vision.tasks}; the checkpoint was trained on other tasks or classes")
+    classes = classes_of(vision, classes_json)
     split = load_split(config)
     marks = fingerprint.of_images(split.train, split.validation)
     seen(marks)

@@ -8,7 +8,7 @@ import numpy as np
 from switchyard.config import Config
 from switchyard.data import mindrecord
 from switchyard.data.corpus import load_text, load_whole
-from switchyard.data.images import Classes, ImageEvalBatches, load_all
+from switchyard.data.images import ImageEvalBatches, classes_of, load_all
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, read_tokenizer, reconcile, unknown_note
 from switchyard.errors import UserError
 
@@ -122,9 +122,7 @@ def _images(config: Config, classes_json: str) -> "Data":
     vision, batch_size = config.vision, config.data.batch_size
     if config.data.val_path is not None:
         raise UserError(f"data.val_path: '{config.data.val_path}'; names text, and images are read: give data.path")
-    classes = Classes(tuple(vision.tasks), vision.task_classes, vision.classes)
-    if classes_json != classes.to_json():
-        raise UserError(f"vision.tasks: {vision.tasks}; the checkpoint was trained on other tasks or classes")
+    classes = classes_of(vision, classes_json)
     images, labels, description = load_all(config)
     answers = classes.answers(labels)
     return Data(

@@ -66,6 +66,22 @@ class Classes:
         return np.stack([rules[task] for task in self.tasks], -1).astype(np.int32)
 
 
+def classes_of(vision: VisionConfig, held: str | None) -> Classes:
+    """Returns the classes that the configuration asks for.
+
+    Args:
+        vision: tasks and classes.
+        held: those of a checkpoint, as `Classes.to_json` wrote them; None for a new run.
+
+    Raises:
+        UserError: the checkpoint was trained on others.
+    """
+    classes = Classes(tuple(vision.tasks), vision.task_classes, vision.classes)
+    if held is not None and held != classes.to_json():
+        raise UserError(f"vision.tasks: {vision.tasks}; the checkpoint was trained on other tasks or classes")
+    return classes
+
+
 class ImageBatches:
     """Training batches by index: `at(i)` for any i >= 0, in any order, on any process; see data.TrainBatches.
 
