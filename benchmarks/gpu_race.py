@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from switchyard.cli import run, train_main
-from switchyard.parallel.mesh import Mesh
+from switchyard.distributed.mesh import Mesh
 from switchyard.training import parallel_step
 
 

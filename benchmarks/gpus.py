@@ -31,9 +31,9 @@ import numpy as np
 import yaml
 
 from switchyard import config as configuration
+from switchyard.checkpoint import store as checkpoint
 from switchyard.json_text import to_json
-from switchyard.parallel.costs import costs
-from switchyard.training import checkpoint
+from switchyard.planner.costs import costs
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "run_distribute_train_gpu.sh"

@@ -17,12 +17,12 @@ import numpy as np
 from mindspore import nn, ops
 from timing import interleave, print_table, ratios
 
-from switchyard.capacity import capacity
 from switchyard.config import build
-from switchyard.experts import FeedForwardExperts
 from switchyard.json_text import to_json
-from switchyard.kernels.noise import NoiseSlices
-from switchyard.moe import MoELayer
+from switchyard.moe.dispatch.capacity import capacity
+from switchyard.moe.experts import FeedForwardExperts
+from switchyard.moe.layer import MoELayer
+from switchyard.nn.noise import NoiseSlices
 
 SHAPES = ("2048,256,8,1", "2048,256,32,2", "4096,512,8,1")
 

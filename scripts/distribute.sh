@@ -47,7 +47,7 @@ check_job() {
         say "note: $VENV holds no Python yet, so the keys and degrees were not checked; without --dry-run it is made"
         return
     fi
-    PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}" "$VENV/bin/python" -m switchyard.parallel.launch \
+    PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}" "$VENV/bin/python" -m switchyard.distributed.launch \
         --devices "$devices" --target "$target" "$@" || exit $?
 }
 
@@ -90,7 +90,7 @@ distribute() {
         "--log_dir=$log_dir" --join=True "--tail_worker_log=$((node_rank * devices))" --cluster_time_out=300)
     [[ -z "$rank_table" ]] || launcher+=("--rank_table_file=$rank_table")
     program=(--config "$config" "${program[@]+"${program[@]}"}" "context.device_target=$target")
-    launcher=("$VENV/bin/python" -m switchyard.parallel.watch "$log_dir" "${launcher[@]}" "$ROOT/train.py")
+    launcher=("$VENV/bin/python" -m switchyard.distributed.watch "$log_dir" "${launcher[@]}" "$ROOT/train.py")
     if [[ -n "$dry_run" ]]; then
         check_job "$target" $((devices * nodes)) "${program[@]}"
         # shellcheck disable=SC2016  # PATH is for the shell into which this is pasted

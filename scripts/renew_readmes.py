@@ -15,14 +15,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from switchyard.parallel import estimate
+from switchyard.planner import search as estimate
 from switchyard.report import parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = {"README.md": parameters.HEADINGS, "README_CN.md": ("参数", "取值", "默认值", "含义")}
 FOLDERS = ("config/*.yaml", "scripts/*", "benchmarks/**/*.py", "docs/*.md")
 PLANNER_PAGE = "docs/parallel.md"
-PLAN = re.compile(r"```text\n\$ (python -m switchyard\.parallel\.estimate (.*))\n(?:.*\n)*?```")
+PLAN = re.compile(r"```text\n\$ (python -m switchyard\.planner (.*))\n(?:.*\n)*?```")
 FIXED = {
     "train.py": "command line: train, resume",
     "eval.py": "command line: loss, bits per byte, audit",

@@ -3,8 +3,12 @@
 The folder of this file is on `sys.path`, so tests import the references that they compare with from `oracles`.
 """
 
+import fcntl
 import gc
 import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("GLOG_v", "3")  # read once, when MindSpore is imported
 
@@ -45,3 +49,34 @@ def pynative(frozen):
 def graph(frozen):
     """Cells are compiled: right for one shape with many contents, and for what only a compiler gets wrong."""
     yield from _in_mode(0)
+
+
+@pytest.fixture(scope="session")
+def compile_layout(tmp_path_factory) -> Callable:
+    """Name of a layout -> what the compiler makes of the step of its rank; test processes share a folder for it."""
+    from oracles.layouts import DROPLESS, FURTHER, LAYOUTS, rank_of
+
+    base, held = tmp_path_factory.getbasetemp(), {}
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "layouts"
+    folder.mkdir(exist_ok=True)
+
+    def compiled(name: str):
+        if name not in held:
+            tree = (LAYOUTS | FURTHER | DROPLESS)[name]
+            held[name] = shared(folder / name.replace(" ", "_"), tree, rank_of(name))
+        return held[name]
+
+    return compiled
+
+
+def shared(path: Path, tree: dict, rank: int):
+    """Reads a report, or compiles and writes it while another process waits."""
+    from oracles.layouts import DEVICES, VOCAB
+
+    from switchyard.simulation.compile import compile_step
+
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            path.write_bytes(pickle.dumps(compile_step(tree, DEVICES, rank, vocab=VOCAB)))
+        return pickle.loads(path.read_bytes())

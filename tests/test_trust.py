@@ -6,10 +6,10 @@ import pytest
 
 from switchyard import trust
 from switchyard.errors import UserError
-from switchyard.routing.base import find_router
+from switchyard.moe.routing.base import find_router
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').write_text('')\n"
-OWN = CODE + "from switchyard.routing import Router\nclass Mine(Router):\n    pass\n"
+OWN = CODE + "from switchyard.moe.routing import Router\nclass Mine(Router):\n    pass\n"
 
 
 @pytest.fixture

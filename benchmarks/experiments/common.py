@@ -22,7 +22,7 @@ from switchyard.config import Config, build
 from switchyard.data import load_data
 from switchyard.json_text import to_json
 from switchyard.models import create_model
-from switchyard.routing.fixed import balance_tables
+from switchyard.moe.routing.fixed import balance_tables
 from switchyard.training.schedule import learning_rate
 from switchyard.training.step import EvalStep, TrainStep, draw_noise, name_figures
 

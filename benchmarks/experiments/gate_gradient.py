@@ -8,8 +8,8 @@ any gradient from the task (as MindSpore r1.8's nn.transformer.moe and MindForme
 
 from common import arguments, end, run_cases, sections
 
-from switchyard.routing import register
-from switchyard.routing.softmax import Switch
+from switchyard.moe.routing import register
+from switchyard.moe.routing.softmax import Switch
 
 MOE = {"expert_num": 8, "num_experts_chosen": 1}
 

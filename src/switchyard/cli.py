@@ -103,6 +103,11 @@ def cleans_up() -> Iterator[None]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
+def say_moved(old: str, new: str) -> None:
+    """Prints, on stderr, that a command has a new name."""
+    print(f"python -m {old} is now python -m {new}; the old name goes with the next release", file=sys.stderr)
+
+
 def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
     """Calls `main` with the arguments and turns what users and signals do into one line and an exit code."""
     with streams.guarded():
@@ -155,7 +160,7 @@ def escape_characters() -> None:
 def announce(config: configuration.Config, overrides: Sequence[str]) -> None:
     """Says on stderr, in the first process of a job, which keys have no effect."""
     from switchyard.device import target_of
-    from switchyard.parallel.processes import is_first
+    from switchyard.distributed.processes import is_first
 
     if is_first():
         for line in configuration.notes(config, overrides, target_of(config.context)):

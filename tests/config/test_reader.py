@@ -267,9 +267,9 @@ def test_any_tree_is_a_configuration_or_one_line(tree):
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, "[NaN]", "[1, 2"])
 def test_other_readers_of_json_have_the_same_limits(text, tmp_path):
+    from switchyard.checkpoint.tensors import read_header
     from switchyard.data.tokenizer import Tokenizer
-    from switchyard.parallel.estimate import read_load
-    from switchyard.training.tensors import read_header
+    from switchyard.planner.search import read_load
 
     with pytest.raises(UserError, match=r"not a tokenizer\.json"):
         Tokenizer.from_json(text)
@@ -285,7 +285,7 @@ def test_other_readers_of_json_have_the_same_limits(text, tmp_path):
     "text", ["[1", "!!int x", "[1]", "{data_parallel: 1, data_parallel: 2}", "[" * 1000, "2024-13-45"]
 )
 def test_the_degrees_of_a_conversion_go_through_the_same_reader(text):
-    from switchyard.training.recut import _section
+    from switchyard.checkpoint.reshard import _section
 
     with pytest.raises(UserError, match=r"^--to: ") as caught:
         _section(text)

@@ -12,9 +12,9 @@ from oracles.tiny_run import run_config, write_text
 from switchyard.config import Config, Section, build, load, notes, notes_of_checkpoint, unread_keys
 from switchyard.config import unread as tables
 from switchyard.errors import UserError
-from switchyard.kernels.noise import NoiseSlices
-from switchyard.paths import create_path
-from switchyard.routing import create_router, known_routers
+from switchyard.moe.dispatch.dispatchers import create_path
+from switchyard.moe.routing import create_router, known_routers
+from switchyard.nn.noise import NoiseSlices
 from switchyard.training.loop import train
 
 SECTIONS = {outer.annotation: name for name, outer in Config.model_fields.items()}

@@ -8,6 +8,7 @@ import pytest
 from oracles.tiny_export import EXPERTS, quiet, save_export, save_run
 from oracles.tiny_run import TEXT
 
+from switchyard.checkpoint import store as checkpoint
 from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.inference import export as exporting
@@ -16,7 +17,6 @@ from switchyard.inference import parity
 from switchyard.inference.export import export, prefill_block
 from switchyard.inference.mindir import open_model
 from switchyard.models import create_model
-from switchyard.training import checkpoint
 
 VARIANTS = {
     "switch": ({}, {"expert_num": 4}),

@@ -88,7 +88,7 @@ def test_a_replacement_that_was_killed_half_way_is_read_and_ended(exported, tmp_
 
 
 def test_a_checkpoint_of_somebody_else_imports_nothing(tmp_path, monkeypatch):
-    from switchyard.training import checkpoint
+    from switchyard.checkpoint import store as checkpoint
 
     run, config = save_run(tmp_path, moe={})
     held = checkpoint.read(run)

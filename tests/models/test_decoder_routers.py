@@ -8,7 +8,7 @@ from oracles.tiny_run import run_config, token_batch
 
 from switchyard.errors import UserError
 from switchyard.models import create_model
-from switchyard.routing import known_routers
+from switchyard.moe.routing import known_routers
 from switchyard.training.step import EvalStep, TrainStep, draw_noise
 
 MOE = {

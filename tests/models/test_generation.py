@@ -7,7 +7,7 @@ from oracles.tiny_decoder import EXPERTS, VARIANTS, VOCABULARY, decoder_config, 
 
 from switchyard.models import Decode, Prefill, create_model
 from switchyard.models.generation import OpenBlockPlan
-from switchyard.routing import known_routers
+from switchyard.moe.routing import known_routers
 
 LENGTH = 8  # of the cache
 

@@ -5,9 +5,9 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from switchyard.config import Config
-from switchyard.kernels.activation import SwiGLU
-from switchyard.kernels.norm import RMSNorm
-from switchyard.models.layers import Attention, causal_mask, hidden_mask
+from switchyard.nn.activation import SwiGLU
+from switchyard.nn.layers import Attention, causal_mask, hidden_mask
+from switchyard.nn.norm import RMSNorm
 
 TWINS = ("RmsNorm", "Swiglu", "FlashAttentionScore")
 BATCH, EPS = 2, 1e-3

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from switchyard.checkpoint import store as checkpoint
 from switchyard.config import Config
-from switchyard.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "run_distribute_train_ascend.sh"

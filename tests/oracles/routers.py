@@ -4,8 +4,8 @@ import numpy as np
 from mindspore import Tensor
 from oracles.tiny import tiny_config
 
-from switchyard.kernels.noise import NoiseSlices
-from switchyard.routing import create_router
+from switchyard.moe.routing import create_router
+from switchyard.nn.noise import NoiseSlices
 
 
 def identity_router(name: str, choices: int, experts: int, train: bool = False, **moe):

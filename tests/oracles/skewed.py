@@ -3,8 +3,8 @@
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
-from switchyard.routing.base import RouterSetting
-from switchyard.routing.softmax import TopK
+from switchyard.moe.routing.base import RouterSetting
+from switchyard.moe.routing.softmax import TopK
 
 
 class Skewed(TopK):

@@ -6,8 +6,8 @@ from mindspore import Tensor
 from mindspore import dtype as mstype
 
 from switchyard.config import Config, build
-from switchyard.kernels.noise import NoiseSlices
-from switchyard.moe import MoELayer
+from switchyard.moe.layer import MoELayer
+from switchyard.nn.noise import NoiseSlices
 
 NO_NOISE = np.zeros((1, 1, 1), np.float32)
 

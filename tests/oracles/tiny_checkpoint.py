@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from switchyard.checkpoint import store as checkpoint
 from switchyard.config import Config, build
-from switchyard.training import checkpoint
 
 LAYERS, EXPERTS, D, F, V = 4, 8, 8, 16, 24
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 from oracles.tiny_run import run_config, write_text
 
+from switchyard.checkpoint import store as checkpoint
 from switchyard.config import Config
 from switchyard.data import load_data
 from switchyard.inference.export import export
 from switchyard.models import create_model
-from switchyard.training import checkpoint
 
 MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "seq_length": 16, "init_method_std": 0.2}
 EXPERTS = {"expert_num": 4, "router": "top_k", "num_experts_chosen": 2}

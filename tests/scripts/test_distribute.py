@@ -27,7 +27,7 @@ def dry_run(kind: str, *arguments, **environment) -> list[str]:
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     words = shlex.split(done.stdout)
     assert words[:3] == [f"PATH={sys.prefix}/bin:$PATH", "GLOG_v=3", "OMP_NUM_THREADS=1"]
-    assert words[3:6] == [f"{sys.prefix}/bin/python", "-m", "switchyard.parallel.watch"]
+    assert words[3:6] == [f"{sys.prefix}/bin/python", "-m", "switchyard.distributed.watch"]
     assert words[7:10] == [f"{sys.prefix}/bin/python", "-m", "mindspore.parallel.cluster.run"]
     assert f"--log_dir={words[6]}" in words
     return words[10:]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from switchyard.config import Config
-from switchyard.routing import known_routers
+from switchyard.moe.routing import known_routers
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (
@@ -75,7 +75,7 @@ def test_tree_and_parameters_are_those_of_the_code(renew_readmes, name):
 
 def test_the_planners_output_is_what_it_prints(renew_readmes):
     page = read(renew_readmes.PLANNER_PAGE)
-    assert len(renew_readmes.PLAN.findall(page)) == page.count("$ python -m switchyard.parallel.estimate") == 2
+    assert len(renew_readmes.PLAN.findall(page)) == page.count("$ python -m switchyard.planner") == 2
     assert renew_readmes.with_plans(page) == page, "run: python scripts/renew_readmes.py"
 
 

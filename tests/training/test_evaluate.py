@@ -7,10 +7,10 @@ import pytest
 from mindspore import Tensor
 from oracles.tiny_run import TEXT, run_config, write_text
 
+from switchyard.checkpoint import store as checkpoint
 from switchyard.data import load_data
 from switchyard.errors import UserError
 from switchyard.models import create_model
-from switchyard.training import checkpoint
 from switchyard.training.evaluate import Evaluator, evaluate, mean_with_interval, spread
 
 MOE = {"model": {"num_layers": 2}, "moe": {"expert_num": 4, "layers": [1]}}

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from oracles.tiny_run import run_config
 
+from switchyard.checkpoint import reshard as recut
+from switchyard.checkpoint import store as checkpoint
+from switchyard.distributed.processes import Processes
 from switchyard.errors import UserError
-from switchyard.parallel.processes import Processes
-from switchyard.training import checkpoint, health, recut
+from switchyard.training import health
 from switchyard.training.health import Healthy
 from switchyard.training.resume import agreed, find_start, newest
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from oracles.tiny_run import losses_of, metrics_of, run_config, write_text
 
+from switchyard.checkpoint import store as checkpoint
 from switchyard.data import EvalBatches
 from switchyard.errors import Interrupted, UserError
-from switchyard.training import checkpoint
 from switchyard.training.loop import train
 from switchyard.training.signals import StopSignals
 

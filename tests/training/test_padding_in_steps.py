@@ -8,8 +8,8 @@ from oracles.tiny import run_layer, tiny_config, tiny_layer, tiny_rows
 from oracles.tiny_run import run_config, token_batch
 
 from switchyard.data import Batch
+from switchyard.distributed.collectives import Joint
 from switchyard.models import create_model
-from switchyard.parallel.exchange import Joint
 from switchyard.training.evaluate import Evaluator
 from switchyard.training.parallel_step import row_means, unpack
 from switchyard.training.step import LossCell

@@ -5,9 +5,9 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 from oracles.tiny_run import losses_of, run_config, token_batch, write_text
 
+from switchyard.checkpoint import store as checkpoint
 from switchyard.errors import UserError
 from switchyard.models import create_model
-from switchyard.training import checkpoint
 from switchyard.training.finite import check_evaluation, check_step
 from switchyard.training.loop import train
 from switchyard.training.parallel_step import StepEnd

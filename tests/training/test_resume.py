@@ -6,10 +6,11 @@ import pytest
 from oracles.tiny_checkpoint import config_of
 from oracles.tiny_run import losses_of, run_config, write_text
 
+from switchyard.checkpoint import reshard as recut
+from switchyard.checkpoint import store as checkpoint
+from switchyard.checkpoint.layout import keep_groups
 from switchyard.config import build
 from switchyard.errors import UserError
-from switchyard.training import checkpoint, recut
-from switchyard.training.layout import keep_groups
 from switchyard.training.loop import train
 from switchyard.training.resume import changed_keys, check_resumable, resumed
 

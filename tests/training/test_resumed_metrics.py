@@ -10,8 +10,9 @@ import pytest
 from oracles.tiny_run import metrics_of, run_config, write_text
 
 from switchyard import cli
+from switchyard.checkpoint import store as checkpoint
 from switchyard.errors import UserError
-from switchyard.training import checkpoint, evaluate, loop
+from switchyard.training import evaluate, loop
 from switchyard.training.evaluate import Evaluator
 from switchyard.training.loop import train
 from switchyard.training.metrics import MetricsLog

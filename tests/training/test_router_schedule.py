@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from oracles.tiny_run import losses_of, run_config, token_batch, write_text
 
+from switchyard.checkpoint import store as checkpoint
 from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.models import create_model
-from switchyard.training import checkpoint
 from switchyard.training.loop import train
 from switchyard.training.router_schedule import WarmUp, routers_learn
 from switchyard.training.step import TrainStep, draw_noise

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from oracles.tiny_run import losses_of, run_config, write_text
 
+from switchyard.checkpoint import store as checkpoint
 from switchyard.data import load_data
-from switchyard.training import checkpoint
 from switchyard.training.loop import train
 
 ROUTERS = {

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from oracles.tiny_run import TEXT, losses_of, metrics_of, run_config, write_text
 
+from switchyard.checkpoint import store as checkpoint
 from switchyard.errors import Interrupted, UserError
-from switchyard.routing.replay import Recorder
-from switchyard.training import checkpoint, loop
+from switchyard.moe.routing.replay import Recorder
+from switchyard.training import loop
 from switchyard.training.lock import LOCK
 from switchyard.training.loop import train
 
@@ -215,7 +216,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 @pytest.mark.parametrize(
     ("what", "file"),
     [
-        ("switchyard.training.tensors.pieces", "optimizer.safetensors|weights.safetensors"),
+        ("switchyard.checkpoint.tensors.pieces", "optimizer.safetensors|weights.safetensors"),
         ("switchyard.training.metrics.append", "metrics.jsonl"),
         ("tensorboardX.event_file_writer.EventsWriter.write_event", "events.out.tfevents"),
     ],

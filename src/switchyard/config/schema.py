@@ -53,7 +53,7 @@ class ModelConfig(Section):
 class MoEConfig(Section):
     """The conditional layer. `expert_num: 1` is a dense model."""
 
-    router: str = Field("switch", description="how rows choose experts: `python -m switchyard.routing` lists them")
+    router: str = Field("switch", description="how rows choose experts: `python -m switchyard.moe.routing` lists them")
     granularity: Literal["token", "slice", "sample", "region", "channel", "task"] | None = Field(
         None, description="what is routed as one row; null = token for the decoder, sample for vision"
     )

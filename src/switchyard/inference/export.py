@@ -11,10 +11,10 @@ from mindspore import nn
 
 import switchyard
 from switchyard import files
+from switchyard.checkpoint import store as checkpoint
 from switchyard.config import Config, ParallelConfig, notes_of_checkpoint
 from switchyard.data import load_scored
 from switchyard.device import set_context
-from switchyard.dispatch import block_size
 from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
 from switchyard.inference.classify import ClassifierManifest, is_classifier
@@ -24,7 +24,7 @@ from switchyard.inference.mindir import ExportedModel
 from switchyard.inference.parity import Reference, compare, reference
 from switchyard.models import Decoder, create_model
 from switchyard.models.generation import Decode, Prefill, cast_products
-from switchyard.training import checkpoint
+from switchyard.moe.dispatch.plan import block_size
 from switchyard.training.evaluate import overridden
 from switchyard.trust import check_trusted, names_router
 

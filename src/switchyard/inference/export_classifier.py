@@ -9,20 +9,20 @@ from mindspore import Tensor, nn, ops
 
 import switchyard
 from switchyard import files
+from switchyard.checkpoint import store as checkpoint
+from switchyard.checkpoint.store import Checkpoint
 from switchyard.config import Config, ParallelConfig
 from switchyard.data import ImageEvalBatches, load_data
 from switchyard.device import set_context
-from switchyard.dispatch import block_size
 from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
 from switchyard.inference.classify import GRAPH, ClassifierManifest, ImageParity
 from switchyard.inference.manifest import AES_GCM, Source
 from switchyard.inference.mindir import load_graph
 from switchyard.inference.parity import BOUNDS
-from switchyard.kernels.masks import keep_where
 from switchyard.models import create_model
-from switchyard.training import checkpoint
-from switchyard.training.checkpoint import Checkpoint
+from switchyard.moe.dispatch.plan import block_size
+from switchyard.nn.masks import keep_where
 
 
 class Classify(nn.Cell):

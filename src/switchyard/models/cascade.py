@@ -14,10 +14,10 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config
-from switchyard.experts_conv import ConvolutionExperts
-from switchyard.kernels.masks import keep_where
 from switchyard.models.decoder import DTYPES
 from switchyard.models.vision import Summary
+from switchyard.moe.conv_experts import ConvolutionExperts
+from switchyard.nn.masks import keep_where
 
 GRID = 4  # squares of a side that an exit sees, where the side divides so
 WIDER = 2  # channels between a stage's two convolutions / its channels

@@ -11,22 +11,22 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.capacity import check_sort_keys
 from switchyard.config import Config
+from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.own_classes import require_partners
 from switchyard.errors import UserError
-from switchyard.experts import FeedForwardExperts
-from switchyard.experts_conv import SliceExperts
-from switchyard.granularity import first_of_slices, from_slices, to_slices
-from switchyard.kernels.cast import Cast
-from switchyard.kernels.fused import fused_operators
-from switchyard.kernels.masks import keep_where
-from switchyard.kernels.noise import NoiseSlices
-from switchyard.kernels.norm import create_norm
-from switchyard.models.layers import Attention, Dropout, Embedding, Linear, causal_mask, hidden_mask
-from switchyard.moe import MoELayer
-from switchyard.parallel.mesh import Mesh, first
-from switchyard.parallel.own import require_partners
-from switchyard.routing.base import require_causal
+from switchyard.moe.conv_experts import SliceExperts
+from switchyard.moe.dispatch.capacity import check_sort_keys
+from switchyard.moe.experts import FeedForwardExperts
+from switchyard.moe.granularity import first_of_slices, from_slices, to_slices
+from switchyard.moe.layer import MoELayer
+from switchyard.moe.routing.base import require_causal
+from switchyard.nn.cast import Cast
+from switchyard.nn.fused import fused_operators
+from switchyard.nn.layers import Attention, Dropout, Embedding, Linear, causal_mask, hidden_mask
+from switchyard.nn.masks import keep_where
+from switchyard.nn.noise import NoiseSlices
+from switchyard.nn.norm import create_norm
 
 DTYPES = {"float32": mstype.float32, "float16": mstype.float16, "bfloat16": mstype.bfloat16}
 
@@ -197,7 +197,7 @@ class Decoder(nn.Cell):
         """Tokens [B, S] int32, valid [B, S] float32, noise [max(noise_slices, 1), N, D] of U(0, 1).
 
         At evaluation the noise is not read: any [1, 1, 1] serves. replay [M, N, K] int32: choices of experts to force,
-        -1 where the router's own stand, see switchyard.routing.replay.
+        -1 where the router's own stand, see switchyard.moe.routing.replay.
         """
         length = tokens.shape[1]
         valid = valid.reshape(-1)  # [N]

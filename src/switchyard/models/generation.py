@@ -15,11 +15,11 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.experts import FeedForwardExperts
 from switchyard.forms import keeps
-from switchyard.kernels.softmax import Softmax
 from switchyard.models.decoder import Decoder
-from switchyard.models.layers import MASKED, Linear, Rotary
+from switchyard.moe.experts import FeedForwardExperts
+from switchyard.nn.layers import MASKED, Linear, Rotary
+from switchyard.nn.softmax import Softmax
 
 
 class _Half(nn.Cell):
@@ -248,7 +248,7 @@ class OpenBlockPlan(nn.Cell):
 
 
 class PlainNorm(nn.Cell):
-    """The plain twin of a norm of `switchyard.kernels.norm`: half its operators where no gradient is asked for."""
+    """The plain twin of a norm of `switchyard.nn.norm`: half its operators where no gradient is asked for."""
 
     def __init__(self, norm: nn.Cell):
         super().__init__()

@@ -9,15 +9,15 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.capacity import check_sort_keys
 from switchyard.config import Config
-from switchyard.experts_conv import ConvolutionExperts
-from switchyard.granularity import ImageFold
-from switchyard.kernels.masks import keep_where
-from switchyard.kernels.noise import NoiseSlices
-from switchyard.kernels.norm import create_norm
 from switchyard.models.decoder import DTYPES, stack_audits, stack_losses
-from switchyard.moe import MoELayer
+from switchyard.moe.conv_experts import ConvolutionExperts
+from switchyard.moe.dispatch.capacity import check_sort_keys
+from switchyard.moe.granularity import ImageFold
+from switchyard.moe.layer import MoELayer
+from switchyard.nn.masks import keep_where
+from switchyard.nn.noise import NoiseSlices
+from switchyard.nn.norm import create_norm
 
 GRID = 4  # squares of a side that the heads see, where the side divides so
 ABSENT = -1e9  # logit of a class that a task does not have

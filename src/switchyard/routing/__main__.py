@@ -1,45 +1,10 @@
-"""The table of all routers: `python -m switchyard.routing`."""
+"""Forwards to `switchyard.moe.routing`, the new name of this command."""
 
 import sys
-from collections.abc import Iterator
 
 from switchyard import cli
-from switchyard.routing import known_routers
-
-HEADINGS = ("name", "unit", "form", "learnable", "causal", "losses", "needs", "paper")
-
-
-def main(arguments: list[str]) -> None:
-    """Prints the table and nothing else on stdout."""
-    cli.Parser("python -m switchyard.routing", description="Lists what moe.router may be.").parse_args(arguments)
-    print(table())
-
-
-def table() -> str:
-    """One line a router, columns aligned; below it what the columns mean."""
-    lines = [HEADINGS, *rows()]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join([*text, "", *LEGEND])
-
-
-LEGEND = (
-    "unit: what a decision is made for: a row of the layer, a token by its id, a task, or a whole group.",
-    "form: how rows and experts meet in training; after / at evaluation, where it differs.",
-    "causal: at evaluation no row's routing looks at later rows; the decoder takes these only.",
-    "losses: switch by moe.aux_loss_factor, z by moe.z_loss_factor, the others by moe.losses.",
-    "needs: what the network must give besides the rows.",
-)
-
-
-def rows() -> Iterator[tuple[str, ...]]:
-    """The cells of each router, by name."""
-    for name, router in known_routers().items():
-        form = f"{router.form} / {router.eval_form}" if router.eval_form else router.form
-        learnable, causal = ("yes" if flag else "no" for flag in (router.learnable, router.causal))
-        losses, needs = (", ".join(names) or "-" for names in (router.losses, router.needs))
-        yield name, router.unit, form, learnable, causal, losses, needs, router.paper
-
+from switchyard.moe.routing.__main__ import main
 
 if __name__ == "__main__":
+    cli.say_moved("switchyard.routing", "switchyard.moe.routing")
     sys.exit(cli.run(main))

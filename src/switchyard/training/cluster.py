@@ -1,7 +1,7 @@
 """The training step of one device among many behind the calls of TrainStep: what the loop needs on Ascend and GPU.
 
 MindSpore's compiler cuts the step there (training.parallel_step); on CPU, and for what it cannot cut, processes
-exchange by hand (parallel.exchange).
+exchange by hand (distributed.collectives).
 
 Legend: A micro-batches, B batch, S sequence, N = B * S tokens, J noise slices, all of one device; D width.
 """
@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from switchyard.checkpoint.layout import updates
+from switchyard.checkpoint.store import set_parameters, write_whole
 from switchyard.config import Config
-from switchyard.parallel.graph import Graph, compiled_model, read_graph
-from switchyard.parallel.offered import of_evaluation, refuse
-from switchyard.parallel.processes import Processes
-from switchyard.parallel.stages import factors
-from switchyard.training.checkpoint import set_parameters, write_whole
+from switchyard.distributed.compiled_graph import Graph, compiled_model, read_graph
+from switchyard.distributed.limits import of_evaluation, refuse
+from switchyard.distributed.processes import Processes
+from switchyard.distributed.stages import factors
 from switchyard.training.evaluate import Evaluator
-from switchyard.training.layout import updates
 from switchyard.training.parallel_eval import ParallelEvalStep
 from switchyard.training.parallel_step import SPEED_UP, batch_slices, is_weighted, parallel_step, speed_up_file, unpack
 from switchyard.training.step import AUDIT_SUMS, GROWTH_INTERVAL, MAX_LOSS_SCALE

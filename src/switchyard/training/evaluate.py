@@ -10,15 +10,15 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from switchyard import config as configuration
+from switchyard.checkpoint import store as checkpoint
 from switchyard.config import Config
 from switchyard.data import Batch, ImageBatch, load_scored
 from switchyard.device import set_context
+from switchyard.distributed.processes import ALONE, Processes, on_one_device, require_one_device
 from switchyard.errors import UserError
 from switchyard.models import create_model
 from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilities
-from switchyard.parallel.processes import ALONE, Processes, on_one_device, require_one_device
-from switchyard.routing.replay import Recorder, Replayer
-from switchyard.training import checkpoint
+from switchyard.moe.routing.replay import Recorder, Replayer
 from switchyard.training.audit import layer_line, whole_numbers
 from switchyard.training.finite import check_evaluation
 from switchyard.training.step import AUDIT_MEANS, AUDIT_SUMS, EvalStep

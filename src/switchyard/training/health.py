@@ -6,9 +6,9 @@ A checkpoint is read in full to know it. Whoever asks again and again keeps a `H
 import os
 from pathlib import Path
 
+from switchyard.checkpoint.manifest import KINDS, DamagedError, listed, read_manifest, read_texts
+from switchyard.checkpoint.reader import Tensors
 from switchyard.errors import UserError
-from switchyard.training.manifest import KINDS, DamagedError, listed, read_manifest, read_texts
-from switchyard.training.slices import Tensors
 
 
 def fault(path: Path) -> str | None:

@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from switchyard.checkpoint import store as checkpoint
+from switchyard.checkpoint.layout import keep_groups, whole_shape
 from switchyard.config import Config
 from switchyard.data import Data, load_data
 from switchyard.device import set_context, target_of
-from switchyard.errors import Interrupted
-from switchyard.json_text import to_json
-from switchyard.models import create_model
-from switchyard.parallel.exchange import create_joint, cut_model, whole_arrays
-from switchyard.parallel.graph import exchanged, sums_may_race
-from switchyard.parallel.offered import check_way, lost_default, with_defaults
-from switchyard.parallel.processes import (
+from switchyard.distributed.collectives import create_joint, cut_model, whole_arrays
+from switchyard.distributed.compiled_graph import exchanged, sums_may_race
+from switchyard.distributed.limits import check_way, lost_default, with_defaults
+from switchyard.distributed.processes import (
     RACING,
     Processes,
     is_first,
@@ -27,15 +26,16 @@ from switchyard.parallel.processes import (
     meet,
     waits_for_nothing,
 )
-from switchyard.parallel.replicas import check_replicas
-from switchyard.routing.fixed import balance_tables
-from switchyard.routing.replay import Recorder
-from switchyard.training import checkpoint
+from switchyard.distributed.replicas import check_replicas
+from switchyard.errors import Interrupted
+from switchyard.json_text import to_json
+from switchyard.models import create_model
+from switchyard.moe.routing.fixed import balance_tables
+from switchyard.moe.routing.replay import Recorder
 from switchyard.training.cluster import ClusterStep
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
 from switchyard.training.finite import REMEDY, check_evaluation, check_step
 from switchyard.training.health import Healthy
-from switchyard.training.layout import keep_groups, whole_shape
 from switchyard.training.lock import locked
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
 from switchyard.training.parallel_eval import evaluation_config

@@ -8,10 +8,10 @@ from mindspore import Tensor, nn, ops
 from mindspore.parallel.auto_parallel import AutoParallel
 
 from switchyard.config import Config
-from switchyard.kernels.masks import keep_where
+from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.processes import Processes
 from switchyard.models import create_model
-from switchyard.parallel.mesh import Mesh, first
-from switchyard.parallel.processes import Processes
+from switchyard.nn.masks import keep_where
 from switchyard.training.parallel_step import ParallelLoss, over_devices, row_means, unpack
 from switchyard.training.step import AUDIT_MEANS, AUDIT_SUMS
 

@@ -13,15 +13,15 @@ from mindspore import dtype as mstype
 from mindspore.parallel.auto_parallel import AutoParallel
 
 from switchyard.config import Config
-from switchyard.kernels.adam import AdamW, gradient_scale
-from switchyard.kernels.cross_entropy import TokenLosses
-from switchyard.kernels.masks import keep_where
+from switchyard.distributed.limits import check_offered
+from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.placement import Degrees, optimizer_slices, placement
+from switchyard.distributed.stages import factors
 from switchyard.models import create_model
-from switchyard.moe import ROW_MEANS, TALLY
-from switchyard.parallel.mesh import Mesh, first
-from switchyard.parallel.offered import check_offered
-from switchyard.parallel.placement import Degrees, optimizer_slices, placement
-from switchyard.parallel.stages import factors
+from switchyard.moe.layer import ROW_MEANS, TALLY
+from switchyard.nn.adamw import AdamW, gradient_scale
+from switchyard.nn.cross_entropy import TokenLosses
+from switchyard.nn.masks import keep_where
 
 SPEED_UP = "parallel_speed_up.json"  # name of the file that hands parallel.transformer_opt to the compiler
 

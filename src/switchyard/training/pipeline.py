@@ -20,9 +20,9 @@ import numpy as np
 from mindspore import Tensor, lazy_inline, nn, ops
 
 from switchyard.config import Config
-from switchyard.parallel.mesh import Mesh
-from switchyard.parallel.placement import Degrees
-from switchyard.parallel.stages import stages_of_layers
+from switchyard.distributed.mesh import Mesh
+from switchyard.distributed.placement import Degrees
+from switchyard.distributed.stages import stages_of_layers
 from switchyard.training.parallel_step import ParallelLoss, StepEnd, TallyJoin, share_of
 
 SLICES_STAY_CUT = "PIPELINE_SLICE_SKIP_REDISTRIBUTION"  # else the compiler gathers a batch before it takes a part of it

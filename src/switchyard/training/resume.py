@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from switchyard import config as configuration
+from switchyard.checkpoint import store as checkpoint
+from switchyard.checkpoint.layout import keep_groups
+from switchyard.checkpoint.store import Checkpoint
 from switchyard.config import Config
 from switchyard.data import Data, fingerprint
+from switchyard.distributed.placement import Degrees
+from switchyard.distributed.processes import Processes, is_first, own_rank
 from switchyard.errors import UserError
-from switchyard.parallel.placement import Degrees
-from switchyard.parallel.processes import Processes, is_first, own_rank
-from switchyard.training import checkpoint
-from switchyard.training.checkpoint import Checkpoint
-from switchyard.training.layout import keep_groups
 from switchyard.training.lock import contents
 
 RESULT = "result.json"

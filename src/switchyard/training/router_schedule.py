@@ -9,7 +9,7 @@ a row, E experts.
 import numpy as np
 
 from switchyard.config import Config
-from switchyard.routing.replay import Replayer
+from switchyard.moe.routing.replay import Replayer
 
 WARM_UP_STREAM = 0x7761_726D  # sets these draws apart from other draws of the same seed
 

@@ -10,11 +10,11 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.checkpoint.store import load_weights, set_parameters
 from switchyard.config import Config
-from switchyard.kernels.adam import AdamW, GlobalNorm, gradient_scale
-from switchyard.kernels.cross_entropy import TokenLosses
-from switchyard.kernels.masks import keep_where
-from switchyard.training.checkpoint import load_weights, set_parameters
+from switchyard.nn.adamw import AdamW, GlobalNorm, gradient_scale
+from switchyard.nn.cross_entropy import TokenLosses
+from switchyard.nn.masks import keep_where
 
 NOISE_RULE = "float32 U(0,1) of numpy SFC64 seeded by (train.seed, step, micro-batch)"
 AUDIT_SUMS = ("load", "importance")  # of a step: sums over its micro-batches; the other audit figures are means
@@ -58,7 +58,8 @@ class LossCell(nn.Cell):
             network that reads images has [B, C, H, W] in the place of tokens and T tasks in that of S, see
             models.Vision.
         config: the factors are read.
-        joint: of one process among several, see parallel.exchange.Joint: total and figures are then its part of them.
+        joint: of one process among several, see distributed.collectives.Joint: total and figures are
+            then its part of them.
     """
 
     def __init__(self, model: nn.Cell, config: Config, joint: nn.Cell | None = None):
@@ -318,7 +319,7 @@ class TrainStep:
     Args:
         model: see LossCell; its trainable parameters are float32.
         config: optimizer, accumulation, loss factors, compute_dtype.
-        joint: of one process among several, whose model is cut: see parallel.exchange.
+        joint: of one process among several, whose model is cut: see distributed.collectives.
     """
 
     def __init__(self, model: nn.Cell, config: Config, joint: nn.Cell | None = None):

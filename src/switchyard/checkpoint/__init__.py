@@ -1,0 +1,1 @@
+"""Checkpoints: directories that appear whole, and can be read under any parallel layout."""

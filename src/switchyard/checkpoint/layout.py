@@ -1,0 +1,85 @@
+"""Who holds and who writes which slice of every tensor of a checkpoint.
+
+Where an axis is cut is said by `switchyard.distributed.placement`; here ZeRO's further cut along axis 0 over the
+replicas of a slice is added, and the one rank of those that hold the same slice that writes it.
+"""
+
+from switchyard.checkpoint.tensors import Box
+from switchyard.config import Config
+from switchyard.distributed.placement import Degrees, optimizer_slices, placement, slice_of, slices, stages_of
+from switchyard.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+def held(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> Box | None:
+    """The part of a tensor that a rank holds.
+
+    Args:
+        name: of a parameter or of an optimizer's tensor.
+        shape: of the whole tensor.
+        layers: model.num_layers.
+
+    Returns:
+        Start and stop for each axis; None where the rank's pipeline stage has no part in it.
+
+    Raises:
+        UserError: an axis that does not divide by its degree.
+    """
+    if degrees.coordinates(rank).stage not in _stages(name, layers, degrees):
+        return None
+    cut = placement(name, shape, degrees)
+    box = slice_of(shape, cut, degrees, rank)
+    count = optimizer_slices(shape, cut, degrees, rank)
+    if count == 1:
+        return box
+    index, _ = degrees.replica(cut, rank)
+    length = (box[0].stop - box[0].start) // count
+    start = box[0].start + index * length
+    return (slice(start, start + length), *box[1:])
+
+
+def updates(name: str, degrees: Degrees, rank: int, layers: int) -> bool:
+    """Whether a rank's stage updates a tensor, arguments as in `held`. Counters are of all stages."""
+    return "." not in name or degrees.coordinates(rank).stage == _stages(name, layers, degrees)[0]
+
+
+def writes(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> bool:
+    """Whether a rank is the first of those that hold its slice; arguments as in `held`."""
+    if degrees.coordinates(rank).stage != _stages(name, layers, degrees)[0]:
+        return False
+    cut = placement(name, shape, degrees)
+    return optimizer_slices(shape, cut, degrees, rank) > 1 or degrees.replica(cut, rank)[0] == 0
+
+
+def whole_shape(name: str, shape: Shape, degrees: Degrees) -> Shape:
+    """The shape of the whole tensor of which a rank holds a slice of `shape`.
+
+    Raises:
+        UserError: with ZeRO, where it cannot be told from the slice.
+    """
+    if degrees.optimizer_shard and shape:
+        raise UserError(
+            f"parallel.optimizer_shard: {degrees.optimizer_shard}; the whole shape of '{name}' must be said: ZeRO cuts "
+            "an axis only where it divides"
+        )
+    cut = placement(name, shape, Degrees())
+    return tuple(size * slices(axis, degrees) for size, axis in zip(shape, cut))
+
+
+def keep_groups(old: Config, new: Config) -> Config:
+    """`new`, with as many routing groups as `old` where it names no number itself and its degrees allow it.
+
+    Each group has a capacity of its own, so with other groups other tokens are dropped.
+    """
+    named = new.moe.groups is not None or not new.moe_layers
+    if named or new.groups == old.groups or old.groups % new.parallel.data_parallel:
+        return new
+    return new.model_copy(update={"moe": new.moe.model_copy(update={"groups": old.groups})})
+
+
+def _stages(name: str, layers: int, degrees: Degrees) -> tuple[int, ...]:
+    """Stages that hold a tensor; counters of the optimizer, which belong to no parameter, are on all."""
+    if "." not in name:
+        return tuple(range(degrees.pipeline_stage))
+    return stages_of(name, layers, degrees)

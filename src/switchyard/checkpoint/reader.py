@@ -1,0 +1,191 @@
+"""The tensors of a checkpoint of any layout: each part of each of them, put together from the slices in its files."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from switchyard.checkpoint.manifest import MANIFEST, DamagedError, Manifest, file_of, readable, verify
+from switchyard.checkpoint.tensors import TYPES, Box, Entry, pieces, read_header, read_part, size_of, whole, within
+from switchyard.errors import UserError
+from switchyard.training.finite import is_finite
+
+MOST_CELLS = 1_000_000  # between the edges of a tensor's slices
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Where the slices of one tensor are: P of them, of a tensor with n axes.
+
+    Attributes:
+        files: P names.
+        starts, stops: [P, n] of the places in the whole tensor.
+    """
+
+    files: tuple[str, ...]
+    starts: np.ndarray
+    stops: np.ndarray
+
+    @classmethod
+    def of(cls, places: Iterable[tuple[str, list[int], list[int]]]) -> "Slices":
+        """From (file, offsets, shape) of each."""
+        files, offsets, shapes = zip(*places)
+        starts = np.array(offsets, np.int64).reshape(len(files), -1)
+        return cls(files, starts, starts + np.array(shapes, np.int64).reshape(len(files), -1))
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuses slices that do not make up the whole tensor, each element once (UserError)."""
+        if 0 in shape:
+            return
+        outside = ((self.starts < 0) | (self.starts >= self.stops) | (self.stops > np.array(shape, np.int64))).any(1)
+        if outside.any():
+            index = int(outside.argmax())
+            raise UserError(
+                f"foreign slice of '{name}' in {self.files[index]}: {self._text(index)} of a tensor {shape}"
+            )
+        edges = [np.unique([starts, stops]) for starts, stops in zip(self.starts.T, self.stops.T)]
+        cells = [len(edge) - 1 for edge in edges]
+        if math.prod(cells) > MOST_CELLS + 16 * len(self.files):  # slices that make up a tensor are cut alike
+            raise UserError(f"foreign slices of '{name}': {len(self.files)} that are cut in other ways than each other")
+        count = np.zeros(cells, np.int32)  # slices over each cell between all edges
+        for index in range(len(self.files)):
+            cells = [
+                slice(*np.searchsorted(edge, (self.starts[index, axis], self.stops[index, axis])))
+                for axis, edge in enumerate(edges)
+            ]
+            if count[tuple(cells)].any():
+                raise UserError(f"doubled slice of '{name}' in {self.files[index]}: {self._text(index)} is held twice")
+            count[tuple(cells)] += 1
+        ends = all(edge[0] == 0 and edge[-1] == size for edge, size in zip(edges, shape))
+        if not ends or not count.all():
+            held = int((self.stops - self.starts).prod(1).sum())
+            raise UserError(
+                f"missing slice of '{name}': the files hold {held:,} of its {int(np.prod(shape)):,} elements {shape}"
+            )
+
+    def _text(self, index: int) -> str:
+        return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.starts[index], self.stops[index])) + "]"
+
+    def meeting(self, box: Box) -> np.ndarray:
+        """Indices of the slices that have a part in `box`."""
+        low, high = np.array([[part.start, part.stop] for part in box], np.int64).reshape(-1, 2).T
+        return np.flatnonzero(((self.starts < high) & (self.stops > low)).all(1))
+
+    def box(self, index: int) -> Box:
+        """The place of one slice."""
+        return tuple(slice(int(a), int(b)) for a, b in zip(self.starts[index], self.stops[index]))
+
+
+class Tensors:
+    """The tensors of one kind, weights or optimizer, of a checkpoint.
+
+    Every file is verified before anything of it is used, and the slices of every tensor are counted at once.
+
+    Args:
+        manifest: of the checkpoint.
+        kind: weights or optimizer.
+
+    Attributes:
+        entries: name -> type and shape of the whole tensor.
+
+    Raises:
+        DamagedError: a file is missing, cut or altered; a slice is missing, doubled or foreign.
+    """
+
+    def __init__(self, manifest: Manifest, kind: str):
+        self._manifest, self._kind, self._headers = manifest, kind, {}
+        if manifest.tensors is None:
+            file = file_of(kind)
+            self.entries = self._header(file)
+            self._slices = {
+                name: Slices.of([(file, [0] * len(entry.shape), list(entry.shape))])
+                for name, entry in self.entries.items()
+            }
+            return
+        self.entries = manifest.tensors[kind]
+        try:
+            for path in sorted(manifest.path.glob(f"{kind}*.safetensors")):
+                if path.name not in manifest.files:
+                    raise UserError(f"foreign slices in {path.name}: {MANIFEST} does not know the file")
+            self._slices = joined(kind, self.entries, manifest.files, manifest.degrees.devices)
+        except UserError as error:
+            raise DamagedError(manifest.path, str(error)) from None
+
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        """A part of a tensor, or all of it, as an array of its own."""
+        entry = self.entries[name]
+        box = whole(entry.shape) if box is None else box
+        out, found = np.empty(size_of(box), TYPES[entry.dtype]), self._slices[name]
+        for index in found.meeting(box) if out.size else ():
+            file, place = found.files[index], found.box(index)
+            common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, place))
+            held = self._header(file).get(name)
+            if held is None or held.dtype != entry.dtype or held.shape != size_of(place):
+                raise DamagedError(self._manifest.path, f"{file} does not hold the slice of '{name}'")
+            target = out[within(common, box)] if box else out
+            with readable(self._manifest.path, file):
+                read_part(self._manifest.path / file, held, within(common, place), target)
+        return out
+
+    def read_finite(self, name: str, box: Box | None = None) -> np.ndarray:
+        """As `read`; refuses numbers that are not finite (DamagedError)."""
+        array = self.read(name, box)
+        if not is_finite(array):
+            raise DamagedError(self._manifest.path, f"'{name}' of its {self._kind} holds numbers that are not finite")
+        return array
+
+    def check_finite(self) -> None:
+        """Reads every tensor, piece by piece, and refuses numbers that are not finite (DamagedError)."""
+        for name, entry in self.entries.items():
+            for box in pieces(whole(entry.shape), np.dtype(TYPES[entry.dtype]).itemsize):
+                self.read_finite(name, box)
+
+    def _header(self, file: str) -> dict[str, Entry]:
+        """The header of a file, which is verified when it is first asked for."""
+        if file not in self._headers:
+            verify(self._manifest, file)
+            try:
+                with readable(self._manifest.path, file):
+                    self._headers[file] = read_header(self._manifest.path / file)
+            except (ValueError, KeyError) as error:
+                raise DamagedError(self._manifest.path, f"{file} is not safetensors ({error})") from None
+        return self._headers[file]
+
+
+def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices: int) -> dict[str, Slices]:
+    """The slices of each tensor in the files of all ranks.
+
+    Args:
+        kind: weights or optimizer.
+        entries: name -> type and shape of the whole tensor.
+        files: name -> {slices: {name: {offsets, shape}}}; those of other kinds are left alone.
+        devices: ranks that there may be.
+
+    Raises:
+        UserError: a slice is missing, doubled or foreign.
+    """
+    places: dict[str, list] = {name: [] for name in entries}
+    for file, fields in files.items():
+        if not file.startswith(f"{kind}-"):
+            continue
+        if not _is_of(file, kind, devices):
+            raise UserError(f"foreign slices in {file}: the checkpoint is one of {devices} devices")
+        for name, place in (fields.get("slices") or {}).items():
+            axes = len(entries[name].shape) if name in places else -1
+            if not axes == len(place["offsets"]) == len(place["shape"]):
+                raise UserError(f"foreign slice of '{name}' in {file}: the checkpoint has no such tensor")
+            places[name].append((file, place["offsets"], place["shape"]))
+    slices = {}
+    for name, found in places.items():
+        if not found:
+            raise UserError(f"missing slice of '{name}': no file holds any of it")
+        slices[name] = Slices.of(found)
+        slices[name].check(name, entries[name].shape)
+    return slices
+
+
+def _is_of(file: str, kind: str, devices: int) -> bool:
+    """Whether a name is that of a rank's file."""
+    rank = file.removeprefix(f"{kind}-").partition("-")[0]
+    return rank.isascii() and rank.isdigit() and int(rank) < devices and file == file_of(kind, int(rank), devices)

@@ -1,0 +1,406 @@
+"""Checkpoints: directories that appear whole or not at all, and are verified before they are read.
+
+RUN/checkpoints/step-00000100/
+    manifest.json           format version, step, sha256 and size of every other file
+    config.yaml             the resolved configuration
+    tokenizer.json          the tokenizer
+    weights.safetensors     the model
+    optimizer.safetensors   moments, loss scale, counters
+    state.json              step, position in the data, their fingerprint, seed, noise rule, best validation loss
+RUN/checkpoints/best.json   names the checkpoint of the lowest validation loss
+
+A run on N devices has weights-RANK-of-N.safetensors and optimizer-RANK-of-N.safetensors instead, one of each for every
+rank that holds slices which no rank before it holds; the manifest says where each slice belongs (checkpoint.manifest).
+Whoever reads, whatever its own layout, gets the parts that it needs:
+
+    python -m switchyard.checkpoint convert RUN --to '{data_parallel: 8, expert_parallel: 4}' --out DIR
+
+A checkpoint is written into a temporary directory beside its place, every file is flushed to the disk, and the
+directory is renamed: the moment of the rename is the moment the checkpoint exists. Nothing is ever unpickled.
+"""
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from switchyard import cli
+from switchyard.checkpoint.layout import held
+from switchyard.checkpoint.manifest import (
+    CONFIG,
+    FOLDER,
+    KINDS,
+    MANIFEST,
+    NAME,
+    STATE,
+    TOKENIZER,
+    DamagedError,
+    file_of,
+    listed,
+    read_manifest,
+    read_texts,
+)
+from switchyard.checkpoint.reader import Tensors
+from switchyard.checkpoint.writer import (
+    assemble,
+    from_arrays,
+    publish,
+    set_aside,
+    write_slices,
+    write_whole,
+)
+from switchyard.config import Config
+from switchyard.config.reader import parse_json
+from switchyard.distributed.placement import Degrees
+from switchyard.distributed.processes import Processes
+from switchyard.errors import UserError
+from switchyard.files import TEMPORARY, read_regular, remove
+from switchyard.json_text import to_json
+from switchyard.training.finite import REMEDY, first_not_finite
+from switchyard.training.health import Healthy
+
+if TYPE_CHECKING:  # re-cutting needs no MindSpore
+    from mindspore import Parameter
+
+__all__ = ["CONFIG", "MANIFEST", "STATE", "TOKENIZER", "DamagedError", "listed", "write_whole"]
+
+FILES = (CONFIG, TOKENIZER, *map(file_of, KINDS), STATE)
+BEST = "best.json"
+LONGEST_BEST = 1 << 16  # bytes of it
+PATIENCE = 600.0  # seconds that `finish` waits for other ranks
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one checkpoint holds.
+
+    Attributes:
+        path: the directory.
+        config: the configuration that it was trained with.
+        tokenizer_json: see `Tokenizer.from_json`.
+        weights: name -> float array.
+        optimizer: name -> array, {} where it was not asked for.
+        state: step, data_index (micro-batches read), data_epoch and data_window (where the next one begins, see
+            data.batches.Course), corpus (see data.fingerprint), tokens (predictions made), train_seed, noise_rule,
+            best_loss, seconds.
+    """
+
+    path: Path
+    config: Config
+    tokenizer_json: str
+    weights: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were taken."""
+        return self.state["step"]
+
+
+def name_of(step: int) -> str:
+    """The directory name of a step."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The inverse of `name_of`, of a checkpoint's directory."""
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint that `path` means: a run folder's newest, or the checkpoint directory itself (UserError)."""
+    path = Path(path)
+    if NAME.fullmatch(path.name) and os.path.lexists(path):  # whatever it is: who reads it says so
+        return path
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"checkpoint '{path}': {what}; give a run folder such as runs/NAME, or one checkpoint in it")
+    if NAME.fullmatch(Path(os.path.realpath(path)).name) or (path / MANIFEST).exists():
+        return path
+    found = listed(path)
+    if not found:
+        raise UserError(f"checkpoint '{path}': holds none; train first, or give a run folder such as runs/NAME")
+    return found[-1]
+
+
+def best(run: str | Path) -> tuple[Path, float] | None:
+    """The checkpoint of the lowest validation loss, and that loss; None where no evaluation was made."""
+    folder = Path(run) / FOLDER
+    try:
+        entry = parse_json(read_regular(folder / BEST, LONGEST_BEST))
+        name, loss = entry["checkpoint"], float(entry["loss"])
+        known = NAME.fullmatch(name) and math.isfinite(loss) and (folder / name).is_dir()
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+    return (folder / name, loss) if known else None
+
+
+def save(
+    run: str | Path,
+    config: Config,
+    tokenizer_json: str,
+    weights: dict[str, np.ndarray],
+    optimizer: dict[str, np.ndarray],
+    state: dict[str, Any],
+    healthy: Healthy | None = None,
+) -> Path:
+    """Writes a checkpoint of `state["step"]`, then drops those that `train.keep_checkpoints` no longer keeps.
+
+    Args:
+        run: the run folder; one process writes it.
+        config, tokenizer_json, weights, optimizer, state: see Checkpoint; all tensors are whole.
+        healthy: knows which checkpoints of the run are good; None reads them.
+
+    Returns:
+        The directory. If the process dies before this returns, either it is there whole or not at all.
+
+    Raises:
+        UserError: a tensor holds a number that is not finite; nothing was written.
+    """
+    healthy = healthy or Healthy()
+    refuse(run, state["step"], first_not_finite({**weights, **optimizer}), healthy)
+    begin(run, state["step"])
+    with _cleared_on_error(run, state["step"]):
+        _save_slice(run, state["step"], Degrees(), 0, config.model.num_layers, weights, optimizer)
+        return _finish(run, config, tokenizer_json, state, Degrees(), 0, healthy)
+
+
+def refuse(run: str | Path, step: int, name: str | None, healthy: Healthy) -> None:
+    """Refuses to write a checkpoint of which the tensor `name` is not finite (UserError); None = all are."""
+    if name is not None:
+        raise UserError(
+            f"checkpoint of step {step}: '{name}' holds numbers that are not finite, so it was not written; "
+            f"{healthy.kept(run)}; {REMEDY}"
+        )
+
+
+def begin(run: str | Path, step: int) -> None:
+    """Makes the place in which the ranks of a run save `step`, and clears what a killed save has left.
+
+    One rank calls it; the others wait for that before they call `save_slice`.
+    """
+    folder = _temporary(run, step)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for stale in folder.parent.glob(f"{TEMPORARY}*"):
+        remove(stale)
+    folder.mkdir()
+
+
+def save_slice(
+    run: str | Path,
+    config: Config,
+    step: int,
+    rank: int,
+    weights: dict[str, np.ndarray],
+    optimizer: dict[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Writes a rank's slices of a checkpoint; what another rank holds too is written by the first of them only.
+
+    Args:
+        run: the run folder, which all ranks see; see `begin`.
+        config: its section `parallel` says how the run is cut.
+        step: optimizer steps taken.
+        rank: of this process.
+        weights, optimizer: name -> the rank's slice of a tensor, or the whole of it.
+        shapes: name of a parameter -> shape of the whole, for slices that do not tell it: those of ZeRO, and whole
+            tensors where the rank holds a slice.
+
+    Raises:
+        UserError: an array that is neither the slice of this rank nor the whole, or a number that is not finite.
+    """
+    refuse(run, step, first_not_finite({**weights, **optimizer}), Healthy())
+    _save_slice(run, step, Degrees.of(config.parallel), rank, config.model.num_layers, weights, optimizer, shapes)
+
+
+def finish(run: str | Path, config: Config, tokenizer_json: str, state: dict[str, Any], wait: float = PATIENCE) -> Path:
+    """Makes a checkpoint of what the ranks have saved, then drops those that are no longer kept. One rank calls it.
+
+    Args:
+        run, config, tokenizer_json, state: as of `save`.
+        wait: seconds within which the slices of all ranks must have come.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: a slice is missing, doubled or foreign; names it. There is no checkpoint then.
+    """
+    return _finish(run, config, tokenizer_json, state, Degrees.of(config.parallel), wait, Healthy())
+
+
+def save_together(
+    processes: Processes,
+    run: Path,
+    config: Config,
+    tokenizer_json: str,
+    weights,
+    optimizer,
+    state,
+    shapes=None,
+    healthy: Healthy | None = None,
+) -> None:
+    """Writes a checkpoint, see `save`: every process its own slices, and the first makes it one.
+
+    `shapes`: see save_slice. All processes refuse it where one of them holds a number that is not finite (UserError).
+    """
+    healthy, step = healthy or Healthy(), state["step"]
+    if processes.size == 1:
+        save(run, config, tokenizer_json, weights, optimizer, state, healthy)
+        return
+    name = first_not_finite({**weights, **optimizer})
+    if processes.any(name is not None):
+        refuse(run, step, name or "a slice of another rank", healthy)
+    if processes.is_first:
+        begin(run, step)
+    processes.wait()
+    degrees, layers = Degrees.of(config.parallel), config.model.num_layers
+    with _cleared_on_error(run, step):
+        _save_slice(run, step, degrees, processes.rank, layers, weights, optimizer, shapes)
+        if processes.is_first:
+            _finish(run, config, tokenizer_json, state, degrees, PATIENCE, healthy)
+    processes.wait()
+    healthy.note(run / FOLDER / name_of(step))
+
+
+@contextlib.contextmanager
+def _cleared_on_error(run: str | Path, step: int) -> Iterator[None]:
+    """Leaves nothing half written of a checkpoint that could not be: on a full disk it would be in the way."""
+    try:
+        yield
+    except BaseException:
+        remove(_temporary(run, step))
+        raise
+
+
+def _temporary(run: str | Path, step: int) -> Path:
+    return Path(run) / FOLDER / f"{TEMPORARY}{name_of(step)}"
+
+
+def _save_slice(run, step: int, degrees: Degrees, rank: int, layers: int, weights, optimizer, shapes=None) -> None:
+    entries, read = {}, {}
+    for kind, arrays in zip(KINDS, (weights, optimizer)):
+        entries[kind], read[kind] = from_arrays(arrays, degrees, rank, layers, shapes)
+    write_slices(_temporary(run, step), degrees, layers, rank, entries, read)
+
+
+def _finish(
+    run, config: Config, tokenizer_json: str, state: dict, degrees: Degrees, wait: float, healthy: Healthy
+) -> Path:
+    folder = _temporary(run, state["step"])
+    place = folder.with_name(name_of(state["step"]))
+    assemble(folder, config, tokenizer_json, state, degrees, wait)
+    publish(folder, place)
+    healthy.note(place)
+    _drop_old(run, config.train.keep_checkpoints, healthy)
+    return place
+
+
+def mark_best(run: str | Path, step: int, loss: float) -> None:
+    """Names the checkpoint of `step`, which exists, as the best: it is kept until another is named."""
+    write_whole(Path(run) / FOLDER / BEST, to_json({"checkpoint": name_of(step), "loss": loss}))
+
+
+def read(path: str | Path, with_optimizer: bool = True, degrees: Degrees | None = None, rank: int = 0) -> Checkpoint:
+    """Reads what a rank needs of one checkpoint, whatever layout it was written in, and verifies every file it reads.
+
+    Args:
+        path: see `resolve`.
+        with_optimizer: False leaves the optimizer's files, two thirds of the bytes, alone.
+        degrees: how the reader is cut; None is one device, which needs whole tensors.
+        rank: of the reader.
+
+    Raises:
+        DamagedError: a file is missing, cut, altered or unreadable, a slice missing, doubled or foreign, or a number
+            not finite; names the good checkpoint before it.
+        UserError: no checkpoint, one of another format, or degrees that do not divide a tensor.
+    """
+    path, degrees = resolve(path), degrees or Degrees()
+    manifest = read_manifest(path)
+    config, tokenizer_json, state = read_texts(manifest)
+    arrays: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
+    for kind in KINDS if with_optimizer else KINDS[:1]:
+        tensors = Tensors(manifest, kind)
+        for name, entry in tensors.entries.items():
+            box = held(name, entry.shape, degrees, rank, config.model.num_layers)
+            if box is not None:
+                arrays[kind][name] = tensors.read_finite(name, box)
+    return Checkpoint(path, config, tokenizer_json, *arrays.values(), state)
+
+
+def load_weights(model, weights: dict[str, np.ndarray]) -> None:
+    """Sets the parameters of a model, strictly by name and shape (UserError)."""
+    set_parameters({parameter.name: parameter for parameter in model.get_parameters()}, weights, "weight")
+
+
+def set_parameters(parameters: "dict[str, Parameter]", arrays: dict[str, np.ndarray], what: str) -> None:
+    """Writes arrays into parameters of the same names, shapes and types.
+
+    Raises:
+        UserError: a name is missing or unknown, or a shape or type differs.
+    """
+    from mindspore import Tensor
+
+    for name in sorted(parameters.keys() ^ arrays.keys()):
+        problem = "missing in the checkpoint" if name in parameters else "unknown to this configuration"
+        raise UserError(f"{what} '{name}': {problem}; use the configuration of the checkpoint")
+    for name, parameter in parameters.items():
+        array = arrays[name]
+        if tuple(array.shape) != tuple(parameter.shape):
+            raise UserError(
+                f"{what} '{name}': shape {tuple(array.shape)} in the checkpoint, {tuple(parameter.shape)} by this "
+                "configuration; use the configuration of the checkpoint"
+            )
+    for name, parameter in parameters.items():
+        # a slice stays known as one, or the next graph that is compiled would cut it again
+        parameter.set_data(Tensor(arrays[name], parameter.dtype), slice_shape=bool(parameter.sliced))
+
+
+def _drop_old(run: str | Path, keep: int, healthy: Healthy) -> None:
+    """Removes checkpoints older than the newest `keep` good ones, but for the best; a damaged one does not count."""
+    paths, good = listed(run), 0
+    if len(paths) <= keep:
+        return
+    kept_best = best(run)
+    for path in reversed(paths):
+        if good < keep:
+            good += healthy.is_good(path)
+        elif kept_best is None or path != kept_best[0]:
+            remove(set_aside(path))
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m switchyard.checkpoint`: see its --help."""
+    parser = cli.Parser("python -m switchyard.checkpoint", description="Works on checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("convert", help="re-cut a checkpoint for other degrees of parallelism")
+    command.add_argument("checkpoint", metavar="RUN", help="a run folder, or one checkpoint in it")
+    command.add_argument(
+        "--to", required=True, metavar="YAML", help="degrees: '{data_parallel: 8, expert_parallel: 4}'; '{}' = 1 device"
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="the new checkpoint; must not exist")
+    chosen = parser.parse_args(arguments)
+    from tqdm import tqdm
+
+    from switchyard.checkpoint.reshard import convert
+
+    out = Path(chosen.out)
+    show = {"unit": "B", "unit_scale": True, "desc": "writing", "disable": None, "leave": False}  # None: on a terminal
+    with cli.cleans_up(), tqdm(**show) as bar:
+        old, new = convert(resolve(chosen.checkpoint), chosen.to, out, bar)
+    print(f"checkpoint: '{out}' for {Degrees.of(new.parallel).devices} device(s)", flush=True)
+    if new.moe_layers and new.groups != old.groups:
+        print(
+            f"routing groups: {new.groups} from here on, not {old.groups}: each has a capacity of its own", flush=True
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,206 @@
+"""Checkpoints that several ranks write: each its slices and a note about them, one of them the manifest.
+
+All write into one temporary directory. A rank's files come first, its note last, so a note stands for files that are
+whole; when the notes of all ranks are there, they become the manifest and the directory is renamed.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from switchyard.checkpoint.layout import held, whole_shape, writes
+from switchyard.checkpoint.manifest import (
+    CONFIG,
+    KINDS,
+    STATE,
+    TEXTS,
+    TOKENIZER,
+    Manifest,
+    file_of,
+    fingerprint,
+    write_manifest,
+    write_text,
+)
+from switchyard.checkpoint.reader import joined
+from switchyard.checkpoint.tensors import Box, Entry, size_of, type_of, whole, within, write_file
+from switchyard.config import Config
+from switchyard.distributed.placement import Degrees
+from switchyard.errors import UserError
+from switchyard.file_errors import writing
+from switchyard.files import TEMPORARY, flush, remove, replace
+from switchyard.json_text import to_json
+
+NOTE = ".rank-{rank:05d}.json"
+POLL = 0.1  # seconds between two looks for notes
+
+Read = Callable[[str, Box], np.ndarray]  # (tensor, part of the whole tensor) -> that part
+
+
+def write_slices(
+    folder: Path,
+    degrees: Degrees,
+    layers: int,
+    rank: int,
+    entries: Mapping[str, Mapping[str, Entry]],
+    read: Mapping[str, Read],
+    advance: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Writes what a rank has to write of a checkpoint, piece by piece, then its note.
+
+    Args:
+        folder: the temporary directory.
+        degrees, layers: how the checkpoint is cut; model.num_layers.
+        rank: whose slices; one that holds nothing but copies writes its note only.
+        entries: kind -> name -> type and shape of whole tensors.
+        read: kind -> where parts come from.
+        advance: told the bytes of each piece.
+    """
+    files, known, devices = {}, {}, degrees.devices
+    for kind in KINDS:
+        boxes = {name: held(name, entry.shape, degrees, rank, layers) for name, entry in entries[kind].items()}
+        boxes = {name: box for name, box in boxes.items() if box is not None}
+        known[kind] = {name: [entries[kind][name].dtype, list(entries[kind][name].shape)] for name in boxes}
+        mine = {
+            name: box for name, box in boxes.items() if writes(name, entries[kind][name].shape, degrees, rank, layers)
+        }
+        if not mine and devices > 1:
+            continue
+        file = file_of(kind, rank, devices)
+        parts = {name: Entry(entries[kind][name].dtype, size_of(box)) for name, box in mine.items()}
+        files[file] = write_file(folder / file, parts, _shifted(read[kind], mine), advance)
+        if devices > 1:
+            files[file]["slices"] = {
+                name: {"offsets": [part.start for part in box], "shape": list(size_of(box))}
+                for name, box in sorted(mine.items())
+            }
+    note = {"rank": rank, "degrees": asdict(degrees), "tensors": known, "files": files}
+    write_whole(folder / NOTE.format(rank=rank), to_json(note))
+
+
+def _shifted(read: Read, boxes: Mapping[str, Box]) -> Read:
+    """Reads parts of slices where `read` reads parts of whole tensors."""
+
+    def part(name: str, box: Box) -> np.ndarray:
+        outer = boxes[name]
+        return read(name, tuple(slice(a.start + b.start, a.stop + b.start) for a, b in zip(box, outer)))
+
+    return part
+
+
+def from_arrays(
+    arrays: Mapping[str, np.ndarray],
+    degrees: Degrees,
+    rank: int,
+    layers: int,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[dict[str, Entry], Read]:
+    """(types and shapes of whole tensors, reader of their parts) of a rank's arrays.
+
+    Args:
+        arrays: name -> the rank's slice, or the whole tensor.
+        shapes: name of a parameter -> shape of the whole; what is not named is told from the slice.
+
+    Raises:
+        UserError: an array is neither the slice nor the whole.
+    """
+    shapes, entries, origins = shapes or {}, {}, {}
+    for name, array in arrays.items():
+        parameter = name.partition(".")[2]  # of a moment
+        shape = shapes.get(name) or shapes.get(parameter) or whole_shape(name, array.shape, degrees)
+        box = held(name, tuple(shape), degrees, rank, layers)
+        if box is None:  # of another pipeline stage
+            continue
+        if array.shape == size_of(box):
+            origins[name] = box
+        elif array.shape == tuple(shape):
+            origins[name] = whole(array.shape)
+        else:
+            raise UserError(
+                f"slice of '{name}': {array.shape}; rank {rank} of {degrees.devices} holds {size_of(box)} of {shape}"
+            )
+        entries[name] = Entry(type_of(array), tuple(shape))
+
+    def read(name: str, box: Box) -> np.ndarray:
+        return arrays[name][within(box, origins[name])]
+
+    return entries, read
+
+
+def assemble(folder: Path, config: Config, tokenizer_json: str, state: dict, degrees: Degrees, wait: float) -> None:
+    """Makes a checkpoint of the files in a temporary directory: texts, manifest, everything on the disk.
+
+    Raises:
+        UserError: the notes of some ranks did not come within `wait` seconds, are of other degrees, or their slices do
+            not make up every tensor.
+    """
+    notes, tensors = _notes(folder, degrees, wait), {kind: {} for kind in KINDS}
+    slices: dict[str, dict] = {}
+    for note in notes:
+        if note["degrees"] != asdict(degrees):
+            raise UserError(f"foreign slices of rank {note['rank']}: cut by {note['degrees']}, not {asdict(degrees)}")
+        for kind, entries in note["tensors"].items():
+            for name, (dtype, shape) in entries.items():
+                entry = Entry(dtype, tuple(shape))
+                if tensors[kind].setdefault(name, entry) != entry:
+                    raise UserError(f"foreign slice of '{name}' of rank {note['rank']}: of {dtype} {shape}")
+        slices |= note["files"]
+    if degrees.devices > 1:
+        for kind in KINDS:
+            joined(kind, tensors[kind], slices, degrees.devices)
+    texts = {CONFIG: config.to_yaml(), TOKENIZER: tokenizer_json, STATE: to_json(state, indent=1)}
+    for name in TEXTS:
+        write_text(folder / name, texts[name])
+    for note in notes:
+        (folder / NOTE.format(rank=note["rank"])).unlink()
+    files = {name: fingerprint(folder / name) for name in TEXTS} | slices
+    write_manifest(Manifest(folder, state["step"], files, degrees, tensors if degrees.devices > 1 else None))
+    flush(folder)
+
+
+def _notes(folder: Path, degrees: Degrees, wait: float) -> list[dict]:
+    """The notes of all ranks, in order, once they are there (UserError names those that did not come)."""
+    end = time.monotonic() + wait
+    while True:
+        paths = [folder / NOTE.format(rank=rank) for rank in range(degrees.devices)]
+        absent = [rank for rank, path in enumerate(paths) if not path.exists()]
+        if not absent:
+            return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        if time.monotonic() > end:
+            some = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
+            raise UserError(
+                f"missing slices of ranks {some} after {wait:g} s: the checkpoint was not written; see their logs"
+            )
+        time.sleep(POLL)
+
+
+def publish(folder: Path, place: Path) -> None:
+    """Renames a finished temporary directory: this is the moment at which the checkpoint exists."""
+    with writing(place):
+        replace(folder, place)  # a damaged one may be there, which a resumed run has reached again
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a checkpoint so that it is one no more; removing its files is then not seen half done."""
+    aside = path.with_name(f"{TEMPORARY}old-{path.name}")
+    if os.path.lexists(aside):
+        remove(aside)
+    os.replace(path, aside)
+    return aside
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file so that it is there whole, new or old, whenever the process dies."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        with writing(path):
+            temporary.write_text(text, encoding="utf-8")
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
+    finally:
+        remove(temporary)

@@ -1,0 +1,168 @@
+"""The processes of one job that msrun started: how many, which one this is, and what they tell each other.
+
+Between steps they exchange NumPy arrays, which is all that evaluation, checkpoints and signals need; what a step
+itself exchanges stands in its graph (distributed.collectives). One process alone is the usual case, `ALONE`.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from switchyard.config import Config
+from switchyard.distributed.placement import Degrees
+from switchyard.errors import UserError
+
+WORKER, SCHEDULER = "MS_WORKER", "MS_SCHED"  # what msrun writes into MS_ROLE
+BLOCKING = (
+    "launch: each kernel is waited for, which costs up to a third of the speed: on GPU MindSpore 2.9 lets several "
+    "AllReduce of one step race with its kernels (parallel.optimizer_shard=1 needs it not, without model slices)"
+)
+RACING = (
+    "warning: launch: the AllReduce of this step may race with its kernels, and nothing is waited for: set "
+    "context.launch_blocking=true; until then train.replica_check_every={every} is all that would notice"
+)
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> int:
+    """Processes of the job that this one belongs to: 1 where msrun did not start it."""
+    if environment.get("MS_ROLE") not in (WORKER, SCHEDULER):
+        return 1
+    return int(environment.get("MS_WORKER_NUM", "1"))
+
+
+def is_scheduler(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether msrun started this process to bring the others together; it does no work."""
+    return environment.get("MS_ROLE") == SCHEDULER
+
+
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is the process that writes, asked before the processes have met: rank 0, or one alone."""
+    return not is_scheduler(environment) and own_rank(environment) == 0
+
+
+def own_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """The rank of this process, asked before the processes have met."""
+    return int(environment.get("RANK_ID", "0")) if launched(environment) > 1 else 0
+
+
+def require_one_device(config: Config) -> None:
+    """Refuses any degree (UserError): evaluation and export read what many have written, and work alone."""
+    for name, value in config.parallel.model_dump().items():
+        if value != type(config.parallel).model_fields[name].default:
+            raise UserError(f"parallel.{name}: {value}; evaluation and export run in one process: leave it out")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """What this process knows of the others.
+
+    Attributes:
+        rank: which one this is, from 0.
+        size: how many there are.
+        degrees: how the model is cut over them.
+    """
+
+    rank: int = 0
+    size: int = 1
+    degrees: Degrees = field(default_factory=Degrees)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes the run folder."""
+        return self.rank == 0
+
+    @property
+    def data_slice(self) -> int:
+        """Which slice of the batch this process reads, from 0."""
+        return self.degrees.data_slice(self.rank)
+
+    def gather(self, array: np.ndarray) -> np.ndarray:
+        """The arrays of all processes, which have one shape and type, on each of them: [...] -> [size, ...]."""
+        array = np.ascontiguousarray(array)
+        if self.size == 1:
+            return array[None]
+        from mindspore import Tensor, ops
+
+        raw = array.reshape(-1).view(np.uint8)
+        words = np.zeros(-(-raw.size // 4), np.int32)  # AllGather takes no float64, and no bytes
+        words.view(np.uint8)[: raw.size] = raw
+        gathered = ops.AllGather()(Tensor(words[None])).asnumpy()  # [size, words]
+        parts = [part.view(np.uint8)[: raw.size].view(array.dtype) for part in gathered]
+        return np.stack(parts).reshape(self.size, *array.shape)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; all get the same answer."""
+        return bool(self.gather(np.array([flag], np.int32)).any())
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        self.gather(np.zeros(1, np.int32))
+
+    def part(self, array: np.ndarray, axis: int) -> np.ndarray:
+        """This process's slice of the batch: an even part of `axis`."""
+        if self.size == 1:
+            return array
+        length, index = array.shape[axis] // self.degrees.data_parallel, self.data_slice
+        return array.take(range(index * length, (index + 1) * length), axis)
+
+
+ALONE = Processes()
+
+
+def meet(config: Config) -> Processes:
+    """Joins the processes that msrun started; returns when all are there. The device has been chosen before.
+
+    The scheduler's process does not return from here before the job has ended.
+    """
+    if launched() == 1:
+        return ALONE
+    import mindspore as ms
+    from mindspore.communication import get_group_size, get_rank, init
+
+    if ms.get_context("device_target") == "GPU" and must_block(config):
+        ms.runtime.launch_blocking()
+        if own_rank() == 0:
+            print(BLOCKING, flush=True)
+    init()
+    return Processes(get_rank(), get_group_size(), Degrees.of(config.parallel))
+
+
+def must_block(config: Config) -> bool:
+    """Whether several GPUs wait for each kernel: where the step sums gradients or activations by AllReduce, which
+    MindSpore 2.9 can let race with the kernels that make and read them. With ZeRO most are ReduceScatter and
+    AllGather; of the compiled graph `graph.sums_may_race` knows."""
+    if config.context.launch_blocking is not None:
+        return config.context.launch_blocking
+    cut = config.parallel
+    return (cut.data_parallel > 1 and cut.optimizer_shard == 0) or cut.model_parallel > 1
+
+
+def waits_for_nothing(config: Config, processes: Processes) -> bool:
+    """Whether this is one of several GPUs that do not wait for each kernel."""
+    import mindspore as ms
+
+    return processes.size > 1 and ms.get_context("device_target") == "GPU" and not must_block(config)
+
+
+def local_config(config: Config, processes: Processes) -> Config:
+    """The configuration of one process's share: its part of the micro-batch, and its routing groups."""
+    if processes.size == 1:
+        return config
+    data = config.data.model_copy(update={"batch_size": config.data.batch_size // processes.size})
+    moe = config.moe.model_copy(update={"groups": config.groups // processes.size})
+    return config.model_copy(update={"data": data, "moe": moe})
+
+
+def on_one_device(config: Config) -> Config:
+    """The same model for evaluation on one device: no degrees, and the routing groups of before where groups matter.
+
+    They do where an expert has a capacity, or chooses its rows; a decoder without drops gives a row the same whatever
+    stands beside it, and takes batches of any size as one group.
+    """
+    if config.parallel == type(config.parallel)():
+        return config
+    free = config.model.type == "decoder" and config.moe.eval_capacity_factor is None
+    moe = config.moe.model_copy(update={"groups": config.moe.groups if free else config.groups})
+    return config.model_copy(update={"moe": moe, "parallel": type(config.parallel)()})

@@ -1,0 +1,45 @@
+"""Pipeline stages and the micro-batches that go through them. No MindSpore in here.
+
+Legend: A micro-batches.
+"""
+
+import numpy as np
+
+from switchyard.config import Config
+from switchyard.distributed.placement import Degrees, stages_of
+
+
+def stages_of_layers(config: Config) -> list[int]:
+    """The stage of each layer, that of its parameters."""
+    degrees, layers = Degrees.of(config.parallel), config.model.num_layers
+    return [stages_of(f"layers.{index}", layers, degrees)[0] for index in range(layers)]
+
+
+def factors(config: Config, of_each: np.ndarray) -> np.ndarray:
+    """Factors [A] of the losses of the micro-batches as the step reads them: [1, A], of a pipeline [A, A] diagonal."""
+    of_each = np.asarray(of_each, np.float32)
+    return of_each[None] if config.parallel.pipeline_stage == 1 else np.diag(of_each)
+
+
+def stage_config(config: Config, stage: int) -> Config:
+    """One stage's layers as a configuration of its own, without a pipeline."""
+    own = [index for index, of in enumerate(stages_of_layers(config)) if of == stage]
+    layers = tuple(index - own[0] for index in config.moe_layers if index in own)
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"num_layers": len(own)}),
+            "moe": config.moe.model_copy(update={"layers": layers}),
+            "parallel": config.parallel.model_copy(update={"pipeline_stage": 1, "micro_batch_num": 1}),
+        }
+    )
+
+
+def ways(config: Config, stage: int) -> list[int]:
+    """What a stage exchanges with others for each micro-batch, one way forward and the other way backward: of each
+    exchange the conditional layers whose tallies it carries, or -1 for rows between two layers."""
+    stages, of = config.parallel.pipeline_stage, stages_of_layers(config)
+    tallies = [
+        sum(of[index] == one for index in config.moe_layers) for one in range(stages - 1)
+    ]  # go to the last stage
+    rows = [-1] * ((stage > 0) + (stage < stages - 1))
+    return rows + [count for one, count in enumerate(tallies) if count and stage in (one, stages - 1)]

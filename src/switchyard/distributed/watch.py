@@ -1,0 +1,210 @@
+"""Watches a job that msrun runs: passes signals on, shows the first error, and leaves no process behind.
+
+    python -m switchyard.distributed.watch LOG_DIR COMMAND ...
+
+msrun puts every worker into a session of its own, so that neither Ctrl-C nor the end of msrun reaches them; it dies of
+SIGTERM and leaves them running; and after a worker's death it waits half a minute for its scheduler. So: SIGINT and
+SIGTERM go to the workers, who save and end together, and a second one ends everything; where no worker is left the
+scheduler is ended; and whatever is left when msrun has ended, is killed. SIGHUP, of a terminal that closes, counts as
+SIGTERM, but never as the second signal, for it comes twice; under nohup it is ignored.
+
+Exit code: 0, or that of the worker which failed first (2 a mistake in the input, 75 saved after a signal), 1 where it
+was killed. Nothing heavy is imported.
+"""
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from switchyard.cli import EXIT_KILLED
+from switchyard.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from switchyard.streams import hangs_up
+
+POLL = 0.2  # seconds
+PATIENCE = 1.0  # seconds that msrun gets to end by itself when no worker is left, one of them having failed
+WAIT_WELL = 60.0  # the same where none has
+LAST_WORDS = 5.0  # seconds for msrun to say what it has seen, after all others were ended
+FAILED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
+LAUNCHER_LOG = "msrun.log"
+SPOKEN = ("error: ", "interrupted: ")  # how the command lines say what happened, see switchyard.cli
+TRACEBACK = "Traceback (most recent call last)"
+TRACEBACK_LINES, TAIL_LINES = 40, 5
+
+
+class Job:
+    """One run of msrun and everything that it starts.
+
+    Args:
+        command: msrun with its arguments.
+        log_dir: where msrun writes worker_RANK.log; exists.
+    """
+
+    def __init__(self, command: list[str], log_dir: Path):
+        self.log_dir, self.signals = log_dir, 0
+        self.ranks: dict[int, int] = {}  # pid of a worker -> rank
+        self._seen: dict[int, psutil.Process] = {}
+        with open(log_dir / LAUNCHER_LOG, "w", encoding="utf-8") as log:
+            self.launcher = subprocess.Popen(command, stderr=log, start_new_session=True)
+        self._process = psutil.Process(self.launcher.pid)
+
+    def wait(self) -> int:
+        """Returns the job's exit code when everything has ended."""
+        empty = None  # since when no worker runs
+        try:
+            while self.launcher.poll() is None and self.signals < 2:
+                self._look()
+                if self._seen and not self._alive(self.ranks) and (self.ranks or self.failure()):
+                    empty = empty or time.monotonic()
+                    if time.monotonic() - empty > (WAIT_WELL if self.failure() is None else PATIENCE):
+                        break
+                time.sleep(POLL)
+        finally:
+            self._kill_all()
+        return self.exit_code()
+
+    def on_signal(self, number: int, _frame: object) -> None:
+        """The first goes to the workers, who save; the second ends the job, unless it is SIGHUP."""
+        if number == signal.SIGHUP and self.signals:
+            return
+        self.signals += 1
+        for pid in self._alive(self.ranks):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._seen[pid].send_signal(signal.SIGTERM)
+        if not self.ranks:
+            self.signals = 2  # nothing has begun that could be saved
+
+    def failure(self) -> tuple[int | None, int] | None:
+        """(rank, exit code) of the worker that failed first; None where msrun saw none. -9: killed by signal 9.
+
+        The rank is None where the worker ended before it was seen and its log does not tell it from the others.
+        """
+        found = FAILED.search((self.log_dir / LAUNCHER_LOG).read_text(encoding="utf-8", errors="replace"))
+        return (self.ranks.get(int(found[1]), self._loudest()), int(found[2])) if found else None
+
+    def _loudest(self) -> int | None:
+        """The lowest rank whose log holds an error."""
+        for rank, log in sorted((int(log.stem.split("_")[1]), log) for log in self.log_dir.glob("worker_*.log")):
+            if first_error(log)[:1] and first_error(log)[0].startswith((*SPOKEN, TRACEBACK)):
+                return rank
+        return None
+
+    def exit_code(self) -> int:
+        """What the whole job says."""
+        failure = self.failure()
+        if failure is not None:
+            if failure[1] < 0 and self.signals:
+                return EXIT_KILLED
+            return failure[1] if failure[1] in (EXIT_USER_ERROR, EXIT_INTERRUPTED) else 1
+        if self.signals:
+            return EXIT_KILLED
+        return min(abs(self.launcher.returncode), 1)
+
+    def report(self) -> str:
+        """Which worker failed first and what it said; '' where none did."""
+        failure = self.failure()
+        if self.exit_code() == EXIT_KILLED:
+            return "interrupted: the job was ended before it could save"
+        if failure is None:
+            ended = self.exit_code()
+            return f"error: msrun ended with code {ended}; see {self.log_dir / LAUNCHER_LOG}" if ended == 1 else ""
+        rank, code = failure
+        if rank is None:
+            return f"error: a worker ended with code {code} and said nothing; the logs are in {self.log_dir}"
+        log = self.log_dir / f"worker_{rank}.log"
+        said = first_error(log)
+        if len(said) == 1 and said[0].startswith(SPOKEN):
+            return f"{said[0]} (rank {rank}, {log})"
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        return "\n".join([f"error: rank {rank} {how}; its log {log}" + (" says:" if said else ""), *said])
+
+    def _look(self) -> None:
+        """Notes what msrun has started: its children, and theirs."""
+        try:
+            children = self._process.children(recursive=True)
+        except psutil.NoSuchProcess:
+            return
+        for child in children:
+            self._seen.setdefault(child.pid, child)
+            if child.pid not in self.ranks and (rank := _rank_of(child, self.launcher.pid)) is not None:
+                self.ranks[child.pid] = rank
+
+    def _alive(self, pids) -> list[int]:
+        """Those of the processes that still run."""
+        return [pid for pid in pids if _runs(self._seen[pid])]
+
+    def _kill_all(self) -> None:
+        """Ends msrun and all that it started."""
+        if self.launcher.poll() is None:
+            self._look()
+        for pid in self._alive(list(self._seen)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._seen[pid].kill()
+        if self.ranks or self.signals:
+            try:
+                self.launcher.wait(LAST_WORDS)  # it reads the workers' codes first
+            except subprocess.TimeoutExpired:
+                self.launcher.kill()
+        else:
+            self.launcher.kill()
+        self.launcher.wait()
+
+
+def _rank_of(process: psutil.Process, launcher: int) -> int | None:
+    """The rank of a worker; None of anything else, such as the `tail` by which msrun follows a worker's log."""
+    try:
+        environment = process.environ()
+        if environment.get("MS_ROLE") != "MS_WORKER" or process.ppid() != launcher or process.name() == "tail":
+            return None
+        return int(environment["RANK_ID"])
+    except (psutil.Error, KeyError):
+        return None
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def first_error(log: Path) -> list[str]:
+    """The first error in a worker's log: what the command line said, or a traceback, else the last lines."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for number, line in enumerate(lines):
+        if line.startswith(SPOKEN):
+            return [line]
+        if line.startswith(TRACEBACK):
+            return lines[number : number + TRACEBACK_LINES]
+    return lines[-TAIL_LINES:]
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command, see the top of this file."""
+    if len(arguments) < 2:
+        print("error: usage: python -m switchyard.distributed.watch LOG_DIR COMMAND ...", file=sys.stderr)
+        return EXIT_USER_ERROR
+    log_dir = Path(arguments[0])
+    log_dir.mkdir(parents=True, exist_ok=True)
+    for old in log_dir.glob("worker_*.log"):
+        old.unlink()  # of an earlier job, perhaps with more workers
+    job = Job(arguments[1:], log_dir)
+    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up() else [])):
+        signal.signal(number, job.on_signal)
+    code = job.wait()
+    if said := job.report():
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            print(said, file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The conditional layer: routers decide, dispatchers move, experts compute."""

@@ -1,0 +1,1 @@
+"""HOW rows move: from a Routing to the experts and back."""

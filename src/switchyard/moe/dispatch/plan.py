@@ -1,0 +1,174 @@
+"""HOW rows move: a Routing becomes a Plan of slots, and rows go there and back by gathers.
+
+Legend: G groups, N rows of a group, E experts, C capacity, K choices of a row, M slots of a group, D width,
+P blocks, b rows of a block. A choice is numbered c = n * K + k.
+
+A Plan is a dict of
+    choice_of [G, M] int32     the choice that fills a slot (a legal index even where `filled` is 0)
+    filled    [G, M] float32   1 where a slot holds a choice
+    slot_of   [G, N * K] int32 the slot of a choice (a legal index even where `kept` is 0)
+    kept      [G, N * K] float32  1 where a choice got a slot
+    block_expert [G, P] int32  dropless only: the expert of each block of slots
+`choice_of` and `slot_of` are inverse of each other wherever `filled` and `kept` are 1, so dispatch and combine are
+gathers forward and backward. (A dict, because a NamedTuple made inside a compiled graph stops the gradient.)
+"""
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from switchyard.moe.dispatch.capacity import capacity
+
+LAST = -1e30  # the gate of a choice that comes behind all others
+
+
+def block_size(rows: int, experts: int, choices: int) -> int:
+    """Rows of a dropless block: about a quarter of an expert's fair share, a power of two from 8 to 128.
+
+    With no more choices than experts a block is one row: only the chosen experts' weights are read.
+    """
+    if rows * choices <= experts:
+        return 1
+    quarter = max(1, rows * choices // (4 * experts))
+    return min(128, max(8, 1 << (quarter.bit_length() - 1)))
+
+
+class ChoiceOrder(nn.Cell):
+    """Sorts the choices of each group by expert and, within an expert, by who comes first.
+
+    Order "position": all first choices before any second, each by row. "probability": the largest gate first.
+    "batch_priority": all first choices before any second, each by the row's largest gate (V-MoE, arXiv
+    2106.05974). "random": the same by lot, and by row where none is drawn.
+    Choices of padded rows (expert = E) come last and are counted nowhere. A gate that is NaN or Inf counts as the
+    smallest: in a sort it would put the choices of other rows out of order.
+    """
+
+    def __init__(self, experts: int, choices: int, order: str):
+        super().__init__()
+        self.experts, self.choices, self.kind = experts, choices, order
+        self.largest, self.is_finite = ops.ReduceMax(), ops.IsFinite()
+        self.sort = ops.Sort(axis=1)
+        self.one_hot = ops.OneHot()
+        self.prefix = ops.CumSum(exclusive=True)
+        self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+
+    def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None):
+        """Experts and gates [G, N * K], lot [G, N] where one is drawn -> (order, position, count, start).
+
+        order [G, N * K]: the choice at each rank; position [G, N * K]: the place of a choice among its expert's;
+        count [G, E]: choices of each expert; start [G, E]: the rank of an expert's first. All int32.
+        """
+        total = experts.shape[1]
+        place = self._place(gates, lot)
+        order = self._argsort((experts * total + place).astype(mstype.float32))
+        rank = self._inverse(order)
+        count = self.one_hot(experts, self.experts, self.on, self.off).sum(1)  # [G, E]
+        start = self.prefix(count, 1).astype(mstype.int32)
+        own_start = ops.gather_elements(start, 1, ops.minimum(experts, self.experts - 1))  # [G, N * K]
+        return order, rank - own_start, count.astype(mstype.int32), start
+
+    def _place(self, gates, lot):
+        """Who comes first, from 0, among all choices: gates [G, N * K] -> [G, N * K], or [1, N * K] for all groups."""
+        if self.kind in ("probability", "batch_priority"):
+            gates = ops.where(self.is_finite(gates), gates, ops.full_like(gates, LAST))
+        if self.kind == "probability":
+            return self._inverse(self._argsort(-gates))
+        groups, total = gates.shape
+        rows = total // self.choices
+        rank = ops.expand_dims(ops.arange(rows), 0)  # [1, N]
+        if self.kind == "batch_priority":
+            rank = self._inverse(self._argsort(-self.largest(gates.reshape(groups, rows, self.choices), -1)))  # [G, N]
+        elif self.kind == "random" and lot is not None:
+            rank = self._inverse(self._argsort(lot))  # [G, N]
+        return (ops.expand_dims(rank, 2) + ops.arange(self.choices) * rows).reshape(-1, total)  # k * N + rank
+
+    def _argsort(self, keys):
+        return self.sort(keys)[1]
+
+    def _inverse(self, permutation):
+        return self.sort(permutation.astype(mstype.float32))[1]
+
+
+class CapacityPlan(nn.Cell):
+    """Every expert owns C slots: M = E * C; choices beyond an expert's C are dropped.
+
+    C is room in memory, so it is that of all N rows of a group, padded ones included: padding takes no slot and leaves
+    the real rows more room.
+    """
+
+    def __init__(self, experts: int, choices: int, factor: float, order: str, least: int = 1):
+        super().__init__()
+        self.experts, self.choices, self.factor, self.least = experts, choices, factor, least
+        self.order = ChoiceOrder(experts, choices, order)
+
+    def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None) -> dict:
+        """Experts [G, N, K] (E = nowhere), gates [G, N, K] and the lot of ChoiceOrder -> Plan."""
+        groups, rows, choices = experts.shape
+        slots = capacity(rows, self.experts, choices, self.factor, self.least)
+        experts = experts.reshape(groups, rows * choices)  # [G, N * K]
+        order, position, count, start = self.order(experts, gates.reshape(groups, rows * choices), lot)
+        within = ops.expand_dims(ops.expand_dims(ops.arange(slots), 0), 0)  # [1, 1, C]
+        rank = (ops.expand_dims(start, 2) + within).reshape(groups, -1)  # [G, E * C]
+        filled = (within < ops.expand_dims(count, 2)).astype(mstype.float32).reshape(groups, -1)  # [G, E * C]
+        kept = ops.logical_and(position < slots, experts < self.experts).astype(mstype.float32)  # [G, N * K]
+        slot = ops.minimum(experts, self.experts - 1) * slots + ops.minimum(position, slots - 1)
+        choice_of = ops.gather_elements(order, 1, ops.minimum(rank, rows * choices - 1))  # [G, E * C]
+        return _plan(choice_of, filled, slot, kept)
+
+
+class BlockPlan(nn.Cell):
+    """No choice is dropped: rows sorted by expert, each expert's padded to blocks of b rows.
+
+    P = ceil(N * K / b) + E blocks serve any imbalance, M = P * b (the block layout of MegaBlocks, arXiv 2211.15841,
+    with a static number of blocks). With b = 1 a block is a choice and nothing is sorted or padded.
+    """
+
+    def __init__(self, experts: int, choices: int, block: int | None):
+        super().__init__()
+        self.experts, self.choices, self.block = experts, choices, block
+        self.order = ChoiceOrder(experts, choices, "position")
+        self.prefix = ops.CumSum()
+
+    def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None) -> dict:
+        """Experts [G, N, K] (E = nowhere) and gates [G, N, K] -> Plan with `block_expert`; nobody draws lots."""
+        groups, rows, choices = experts.shape
+        total = rows * choices
+        block = self.block or block_size(rows, self.experts, choices)
+        experts = experts.reshape(groups, total)  # [G, N * K]
+        kept = (experts < self.experts).astype(mstype.float32)
+        safe = ops.minimum(experts, self.experts - 1)
+        if block == 1:
+            index = ops.expand_dims(ops.arange(total), 0) + ops.zeros_like(experts)
+            return _plan(index, kept, index, kept, safe)
+        order, position, count, start = self.order(experts, gates.reshape(groups, total))
+        blocks = (count + (block - 1)) // block  # [G, E]
+        last = self.prefix(blocks.astype(mstype.float32), 1).astype(mstype.int32)  # [G, E], exclusive end
+        first = last - blocks
+        number = ops.expand_dims(ops.arange(-(-total // block) + self.experts), 0)  # [1, P]
+        before = (ops.expand_dims(last, 1) <= ops.expand_dims(number, 2)).astype(mstype.float32)  # [G, P, E]
+        block_expert = ops.minimum(before.sum(2).astype(mstype.int32), self.experts - 1)  # [G, P]
+        place = (number - ops.gather_elements(first, 1, block_expert)) * block  # [G, P], within the expert
+        place = (ops.expand_dims(place, 2) + ops.arange(block)).reshape(groups, -1)  # [G, P * b]
+        own = _repeat(block_expert, block)  # [G, P * b]
+        filled = (place < ops.gather_elements(count, 1, own)).astype(mstype.float32)
+        rank = ops.minimum(ops.gather_elements(start, 1, own) + place, total - 1)
+        choice_of = ops.gather_elements(order, 1, rank)  # [G, P * b]
+        slot = ops.gather_elements(first, 1, safe) * block + position
+        return _plan(choice_of, filled, ops.where(kept > 0, slot, ops.zeros_like(slot)), kept, block_expert)
+
+
+def _repeat(values: Tensor, times: int) -> Tensor:
+    """[G, P] -> [G, P * times], each value `times` times in a row."""
+    return (ops.expand_dims(values, 2) + ops.zeros((1, 1, times), values.dtype)).reshape(values.shape[0], -1)
+
+
+def _plan(choice_of, filled, slot_of, kept, block_expert=None) -> dict:
+    """A Plan; no gradient flows through any part of it."""
+    plan = {
+        "choice_of": ops.stop_gradient(choice_of.astype(mstype.int32)),
+        "filled": ops.stop_gradient(filled),
+        "slot_of": ops.stop_gradient(slot_of.astype(mstype.int32)),
+        "kept": ops.stop_gradient(kept),
+    }
+    if block_expert is not None:
+        plan["block_expert"] = ops.stop_gradient(block_expert)
+    return plan

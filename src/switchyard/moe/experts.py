@@ -1,0 +1,109 @@
+"""WHAT works: feed-forward experts stacked on one axis, run as one batched matrix product.
+
+Legend: E experts, S rows of an expert, D width, F hidden width, P blocks, b rows of a block.
+"""
+
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from switchyard.distributed.mesh import Mesh, first
+from switchyard.nn.activation import SwiGLU, create_activation
+from switchyard.nn.cast import Cast
+from switchyard.nn.fused import NONE
+from switchyard.nn.initializers import normal
+
+
+class FeedForwardExperts(nn.Cell):
+    """E feed-forward networks: [E, S, D] -> [E, S, D], parameters stacked on E (never a loop over experts).
+
+    ReLU and GELU: act(x W_in) W_out. SwiGLU (arXiv 2002.05202, eq. 6): (silu(x W_gate) * x W_in) W_out.
+
+    Args:
+        std: (of the first matrices, of the last) initial standard deviation.
+        random: numpy generator of the initial weights; None: shapes only, see nn.initializers.
+        dtype: of the matrix products; parameters and result stay float32.
+        out: width of the result, where it is not D.
+        fused: operators of the device, see nn.fused.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        width: int,
+        hidden: int,
+        activation: str,
+        std: tuple[float, float],
+        random,
+        dtype,
+        out: int | None = None,
+        fused: frozenset[str] = NONE,
+    ):
+        super().__init__()
+        self.dtype = dtype
+        self.gated = activation == "swiglu"
+
+        def weight(name: str, shape: tuple[int, ...], scale: float) -> Parameter:
+            return Parameter(normal(random, scale, shape), name=name)
+
+        self.w_in = weight("w_in", (experts, width, hidden), std[0])
+        self.w_gate = weight("w_gate", (experts, width, hidden), std[0]) if self.gated else None
+        self.w_out = weight("w_out", (experts, hidden, out or width), std[1])
+        self.product_in = ops.BatchMatMul()
+        self.product_gate = ops.BatchMatMul()
+        self.product_out = ops.BatchMatMul()
+        self.activation = SwiGLU("Swiglu" in fused) if self.gated else create_activation(activation)
+        self.to_dtype, self.widen = Cast(dtype), Cast(mstype.float32)
+        self.narrow_in, self.narrow_gate, self.narrow_out = Cast(dtype), Cast(dtype), Cast(dtype)
+        self.local = None
+        self.take = ops.Gather()
+        self.mix = ops.MatMul()
+
+    def construct(self, rows: Tensor) -> Tensor:
+        """Rows [E, S, D], those of expert e in slice e."""
+        return self._work(rows, self.w_in, self.w_gate, self.w_out)
+
+    def blocks(self, rows: Tensor, block_expert: Tensor) -> Tensor:
+        """Rows [P, b, D], those of block p all of expert `block_expert` [P]: the chosen experts' weights only."""
+        w_gate = self.take(self.w_gate, block_expert, 0) if self.gated else None  # [P, D, F]
+        return self._work(rows, self.take(self.w_in, block_expert, 0), w_gate, self.take(self.w_out, block_expert, 0))
+
+    def merged(self, rows: Tensor, gates: Tensor) -> Tensor:
+        """Rows [G, N, D] through one network a group: the experts' parameters weighted by gates [G, E] and summed."""
+        w_gate = self._mean(self.w_gate, gates) if self.gated else None  # [G, D, F]
+        return self._work(rows, self._mean(self.w_in, gates), w_gate, self._mean(self.w_out, gates))
+
+    def _mean(self, weight, gates):
+        experts, rows, columns = weight.shape
+        return self.mix(gates, weight.reshape(experts, -1)).reshape(-1, rows, columns)  # [G, D, F]
+
+    def _work(self, rows, w_in, w_gate, w_out):
+        rows = self.to_dtype(rows)
+        hidden = self.product_in(rows, self.narrow_in(w_in))  # [E, S, F]
+        if self.gated:
+            gate = self.product_gate(rows, self.narrow_gate(w_gate))  # [E, S, F]
+            hidden = self.gate_hidden(gate, hidden) if self.local is None else self.local(gate, hidden)
+        else:
+            hidden = self.bend_hidden(hidden) if self.local is None else self.local(hidden)
+        return self.widen(self.product_out(hidden, self.narrow_out(w_out)))  # [E, S, D]
+
+    def gate_hidden(self, gate: Tensor, hidden: Tensor) -> Tensor:
+        """Hidden [E, S, F] weighted by the non-linearity of its gate."""
+        return self.activation(gate, hidden)
+
+    def bend_hidden(self, hidden: Tensor) -> Tensor:
+        """The non-linearity of hidden [E, S, F]."""
+        return self.activation(hidden)
+
+    def shard(self, mesh: Mesh, experts: str | None = "expert", rows: str = "outer") -> None:
+        """E cut by `experts`, S by `rows`, F by the model slices, over which the second product's result is summed."""
+        before, within = mesh.cut(experts, rows, None), mesh.cut(experts, rows, "model")
+        for product in (self.product_in, self.product_gate):
+            product.shard((before, mesh.cut(experts, None, "model")), (within,))
+        self.product_out.shard((within, mesh.cut(experts, "model", None)), (before,))
+        work, inputs = (self.gate_hidden, (within, within)) if self.gated else (self.bend_hidden, (within,))
+        self.local = mesh.local(work, inputs, (within,), first, first)
+        self.to_dtype.shard(mesh, experts, rows, None)
+        self.narrow_in.shard(mesh, experts, None, "model")
+        self.narrow_gate.shard(mesh, experts, None, "model")
+        self.narrow_out.shard(mesh, experts, "model", None)
+        self.widen.shard(mesh, experts, rows, None)

@@ -1,0 +1,183 @@
+"""Routing in which experts choose rows: expert choice, and mixture of depths, where one expert does.
+
+Legend: G groups, N rows of a group, E experts, C rows that an expert takes, D width, S rows of a sequence, H hidden.
+"""
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from switchyard.moe.dispatch.capacity import capacity
+from switchyard.moe.routing.base import LinearRouter, RouterSetting, register
+from switchyard.nn.masks import keep_where
+from switchyard.nn.softmax import log_sigmoid
+
+NOBODY = -1e30  # the score of a padded row: taken only where no real row is left
+
+
+@ops.constexpr
+def capacities(rows: int, experts: int, choices: int, factor: float) -> Tensor:
+    """The capacity of a list of 0, 1, .. `rows` real rows: [N + 1] int32. A constant of the compiled graph."""
+    each = [capacity(real, experts, choices, factor) for real in range(rows + 1)]
+    return Tensor(np.array(each, np.int32))
+
+
+class TopRows(nn.Cell):
+    """The best rows of each list, as many as the capacity of its real rows.
+
+    Args:
+        experts, choices, factor: of `capacity`. C is that of N rows, the size of the arrays; of n real rows among them
+            only the slots below capacity(n) are filled, so that padding changes nothing.
+    """
+
+    def __init__(self, experts: int, choices: int):
+        super().__init__()
+        self.experts, self.choices = experts, choices
+        self.top, self.take, self.is_finite = ops.TopK(sorted=True), ops.Gather(), ops.IsFinite()
+
+    def construct(self, scores: Tensor, valid: Tensor, factor: float):
+        """Scores and valid [L, N] -> (rows [L, C] int32, filled [L, C] of 1 and 0)."""
+        rows = scores.shape[1]
+        scores = ops.stop_gradient(scores)
+        known = ops.logical_and(valid > 0, self.is_finite(scores))  # NaN comes last, in whatever order TopK has it
+        others = ops.where(valid > 0, ops.full_like(scores, 0.5 * NOBODY), ops.full_like(scores, NOBODY))
+        best = ops.where(known, scores, others)
+        _, taken = self.top(best, capacity(rows, self.experts, self.choices, factor))  # [L, C]
+        each = capacities(rows, self.experts, self.choices, factor)  # [N + 1]
+        room = self.take(each, valid.sum(1, keepdims=True).astype(mstype.int32), 0)  # [L, 1]
+        rank = ops.expand_dims(ops.arange(taken.shape[1]), 0)  # [1, C]
+        return taken, (rank < room).astype(mstype.float32)
+
+
+def chosen_rows(rows: Tensor, filled: Tensor, count: int) -> Tensor:
+    """Marks of what experts took: rows and filled [G, E, C] -> [G, N, E] of 1 and 0."""
+    groups, experts, _ = rows.shape
+    lists = ops.arange(groups * experts).reshape(groups, experts, 1)
+    index = (lists * count + rows).astype(mstype.int32).reshape(-1)  # [G * E * C]
+    marks = ops.unsorted_segment_sum(filled.reshape(-1), index, groups * experts * count)
+    return ops.stop_gradient(marks.reshape(groups, experts, count).transpose(0, 2, 1))
+
+
+@register("expert_choice")
+class ExpertChoice(LinearRouter):
+    """Expert choice (arXiv 2202.09368): every expert takes the C rows that suit it best.
+
+    C = N * K * capacity_factor / E, K the mean number of experts of a row: a row may get more, or none. N counts the
+    real rows of the group, whatever padding stands beside them. Load is balanced by construction. Whether a row is
+    taken depends on all rows of its group, later ones too. At evaluation
+    `eval_capacity_factor` rules, or where it is null the factor of training: nothing is dropless here.
+    """
+
+    paper = "arXiv 2202.09368"
+    form = "expert_choice"
+    causal, batch_independent = False, False
+    losses = ("z", "importance", "mutual_information")
+
+    def __init__(self, setting: RouterSetting):
+        super().__init__(setting)
+        moe = setting.moe
+        self.train_factor, self.eval_factor = moe.capacity_factor, moe.eval_capacity_factor or moe.capacity_factor
+        self.softmax, self.top = ops.Softmax(-1), TopRows(self.expert_num, self.choices)
+
+    def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
+        groups, count, _ = rows.shape
+        factor = self.train_factor if self.training else self.eval_factor
+        logits = self.score(rows, self.weight)  # [G, N, E]
+        probabilities = self.softmax(logits)  # S of the paper
+        scores = probabilities.transpose(0, 2, 1).reshape(-1, count)  # [G * E, N]
+        valid = ops.tile(ops.expand_dims(context["valid"], 1), (1, self.expert_num, 1)).reshape(-1, count)
+        taken, filled = self.top(scores, valid, factor)  # its I, [G * E, C]
+        gates = keep_where(ops.gather_elements(scores, 1, taken), filled)  # its G
+        shape = (groups, self.expert_num, taken.shape[1])
+        taken, filled = taken.reshape(shape), filled.reshape(shape)
+        return {
+            "rows": taken,
+            "filled": filled,
+            "gates": gates.reshape(shape),
+            "probabilities": probabilities,
+            "logits": logits,
+            "mass": probabilities,
+            "chosen": chosen_rows(taken, filled, count),
+        }
+
+
+@register("mixture_of_depths")
+class MixtureOfDepths(LinearRouter):
+    """Mixture of depths (arXiv 2404.02258): one expert, or none, for each row.
+
+    In training the top `moe.capacity_factor` share of the real rows of each sequence, by a score x . w, goes through
+    the expert and the others pass by on the residual. Which they are depends on later rows, so a generating model
+    cannot ask: a small classifier learns to foretell it from the row alone, through a stopped gradient, and
+    decides at evaluation, where the layer is causal.
+
+    The expert's output is multiplied by sigmoid(score), which puts the score on the way of the gradient: without it the
+    router would never learn. The paper multiplies by the score itself (eq. 1); a gate between 0 and 1 keeps the scale
+    of the output apart from that of the score. The layer here is the feed-forward alone, not attention.
+    """
+
+    paper = "arXiv 2404.02258"
+    form, eval_form, refuses = "expert_choice", "token_choice", True
+    losses = ()
+
+    def __init__(self, setting: RouterSetting):
+        super().__init__(setting)
+        random, width, hidden = setting.random, setting.width, max(8, setting.width // 8)
+        self.share, self.length = setting.moe.capacity_factor, setting.length
+
+        def weight(name: str, *shape: int) -> Parameter:
+            return Parameter(Tensor(random.normal(0.0, shape[0] ** -0.5, shape).astype(np.float32)), name=name)
+
+        self.hidden, self.out = weight("hidden", width, hidden), weight("out", hidden, 1)  # [D, H], [H, 1]
+        self.bias = Parameter(Tensor(np.zeros((1,), np.float32)), name="bias")
+        self.predict_in, self.predict_out, self.relu = ops.MatMul(), ops.MatMul(), ops.ReLU()
+        self.sigmoid, self.top = ops.Sigmoid(), TopRows(1, 1)
+
+    def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
+        score = self.score(rows, self.weight)  # [G, N, 1]
+        predicted = self.predict(rows)  # [G, N]
+        if self.training:
+            routing = self.take(score, context["valid"])
+            routing["own_loss"] = self.prediction_loss(predicted, routing["chosen"].squeeze(-1), context["valid"])
+        else:
+            routing = self.decide(score, predicted, context["valid"])
+        probabilities = self.sigmoid(score)
+        routing["probabilities"] = probabilities
+        routing["logits"] = score
+        routing["mass"] = probabilities
+        return routing
+
+    def predict(self, rows: Tensor) -> Tensor:
+        """Rows [G, N, D] -> logits [G, N] of being taken; no gradient reaches the rows."""
+        groups, count, width = rows.shape
+        rows = ops.stop_gradient(rows).reshape(-1, width).astype(mstype.float32)  # [G * N, D]
+        hidden = self.relu(self.predict_in(rows, self.hidden))  # [G * N, H]
+        return (self.predict_out(hidden, self.out) + self.bias).reshape(groups, count)
+
+    def take(self, score: Tensor, valid: Tensor) -> dict:
+        """The top rows of each sequence: form "expert_choice" of one expert."""
+        groups, count, _ = score.shape
+        length = count
+        if self.length is not None and count % self.length == 0:
+            length = self.length
+        scores, real = score.reshape(-1, length), valid.reshape(-1, length)  # [G * N / S, S]
+        taken, filled = self.top(scores, real, self.share)
+        gates = keep_where(self.sigmoid(ops.gather_elements(scores, 1, taken)), filled)
+        first = ops.arange(scores.shape[0]) % (count // length) * length  # of each sequence in its group
+        taken = taken + ops.expand_dims(first, 1).astype(mstype.int32)  # numbered in their group
+        taken = taken.reshape(groups, 1, -1)  # [G, 1, C]
+        filled = filled.reshape(groups, 1, -1)
+        chosen = chosen_rows(taken, filled, count)
+        return {"rows": taken, "filled": filled, "gates": gates.reshape(groups, 1, -1), "chosen": chosen}
+
+    def decide(self, score: Tensor, predicted: Tensor, valid: Tensor) -> dict:
+        """The rows that the classifier lets through: form "token_choice", expert 0 or none."""
+        works = ops.expand_dims((predicted > 0).astype(mstype.float32) * valid, -1)  # [G, N, 1]
+        experts = (1.0 - works).astype(mstype.int32)  # 1 = E is nowhere
+        return {"experts": experts, "gates": keep_where(self.sigmoid(score), works), "chosen": works}
+
+    def prediction_loss(self, predicted: Tensor, taken: Tensor, valid: Tensor) -> Tensor:
+        """Binary cross-entropy of the classifier, mean over real rows. Scalar."""
+        losses = -log_sigmoid(-predicted) - predicted * taken  # [G, N]
+        return keep_where(losses, valid).sum() / ops.maximum(valid.sum(), 1.0)

@@ -1,0 +1,104 @@
+"""Sigmoid scores, balanced by a bias instead of a loss, and choice within the best groups of experts.
+
+Legend: G groups that route for themselves, N rows of a group, E experts, K choices of a row, D width, Q groups of
+experts.
+"""
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from switchyard.config import MoEConfig
+from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, by_rows, register, shares
+from switchyard.nn.softmax import log_sigmoid
+
+FAR = 1e30  # taken from a score, it is never chosen
+
+
+@register("sigmoid")
+class Sigmoid(LinearRouter):
+    """s = sigmoid(x W) (DeepSeek-V3, arXiv 2412.19437, eq. 15), gates of the K experts with the largest s + b (eq. 16).
+
+    b is no weight: after each training pass it rises by u = `moe.topk_bias_update_rate` where an expert had less than
+    the mean load and falls by u where it had more (arXiv 2408.15664, algorithm 1), so no balance loss is needed: set
+    moe.aux_loss_factor to 0. Only the choice sees b, never the gate. It is a parameter without gradient, and kept in
+    checkpoints. A step of several micro-batches updates it after each.
+
+    `norm_topk_prob` divides K >= 2 gates by their sum (eq. 13), `routed_scaling_factor` multiplies them. With
+    `moe.n_group` > 1 a row chooses within `moe.topk_group` groups only, those whose two best scores sum highest.
+    """
+
+    paper = "arXiv 2408.15664, 2412.19437"
+
+    def __init__(self, setting: RouterSetting):
+        super().__init__(setting)
+        moe = setting.moe
+        self.normalise, self.factor = moe.norm_topk_prob and self.choices > 1, moe.routed_scaling_factor
+        self.rate = moe.topk_bias_update_rate
+        bias = Tensor(np.zeros(self.expert_num, np.float32))
+        self.bias = Parameter(bias, name="bias", requires_grad=False)
+        self.limit = BestGroups(moe, self.expert_num) if moe.n_group > moe.topk_group else None
+        self.choose = Choosing(self.expert_num, self.choices)
+        self.sigmoid, self.softmax, self.sign, self.assign = ops.Sigmoid(), ops.Softmax(-1), ops.Sign(), ops.Assign()
+        self.over_processes = None  # sums the load over the processes of a job, see distributed.collectives.cut_model
+
+    def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
+        logits = self.score(rows, self.weight)  # [G, N, E]
+        scores = self.sigmoid(logits)  # s, eq. 15
+        biased = ops.stop_gradient(scores) + self.bias  # eq. 16
+        if self.limit is not None:
+            biased = self.limit(biased)
+        logarithm = log_sigmoid(logits)
+        experts, gates, chosen = self.choose(biased, logarithm if self.normalise else scores, context)
+        if self.normalise:
+            gates = shares(gates, context["valid"])  # eq. 13
+        if self.training and self.rate > 0:
+            load = ops.stop_gradient(chosen).sum((0, 1))  # c, [E]
+            if self.over_processes is not None:
+                load = self.over_processes(load)
+            self.assign(self.bias, self.bias + self.rate * self.sign(load.mean() - load))  # algorithm 1
+        probabilities = self.softmax(logarithm)  # s' = s / sum of s, eq. 19
+        return by_rows(experts, gates * self.factor, chosen, probabilities, logits)
+
+
+class GroupLimit(nn.Cell):
+    """Leaves a row the experts of its best groups: scores [G, N, E], of groups [G, N, Q] -> [G, N, E].
+
+    The experts stand in Q = `moe.n_group` groups, one beside the other; scores outside the `moe.topk_group` best are
+    moved out of reach.
+    """
+
+    def __init__(self, moe: MoEConfig):
+        super().__init__()
+        self.groups = moe.n_group
+        self.top = TopChoices(self.groups, moe.topk_group)
+
+    def construct(self, scores: Tensor, group_scores: Tensor) -> Tensor:
+        _, masks = self.top(group_scores)  # K x [G, N, Q]
+        inside = masks[0]
+        for mask in masks[1:]:
+            inside = inside + mask
+        grouped = scores.reshape(*group_scores.shape, -1)  # [G, N, Q, E / Q]
+        return (grouped - (1.0 - ops.expand_dims(inside, -1)) * FAR).reshape(scores.shape)
+
+
+class BestGroups(nn.Cell):
+    """Node-limited routing (DeepSeek-V3, arXiv 2412.19437): scores [G, N, E] -> [G, N, E].
+
+    A group's score is the sum of its two best experts' scores, see GroupLimit.
+    """
+
+    def __init__(self, moe: MoEConfig, experts: int):
+        super().__init__()
+        self.groups, self.size = moe.n_group, experts // moe.n_group
+        self.best = TopChoices(self.size, min(2, self.size))
+        self.limit = GroupLimit(moe)
+
+    def construct(self, scores: Tensor) -> Tensor:
+        groups, count, _ = scores.shape
+        grouped = scores.reshape(groups, count * self.groups, self.size)  # [G, N * Q, E / Q]
+        _, masks = self.best(grouped)
+        total = (grouped * masks[0]).sum(-1)  # [G, N * Q]
+        for mask in masks[1:]:
+            total = total + (grouped * mask).sum(-1)
+        return self.limit(scores, total.reshape(groups, count, self.groups))

@@ -1,0 +1,79 @@
+"""Learned token choice by a softmax gate: Switch and top-k.
+
+Legend: G groups, N rows of a group, E experts, K choices of a row, D width.
+"""
+
+from mindspore import Tensor, ops
+
+from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register, shares
+
+
+class SoftmaxRouter(LinearRouter):
+    """p = softmax(x W) (arXiv 2101.03961, eq. 1), the K most probable experts, gates made of their probabilities."""
+
+    cuts = True
+
+    def __init__(self, setting: RouterSetting, columns: int | None = None):
+        super().__init__(setting, columns)
+        self.factor = setting.moe.routed_scaling_factor
+        self.softmax = ops.Softmax(-1)
+        self.choose = Choosing(self.expert_num, self.choices)
+
+    def construct(self, rows: Tensor, context: dict) -> dict:
+        """See Router.construct."""
+        return self.decide(self.logits(rows), context)
+
+    def decide(self, logits: Tensor, context: dict) -> dict:
+        """The Routing that scores [G, N, E] make; reads no parameter."""
+        probabilities = self.softmax(logits)  # arXiv 2101.03961, eq. 1
+        scores = self.rank(logits, context["valid"])
+        experts, gates, chosen = self.chosen(scores, logits, probabilities, context)
+        return by_rows(experts, self.weigh(gates) * self.factor, chosen, probabilities, logits)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Rows [G, N, D] -> scores whose softmax are the probabilities [G, N, E]."""
+        return self.score(rows, self.weight)
+
+    def rank(self, logits: Tensor, valid: Tensor) -> Tensor:
+        """What the choice goes by: logits [G, N, E] and valid [G, N] -> [G, N, E]."""
+        return logits
+
+    def chosen(self, scores: Tensor, logits: Tensor, probabilities: Tensor, context: dict):
+        """What Choosing returns for scores [G, N, E]; the gates are the chosen experts' probabilities."""
+        return self.choose(scores, probabilities, context)
+
+    def weigh(self, gates: Tensor) -> Tensor:
+        """What becomes of the gates [G, N, K]."""
+        return gates
+
+
+@register("switch")
+class Switch(SoftmaxRouter):
+    """Switch Transformer (arXiv 2101.03961, section 2.1): K = 1, the gate is the probability itself (eq. 2).
+
+    Not renormalised: a single gate divided by itself is 1, and the router would get no gradient from the task.
+    """
+
+    paper = "arXiv 2101.03961"
+
+
+class NormalisedRouter(SoftmaxRouter):
+    """`norm_topk_prob` divides K >= 2 gates by their sum; one alone it does not, for the reason that Switch gives."""
+
+    def __init__(self, setting: RouterSetting, columns: int | None = None):
+        super().__init__(setting, columns)
+        self.normalise = setting.moe.norm_topk_prob and self.choices > 1
+
+    def chosen(self, scores: Tensor, logits: Tensor, probabilities: Tensor, context: dict):
+        """As of SoftmaxRouter, with gates that sum to 1, or as they are."""
+        if not self.normalise:
+            return self.choose(scores, probabilities, context)
+        experts, gates, chosen = self.choose(scores, logits, context)
+        return experts, shares(gates, context["valid"]), chosen
+
+
+@register("top_k")
+class TopK(NormalisedRouter):
+    """Top-k softmax gate (arXiv 1701.06538; Mixtral, arXiv 2401.04088)."""
+
+    paper = "arXiv 1701.06538, 2401.04088"

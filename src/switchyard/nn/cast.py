@@ -1,0 +1,31 @@
+"""A tensor in another type, also where it is cut over devices."""
+
+from mindspore import Tensor, nn
+
+from switchyard.distributed.mesh import Mesh, first
+
+
+class Cast(nn.Cell):
+    """x [...] -> x in `dtype`; nothing where it has that type already."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype, self.local = dtype, None
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.local is None:
+            return self.work(x)
+        return self.local(x)
+
+    def work(self, x: Tensor) -> Tensor:
+        """The cast itself."""
+        return x.astype(self.dtype)
+
+    def shard(self, mesh: Mesh, *axes: str | None) -> None:
+        """x is cut along `axes`, before and after."""
+        dtype, cut = self.dtype, mesh.cut(*axes)
+
+        def types(x):
+            return dtype
+
+        self.local = mesh.local(self.work, (cut,), (cut,), first, types)

@@ -1,0 +1,249 @@
+"""Parts of a Transformer: embedding, rotary positions, attention, dropout.
+
+Legend: B batch, S sequence, N = B * S tokens, D width, H query heads, J key/value heads, R = H / J query heads of one
+key/value head, h head size.
+"""
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.ops.auto_generate import FlashAttentionScore
+
+from switchyard.config import ModelConfig
+from switchyard.distributed.mesh import Mesh, first
+from switchyard.nn.cast import Cast
+from switchyard.nn.fused import NONE
+from switchyard.nn.initializers import normal
+from switchyard.nn.noise import NoiseSlices
+from switchyard.nn.softmax import Softmax
+
+MASKED = -1e9  # added to the score of a position that must not be seen
+
+
+class Embedding(nn.Cell):
+    """Table [V, D]; tokens [...] -> [N, D]."""
+
+    def __init__(self, entries: int, width: int, std: float, random: np.random.Generator):
+        super().__init__()
+        self.table = Parameter(normal(random, std, (entries, width)), name="table")
+        self.take = ops.Gather()
+        self.local = None
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        if self.local is None:
+            return self.look_up(self.table, tokens)
+        return self.local(self.table, tokens)
+
+    def look_up(self, table: Tensor, tokens: Tensor) -> Tensor:
+        """Table [V, D], tokens [...] -> [N, D]."""
+        return self.take(table, tokens.reshape(-1), 0)
+
+    def shard(self, mesh: Mesh) -> None:
+        """Tokens [B, S] are cut along B, the rows too; the table is whole everywhere."""
+        cuts = (mesh.cut(None, None), mesh.cut("data", None))
+        self.local = mesh.local(self.look_up, cuts, (mesh.cut("data", None),), row_shape, first)
+
+
+def row_shape(table, tokens):
+    """Shape of the rows [N, D] of a table [V, D] at tokens [B, S]."""
+    return [tokens[0] * tokens[1], table[1]]
+
+
+class Linear(nn.Cell):
+    """x W, no bias: [N, I] -> [N, O] in `dtype`."""
+
+    def __init__(self, size_in: int, size_out: int, std: float, random: np.random.Generator, dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.weight = Parameter(normal(random, std, (size_in, size_out)), name="weight")
+        self.product = ops.MatMul()
+        self.cast_x, self.cast_weight = Cast(dtype), Cast(dtype)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.product(self.cast_x(x), self.cast_weight(self.weight))
+
+    def shard(self, mesh: Mesh, size_in: str | None, size_out: str | None, out: str = "data") -> None:
+        """Weight [I, O] cut by `size_in` and `size_out`, x by rows and `size_in`, the result by `out` and `size_out`.
+
+        Where I is cut the result is a sum over the model slices: AllReduce, or ReduceScatter where `out` is "rows".
+        """
+        cuts = (mesh.cut("data", size_in), mesh.cut(size_in, size_out))
+        self.product.shard(cuts, (mesh.cut(out, size_out),))
+        self.cast_x.shard(mesh, "data", size_in)
+        self.cast_weight.shard(mesh, size_in, size_out)
+
+
+class Dropout(nn.Cell):
+    """Zeroes a share `rate` of the values and scales the rest by 1 / (1 - rate): [N, D], noise [.., N, D] of U(0, 1).
+
+    The noise is an input, so a resumed run draws what the uninterrupted one would have.
+    """
+
+    def __init__(self, rate: float, slices: NoiseSlices):
+        super().__init__()
+        self.rate, self.slice = rate, slices.take(rate > 0)
+        self.local = None
+
+    def construct(self, x: Tensor, noise: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        if self.local is None:
+            return self.drop(x, noise)
+        return self.local(x, noise)
+
+    def drop(self, x: Tensor, noise: Tensor) -> Tensor:
+        """What is left of x."""
+        return x * ((noise[self.slice] >= self.rate).astype(mstype.float32) * (1.0 / (1.0 - self.rate)))
+
+    def shard(self, mesh: Mesh) -> None:
+        """Rows are cut, and the noise with them."""
+        rows = mesh.cut("rows", None)
+        self.local = mesh.local(self.drop, (rows, mesh.cut(None, "rows", None)), (rows,), first, first)
+
+
+class Rotary(nn.Cell):
+    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34), halves paired: [..., S, h] with tables [S, h / 2]."""
+
+    def __init__(self, length: int, head_size: int, theta: float):
+        super().__init__()
+        half = head_size // 2
+        angles = np.outer(np.arange(length), theta ** (-np.arange(half) / half))
+        self.cos_table = Tensor(np.cos(angles).astype(np.float32))
+        self.sin_table = Tensor(np.sin(angles).astype(np.float32))
+        self.split = ops.Split(-1, 2)
+        self.join = ops.Concat(-1)
+        self.take = ops.Gather()
+
+    def tables(self, positions: Tensor):
+        """Cosines and sines of positions [...]: two tensors [..., h / 2]."""
+        return self.take(self.cos_table, positions, 0), self.take(self.sin_table, positions, 0)
+
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = self.split(x)  # [..., S, h / 2]
+        cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+        return self.join((first * cos - second * sin, second * cos + first * sin))
+
+
+def causal_mask(length: int) -> Tensor:
+    """What is added to scores [S, S]: 0 where a position may look, MASKED where it may not."""
+    return Tensor(np.triu(np.full((length, length), MASKED, np.float32), 1))
+
+
+def hidden_mask(length: int) -> Tensor:
+    """The same for FlashAttentionScore, uint8 [S, S]: 0 where a position may look, 1 where it may not."""
+    return Tensor(np.triu(np.ones((length, length), np.uint8), 1))
+
+
+class Attention(nn.Cell):
+    """Causal multi-head (arXiv 1706.03762, eq. 1) or grouped-query (arXiv 2305.13245) attention: [N, D] -> [N, D].
+
+    One matrix makes queries, keys and values, ordered key/value head by key/value head ([D, J * (R + 2) * h]), so that
+    a slice of it by heads is whole.
+
+    Args:
+        causal: `causal_mask` of the longest sequence, `hidden_mask` where attention is fused; the layers share one.
+        fused: operators of the device, see nn.fused. FlashAttentionScore makes scores, softmax and what they bring
+            together in one, and keeps no [S, S] matrix for the backward pass.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        causal: Tensor,
+        std_out: float,
+        random: np.random.Generator,
+        dtype,
+        fused: frozenset[str] = NONE,
+    ):
+        super().__init__()
+        self.kv_heads = model.n_kv_heads or model.num_heads
+        self.repeat = model.num_heads // self.kv_heads
+        self.head_size = model.hidden_size // model.num_heads
+        self.scale = self.head_size**-0.5
+        width = self.kv_heads * (self.repeat + 2) * self.head_size
+        self.qkv = Linear(model.hidden_size, width, model.init_method_std, random, dtype)
+        self.out = Linear(model.hidden_size, model.hidden_size, std_out, random, dtype)
+        self.rotary = None
+        if model.position == "rotary":
+            self.rotary = Rotary(causal.shape[0], self.head_size, model.theta)
+        self.split = ops.Split(2, 3)
+        self.transpose = ops.Transpose()
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.softmax = Softmax()
+        self.mix = ops.BatchMatMul()
+        self.causal = causal
+        self.widen = Cast(mstype.float32)
+        self.local, self.length = None, causal.shape[0]
+        self.fused = self._fused() if "FlashAttentionScore" in fused else None
+
+    def construct(self, x: Tensor, batch: int) -> Tensor:
+        """Every position sees itself and those before it."""
+        qkv = self.qkv(x)
+        return self.widen(self.out(self.mix_heads(qkv, batch) if self.local is None else self.local(qkv)))
+
+    def mix_slice(self, qkv: Tensor) -> Tensor:
+        """`mix_heads` of the sequences and heads that a device holds."""
+        return self.mix_heads(qkv, qkv.shape[0] // self.length)
+
+    def mix_heads(self, qkv: Tensor, batch: int) -> Tensor:
+        """Projections [N, J * (R + 2) * h] -> what the heads bring together [N, J * R * h]."""
+        query, key, value = self._split_heads(qkv, batch)
+        length = query.shape[3]
+        if self.rotary is not None:
+            positions = ops.arange(length)
+            cos, sin = self.rotary.tables(positions)  # [S, h / 2]
+            query, key = self.rotary(query, cos, sin), self.rotary(key, cos, sin)
+        if self.fused is not None:
+            return self._attend_fused(query, key, value, self.causal[:length, :length])
+        return self._attend(query, key, value, self.causal[:length, :length])
+
+    def shard(self, mesh: Mesh) -> None:
+        """Heads are cut over the model slices, sequences over the data slices (arXiv 1909.08053, section 3)."""
+        self.qkv.shard(mesh, None, "model")
+        self.out.shard(mesh, "model", None, "rows")
+        self.widen.shard(mesh, "rows", None)
+        self.kv_heads, self.length = self.kv_heads // mesh.degrees.model_parallel, mesh.length
+        self.fused = None if self.fused is None else self._fused()
+        heads, repeat = mesh.cut("data", "model"), self.repeat
+
+        def shape(qkv):
+            return [qkv[0], qkv[1] * repeat // (repeat + 2)]
+
+        self.local = mesh.local(self.mix_slice, (heads,), (heads,), shape, first)
+
+    def _split_heads(self, qkv: Tensor, batch: int):
+        """Queries [B, J, R, S, h], keys [B, J, S, h], values [B, J, S, h]."""
+        qkv = qkv.reshape(batch, -1, self.kv_heads, self.repeat + 2, self.head_size)  # [B, S, J, R + 2, h]
+        qkv = self.transpose(qkv, (0, 2, 3, 1, 4))  # [B, J, R + 2, S, h]
+        if self.repeat == 1:
+            query, key, value = self.split(qkv)
+        else:
+            query, key, value = ops.split(qkv, [self.repeat, 1, 1], 2)
+        return query, key.squeeze(2), value.squeeze(2)
+
+    def _attend(self, query, key, value, mask):
+        """Queries [B, J, R, S, h], keys and values [B, J, T, h], mask to [B, J, R, S, T] -> [B * S, J * R * h]."""
+        batch, heads, repeat, length, size = query.shape
+        keys = key.shape[2]
+        query = (query * self.scale).reshape(batch * heads, repeat * length, size)  # [B * J, R * S, h]
+        scores = self.scores(query, key.reshape(batch * heads, keys, size))  # [B * J, R * S, T]
+        scores = scores.astype(mstype.float32).reshape(batch, heads, repeat, length, keys) + mask
+        weights = self.softmax(scores).astype(query.dtype).reshape(batch * heads, repeat * length, keys)
+        mixed = self.mix(weights, value.reshape(batch * heads, keys, size))  # [B * J, R * S, h]
+        return self._join_heads(mixed.reshape(batch, heads * repeat, length, size))
+
+    def _fused(self) -> FlashAttentionScore:
+        """The operator for the heads of a device; keys after a query are neither seen nor computed."""
+        heads = self.kv_heads * self.repeat
+        return FlashAttentionScore(heads, scale_value=self.scale, next_tokens=0, input_layout="BNSD", sparse_mode=0)
+
+    def _attend_fused(self, query, key, value, mask):
+        """`_attend` by one operator: queries [B, J, R, S, h], keys and values [B, J, S, h], mask [S, S] uint8."""
+        batch, heads, repeat, length, size = query.shape
+        query = query.reshape(batch, heads * repeat, length, size)  # [B, H, S, h]
+        return self._join_heads(self.fused(query, key, value, None, None, None, mask, None, None, None)[3])
+
+    def _join_heads(self, mixed):
+        """[B, H, S, h] -> [B * S, H * h]."""
+        batch, _, length, _ = mixed.shape
+        return self.transpose(mixed, (0, 2, 1, 3)).reshape(batch * length, -1)

@@ -1,0 +1,82 @@
+"""RMSNorm and LayerNorm composed of operators whose gradients are fast on CPU.
+
+A row scalar [N, 1] meets a row of width D through a matrix product with ones [1, D], not by broadcasting: the
+gradient is then a matrix product too: half to a quarter of the time of the shipped operators, both ways together.
+"""
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.ops.auto_generate import RmsNorm
+
+from switchyard.distributed.mesh import Mesh, first
+from switchyard.nn.fused import NONE
+
+
+class RMSNorm(nn.Cell):
+    """y = x / sqrt(mean(x^2) + eps) * gain (arXiv 1910.07467, eq. 4): [N, D] -> [N, D], in float32.
+
+    `fused`: by one operator of Ascend.
+    """
+
+    def __init__(self, width: int, eps: float, fused: bool = False):
+        super().__init__()
+        self.eps, self.fused = eps, RmsNorm(eps) if fused else None
+        self.gain = Parameter(Tensor(np.ones(width, np.float32)), name="gain")
+        self.ones = Tensor(np.ones((1, width), np.float32))
+        self.mean = ops.ReduceMean(keep_dims=True)
+        self.rsqrt = ops.Rsqrt()
+        self.spread = ops.MatMul()
+        self.scale = ops.Mul()
+        self.local = None
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.local is None:
+            return self.normalise(x, self.gain)
+        return self.local(x, self.gain)
+
+    def normalise(self, x: Tensor, gain: Tensor) -> Tensor:
+        """The equation itself: x [N, D], gain [D]."""
+        if self.fused is not None:
+            return self.fused(x, gain)[0]
+        scale = self.rsqrt(self.mean(x * x, -1) + self.eps)  # [N, 1]
+        gains = self.spread(ops.ones_like(scale), ops.expand_dims(gain, 0))  # [N, D]; no Reshape: training.pipeline
+        return self.scale(x * self.spread(scale, self.ones), gains)
+
+    def shard(self, mesh: Mesh) -> None:
+        """Rows are cut; the gain is whole everywhere."""
+        rows = mesh.cut("rows", None)
+        self.local = mesh.local(self.normalise, (rows, mesh.cut(None)), (rows,), first, first)
+
+
+class LayerNorm(RMSNorm):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * gain + bias (arXiv 1607.06450, eq. 4): [N, D] -> [N, D], in float32.
+
+    That is RMSNorm of the centred rows, and a bias.
+    """
+
+    def __init__(self, width: int, eps: float):
+        super().__init__(width, eps)
+        self.bias = Parameter(Tensor(np.zeros(width, np.float32)), name="bias")
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.local is None:
+            return self.normalise(x, self.gain, self.bias)
+        return self.local(x, self.gain, self.bias)
+
+    def normalise(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        """The equation itself: x [N, D], gain and bias [D]."""
+        mean = self.mean(x, -1)  # [N, 1]
+        gained = super().normalise(x - self.spread(mean, self.ones), gain)
+        return gained + self.spread(ops.ones_like(mean), bias.reshape(1, -1))
+
+    def shard(self, mesh: Mesh) -> None:
+        """Rows are cut; gain and bias are whole everywhere."""
+        rows, whole = mesh.cut("rows", None), mesh.cut(None)
+        self.local = mesh.local(self.normalise, (rows, whole, whole), (rows,), first, first)
+
+
+def create_norm(kind: str, width: int, eps: float, fused: frozenset[str] = NONE) -> nn.Cell:
+    """The norm that `model.norm` names; `fused`: see nn.fused."""
+    if kind == "layernorm":
+        return LayerNorm(width, eps)
+    return RMSNorm(width, eps, "RmsNorm" in fused)

@@ -1,0 +1,333 @@
+"""What a layout costs a device: what it holds, what it sends, what it computes. No MindSpore in here.
+
+Parameters, optimizer state and exchanges are those of the graph that the compiler makes of `training.parallel_step`, to
+the byte (tests/parallel/test_costs.py); activations are an estimate.
+
+Legend: N tokens and G groups of all devices together; n = N / data_parallel rows and g groups of a data slice; D width,
+F hidden width, E experts, C slots, V vocabulary, X columns of the projection to queries, keys and values.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from switchyard.config import Config
+from switchyard.distributed.limits import check_offered
+from switchyard.distributed.placement import EXPERT, MODEL, Degrees, placement
+from switchyard.distributed.stages import stage_config, ways
+from switchyard.moe.dispatch.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape
+from switchyard.nn.fused import fused_operators
+from switchyard.planner.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
+
+TALLY = 6  # figures of a conditional layer besides load and importance, see moe.MoELayer.tally
+SCALARS = 3  # of the optimizer: two bias corrections and the learning rate; with float16 the loss scale's inverse
+IN_PRODUCT_TYPE = ("qkv.weight", "out.weight", "head.weight", "w_in", "w_gate", "w_out")  # model.compute_dtype
+SENT = ("Send", "Receive")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Collectives that are alike.
+
+    Attributes:
+        kind: AllReduce, AlltoAll, AlltoAllV, AllGather, ReduceScatter, Send, Receive.
+        group: expert, replicas (of an expert slice), data, model or stage, see `Degrees`; of a pipeline also all
+            devices, and pipeline, the devices at the same place in each stage.
+        ranks: size of the group.
+        bytes: of one of them, as `graph.Collective` counts: what goes in, of AllGather what comes out. Of AlltoAllV
+            what a balanced router sends: the graph does not know.
+        number: of them in a step.
+    """
+
+    kind: str
+    group: str
+    ranks: int
+    bytes: int
+    number: int = 1
+
+    @property
+    def sent(self) -> float:
+        """Bytes that leave a device in all: ring algorithms, in which AllReduce passes its data twice."""
+        if self.kind in SENT:
+            return float(self.number * self.bytes * (self.kind == "Send"))
+        passes = 2 if self.kind == "AllReduce" else 1
+        return self.number * self.bytes * passes * (self.ranks - 1) / self.ranks
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one device and one step; bytes, and FLOPs of the matrix products.
+
+    `gathered`: weights that ZeRO puts together, at their peak. `activations`: an estimate, see `activation_bytes`.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    exchanges: tuple[Exchange, ...]
+    flops: float
+
+    @property
+    def memory(self) -> int:
+        """All that is held at once."""
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+
+    @property
+    def sent(self) -> float:
+        """Bytes that leave the device."""
+        return sum(one.sent for one in self.exchanges)
+
+    def exchanged(self, kind: str) -> int:
+        """Bytes of the collectives of a kind; AlltoAllV counts as AlltoAll."""
+        return sum(one.bytes * one.number for one in self.exchanges if one.kind.removesuffix("V") == kind)
+
+
+def costs(config: Config, vocab: int) -> Costs:
+    """Costs of a configuration's layout, of a pipeline those of the stage that holds most; vocab: entries V.
+
+    Raises:
+        UserError: the training step cannot be cut so.
+    """
+    return heaviest(stage_costs(config, vocab))
+
+
+def heaviest(stages: list[Costs]) -> Costs:
+    """Those of the stage that holds most."""
+    return max(stages, key=lambda cost: cost.memory)
+
+
+def stage_costs(config: Config, vocab: int) -> list[Costs]:
+    """Costs of a device of each stage (UserError as in `costs`)."""
+    check_counted(config)
+    return [_costs(config, vocab, stage) for stage in range(config.parallel.pipeline_stage)]
+
+
+def _costs(config, vocab, stage):
+    degrees, whole = Degrees.of(config.parallel), parameters(config, vocab, stage)
+    sizes = {name: held(name, shape, degrees) for name, shape in whole.items()}  # (slice, of it with ZeRO)
+    weights, cut = (FLOAT * sum(each[part] for each in sizes.values()) for part in (1, 0))
+    gathered = cut - weights
+    if degrees.optimizer_shard == 3:
+        gathered = max(FLOAT * (cut - kept) for cut, kept in sizes.values())
+    alone, half = degrees.pipeline_stage == 1, config.model.compute_dtype == "float16"
+    return Costs(
+        weights=weights,
+        # those of a micro-batch, and the sum of the ones before; a pipeline adds them up in one place
+        gradients=weights * min(config.micro_batches, 2) if alone else cut,
+        optimizer=2 * weights + (SCALARS + half) * FLOAT,
+        gathered=gathered,
+        activations=activation_bytes(config, vocab, whole, stage),
+        exchanges=tuple(exchanges(config, vocab, stage)),
+        flops=flops(config, vocab, stage),
+    )
+
+
+def check_counted(config: Config) -> None:
+    """Refuses what the compiler does not cut, and what is not counted here (UserError)."""
+    moe, layers = config.moe, bool(config.moe_layers)
+    check_offered(config)
+    check_sort_keys(config)
+    if layers and moe.dispatch != "capacity":
+        check_sorted_rows(config)
+
+
+def exchanges(config: Config, vocab: int, stage: int = 0) -> Iterator[Exchange]:
+    """The collectives of a step, forward, backward, clip and AdamW; of a pipeline those of a stage."""
+    degrees = Degrees.of(config.parallel)
+    stages, micro = degrees.pipeline_stage, config.micro_batches
+    if degrees.devices == 1:
+        return
+    for name, shape in parameters(config, vocab, stage).items():
+        for one in _of_gradient(name, shape, config, degrees):  # of a pipeline once, else in each micro-batch
+            yield replace(one, number=one.number * (micro if stages == 1 else 1))
+    for one in _of_micro_batch(config, stage):
+        yield replace(one, number=one.number * micro)
+    if stages == 1:
+        yield Exchange("AllReduce", "stage", degrees.devices, FLOAT)  # norm of the gradients
+    else:  # and all figures
+        yield Exchange("AllReduce", "all", degrees.devices, FLOAT * (1 + micro * _figures(config)))
+
+
+def _tally(config):
+    """Figures of a conditional layer."""
+    return TALLY + 2 * config.moe.expert_num
+
+
+def _figures(config):
+    """Figures of a micro-batch: the loss, the cross-entropy, and those of the layers."""
+    return 2 + len(config.moe_layers) * _tally(config)
+
+
+def _of_micro_batch(config, stage):
+    """Those that every micro-batch makes."""
+    degrees, own, stages = Degrees.of(config.parallel), config, config.parallel.pipeline_stage
+    if stages > 1:
+        own = stage_config(config, stage)
+    last, repeated = stage == stages - 1, int(config.parallel.recompute and stages > 1)
+    if degrees.expert_parallel > 1 and own.moe_layers:
+        yield from _of_experts(own, degrees, repeated)
+    if degrees.model_parallel > 1:
+        yield from _of_model_slices(own, degrees, repeated, last)
+    if degrees.data_parallel > 1 and last:
+        yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT)  # valid tokens
+        many, passes = (config.micro_batches, 2) if stages > 1 else (1, 1)  # of a pipeline backward too, and places
+        yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT * many * _figures(config), passes)
+    rows = config.rows // degrees.data_parallel * config.model.hidden_size
+    rows //= degrees.model_parallel if config.parallel.sequence_parallel else 1
+    for tallies in ways(config, stage):
+        size = FLOAT * (rows if tallies < 0 else tallies * _tally(config))
+        for kind in SENT:  # forward one of them, backward the other
+            yield Exchange(kind, "pipeline", stages, size)
+
+
+def _of_gradient(name, shape, config, degrees):
+    """A gradient's sum over those that hold the same slice; with ZeRO the slice is put together before it is used."""
+    cut = placement(name, shape, degrees)
+    ranks, (size, kept) = degrees.replica(cut, 0)[1], held(name, shape, degrees)
+    group = "replicas" if EXPERT in cut else "data" if MODEL in cut else "stage"
+    if ranks == 1:
+        return
+    if kept == size:
+        yield Exchange("AllReduce", group, ranks, FLOAT * size)
+        return
+    again = degrees.optimizer_shard == 3 and _read_again(name, config)
+    wide = product_bytes(config) if name.endswith(IN_PRODUCT_TYPE) else FLOAT  # cast before they are gathered
+    yield Exchange("AllGather", group, ranks, wide * size, 2 if again else 1)
+    yield Exchange("ReduceScatter", group, ranks, FLOAT * size)
+
+
+def _read_again(name, config):
+    """Whether the backward pass reads a parameter: those of products and of fused norms, not gains and biases of others
+    nor tables that rows are taken of."""
+    kind, model = name.rsplit(".", 1)[1], config.model
+    if kind == "gain":
+        return model.norm == "rmsnorm" and _takes(config, "RmsNorm")
+    return kind not in ("bias", "table") or (name == "embedding.table" and model.tie_word_embeddings)
+
+
+def _takes(config, name):
+    """Whether the graph has a fused operator; where no device is named it is the one for Ascend that is counted."""
+    target = config.context.device_target
+    return name in fused_operators(config, "Ascend" if target == "auto" else target)
+
+
+def _of_experts(config, degrees, repeated):
+    """Rows to their experts and back, forward and backward."""
+    moe, ranks, again, layers = config.moe, degrees.expert_parallel, int(config.parallel.recompute), config.moe_layers
+    row = config.model.hidden_size * product_bytes(config)
+
+    def send(kind, size, number):
+        return Exchange(kind, "expert", ranks, size, number * len(layers))
+
+    if moe.dispatch == "capacity":  # recompute: there once more; nothing backward reads the way back
+        yield send("AlltoAll", FLOAT * math.prod(slot_shape(config)) // degrees.data_parallel, 4 + again + repeated)
+        return
+    yield send("AlltoAll", FLOAT * moe.expert_num, 1 + again)  # how many rows each expert gets
+    if moe.dispatch == "dropless_static":
+        yield send("AlltoAll", row * ranks * buffer_slots(config), 4 + 2 * again)
+        return
+    yield send("AlltoAllV", row * worked_rows(config), 4 + 2 * again)
+    if moe.expert_num > ranks:
+        yield send("AlltoAllV", FLOAT * worked_rows(config), 1 + again)  # whose they are, of the experts there
+
+
+def _of_model_slices(config, degrees, repeated, last):
+    """Sums of what the model slices of a network make, and rows put together again where they are cut."""
+    model, moe, cut = config.model, config.moe, config.parallel
+    tensor, layers, conditional = degrees.model_parallel, model.num_layers, len(config.moe_layers)
+    rows, wide = config.rows // degrees.data_parallel * model.hidden_size, product_bytes(config)
+    shared, again = conditional if moe.shared_expert_num else 0, int(cut.recompute)
+
+    def reduce(numbers, count):
+        return Exchange("AllReduce", "model", tensor, wide * numbers, count)
+
+    yield reduce(rows, 2 * (layers - conditional + shared))
+    if conditional and moe.dispatch == "capacity":
+        yield reduce(worked_rows(config) * model.hidden_size, (2 + repeated) * conditional)
+    elif conditional:  # rows that came back, float32
+        yield Exchange("AllReduce", "model", tensor, FLOAT * rows, (2 + repeated) * conditional)
+    if moe.use_shared_expert_gating:
+        yield reduce(rows, again * shared)  # the gate's gradient reads the sum
+    if not cut.sequence_parallel:
+        yield reduce(rows, layers * (2 + again))
+        return
+    yield Exchange("AllGather", "model", tensor, FLOAT * rows, layers * (2 + 2 * again) + last)
+    yield Exchange("AllGather", "model", tensor, wide * rows, layers)
+    yield Exchange("ReduceScatter", "model", tensor, FLOAT * rows, 2 * layers + last)
+    yield Exchange("ReduceScatter", "model", tensor, wide * rows, layers * (1 + again))
+
+
+def flops(config: Config, vocab: int, stage: int = 0) -> float:
+    """Of a device's matrix products in a step, 2 a multiply-add; backward counts twice forward, recompute once more.
+
+    Scores of attention count in full, as they are computed, and experts by `worked_rows`. Of a pipeline those of one
+    stage.
+    """
+    stages, micro = config.parallel.pipeline_stage, config.micro_batches
+    if stages > 1:
+        config = stage_config(config, stage)
+    model, moe, cut = config.model, config.moe, config.parallel
+    rows, tensor, width = config.rows // cut.data_parallel, cut.model_parallel, model.hidden_size
+    conditional, matrices = len(config.moe_layers), 3 if model.activation == "swiglu" else 2
+    attention = width * (projection(config) + width) + 2 * model.seq_length * width
+    blocks = model.num_layers * rows * attention / tensor
+    blocks += (model.num_layers - conditional) * rows * matrices * width * config.dense_width / tensor
+    if conditional:
+        slots = worked_rows(config) + moe.shared_expert_num * rows
+        blocks += conditional * slots * matrices * width * config.expert_width / tensor
+        blocks += conditional * rows * width * moe.expert_num
+    passes = 4 if cut.recompute else 3
+    head = 3 * rows * width * vocab if stage == stages - 1 else 0
+    return 2.0 * micro * (passes * blocks + head)
+
+
+def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage: int = 0) -> int:
+    """An estimate of what the forward pass leaves for the backward pass on a device.
+
+    Of each block: its residual rows, both norms' results and their copies in the type of the products, projections,
+    attention weights (fused attention keeps 16 numbers of a row and head in their place), hidden rows, slots and what
+    came back of them; the weights in that type where it is not float32; logits and their logarithms; the noise. With
+    recompute of all blocks the input only, and one block whole.
+    A stage of a pipeline keeps as many micro-batches as there are stages behind it, and one.
+    What the device's memory pool wastes and what its kernels need as work space is not in it.
+    """
+    stages, micro = config.parallel.pipeline_stage, config.micro_batches
+    if stages > 1:
+        config = stage_config(config, stage)
+    model, cut, degrees = config.model, config.parallel, Degrees.of(config.parallel)
+    rows, width, wide = config.rows // cut.data_parallel, model.hidden_size, product_bytes(config)
+    between = rows * width * FLOAT // (cut.model_parallel if cut.sequence_parallel else 1)  # rows between the parts
+    blocks = [_block_bytes(config, index, rows, between) for index in range(model.num_layers)]
+    kept = model.num_layers * between + max(blocks) if cut.recompute else sum(blocks)
+    kept *= min(micro, stages - stage)
+    copies = sum(held(name, shape, degrees)[0] for name, shape in whole.items() if len(shape) > 1)
+    kept += copies * wide if wide != FLOAT else 0
+    noise = (1 + 2 * model.num_layers) * (model.dropout > 0)
+    noise += len(config.moe_layers) * ((config.moe.jitter > 0) + (config.moe.drop_order == "random"))
+    kept += rows * vocab * (wide + 2 * FLOAT) * (stage == stages - 1)
+    return int(kept + noise * micro * rows * width * FLOAT)
+
+
+def _block_bytes(config, index, rows, between):
+    """Of one block without recompute."""
+    model, moe, cut = config.model, config.moe, config.parallel
+    width, wide, tensor = model.hidden_size, product_bytes(config), cut.model_parallel
+    hidden_copies = 3 if model.activation == "swiglu" else 2  # before and after the non-linearity, and the gate
+    weights = model.seq_length * (FLOAT + (wide if wide != FLOAT else 0))  # [S] of a row and head, before the product
+    if _takes(config, "FlashAttentionScore"):
+        weights = 16 * FLOAT  # softmax_max and softmax_sum
+    kept = 4 * between + 2 * rows * width * wide  # two residuals, two norms; what goes into the products
+    kept += rows * wide * (2 * projection(config) + width) // tensor + rows * model.num_heads * weights // tensor
+    if model.dropout:
+        kept += 2 * between
+    if index not in config.moe_layers:
+        return kept + rows * hidden_copies * config.dense_width * wide // tensor
+    slots = worked_rows(config)
+    kept += slots * hidden_copies * config.expert_width * wide // tensor
+    if moe.dispatch == "dropless_static":
+        slots = cut.expert_parallel * buffer_slots(config)
+    kept += slots * width * (2 * FLOAT + wide if moe.dispatch == "capacity" else 3 * wide)
+    kept += rows * moe.shared_expert_num * hidden_copies * config.expert_width * wide // tensor
+    return kept + 4 * rows * moe.expert_num * FLOAT  # logits, probabilities, choices of the router

@@ -1,0 +1,341 @@
+"""Which layouts fit N devices, what each costs, and why the others do not fit.
+
+`python -m switchyard.planner --config config/NAME.yaml --devices 64 --memory 64GB` tries every combination of
+the degrees, prints what the configuration's own layout costs a device, then the feasible combinations, best first.
+
+Rank: seconds of a micro-batch = FLOPs of a device / --tflops + bytes that leave it / --bandwidth, the lowest first;
+equal ones by memory. Of a pipeline it is the slowest stage's, times (A + stages - 1) / A for A micro-batches: stages
+wait for the first rows and for the last gradients. Nothing is said to overlap, nor products to be slow where slices are
+thin: it is an order, not a forecast.
+"""
+
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from switchyard import cli, json_text
+from switchyard import config as configuration
+from switchyard.config import Config
+from switchyard.config.reader import parse_json, read_text
+from switchyard.config.sections import LARGEST
+from switchyard.distributed.limits import require_trainable, with_defaults
+from switchyard.errors import UserError, shortened
+from switchyard.file_errors import writing
+from switchyard.moe.dispatch.capacity import dropped_of_record, dropped_share
+from switchyard.planner.costs import Costs, costs, heaviest, stage_costs
+from switchyard.simulation.compile import table, vocabulary
+
+KINDS = ("AlltoAll", "AllReduce", "AllGather", "ReduceScatter", "Send")
+LARGEST_LOAD = 1 << 26  # bytes of a file of tokens per expert
+UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+HEADS = ["dp", "ep", "tp", "pp", "zero", "seq", "recompute", "memory", *KINDS, "sent", "TFLOP", "dropped", "seconds"]
+SHORT = {"data_parallel": "dp", "expert_parallel": "ep", "model_parallel": "tp", "pipeline_stage": "pp"}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the ranking takes a device to do: FLOPs of products a second, and bytes that it sends a second."""
+
+    flops: float = 100e12
+    bandwidth: float = 25e9
+
+
+@dataclass(frozen=True)
+class Load:
+    """How choices fall on experts: `shares` [M, E] or [E] of them, a `record` [.., N, K], or, with neither, evenly."""
+
+    shares: np.ndarray | None = None
+    record: np.ndarray | None = None
+
+    def dropped(self, config: Config) -> float:
+        """Share of the choices that get no slot."""
+        if config.moe.dispatch != "capacity":
+            return 0.0
+        if self.record is not None:
+            return dropped_of_record(config, self.record)
+        return dropped_share(config, self.shares)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A combination of degrees.
+
+    Attributes:
+        parallel: its keys of the section `parallel`.
+        costs, dropped, seconds: None where it cannot be cut so.
+        refusal: why it is not feasible, one line; None where it is.
+    """
+
+    parallel: dict
+    costs: Costs | None = None
+    dropped: float | None = None
+    seconds: float | None = None
+    refusal: str | None = None
+
+
+def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, speed: Speed) -> list[Candidate]:
+    """Every combination of degrees for so many devices: the feasible ones first, best first, then the others.
+
+    Args:
+        config: of the model; its own degrees play no part.
+        devices: N, the product of data_parallel, model_parallel and pipeline_stage.
+        memory: bytes of a device.
+        vocab: entries of the vocabulary.
+        load: how choices fall on experts.
+        speed: for the ranking.
+    """
+    found, drops, target = [], {}, target_of(config)
+    for parallel in combinations(config, devices):
+        own = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+        try:
+            configuration.check(own)
+            require_trainable(own, target)
+            stages = stage_costs(own, vocab)
+        except UserError as error:
+            found.append(Candidate(parallel, refusal=str(error)))
+            continue
+        if own.groups not in drops:
+            drops[own.groups] = load.dropped(own)
+        cost, seconds = heaviest(stages), seconds_of(stages, own.micro_batches, speed)
+        over = None if cost.memory <= memory else f"memory: more than the {memory / 1e9:g} GB of a device"
+        found.append(Candidate(parallel, cost, drops[own.groups], seconds, over))
+    return sorted(found, key=_order)
+
+
+def target_of(config: Config) -> str:
+    """The devices that are planned for: GPU where the configuration says so, else Ascend."""
+    return "GPU" if config.context.device_target == "GPU" else "Ascend"
+
+
+def seconds_of(stages: list[Costs], micro: int, speed: Speed) -> float:
+    """Of one of `micro` micro-batches, by the costs of each stage: see the rule at the top."""
+    slowest = max(cost.flops / speed.flops + cost.sent / speed.bandwidth for cost in stages)
+    return slowest / micro * (micro + len(stages) - 1) / micro
+
+
+def _order(candidate):
+    if candidate.costs is None:
+        return 2, 0.0, 0
+    return int(candidate.refusal is not None), candidate.seconds, candidate.costs.memory
+
+
+def combinations(config: Config, devices: int) -> Iterator[dict]:
+    """Degrees whose product is `devices`; ZeRO, recompute and the cut of the sequence where they change anything."""
+    for stages, tensor in itertools.product(divisors(devices), repeat=2):
+        if devices % (stages * tensor):
+            continue
+        data = devices // (stages * tensor)
+        experts = divisors(data) if config.moe_layers else [1]
+        sequence = [False, True] if tensor > 1 else [False]
+        zero = [0, 1, 3] if data > 1 else [0]
+        for expert, cut, level, recompute in itertools.product(experts, sequence, zero, [False, True]):
+            yield {
+                "data_parallel": data,
+                "expert_parallel": expert,
+                "model_parallel": tensor,
+                "pipeline_stage": stages,
+                "micro_batch_num": stages,
+                "optimizer_shard": level,
+                "sequence_parallel": cut,
+                "recompute": recompute,
+            }
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
+    return [one for one in range(1, number + 1) if number % one == 0]
+
+
+def read_load(path: str, config: Config) -> Load:
+    """How choices fell on experts.
+
+    Args:
+        path: a JSON file of tokens per expert, E numbers or M lists of them; or a file that moe.record wrote.
+        config: whose experts and conditional layers they are of.
+
+    Raises:
+        UserError: the file does not fit.
+    """
+    experts, layers, key = config.moe.expert_num, len(config.moe_layers), "--tokens-per-expert"
+    if not path.endswith(".json"):
+        from switchyard.moe.routing.replay import read
+
+        wanted = {"experts": experts, "layers": list(config.moe_layers), "choices": config.moe.choices}
+        record = read(path, wanted, key)["experts"]
+        if record.shape[-2] != config.rows:
+            raise UserError(f"{key}: {path}; recorded with {record.shape[-2]} rows, this run has {config.rows}")
+        return Load(record=record)
+    wanted = "must hold a JSON list of numbers, or one list a layer"
+    try:
+        tokens = np.array(parse_json(read_text(path, key, wanted, LARGEST_LOAD)), np.float64)
+        if not np.isfinite(tokens).all():
+            raise ValueError
+    except (ValueError, TypeError, OverflowError):
+        raise UserError(f"{key}: {shortened(path)}; {wanted}") from None
+    if tokens.shape not in ((experts,), (layers, experts)):
+        wanted = f"[{experts}] or [{layers}, {experts}]"
+        raise UserError(f"{key}: {path}; holds {list(tokens.shape)} numbers, wants {wanted}")
+    if (tokens < 0).any() or (tokens.sum(-1) <= 0).any():
+        raise UserError(f"{key}: {path}; numbers of tokens must be 0 or more, and some above 0 in each layer")
+    return Load(shares=tokens / tokens.sum(-1, keepdims=True))
+
+
+def read_size(text: str) -> float:
+    """Bytes of `64GB`, `40GiB` or a number of bytes (UserError: neither)."""
+    parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if parts is None or parts[2].upper() not in UNITS:
+        raise UserError(f"--memory: {shortened(text)}; a number and MB, GB, TB, MiB, GiB or TiB, such as 64GB")
+    return float(parts[1]) * UNITS[parts[2].upper()]
+
+
+def render_own(config: Config, cost: Costs, dropped: float) -> list[str]:
+    """What the configuration's own layout costs a device."""
+    rows = [
+        ["weights", giga(cost.weights)],
+        ["gradients", giga(cost.gradients)],
+        ["optimizer state", giga(cost.optimizer)],
+        ["weights that ZeRO gathers", giga(cost.gathered)],
+        ["activations (estimate)", giga(cost.activations)],
+        ["together", giga(cost.memory)],
+    ]
+    lines = [f"the configuration's own layout: {describe(config.parallel.model_dump())}", ""]
+    lines += [*table(["held by a device", "GB"], rows), ""]
+    alike = {}
+    for one in cost.exchanges:
+        key = (one.kind, one.group, one.ranks)
+        number, size, sent = alike.get(key, (0, 0, 0.0))
+        alike[key] = (number + one.number, size + one.bytes * one.number, sent + one.sent)
+    rows = [
+        [kind, group, str(ranks), str(number), f"{size:,}", giga(sent)]
+        for (kind, group, ranks), (number, size, sent) in alike.items()
+    ]
+    lines += table(["collective", "group", "ranks", "number", "bytes together", "GB sent"], rows)
+    work = f"{cost.flops / 1e12:.2f} TFLOP a device and step; expected share of dropped choices {dropped:.2%}"
+    return [*lines, "", work]
+
+
+def render(found: list[Candidate], top: int) -> list[str]:
+    """The feasible combinations as a table, and why the others are not, the most frequent reason first."""
+    feasible = [one for one in found if one.refusal is None]
+    unit = "of one device and step, of a pipeline of the stage that holds most"
+    lines = [f"{len(feasible)} of {len(found)} combinations are feasible; GB, {unit}:", ""]
+    lines += table(HEADS, [_row(one) for one in feasible[:top]])
+    if len(feasible) > top:
+        lines.append(f"... and {len(feasible) - top} more (--top)")
+    return lines + _reasons([one for one in found if one.refusal is not None])
+
+
+def _reasons(refused):
+    """Why combinations are not feasible: those that a key refuses for the same reason in one line."""
+    alike: dict[tuple[str, str], list[Candidate]] = {}
+    for one in refused:
+        key, rest = one.refusal.split(": ", 1)
+        alike.setdefault((key, rest.split("; ", 1)[-1]), []).append(one)
+    lines = ["", "not feasible:"] if alike else []
+    for (key, reason), held in sorted(alike.items(), key=lambda item: -len(item[1])):
+        values = dict.fromkeys(one.refusal.split(": ", 1)[1].split("; ", 1)[0] for one in held)
+        least = min((one for one in held if one.costs), key=lambda one: one.costs.memory, default=None)
+        if least is None:
+            lines.append(f"  {len(held):4} x {key}: {', '.join(values)}; {reason}")
+        else:
+            near = f"{giga(least.costs.memory)} GB, with {describe(least.parallel)}"
+            lines.append(f"  {len(held):4} x {key}: {reason}; the least, {near}")
+    return lines
+
+
+def _row(one):
+    cut, cost = one.parallel, one.costs
+    flags = ["yes" if cut[name] else "-" for name in ("sequence_parallel", "recompute")]
+    degrees = [str(cut[name]) for name in (*SHORT, "optimizer_shard")]
+    sizes = [giga(size) for size in (cost.memory, *map(cost.exchanged, KINDS), cost.sent)]
+    return [*degrees, *flags, *sizes, f"{cost.flops / 1e12:.2f}", f"{one.dropped:.2%}", f"{one.seconds:.3f}"]
+
+
+def giga(size: float) -> str:
+    """Bytes in units of 10^9."""
+    if size == 0:
+        return "-"
+    return "<0.001" if size < 1e6 else f"{size / 1e9:.3f}" if size < 1e9 else f"{size / 1e9:.1f}"
+
+
+def describe(parallel: dict) -> str:
+    """Degrees in few words."""
+    words = [f"{short} {parallel[name]}" for name, short in SHORT.items() if parallel[name] > 1] or ["one device"]
+    words += [f"ZeRO {parallel['optimizer_shard']}"] if parallel["optimizer_shard"] else []
+    return ", ".join(words + [name for name in ("sequence_parallel", "recompute") if parallel[name]])
+
+
+def to_json(found: list[Candidate]) -> list[dict]:
+    """Everything that is known of each combination."""
+    return [
+        {
+            **one.parallel,
+            "refusal": one.refusal,
+            "dropped": one.dropped,
+            "seconds": one.seconds,
+            "costs": one.costs and _costs_json(one.costs),
+        }
+        for one in found
+    ]
+
+
+def _costs_json(cost):
+    names = ("weights", "gradients", "optimizer", "gathered", "activations", "memory", "flops", "sent")
+    exchanges = [vars(one) for one in cost.exchanges]
+    return {name: getattr(cost, name) for name in names} | {"exchanges": exchanges}
+
+
+def create_parser() -> cli.Parser:
+    """The arguments."""
+    parser = cli.create_parser("python -m switchyard.planner", (__doc__ or "").split("\n\n", 1)[1])
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see config/")
+    parser.add_argument("--devices", required=True, type=cli.whole, metavar="N", help="devices of the cluster")
+    parser.add_argument("--memory", required=True, metavar="SIZE", help="of one device, such as 64GB")
+    parser.add_argument("--vocab", type=cli.whole, metavar="V", help="entries of the vocabulary; else the tokenizer's")
+    parser.add_argument(
+        "--tokens-per-expert", metavar="FILE", help="JSON of E numbers or one list a layer, or a file of moe.record"
+    )
+    parser.add_argument(
+        "--tflops", type=cli.finite, default=100.0, help="10^12 FLOPs a second of a device, for the ranking"
+    )
+    parser.add_argument("--bandwidth", type=cli.finite, default=25.0, help="GB sent a second, for the ranking")
+    parser.add_argument(
+        "--top", type=cli.whole, default=10, metavar="K", help="combinations to print; all are in --json"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all combinations there too")
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m switchyard.planner`: see its --help."""
+    chosen = create_parser().parse_intermixed_args(arguments)
+    for name in ("devices", "tflops", "bandwidth"):
+        if getattr(chosen, name) <= 0:
+            raise UserError(f"--{name}: {getattr(chosen, name)}; must be above 0")
+    for name, most in (("devices", 10**6), ("vocab", LARGEST), ("top", LARGEST)):  # combinations are tried one by one
+        number = getattr(chosen, name)
+        if number is not None and not 1 <= number <= most:
+            raise UserError(f"--{name}: {number}; from 1 to {most}")
+    config, memory = configuration.load(chosen.config, chosen.overrides), read_size(chosen.memory)
+    vocab = chosen.vocab or vocabulary(config)
+    load = read_load(chosen.tokens_per_expert, config) if chosen.tokens_per_expert else Load()
+    if config.devices == chosen.devices:
+        config = with_defaults(config, target_of(config))
+        require_trainable(config, target_of(config))
+        print("\n".join([*render_own(config, costs(config, vocab), load.dropped(config)), ""]))
+    speed = Speed(chosen.tflops * 1e12, chosen.bandwidth * 1e9)
+    found = plan(config, chosen.devices, memory, vocab, load, speed)
+    print("\n".join(render(found, chosen.top)))
+    print(f"\nranked by seconds = TFLOP / {chosen.tflops:g} + GB sent / {chosen.bandwidth:g}, then by memory")
+    if chosen.json:
+        with writing(chosen.json):
+            Path(chosen.json).write_text(json_text.to_json(to_json(found), indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

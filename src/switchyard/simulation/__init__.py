@@ -1,0 +1,1 @@
+"""A cluster's graphs, compiled and executed without a cluster."""

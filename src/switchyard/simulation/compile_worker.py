@@ -1,0 +1,110 @@
+"""The process that compiles some ranks.
+
+It is started in the environment of `fake_cann`. `python -m switchyard.simulation.compile_worker FOLDER` reads
+FOLDER/job.json and writes, of each rank, the final graph (rank3.mindir) and what is known of it (rank3.json).
+MindSpore is imported once; every rank is a fork of that process, made before the first communication call, because a process can be one rank
+only.
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+
+JOB = "job.json"
+TRAINING_STEP = "switchyard.simulation.compile_worker:training_step"
+
+
+def main(arguments: list[str]) -> int:
+    """Compiles every rank of the job, `jobs` at a time; returns 1 if one of them failed."""
+    folder = Path(arguments[0])
+    job = json.loads((folder / JOB).read_text())
+    import mindspore  # noqa: F401  (before the forks, which share it)
+
+    waiting, running, failed = list(job["ranks"]), {}, False
+    while waiting or running:
+        while waiting and len(running) < job["jobs"]:
+            rank = waiting.pop(0)
+            running[_fork(folder, job, rank)] = rank
+        process, status = os.wait()
+        running.pop(process)
+        failed = failed or status != 0
+        if failed:
+            waiting = []
+    return int(failed)
+
+
+def _fork(folder: Path, job: dict, rank: int) -> int:
+    """Starts the process of a rank, whose prints go to FOLDER/rank3.log; returns its number."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        compile_rank(folder, job, rank)
+        code = 0
+    except BaseException as error:
+        traceback.print_exc()
+        text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        (folder / f"rank{rank}.error").write_text(text)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # no interpreter shutdown in a fork
+
+
+def training_step(config, vocab: int) -> tuple:
+    """What is compiled if the job names nothing else: (the training step, its inputs on one device)."""
+    from mindspore.nn.utils import no_init_parameters
+
+    from switchyard.training.parallel_step import SPEED_UP, batch_slices, parallel_step, speed_up_file
+
+    with no_init_parameters():
+        step = parallel_step(config, vocab, drawn=False)
+    if config.parallel.transformer_opt:
+        Path(SPEED_UP).write_text(speed_up_file(config))
+        step.transformer_opt(str(Path(SPEED_UP).resolve()))
+    step.no_init_parameters_in_compile()  # so weights take no memory, however many there are
+    return step, batch_slices(config, vocab, step.network.model.noise_slices)
+
+
+def compile_rank(folder: Path, job: dict, rank: int) -> None:
+    """Compiles one rank's step and writes its graph, layouts, seconds and peak memory."""
+    os.environ.update(RANK_SIZE=str(job["devices"]), RANK_ID=str(rank))
+    import mindspore as ms
+    from mindspore.communication import init
+
+    from switchyard.config import build
+    from switchyard.distributed.compiled_graph import compiled_model
+
+    os.chdir(folder)  # MindSpore leaves files where it stands
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device("Ascend")
+    init()
+    config = build(job["config"])
+    began = time.perf_counter()
+    module, _, function = job["step"].partition(":")
+    parallel, inputs = getattr(importlib.import_module(module), function)(config, job["vocab"])
+    built = time.perf_counter()
+    parallel.compile(*inputs)
+    seconds = time.perf_counter() - built
+    (folder / f"rank{rank}.mindir").write_bytes(compiled_model(parallel))
+    layouts = {name: [list(part) for part in held[:3]] for name, held in parallel.parameter_layout_dict.items()}
+    found = {
+        "build_seconds": built - began,
+        "seconds": seconds,
+        "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "layouts": layouts,
+    }
+    (folder / f"rank{rank}.json").write_text(json.dumps(found, allow_nan=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,306 @@
+"""Proves a layout: the compiled graphs of all ranks, executed together, against one device.
+
+`python -m switchyard.simulation.emulate --config config/NAME.yaml --devices 8` compiles the training step of every rank
+for simulated Ascend devices, executes all of them in numpy, collectives included (see `interpreter`), trains the same
+model on one CPU device with MindSpore's kernels, and compares losses, gradients and updated parameters by the rule of
+`verdict`. It is for small sizes: lower the layers and the batch by overrides; the layout is the same.
+
+Exit codes: 0 equal; 1 DIFFERENT, or graphs that cannot work together; 2 what cannot be compiled or executed here.
+
+A router may be so undecided between two experts that rounding decides. Where loads of experts differ and the verdict is
+DIFFERENT, the whole is repeated with other batches, at most DRAWS times: a fault stays, a tie does not.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from switchyard import cli
+from switchyard import config as configuration
+from switchyard.config import Config
+from switchyard.distributed.limits import require_trainable
+from switchyard.distributed.placement import Degrees, optimizer_slices, placement, slice_of
+from switchyard.distributed.stages import factors
+from switchyard.errors import UserError
+from switchyard.files import scratch
+from switchyard.simulation import compile as simulate
+from switchyard.simulation.baseline import AFTER, BATCHES, BEFORE, RESULT, STEP
+from switchyard.simulation.compile import ACCUMULATED, Report
+from switchyard.simulation.compile_worker import JOB
+from switchyard.simulation.interpreter import EXCHANGES, Arrays, ClusterError, NotExecutable, run_cluster
+from switchyard.simulation.verdict import TOLERANCE, Comparison, Judge
+from switchyard.trust import check_trusted
+
+DRAWS = 3  # of batches, where choices of experts fell otherwise
+RATE, UNSCALE = "learning_rate", "unscale"  # parameters of the graph that the host sets
+TALLY = 6  # figures of a conditional layer before its loads, see moe.MoELayer.tally
+
+
+def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, draw: int = 0) -> Arrays:
+    """Random batches of all devices together, from train.seed + draw: [steps, A, B, S] each of A micro-batches, a part
+    of them padding.
+
+    `rates` [steps] are the peak learning rate; `noise` [steps, A, max(J, 1), N, D] of U(0, 1).
+    """
+    random, count = np.random.default_rng(config.train.seed + draw), config.micro_batches
+    shape = (steps, count, config.data.batch_size, config.model.seq_length)
+    tokens = random.integers(0, vocab, (*shape[:3], shape[3] + 1)).astype(np.int32)
+    valid = np.ones(shape, np.float32)
+    valid[:, -1, -1, shape[3] // 2 :] = 0  # the last sequence is half padding
+    noise = np.zeros((steps, count, 1, 1, 1), np.float32)
+    if noise_slices:
+        noise = random.random((steps, count, noise_slices, config.rows, config.model.hidden_size), np.float32)
+    rates = np.full(steps, config.schedule.learning_rate, np.float32)
+    return {"tokens": tokens[..., :-1], "labels": tokens[..., 1:], "valid": valid, "noise": noise, "rates": rates}
+
+
+def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float = 600) -> Arrays:
+    """Trains on one CPU device in a process of its own: see `reference` for what comes back."""
+    with scratch("reference") as folder:
+        (folder / JOB).write_text(json.dumps({"config": config.model_dump(), "vocab": vocab}, allow_nan=False))
+        np.savez(folder / BATCHES, **batches)
+        source = str(Path(__file__).resolve().parents[2])
+        environment = {**os.environ, "PYTHONPATH": simulate.with_source(source, os.environ.get("PYTHONPATH"))}
+        done = simulate.run_child(
+            [sys.executable, "-m", "switchyard.simulation.baseline", str(folder)], environment, timeout, "the reference"
+        )
+        if done.returncode:
+            lines = [line for line in done.stdout.splitlines() if line.strip()]
+            raise UserError(f"the reference on one device failed: {lines[-1] if lines else 'it printed nothing'}")
+        with np.load(folder / RESULT) as found:
+            return dict(found)
+
+
+def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: Degrees, rank: int) -> np.ndarray:
+    """The slice of a parameter that a rank holds, cut further along axis 0 where ZeRO does.
+
+    Raises:
+        ClusterError: the compiler's local shape is another one than `placement` says.
+    """
+    cut = placement(name, whole.shape, degrees)
+    part = whole[slice_of(whole.shape, cut, degrees, rank)]
+    if part.shape != local and optimizer_slices(whole.shape, cut, degrees, rank) > 1:
+        replicas = degrees.replicas(cut, rank)
+        part = np.split(part, len(replicas))[replicas.index(rank)]
+    if part.shape != local:
+        raise ClusterError(f"{name}: the compiler says {local}, the placement {part.shape} of {whole.shape}")
+    return part.copy()
+
+
+def batch_of(batches: Arrays, step: int, degrees: Degrees, rank: int, noisy: bool) -> list[np.ndarray]:
+    """What a rank reads at a step, its micro-batches one after the other: rows of tokens, labels, valid [A * B, S] and,
+    where the model reads it, of noise [A * N, J, D]."""
+    parts = [batches[name][step] for name in ("tokens", "labels", "valid")]  # [A, B, S]
+    if noisy:
+        parts.append(batches["noise"][step].transpose(0, 2, 1, 3))  # [A, N, J, D]
+    index = degrees.data_slice(rank)
+    own = [np.split(part, degrees.data_parallel, 1)[index] for part in parts]
+    return [np.ascontiguousarray(part).reshape(-1, *part.shape[2:]) for part in own]
+
+
+def shares_of(valid: np.ndarray) -> np.ndarray:
+    """The share of each micro-batch in a step's valid tokens [A, B, S]: [A]."""
+    counts = valid.sum((1, 2))
+    return counts / counts.sum()
+
+
+def compare(
+    config: Config,
+    reports: Sequence[Report],
+    batches: Arrays,
+    reference: Arrays,
+    exchanges: Mapping[str, Callable] = EXCHANGES,
+    spoil: Callable[[int, Arrays], None] | None = None,
+) -> Comparison:
+    """Executes the steps on all ranks and compares with one device.
+
+    Args:
+        config: degrees.
+        reports: of all ranks, in order.
+        batches, reference: of `draw_batches` and `train_reference`.
+        exchanges: what collectives do; faults are injected here.
+        spoil: (rank, its weights) -> changes them before the first step; faults are injected here too.
+
+    Raises:
+        ClusterError: graphs that cannot be executed together.
+    """
+    degrees, graphs = Degrees.of(config.parallel), [report.graph for report in reports]
+    scale = config.train.init_loss_scale if config.model.compute_dtype == "float16" else 1.0
+    states, losses, norms, met, strayed = states_of(reference, len(batches["rates"])), [], [], Counter(), 0
+    judge = Judge(config.optimizer, lambda name, whole, shape, rank: held_by(name, whole, shape, degrees, rank))
+    weights = [empty_sums(report) for report in reports]
+    for step, rate in enumerate(batches["rates"]):
+        for report, own in zip(reports, weights):
+            own |= _held_at_first(report, states[step], degrees, float(rate), scale)
+            if spoil is not None and step == 0:
+                spoil(report.rank, own)
+        inputs, shares = _inputs(config, batches, step, graphs, scale)
+        outputs, met = run_cluster(graphs, inputs, weights, exchanges)
+        losses.append((float(reference["losses"][step]), loss_of(outputs, shares)))
+        norms.append(norms_of(float(reference["norms"][step]), outputs))
+        strayed += strayed_of(config, reference["loads"][step], outputs)
+        held = [{name: array for name, array in own.items() if _is_state(name)} for own in weights]
+        judge.judge(held, states[step], states[step + 1], float(rate))
+    moved = {name: float(np.abs(end - states[0][name]).max()) for name, end in states[-1].items()}
+    return judge.found(losses, norms, moved, met, strayed)
+
+
+def _inputs(config: Config, batches: Arrays, step: int, graphs: list, scale: float) -> tuple[list, np.ndarray]:
+    """(what each rank reads at a step, the shares of its micro-batches)."""
+    degrees, noisy = Degrees.of(config.parallel), batches["noise"].shape[-1] > 1
+    shares = shares_of(batches["valid"][step])
+    inputs = [batch_of(batches, step, degrees, rank, noisy) for rank in range(len(graphs))]
+    if len(graphs[0].input_shapes) > 3 + noisy:  # weighted by a factor of each micro-batch's loss
+        inputs = [[*parts, factors(config, scale * shares)] for parts in inputs]
+    return inputs, shares
+
+
+def states_of(reference: Arrays, steps: int) -> list[Arrays]:
+    """Parameters and moments of one device before the first step and after each."""
+    marks = [BEFORE, *(STEP.format(step) for step in range(1, steps)), AFTER]
+    return [{name.removeprefix(mark): a for name, a in reference.items() if name.startswith(mark)} for mark in marks]
+
+
+def _is_state(name: str) -> bool:
+    """Whether one device has it too: not what the host sets, nor sums of gradients."""
+    return name not in (RATE, UNSCALE) and not name.startswith(ACCUMULATED)
+
+
+def empty_sums(report: Report) -> Arrays:
+    """Sums of gradients of a pipeline's micro-batches before the first step; each step leaves them as it must."""
+    shapes = report.parameters.items()
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes if name.startswith(ACCUMULATED)}
+
+
+def _held_at_first(report: Report, before: Arrays, degrees: Degrees, rate: float, scale: float) -> Arrays:
+    """What a rank holds before a step: its slices of `before`, and what the host sets."""
+    names = report.parameters
+    held = {
+        name: held_by(name, _whole(before, name), shape, degrees, report.rank)
+        for name, shape in names.items()
+        if _is_state(name)
+    }
+    by_host = {RATE: np.float32(rate), UNSCALE: np.float32(1 / scale)}
+    return held | {name: value for name, value in by_host.items() if name in names}
+
+
+def _whole(arrays: Arrays, name: str) -> np.ndarray:
+    if name not in arrays:
+        raise ClusterError(f"{name}: one device has no such parameter")
+    return np.asarray(arrays[name])
+
+
+def loss_of(outputs: Sequence[tuple], shares: Sequence[float] = (1.0,)) -> float:
+    """The cross-entropy in the outputs of the ranks: the second of each micro-batch's figures, which have these shares,
+    equal on all ranks that have it. Last comes the norm of the gradients."""
+    found = []
+    for *figures, _ in map(_flat, outputs):
+        width = len(figures) // len(shares)
+        found += [sum(share * figures[micro * width + 1] for micro, share in enumerate(shares))] if figures else []
+    if not found or max(found) - min(found) > TOLERANCE:
+        raise ClusterError(f"loss: the ranks differ, {sorted(set(found))}")
+    return found[0]
+
+
+def norms_of(one: float, outputs: Sequence[tuple]) -> tuple[float, float]:
+    """(one device's norm of the gradients, that of the rank which is farthest from it)."""
+    return one, max((_flat(out)[-1] for out in outputs), key=lambda norm: np.inf if np.isnan(norm) else abs(norm - one))
+
+
+def strayed_of(config: Config, loads: np.ndarray, outputs: Sequence[tuple]) -> int:
+    """Choices of experts that fell otherwise than on one device, whose loads are [M, E]."""
+    layers, experts = loads.shape
+    figures = next((_flat(out)[:-1] for out in outputs if len(_flat(out)) > 1), [])
+    if not layers or len(figures) != config.micro_batches * (2 + layers * (TALLY + 2 * experts)):
+        return 0
+    tallies = np.array(figures).reshape(config.micro_batches, -1)[:, 2:].reshape(-1, layers, TALLY + 2 * experts)
+    return int(np.abs(tallies[:, :, TALLY : TALLY + experts].sum(0) - loads).sum() / 2)
+
+
+def _flat(value) -> list[float]:
+    if isinstance(value, tuple):
+        return [number for part in value for number in _flat(part)]
+    return [float(number) for number in np.ravel(value)] if isinstance(value, np.ndarray | np.generic) else []
+
+
+def prove(config: Config, devices: int, steps: int = 3, vocab: int | None = None) -> Comparison:
+    """Compiles, executes, trains on one device and compares (UserError as in `simulate.compile_step`)."""
+    if config.model.compute_dtype != "float32":  # rounding would be larger than what the rule allows
+        raise UserError(f"model.compute_dtype: {config.model.compute_dtype}; a virtual cluster is compared in float32")
+    require_trainable(config)
+    vocab = vocab or simulate.vocabulary(config)
+    reports = simulate.compile_ranks(config, devices, range(devices), vocab)
+    for draw in range(DRAWS):
+        batches = draw_batches(config, vocab, steps, noise_slices(reports[0]), draw)
+        found = compare(config, reports, batches, train_reference(config, vocab, batches))
+        if found.equal or not found.strayed:
+            break
+    return found
+
+
+def noise_slices(report: Report) -> int:
+    """Slices J of noise that the step reads: its fourth input is then [A * N, J, D]."""
+    shapes = report.graph.input_shapes
+    return shapes[3][1] if len(shapes) > 3 and len(shapes[3]) == 3 else 0
+
+
+def render(found: Comparison) -> str:
+    """Losses, the parameters that differ most, what is explained, what is different, and the verdict."""
+    steps = [[str(step), f"{one:.8f}", f"{cluster:.8f}"] for step, (one, cluster) in enumerate(found.losses, 1)]
+    farthest = sorted(found.differences.items(), key=lambda item: -item[1][0])
+    rows = []
+    for name, (far, moved) in farthest:
+        gradient = f"{found.gradients[name]:.2e}" if name in found.gradients else ""
+        rows.append([name, f"{far:.2e}", f"{moved:.2e}", gradient, _remark(found, name)])
+    heads = ["parameter", "largest difference", "moved by", "of its gradient", ""]
+    count, strayed = sum(found.explained.values()), f"; {found.strayed} choices of experts fell otherwise"
+    explained = f"; {count} entries moved otherwise, explained by gradients near zero" if count else ""
+    return "\n".join(
+        [
+            *simulate.table(["step", "loss of one device", "of the cluster"], steps),
+            "",
+            *simulate.table(heads, rows),
+            "",
+            *found.reasons,
+            f"{sum(found.met.values())} collectives a step over all ranks; largest difference of losses and "
+            f"parameters {found.largest:.2e}, allowed {TOLERANCE:g}{explained}{strayed if found.strayed else ''}: "
+            f"{'equal' if found.equal else 'DIFFERENT'}",
+        ]
+    )
+
+
+def _remark(found: Comparison, name: str) -> str:
+    return f"explained ({found.explained[name]})" if name in found.explained else ""
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m switchyard.simulation.emulate`: see its --help. Returns 1 where cluster and device differ."""
+    parser = simulate.create_parser(
+        "python -m switchyard.simulation.emulate",
+        "Executes the compiled training steps of all ranks in numpy and compares them with one device.",
+    )
+    parser.add_argument("--steps", type=cli.whole, default=3, metavar="N", help="training steps; 3 if not given")
+    chosen = parser.parse_intermixed_args(arguments)
+    if chosen.steps < 1:
+        raise UserError(f"--steps: {chosen.steps}; at least 1")
+    config = configuration.load(chosen.config, chosen.overrides)
+    check_trusted(config.moe.router, consent=True, say=print)
+    try:
+        with cli.cleans_up():
+            found = prove(config, chosen.devices, chosen.steps, chosen.vocab)
+    except (NotExecutable, NotImplementedError) as error:
+        raise UserError(f"virtual cluster: {error}; nothing was compared, take another configuration") from None
+    except ClusterError as error:
+        print(f"virtual cluster: {error}: DIFFERENT")
+        return 1
+    print(render(found))
+    return 0 if found.equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

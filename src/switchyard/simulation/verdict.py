@@ -1,0 +1,188 @@
+"""Whether a virtual cluster and one device agree, and why a parameter may differ all the same.
+
+AdamW divides a gradient by its own size, so a gradient near zero, whose sign is rounding, moves a parameter by up to
+twice the learning rate. Therefore parameters alone do not decide. Every step begins from the state of one device, cut,
+and is judged by itself:
+
+    loss        differs by at most TOLERANCE, relative to its size (at least 1)
+    norm        of the gradients: by at most GRADIENTS, relative to its size
+    gradients   read off both moments: by at most GRADIENTS, relative to the largest entry of the tensor, or to NOISE of
+                the largest entry of all: an error of 3e-7 of that is float32's own
+    parameters  are what AdamW makes of the own moments, and differ by at most TOLERANCE, or else are `explained`:
+                their gradients are equal by the rule above, and AdamW alone has set them apart
+    the rest    (bias corrections) by at most TOLERANCE
+
+Whatever breaks one of these makes the verdict DIFFERENT. A sum that is missing, a factor or a wrong slice changes
+gradients by their own size, a thousand times more than what is allowed.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from switchyard.config import OptimizerConfig
+
+Arrays = dict[str, np.ndarray]
+TOLERANCE = 1e-5  # of losses, relative; of parameters, absolute
+GRADIENTS = 3e-4  # of gradients and their norm, relative
+NOISE = 1e-3  # of the largest gradient: smaller tensors are compared as if they were of this size
+ROUNDING = 4 * 6e-8  # of what is kept in float32
+FIRST, SECOND = "moment1.", "moment2."
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a cluster and one device are apart.
+
+    Attributes:
+        losses: of each step, (one device, first rank).
+        differences: parameter or moment -> (largest absolute difference over all ranks, how far it moved).
+        met: (kind, ranks) -> collectives of a step.
+        norms: of each step's gradients, (one device, the rank that is farthest).
+        gradients: parameter -> largest difference of its gradient, relative to its size.
+        explained: parameter -> entries that moved otherwise for gradients near zero.
+        wrong: parameter -> how far it is from what AdamW makes of its own moments, where that is too far.
+        strayed: choices of experts that fell otherwise, in all steps.
+    """
+
+    losses: list[tuple[float, float]]
+    differences: dict[str, tuple[float, float]]
+    met: Counter
+    norms: list[tuple[float, float]] = field(default_factory=list)
+    gradients: dict[str, float] = field(default_factory=dict)
+    explained: dict[str, int] = field(default_factory=dict)
+    wrong: dict[str, float] = field(default_factory=dict)
+    strayed: int = 0
+
+    @property
+    def largest(self) -> float:
+        """Largest difference of losses and of parameters that is not explained; moments have other units."""
+        apart = [abs(one - cluster) for one, cluster in self.losses]
+        return worst(apart + [far for name, (far, _) in self.differences.items() if self._counts(name)])
+
+    def _counts(self, name: str) -> bool:
+        return not name.startswith((FIRST, SECOND)) and name not in self.explained
+
+    @property
+    def reasons(self) -> list[str]:
+        """What is different, a line each; none where all is equal."""
+        lines = [
+            f"loss of step {step}: {cluster:.8f}, one device {one:.8f}"
+            for step, (one, cluster) in enumerate(self.losses, 1)
+            if not abs(one - cluster) <= TOLERANCE * max(1.0, abs(one))
+        ]
+        lines += [
+            f"norm of the gradients of step {step}: {cluster:.6g}, one device {one:.6g}"
+            for step, (one, cluster) in enumerate(self.norms, 1)
+            if not abs(one - cluster) <= GRADIENTS * abs(one)
+        ]
+        for name, apart in self.gradients.items():
+            if not apart <= GRADIENTS:
+                lines.append(f"gradient of {name}: {apart:.2e} of its size apart, allowed {GRADIENTS:g}")
+        lines += [f"{name}: {far:.2e} from what AdamW makes of its moments" for name, far in self.wrong.items()]
+        for name, (far, _) in self.differences.items():
+            if self._counts(name) and name not in self.wrong and not far <= TOLERANCE:
+                lines.append(f"{name}: {far:.2e} apart, allowed {TOLERANCE:g}")
+        return lines
+
+    @property
+    def equal(self) -> bool:
+        """Whether they agree by the rule."""
+        return not self.reasons
+
+
+def worst(values: Iterable[float]) -> float:
+    """The largest, NaN above all; 0 of none."""
+    return max(values, key=lambda value: np.inf if np.isnan(value) else value, default=0.0)
+
+
+class Judge:
+    """Judges steps one after the other.
+
+    Args:
+        optimizer: betas, eps, decay.
+        cut: (name, whole array, local shape, rank) -> the slice that the rank should hold.
+    """
+
+    def __init__(self, optimizer: OptimizerConfig, cut: Callable):
+        self.optimizer, self.cut = optimizer, cut
+        self.differences: dict[str, float] = {}
+        self.gradients: dict[str, float] = {}
+        self.explained: Counter = Counter()
+        self.wrong: dict[str, float] = {}
+
+    def judge(self, ranks: list[Arrays], before: Arrays, after: Arrays, rate: float) -> None:
+        """One step: what the ranks hold after it, and the whole state of one device before and after it."""
+        sizes = self._sizes(before, after)
+        floor = NOISE * max(sizes.values(), default=0.0)
+        for rank, own in enumerate(ranks):
+            for name in sorted(own):
+                end = self.cut(name, after[name], own[name].shape, rank)
+                self._note(self.differences, name, float(np.abs(own[name] - end).max(initial=0.0)))
+            for name, size in sizes.items():
+                if name in own:
+                    self._judge_parameter(name, own, (before, after), rank, max(size, floor), rate)
+
+    def _sizes(self, before: Arrays, after: Arrays) -> dict[str, float]:
+        """Parameter -> largest entry of its gradient on one device, or of the moment that it goes into."""
+        found, rest = {}, 1 - self.optimizer.beta1
+        for moment in (name for name in after if name.startswith(FIRST)):
+            gradient = (after[moment] - self.optimizer.beta1 * before[moment]) / rest
+            found[moment.removeprefix(FIRST)] = float(max(np.abs(gradient).max(), np.abs(after[moment]).max()))
+        return found
+
+    def _judge_parameter(self, name: str, own: Arrays, states: tuple, rank: int, size: float, rate: float) -> None:
+        """Its gradient by the moments, and itself by what AdamW makes of them."""
+        optimizer, (before, after) = self.optimizer, states
+        held = [self._held(kind + name, own, after, rank) for kind in (FIRST, SECOND)]
+        if None in (held[0], held[1]):
+            return
+        first = _beyond_rounding(*held[0]) / (1 - optimizer.beta1)  # of g
+        second = _beyond_rounding(*held[1]) / (1 - optimizer.beta2)  # of g^2
+        self._note(self.gradients, name, worst((_relative(first, size), _relative(second, 2 * size**2))))
+        start = self.cut(name, before[name], own[name].shape, rank)
+        end = self.cut(name, after[name], own[name].shape, rank)
+        made = self._moved(name, start, own, after, rate)
+        far = np.abs(own[name] - made)
+        if not (far <= 1e-3 * rate + 1e-6 * np.abs(start) + 1e-9).all():
+            self._note(self.wrong, name, float(far.max()))
+        odd = int((~(np.abs(own[name] - end) <= TOLERANCE)).sum())
+        if odd:
+            self.explained[name] = max(self.explained[name], odd)
+
+    def _held(self, name, own, after, rank):
+        """(what a rank holds, what it should hold), or None where it holds none."""
+        return (own[name], self.cut(name, after[name], own[name].shape, rank)) if name in own else None
+
+    def _moved(self, name: str, start: np.ndarray, own: Arrays, after: Arrays, rate: float) -> np.ndarray:
+        """AdamW of the rank's own moments (nn.adamw), in float64."""
+        decay = self.optimizer.weight_decay if start.ndim >= 2 else 0.0
+        mean = own[FIRST + name].astype(np.float64) / float(after["correction1"])
+        root = np.sqrt(own[SECOND + name].astype(np.float64) / float(after["correction2"]))
+        return start * (1 - rate * decay) - rate * mean / (root + self.optimizer.eps)
+
+    @staticmethod
+    def _note(where: dict, name: str, value: float) -> None:
+        where[name] = worst((where.get(name, 0.0), value))
+
+    def found(self, losses, norms, moved: dict[str, float], met: Counter, strayed: int) -> Comparison:
+        """The whole; parameters whose gradient is not equal, or that AdamW did not make, are not explained."""
+        explained = {
+            name: count
+            for name, count in self.explained.items()
+            if self.gradients[name] <= GRADIENTS and name not in self.wrong
+        }
+        differences = {name: (far, moved[name]) for name, far in sorted(self.differences.items())}
+        return Comparison(losses, differences, met, norms, self.gradients, explained, self.wrong, strayed)
+
+
+def _relative(difference: float, size: float) -> float:
+    """A difference by a size that may be 0, where nothing at all may differ."""
+    return difference / size if size else np.inf if difference else 0.0
+
+
+def _beyond_rounding(own: np.ndarray, end: np.ndarray) -> float:
+    """Largest difference that float32 does not account for."""
+    return float(np.maximum(np.abs(own - end) - ROUNDING * np.abs(end), 0.0).max(initial=0.0))  # NaN stays NaN

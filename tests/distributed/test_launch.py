@@ -1,0 +1,106 @@
+"""One list of refusals: what train.py refuses is refused before anything starts, planned or compiled."""
+
+import subprocess
+import sys
+
+import pytest
+
+from switchyard import cli
+from switchyard.config import build
+from switchyard.distributed import launch
+from switchyard.distributed.limits import check_way, require_trainable
+from switchyard.errors import UserError
+from switchyard.simulation import compile as simulate
+
+EXPERTS = {"expert_num": 4}
+UNTIED = {"tie_word_embeddings": False}
+STAGES = {"pipeline_stage": 2, "micro_batch_num": 2}
+CUT = {"data_parallel": 2, "expert_parallel": 2}
+REFUSED = [
+    ({"moe": EXPERTS | {"record": "a"}, "parallel": CUT}, "Ascend", "moe.record: a; choices are recorded"),
+    ({"moe": EXPERTS | {"replay": "a"}, "parallel": CUT}, "GPU", "moe.replay: a; choices are recorded"),
+    ({"moe": EXPERTS | {"router_warmup_steps": 2}, "parallel": CUT}, "Ascend", "moe.router_warmup_steps: 2; "),
+    ({"moe": EXPERTS | {"groups": 1}, "data": {"batch_size": 4}, "parallel": {}}, "GPU", None),
+    ({"model": UNTIED, "parallel": STAGES}, "Ascend", "train.eval_every: 500; 0 with parallel.pipeline_stage (2)"),
+    ({"model": UNTIED, "parallel": STAGES, "train": {"eval_every": 0}}, "Ascend", None),
+    ({"parallel": STAGES, "train": {"eval_every": 0}}, "Ascend", "model.tie_word_embeddings: True; False with"),
+    ({"moe": EXPERTS | {"dispatch": "dropless"}, "parallel": CUT}, "GPU", "moe.dispatch: dropless; "),
+    ({"moe": EXPERTS | {"dispatch": "dropless"}, "parallel": CUT}, "Ascend", None),
+    (
+        {"model": {"compute_dtype": "bfloat16"}, "parallel": {"data_parallel": 2}},
+        "GPU",
+        "model.compute_dtype: bfloat16",
+    ),
+    (
+        {"train": {"gradient_accumulation_steps": 2}, "parallel": {"data_parallel": 2, "optimizer_shard": 1}},
+        "Ascend",
+        "train.gradient_accumulation_steps: 2; 1 with parallel.optimizer_shard (1)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tree", "target", "says"), REFUSED)
+def test_training_and_planning_refuse_the_same(tree, target, says):
+    config = build(tree)
+    if says is None:
+        assert check_way(config, config.devices, target) is None or config.devices == 1
+        require_trainable(config, target)
+        return
+    for asked in (lambda: check_way(config, config.devices, target), lambda: require_trainable(config, target)):
+        with pytest.raises(UserError) as caught:
+            asked()
+        assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_processes_do_by_hand_what_the_compiler_does_not_cut():
+    """A router that is not cut trains with data and expert parallelism, and is not planned or compiled."""
+    config = build({"moe": EXPERTS | {"router": "hash"}, "parallel": CUT})
+    assert "moe.router: hash; cannot be cut" in check_way(config, 2, "Ascend")
+    with pytest.raises(UserError, match=r"^moe\.router: hash; cannot be cut over devices; one of gshard, "):
+        require_trainable(config, "Ascend")
+    with pytest.raises(UserError, match=r"^parallel\.model_parallel: 2; .* \(moe\.router: hash; cannot be cut"):
+        check_way(build({"moe": EXPERTS | {"router": "hash"}, "parallel": {"model_parallel": 2}}), 2, "GPU")
+
+
+def write(tmp_path, text):
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_simulation_refuses_before_it_compiles(tmp_path, capsys):
+    text = "moe: {expert_num: 4, record: a}\nparallel: {data_parallel: 2}\ndata: {batch_size: 2}\n"
+    assert cli.run(simulate.main, ["--config", write(tmp_path, text), "--devices", "2"]) == 2
+    assert "error: moe.record: a; choices are recorded" in capsys.readouterr().err
+
+
+def test_the_command_is_silent_or_one_line(tmp_path, capsys):
+    path = write(tmp_path, "data: {batch_size: 8}\ntrain: {gradient_accumulation_steps: 4}\n")
+    arguments = ["--config", path, "--devices", "2", "--target"]
+    assert cli.run(launch.main, [*arguments, "Ascend", "parallel.data_parallel=2", "--resume"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert cli.run(launch.main, [*arguments, "GPU", "parallel.data_parallel=2"]) == 0
+    assert "optimizer_shard stays 0, not 1 as by default on several GPUs" in capsys.readouterr().err
+    for wrong, says in (
+        (["CPU"], "error: parallel.data_parallel: 1; the degrees need 1 processes, 2 processes run"),
+        (["CPU", "parallel.model_parallel=2"], "error: parallel.model_parallel: 2; training in processes cuts"),
+        (["TPU"], "error: argument --target: invalid choice"),
+    ):
+        assert cli.run(launch.main, [*arguments, *wrong]) == 2
+        assert capsys.readouterr().err.startswith(says)
+
+
+def test_no_mindspore_is_imported_for_shipped_routers():
+    code = "import sys; import switchyard.distributed.launch; sys.exit('mindspore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_training_says_that_accumulation_costs_a_gpu_its_default(monkeypatch, capsys):
+    from switchyard.training import loop
+
+    monkeypatch.setattr(loop, "target_of", lambda context: "GPU")
+    for count, level, says in ((1, 1, ""), (2, 0, "parallel: optimizer_shard stays 0, not 1 as by default on several")):
+        tree = {"train": {"gradient_accumulation_steps": count}, "parallel": {"data_parallel": 2}}
+        config, by_hand = loop.choose_way(build(tree | {"data": {"batch_size": 4}}), 2)
+        assert by_hand is None and config.parallel.optimizer_shard == level
+        assert capsys.readouterr().out.startswith(says)

@@ -1,0 +1,79 @@
+"""Ranks, groups and slices, against numbers typed by hand."""
+
+import numpy as np
+import pytest
+
+from switchyard.distributed.placement import Coordinates, Degrees, optimizer_slices, placement, slice_of, stages_of
+from switchyard.errors import UserError
+
+CUBE = Degrees(data_parallel=4, expert_parallel=2, model_parallel=2, pipeline_stage=2)
+
+
+def test_ranks_are_numbered_stage_by_stage_and_model_slices_are_neighbours():
+    assert CUBE.devices == 16 and CUBE.outer == 2 and CUBE.stage_devices == 8
+    assert CUBE.coordinates(13) == Coordinates(stage=1, outer=1, expert=0, model=1)
+    assert [CUBE.rank_of(CUBE.coordinates(rank)) for rank in range(16)] == list(range(16))
+    assert [CUBE.data_slice(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_groups():
+    assert CUBE.expert_group(13) == (13, 15) and CUBE.expert_replicas(13) == (9, 13)
+    assert CUBE.data_group(13) == (9, 11, 13, 15) and CUBE.model_group(13) == (12, 13)
+    assert CUBE.stage_group(13) == tuple(range(8, 16))
+    flat = Degrees(data_parallel=8, expert_parallel=4)
+    assert flat.expert_group(5) == (4, 5, 6, 7) and flat.expert_replicas(5) == (1, 5)
+
+
+def test_a_rank_that_is_not_there():
+    with pytest.raises(UserError, match="rank: 16; these degrees have ranks 0 to 15"):
+        CUBE.coordinates(16)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "cut"),
+    [
+        ("layers.0.attention.qkv.weight", (8, 24), (None, "model")),
+        ("layers.0.attention.out.weight", (8, 8), ("model", None)),
+        ("layers.1.feed_forward.experts.w_in", (4, 8, 6), ("expert", None, "model")),
+        ("moment1.layers.1.feed_forward.experts.w_out", (4, 6, 8), ("expert", "model", None)),
+        ("layers.1.feed_forward.shared.w_gate", (1, 8, 6), (None, None, "model")),
+        ("layers.1.feed_forward.shared.gate", (1, 8, 1), (None, None, None)),
+        ("layers.0.feed_forward.w_out", (1, 6, 8), (None, "model", None)),
+        ("layers.1.feed_forward.router.weight", (8, 4), (None, None)),
+        ("embedding.table", (13, 8), (None, None)),
+        ("correction1", (), ()),
+    ],
+)
+def test_what_cuts_a_parameter(name, shape, cut):
+    assert placement(name, shape, CUBE) == cut
+
+
+def test_an_axis_that_does_not_divide_is_named():
+    with pytest.raises(UserError, match=r"experts.w_in: \(3, 8, 6\); expert_parallel \(2\) must divide 3"):
+        placement("layers.1.feed_forward.experts.w_in", (3, 8, 6), CUBE)
+
+
+def test_slices_of_a_stage_make_up_the_whole_once_per_replica():
+    shape = (4, 8, 6)
+    whole, seen = np.arange(192).reshape(shape), np.zeros(192, int)
+    cut = placement("layers.1.feed_forward.experts.w_in", shape, CUBE)
+    for rank in range(8):
+        part = whole[slice_of(shape, cut, CUBE, rank)]
+        assert part.shape == (2, 8, 3)
+        seen[part.reshape(-1)] += 1
+    assert (seen == len(CUBE.replicas(cut, 0))).all() and CUBE.replicas(cut, 0) == (0, 4)
+    assert slice_of(shape, cut, CUBE, 3) == (slice(2, 4), slice(0, 8), slice(3, 6))
+
+
+def test_zero_cuts_what_its_replicas_divide():
+    zero = Degrees(data_parallel=8, expert_parallel=4, optimizer_shard=1)
+    assert optimizer_slices((8, 6), (None, None), zero, 0) == 8
+    assert optimizer_slices((13, 6), (None, None), zero, 0) == 1
+    assert optimizer_slices((8, 6, 5), ("expert", None, "model"), zero, 0) == 2
+    assert optimizer_slices((8, 6), (None, None), CUBE, 0) == 1
+
+
+def test_stages():
+    names = ("embedding.table", "layers.1.attention.qkv.weight", "layers.2.feed_forward.w_in", "norm.gain")
+    assert [stages_of(name, 4, CUBE) for name in names] == [(0, 1), (0,), (1,), (1,)]
+    assert stages_of("embedding.table", 4, Degrees()) == (0,)

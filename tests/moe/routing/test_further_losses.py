@@ -1,0 +1,85 @@
+"""The losses of `moe.losses` against hand-typed values, and who may ask for which."""
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+from oracles.tiny import tiny_config
+
+from switchyard.errors import UserError
+from switchyard.moe.routing import create_router
+from switchyard.moe.routing import losses as balance
+
+
+def _tensor(values):
+    return Tensor(np.array(values, np.float32))
+
+
+def _value(tensor):
+    return float(tensor.asnumpy())
+
+
+def _routing(probabilities, experts, of=2):
+    chosen = np.eye(of + 1)[np.array(experts)][..., :of]  # expert `of` is nowhere
+    probabilities = _tensor(probabilities)
+    return {"probabilities": probabilities, "mass": probabilities, "chosen": _tensor(chosen), "logits": probabilities}
+
+
+# Two sequences of two rows: the first all to expert 0, the second all to expert 1. Together they are balanced.
+OPPOSITE = _routing([[[1, 0], [1, 0], [0, 1], [0, 1]]], [[0, 0, 1, 1]])
+ALL = _tensor([[1, 1, 1, 1]])
+
+
+def test_sequence_loss_sees_what_the_whole_does_not(pynative):
+    assert _value(balance.switch_balance(OPPOSITE["chosen"], OPPOSITE["probabilities"], ALL, 1)) == pytest.approx(1.0)
+    assert _value(balance.sequence_loss(OPPOSITE, ALL, 1, 2)) == pytest.approx(2.0)
+    assert _value(balance.sequence_loss(OPPOSITE, ALL, 1, 4)) == pytest.approx(1.0)
+
+
+def test_sequence_loss_by_hand(pynative):
+    """First sequence: f = (1, 0), P = (.75, .25), 2 * .75; second: one real row, f = (0, 1), P = (.4, .6), 2 * .6.
+
+    The first counts by its two real rows, the second by its one.
+    """
+    routing = _routing([[[0.9, 0.1], [0.6, 0.4], [0.4, 0.6], [0.9, 0.1]]], [[0, 0, 1, 2]])
+    assert _value(balance.sequence_loss(routing, _tensor([[1, 1, 1, 0]]), 1, 2)) == pytest.approx((2 * 1.5 + 1.2) / 3)
+
+
+def test_importance_loss_by_hand(pynative):
+    """Importance (3, 1): mean 2, variance 1, CV^2 = 1/4. Balanced: 0."""
+    routing = _routing([[[1, 0], [1, 0], [0.5, 0.5], [0.5, 0.5]]], [[0, 0, 0, 0]])
+    assert _value(balance.importance_loss(routing, ALL, 1, 4)) == pytest.approx(0.25)
+    assert _value(balance.importance_loss(OPPOSITE, ALL, 1, 4)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_load_loss_by_hand(pynative):
+    routing = OPPOSITE | {"smooth_load": _tensor([[[1, 0], [1, 0], [0.5, 0.5], [0.5, 0.5]]])}
+    assert _value(balance.load_loss(routing, ALL, 1, 4)) == pytest.approx(0.25)
+
+
+def test_mutual_information_loss_by_hand(pynative):
+    """Certain rows, balanced experts: H(E|X) = 0, H(E) = log 2. Uniform rows: both log 2."""
+    assert _value(balance.mutual_information_loss(OPPOSITE, ALL, 1, 4)) == pytest.approx(-np.log(2))
+    uniform = _routing(np.full((1, 4, 2), 0.5), [[0, 1, 0, 1]])
+    assert _value(balance.mutual_information_loss(uniform, ALL, 1, 4)) == pytest.approx(0.0, abs=1e-6)
+
+
+def _losses(**losses):
+    config = tiny_config(router="top_k", expert_num=2, losses=losses)
+    return balance.WeightedLosses(config.moe, create_router(config, np.random.default_rng(0)), 2)
+
+
+def test_weights_multiply_and_add_up_in_training_only(pynative):
+    cell = _losses(sequence=0.5, mutual_information=0.1, importance=0.0)
+    assert _value(cell.set_train(True)(OPPOSITE, ALL)[2]) == pytest.approx(0.5 * 2 - 0.1 * np.log(2))
+    assert _value(cell.set_train(False)(OPPOSITE, ALL)[2]) == 0.0
+
+
+def test_a_loss_that_the_router_cannot_give_is_one_line():
+    with pytest.raises(
+        UserError, match=r"^moe\.losses\.load: not available; router 'top_k' gives importance, .*sequence"
+    ):
+        _losses(load=0.1)
+    with pytest.raises(UserError, match=r"^moe\.losses\.entropy: unknown; router 'top_k' gives "):
+        _losses(entropy=0.1)
+    with pytest.raises(UserError, match=r"^moe\.losses\.importance: -1\.0; .*greater than or equal to 0"):
+        _losses(importance=-1.0)

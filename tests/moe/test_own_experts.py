@@ -1,0 +1,197 @@
+"""Experts of a user's own, without anything but `construct`: trained, evaluated, generated with, cut over processes."""
+
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+from oracles.tiny import layer_gradients, run_layer, tiny_config, tiny_rows, weights_of
+
+from switchyard.config import build
+from switchyard.distributed.collectives import cut_model
+from switchyard.distributed.own_classes import require_cut_experts, require_partners
+from switchyard.distributed.placement import Degrees
+from switchyard.distributed.processes import Processes
+from switchyard.errors import UserError
+from switchyard.forms import keeps
+from switchyard.models import Decode, Decoder, Prefill
+from switchyard.moe.conv_experts import ConvolutionExperts, SliceExperts
+from switchyard.moe.experts import FeedForwardExperts
+from switchyard.moe.layer import MoELayer
+from switchyard.nn.noise import NoiseSlices
+
+
+class Tanh(nn.Cell):
+    """tanh(x A_e) + b_e: nothing that the layer could know, and no form of blocks."""
+
+    def __init__(self, experts: int, width: int):
+        super().__init__()
+        random = np.random.default_rng(5)
+        self.matrix = Parameter(Tensor(random.normal(0, 0.7, (experts, width, width)).astype(np.float32)), "matrix")
+        self.bias = Parameter(Tensor(random.normal(0, 0.7, (experts, 1, width)).astype(np.float32)), "bias")
+        self.product, self.bend = ops.BatchMatMul(), ops.Tanh()
+
+    def construct(self, rows):
+        return self.bend(self.product(rows, self.matrix)) + self.bias
+
+
+class Shifted(FeedForwardExperts):
+    """Refines the shipped experts in `construct` alone: the inherited `blocks` would be its parent's."""
+
+    def construct(self, rows):
+        return super().construct(rows) + 1.0
+
+
+def own_layer(make, train: bool, width: int = 6, **moe) -> MoELayer:
+    """A layer of width 6 with experts of one's own."""
+    config = tiny_config(width=width, **moe)
+    random, slices = np.random.default_rng(0), NoiseSlices()
+    layer = MoELayer(config, (0.7, 0.7), random, mstype.float32, slices, make_experts=make)
+    weight = layer.router.weight
+    weight.set_data(Tensor(np.random.default_rng(1).normal(0, 0.8, weight.shape).astype(np.float32)))
+    return layer.set_train(train)
+
+
+def tanh_experts(experts: int, hidden: int) -> nn.Cell:
+    return Tanh(experts, 6)
+
+
+def shifted_experts(experts: int, hidden: int) -> nn.Cell:
+    return Shifted(experts, 6, hidden, "relu", (0.7, 0.7), np.random.default_rng(0), mstype.float32)
+
+
+def of_tanh(x, weights, expert):
+    return np.tanh(x @ weights["experts.matrix"][expert]) + weights["experts.bias"][expert, 0]
+
+
+def of_shifted(x, weights, expert):
+    return np.maximum(x @ weights["experts.w_in"][expert], 0) @ weights["experts.w_out"][expert] + 1.0
+
+
+KINDS = {"tanh": (tanh_experts, of_tanh), "shifted": (shifted_experts, of_shifted)}
+
+
+def by_loop(rows, valid, weights, work, choices):
+    """Softmax, the best experts, their outputs weighted by their probabilities: a loop over rows."""
+    out = np.zeros_like(rows)
+    for group, row in np.argwhere(valid > 0):
+        scores = rows[group, row] @ weights["router.weight"]
+        gates = np.exp(scores - scores.max())
+        gates /= gates.sum()
+        for expert in np.argsort(-scores)[:choices]:
+            out[group, row] += gates[expert] * work(rows[group, row], weights, expert)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [False, True])
+def test_nothing_is_dropped_and_every_row_gets_its_own_experts(kind, train, pynative):
+    """At evaluation, and in training where dispatch is dropless: a loop over rows says the same."""
+    make, work = KINDS[kind]
+    layer = own_layer(make, train, num_experts_chosen=2, norm_topk_prob=False, dispatch="dropless", groups=2)
+    rows, valid = tiny_rows(groups=2, padded=2)
+    out, *_, audit = run_layer(layer, rows, valid)
+    np.testing.assert_allclose(out, by_loop(rows, valid, weights_of(layer), work, 2), atol=2e-5)
+    assert audit["dropped"] == 0
+
+
+def test_gradients_are_those_of_capacity_for_all(pynative):
+    """Dropless by every expert on every block, against slots for all rows."""
+    found = []
+    for keys in ({"dispatch": "dropless"}, {"capacity_factor": 4.0}):
+        layer = own_layer(tanh_experts, True, num_experts_chosen=2, **keys)
+        rows, valid = tiny_rows(padded=1)
+        found.append(layer_gradients(layer, rows, valid, np.ones_like(rows), 0.0, 0.0))
+    for name in found[0]:
+        np.testing.assert_allclose(found[0][name], found[1][name], atol=2e-5, err_msg=name)
+
+
+def test_experts_that_cannot_be_merged_are_refused_when_the_layer_is_made():
+    with pytest.raises(UserError, match=r"^moe\.router: merged; Tanh has no `merged\(rows, gates\)` of its own"):
+        own_layer(tanh_experts, True, router="merged")
+    with pytest.raises(UserError, match=r"^moe\.router: merged; Shifted has no `merged"):
+        own_layer(shifted_experts, True, router="merged")
+
+
+def test_shipped_experts_keep_their_blocks():
+    for kind in (FeedForwardExperts, ConvolutionExperts, SliceExperts):
+        assert keeps(kind, "construct", "blocks") and keeps(kind, "construct", "merged")
+
+
+class Louder(MoELayer):
+    """A layer of one's own, of which generation must not take the shipped one's shortcut."""
+
+    def construct(self, rows, valid, noise, token_ids=None, task_ids=None, replay=None, view=None):
+        out, losses, audit = super().construct(rows, valid, noise, token_ids, task_ids, replay, view)
+        return out * 2.0, losses, audit
+
+
+@pytest.mark.parametrize(("layer", "mode"), [(MoELayer, "graph"), (Louder, "pynative")])
+def test_generation_says_what_the_decoder_says(layer, mode, request):
+    """Prefill and decode of a decoder with experts, or a layer, of one's own against its forward pass."""
+    request.getfixturevalue(mode)
+    model = {"num_layers": 1, "hidden_size": 6, "num_heads": 1, "seq_length": 8, "intermediate_size": 6}
+    moe = {"router": "top_k", "expert_num": 4, "num_experts_chosen": 2, "layers": "all"}
+    config = build({"model": model | {"init_method_std": 0.4}, "moe": moe})
+    decoder = Decoder(config, 9)
+    random, slices = np.random.default_rng(0), NoiseSlices()
+    make = None if layer is Louder else tanh_experts
+    decoder.layers[0].feed_forward = layer(config, (0.7, 0.7), random, mstype.float32, slices, 9, make_experts=make)
+    decoder.set_train(False)
+    tokens = np.random.default_rng(3).integers(0, 9, (2, 6)).astype(np.int32)
+    valid, noise = np.ones((2, 6), np.float32), np.zeros((1, 1, 1), np.float32)
+    whole = decoder(Tensor(tokens), Tensor(valid), Tensor(noise))[0].asnumpy().reshape(2, 6, -1)
+    prefill, decode = Prefill(decoder, 8).set_train(False), Decode(decoder, 8).set_train(False)
+    logits, keys, values = prefill(Tensor(tokens[:, :5]), Tensor(np.full(2, 5, np.int32)))
+    np.testing.assert_allclose(logits.asnumpy(), whole[:, 4], atol=1e-4)
+    room = ((0, 0), (0, 0), (0, 0), (0, 1), (0, 0))
+    caches = (Tensor(np.pad(cache.asnumpy(), room)) for cache in (keys, values))
+    logits = decode(Tensor(tokens[:, 5]), Tensor(np.full(2, 5, np.int32)), *caches)[0]
+    np.testing.assert_allclose(logits.asnumpy(), whole[:, 5], atol=1e-4)
+
+
+def test_experts_of_own_names_are_not_cut_over_processes():
+    """They would stay whole while their rows are exchanged: refused before anything runs."""
+    processes = Processes(0, 2, Degrees(data_parallel=2, expert_parallel=2))
+    with pytest.raises(
+        UserError, match=r"^parallel\.expert_parallel: '.*matrix' \[4, 6, 6\] would not be cut"
+    ) as caught:
+        cut_model(own_layer(tanh_experts, True), processes)
+    assert "w_in, w_gate or w_out" in str(caught.value)
+
+
+def test_a_compiled_cluster_refuses_experts_that_it_would_replace():
+    shifted = shifted_experts(4, 5)
+    with pytest.raises(UserError, match=r"\.Shifted: changes `construct` of FeedForwardExperts and not `shard`"):
+        require_cut_experts(shifted, 4)
+    with pytest.raises(UserError, match=r"\.Tanh: these experts have no `shard\(mesh\)`"):
+        require_cut_experts(Tanh(4, 6), 4)
+
+    class Cut(Shifted):
+        def shard(self, mesh, experts="expert", rows="outer"): ...
+
+    cut = Cut(4, 6, 5, "relu", (0.7, 0.7), np.random.default_rng(0), mstype.float32)
+    require_cut_experts(cut, 4)
+    with pytest.raises(UserError, match=r"^moe\.dispatch: dropless; is made of w_in, w_gate and w_out, not of .*\.Cut"):
+        require_cut_experts(cut, 4, "dropless")
+
+
+def test_a_compiled_cluster_refuses_models_and_layers_that_it_would_replace():
+    class Mine(Decoder):
+        def construct(self, tokens, valid, noise, replay=None):
+            return super().construct(tokens, valid, noise, replay)
+
+    class Whole(Mine):
+        def spread(self, tokens, valid, noise):
+            return super().spread(tokens, valid, noise)
+
+    model = {"num_layers": 1, "hidden_size": 4, "num_heads": 1, "seq_length": 4, "intermediate_size": 4}
+    config = build({"model": model})
+    with pytest.raises(UserError, match=r"Mine: changes `construct` of Decoder and not `spread`, which a compiled"):
+        Mine(config, 5).shard(None)
+    require_partners(Whole(config, 5), Decoder, {"construct": ("spread",)})
+    louder = Louder(tiny_config(), (0.1, 0.1), np.random.default_rng(0), mstype.float32, NoiseSlices())
+    with pytest.raises(UserError, match=r"\.Louder: changes `construct` of MoELayer and not `spread`"):
+        louder.shard(None)
+    copied = MoELayer(tiny_config(copies=2), (0.1, 0.1), np.random.default_rng(0), mstype.float32, NoiseSlices())
+    with pytest.raises(UserError, match=r"^moe\.copies: 2; 1 where parallel degrees cut the model"):
+        copied.shard(None)

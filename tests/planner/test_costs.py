@@ -1,0 +1,146 @@
+"""What the planner says a layout costs, against the graph that the compiler makes of it and against numbers by hand."""
+
+from collections import Counter
+
+import pytest
+from oracles.layouts import DROPLESS, FURTHER, LAYOUTS, VOCAB
+
+from switchyard.config import build
+from switchyard.distributed.limits import CUT_ROUTERS
+from switchyard.distributed.placement import Degrees
+from switchyard.errors import UserError
+from switchyard.planner.costs import Exchange, costs, exchanges, parameters, stage_costs
+from switchyard.simulation.compile import OPTIMIZER_STATE, whole_shape
+
+DENSE = {"model": {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "seq_length": 4, "intermediate_size": 16}}
+
+
+ALL = LAYOUTS | FURTHER | DROPLESS
+
+
+@pytest.fixture(params=ALL)
+def both(request, compile_layout):
+    """(configuration, the compiler's report) of a layout."""
+    return build(ALL[request.param]), compile_layout(request.param)
+
+
+@pytest.mark.slow
+def test_exchanges_are_those_of_the_graph(both):
+    """Kind, ranks and bytes of every collective, and how many there are of each."""
+    config, report = both
+    degrees, rank = Degrees.of(config.parallel), report.rank
+    stage = degrees.coordinates(rank).stage
+    groups = {
+        "expert": degrees.expert_group,
+        "replicas": degrees.expert_replicas,
+        "data": degrees.data_group,
+        "model": degrees.model_group,
+        "stage": degrees.stage_group,
+        "all": lambda rank: tuple(range(degrees.devices)),
+        "pipeline": degrees.pipeline_group,
+    }
+    expected = Counter()
+    for one in exchanges(config, VOCAB, stage):
+        group = groups[one.group](rank)
+        assert one.ranks == len(group)
+        expected[one.kind, group, one.bytes] += one.number
+    found = Counter((one.kind, one.group, one.bytes) for one in report.collectives)
+    for (kind, group, size), number in list(found.items()):
+        if kind == "AlltoAllV" and size == 0:  # only the run knows: what comes back is what went there
+            del found[kind, group, size]
+            found[kind, group, max(size for kind, _, size in expected if kind == "AlltoAllV")] += number
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_what_is_held_is_what_the_graph_holds(both):
+    """Parameters by name and whole shape, bytes of weights and of the optimizer's state."""
+    config, report = both
+    held = {name: shape for name, shape in report.parameters.items() if not name.startswith(OPTIMIZER_STATE)}
+    stage = Degrees.of(config.parallel).coordinates(report.rank).stage
+    whole = {name: whole_shape(report.layouts[name], shape) for name, shape in held.items()}
+    if not config.parallel.optimizer_shard:  # whose cut the compiler's layouts do not tell
+        assert parameters(config, VOCAB, stage) == whole
+    assert parameters(config, VOCAB, stage).keys() == held.keys()
+    cost = stage_costs(config, VOCAB)[stage]
+    accumulated = {"gradients": cost.gradients} if config.parallel.pipeline_stage > 1 else {}
+    assert {"weights": cost.weights, "optimizer state": cost.optimizer} | accumulated == report.held_bytes
+
+
+def test_the_work_of_a_dense_block_by_hand():
+    """16 rows, D 8: qkv 8 x 24, out 8 x 8, scores and mix 2 x 4 x 8, feed-forward 2 x 8 x 16, head 8 x 10."""
+    config = build(DENSE | {"data": {"batch_size": 4}})
+    assert costs(config, 10).flops == 2 * 3 * 16 * (192 + 64 + 64 + 256 + 80)
+    halves = build(DENSE | {"data": {"batch_size": 4}, "parallel": {"model_parallel": 2}})
+    assert costs(halves, 10).flops == 2 * 3 * 16 * ((192 + 64 + 64 + 256) / 2 + 80)  # the head is whole on both
+    again = build(DENSE | {"data": {"batch_size": 4}, "parallel": {"recompute": True}})
+    assert costs(again, 10).flops == 2 * 16 * (4 * (192 + 64 + 64 + 256) + 3 * 80)
+
+
+def test_experts_work_by_their_slots():
+    """1 group of 16 rows, 4 experts, factor 2: 8 slots each, 32 in all, whoever fills them; the router is 8 x 4."""
+    moe = {"expert_num": 4, "capacity_factor": 2.0}
+    config = build(DENSE | {"data": {"batch_size": 4}, "moe": moe})
+    assert costs(config, 10).flops == 2 * 3 * (16 * (192 + 64 + 64 + 8 * 4 + 80) + 32 * 256)
+
+
+def test_one_device_sends_nothing():
+    assert costs(build(DENSE), 10).exchanges == ()
+
+
+def test_bytes_that_leave_a_device():
+    """Of 100 bytes in a ring of 4: three quarters, and twice that where they are summed and handed round."""
+    assert Exchange("AlltoAll", "expert", 4, 100).sent == 75
+    assert Exchange("AllReduce", "data", 4, 100, 2).sent == 300
+
+
+def test_activations_shrink_with_what_cuts_or_repeats_them():
+    plain = {"data": {"batch_size": 64}, "moe": {"expert_num": 8}}
+
+    def kept(**parallel):
+        return costs(build(plain | {"parallel": parallel}), 256).activations
+
+    assert kept(data_parallel=2) == kept() / 2
+    assert kept(recompute=True) < kept()
+    assert kept(model_parallel=2, sequence_parallel=True) < kept(model_parallel=2) < kept()
+
+
+def test_fused_attention_keeps_no_weights():
+    """Of 64 rows of a head 16 float32 numbers each, in the place of 64 float32 and 64 in half precision."""
+    half = {"model": {"hidden_size": 64, "seq_length": 64, "compute_dtype": "bfloat16", "num_layers": 1}}
+    tree = half | {"moe": {"expert_num": 1}, "data": {"batch_size": 1}, "context": {"device_target": "Ascend"}}
+    composed = tree | {"context": {"device_target": "Ascend", "fused_operators": False}}
+    less = costs(build(composed), 256).activations - costs(build(tree), 256).activations
+    assert less == 64 * 4 * (64 * (4 + 2) - 16 * 4)
+
+
+@pytest.mark.slow
+def test_half_precision_takes_the_fused_operators(compile_layout):
+    """Two attentions; a dense network, a shared expert and the experts, which have a gate each; norms are LayerNorm."""
+    operators = compile_layout("rich dp4 ep2 tp2").operators
+    for name, number in (("FlashAttentionScore", 2), ("Swiglu", 3), ("RmsNorm", 0)):
+        assert operators[name] == number == operators[f"{name}Grad"]
+    assert compile_layout("rich dp4 ep2 tp2 dropless recompute zero1").operators["MoeTokenPermute"] == 4  # two again
+
+
+@pytest.mark.parametrize(
+    "tree, line",
+    [
+        ({"moe": {"expert_num": 4, "router": "hash"}}, r"moe\.router: hash; cannot be cut over devices; one of gshard"),
+        ({"model": {"type": "vision"}}, r"model\.type: vision; only a decoder"),
+        ({"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, r"model\.tie_word_embeddings: True; False with"),
+        (
+            {"train": {"gradient_accumulation_steps": 2}, "parallel": {"data_parallel": 2, "optimizer_shard": 1}},
+            r"train\.gradient_accumulation_steps: 2; 1 with parallel\.optimizer_shard \(1\)",
+        ),
+    ],
+)
+def test_what_the_step_refuses_is_refused(tree, line):
+    with pytest.raises(UserError, match=line):
+        costs(build(tree), 256)
+
+
+def test_the_routers_that_can_be_cut_are_those_that_say_so():
+    from switchyard.moe.routing.base import known_routers
+
+    assert tuple(sorted(name for name, router in known_routers().items() if router.cuts)) == CUT_ROUTERS
