@@ -1,7 +1,7 @@
 """Compiles any rank's training step for a cluster that is not there.
 
 `python -m switchyard.simulation.compile --config config/NAME.yaml --devices 64` prints the collectives by kind, group,
-layer and bytes, and what the rank holds. The compile runs in a process of its own, see `stubs` for its environment.
+layer and bytes, and what the rank holds. The compile runs in a process of its own, see `fake_cann` for its environment.
 """
 
 import itertools

@@ -2,8 +2,8 @@
 
 It is started in the environment of `fake_cann`. `python -m switchyard.simulation.compile_worker FOLDER` reads
 FOLDER/job.json and writes, of each rank, the final graph (rank3.mindir) and what is known of it (rank3.json).
-MindSpore is imported once; every rank is a fork of that process, made before the first communication call, because a process can be one rank
-only.
+MindSpore is imported once; every rank is a fork of that process, made before the first communication call, because a
+process can be one rank only.
 """
 
 import importlib
