@@ -100,19 +100,19 @@ def test_generation_of_one_sequence_by_a_model_of_many_groups(pynative):
 def test_the_plan_of_prefill(block, pynative):
     """Every choice has a slot of its own in a block of its expert; padding has the last slot, which nobody owns."""
     experts = np.random.default_rng(block).integers(0, 6, 24).astype(np.int32)  # 5 is no expert: padding
-    choice_of, slot_of, block_expert = (part.asnumpy() for part in OpenBlockPlan(5, block)(Tensor(experts)))
-    assert choice_of.shape == (24 + 5 * block,) and block_expert.shape == (24 // block + 5,)
+    dispatch_index, combine_index, block_expert = (part.asnumpy() for part in OpenBlockPlan(5, block)(Tensor(experts)))
+    assert dispatch_index.shape == (24 + 5 * block,) and block_expert.shape == (24 // block + 5,)
     real = np.flatnonzero(experts < 5)
-    np.testing.assert_array_equal(choice_of[slot_of[real]], real)
-    np.testing.assert_array_equal(block_expert[slot_of[real] // block], experts[real])
-    assert len(set(slot_of[real])) == len(real)
-    np.testing.assert_array_equal(slot_of[experts == 5], len(choice_of) - 1)
-    assert len(choice_of) - 1 not in slot_of[real]
+    np.testing.assert_array_equal(dispatch_index[combine_index[real]], real)
+    np.testing.assert_array_equal(block_expert[combine_index[real] // block], experts[real])
+    assert len(set(combine_index[real])) == len(real)
+    np.testing.assert_array_equal(combine_index[experts == 5], len(dispatch_index) - 1)
+    assert len(dispatch_index) - 1 not in combine_index[real]
 
 
 def test_the_plan_when_all_choose_one_expert(pynative):
     """By hand: 4 choices of expert 1 of 2 in blocks of 2 take blocks 0 and 1; the last of the four blocks is spare."""
-    choice_of, slot_of, block_expert = OpenBlockPlan(2, 2)(Tensor(np.array([1, 1, 1, 1], np.int32)))
-    assert slot_of.asnumpy().tolist() == [0, 1, 2, 3]
-    assert choice_of.asnumpy().tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
+    dispatch_index, combine_index, block_expert = OpenBlockPlan(2, 2)(Tensor(np.array([1, 1, 1, 1], np.int32)))
+    assert combine_index.asnumpy().tolist() == [0, 1, 2, 3]
+    assert dispatch_index.asnumpy().tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
     assert block_expert.asnumpy().tolist() == [1, 1, 1, 1]

@@ -165,7 +165,7 @@ def test_a_bad_row_sets_no_price_in_training(router, pynative):
     padded = valid.copy()
     padded[0, 4] = 0
     context = {"noise": Tensor(_noise(rows)), "token_ids": None, "task_ids": None}
-    with_nan = layer.router(Tensor(rows), {**context, "valid": Tensor(valid)})["experts"].asnumpy()
-    without = layer.router(Tensor(np.nan_to_num(rows)), {**context, "valid": Tensor(padded)})["experts"].asnumpy()
+    with_nan = layer.router(Tensor(rows), {**context, "valid": Tensor(valid)})["expert_index"].asnumpy()
+    without = layer.router(Tensor(np.nan_to_num(rows)), {**context, "valid": Tensor(padded)})["expert_index"].asnumpy()
     others = np.arange(9) != 4
     np.testing.assert_array_equal(with_nan[0, others], without[0, others])

@@ -10,7 +10,7 @@ from switchyard.moe.dispatch.plan import BlockPlan, CapacityPlan
 from switchyard.nn.gather import Combine, Dispatch, TakeRows
 
 EXPERTS, ROWS, WIDTH = 4, 7, 5
-PLAN = ("choice_of", "slot_of", "filled", "kept")
+PLAN = ("dispatch_index", "combine_index", "slot_mask", "kept_mask")
 
 
 def _routing(groups, choices, padded=0):
@@ -39,7 +39,7 @@ def test_value_and_gradients_equal_the_one_hot_form(order, groups, choices, padd
     plan = CapacityPlan(EXPERTS, choices, 0.5, order)(experts, gates)
     there, back, one_hot = Dispatch(choices), Combine(choices), OneHotPlan(EXPERTS, choices, 0.5, order)
     one_hot_there, one_hot_back = OneHotDispatch(), OneHotCombine()
-    slots = plan["filled"].shape[1]
+    slots = plan["slot_mask"].shape[1]
     rows, work, d_out = _normal(groups, ROWS, WIDTH), _normal(slots, WIDTH), _normal(groups, ROWS, WIDTH)
 
     def by_gather(rows, work, gates):
@@ -56,7 +56,7 @@ def test_value_and_gradients_equal_the_one_hot_form(order, groups, choices, padd
 
     (got, d_got) = ms.value_and_grad(by_gather, (0, 1, 2), has_aux=True)(rows, work, gates)
     (wanted, d_wanted) = ms.value_and_grad(by_one_hot, (0, 1, 2), has_aux=True)(rows, work, gates)
-    assert float((1 - plan["kept"]).sum().asnumpy()) > 0  # something is dropped
+    assert float((1 - plan["kept_mask"]).sum().asnumpy()) > 0  # something is dropped
     _close(got, wanted)
     _close(d_got, d_wanted)
 
@@ -70,7 +70,7 @@ def test_block_plan_moves_rows_there_and_back(pynative):
 
     def round_trip(rows):
         moved = there(rows, *(plan[name] for name in PLAN))
-        return back(moved, halves, plan["choice_of"], plan["slot_of"], plan["filled"], plan["kept"])
+        return back(moved, halves, plan["dispatch_index"], plan["combine_index"], plan["slot_mask"], plan["kept_mask"])
 
     wanted = rows.asnumpy().copy()
     wanted[:, -2:] = 0
@@ -84,12 +84,18 @@ def test_an_empty_slot_moves_nothing_and_teaches_nothing(pynative):
     experts, gates = Tensor(np.zeros((1, ROWS, 1), np.int32)), ops.ones((1, ROWS, 1))
     plan = CapacityPlan(EXPERTS, 1, 1.0, "position")(experts, gates)
     back = Combine(1)
-    outputs = np.where(plan["filled"].asnumpy()[..., None] > 0, 1.0, np.nan) * np.ones((1, 1, WIDTH))
-    arguments = gates.reshape(1, -1), plan["choice_of"], plan["slot_of"], plan["filled"], plan["kept"]
+    outputs = np.where(plan["slot_mask"].asnumpy()[..., None] > 0, 1.0, np.nan) * np.ones((1, 1, WIDTH))
+    arguments = (
+        gates.reshape(1, -1),
+        plan["dispatch_index"],
+        plan["combine_index"],
+        plan["slot_mask"],
+        plan["kept_mask"],
+    )
     loss = lambda outputs, gates: back(outputs, gates, *arguments[1:]).sum()  # noqa: E731
     d_outputs, d_gates = ms.grad(loss, (0, 1))(Tensor(outputs.astype(np.float32)), arguments[0])
-    np.testing.assert_array_equal(d_outputs.asnumpy(), plan["filled"].asnumpy()[..., None] + np.zeros((1, 1, WIDTH)))
-    np.testing.assert_array_equal(d_gates.asnumpy(), plan["kept"].asnumpy() * WIDTH)
+    np.testing.assert_array_equal(d_outputs.asnumpy(), plan["slot_mask"].asnumpy()[..., None] + np.zeros((1, 1, WIDTH)))
+    np.testing.assert_array_equal(d_gates.asnumpy(), plan["kept_mask"].asnumpy() * WIDTH)
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -82,7 +82,7 @@ class _Half(nn.Cell):
             return moe(rows, valid, self.nothing, tokens)[0].reshape(-1, self.width)
         context = {"valid": valid, "noise": self.nothing, "token_ids": tokens, "task_ids": None}
         routing = moe.router(rows, context)
-        out = self.work(moe, x, routing["experts"].reshape(-1), routing["gates"].reshape(-1, moe.choices))
+        out = self.work(moe, x, routing["expert_index"].reshape(-1), routing["gates"].reshape(-1, moe.choices))
         if moe.shared is not None:
             out = out + moe.shared(rows).reshape(-1, self.width)
         return out
@@ -150,10 +150,10 @@ class Prefill(_Half):
 
     def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """Rows [N, D], experts [N * K], gates [N, K] -> [N, D], by blocks of one expert each."""
-        choice_of, slot_of, block_expert = self.plans[0](experts)
-        slots = self.take(x, choice_of // moe.choices, 0).reshape(-1, self.block, self.width)  # [P, b, D]
+        dispatch_index, combine_index, block_expert = self.plans[0](experts)
+        slots = self.take(x, dispatch_index // moe.choices, 0).reshape(-1, self.block, self.width)  # [P, b, D]
         slots = moe.in_blocks(slots, block_expert).reshape(-1, self.width)  # [P * b, D]
-        out = self.take(slots, slot_of, 0)  # [N * K, D]; padding reads a slot of another prompt's row
+        out = self.take(slots, combine_index, 0)  # [N * K, D]; padding reads a slot of another prompt's row
         out = self.fill(out, experts.reshape(-1, 1) >= moe.expert_num, self.zero) * gates.reshape(-1, 1)
         if moe.choices > 1:
             out = out.reshape(-1, moe.choices, self.width).sum(1)  # [N, D]
@@ -231,20 +231,24 @@ class OpenBlockPlan(nn.Cell):
         self.largest = ops.ReduceMax()
 
     def construct(self, experts: Tensor):
-        """Experts [C] int32 -> (choice_of [P * b], slot_of [C], block_expert [P]), int32."""
+        """Experts [C] int32 -> (dispatch_index [P * b], combine_index [C], block_expert [P]), int32."""
         mine = (experts.astype(mstype.float32).reshape(-1, 1) == self.each).astype(mstype.float32)  # [C, E]
         count = self.sum(mine, 0)  # [E]
         last = self.prefix(ops.ceil(count / self.block), 0)  # [E]: the block behind an expert's last
         first = (last - ops.ceil(count / self.block)) * self.block  # [E]: its first slot
-        slot_of = self.sum((self.prefix(mine, 0) - 1.0 + first.reshape(1, -1)) * mine, 1).astype(mstype.int32)  # [C]
+        combine_index = self.sum((self.prefix(mine, 0) - 1.0 + first.reshape(1, -1)) * mine, 1).astype(
+            mstype.int32
+        )  # [C]
         number = self.prefix(ops.ones_like(experts), 0) - 1  # [C]
         empty = ops.concat((ops.zeros_like(experts), self.spare))  # [P * b]
         end = self.prefix(ops.ones_like(empty), 0) - 1  # [P * b]
-        slot_of = ops.select(experts < self.experts, slot_of, self.largest(end) + ops.zeros_like(slot_of))
-        choice_of = self.write(empty, slot_of, number)
+        combine_index = ops.select(
+            experts < self.experts, combine_index, self.largest(end) + ops.zeros_like(combine_index)
+        )
+        dispatch_index = self.write(empty, combine_index, number)
         starts = end.reshape(-1, self.block)[:, :1].astype(mstype.float32) / self.block  # [P, 1]
         block_expert = self.sum((starts >= last.reshape(1, -1)).astype(mstype.float32), 1).astype(mstype.int32)  # [P]
-        return choice_of, slot_of, ops.minimum(block_expert, self.experts - 1)
+        return dispatch_index, combine_index, ops.minimum(block_expert, self.experts - 1)
 
 
 class PlainNorm(nn.Cell):

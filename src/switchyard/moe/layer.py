@@ -159,7 +159,7 @@ class MoELayer(nn.Cell):
             context["replay"] = replay
         routing = self.router(routed, context)
         if self.training and self.lot is not None:
-            routing["lot"] = self.lot(noise).reshape(valid.shape)  # [G, N]
+            routing["priority"] = self.lot(noise).reshape(valid.shape)  # [G, N]
         if self.training:
             out, served = self.work(self.train_path, rows, routing)
         else:
@@ -170,7 +170,7 @@ class MoELayer(nn.Cell):
             out = out + shared.reshape(groups, count, -1)
         figures = audit(routing, served, valid)
         if self.records:
-            figures["experts"] = ops.stop_gradient(routing["experts"]).reshape(-1, self.choices)  # [G * N, K]
+            figures["experts"] = ops.stop_gradient(routing["expert_index"]).reshape(-1, self.choices)  # [G * N, K]
         return out, self.losses(routing, valid), figures
 
     def spread(self, rows: Tensor, valid: Tensor, noise: Tensor):
@@ -182,10 +182,12 @@ class MoELayer(nn.Cell):
         routed = rows if self.local_jitter is None else self.local_jitter(rows, noise)
         logits = self.router.score_flat(routed)  # [N, E]
         if self.dropless is None:
-            slots, gates, choice_of, slot_of, filled, kept, tally = self.local_fill(rows, logits, valid, noise)
+            slots, gates, dispatch_index, combine_index, filled, kept, tally = self.local_fill(
+                rows, logits, valid, noise
+            )
             outputs = self.experts(self.train_path.send(slots))  # [E, G * C, D]
             outputs = self.train_path.send_back(outputs, self.groups)  # [G, E, C, D]
-            out = self.local_join(outputs, gates, choice_of, slot_of, filled, kept)  # [N, D]
+            out = self.local_join(outputs, gates, dispatch_index, combine_index, filled, kept)  # [N, D]
         else:
             chosen, gates, tally = self.local_choose(logits, valid, noise)
             experts = self.experts
@@ -209,17 +211,25 @@ class MoELayer(nn.Cell):
         rows, valid = rows.reshape(self.groups_here, -1, width), valid.reshape(self.groups_here, -1)
         routing = self.decide(logits, valid, noise)
         if self.lot is not None:
-            routing["lot"] = self.lot(noise).reshape(valid.shape)  # [G, N]
+            routing["priority"] = self.lot(noise).reshape(valid.shape)  # [G, N]
         plan = self.train_path.plan(routing)
         slots = self.train_path.fill(rows, plan).reshape(self.groups_here, self.expert_num, -1, width)
         tally = self.tally(routing, self.train_path.served(routing, plan), valid)
-        return slots, plan["gates"], plan["choice_of"], plan["slot_of"], plan["filled"], plan["kept"], tally
+        return (
+            slots,
+            plan["gates"],
+            plan["dispatch_index"],
+            plan["combine_index"],
+            plan["slot_mask"],
+            plan["kept_mask"],
+            tally,
+        )
 
     def choose(self, logits: Tensor, valid: Tensor, noise: Tensor):
         """Routing of a data slice where nothing is dropped: (experts [G, N * K], gates [G, N * K], tally [1, ..])."""
         valid = valid.reshape(self.groups_here, -1)
         routing = self.decide(logits, valid, noise)
-        experts = ops.stop_gradient(routing["experts"]).reshape(self.groups_here, -1)
+        experts = ops.stop_gradient(routing["expert_index"]).reshape(self.groups_here, -1)
         served = (experts < self.expert_num).astype(mstype.float32).sum()
         gates = routing["gates"].reshape(self.groups_here, -1)
         return experts, gates, self.tally(routing, served, valid)
@@ -243,10 +253,16 @@ class MoELayer(nn.Cell):
         scalars = ops.stack((*means, ops.stop_gradient(served), figures["z"] * real))
         return ops.expand_dims(ops.concat((scalars, figures["load"], figures["importance"])), 0)
 
-    def join_slots(self, outputs: Tensor, gates, choice_of, slot_of, filled, kept) -> Tensor:
+    def join_slots(self, outputs: Tensor, gates, dispatch_index, combine_index, filled, kept) -> Tensor:
         """What comes back to a data slice: outputs [G, E, C, D] and the Plan's parts -> rows [N, D]."""
         width = outputs.shape[-1]
-        plan = {"gates": gates, "choice_of": choice_of, "slot_of": slot_of, "filled": filled, "kept": kept}
+        plan = {
+            "gates": gates,
+            "dispatch_index": dispatch_index,
+            "combine_index": combine_index,
+            "slot_mask": filled,
+            "kept_mask": kept,
+        }
         return self.train_path.join(outputs.reshape(self.groups_here, -1, width), plan).reshape(-1, width)
 
     def shard(self, mesh: Mesh) -> None:
@@ -411,11 +427,11 @@ class InTurn(nn.Cell):
 
 def audit(routing: dict, served: Tensor, valid: Tensor) -> dict:
     """The figures of one pass: a pure function of a Routing, the choices served and valid [G, N]."""
-    probabilities, loads = routing["probabilities"], balance.load(routing["chosen"]).sum(0)  # [E]
+    probabilities, loads = routing["probabilities"], balance.load(routing["expert_mask"]).sum(0)  # [E]
     stop = ops.stop_gradient
     return {
         "load": stop(loads),
-        "importance": stop(balance.importance(routing["mass"], valid).sum(0)),
+        "importance": stop(balance.importance(routing["importance"], valid).sum(0)),
         "dropped": stop((loads.sum() - served) / ops.maximum(loads.sum(), 1.0)),
         "entropy": stop(balance.entropy(probabilities, valid)),
         "max_violation": stop(balance.max_violation(loads)),

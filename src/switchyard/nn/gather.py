@@ -1,8 +1,8 @@
 """Moving rows by index, in both directions: the gradient of a gather is the gather by the inverse index.
 
 Legend: G groups, N rows of a group, M slots of a group, K choices of a row, D width. A choice is numbered n * K + k.
-`choice_of` [G, M] names the choice that fills a slot, `slot_of` [G, N * K] the slot that a choice got; both are
-legal indices everywhere, and `filled` [G, M] and `kept` [G, N * K], 1.0 or 0.0, say where they mean something.
+`dispatch_index` [G, M] names the choice that fills a slot, `combine_index` [G, N * K] the slot that a choice got; both
+are legal indices everywhere, and `filled` [G, M] and `kept` [G, N * K], 1.0 or 0.0, say where they mean something.
 
 Where they mean nothing a row of zeros is gathered. A product with 0 would not do: 0 times NaN or Inf is NaN, so one
 such row would spoil rows that have nothing to do with it. Gathering from a table with one more row costs two thirds of
@@ -66,19 +66,21 @@ class Dispatch(nn.Cell):
         self.choices = choices
         self.take = TakeRows()
 
-    def construct(self, rows: Tensor, choice_of: Tensor, slot_of: Tensor, filled: Tensor, kept: Tensor) -> Tensor:
-        """`slot_of` and `kept` serve the gradient only."""
-        source = index_or_zero_row(choice_of // self.choices, filled, rows.shape[1])
+    def construct(
+        self, rows: Tensor, dispatch_index: Tensor, combine_index: Tensor, filled: Tensor, kept: Tensor
+    ) -> Tensor:
+        """`combine_index` and `kept` serve the gradient only."""
+        source = index_or_zero_row(dispatch_index // self.choices, filled, rows.shape[1])
         return self.take(with_zero_row(rows), source)  # [G, M, D]
 
-    def bprop(self, rows, choice_of, slot_of, filled, kept, out, d_out):
+    def bprop(self, rows, dispatch_index, combine_index, filled, kept, out, d_out):
         table = with_zero_row(d_out)  # [G, M + 1, D]
-        place = index_or_zero_row(slot_of, kept, out.shape[1])  # [G, N * K]
+        place = index_or_zero_row(combine_index, kept, out.shape[1])  # [G, N * K]
         d_rows = self.take(table, place[:, 0 :: self.choices])  # [G, N, D]
         for k in range(1, self.choices):
             d_rows = d_rows + self.take(table, place[:, k :: self.choices])
         nothing = ops.zeros_like
-        return d_rows, nothing(choice_of), nothing(slot_of), nothing(filled), nothing(kept)
+        return d_rows, nothing(dispatch_index), nothing(combine_index), nothing(filled), nothing(kept)
 
     def shard(self, mesh: Mesh) -> None:
         """Works on the groups of one device, whatever their number."""
@@ -86,7 +88,7 @@ class Dispatch(nn.Cell):
 
 
 class Combine(nn.Cell):
-    """Brings the slots' outputs back, weighted: y[n] = sum over k of gates[n, k] * outputs[slot_of[n, k]].
+    """Brings the slots' outputs back, weighted: y[n] = sum over k of gates[n, k] * outputs[combine_index[n, k]].
 
     [G, M, D], gates [G, N * K] -> [G, N, D]. A choice without a slot counts nothing.
     """
@@ -98,9 +100,11 @@ class Combine(nn.Cell):
         self.take_gates = TakeRows()
         self.sum = ops.MatMul()
 
-    def construct(self, outputs: Tensor, gates: Tensor, choice_of: Tensor, slot_of: Tensor, filled, kept) -> Tensor:
+    def construct(
+        self, outputs: Tensor, gates: Tensor, dispatch_index: Tensor, combine_index: Tensor, filled, kept
+    ) -> Tensor:
         table = with_zero_row(outputs)  # [G, M + 1, D]
-        place = index_or_zero_row(slot_of, kept, outputs.shape[1])  # [G, N * K]
+        place = index_or_zero_row(combine_index, kept, outputs.shape[1])  # [G, N * K]
         gates = selected(gates, kept)
         rows = self._of_choice(table, gates, place, 0)
         for k in range(1, self.choices):
@@ -111,20 +115,20 @@ class Combine(nn.Cell):
         weight = ops.expand_dims(gates[:, k :: self.choices], 2).astype(table.dtype)  # [G, N, 1]
         return self.take(table, place[:, k :: self.choices]) * weight  # [G, N, D]
 
-    def bprop(self, outputs, gates, choice_of, slot_of, filled, kept, out, d_out):
-        weight = self.take_gates(ops.expand_dims(gates, 2), choice_of)  # [G, M, 1]
+    def bprop(self, outputs, gates, dispatch_index, combine_index, filled, kept, out, d_out):
+        weight = self.take_gates(ops.expand_dims(gates, 2), dispatch_index)  # [G, M, 1]
         weight = selected(weight, ops.expand_dims(filled, 2)).astype(d_out.dtype)
-        source = index_or_zero_row(choice_of // self.choices, filled, out.shape[1])  # [G, M]
+        source = index_or_zero_row(dispatch_index // self.choices, filled, out.shape[1])  # [G, M]
         d_outputs = self.take(with_zero_row(d_out), source) * weight  # [G, M, D]
         parts = ()
         for k in range(self.choices):
-            picked = self.take(outputs, slot_of[:, k :: self.choices])  # [G, N, D]
+            picked = self.take(outputs, combine_index[:, k :: self.choices])  # [G, N, D]
             parts = (*parts, self._row_sums(picked * d_out))  # [G * N, 1]
         d_gates = parts[0] if self.choices == 1 else ops.concat(parts, 1)  # [G * N, K]
         d_gates = d_gates.reshape(gates.shape).astype(gates.dtype)  # [G, N * K]
         d_gates = selected(d_gates, kept)
         nothing = ops.zeros_like
-        return d_outputs, d_gates, nothing(choice_of), nothing(slot_of), nothing(filled), nothing(kept)
+        return d_outputs, d_gates, nothing(dispatch_index), nothing(combine_index), nothing(filled), nothing(kept)
 
     def _row_sums(self, rows):
         """[G, N, D] -> [G * N, 1]: a product with ones, ten times faster than ReduceSum on CPU."""

@@ -34,7 +34,7 @@ def _by_hand(form, weights, routing, rows):
         experts = range(weights["experts.w_in"].shape[0])
         if form == "merged":
             w_in, w_out = (np.tensordot(r["gates"], weights[f"experts.{name}"], 1) for name in ("w_in", "w_out"))
-            out[group] = _expert(weights, x, w_in, w_out) * r["chosen"][:, :1]
+            out[group] = _expert(weights, x, w_in, w_out) * r["expert_mask"][:, :1]
         for e in experts:
             if form == "soft":
                 slots = _expert(weights, r["dispatch"][:, e].T @ x, expert=e)  # [S, D]
@@ -42,7 +42,7 @@ def _by_hand(form, weights, routing, rows):
             elif form in ("dense", "tree"):
                 out[group] += r["gates"][:, e : e + 1] * _expert(weights, x, expert=e)
             elif form in ("expert_choice", "mixture_of_depths"):
-                for row, gate in zip(r["rows"][e], r["gates"][e]):
+                for row, gate in zip(r["token_index"][e], r["gates"][e]):
                     out[group, row] += gate * _expert(weights, x[row : row + 1], expert=e)[0]
     return out
 
@@ -64,7 +64,7 @@ def test_layer_is_the_sum_written_out(form, pynative):
     np.testing.assert_allclose(out, _by_hand(form, weights_of(layer), routing, rows), atol=1e-5)
     assert np.abs(out[:, :-2]).max() > 0.1 and (out[:, -2:] == 0).all()  # padded rows come back as zero
     assert audit["dropped"] == 0
-    np.testing.assert_allclose(audit["load"], routing["chosen"].sum((0, 1)))
+    np.testing.assert_allclose(audit["load"], routing["expert_mask"].sum((0, 1)))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -114,7 +114,7 @@ def test_evaluation_takes_one_path(form, pynative):
     routing, weights = _route(layer, rows, valid), weights_of(layer)
     wanted = np.zeros(rows.shape)
     for place in np.ndindex(2, 7):
-        expert, gate = routing["experts"][place][0], routing["gates"][place][0]
+        expert, gate = routing["expert_index"][place][0], routing["gates"][place][0]
         if expert < len(weights["experts.w_in"]):
             wanted[place] = gate * _expert(weights, rows[place][None].astype(np.float64), expert=expert)[0]
     np.testing.assert_allclose(run_layer(layer, rows, valid)[0], wanted, atol=1e-5)
@@ -135,9 +135,12 @@ def test_one_merged_expert_is_that_expert(pynative):
 def test_expert_choice_adds_up_what_experts_made_of_a_row(pynative):
     """Three rows, two experts: row 1 is taken by both, row 0 by one, row 2 by none."""
     path = create_path("expert_choice", tiny_config(expert_num=2).moe, True)
-    routing = {"rows": [[[1, 0], [1, 1]]], "gates": [[[0.5, 0.25], [2.0, 0.0]]]}
-    routing = {"rows": Tensor(routing["rows"], mstype.int32), "gates": Tensor(routing["gates"], mstype.float32)}
-    routing["chosen"] = Tensor([[[1, 0], [1, 1], [0, 0]]], mstype.float32)
+    routing = {"token_index": [[[1, 0], [1, 1]]], "gates": [[[0.5, 0.25], [2.0, 0.0]]]}
+    routing = {
+        "token_index": Tensor(routing["token_index"], mstype.int32),
+        "gates": Tensor(routing["gates"], mstype.float32),
+    }
+    routing["expert_mask"] = Tensor([[[1, 0], [1, 1], [0, 0]]], mstype.float32)
     plan = path.plan(routing)
     rows = Tensor([[[1, 2], [3, 4], [5, 6]]], mstype.float32)
     slots = path.dispatch(rows, plan)

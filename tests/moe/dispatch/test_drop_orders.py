@@ -18,7 +18,7 @@ def _seated(experts, gates, factor, order, lot=None, least=1):
     experts, gates = np.array(experts, np.int32), np.array(gates, np.float32)
     lot = None if lot is None else Tensor(np.array([lot], np.float32))
     plan = CapacityPlan(3, experts.shape[-1], factor, order, least)(Tensor(experts[None]), Tensor(gates[None]), lot)
-    return set(np.flatnonzero(plan["kept"].asnumpy()[0]).tolist())
+    return set(np.flatnonzero(plan["kept_mask"].asnumpy()[0]).tolist())
 
 
 # Rows 0, 1 and 2 all want expert 0 first and expert 1 second; one slot each (factor 1/2 of six choices).
@@ -151,7 +151,7 @@ def test_seats_equal_a_plain_queue(order, compiled, graph):
             if expert < 4 and held[expert] < room:
                 wanted[n, k] = 1
                 held[expert] += 1
-        np.testing.assert_array_equal(plan["kept"].asnumpy()[0].reshape(10, 2), wanted)
+        np.testing.assert_array_equal(plan["kept_mask"].asnumpy()[0].reshape(10, 2), wanted)
 
     holds()
 

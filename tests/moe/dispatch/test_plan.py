@@ -17,8 +17,8 @@ def _read(plan: dict) -> dict[str, np.ndarray]:
     """A Plan with -1 where a slot is empty or a choice has no slot."""
     plan = {name: value.asnumpy() for name, value in plan.items()}
     return {
-        "slots": np.where(plan["filled"] > 0, plan["choice_of"], -1),
-        "slot_of": np.where(plan["kept"] > 0, plan["slot_of"], -1),
+        "slots": np.where(plan["slot_mask"] > 0, plan["dispatch_index"], -1),
+        "combine_index": np.where(plan["kept_mask"] > 0, plan["combine_index"], -1),
         "block_expert": plan.get("block_expert"),
     }
 
@@ -41,18 +41,18 @@ def test_capacity_one_choice_by_position(pynative):
     """Tokens 0 and 1 want expert 0, which has one slot: token 0 stands first and gets it."""
     plan = _capacity_plan([[0], [0], [2]], [[0.5], [0.9], [0.7]], 1.0, "position")
     np.testing.assert_array_equal(plan["slots"], [[0, -1, 2]])
-    np.testing.assert_array_equal(plan["slot_of"], [[0, -1, 2]])
+    np.testing.assert_array_equal(plan["combine_index"], [[0, -1, 2]])
 
 
 def test_capacity_one_choice_by_probability(pynative):
     """The same, but token 1 is surer: it gets the slot."""
     plan = _capacity_plan([[0], [0], [2]], [[0.5], [0.9], [0.7]], 1.0, "probability")
     np.testing.assert_array_equal(plan["slots"], [[1, -1, 2]])
-    np.testing.assert_array_equal(plan["slot_of"], [[-1, 0, 2]])
+    np.testing.assert_array_equal(plan["combine_index"], [[-1, 0, 2]])
 
 
 @pytest.mark.parametrize(
-    ("factor", "order", "slot_list", "slot_of"),
+    ("factor", "order", "slot_list", "combine_index"),
     [
         # One slot each. First choices: 0 and 2 sit, 4 finds expert 1 full. Second choices: only 5 finds room.
         (0.5, "position", [0, 2, 5], [0, -1, 1, -1, -1, 2]),
@@ -66,12 +66,12 @@ def test_capacity_one_choice_by_probability(pynative):
         (9.0, "position", [0, 3, -1, 2, 4, 1, 5, -1, -1], [0, 5, 3, 1, 4, 6]),
     ],
 )
-def test_capacity_two_choices(factor, order, slot_list, slot_of, pynative):
+def test_capacity_two_choices(factor, order, slot_list, combine_index, pynative):
     experts = [[0, 1], [1, 0], [1, 2]]
     gates = [[0.6, 0.3], [0.5, 0.4], [0.8, 0.1]]
     plan = _capacity_plan(experts, gates, factor, order)
     np.testing.assert_array_equal(plan["slots"], [slot_list])
-    np.testing.assert_array_equal(plan["slot_of"], [slot_of])
+    np.testing.assert_array_equal(plan["combine_index"], [combine_index])
 
 
 @pytest.mark.parametrize("order", ["position", "probability"])
@@ -79,7 +79,7 @@ def test_capacity_padding_takes_no_slot(order, pynative):
     """Token 0 is padding: expert 0's only slot is left to token 1."""
     plan = _capacity_plan([[NOWHERE], [0], [0]], [[0.0], [0.9], [0.8]], 1.0, order)
     np.testing.assert_array_equal(plan["slots"], [[1, -1, -1]])
-    np.testing.assert_array_equal(plan["slot_of"], [[-1, 0, -1]])
+    np.testing.assert_array_equal(plan["combine_index"], [[-1, 0, -1]])
 
 
 def test_capacity_equal_gates_go_by_position(pynative):
@@ -92,7 +92,7 @@ def test_capacity_groups_fill_their_own_slots(pynative):
     experts = np.array([[[0], [1], [1]], [[0], [0], [2]]], np.int32)
     plan = _read(CapacityPlan(3, 1, 1.0, "position")(Tensor(experts), Tensor(np.ones((2, 3, 1), np.float32))))
     np.testing.assert_array_equal(plan["slots"], [[0, 1, -1], [0, -1, 2]])
-    np.testing.assert_array_equal(plan["slot_of"], [[0, 1, -1], [0, -1, 2]])
+    np.testing.assert_array_equal(plan["combine_index"], [[0, 1, -1], [0, -1, 2]])
 
 
 def test_blocks_of_two(pynative):
@@ -100,14 +100,14 @@ def test_blocks_of_two(pynative):
     plan = _block_plan([[1], [0], [1], [1], [2]], 2)
     np.testing.assert_array_equal(plan["block_expert"], [[0, 1, 1, 2, 2, 2]])
     np.testing.assert_array_equal(plan["slots"], [[1, -1, 0, 2, 3, -1, 4, -1, -1, -1, -1, -1]])
-    np.testing.assert_array_equal(plan["slot_of"], [[2, 0, 3, 4, 6]])
+    np.testing.assert_array_equal(plan["combine_index"], [[2, 0, 3, 4, 6]])
 
 
 def test_blocks_balanced(pynative):
     plan = _block_plan([[2], [1], [0], [0], [1], [2]], 2)
     np.testing.assert_array_equal(plan["block_expert"], [[0, 1, 2, 2, 2, 2]])
     np.testing.assert_array_equal(plan["slots"], [[2, 3, 1, 4, 0, 5, -1, -1, -1, -1, -1, -1]])
-    np.testing.assert_array_equal(plan["slot_of"], [[4, 2, 0, 1, 3, 5]])
+    np.testing.assert_array_equal(plan["combine_index"], [[4, 2, 0, 1, 3, 5]])
 
 
 @pytest.mark.parametrize("expert", [0, 1, 2])
@@ -115,7 +115,7 @@ def test_blocks_all_on_one_expert(expert, pynative):
     plan = _block_plan([[expert]] * 4, 2)
     np.testing.assert_array_equal(plan["block_expert"], [[expert, expert, 2, 2, 2]])
     np.testing.assert_array_equal(plan["slots"], [[0, 1, 2, 3, -1, -1, -1, -1, -1, -1]])
-    np.testing.assert_array_equal(plan["slot_of"], [[0, 1, 2, 3]])
+    np.testing.assert_array_equal(plan["combine_index"], [[0, 1, 2, 3]])
 
 
 def test_blocks_two_choices_with_padding(pynative):
@@ -123,14 +123,14 @@ def test_blocks_two_choices_with_padding(pynative):
     plan = _block_plan([[0, 1], [NOWHERE, NOWHERE], [1, 2]], 2)
     np.testing.assert_array_equal(plan["block_expert"], [[0, 1, 2, 2, 2, 2]])
     np.testing.assert_array_equal(plan["slots"], [[0, -1, 4, 1, 5, -1, -1, -1, -1, -1, -1, -1]])
-    np.testing.assert_array_equal(plan["slot_of"], [[0, 3, -1, -1, 2, 4]])
+    np.testing.assert_array_equal(plan["combine_index"], [[0, 3, -1, -1, 2, 4]])
 
 
 def test_blocks_of_one_are_the_choices(pynative):
     """Nothing is sorted: slot c is choice c, and the block's expert is the choice's."""
     plan = _block_plan([[2, 0], [NOWHERE, NOWHERE], [1, 2]], 1)
     np.testing.assert_array_equal(plan["slots"], [[0, 1, -1, -1, 4, 5]])
-    np.testing.assert_array_equal(plan["slot_of"], [[0, 1, -1, -1, 4, 5]])
+    np.testing.assert_array_equal(plan["combine_index"], [[0, 1, -1, -1, 4, 5]])
     np.testing.assert_array_equal(plan["block_expert"][0, [0, 1, 4, 5]], [2, 0, 1, 2])
     assert plan["block_expert"].max() < 3  # a legal expert even for padding
 
@@ -209,7 +209,7 @@ def _check_inverse(plan, experts):
     for g in range(len(experts)):
         seated = {choice: slot for slot, choice in enumerate(plan["slots"][g]) if choice >= 0}
         assert len(seated) == (plan["slots"][g] >= 0).sum()
-        assert seated == {choice: slot for choice, slot in enumerate(plan["slot_of"][g]) if slot >= 0}
+        assert seated == {choice: slot for choice, slot in enumerate(plan["combine_index"][g]) if slot >= 0}
 
 
 @pytest.mark.parametrize("order", ["position", "probability"])
@@ -245,7 +245,7 @@ def test_block_plan_laws(compiled, graph):
         experts, gates = routing
         plan = _read(compiled.blocks(Tensor(experts), Tensor(gates)))
         _check_inverse(plan, experts)
-        np.testing.assert_array_equal(plan["slot_of"] >= 0, experts.reshape(2, -1) < 4)
+        np.testing.assert_array_equal(plan["combine_index"] >= 0, experts.reshape(2, -1) < 4)
         of_slot = np.repeat(plan["block_expert"], compiled.block, 1)
         for g, slot in np.argwhere(plan["slots"] >= 0):
             assert experts.reshape(2, -1)[g, plan["slots"][g, slot]] == of_slot[g, slot]
@@ -262,7 +262,7 @@ def test_drop_rate_law(experts, factor, pynative):
     plan = CapacityPlan(experts, 1, factor, "position")(
         Tensor(choices), Tensor(np.ones(choices.shape, np.float32))
     )  # a draw is a group
-    dropped = 1 - plan["kept"].asnumpy().mean(1)  # [draws]
+    dropped = 1 - plan["kept_mask"].asnumpy().mean(1)  # [draws]
     error = dropped.std(ddof=1) / np.sqrt(draws)
     assert abs(dropped.mean() - drop_rate(1024, experts, factor)) < 4 * error
     assert 0 < error < 0.1 * dropped.mean() + 5e-4  # the test can tell these rates apart

@@ -23,10 +23,10 @@ def _skewed(rows, experts, seed=0):
 def test_sinkhorn_by_hand(pynative):
     """Scaled to rows and columns of sum 1 the matrix has its maxima on the diagonal; the gates are the softmax's."""
     routing = route(identity_router("sinkhorn", 1, 3, True, sinkhorn_iterations=20), LOGITS, [1, 1, 1, 0])
-    np.testing.assert_array_equal(routing["experts"], [[0], [1], [2], [3]])
+    np.testing.assert_array_equal(routing["expert_index"], [[0], [1], [2], [3]])
     np.testing.assert_allclose(routing["gates"], [[0.8], [3 / 8], [3 / 8], [0]], atol=1e-6)
     routing = route(identity_router("sinkhorn", 1, 3), LOGITS, [1, 1, 1, 0])
-    np.testing.assert_array_equal(routing["experts"], [[0], [0], [0], [3]])
+    np.testing.assert_array_equal(routing["expert_index"], [[0], [0], [0], [3]])
 
 
 def test_sinkhorn_scales_rows_and_columns(pynative):
@@ -43,7 +43,9 @@ def test_sinkhorn_scales_rows_and_columns(pynative):
 @pytest.mark.parametrize("choices", [1, 2])
 def test_sinkhorn_balances_in_training(choices, pynative):
     logits = _skewed(512, 4)
-    load = [route(identity_router("sinkhorn", choices, 4, train), logits)["chosen"].sum(0) for train in (False, True)]
+    load = [
+        route(identity_router("sinkhorn", choices, 4, train), logits)["expert_mask"].sum(0) for train in (False, True)
+    ]
     plain, balanced = (part.max() / part.mean() for part in load)
     assert balanced < 1.25 < 1.7 < plain
 
@@ -56,11 +58,11 @@ def test_sinkhorn_gates_sum_to_one_for_two(pynative):
 def test_base_by_hand(pynative):
     """The only assignment of one row each with the sum log 8 + log 3 + log 3; gates are sigmoids: 8/9, 3/4, 3/4."""
     routing = route(identity_router("base", 1, 3, True), LOGITS, [1, 1, 1, 0])
-    np.testing.assert_array_equal(routing["experts"], [[0], [1], [2], [3]])
+    np.testing.assert_array_equal(routing["expert_index"], [[0], [1], [2], [3]])
     np.testing.assert_allclose(routing["gates"], [[8 / 9], [3 / 4], [3 / 4], [0]], atol=1e-6)
-    np.testing.assert_array_equal(routing["chosen"], np.eye(4)[:, :3])
+    np.testing.assert_array_equal(routing["expert_mask"], np.eye(4)[:, :3])
     routing = route(identity_router("base", 1, 3), LOGITS, [1, 1, 1, 0])
-    np.testing.assert_array_equal(routing["experts"], [[0], [0], [0], [3]])
+    np.testing.assert_array_equal(routing["expert_index"], [[0], [0], [0], [3]])
     np.testing.assert_allclose(routing["gates"], [[8 / 9], [4 / 5], [4 / 5], [0]], atol=1e-6)
 
 
@@ -76,7 +78,7 @@ def test_base_load_is_exactly_the_mean(case, pynative):
     router = identity_router("base", 1, 4, True)
     if case == "few bids":
         router.auction.rounds = 1
-    chosen = route(router, logits)["chosen"]
+    chosen = route(router, logits)["expert_mask"]
     np.testing.assert_array_equal(chosen.sum(0), [16, 16, 16, 16])
     np.testing.assert_array_equal(chosen.sum(1), 1)
 
@@ -84,7 +86,7 @@ def test_base_load_is_exactly_the_mean(case, pynative):
 def test_base_with_padding_shares_the_real_rows(pynative):
     valid = np.ones(64)
     valid[10:33] = 0  # 41 real rows: at most 11 each
-    chosen = route(identity_router("base", 1, 4, True), _skewed(64, 4), valid)["chosen"]
+    chosen = route(identity_router("base", 1, 4, True), _skewed(64, 4), valid)["expert_mask"]
     np.testing.assert_array_equal(chosen.sum(1), valid)
     assert chosen.sum(0).max() == 11
 
@@ -121,7 +123,7 @@ def test_base_compiles_with_its_gradient(graph):
 
         def objective(self, rows, valid):
             routing = self.router(rows, {"valid": valid})
-            return routing["gates"].sum(), routing["chosen"]
+            return routing["gates"].sum(), routing["expert_mask"]
 
         def construct(self, rows, valid):
             return self.gradient(rows, valid)

@@ -27,7 +27,7 @@ COSINES = [[0.6, 0.8, -0.6, -0.8], [0, -1, 0, 1], [-1, 0, 1, 0]]
 def test_cosine_sees_directions_alone(pynative):
     routing = route(_cosine(), ROWS)
     np.testing.assert_allclose(routing["logits"], COSINES, atol=1e-6)
-    np.testing.assert_array_equal(routing["experts"], [[1], [3], [2]])
+    np.testing.assert_array_equal(routing["expert_index"], [[1], [3], [2]])
     e = np.exp(COSINES)
     np.testing.assert_allclose(routing["gates"][:, 0], e.max(-1) / e.sum(-1), atol=1e-6)
 
@@ -41,7 +41,7 @@ def test_cosine_temperature_is_learned_and_bounded(pynative):
 
 def test_cosine_two_choices_sum_to_one(pynative):
     routing = route(_cosine(2), ROWS, [1, 1, 0])
-    np.testing.assert_array_equal(routing["experts"], [[1, 0], [3, 0], [4, 4]])
+    np.testing.assert_array_equal(routing["expert_index"], [[1, 0], [3, 0], [4, 4]])
     first = 1 / (1 + np.exp(-0.2))
     np.testing.assert_allclose(routing["gates"][0], [first, 1 - first], atol=1e-6)
     np.testing.assert_allclose(routing["gates"].sum(-1), [1, 1, 0], atol=1e-6)
@@ -59,15 +59,15 @@ LOGITS = np.log([[3.0, 1.0, 1.0, 4.0], [1.0, 1.0, 9.0, 1.0], [2.0, 6.0, 1.0, 1.0
 def test_prototypes_choose_one_of_each_group(pynative):
     """Best gate first: .8 before .75; .9 before .5; .75 before .5. Equals go to the lower expert."""
     routing = route(identity_router("prototype", 2, 4), LOGITS)
-    np.testing.assert_array_equal(routing["experts"], [[3, 0], [2, 0], [1, 2]])
+    np.testing.assert_array_equal(routing["expert_index"], [[3, 0], [2, 0], [1, 2]])
     np.testing.assert_allclose(routing["gates"], [[0.8, 0.75], [0.9, 0.5], [0.75, 0.5]], atol=1e-6)
-    np.testing.assert_array_equal(routing["chosen"], [[1, 0, 0, 1], [1, 0, 1, 0], [0, 1, 1, 0]])
+    np.testing.assert_array_equal(routing["expert_mask"], [[1, 0, 0, 1], [1, 0, 1, 0], [0, 1, 1, 0]])
     np.testing.assert_allclose(routing["probabilities"][0], [0.375, 0.125, 0.1, 0.4], atol=1e-6)
 
 
 def test_one_prototype_is_switch(pynative):
     prototype, switch = (route(identity_router(name, 1, 4), LOGITS, [1, 0, 1]) for name in ("prototype", "switch"))
-    for name in ("experts", "gates", "probabilities", "chosen"):
+    for name in ("expert_index", "gates", "probabilities", "expert_mask"):
         np.testing.assert_allclose(prototype[name], switch[name], atol=1e-6)
 
 
@@ -95,7 +95,7 @@ def test_two_levels_multiply(pynative):
         [12 / 13 / 4, 12 / 13 * 3 / 4, 1 / 26, 1 / 26],
     ]
     np.testing.assert_allclose(routing["probabilities"], wanted, atol=1e-6)
-    np.testing.assert_array_equal(routing["experts"], [[3], [2], [1]])
+    np.testing.assert_array_equal(routing["expert_index"], [[3], [2], [1]])
     np.testing.assert_allclose(routing["gates"], [[16 / 35], [0.81], [9 / 13]], atol=1e-6)
 
 
@@ -106,16 +106,16 @@ def test_the_group_goes_first(pynative):
     router.group_weight.set_data(Tensor(np.array([[1, 0], [0, 0], [0, 1], [0, 1]], np.float32)))
     routing = route(router, logits)
     assert routing["probabilities"].argmax() == 0
-    np.testing.assert_array_equal(routing["experts"], [[2]])
+    np.testing.assert_array_equal(routing["expert_index"], [[2]])
 
 
 @pytest.mark.parametrize(("taken", "experts"), [(1, [3, 2]), (2, [3, 0])])
 def test_two_choices_of_one_group_or_of_both(taken, experts, pynative):
     routing = route(_two_level(2, topk_group=taken), LOGITS, [1, 1, 0])
-    np.testing.assert_array_equal(routing["experts"][0], experts)
+    np.testing.assert_array_equal(routing["expert_index"][0], experts)
     p = routing["probabilities"][0, experts]
     np.testing.assert_allclose(routing["gates"][0], p / p.sum(), atol=1e-6)
-    np.testing.assert_array_equal(routing["experts"][2], [4, 4])
+    np.testing.assert_array_equal(routing["expert_index"][2], [4, 4])
 
 
 def test_two_levels_need_two_groups():

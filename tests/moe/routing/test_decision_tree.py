@@ -43,9 +43,9 @@ def test_one_path_at_evaluation(pynative):
     """Left, then by the left child; right, then by the right one: experts 1, 2 and 3, gate 1."""
     rows = [[[-1, 2, 5], [1, 5, -2], [1, -5, 2]]]
     routing = _route(_by_hand().set_train(False), rows)
-    np.testing.assert_array_equal(routing["experts"], [[[1], [2], [3]]])
+    np.testing.assert_array_equal(routing["expert_index"], [[[1], [2], [3]]])
     np.testing.assert_array_equal(routing["gates"], np.ones((1, 3, 1)))
-    np.testing.assert_array_equal(routing["chosen"][0], np.eye(4)[1:])
+    np.testing.assert_array_equal(routing["expert_mask"][0], np.eye(4)[1:])
 
 
 @pytest.mark.parametrize("experts", [2, 4, 8, 32])
@@ -53,7 +53,7 @@ def test_the_path_ends_where_each_decision_is_likelier(experts, pynative):
     """Greedy descent by the soft tree's own probabilities, found from the leaves up."""
     router, rows = _tree(experts), np.random.default_rng(1).normal(0, 2, (1, 40, 3))
     leaves = _route(router.set_train(True), rows)["probabilities"][0]  # [40, E]
-    found = _route(router.set_train(False), rows)["experts"][0, :, 0]
+    found = _route(router.set_train(False), rows)["expert_index"][0, :, 0]
     for row, leaf in zip(leaves, found):
         low, high = 0, experts
         while high - low > 1:

@@ -32,18 +32,18 @@ def _choice(**moe):
 def test_experts_take_their_best_rows(pynative):
     """C = 3 * 2 * 1 / 3 = 2 rows each: columns of the softmax, the largest first."""
     routing = _route(_choice(num_experts_chosen=2, capacity_factor=1.0), np.log(PROBABILITIES)[None])
-    np.testing.assert_array_equal(routing["rows"], [[[0, 2], [2, 1], [1, 2]]])
+    np.testing.assert_array_equal(routing["token_index"], [[[0, 2], [2, 1], [1, 2]]])
     np.testing.assert_allclose(routing["gates"], [[[0.7, 0.25], [0.5, 0.3], [0.6, 0.25]]], atol=1e-6)
-    np.testing.assert_array_equal(routing["chosen"], [[[1, 0, 0], [0, 1, 1], [1, 1, 1]]])
+    np.testing.assert_array_equal(routing["expert_mask"], [[[1, 0, 0], [0, 1, 1], [1, 1, 1]]])
 
 
 def test_padding_is_taken_last_and_counts_nothing(pynative):
     """Only row 0 is real: every expert takes it, its capacity of one row, and the other slot has the gate 0."""
     router = _choice(num_experts_chosen=2, capacity_factor=1.0)
     routing = _route(router, np.log(PROBABILITIES)[None], valid=[[1, 0, 0]])
-    np.testing.assert_array_equal(routing["rows"][..., 0], [[0, 0, 0]])
+    np.testing.assert_array_equal(routing["token_index"][..., 0], [[0, 0, 0]])
     np.testing.assert_allclose(routing["gates"], [[[0.7, 0], [0.2, 0], [0.1, 0]]], atol=1e-6)
-    np.testing.assert_array_equal(routing["chosen"], [[[1, 1, 1], [0, 0, 0], [0, 0, 0]]])
+    np.testing.assert_array_equal(routing["expert_mask"], [[[1, 1, 1], [0, 0, 0], [0, 0, 0]]])
 
 
 @pytest.mark.parametrize("padded", [0, 1, 3, 9])
@@ -57,9 +57,9 @@ def test_capacity_is_that_of_the_real_rows(padded, pynative):
     rows, valid = np.full((1, 3 + padded, 3), 50.0), np.zeros((1, 3 + padded))
     rows[0, places], valid[0, places] = np.log(PROBABILITIES), 1
     routing = _route(router, rows, valid)
-    np.testing.assert_array_equal(routing["chosen"][0, places], [[1, 0, 0], [0, 0, 1], [0, 1, 0]])
-    assert routing["chosen"].sum() == 3
-    np.testing.assert_array_equal(routing["filled"][0].sum(-1), [1, 1, 1])
+    np.testing.assert_array_equal(routing["expert_mask"][0, places], [[1, 0, 0], [0, 0, 1], [0, 1, 0]])
+    assert routing["expert_mask"].sum() == 3
+    np.testing.assert_array_equal(routing["slot_mask"][0].sum(-1), [1, 1, 1])
     np.testing.assert_allclose(routing["gates"][0][:, 0], [0.7, 0.5, 0.6], atol=1e-6)
     assert not routing["gates"][0][:, 1:].any()
 
@@ -75,15 +75,15 @@ def test_rows_taken_by_loop(real, pynative):
         scores = np.exp(rows[0, :, expert]) / np.exp(rows[0]).sum(-1)
         best = sorted((n for n in range(8) if valid[0, n]), key=lambda n: -scores[n])
         wanted[best[: min(real, math.ceil(round(real * 2 * 1.1 / 3, 6)))], expert] = 1
-    np.testing.assert_array_equal(routing["chosen"][0], wanted)
+    np.testing.assert_array_equal(routing["expert_mask"][0], wanted)
 
 
 def test_a_share_of_the_real_rows_of_each_sequence_works(pynative):
     """Half of 4, of 2 and of 3 real rows: 2, 1 and 2. Padding at the end leaves the taken rows as they are."""
     valid = [1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0]
     routing = _route(_depths().set_train(True), _scores(5, 6, 7, 8, 1, 4, 9, 9, 3, 2, 1, 9), [valid])
-    np.testing.assert_array_equal(routing["chosen"][0, :, 0], [0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0])
-    np.testing.assert_array_equal(routing["filled"][0, 0], [1, 1, 1, 0, 1, 1])
+    np.testing.assert_array_equal(routing["expert_mask"][0, :, 0], [0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(routing["slot_mask"][0, 0], [1, 1, 1, 0, 1, 1])
 
 
 def test_capacity_of_evaluation(pynative):
@@ -91,7 +91,7 @@ def test_capacity_of_evaluation(pynative):
     rows = np.log(PROBABILITIES)[None]
     for factor, wanted in ((None, 1), (2.0, 2)):
         router = _choice(capacity_factor=1.0, eval_capacity_factor=factor).set_train(False)
-        assert _route(router, rows)["rows"].shape == (1, 3, wanted)
+        assert _route(router, rows)["token_index"].shape == (1, 3, wanted)
 
 
 def _depths(length=4, share=0.5):
@@ -111,9 +111,9 @@ def _scores(*scores):
 def test_half_of_each_sequence_works(pynative):
     """Two sequences of four rows: the two best of each, though the second's are all below the first's."""
     routing = _route(_depths().set_train(True), _scores(5, 6, 7, 8, 1, 4, 2, 3))
-    np.testing.assert_array_equal(routing["rows"], [[[3, 2, 5, 7]]])
+    np.testing.assert_array_equal(routing["token_index"], [[[3, 2, 5, 7]]])
     np.testing.assert_allclose(routing["gates"][0, 0], 1 / (1 + np.exp(-np.array([8, 7, 4, 3.0]))), atol=1e-6)
-    np.testing.assert_array_equal(routing["chosen"][0, :, 0], [0, 0, 1, 1, 0, 1, 0, 1])
+    np.testing.assert_array_equal(routing["expert_mask"][0, :, 0], [0, 0, 1, 1, 0, 1, 0, 1])
 
 
 def test_own_loss_is_the_cross_entropy_of_what_was_taken(pynative):
@@ -127,12 +127,12 @@ def test_own_loss_is_the_cross_entropy_of_what_was_taken(pynative):
     router.out.set_data(Tensor(out))
     router.bias.set_data(Tensor([-0.5], mstype.float32))
     routing = _route(router, _scores(1, 0.5, 0.2, 9), valid=[[1, 1, 1, 0]])
-    np.testing.assert_array_equal(routing["chosen"][0, :, 0], [1, 1, 0, 0])
+    np.testing.assert_array_equal(routing["expert_mask"][0, :, 0], [1, 1, 0, 0])
     logits = np.array([1.5, 0.5, -0.1])
     wanted = np.log(1 + np.exp(logits)) - logits * [1, 1, 0]
     assert routing["own_loss"] == pytest.approx(wanted.mean(), abs=1e-6)
     decided = _route(router.set_train(False), _scores(1, 0.5, 0.2, 9), valid=[[1, 1, 1, 0]])
-    np.testing.assert_array_equal(decided["experts"][0, :, 0], [0, 0, 1, 1])  # 1 is nowhere
+    np.testing.assert_array_equal(decided["expert_index"][0, :, 0], [0, 0, 1, 1])  # 1 is nowhere
     np.testing.assert_allclose(decided["gates"][0, :2, 0], 1 / (1 + np.exp([-1, -0.5])), atol=1e-6)
     assert "own_loss" not in decided
 

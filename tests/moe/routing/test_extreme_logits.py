@@ -23,7 +23,7 @@ def _softmax(x):
 
 def _gates(routing, values):
     """Softmax of the chosen experts' values, float64."""
-    return _softmax(np.take_along_axis(values, routing["experts"].astype(np.int64), -1))
+    return _softmax(np.take_along_axis(values, routing["expert_index"].astype(np.int64), -1))
 
 
 def test_sigmoid_gates_sum_to_one_and_probabilities_are_the_shares_of_the_scores(pynative):
@@ -36,7 +36,7 @@ def test_sigmoid_gates_sum_to_one_and_probabilities_are_the_shares_of_the_scores
 def test_padded_rows_stay_zero(pynative):
     for name in ("sigmoid", "top_k", "noisy_top_k", "gshard"):
         routing = route(identity_router(name, 2, 3), FAR, [1, 0, 1, 0])
-        assert not routing["gates"][[1, 3]].any() and (routing["experts"][[1, 3]] == 3).all(), name
+        assert not routing["gates"][[1, 3]].any() and (routing["expert_index"][[1, 3]] == 3).all(), name
         np.testing.assert_allclose(routing["gates"][[0, 2]].sum(-1), 1, atol=1e-6, err_msg=name)
 
 
@@ -47,9 +47,9 @@ def test_balance_loss_of_collapsed_sigmoid_does_not_depend_on_the_level(level, p
     logits[:, 0] = level
     routing = route(identity_router("sigmoid", 1, 4), logits)
     wanted = 4 * _softmax(_log_sigmoid(logits))[0, 0]
-    parts = [Tensor(routing[name][None]) for name in ("chosen", "probabilities")]
+    parts = [Tensor(routing[name][None]) for name in ("expert_mask", "probabilities")]
     found = balance.switch_balance(*parts, Tensor(np.ones((1, 5), np.float32)), 1)
-    assert (routing["experts"] == 0).all()
+    assert (routing["expert_index"] == 0).all()
     assert float(found.asnumpy()) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_gradient_of_sigmoid_routing_equals_float64(pynative):
     router, random = identity_router("sigmoid", 2, 3), np.random.default_rng(0)
     weights, slopes = random.normal(0, 1, (4, 2)), random.normal(0, 1, (4, 3))
     context = {"valid": Tensor(np.ones((1, 4), np.float32))}
-    experts = route(router, FAR)["experts"].astype(np.int64)
+    experts = route(router, FAR)["expert_index"].astype(np.int64)
 
     def objective(x):
         routing = router(x, context)

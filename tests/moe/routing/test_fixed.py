@@ -38,9 +38,9 @@ def test_hash_looks_the_token_up(pynative):
     router = _router("hash")
     router.table.set_data(Tensor([2, 3, 3, 3, 3, 0, 1, 1, 1, 1], mstype.int32))
     routing = _route(router, tokens=[[0, 5, 6]], valid=[[1, 1, 0]])
-    np.testing.assert_array_equal(routing["experts"], [[[2], [0], [4]]])
+    np.testing.assert_array_equal(routing["expert_index"], [[[2], [0], [4]]])
     np.testing.assert_array_equal(routing["gates"], [[[1], [1], [0]]])
-    np.testing.assert_array_equal(routing["chosen"], [[[0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]])
+    np.testing.assert_array_equal(routing["expert_mask"], [[[0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]])
     np.testing.assert_array_equal(routing["probabilities"][0, :2], [[0, 0, 1, 0], [1, 0, 0, 0]])
     assert not routing["logits"].any()
 
@@ -99,13 +99,13 @@ def test_hyperplanes_number_the_cells(pynative):
     router = _router("lsh")
     router.planes.set_data(Tensor([[1, 0], [0, 1], [0, 0]], mstype.float32))
     rows = [[[1, -1, 9], [-0.1, 3, 9], [2, 2, -9]]]
-    np.testing.assert_array_equal(_route(router, rows=rows)["experts"], [[[1], [2], [3]]])
+    np.testing.assert_array_equal(_route(router, rows=rows)["expert_index"], [[[1], [2], [3]]])
 
 
 def test_hyperplanes_depend_on_direction_alone(pynative):
     router, rows = _router("lsh", expert_num=8), np.random.default_rng(0).normal(0, 1, (1, 50, 3))
     context = {"valid": Tensor(np.ones((1, 50), np.float32))}
-    near, far = (router(Tensor((rows * s).astype(np.float32)), context)["experts"].asnumpy() for s in (0.01, 100))
+    near, far = (router(Tensor((rows * s).astype(np.float32)), context)["expert_index"].asnumpy() for s in (0.01, 100))
     np.testing.assert_array_equal(near, far)
     assert len(np.unique(near)) >= 6
 
@@ -119,7 +119,7 @@ def test_cells_are_powers_of_two(name, experts):
 
 def test_random_is_fixed_for_each_token(pynative):
     router = _router("random")
-    first, again = (_route(router.set_train(mode), tokens=[[4, 4, 7]])["experts"] for mode in (True, False))
+    first, again = (_route(router.set_train(mode), tokens=[[4, 4, 7]])["expert_index"] for mode in (True, False))
     np.testing.assert_array_equal(first, again)
     assert first[0, 0, 0] == first[0, 1, 0] == router.table.asnumpy()[4]
 
@@ -129,9 +129,9 @@ def test_random_is_drawn_at_each_step_of_training(pynative):
     router = _router("random", random_draw="step").set_train(True)
     noise = np.zeros((1, 3, 3))
     noise[0, :, 0] = [0.30, 0.99, 1 - 2.0**-24]
-    np.testing.assert_array_equal(_route(router, noise=noise)["experts"], [[[1], [3], [3]]])
+    np.testing.assert_array_equal(_route(router, noise=noise)["expert_index"], [[[1], [3], [3]]])
     table = router.table.asnumpy()
-    np.testing.assert_array_equal(_route(router.set_train(False))["experts"][0, :, 0], table[[0, 1, 2]])
+    np.testing.assert_array_equal(_route(router.set_train(False))["expert_index"][0, :, 0], table[[0, 1, 2]])
 
 
 def test_random_in_group_stays_in_the_group_of_the_domain(pynative):
@@ -140,15 +140,15 @@ def test_random_in_group_stays_in_the_group_of_the_domain(pynative):
     for group, table in enumerate(tables):
         assert sorted(np.bincount(table, minlength=6)[2 * group : 2 * group + 2]) == [5, 5]
     routing = _route(router, tokens=[[1, 1, 8]], tasks=[[0, 2, 4]])  # domain 4 is group 1
-    np.testing.assert_array_equal(routing["experts"][0, :, 0], [tables[0, 1], tables[2, 1], tables[1, 8]])
+    np.testing.assert_array_equal(routing["expert_index"][0, :, 0], [tables[0, 1], tables[2, 1], tables[1, 8]])
 
 
 def test_task_names_its_experts(pynative):
     router = _router("task", choices=2, task_num=2, task_experts=[[3, 1], [0, 2]])
     routing = _route(router, tasks=[[1, 0, 0]], valid=[[1, 1, 0]])
-    np.testing.assert_array_equal(routing["experts"], [[[0, 2], [3, 1], [4, 4]]])
+    np.testing.assert_array_equal(routing["expert_index"], [[[0, 2], [3, 1], [4, 4]]])
     np.testing.assert_array_equal(routing["gates"], [[[0.5, 0.5], [0.5, 0.5], [0, 0]]])
-    np.testing.assert_array_equal(routing["chosen"], [[[1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]]])
+    np.testing.assert_array_equal(routing["expert_mask"], [[[1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]]])
 
 
 def test_tasks_take_experts_in_turn():
@@ -163,7 +163,7 @@ def test_multi_gate_has_a_gate_for_each_task(pynative):
     rows = [[[np.log(0.8), np.log(0.2), 5]] * 3]
     routing = _route(router, rows=rows, tasks=[[0, 1, 1]], valid=[[1, 1, 0]])
     np.testing.assert_allclose(routing["probabilities"][0, :2], [[0.8, 0.2], [0.2, 0.8]], atol=1e-6)
-    np.testing.assert_array_equal(routing["experts"], [[[0, 1], [1, 0], [2, 2]]])
+    np.testing.assert_array_equal(routing["expert_index"], [[[0, 1], [1, 0], [2, 2]]])
     np.testing.assert_allclose(routing["gates"], [[[0.8, 0.2], [0.8, 0.2], [0, 0]]], atol=1e-6)
 
 

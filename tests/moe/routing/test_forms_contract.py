@@ -15,10 +15,10 @@ from switchyard.moe.routing import create_router, known_routers
 from switchyard.nn.noise import NoiseSlices
 
 GROUPS, ROWS, WIDTH, EXPERTS, VOCABULARY, TASKS, SLOTS = 2, 8, 6, 4, 10, 3, 2
-COMMON = ("probabilities", "logits", "mass", "chosen")
+COMMON = ("probabilities", "logits", "importance", "expert_mask")
 PARTS = {
-    "token_choice": ("experts", "gates"),
-    "expert_choice": ("rows", "gates"),
+    "token_choice": ("expert_index", "gates"),
+    "expert_choice": ("token_index", "gates"),
     "soft": ("dispatch", "combine"),
     "dense": ("gates",),
     "merged": ("gates",),
@@ -124,7 +124,7 @@ def test_shapes_and_types(case, pynative):
     assert [routing[name].shape for name in PARTS[_form(case)]] == wanted
     assert all(routing[name].shape == (GROUPS, ROWS, experts) for name in COMMON)
     for name, part in routing.items():
-        assert part.dtype == (np.int32 if name in ("experts", "rows") else np.float32), name
+        assert part.dtype == (np.int32 if name in ("expert_index", "token_index") else np.float32), name
         assert np.isfinite(part).all(), name
 
 
@@ -135,11 +135,14 @@ def test_weights_sum_to_what_the_form_says(case, pynative):
         np.testing.assert_allclose(routing["probabilities"][:, 2:].sum(-1), 1, atol=1e-5)
     if form == "token_choice":
         assert (routing["gates"] >= 0).all() and routing["gates"].sum(-1).max() <= 1 + 1e-5
-        np.testing.assert_array_equal((routing["gates"] > 0).sum(-1), routing["chosen"].sum(-1))
+        np.testing.assert_array_equal((routing["gates"] > 0).sum(-1), routing["expert_mask"].sum(-1))
     elif form == "expert_choice":
         assert (routing["gates"] >= 0).all() and routing["gates"].max() <= 1
-        assert all(len(set(taken)) == len(taken) for taken in routing["rows"].reshape(-1, routing["rows"].shape[-1]))
-        assert (routing["gates"] > 0).sum() == routing["chosen"].sum()
+        assert all(
+            len(set(taken)) == len(taken)
+            for taken in routing["token_index"].reshape(-1, routing["token_index"].shape[-1])
+        )
+        assert (routing["gates"] > 0).sum() == routing["expert_mask"].sum()
     elif form == "soft":
         np.testing.assert_allclose(routing["dispatch"].sum(1), 1, atol=1e-5)
         np.testing.assert_allclose(routing["combine"].sum((2, 3)), real, atol=1e-5)
@@ -151,13 +154,13 @@ def test_weights_sum_to_what_the_form_says(case, pynative):
 
 def test_padding_is_chosen_by_nobody(case, pynative):
     routing, form = _route(case, _inputs(padded=3)), _form(case)
-    assert (routing["chosen"][:, :3] == 0).all() and routing["chosen"][:, 3:].any()
+    assert (routing["expert_mask"][:, :3] == 0).all() and routing["expert_mask"][:, 3:].any()
     if form == "token_choice":
-        assert (routing["experts"][:, :3] == _moe(case[0])["expert_num"]).all()
+        assert (routing["expert_index"][:, :3] == _moe(case[0])["expert_num"]).all()
     if form == "expert_choice":
-        assert (routing["gates"][routing["rows"] < 3] == 0).all()
+        assert (routing["gates"][routing["token_index"] < 3] == 0).all()
     elif form != "merged":
-        assert all((routing[name][:, :3] == 0).all() for name in PARTS[form] if name != "experts")
+        assert all((routing[name][:, :3] == 0).all() for name in PARTS[form] if name != "expert_index")
 
 
 def test_padding_changes_nobody(case, pynative):
@@ -197,7 +200,7 @@ def test_noise_is_read_in_training_only(case, pynative):
 def _of_row(routing, form, group, row):
     """What belongs to one row of a group, as one vector."""
     if form == "expert_choice":
-        taken = routing["rows"][group] == row  # [E, C]
+        taken = routing["token_index"][group] == row  # [E, C]
         return (routing["gates"][group] * taken).sum(-1)
     if form == "merged":
         return routing["gates"][group]
@@ -235,7 +238,7 @@ def test_later_rows_change_nothing_or_are_declared_to(case, pynative):
 def test_gradient_reaches_every_weight(case, graph):
     """Compiled, in training: what rows and outputs are multiplied by moves what is learned, own losses too."""
     router = _router(case)
-    keys = tuple(part for part in PARTS[_form(case)] if part not in ("experts", "rows"))
+    keys = tuple(part for part in PARTS[_form(case)] if part not in ("expert_index", "token_index"))
     keys += ("own_loss",) if case[0] == "mixture_of_depths" else ()
     flat = Flat(router, keys).set_train(True)
     inputs = [Tensor(part) for part in _inputs()]

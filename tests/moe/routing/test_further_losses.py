@@ -21,7 +21,12 @@ def _value(tensor):
 def _routing(probabilities, experts, of=2):
     chosen = np.eye(of + 1)[np.array(experts)][..., :of]  # expert `of` is nowhere
     probabilities = _tensor(probabilities)
-    return {"probabilities": probabilities, "mass": probabilities, "chosen": _tensor(chosen), "logits": probabilities}
+    return {
+        "probabilities": probabilities,
+        "importance": probabilities,
+        "expert_mask": _tensor(chosen),
+        "logits": probabilities,
+    }
 
 
 # Two sequences of two rows: the first all to expert 0, the second all to expert 1. Together they are balanced.
@@ -30,7 +35,9 @@ ALL = _tensor([[1, 1, 1, 1]])
 
 
 def test_sequence_loss_sees_what_the_whole_does_not(pynative):
-    assert _value(balance.switch_balance(OPPOSITE["chosen"], OPPOSITE["probabilities"], ALL, 1)) == pytest.approx(1.0)
+    assert _value(balance.switch_balance(OPPOSITE["expert_mask"], OPPOSITE["probabilities"], ALL, 1)) == pytest.approx(
+        1.0
+    )
     assert _value(balance.sequence_loss(OPPOSITE, ALL, 1, 2)) == pytest.approx(2.0)
     assert _value(balance.sequence_loss(OPPOSITE, ALL, 1, 4)) == pytest.approx(1.0)
 

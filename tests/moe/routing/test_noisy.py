@@ -49,10 +49,10 @@ def test_evaluation_is_the_softmax_of_the_largest(pynative):
     routing = route(identity_router("noisy_top_k", 2, 3), LOGITS, [1, 1])
     first = 1 / (1 + np.exp(-1))
     second = 1 / (1 + np.exp(-2.5))
-    np.testing.assert_array_equal(routing["experts"], [[0, 1], [2, 1]])
+    np.testing.assert_array_equal(routing["expert_index"], [[0, 1], [2, 1]])
     np.testing.assert_allclose(routing["gates"], [[first, 1 - first], [second, 1 - second]], atol=1e-6)
-    np.testing.assert_allclose(routing["mass"], [[first, 1 - first, 0], [0, 1 - second, second]], atol=1e-6)
-    np.testing.assert_array_equal(routing["smooth_load"], routing["chosen"])
+    np.testing.assert_allclose(routing["importance"], [[first, 1 - first, 0], [0, 1 - second, second]], atol=1e-6)
+    np.testing.assert_array_equal(routing["smooth_load"], routing["expert_mask"])
 
 
 def test_noise_moves_scores_by_the_deviation(pynative):
@@ -61,7 +61,9 @@ def test_noise_moves_scores_by_the_deviation(pynative):
     routing = route(router, LOGITS, None, _noise([0.0, 0.25], [0.25, 0.5]))
     scores = LOGITS + SOFTPLUS_0 * np.array([[1, 0, 0], [0, -1, 1]])
     np.testing.assert_allclose(routing["logits"], scores, atol=1e-5)
-    np.testing.assert_array_equal(routing["experts"], [[0, 1], [2, 0]])  # the noise changed the second row's choice
+    np.testing.assert_array_equal(
+        routing["expert_index"], [[0, 1], [2, 0]]
+    )  # the noise changed the second row's choice
     kept = np.exp(np.stack([scores[0, [0, 1]], scores[1, [2, 0]]]))
     np.testing.assert_allclose(routing["gates"], kept / kept.sum(-1, keepdims=True), atol=1e-5)
 
@@ -89,8 +91,8 @@ def test_smooth_load_is_the_chance_of_being_chosen(pynative):
     router = identity_router("noisy_top_k", 2, 4, True)
     noise = np.random.default_rng(1).random((1, 20000, 4))
     routing = route(router, np.repeat([[0.3, -0.2, 0.9, 0.0]], 20000, 0), None, noise)
-    np.testing.assert_allclose(routing["smooth_load"].mean(0), routing["chosen"].mean(0), atol=0.01)
-    assert routing["chosen"].mean(0).min() > 0.1
+    np.testing.assert_allclose(routing["smooth_load"].mean(0), routing["expert_mask"].mean(0), atol=0.01)
+    assert routing["expert_mask"].mean(0).min() > 0.1
 
 
 def test_every_expert_chosen_has_load_one(pynative):

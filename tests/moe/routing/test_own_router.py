@@ -44,7 +44,7 @@ def test_documented_router_routes(own_module, pynative):
     rows = np.random.default_rng(1).normal(0, 1, (1, 5, 6)).astype(np.float32)
     routing = router(Tensor(rows), {"valid": Tensor(np.ones((1, 5), np.float32))})
     scores = 2 * rows[0] @ router.weight.asnumpy()
-    np.testing.assert_array_equal(routing["experts"].asnumpy()[0], np.argsort(-scores, -1)[:, :2])
+    np.testing.assert_array_equal(routing["expert_index"].asnumpy()[0], np.argsort(-scores, -1)[:, :2])
 
 
 @pytest.mark.parametrize(

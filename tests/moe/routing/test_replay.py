@@ -224,15 +224,15 @@ def _gates(replay, choices=2, valid=(1, 1, 1), **moe):
 def test_gates_of_forced_choices_are_live(pynative):
     """Row 0 is forced to its two least probable experts, row 1 has an unset entry and chooses, row 2 is padding."""
     routing = _gates([[2, 1], [0, -1], [0, 1]], valid=(1, 1, 0))
-    np.testing.assert_array_equal(routing["experts"], [[2, 1], [2, 1], [3, 3]])
+    np.testing.assert_array_equal(routing["expert_index"], [[2, 1], [2, 1], [3, 3]])
     np.testing.assert_allclose(routing["gates"], [[1 / 3, 2 / 3], [2 / 3, 1 / 3], [0, 0]], atol=1e-6)
-    np.testing.assert_array_equal(routing["chosen"], [[0, 1, 1], [0, 1, 1], [0, 0, 0]])
+    np.testing.assert_array_equal(routing["expert_mask"], [[0, 1, 1], [0, 1, 1], [0, 0, 0]])
     np.testing.assert_allclose(routing["probabilities"], PROBABILITIES, atol=1e-6)
 
 
 def test_a_single_forced_gate_is_its_probability(pynative):
     routing = _gates([[1], [0], [3]], choices=1, router="switch")  # 3 = E is no expert: unset
-    np.testing.assert_array_equal(routing["experts"], [[1], [0], [1]])
+    np.testing.assert_array_equal(routing["expert_index"], [[1], [0], [1]])
     np.testing.assert_allclose(routing["gates"], [[0.2], [0.1], [0.5]], atol=1e-6)
 
 
@@ -260,7 +260,7 @@ def test_every_router_that_chooses_can_be_forced(name, graph):
 
     def gates(rows):
         routing = router(rows, {**context, "replay": replay})
-        return (routing["gates"] ** 2).sum(), routing["gates"], routing["experts"]
+        return (routing["gates"] ** 2).sum(), routing["gates"], routing["expert_index"]
 
     if not known_routers()[name].learnable:
         _, found, experts = gates(rows)

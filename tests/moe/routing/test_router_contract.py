@@ -61,10 +61,16 @@ class Flat(nn.Cell):
 
     def construct(self, rows, valid):
         routing = self.router(rows, {"valid": valid})
-        return routing["experts"], routing["gates"], routing["probabilities"], routing["logits"], routing["chosen"]
+        return (
+            routing["expert_index"],
+            routing["gates"],
+            routing["probabilities"],
+            routing["logits"],
+            routing["expert_mask"],
+        )
 
 
-NAMES = ("experts", "gates", "probabilities", "logits", "chosen")
+NAMES = ("expert_index", "gates", "probabilities", "logits", "expert_mask")
 
 
 def _route(router, rows, valid=None):
@@ -75,19 +81,19 @@ def _route(router, rows, valid=None):
 
 def test_shapes_and_types(case, pynative):
     routing, choices = _route(_router(case), _rows()), case[1]
-    assert routing["experts"].shape == routing["gates"].shape == (GROUPS, ROWS, choices)
-    for name in ("probabilities", "logits", "chosen"):
+    assert routing["expert_index"].shape == routing["gates"].shape == (GROUPS, ROWS, choices)
+    for name in ("probabilities", "logits", "expert_mask"):
         assert routing[name].shape == (GROUPS, ROWS, EXPERTS)
-    assert routing["experts"].dtype == np.int32
+    assert routing["expert_index"].dtype == np.int32
     assert all(routing[name].dtype == np.float32 for name in NAMES[1:])
 
 
 def test_choices_are_distinct_experts_and_chosen_marks_them(case, pynative):
     routing = _route(_router(case), _rows())
-    assert routing["experts"].min() >= 0 and routing["experts"].max() < EXPERTS
-    marked = np.zeros_like(routing["chosen"])
-    np.put_along_axis(marked, routing["experts"].astype(np.int64), 1, axis=-1)
-    np.testing.assert_array_equal(routing["chosen"], marked)
+    assert routing["expert_index"].min() >= 0 and routing["expert_index"].max() < EXPERTS
+    marked = np.zeros_like(routing["expert_mask"])
+    np.put_along_axis(marked, routing["expert_index"].astype(np.int64), 1, axis=-1)
+    np.testing.assert_array_equal(routing["expert_mask"], marked)
     assert (marked.sum(-1) == case[1]).all()
 
 
@@ -106,8 +112,8 @@ def test_first_choice_has_the_largest_gate(case, pynative):
 def test_padding_goes_nowhere_and_changes_nobody(case, pynative):
     router, rows = _router(case), _rows()
     routing, alone = _route(router, rows, _valid(padded=3)), _route(router, rows[:, 3:])
-    assert (routing["experts"][:, :3] == EXPERTS).all()
-    assert (routing["gates"][:, :3] == 0).all() and (routing["chosen"][:, :3] == 0).all()
+    assert (routing["expert_index"][:, :3] == EXPERTS).all()
+    assert (routing["gates"][:, :3] == 0).all() and (routing["expert_mask"][:, :3] == 0).all()
     for name in NAMES:
         np.testing.assert_allclose(routing[name][:, 3:], alone[name], atol=1e-6, err_msg=name)
 
@@ -207,5 +213,5 @@ def test_half_precision_logits_would_choose_otherwise(pynative):
     router.weight.set_data(Tensor(weight))
     rows = np.zeros((GROUPS, 1, WIDTH), np.float16)
     rows[..., 0] = 1
-    assert (_route(router, rows)["experts"] == 1).all()
+    assert (_route(router, rows)["expert_index"] == 1).all()
     assert router.weight.dtype == mstype.float32

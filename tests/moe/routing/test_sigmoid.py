@@ -15,7 +15,7 @@ LOGITS = np.log(SCORES / (1 - SCORES))
 
 def test_two_choices_sum_to_one_times_the_factor(pynative):
     routing = route(identity_router("sigmoid", 2, 3, routed_scaling_factor=2.5), LOGITS, [1, 0, 1])
-    np.testing.assert_array_equal(routing["experts"], [[0, 1], [3, 3], [0, 2]])
+    np.testing.assert_array_equal(routing["expert_index"], [[0, 1], [3, 3], [0, 2]])
     wanted = 2.5 * np.array([[8 / 14, 6 / 14], [0, 0], [9 / 16, 7 / 16]])
     np.testing.assert_allclose(routing["gates"], wanted, atol=1e-6)
     np.testing.assert_allclose(routing["probabilities"], SCORES / SCORES.sum(-1, keepdims=True), atol=1e-6)
@@ -33,7 +33,7 @@ def test_bias_decides_the_choice_and_not_the_gate(pynative):
     router = identity_router("sigmoid", 1, 3)
     router.bias.set_data(Tensor(np.array([-0.15, 0.1, 0.0], np.float32)))
     routing = route(router, LOGITS)
-    np.testing.assert_array_equal(routing["experts"], [[1], [2], [0]])  # .65 .70 .20 / -.05 .40 .50 / .75 .50 .70
+    np.testing.assert_array_equal(routing["expert_index"], [[1], [2], [0]])  # .65 .70 .20 / -.05 .40 .50 / .75 .50 .70
     np.testing.assert_allclose(routing["gates"], [[0.6], [0.5], [0.9]], atol=1e-6)
 
 
@@ -84,9 +84,9 @@ def test_bias_balances_a_collapsed_router(pynative):
     """All rows prefer expert 0: after some hundred passes the load is even, without any loss."""
     router = identity_router("sigmoid", 1, 4, True, topk_bias_update_rate=0.01)
     logits = np.random.default_rng(0).normal([3, 0, 0, -1], 1, (200, 4))
-    assert route(router, logits)["chosen"].sum(0).max() > 150
+    assert route(router, logits)["expert_mask"].sum(0).max() > 150
     for _ in range(150):
-        load = route(router, logits)["chosen"].sum(0)
+        load = route(router, logits)["expert_mask"].sum(0)
     assert load.max() / load.mean() < 1.15
 
 
@@ -95,13 +95,13 @@ def test_choice_within_the_best_group(pynative):
     scores = np.array([[0.9, 0.1, 0.6, 0.5], [0.9, 0.3, 0.6, 0.5]])
     router = identity_router("sigmoid", 2, 4, n_group=2, norm_topk_prob=False)
     routing = route(router, np.log(scores / (1 - scores)))
-    np.testing.assert_array_equal(routing["experts"], [[2, 3], [0, 1]])
+    np.testing.assert_array_equal(routing["expert_index"], [[2, 3], [0, 1]])
     np.testing.assert_allclose(routing["gates"], [[0.6, 0.5], [0.9, 0.3]], atol=1e-6)
 
 
 def test_two_of_three_groups_of_one(pynative):
     router = identity_router("sigmoid", 2, 3, n_group=3, topk_group=2)
-    np.testing.assert_array_equal(route(router, LOGITS)["experts"], [[0, 1], [2, 1], [0, 2]])
+    np.testing.assert_array_equal(route(router, LOGITS)["expert_index"], [[0, 1], [2, 1], [0, 2]])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_dense_weighs_all_by_the_softmax(pynative):
     routing = _route(_router("dense"), np.log(PROBABILITIES), valid=(1, 1, 0))
     np.testing.assert_allclose(routing["gates"], PROBABILITIES * [[1], [1], [0]], atol=1e-6)
     np.testing.assert_allclose(routing["probabilities"], PROBABILITIES, atol=1e-6)
-    np.testing.assert_array_equal(routing["chosen"], [[1, 1, 1], [1, 1, 1], [0, 0, 0]])
+    np.testing.assert_array_equal(routing["expert_mask"], [[1, 1, 1], [1, 1, 1], [0, 0, 0]])
 
 
 def test_merged_is_the_gate_of_the_mean_of_real_rows(pynative):
@@ -37,7 +37,7 @@ def test_merged_is_the_gate_of_the_mean_of_real_rows(pynative):
     gates = np.exp([2, 0, 0]) / (np.exp(2) + 2)
     np.testing.assert_allclose(routing["gates"], gates, atol=1e-6)
     np.testing.assert_allclose(routing["probabilities"][:2], [gates, gates], atol=1e-6)
-    np.testing.assert_array_equal(routing["chosen"].sum(-1), [3, 3, 0])
+    np.testing.assert_array_equal(routing["expert_mask"].sum(-1), [3, 3, 0])
 
 
 def test_soft_mixes_rows_into_slots_and_slots_into_rows(pynative):
@@ -68,4 +68,4 @@ def test_soft_does_not_see_how_long_rows_are(pynative):
 def test_a_group_of_padding_alone_is_finite(name, pynative):
     routing = _route(_router(name, np.ones((3, 3))), np.ones((3, 3)), valid=(0, 0, 0))
     assert all(np.isfinite(part).all() for part in routing.values())
-    assert not routing["chosen"].any()
+    assert not routing["expert_mask"].any()

@@ -31,7 +31,7 @@ def _route(cell, valid=(1, 1, 1)):
 def test_one_choice_keeps_its_probability(router, normalise, pynative):
     """Never renormalised, whatever norm_topk_prob says: a gate divided by itself would be 1 and learn nothing."""
     routing = _route(_identity(router, 1, norm_topk_prob=normalise))
-    np.testing.assert_array_equal(routing["experts"], [[[0], [2], [1]]])
+    np.testing.assert_array_equal(routing["expert_index"], [[[0], [2], [1]]])
     np.testing.assert_allclose(routing["gates"], [[[0.7], [0.6], [0.5]]], atol=1e-6)
     np.testing.assert_allclose(routing["probabilities"], PROBABILITIES[None], atol=1e-6)
     np.testing.assert_allclose(routing["logits"], np.log(PROBABILITIES)[None], atol=1e-6)
@@ -40,16 +40,16 @@ def test_one_choice_keeps_its_probability(router, normalise, pynative):
 def test_two_choices_renormalised(pynative):
     """The tie in the third row goes to the lower expert."""
     routing = _route(_identity("top_k", 2))
-    np.testing.assert_array_equal(routing["experts"], [[[0, 1], [2, 1], [1, 0]]])
+    np.testing.assert_array_equal(routing["expert_index"], [[[0, 1], [2, 1], [1, 0]]])
     np.testing.assert_allclose(routing["gates"], [[[7 / 9, 2 / 9], [2 / 3, 1 / 3], [2 / 3, 1 / 3]]], atol=1e-6)
-    np.testing.assert_array_equal(routing["chosen"], [[[1, 1, 0], [0, 1, 1], [1, 1, 0]]])
+    np.testing.assert_array_equal(routing["expert_mask"], [[[1, 1, 0], [0, 1, 1], [1, 1, 0]]])
 
 
 def test_two_choices_as_they_are(pynative):
     routing = _route(_identity("top_k", 2, norm_topk_prob=False), valid=(1, 0, 1))
-    np.testing.assert_array_equal(routing["experts"], [[[0, 1], [3, 3], [1, 0]]])
+    np.testing.assert_array_equal(routing["expert_index"], [[[0, 1], [3, 3], [1, 0]]])
     np.testing.assert_allclose(routing["gates"], [[[0.7, 0.2], [0, 0], [0.5, 0.25]]], atol=1e-6)
-    np.testing.assert_array_equal(routing["chosen"], [[[1, 1, 0], [0, 0, 0], [1, 1, 0]]])
+    np.testing.assert_array_equal(routing["expert_mask"], [[[1, 1, 0], [0, 0, 0], [1, 1, 0]]])
 
 
 def test_every_expert_chosen_is_the_softmax_itself(pynative):

@@ -48,10 +48,10 @@ class TokenChoicePath(nn.Cell):
 
     def plan(self, routing: dict) -> dict:
         """Plan of `moe/dispatch/plan.py` with the gates [G, N * K] in it."""
-        experts, gates = routing["experts"], routing["gates"]
+        experts, gates = routing["expert_index"], routing["gates"]
         lot = None
-        if "lot" in routing:  # the layer puts it there
-            lot = routing["lot"]
+        if "priority" in routing:  # the layer puts it there
+            lot = routing["priority"]
         if self.reroute is not None:
             experts, gates = self.reroute(experts, gates, routing["probabilities"], lot)
         plan = self.planner(experts, gates, lot)
@@ -69,7 +69,7 @@ class TokenChoicePath(nn.Cell):
 
     def fill(self, rows: Tensor, plan: dict) -> Tensor:
         """Rows [G, N, D] -> slots [G, M, D]."""
-        return self.to_slots(rows, plan["choice_of"], plan["slot_of"], plan["filled"], plan["kept"])
+        return self.to_slots(rows, plan["dispatch_index"], plan["combine_index"], plan["slot_mask"], plan["kept_mask"])
 
     def send(self, slots: Tensor) -> Tensor:
         """Slots from their groups to their experts: [G, E, C, D] -> [E, G * C, D]."""
@@ -89,12 +89,12 @@ class TokenChoicePath(nn.Cell):
 
     def join(self, outputs: Tensor, plan: dict) -> Tensor:
         """Slots [G, M, D] -> rows [G, N, D]."""
-        filled, kept = plan["filled"], plan["kept"]
-        return self.to_rows(outputs, plan["gates"], plan["choice_of"], plan["slot_of"], filled, kept)
+        filled, kept = plan["slot_mask"], plan["kept_mask"]
+        return self.to_rows(outputs, plan["gates"], plan["dispatch_index"], plan["combine_index"], filled, kept)
 
     def served(self, routing: dict, plan: dict) -> Tensor:
         """Choices that got a slot: scalar."""
-        return plan["kept"].sum()
+        return plan["kept_mask"].sum()
 
     def shard(self, mesh: Mesh) -> None:
         """Both transposes change what is cut, groups or experts: one AlltoAll each within an expert-parallel group."""
@@ -114,7 +114,7 @@ class OpenPath(nn.Cell):
 
     def served(self, routing: dict, plan: dict) -> Tensor:
         """All choices: scalar."""
-        return routing["chosen"].sum()
+        return routing["expert_mask"].sum()
 
 
 class ExpertChoicePath(OpenPath):
@@ -130,14 +130,14 @@ class ExpertChoicePath(OpenPath):
 
     def plan(self, routing: dict) -> dict:
         """{index [E, G * C] int32 into all rows, G * N for nobody, gates [E, G * C], chosen [G, N, E]}."""
-        groups, count, experts = routing["chosen"].shape
+        groups, count, experts = routing["expert_mask"].shape
         first = (ops.arange(groups) * count).astype(mstype.int32).reshape(groups, 1, 1)
-        index = routing["rows"] + first  # [G, E, C]
-        if "filled" in routing:
-            index = ops.where(routing["filled"] > 0, index, ops.full_like(index, groups * count))
+        index = routing["token_index"] + first  # [G, E, C]
+        if "slot_mask" in routing:
+            index = ops.where(routing["slot_mask"] > 0, index, ops.full_like(index, groups * count))
         index = self.turn(index, (1, 0, 2)).reshape(experts, -1)  # [E, G * C]
         gates = self.turn(routing["gates"], (1, 0, 2)).reshape(experts, -1)  # [E, G * C]
-        return {"index": ops.stop_gradient(index), "gates": gates, "chosen": routing["chosen"]}
+        return {"index": ops.stop_gradient(index), "gates": gates, "expert_mask": routing["expert_mask"]}
 
     def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
         """Rows [G, N, D] -> [E, G * C, D]."""
@@ -146,7 +146,7 @@ class ExpertChoicePath(OpenPath):
 
     def combine(self, outputs: Tensor, plan: dict) -> Tensor:
         """[E, G * C, D] -> [G, N, D]: y = sum of gates * outputs over the slots that hold the row."""
-        groups, count, _ = plan["chosen"].shape
+        groups, count, _ = plan["expert_mask"].shape
         width = outputs.shape[-1]
         weighted = (outputs * ops.expand_dims(plan["gates"], -1)).reshape(-1, width)  # [E * G * C, D]
         rows = ops.unsorted_segment_sum(weighted, plan["index"].reshape(-1), groups * count + 1)  # [G * N + 1, D]
@@ -205,7 +205,7 @@ class MergedPath(OpenPath):
 
     def plan(self, routing: dict) -> dict:
         """{merged [G, E], real [G, N, 1]}."""
-        return {"merged": routing["gates"], "real": routing["chosen"][:, :, :1]}
+        return {"merged": routing["gates"], "real": routing["expert_mask"][:, :, :1]}
 
     def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
         """[G, N, D], as they are."""

@@ -4,13 +4,14 @@ Legend: G groups, N rows of a group, E experts, C capacity, K choices of a row, 
 P blocks, b rows of a block. A choice is numbered c = n * K + k.
 
 A Plan is a dict of
-    choice_of [G, M] int32     the choice that fills a slot (a legal index even where `filled` is 0)
-    filled    [G, M] float32   1 where a slot holds a choice
-    slot_of   [G, N * K] int32 the slot of a choice (a legal index even where `kept` is 0)
-    kept      [G, N * K] float32  1 where a choice got a slot
-    block_expert [G, P] int32  dropless only: the expert of each block of slots
-`choice_of` and `slot_of` are inverse of each other wherever `filled` and `kept` are 1, so dispatch and combine are
-gathers forward and backward. (A dict, because a NamedTuple made inside a compiled graph stops the gradient.)
+    dispatch_index [G, M] int32      the choice that fills a slot (a legal index even where `slot_mask` is 0)
+    slot_mask      [G, M] float32    1 where a slot holds a choice
+    combine_index  [G, N * K] int32  the slot of a choice (a legal index even where `kept_mask` is 0)
+    kept_mask      [G, N * K] float32  1 where a choice got a slot
+    block_expert   [G, P] int32      dropless only: the expert of each block of slots
+`dispatch_index` and `combine_index` are inverse of each other wherever `slot_mask` and `kept_mask` are 1, so dispatch
+and combine are gathers forward and backward. (A dict, because a NamedTuple made inside a compiled graph stops the
+gradient.)
 """
 
 from mindspore import Tensor, nn, ops
@@ -111,8 +112,8 @@ class CapacityPlan(nn.Cell):
         filled = (within < ops.expand_dims(count, 2)).astype(mstype.float32).reshape(groups, -1)  # [G, E * C]
         kept = ops.logical_and(position < slots, experts < self.experts).astype(mstype.float32)  # [G, N * K]
         slot = ops.minimum(experts, self.experts - 1) * slots + ops.minimum(position, slots - 1)
-        choice_of = ops.gather_elements(order, 1, ops.minimum(rank, rows * choices - 1))  # [G, E * C]
-        return _plan(choice_of, filled, slot, kept)
+        dispatch_index = ops.gather_elements(order, 1, ops.minimum(rank, rows * choices - 1))  # [G, E * C]
+        return _plan(dispatch_index, filled, slot, kept)
 
 
 class BlockPlan(nn.Cell):
@@ -151,9 +152,9 @@ class BlockPlan(nn.Cell):
         own = _repeat(block_expert, block)  # [G, P * b]
         filled = (place < ops.gather_elements(count, 1, own)).astype(mstype.float32)
         rank = ops.minimum(ops.gather_elements(start, 1, own) + place, total - 1)
-        choice_of = ops.gather_elements(order, 1, rank)  # [G, P * b]
+        dispatch_index = ops.gather_elements(order, 1, rank)  # [G, P * b]
         slot = ops.gather_elements(first, 1, safe) * block + position
-        return _plan(choice_of, filled, ops.where(kept > 0, slot, ops.zeros_like(slot)), kept, block_expert)
+        return _plan(dispatch_index, filled, ops.where(kept > 0, slot, ops.zeros_like(slot)), kept, block_expert)
 
 
 def _repeat(values: Tensor, times: int) -> Tensor:
@@ -161,13 +162,13 @@ def _repeat(values: Tensor, times: int) -> Tensor:
     return (ops.expand_dims(values, 2) + ops.zeros((1, 1, times), values.dtype)).reshape(values.shape[0], -1)
 
 
-def _plan(choice_of, filled, slot_of, kept, block_expert=None) -> dict:
+def _plan(dispatch_index, filled, combine_index, kept, block_expert=None) -> dict:
     """A Plan; no gradient flows through any part of it."""
     plan = {
-        "choice_of": ops.stop_gradient(choice_of.astype(mstype.int32)),
-        "filled": ops.stop_gradient(filled),
-        "slot_of": ops.stop_gradient(slot_of.astype(mstype.int32)),
-        "kept": ops.stop_gradient(kept),
+        "dispatch_index": ops.stop_gradient(dispatch_index.astype(mstype.int32)),
+        "slot_mask": ops.stop_gradient(filled),
+        "combine_index": ops.stop_gradient(combine_index.astype(mstype.int32)),
+        "kept_mask": ops.stop_gradient(kept),
     }
     if block_expert is not None:
         plan["block_expert"] = ops.stop_gradient(block_expert)

@@ -26,32 +26,32 @@ class Routing(TypedDict):
     Every form has, float32 [G, N, E]:
         probabilities   the router's distribution over the experts
         logits          what the z-loss keeps small; zeros where a router has none
-        mass            what counts as importance: the probabilities, or the gates alone where the paper says so
-        chosen          1 where a real row works with an expert
+        importance      what counts as importance: the probabilities, or the gates alone where the paper says so
+        expert_mask     1 where a real row works with an expert
     and `smooth_load` [G, N, E] where the router estimates it, `own_loss` scalar where it brings one. The layer adds
-    `lot` [G, N], a draw of U(0, 1), where moe.drop_order is `random` in training.
+    `priority` [G, N], a draw of U(0, 1), where moe.drop_order is `random` in training.
     Form "token_choice":
-        experts [G, N, K] int32: the choices, best first; E, which is no expert, for a padded row
+        expert_index [G, N, K] int32: the choices, best first; E, which is no expert, for a padded row
         gates [G, N, K] float32: what a choice's output is multiplied by; 0 for a padded row
-    Form "expert_choice": rows [G, E, C] int32 and gates [G, E, C] float32, 0 for a slot that nobody fills; filled [G,
-    E, C], 1 and 0, says which those are.
+    Form "expert_choice": token_index [G, E, C] int32 and gates [G, E, C] float32, 0 for a slot that nobody fills;
+    slot_mask [G, E, C], 1 and 0, says which those are.
     Form "soft": dispatch and combine [G, N, E, C] float32 weights. Form "dense": gates [G, N, E] float32. Form
     "merged": gates [G, E] float32, one mixture of the experts' parameters for a group.
     """
 
     probabilities: Tensor
     logits: Tensor
-    mass: Tensor
-    chosen: Tensor
+    importance: Tensor
+    expert_mask: Tensor
     smooth_load: Tensor
     own_loss: Tensor
-    experts: Tensor
+    expert_index: Tensor
     gates: Tensor
-    rows: Tensor
-    filled: Tensor
+    token_index: Tensor
+    slot_mask: Tensor
     dispatch: Tensor
     combine: Tensor
-    lot: Tensor
+    priority: Tensor
 
 
 class Context(TypedDict):
@@ -274,17 +274,17 @@ class Copies(nn.Cell):
             parts = (*parts, router(rows, self.view(context, index)))
         experts = ()
         for index, part in enumerate(parts):
-            own = part["experts"]  # [G, N, K], E / r for nowhere
+            own = part["expert_index"]  # [G, N, K], E / r for nowhere
             moved = own + index * self.size
             experts = (*experts, ops.where(own < self.size, moved, ops.full_like(own, self.expert_num)))
         share = 1.0 / self.copies
         routing = {
-            "experts": ops.concat(experts, -1),  # [G, N, r * K]
+            "expert_index": ops.concat(experts, -1),  # [G, N, r * K]
             "gates": ops.concat([part["gates"] for part in parts], -1),
             "probabilities": ops.concat([part["probabilities"] for part in parts], -1) * share,  # [G, N, E]
             "logits": ops.concat([part["logits"] for part in parts], -1),
-            "mass": ops.concat([part["mass"] for part in parts], -1) * share,
-            "chosen": ops.concat([part["chosen"] for part in parts], -1),
+            "importance": ops.concat([part["importance"] for part in parts], -1) * share,
+            "expert_mask": ops.concat([part["expert_mask"] for part in parts], -1),
         }
         if "smooth_load" in parts[0]:
             routing["smooth_load"] = ops.concat([part["smooth_load"] for part in parts], -1)
@@ -340,12 +340,12 @@ class LinearRouter(Router):
 def by_rows(experts: Tensor, gates: Tensor, chosen: Tensor, probabilities: Tensor, logits: Tensor) -> dict:
     """The Routing of form "token_choice" whose importance is the probabilities: entries as they are named there."""
     return {
-        "experts": experts,
+        "expert_index": experts,
         "gates": gates,
         "probabilities": probabilities,
         "logits": logits,
-        "mass": probabilities,
-        "chosen": chosen,
+        "importance": probabilities,
+        "expert_mask": chosen,
     }
 
 

@@ -79,6 +79,6 @@ class DecisionTree(Router):
             "gates": keep_where(probabilities, context["valid"]),
             "probabilities": probabilities,
             "logits": ops.zeros_like(probabilities),
-            "mass": probabilities,
-            "chosen": everyone(probabilities, context["valid"]),
+            "importance": probabilities,
+            "expert_mask": everyone(probabilities, context["valid"]),
         }

@@ -92,13 +92,13 @@ class ExpertChoice(LinearRouter):
         shape = (groups, self.expert_num, taken.shape[1])
         taken, filled = taken.reshape(shape), filled.reshape(shape)
         return {
-            "rows": taken,
-            "filled": filled,
+            "token_index": taken,
+            "slot_mask": filled,
             "gates": gates.reshape(shape),
             "probabilities": probabilities,
             "logits": logits,
-            "mass": probabilities,
-            "chosen": chosen_rows(taken, filled, count),
+            "importance": probabilities,
+            "expert_mask": chosen_rows(taken, filled, count),
         }
 
 
@@ -139,13 +139,13 @@ class MixtureOfDepths(LinearRouter):
         predicted = self.predict(rows)  # [G, N]
         if self.training:
             routing = self.take(score, context["valid"])
-            routing["own_loss"] = self.prediction_loss(predicted, routing["chosen"].squeeze(-1), context["valid"])
+            routing["own_loss"] = self.prediction_loss(predicted, routing["expert_mask"].squeeze(-1), context["valid"])
         else:
             routing = self.decide(score, predicted, context["valid"])
         probabilities = self.sigmoid(score)
         routing["probabilities"] = probabilities
         routing["logits"] = score
-        routing["mass"] = probabilities
+        routing["importance"] = probabilities
         return routing
 
     def predict(self, rows: Tensor) -> Tensor:
@@ -169,13 +169,13 @@ class MixtureOfDepths(LinearRouter):
         taken = taken.reshape(groups, 1, -1)  # [G, 1, C]
         filled = filled.reshape(groups, 1, -1)
         chosen = chosen_rows(taken, filled, count)
-        return {"rows": taken, "filled": filled, "gates": gates.reshape(groups, 1, -1), "chosen": chosen}
+        return {"token_index": taken, "slot_mask": filled, "gates": gates.reshape(groups, 1, -1), "expert_mask": chosen}
 
     def decide(self, score: Tensor, predicted: Tensor, valid: Tensor) -> dict:
         """The rows that the classifier lets through: form "token_choice", expert 0 or none."""
         works = ops.expand_dims((predicted > 0).astype(mstype.float32) * valid, -1)  # [G, N, 1]
         experts = (1.0 - works).astype(mstype.int32)  # 1 = E is nowhere
-        return {"experts": experts, "gates": keep_where(self.sigmoid(score), works), "chosen": works}
+        return {"expert_index": experts, "gates": keep_where(self.sigmoid(score), works), "expert_mask": works}
 
     def prediction_loss(self, predicted: Tensor, taken: Tensor, valid: Tensor) -> Tensor:
         """Binary cross-entropy of the classifier, mean over real rows. Scalar."""

@@ -71,12 +71,12 @@ class Assign(nn.Cell):
         probabilities = picked * self.share
         experts = ops.where(valid > 0, experts, ops.full_like(experts, self.expert_num))  # E is nowhere
         return {
-            "experts": experts,
+            "expert_index": experts,
             "gates": ops.ones_like(experts).astype(mstype.float32) * self.share * valid,
             "probabilities": probabilities,
             "logits": ops.zeros_like(probabilities),
-            "mass": probabilities,
-            "chosen": picked * valid,
+            "importance": probabilities,
+            "expert_mask": picked * valid,
         }
 
 

@@ -92,7 +92,7 @@ def by_sequence(values: Tensor, length: int) -> Tensor:
 
 def importance_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
     """CV^2 of the experts' importance (arXiv 1701.06538, eq. 6 and 7). Scalar."""
-    return squared_variation(importance(routing["mass"], valid), valid)
+    return squared_variation(importance(routing["importance"], valid), valid)
 
 
 def load_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
@@ -116,7 +116,7 @@ def sequence_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Te
     Eq. 18 is f, eq. 20 is P, over the S rows of one sequence instead of all: a router that is balanced only on average
     over the sequences is not enough. Mean over the sequences, weighted by their real rows; a scalar.
     """
-    chosen, probabilities = by_sequence(routing["chosen"], length), by_sequence(routing["probabilities"], length)
+    chosen, probabilities = by_sequence(routing["expert_mask"], length), by_sequence(routing["probabilities"], length)
     return switch_balance(chosen, probabilities, by_sequence(valid, length), choices)
 
 
@@ -158,7 +158,7 @@ class WeightedLosses(nn.Cell):
         nothing = ops.zeros_like(valid).sum()
         balance_loss, router_z, extra = nothing, nothing, nothing
         if self.switch:
-            balance_loss = switch_balance(routing["chosen"], routing["probabilities"], valid, self.choices)
+            balance_loss = switch_balance(routing["expert_mask"], routing["probabilities"], valid, self.choices)
         if self.z:
             router_z = z_loss(routing["logits"], valid)
         if self.training:

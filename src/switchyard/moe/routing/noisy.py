@@ -61,12 +61,12 @@ class NoisyTopK(LinearRouter):
         if self.training and self.choices < self.expert_num:
             smooth_load = self.chance(clean, scores, deviation, masks, kept)
         return {
-            "experts": experts,
+            "expert_index": experts,
             "gates": gates,
             "probabilities": probabilities,
             "logits": scores,
-            "mass": sparse,
-            "chosen": chosen,
+            "importance": sparse,
+            "expert_mask": chosen,
             "smooth_load": keep_where(smooth_load, context["valid"]),
         }
 

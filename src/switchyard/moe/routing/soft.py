@@ -42,8 +42,8 @@ class Dense(LinearRouter):
             "gates": keep_where(probabilities, context["valid"]),
             "probabilities": probabilities,
             "logits": logits,
-            "mass": probabilities,
-            "chosen": everyone(probabilities, context["valid"]),
+            "importance": probabilities,
+            "expert_mask": everyone(probabilities, context["valid"]),
         }
 
 
@@ -78,8 +78,8 @@ class Merged(LinearRouter):
             "gates": gates.squeeze(1),  # [G, E]
             "probabilities": probabilities,
             "logits": logits * spread,
-            "mass": probabilities,
-            "chosen": everyone(probabilities, context["valid"]),
+            "importance": probabilities,
+            "expert_mask": everyone(probabilities, context["valid"]),
         }
 
 
@@ -125,8 +125,8 @@ class Soft(Router):
             "combine": combine.reshape(shape),
             "probabilities": probabilities,
             "logits": ops.zeros_like(probabilities),
-            "mass": probabilities,
-            "chosen": everyone(probabilities, context["valid"]),
+            "importance": probabilities,
+            "expert_mask": everyone(probabilities, context["valid"]),
         }
 
 
