@@ -79,6 +79,14 @@ class ExpertChoice(LinearRouter):
         self.train_factor, self.eval_factor = moe.capacity_factor, moe.eval_capacity_factor or moe.capacity_factor
         self.softmax, self.top = ops.Softmax(-1), TopRows(self.expert_num, self.choices)
 
+    def train_slots(self, count: int) -> int:
+        """Returns C, the tokens that an expert takes of a group of `count`, in training."""
+        return capacity(count, self.expert_num, self.choices, self.train_factor)
+
+    def eval_slots(self, count: int) -> int:
+        """Returns C at evaluation."""
+        return capacity(count, self.expert_num, self.choices, self.eval_factor)
+
     def construct(self, rows: Tensor, context: dict) -> dict:
         """See Router.construct."""
         groups, count, _ = rows.shape
@@ -147,6 +155,11 @@ class MixtureOfDepths(LinearRouter):
         routing["logits"] = score
         routing["importance"] = probabilities
         return routing
+
+    def train_slots(self, count: int) -> int:
+        """Returns C, the tokens that the expert takes of a group of `count`, in training."""
+        length = self.length if self.length is not None and count % self.length == 0 else count
+        return count // length * capacity(length, 1, 1, self.share)
 
     def predict(self, rows: Tensor) -> Tensor:
         """Rows [G, N, D] -> logits [G, N] of being taken; no gradient reaches the rows."""
