@@ -183,8 +183,6 @@ def cut_model(model: nn.Cell, processes: Processes) -> None:
     if processes.size == 1:
         return
     for _, cell in model.cells_and_names():
-        if hasattr(cell, "over_processes"):
-            cell.over_processes = Sum()
         if isinstance(cell, MoELayer) and processes.degrees.expert_parallel > 1:
             require_stacked(cell.experts, cell.expert_num)
             cell.to_experts, cell.to_rows = ToExperts(processes), ToRows(processes)

@@ -14,7 +14,7 @@ from mindspore import dtype as mstype
 
 from switchyard.config import Config, MoEConfig
 from switchyard.distributed.mesh import Mesh, first
-from switchyard.distributed.own_classes import require_cut_experts, require_cut_router, require_partners
+from switchyard.distributed.own_classes import require_cut_experts, require_partners, require_sharded_router
 from switchyard.errors import UserError
 from switchyard.forms import keeps
 from switchyard.moe.dispatch.alltoallv import Dropless
@@ -171,7 +171,7 @@ class MoELayer(nn.Cell):
         figures = audit(routing, served, valid)
         if self.records:
             figures["experts"] = ops.stop_gradient(routing["expert_index"]).reshape(-1, self.choices)  # [G * N, K]
-        return out, self.losses(routing, valid), figures
+        return out, self.mean_losses(routing, valid), figures
 
     def spread(self, rows: Tensor, valid: Tensor, noise: Tensor):
         """`construct` on several devices: rows [N, D], valid [B, S], noise [J, N, D] -> (rows [N, D], tally).
@@ -180,7 +180,7 @@ class MoELayer(nn.Cell):
         """
         rows = self.local_hide(rows, valid)
         routed = rows if self.local_jitter is None else self.local_jitter(rows, noise)
-        logits = self.router.score_flat(routed)  # [N, E]
+        logits = self.router.scores(routed, None, None)[0]  # [N, E]
         if self.dropless is None:
             slots, gates, dispatch_index, combine_index, filled, kept, tally = self.local_fill(
                 rows, logits, valid, noise
@@ -239,7 +239,7 @@ class MoELayer(nn.Cell):
         context = {"valid": valid, "noise": noise, "token_ids": None, "task_ids": None}
         if self.balanced is not None:
             context["replay"] = self.balanced(valid)
-        return self.router.decide(logits.reshape(self.groups_here, -1, self.expert_num), context)
+        return self.router.route((logits.reshape(self.groups_here, -1, self.expert_num),), context)
 
     def tally(self, routing: dict, served: Tensor, valid: Tensor) -> Tensor:
         """[1, TALLY + 2 E]: balance loss, z-loss, further losses, entropy, choices served, z, load [E], importance [E].
@@ -248,10 +248,15 @@ class MoELayer(nn.Cell):
         by the real rows that they are of (ROW_MEANS), and divided by all of them behind the sum.
         """
         figures, real = audit(routing, served, valid), valid.sum()
-        balance_loss, router_z, further = self.losses(routing, valid)
+        balance_loss, router_z, further = self.mean_losses(routing, valid)
         means = (balance_loss * real, router_z * real, further * real, figures["entropy"] * real)
         scalars = ops.stack((*means, ops.stop_gradient(served), figures["z"] * real))
         return ops.expand_dims(ops.concat((scalars, figures["load"], figures["importance"])), 0)
+
+    def mean_losses(self, routing: dict, valid: Tensor):
+        """Balance loss, z-loss and auxiliary losses of a Routing: three scalars."""
+        of_balance, of_z, auxiliary = self.losses(routing, valid)
+        return balance.mean(of_balance, valid), balance.mean(of_z, valid), balance.mean(auxiliary, valid)
 
     def join_slots(self, outputs: Tensor, gates, dispatch_index, combine_index, filled, kept) -> Tensor:
         """What comes back to a data slice: outputs [G, E, C, D] and the Plan's parts -> rows [N, D]."""
@@ -291,7 +296,7 @@ class MoELayer(nn.Cell):
         require_partners(self, MoELayer, {"construct": ("spread",), "work": ("spread",)})
         if moe.copies > 1:
             raise UserError(f"moe.copies: {moe.copies}; 1 where parallel degrees cut the model")
-        require_cut_router(self.router, moe.router)
+        require_sharded_router(self.router, moe.router)
         require_partners(self.train_path, TokenChoicePath, {"dispatch": ("fill",), "combine": ("join",)})
         require_cut_experts(self.experts, self.expert_num, None if moe.dispatch == "capacity" else moe.dispatch)
         if self.shared is not None and not isinstance(self.shared, SharedExperts):
