@@ -160,8 +160,8 @@ class MoELayer(nn.Cell):
         return tokens * (1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice])
 
     def send(self, tokens: Tensor, valid: Tensor, noise: Tensor, *inputs) -> tuple:
-        """Decides, and fills what travels: tokens [F, D] -> (what the dispatcher sends..., statistics [G, 6 + 2 E], with
-        moe.record choices [F, K])."""
+        """Decides, and fills what travels: tokens [F, D] -> (what the dispatcher sends..., statistics [G, 6 + 2 E],
+        with moe.record choices [F, K])."""
         replay = self.round_robin(valid) if self.round_robin is not None else None
         return self.decided(tokens, valid, noise, replay, inputs)
 
@@ -215,11 +215,11 @@ class MoELayer(nn.Cell):
             UserError: a router or a layer that cannot be sharded.
         """
         moe = self.config.moe
-        if reason := why_not_sharded(self.router):
+        if reason := why_not_sharded(getattr(self.router, "router_class", type(self.router))):
             raise UserError(f"moe.router: {moe.router}; {reason}")
         if self.shared is not None and not isinstance(self.shared, SharedExperts):
             raise UserError(
-                f"moe.shared_expert_num: {moe.shared_expert_num}; shared experts of your own are not sharded: set it to 0"
+                f"moe.shared_expert_num: {moe.shared_expert_num}; your own shared experts are not sharded: set it to 0"
             )
         self.router.shard(mesh)
         pair, data = mesh.cut("data", None), mesh.degrees.data_parallel

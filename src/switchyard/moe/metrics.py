@@ -9,8 +9,7 @@ Legend: G routing groups, N tokens of a group, E experts, K choices of a token, 
 import numpy as np
 from mindspore import Tensor, ops
 
-from switchyard.moe.routing.losses import entropy_of, importance, load
-from switchyard.nn.masks import keep_where
+from switchyard.moe.routing.losses import entropy_sums, importance, load
 
 # The first columns of the statistics; load [E] and importance [E] follow. The first three carry gradients. All but
 # num_kept and tokens are sums over the real tokens of a group of what the metric is a mean of.
@@ -34,7 +33,7 @@ def statistics(routing: dict, losses: tuple, num_kept: Tensor, valid: Tensor) ->
         valid: 1 for a real token, 0 for padding, [G, N].
     """
     balance, z, auxiliary = losses
-    entropies = keep_where(entropy_of(routing["probabilities"]), valid).sum(1)  # [G]
+    entropies = entropy_sums(routing["probabilities"], valid)  # [G]
     stop = ops.stop_gradient
     scalars = ops.stack((balance, z, auxiliary, stop(entropies), stop(num_kept), stop(valid.sum(1))), 1)  # [G, 6]
     loads, mass = load(routing["expert_mask"]), importance(routing["importance"], valid)  # [G, E] each

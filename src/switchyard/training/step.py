@@ -332,8 +332,8 @@ class EvalStep(nn.Cell):
         self.shard(mesh)
 
     def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, replay: Tensor = None):
-        """tokens, labels [B, S] int32, valid [B, S] float32, replay [M, N, K] int32: see models.Decoder -> (scores [B, 3]
-        of all devices: sum of losses, valid tokens, right answers; statistics [M * (6 + 2 E)]; choices)."""
+        """tokens, labels [B, S] int32, valid [B, S] float32, replay [M, N, K] int32: see models.Decoder -> (scores
+        [B, 3] of all devices: sum of losses, valid tokens, right answers; statistics [M * (6 + 2 E)]; choices)."""
         if replay is None:
             logits, stats, choices = self.model(tokens, valid, self.no_noise)  # [N, V]
         else:

@@ -195,7 +195,7 @@ class BlockDispatcher(Dispatcher):
         self.numbers = Tensor(np.arange(moe.expert_num, dtype=np.int32).reshape(-1, 1, 1, 1))  # [E, 1, 1, 1]
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
-        """-> (blocks [G * P, b, D], block_expert [G * P], gates, dispatch_index, combine_index, slot_mask, kept_mask)."""
+        """-> (blocks [G * P, b, D], block_expert [G * P], gates, and the parts of the plan as of SlotDispatcher)."""
         gates = routing["gates"]
         plan = self.plan(routing["expert_index"], gates)
         groups, _, width = tokens.shape
