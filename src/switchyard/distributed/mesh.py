@@ -22,6 +22,7 @@ from mindspore.parallel import Layout
 from mindspore.parallel.auto_parallel import AutoParallel
 
 from switchyard.config import Config
+from switchyard.distributed.arity import fixed
 from switchyard.distributed.compiled_graph import Graph, compiled_model, read_graph
 from switchyard.distributed.gradients import GlobalNorm, ShardedNorm
 from switchyard.distributed.placement import Degrees, updates
@@ -78,6 +79,10 @@ class LocalMesh:
     def gradient_norm(self, parameters) -> nn.Cell:
         """Returns a cell that computes the global norm of the gradients of `parameters`."""
         return GlobalNorm()
+
+    def differentiate(self, loss: nn.Cell, parameters) -> Callable:
+        """Returns a function: the arguments of `loss` -> (what it returns, gradients of its first result)."""
+        return ops.value_and_grad(loss, None, parameters, has_aux=True)
 
     def program(self, graph: nn.Cell, inputs: tuple) -> Callable:
         """Returns the program of the devices, to be called with a device's shards of the inputs."""
@@ -182,7 +187,7 @@ class CompiledMesh(LocalMesh):
         """
         if self.alone:
             return work
-        morph = ops.Morph(work, shapes, types).add_prim_attr("self_define_shard", True)
+        morph = ops.Morph(fixed(work, len(inputs)), shapes, types).add_prim_attr("self_define_shard", True)
         return morph.shard(in_strategy=inputs, out_strategy=outputs)
 
     def total(self) -> Callable:
@@ -199,6 +204,10 @@ class CompiledMesh(LocalMesh):
     def gradient_norm(self, parameters) -> nn.Cell:
         """Returns a cell that computes the global norm of sharded gradients."""
         return ShardedNorm(parameters, self.degrees)
+
+    def differentiate(self, loss: nn.Cell, parameters) -> nn.Cell:
+        """Returns a cell: the arguments of `loss` -> (what it returns, gradients of its first result)."""
+        return LossAndGradients(loss, parameters)
 
     def program(self, graph: nn.Cell, inputs: tuple) -> AutoParallel:
         """Returns the network to compile; its parts know their layouts, `inputs` how its arguments are sharded."""
@@ -236,6 +245,32 @@ class CompiledMesh(LocalMesh):
     def compiled_graph(self, program: AutoParallel) -> Graph:
         """Returns this device's graph of a program that was compiled."""
         return read_graph(compiled_model(program))
+
+
+class FirstResult(nn.Cell):
+    """The first result of a loss, by itself: the parallel compiler differentiates a cell with one result only."""
+
+    def __init__(self, loss: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.loss = loss
+
+    def construct(self, *batch) -> Tensor:
+        """The arguments of the loss."""
+        return self.loss(*batch)[0]
+
+
+class LossAndGradients(nn.Cell):
+    """What a loss returns, and the gradients of its first result; the compiler joins the two forward passes."""
+
+    def __init__(self, loss: nn.Cell, parameters):
+        super().__init__(auto_prefix=False)
+        self.loss, self.parameters = FirstResult(loss), parameters
+        self.gradient = ops.GradOperation(get_by_list=True)
+
+    def construct(self, *batch) -> tuple:
+        """The arguments of the loss."""
+        results = self.loss.loss(*batch)
+        return results, self.gradient(self.loss, self.parameters)(*batch)
 
 
 def fused(size: int | str) -> dict:

@@ -13,13 +13,14 @@ from mindspore import dtype as mstype
 from switchyard.config import Config, MoEConfig
 from switchyard.distributed.mesh import LOCAL, CompiledMesh, LocalMesh, first
 from switchyard.errors import UserError
-from switchyard.moe import metrics
 from switchyard.moe.dispatch.dispatchers import Dispatcher, create_dispatcher
 from switchyard.moe.experts import FeedForwardExperts
+from switchyard.moe.metrics import width
 from switchyard.moe.routing import create_router
 from switchyard.moe.routing.base import require_choices, require_learnable, why_not_sharded
 from switchyard.moe.routing.losses import WeightedLosses
 from switchyard.moe.shared_experts import SharedExperts
+from switchyard.moe.statistics import statistics
 from switchyard.nn.fused import NONE
 from switchyard.nn.masks import keep_where
 from switchyard.nn.noise import NoiseSlices, UniformRows
@@ -68,11 +69,11 @@ class MoELayer(nn.Cell):
         place: int = 0,
     ):
         super().__init__()
-        moe, width = config.moe, config.model.hidden_size
+        moe, size = config.moe, config.model.hidden_size
         self.config, self.place = config, place
         self.expert_num, self.choices, self.jitter = moe.expert_num, moe.choices, moe.jitter
         self.slice = slices.take(self.jitter > 0)
-        self.priority = UniformRows(slices, width, 1) if moe.drop_order == "random" else None
+        self.priority = UniformRows(slices, size, 1) if moe.drop_order == "random" else None
         self.router = create_router(config, random, slices, vocab_size, has_tasks)
         self.decides_whole, self.state_num = self.router.overrides_construct, len(self.router.state())
         self.takes_tokens = vocab_size is not None and "token_ids" in self.router.needs
@@ -82,7 +83,7 @@ class MoELayer(nn.Cell):
             self.experts = make_experts(moe.expert_num, hidden)
         else:
             kind = config.model.activation
-            self.experts = FeedForwardExperts(moe.expert_num, width, hidden, kind, std, random, dtype, fused=fused)
+            self.experts = FeedForwardExperts(moe.expert_num, size, hidden, kind, std, random, dtype, fused=fused)
         self.shared = None
         if moe.shared_expert_num and own:
             self.shared = make_experts(1, hidden * moe.shared_expert_num)
@@ -182,7 +183,7 @@ class MoELayer(nn.Cell):
         """See `send`; tokens [G, N, D]."""
         sent = dispatcher.send(tokens, routing)
         kept = dispatcher.num_kept(routing, sent)
-        stats = metrics.statistics(routing, self.losses(routing, valid), kept, valid)
+        stats = statistics(routing, self.losses(routing, valid), kept, valid)
         if self.records:
             return (*sent, stats, ops.stop_gradient(routing["expert_index"]).reshape(-1, self.choices))
         return (*sent, stats)
@@ -236,12 +237,12 @@ class MoELayer(nn.Cell):
     def _sharded(self, mesh: CompiledMesh, dispatcher: Dispatcher, noise) -> tuple[Callable, Callable]:
         """`send` and `send_forced` of a dispatcher, as operators of one device."""
         dispatcher.shard(mesh, self.experts)
-        groups, columns, records = mesh.groups, metrics.width(self.expert_num), self.records
+        groups, columns, records = mesh.groups, width(self.expert_num), self.records
         choices, pair, row = self.choices, mesh.cut("data", None), mesh.cut("data")
 
         def shapes(tokens, *rest):
             sent = dispatcher.shapes(groups, *tokens)
-            return [*sent, [groups, columns], *([[tokens[0], choices]] if records else [])]
+            return (*sent, [groups, columns], *(([tokens[0], choices],) if records else ()))
 
         def types(tokens, *rest):
             return (*dispatcher.types(tokens), tokens, *((mstype.int32,) if records else ()))

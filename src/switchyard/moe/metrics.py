@@ -1,4 +1,4 @@
-"""Router statistics: one tensor out of the layer, and the named metrics that the host makes of it.
+"""The named metrics that the host makes of router statistics. No MindSpore in here.
 
 Everything in the tensor adds up: over routing groups, devices and batches. So one sum over the devices is enough, and a
 mean over tokens is the same however the tokens are divided.
@@ -7,9 +7,6 @@ Legend: G routing groups, N tokens of a group, E experts, K choices of a token, 
 """
 
 import numpy as np
-from mindspore import Tensor, ops
-
-from switchyard.moe.routing.losses import entropy_sums, importance, load
 
 # The first columns of the statistics; load [E] and importance [E] follow. The first three carry gradients. All but
 # num_kept and tokens are sums over the real tokens of a group of what the metric is a mean of.
@@ -21,23 +18,6 @@ SUMS, MEANS = ("load", "importance"), ("dropped", "entropy", "max_violation", "z
 def width(experts: int) -> int:
     """Returns the number of columns of the statistics of a layer with E experts."""
     return len(SCALARS) + 2 * experts
-
-
-def statistics(routing: dict, losses: tuple, num_kept: Tensor, valid: Tensor) -> Tensor:
-    """Returns the statistics of one layer: [G, 6 + 2 E] float32.
-
-    Args:
-        routing: the router's decision.
-        losses: (balance, z, auxiliary) [G] each, of `losses.WeightedLosses`.
-        num_kept: choices that got a slot, [G].
-        valid: 1 for a real token, 0 for padding, [G, N].
-    """
-    balance, z, auxiliary = losses
-    entropies = entropy_sums(routing["probabilities"], valid)  # [G]
-    stop = ops.stop_gradient
-    scalars = ops.stack((balance, z, auxiliary, stop(entropies), stop(num_kept), stop(valid.sum(1))), 1)  # [G, 6]
-    loads, mass = load(routing["expert_mask"]), importance(routing["importance"], valid)  # [G, E] each
-    return ops.concat((scalars, stop(loads), stop(mass)), 1)
 
 
 def by_layer(stats: np.ndarray, experts: int) -> np.ndarray:
@@ -84,3 +64,9 @@ def loss_metrics(stats: np.ndarray, experts: int) -> tuple[float, float]:
         return 0.0, 0.0
     means = rows[:, : Z + 1] / np.maximum(rows[:, TOKENS : TOKENS + 1], 1.0)  # [M, 2]
     return float(means[:, BALANCE].mean()), float(means[:, Z].mean())
+
+
+def bias_step(load: np.ndarray, rate: float) -> np.ndarray:
+    """Returns what a balancing bias moves by after a step (arXiv 2408.15664, algorithm 1): load [E] -> [E] float32."""
+    load = np.asarray(load, np.float32)
+    return np.float32(rate) * np.sign(load.mean() - load)

@@ -16,10 +16,10 @@ from switchyard.distributed.limits import check_offered
 from switchyard.distributed.placement import EXPERT, MODEL, Degrees, placement
 from switchyard.distributed.stages import stage_config, ways
 from switchyard.moe.dispatch.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape
+from switchyard.moe.metrics import width
 from switchyard.nn.fused import fused_operators
 from switchyard.planner.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
 
-TALLY = 6  # figures of a conditional layer besides load and importance, see moe.MoELayer.tally
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate; with float16 the loss scale's inverse
 IN_PRODUCT_TYPE = ("qkv.weight", "out.weight", "head.weight", "w_in", "w_gate", "w_out")  # model.compute_dtype
 SENT = ("Send", "Receive")
@@ -152,7 +152,7 @@ def exchanges(config: Config, vocab: int, stage: int = 0) -> Iterator[Exchange]:
 
 def _tally(config):
     """Figures of a conditional layer."""
-    return TALLY + 2 * config.moe.expert_num
+    return width(config.moe.expert_num)
 
 
 def _figures(config):

@@ -39,9 +39,9 @@ def main(arguments: list[str]) -> None:
         for index in range(count):
             parts = [batches[name][index] for name in ("tokens", "labels", "valid", "noise")]  # [A, ...]
             made = step(*parts, float(batches["rates"][index]))
-            figures["losses"].append(float(made["loss"].asnumpy()))
-            figures["norms"].append(float(made["gradient_norm"].asnumpy()))
-            figures["loads"].append(made["audit"]["load"].asnumpy() if made["audit"] else np.zeros((0, 0)))  # [M, E]
+            figures["losses"].append(made["loss"])
+            figures["norms"].append(made["gradient_norm"])
+            figures["loads"].append(made["audit"]["load"] if made["audit"] else np.zeros((0, 0)))  # [M, E]
             mark = AFTER if index == count - 1 else STEP.format(index + 1)
             found |= {mark + name: parameter.asnumpy().copy() for name, parameter in held.items()}
     np.savez(folder / RESULT, **{name: np.array(values) for name, values in figures.items()}, **found)
@@ -53,7 +53,8 @@ def one_device(tree: dict) -> dict:
     context = tree["context"] | {"device_target": "CPU", "device_id": None}
     cut, train = tree["parallel"], tree["train"]
     if cut["pipeline_stage"] > 1:
-        train = train | {"gradient_accumulation_steps": cut["micro_batch_num"]}
+        each = train["gradient_accumulation_steps"]
+        train = train | {"gradient_accumulation_steps": each * cut["micro_batch_num"]}
     return {**tree, "train": train, "parallel": {}, "moe": tree["moe"] | {"groups": groups}, "context": context}
 
 

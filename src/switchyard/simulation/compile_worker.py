@@ -61,18 +61,20 @@ def _fork(folder: Path, job: dict, rank: int) -> int:
 
 
 def training_step(config, vocab: int) -> tuple:
-    """What is compiled if the job names nothing else: (the training step, its inputs on one device)."""
+    """Returns what is compiled if the job names nothing else: (the training step, its inputs on one device)."""
     from mindspore.nn.utils import no_init_parameters
 
-    from switchyard.training.parallel_step import SPEED_UP, batch_slices, parallel_step, speed_up_file
+    from switchyard.distributed.limits import check_offered
+    from switchyard.distributed.mesh import CompiledMesh
+    from switchyard.training.step import create_step, sample_inputs
 
+    check_offered(config)
+    mesh = CompiledMesh(config)
     with no_init_parameters():
-        step = parallel_step(config, vocab, drawn=False)
-    if config.parallel.transformer_opt:
-        Path(SPEED_UP).write_text(speed_up_file(config))
-        step.transformer_opt(str(Path(SPEED_UP).resolve()))
-    step.no_init_parameters_in_compile()  # so weights take no memory, however many there are
-    return step, batch_slices(config, vocab, step.network.model.noise_slices)
+        step = create_step(config, vocab, mesh, drawn=False)
+    mesh.speed_up(step.program, Path())
+    step.program.no_init_parameters_in_compile()  # so weights take no memory, however many there are
+    return step.program, sample_inputs(config, step.model, step.graph)
 
 
 def compile_rank(folder: Path, job: dict, rank: int) -> None:

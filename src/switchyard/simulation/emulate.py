@@ -25,9 +25,9 @@ from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.distributed.limits import require_trainable
 from switchyard.distributed.placement import Degrees, optimizer_slices, placement, slice_of
-from switchyard.distributed.stages import factors
 from switchyard.errors import UserError
 from switchyard.files import scratch
+from switchyard.moe import metrics
 from switchyard.simulation import compile as simulate
 from switchyard.simulation.baseline import AFTER, BATCHES, BEFORE, RESULT, STEP
 from switchyard.simulation.compile import ACCUMULATED, Report
@@ -37,8 +37,9 @@ from switchyard.simulation.verdict import TOLERANCE, Comparison, Judge
 from switchyard.trust import check_trusted
 
 DRAWS = 3  # of batches, where choices of experts fell otherwise
-RATE, UNSCALE = "learning_rate", "unscale"  # parameters of the graph that the host sets
-TALLY = 6  # figures of a conditional layer before its loads, see moe.MoELayer.tally
+CONTROLS = ("learning_rate", "unscale", "routers_learn", "begins", "ends")  # parameters that the host sets
+SUMS = (ACCUMULATED, "accumulated.")  # how the names of sums of gradients begin
+HEAD = 2  # figures of a micro-batch before those of its layers, see training.loss
 
 
 def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, draw: int = 0) -> Arrays:
@@ -93,14 +94,21 @@ def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: Degre
 
 
 def batch_of(batches: Arrays, step: int, degrees: Degrees, rank: int, noisy: bool) -> list[np.ndarray]:
-    """What a rank reads at a step, its micro-batches one after the other: rows of tokens, labels, valid [A * B, S] and,
-    where the model reads it, of noise [A * N, J, D]."""
-    parts = [batches[name][step] for name in ("tokens", "labels", "valid")]  # [A, B, S]
-    if noisy:
-        parts.append(batches["noise"][step].transpose(0, 2, 1, 3))  # [A, N, J, D]
-    index = degrees.data_slice(rank)
-    own = [np.split(part, degrees.data_parallel, 1)[index] for part in parts]
-    return [np.ascontiguousarray(part).reshape(-1, *part.shape[2:]) for part in own]
+    """What a rank reads at a step: tokens, labels, valid [A, B, S] and noise [A, max(J, 1), N, D]."""
+    index, own = degrees.data_slice(rank), []
+    for name in ("tokens", "labels", "valid"):
+        own.append(np.split(batches[name][step], degrees.data_parallel, 1)[index])
+    noise = batches["noise"][step]
+    return [*own, np.split(noise, degrees.data_parallel, 2)[index] if noisy else noise]
+
+
+def inputs_of(config: Config, arrays: list[np.ndarray], weights: np.ndarray) -> list[np.ndarray]:
+    """What a rank reads in one call: `arrays` [A, ..] of `batch_of` and weights [A] of the losses."""
+    weights = np.asarray(weights, np.float32)
+    if config.parallel.pipeline_stage == 1:
+        return [np.ascontiguousarray(part[0]) for part in arrays] + [weights.reshape(1, 1)]
+    turned = (*arrays[:3], arrays[3].transpose(0, 2, 1, 3))  # noise [A, N, J, D]
+    return [np.ascontiguousarray(part).reshape(-1, *part.shape[2:]) for part in turned] + [np.diag(weights)]
 
 
 def shares_of(valid: np.ndarray) -> np.ndarray:
@@ -139,25 +147,51 @@ def compare(
             own |= _held_at_first(report, states[step], degrees, float(rate), scale)
             if spoil is not None and step == 0:
                 spoil(report.rank, own)
-        inputs, shares = _inputs(config, batches, step, graphs, scale)
-        outputs, met = run_cluster(graphs, inputs, weights, exchanges)
-        losses.append((float(reference["losses"][step]), loss_of(outputs, shares)))
+        shares = shares_of(batches["valid"][step])
+        outputs, met = run_step(config, batches, step, graphs, weights, exchanges, scale)
+        figures = figures_of(config, outputs)
+        losses.append((float(reference["losses"][step]), loss_of(figures, shares)))
         norms.append(norms_of(float(reference["norms"][step]), outputs))
-        strayed += strayed_of(config, reference["loads"][step], outputs)
+        strayed += strayed_of(config, reference["loads"][step], figures)
+        for own in weights:
+            move_bias(config, own, figures)
         held = [{name: array for name, array in own.items() if _is_state(name)} for own in weights]
         judge.judge(held, states[step], states[step + 1], float(rate))
     moved = {name: float(np.abs(end - states[0][name]).max()) for name, end in states[-1].items()}
     return judge.found(losses, norms, moved, met, strayed)
 
 
-def _inputs(config: Config, batches: Arrays, step: int, graphs: list, scale: float) -> tuple[list, np.ndarray]:
-    """(what each rank reads at a step, the shares of its micro-batches)."""
-    degrees, noisy = Degrees.of(config.parallel), batches["noise"].shape[-1] > 1
-    shares = shares_of(batches["valid"][step])
-    inputs = [batch_of(batches, step, degrees, rank, noisy) for rank in range(len(graphs))]
-    if len(graphs[0].input_shapes) > 3 + noisy:  # weighted by a factor of each micro-batch's loss
-        inputs = [[*parts, factors(config, scale * shares)] for parts in inputs]
-    return inputs, shares
+def run_step(config, batches, step: int, graphs, weights, exchanges, scale: float) -> tuple[list[list], Counter]:
+    """Calls the program of all ranks as often as a step does: (outputs of each rank in each call, collectives met)."""
+    degrees, calls = Degrees.of(config.parallel), config.train.gradient_accumulation_steps
+    noisy, factors, met = batches["noise"].shape[-1] > 1, scale * shares_of(batches["valid"][step]), Counter()
+    arrays = [batch_of(batches, step, degrees, rank, noisy) for rank in range(len(graphs))]
+    outputs, each = [], len(factors) // calls
+    for call in range(calls):
+        part = slice(call * each, (call + 1) * each)
+        for own in weights:
+            _control(own, begins=float(call == 0), ends=float(call == calls - 1))
+        inputs = [inputs_of(config, [array[part] for array in own], factors[part]) for own in arrays]
+        made, found = run_cluster(graphs, inputs, weights, exchanges)
+        outputs.append(made)
+        met += found
+    return outputs, met
+
+
+def _control(own: Arrays, **values: float) -> None:
+    """Sets those of the named controls that a rank's graph reads."""
+    own |= {name: np.float32(value) for name, value in values.items() if name in own}
+
+
+def move_bias(config: Config, own: Arrays, figures: np.ndarray) -> None:
+    """Does what the host does behind a step: moves the bias of routers that balance by one; figures [A, W]."""
+    experts, rate = config.moe.expert_num, config.moe.topk_bias_update_rate
+    stats = metrics.by_layer(figures[:, HEAD:].sum(0), experts) if config.moe_layers else []
+    for layer, row in zip(config.moe_layers, stats):
+        name = f"layers.{layer}.feed_forward.router.bias"
+        if name in own:
+            load = row[len(metrics.SCALARS) :][:experts]
+            own[name] = own[name] + metrics.bias_step(load, rate)
 
 
 def states_of(reference: Arrays, steps: int) -> list[Arrays]:
@@ -168,13 +202,13 @@ def states_of(reference: Arrays, steps: int) -> list[Arrays]:
 
 def _is_state(name: str) -> bool:
     """Whether one device has it too: not what the host sets, nor sums of gradients."""
-    return name not in (RATE, UNSCALE) and not name.startswith(ACCUMULATED)
+    return name not in CONTROLS and not name.startswith(SUMS)
 
 
 def empty_sums(report: Report) -> Arrays:
     """Sums of gradients of a pipeline's micro-batches before the first step; each step leaves them as it must."""
     shapes = report.parameters.items()
-    return {name: np.zeros(shape, np.float32) for name, shape in shapes if name.startswith(ACCUMULATED)}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes if name.startswith(SUMS)}
 
 
 def _held_at_first(report: Report, before: Arrays, degrees: Degrees, rate: float, scale: float) -> Arrays:
@@ -185,7 +219,8 @@ def _held_at_first(report: Report, before: Arrays, degrees: Degrees, rate: float
         for name, shape in names.items()
         if _is_state(name)
     }
-    by_host = {RATE: np.float32(rate), UNSCALE: np.float32(1 / scale)}
+    by_host = dict.fromkeys(CONTROLS, np.float32(1)) | {"learning_rate": np.float32(rate)}
+    by_host["unscale"] = np.float32(1 / scale)
     return held | {name: value for name, value in by_host.items() if name in names}
 
 
@@ -195,31 +230,36 @@ def _whole(arrays: Arrays, name: str) -> np.ndarray:
     return np.asarray(arrays[name])
 
 
-def loss_of(outputs: Sequence[tuple], shares: Sequence[float] = (1.0,)) -> float:
-    """The cross-entropy in the outputs of the ranks: the second of each micro-batch's figures, which have these shares,
-    equal on all ranks that have it. Last comes the norm of the gradients."""
-    found = []
-    for *figures, _ in map(_flat, outputs):
-        width = len(figures) // len(shares)
-        found += [sum(share * figures[micro * width + 1] for micro, share in enumerate(shares))] if figures else []
-    if not found or max(found) - min(found) > TOLERANCE:
-        raise ClusterError(f"loss: the ranks differ, {sorted(set(found))}")
-    return found[0]
+def figures_of(config: Config, outputs: Sequence[Sequence[tuple]]) -> np.ndarray:
+    """The figures of each micro-batch in the outputs of all calls, equal on all ranks that have them: [A, W]."""
+    width = HEAD + len(config.moe_layers) * metrics.width(config.moe.expert_num)
+    rows = []
+    for ranks in outputs:
+        found = [np.array(flat[:-1]).reshape(-1, width) for out in ranks if len(flat := _flat(out)) > 1]
+        losses = [part[:, 1] for part in found]
+        if not found or np.ptp(losses, axis=0).max() > TOLERANCE:
+            raise ClusterError(f"loss: the ranks differ, {sorted({float(loss[0]) for loss in losses})}")
+        rows.append(found[0])
+    return np.concatenate(rows)
 
 
-def norms_of(one: float, outputs: Sequence[tuple]) -> tuple[float, float]:
-    """(one device's norm of the gradients, that of the rank which is farthest from it)."""
-    return one, max((_flat(out)[-1] for out in outputs), key=lambda norm: np.inf if np.isnan(norm) else abs(norm - one))
+def loss_of(figures: np.ndarray, shares: Sequence[float] = (1.0,)) -> float:
+    """The cross-entropy of a step: figures [A, W], shares [A] of its micro-batches."""
+    return float(np.asarray(shares) @ figures[:, 1])
 
 
-def strayed_of(config: Config, loads: np.ndarray, outputs: Sequence[tuple]) -> int:
-    """Choices of experts that fell otherwise than on one device, whose loads are [M, E]."""
-    layers, experts = loads.shape
-    figures = next((_flat(out)[:-1] for out in outputs if len(_flat(out)) > 1), [])
-    if not layers or len(figures) != config.micro_batches * (2 + layers * (TALLY + 2 * experts)):
+def norms_of(one: float, outputs: Sequence[Sequence[tuple]]) -> tuple[float, float]:
+    """(one device's norm of the gradients, that of the rank which is farthest from it), of the last call."""
+    norms = [_flat(out)[-1] for out in outputs[-1]]
+    return one, max(norms, key=lambda norm: np.inf if np.isnan(norm) else abs(norm - one))
+
+
+def strayed_of(config: Config, loads: np.ndarray, figures: np.ndarray) -> int:
+    """Choices of experts that fell otherwise than on one device, whose loads are [M, E]; figures [A, W]."""
+    if not loads.size:
         return 0
-    tallies = np.array(figures).reshape(config.micro_batches, -1)[:, 2:].reshape(-1, layers, TALLY + 2 * experts)
-    return int(np.abs(tallies[:, :, TALLY : TALLY + experts].sum(0) - loads).sum() / 2)
+    found = metrics.by_layer(figures[:, HEAD:].sum(0), loads.shape[1])[:, len(metrics.SCALARS) :][:, : loads.shape[1]]
+    return int(np.abs(found - loads).sum() / 2)
 
 
 def _flat(value) -> list[float]:
@@ -236,17 +276,18 @@ def prove(config: Config, devices: int, steps: int = 3, vocab: int | None = None
     vocab = vocab or simulate.vocabulary(config)
     reports = simulate.compile_ranks(config, devices, range(devices), vocab)
     for draw in range(DRAWS):
-        batches = draw_batches(config, vocab, steps, noise_slices(reports[0]), draw)
+        batches = draw_batches(config, vocab, steps, noise_slices(config, reports[0]), draw)
         found = compare(config, reports, batches, train_reference(config, vocab, batches))
         if found.equal or not found.strayed:
             break
     return found
 
 
-def noise_slices(report: Report) -> int:
-    """Slices J of noise that the step reads: its fourth input is then [A * N, J, D]."""
-    shapes = report.graph.input_shapes
-    return shapes[3][1] if len(shapes) > 3 and len(shapes[3]) == 3 else 0
+def noise_slices(config: Config, report: Report) -> int:
+    """Slices J of noise that the step reads, as [J, N, D], of a pipeline as [A * N, J, D]; 0: none."""
+    shape = report.graph.input_shapes[3]
+    axis = 0 if config.parallel.pipeline_stage == 1 else 1
+    return shape[axis] if shape[-1] > 1 else 0
 
 
 def render(found: Comparison) -> str:

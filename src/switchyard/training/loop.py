@@ -28,7 +28,6 @@ from switchyard.distributed.processes import (
 from switchyard.distributed.replicas import check_replicas
 from switchyard.errors import Interrupted
 from switchyard.json_text import to_json
-from switchyard.models import create_model
 from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
 from switchyard.training.evaluate import Evaluation, create_evaluator, evenly_spaced
@@ -50,7 +49,7 @@ from switchyard.training.resume import (
 from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
-from switchyard.training.step import NOISE_RULE, TrainStep, draw_noise, forces_choices, random_state
+from switchyard.training.step import NOISE_RULE, TrainStep, create_step, draw_noise, forces_choices, random_state
 from switchyard.trust import check_trusted
 
 
@@ -113,7 +112,9 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
         start_reading(held, data, changed=other_data is not None)
     config = consent_used(config)
     mesh = create_mesh(config, processes, compiled=by_hand is None)
-    step = create_step(config, data, mesh, fresh=held is None)
+    step = create_step(config, data.tokenizer.vocab_size, mesh)
+    if held is None:
+        balance_tables(step.model, data.token_counts)
     if processes.is_first:
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
@@ -146,16 +147,6 @@ def choose_way(config: Config, count: int) -> tuple[Config, str | None]:
     if target != "CPU" and is_first():
         print(f"parallel: processes exchange by hand, for {by_hand}", flush=True)
     return config, by_hand
-
-
-def create_step(config: Config, data: Data, mesh: LocalMesh, fresh: bool) -> TrainStep:
-    """Returns the step of a new model, placed on the devices; `fresh`: no checkpoint sets its weights."""
-    own = mesh.config(config)
-    model = create_model(own, data.tokenizer.vocab_size, mesh=mesh)
-    if fresh:
-        balance_tables(model, data.token_counts)
-    mesh.place(model)
-    return TrainStep(model, own, mesh)
 
 
 class Trainer:

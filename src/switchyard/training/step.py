@@ -15,6 +15,7 @@ from mindspore import dtype as mstype
 from switchyard.checkpoint.store import set_parameters
 from switchyard.config import Config
 from switchyard.distributed.mesh import LOCAL, LocalMesh, first
+from switchyard.models import create_model
 from switchyard.moe import metrics
 from switchyard.nn.adamw import AdamW, gradient_scale
 from switchyard.nn.cross_entropy import TokenLosses
@@ -149,11 +150,11 @@ class StepGraph(nn.Cell):
         super().__init__(auto_prefix=False)
         self.loss = TrainLoss(model, config, mesh)
         self.optimizer = OptimizerStep(model.trainable_params(), config, mesh, calls_of(config))
-        self.gradient = ops.value_and_grad(self.loss, None, self.optimizer.adamw.parameters, has_aux=True)
+        self.differentiate = mesh.differentiate(self.loss, self.optimizer.adamw.parameters)
 
     def construct(self, *batch) -> tuple:
         """The arguments of TrainLoss -> (figures [W], the global norm of the gradients before the clip [], choices)."""
-        (figures, choices), gradients = self.gradient(*batch)
+        (figures, choices), gradients = self.differentiate(*batch)
         return figures, self.optimizer(gradients), choices
 
     def inputs(self, arrays: list[np.ndarray], weights: np.ndarray) -> tuple[Tensor, ...]:
@@ -258,15 +259,37 @@ class TrainStep:
         scale = {name: Tensor(value) for name, value in self.scale.state().items()}
         return {**self.graph.optimizer.state(), **scale}
 
+    def compile(self) -> None:
+        """Compiles the program where that leaves the parameters only this device's shards."""
+        self.mesh.compile(self.program, lambda: sample_inputs(self.config, self.model, self.graph))
+
     def load(self, weights: dict[str, np.ndarray], optimizer: dict[str, np.ndarray]) -> None:
         """Sets the model's parameters and the optimizer's state, strictly by name and shape (UserError)."""
-        self.mesh.compile(self.program, lambda: sample_inputs(self.config, self.model, self.graph))
+        self.compile()
         held = {parameter.name: parameter for parameter in self.model.get_parameters()}
         updated = self.mesh.updated
         set_parameters(updated(held), updated(weights), "weight")
         kept = {name: array for name, array in optimizer.items() if name not in SCALE_STATE}
         set_parameters(updated(self.graph.optimizer.state()), updated(kept), "optimizer state")
         self.scale.load(optimizer)
+
+
+def create_step(config: Config, vocab_size: int, mesh: LocalMesh = LOCAL, drawn: bool = True) -> TrainStep:
+    """Returns the step of a new model, placed on the devices.
+
+    Args:
+        config: the whole configuration.
+        vocab_size: entries of the tokenizer.
+        mesh: the devices.
+        drawn: False: weights have shapes and no numbers; the program can be compiled, not run.
+
+    Raises:
+        UserError: what cannot be sharded.
+    """
+    own = mesh.config(config)
+    model = create_model(own, vocab_size, drawn=drawn, mesh=mesh)
+    mesh.place(model)
+    return TrainStep(model, own, mesh)
 
 
 def sample_inputs(config: Config, model: nn.Cell, graph: nn.Cell, seed: int = 0) -> tuple[Tensor, ...]:

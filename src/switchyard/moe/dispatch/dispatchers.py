@@ -108,6 +108,7 @@ class Dispatcher(nn.Cell):
             UserError: experts of a user's own that cannot be sharded.
         """
         require_cut_experts(experts, self.expert_num)
+        experts.shard(mesh)
         self.crossing.shard(mesh)
         layouts = tuple(mesh.cut("data", *(None,) * (len(shape) - 1)) for shape in self.shapes(1, 1, 1))
 
@@ -150,10 +151,11 @@ class SlotDispatcher(Dispatcher):
         slots = self.to_slots(tokens, *parts).reshape(groups, self.expert_num, -1, width)  # [G, E, C, D]
         return (slots, gates.reshape(groups, -1), *parts)
 
-    def receive(self, outputs: Tensor, *plan) -> Tensor:
+    def receive(self, outputs: Tensor, gates, dispatch_index, combine_index, slot_mask, kept_mask) -> Tensor:
         """Outputs [G, E, C, D], gates and plan -> [F, D]: y = sum over k of gates * outputs."""
-        groups, width = plan[0].shape[0], outputs.shape[-1]
-        return self.to_tokens(outputs.reshape(groups, -1, width), *plan).reshape(-1, width)
+        slots, width = outputs.reshape(gates.shape[0], -1, outputs.shape[-1]), outputs.shape[-1]  # [G, M, D]
+        tokens = self.to_tokens(slots, gates, dispatch_index, combine_index, slot_mask, kept_mask)
+        return tokens.reshape(-1, width)
 
     def num_kept(self, routing: dict, sent: tuple) -> Tensor:
         """Choices that got a slot: [G]."""
@@ -288,9 +290,8 @@ class ExpertChoiceDispatcher(Dispatcher):
         slots = self.take(with_zero_row(tokens), index).reshape(groups, self.expert_num, -1, width)
         return slots, routing["gates"].reshape(groups, -1), index, routing["expert_mask"][:, :, 0]
 
-    def receive(self, outputs: Tensor, *plan) -> Tensor:
+    def receive(self, outputs: Tensor, gates: Tensor, index: Tensor, mask: Tensor) -> Tensor:
         """Outputs [G, E, C, D] -> [F, D]: y = sum of gates * outputs over the slots that hold the token."""
-        gates, index, mask = plan
         (groups, count), width = mask.shape, outputs.shape[-1]
         weighted = outputs.reshape(groups, -1, width) * ops.expand_dims(gates, -1)  # [G, E * C, D]
         place = index + (ops.arange(groups) * (count + 1)).astype(mstype.int32).reshape(-1, 1)  # in [G * (N + 1)]
@@ -320,9 +321,9 @@ class DenseDispatcher(Dispatcher):
         """-> (slots [G, E, N, D], gates [G, N, E])."""
         return ops.tile(ops.expand_dims(tokens, 1), (1, self.expert_num, 1, 1)), routing["gates"]
 
-    def receive(self, outputs: Tensor, *plan) -> Tensor:
+    def receive(self, outputs: Tensor, gates: Tensor) -> Tensor:
         """Outputs [G, E, N, D] -> [F, D]."""
-        gates = ops.expand_dims(ops.transpose(plan[0], (0, 2, 1)), -1)  # [G, E, N, 1]
+        gates = ops.expand_dims(ops.transpose(gates, (0, 2, 1)), -1)  # [G, E, N, 1]
         return (outputs * gates).sum(1).reshape(-1, outputs.shape[-1])
 
     def shapes(self, groups: int, tokens: int, width: int) -> list:
@@ -346,9 +347,9 @@ class SoftDispatcher(Dispatcher):
         """-> (slots [G, E, C, D], combine [G, N, E, C])."""
         return self.to_slots(tokens, routing["dispatch"]), routing["combine"]
 
-    def receive(self, outputs: Tensor, *plan) -> Tensor:
+    def receive(self, outputs: Tensor, combine: Tensor) -> Tensor:
         """Outputs [G, E, C, D] -> [F, D]."""
-        return self.to_tokens(outputs, plan[0]).reshape(-1, outputs.shape[-1])
+        return self.to_tokens(outputs, combine).reshape(-1, outputs.shape[-1])
 
 
 class MergedDispatcher(Dispatcher):

@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from switchyard.config import MoEConfig
+from switchyard.moe.metrics import bias_step
 from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, by_rows, register, shares
 from switchyard.nn.softmax import log_sigmoid
 
@@ -61,9 +62,7 @@ class Sigmoid(LinearRouter):
     def update(self, load: np.ndarray) -> None:
         """Moves the bias against the load [E] of a training step (arXiv 2408.15664, algorithm 1)."""
         if self.rate > 0:
-            load = np.asarray(load, np.float32)
-            step = np.float32(self.rate) * np.sign(load.mean() - load)
-            self.bias.set_data(Tensor(self.bias.asnumpy() + step))
+            self.bias.set_data(Tensor(self.bias.asnumpy() + bias_step(load, self.rate)))
 
 
 class GroupLimit(nn.Cell):
