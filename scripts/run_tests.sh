@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # ==============================================================================
-# The checks of the repository: ruff (lint, then format), then pytest: every test in
-# two processes, or what the arguments ask for in one.
+# The checks of the repository: ruff (lint, then format), import-linter (pyproject.toml), then pytest: every
+# test in two processes, or what the arguments ask for in one.
 #
 # Usage: bash scripts/run_tests.sh [ARGUMENTS OF PYTEST]
 #
@@ -17,6 +17,7 @@ set_up tests
 cd "$ROOT"
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check .
+PYTHONPATH=src "$VENV/bin/lint-imports" --no-logo --no-cache
 if (($#)); then
     "$VENV/bin/python" -m pytest "$@"
 else

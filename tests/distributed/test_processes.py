@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from switchyard.config import build
-from switchyard.distributed.limits import check_degrees
 from switchyard.distributed.placement import Degrees
 from switchyard.distributed.processes import (
     ALONE,
@@ -20,6 +19,7 @@ from switchyard.distributed.processes import (
     waits_for_nothing,
 )
 from switchyard.errors import UserError
+from switchyard.training.limits import check_degrees
 
 EXPERTS = {"expert_num": 4}
 

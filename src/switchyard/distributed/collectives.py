@@ -12,10 +12,10 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config
-from switchyard.distributed.own_classes import require_stacked
 from switchyard.distributed.placement import EXPERT, placement, slice_of
 from switchyard.distributed.processes import Processes
 from switchyard.moe.layer import MoELayer
+from switchyard.moe.own_classes import require_stacked
 from switchyard.moe.routing.losses import max_violation
 from switchyard.nn.adamw import GlobalNorm
 

@@ -13,13 +13,13 @@ from mindspore import dtype as mstype
 
 from switchyard.config import Config
 from switchyard.distributed.mesh import Mesh, first
-from switchyard.distributed.own_classes import require_partners
 from switchyard.errors import UserError
 from switchyard.moe.conv_experts import SliceExperts
 from switchyard.moe.dispatch.capacity import check_sort_keys
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.granularity import first_of_slices, from_slices, to_slices
 from switchyard.moe.layer import MoELayer
+from switchyard.moe.own_classes import require_partners
 from switchyard.moe.routing.base import require_causal
 from switchyard.nn.cast import Cast
 from switchyard.nn.fused import fused_operators

@@ -14,13 +14,13 @@ from mindspore import dtype as mstype
 
 from switchyard.config import Config, MoEConfig
 from switchyard.distributed.mesh import Mesh, first
-from switchyard.distributed.own_classes import require_cut_experts, require_cut_router, require_partners
 from switchyard.errors import UserError
 from switchyard.forms import keeps
 from switchyard.moe.dispatch.alltoallv import Dropless
 from switchyard.moe.dispatch.capacity import slot_shape
 from switchyard.moe.dispatch.dispatchers import TokenChoicePath, create_path
 from switchyard.moe.experts import FeedForwardExperts
+from switchyard.moe.own_classes import require_cut_experts, require_cut_router, require_partners
 from switchyard.moe.routing import create_router
 from switchyard.moe.routing import losses as balance
 from switchyard.moe.routing.base import require_choices, require_learnable

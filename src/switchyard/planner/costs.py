@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from switchyard.config import Config
-from switchyard.distributed.limits import check_offered
 from switchyard.distributed.placement import EXPERT, MODEL, Degrees, placement
 from switchyard.distributed.stages import stage_config, ways
 from switchyard.moe.dispatch.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape
 from switchyard.nn.fused import fused_operators
 from switchyard.planner.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
+from switchyard.training.limits import check_offered
 
 TALLY = 6  # figures of a conditional layer besides load and importance, see moe.MoELayer.tally
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate; with float16 the loss scale's inverse

@@ -16,10 +16,10 @@ from switchyard.checkpoint.layout import updates
 from switchyard.checkpoint.store import set_parameters, write_whole
 from switchyard.config import Config
 from switchyard.distributed.compiled_graph import Graph, compiled_model, read_graph
-from switchyard.distributed.limits import of_evaluation, refuse
 from switchyard.distributed.processes import Processes
 from switchyard.distributed.stages import factors
 from switchyard.training.evaluate import Evaluator
+from switchyard.training.limits import of_evaluation, refuse
 from switchyard.training.parallel_eval import ParallelEvalStep
 from switchyard.training.parallel_step import SPEED_UP, batch_slices, is_weighted, parallel_step, speed_up_file, unpack
 from switchyard.training.step import AUDIT_SUMS, GROWTH_INTERVAL, MAX_LOSS_SCALE

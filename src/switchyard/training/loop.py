@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from switchyard.checkpoint import store as checkpoint
+from switchyard.checkpoint.finite import REMEDY
+from switchyard.checkpoint.health import Healthy
 from switchyard.checkpoint.layout import keep_groups, whole_shape
 from switchyard.config import Config
 from switchyard.data import Data, load_data
 from switchyard.device import set_context, target_of
 from switchyard.distributed.collectives import create_joint, cut_model, whole_arrays
 from switchyard.distributed.compiled_graph import exchanged, sums_may_race
-from switchyard.distributed.limits import check_way, lost_default, with_defaults
 from switchyard.distributed.processes import (
     RACING,
     Processes,
@@ -34,8 +35,8 @@ from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
 from switchyard.training.cluster import ClusterStep
 from switchyard.training.evaluate import Evaluation, create_evaluator, spread
-from switchyard.training.finite import REMEDY, check_evaluation, check_step
-from switchyard.training.health import Healthy
+from switchyard.training.finite import check_evaluation, check_step
+from switchyard.training.limits import check_way, lost_default, with_defaults
 from switchyard.training.lock import locked
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
 from switchyard.training.parallel_eval import evaluation_config

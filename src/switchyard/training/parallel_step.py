@@ -13,7 +13,6 @@ from mindspore import dtype as mstype
 from mindspore.parallel.auto_parallel import AutoParallel
 
 from switchyard.config import Config
-from switchyard.distributed.limits import check_offered
 from switchyard.distributed.mesh import Mesh, first
 from switchyard.distributed.placement import Degrees, optimizer_slices, placement
 from switchyard.distributed.stages import factors
@@ -22,6 +21,7 @@ from switchyard.moe.layer import ROW_MEANS, TALLY
 from switchyard.nn.adamw import AdamW, gradient_scale
 from switchyard.nn.cross_entropy import TokenLosses
 from switchyard.nn.masks import keep_where
+from switchyard.training.limits import check_offered
 
 SPEED_UP = "parallel_speed_up.json"  # name of the file that hands parallel.transformer_opt to the compiler
 

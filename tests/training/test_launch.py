@@ -7,10 +7,10 @@ import pytest
 
 from switchyard import cli
 from switchyard.config import build
-from switchyard.distributed import launch
-from switchyard.distributed.limits import check_way, require_trainable
 from switchyard.errors import UserError
 from switchyard.simulation import compile as simulate
+from switchyard.training import launch
+from switchyard.training.limits import check_way, require_trainable
 
 EXPERTS = {"expert_num": 4}
 UNTIED = {"tie_word_embeddings": False}
@@ -91,7 +91,7 @@ def test_the_command_is_silent_or_one_line(tmp_path, capsys):
 
 
 def test_no_mindspore_is_imported_for_shipped_routers():
-    code = "import sys; import switchyard.distributed.launch; sys.exit('mindspore' in sys.modules)"
+    code = "import sys; import switchyard.training.launch; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
