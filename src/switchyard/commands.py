@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from switchyard import config as configuration
 from switchyard import streams
 from switchyard.cli import Parser, add_trust_code, cleans_up, create_parser, finite, stdout_to_stderr, whole
+from switchyard.distributed.processes import is_first, launched
 from switchyard.errors import UserError
 from switchyard.file_errors import writing
 from switchyard.json_text import to_json
@@ -17,7 +18,6 @@ from switchyard.json_text import to_json
 def announce(config: configuration.Config, overrides: Sequence[str]) -> None:
     """Says on stderr, in the first process of a job, which keys have no effect."""
     from switchyard.device import target_of
-    from switchyard.distributed.processes import is_first
 
     if is_first():
         for line in configuration.notes(config, overrides, target_of(config.context)):
@@ -31,7 +31,7 @@ def train_main(arguments: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run train.name")
     parser.add_argument("--print-config", action="store_true", help="show every key and its value, and end")
     chosen = parser.parse_intermixed_args(arguments)
-    config = configuration.load(chosen.config, chosen.overrides)
+    config = configuration.load(chosen.config, chosen.overrides, devices=launched())
     if chosen.print_config:
         print(config.to_yaml(), end="")
         return

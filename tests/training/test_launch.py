@@ -79,10 +79,13 @@ def test_the_command_is_silent_or_one_line(tmp_path, capsys):
     arguments = ["--config", path, "--devices", "2", "--target"]
     assert cli.run(launch.main, [*arguments, "Ascend", "parallel.data_parallel=2", "--resume"]) == 0
     assert capsys.readouterr() == ("", "")
-    assert cli.run(launch.main, [*arguments, "GPU", "parallel.data_parallel=2"]) == 0
+    assert cli.run(launch.main, [*arguments, "GPU"]) == 0  # by default the batch is shared out
     assert "optimizer_shard stays 0, not 1 as by default on several GPUs" in capsys.readouterr().err
     for wrong, says in (
-        (["CPU"], "error: parallel.data_parallel: 1; the degrees need 1 processes, 2 processes run"),
+        (
+            ["CPU", "parallel.data_parallel=1"],
+            "error: parallel.data_parallel: 1; the degrees need 1 processes, 2 processes run",
+        ),
         (["CPU", "parallel.model_parallel=2"], "error: parallel.model_parallel: 2; training in processes cuts"),
         (["TPU"], "error: argument --target: invalid choice"),
     ):

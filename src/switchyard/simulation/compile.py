@@ -299,7 +299,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the report there too, as JSON")
     parser.add_argument("--brief", action="store_true", help="layers that are alike in one row, and no parameters")
     chosen = parser.parse_intermixed_args(arguments)
-    config = configuration.load(chosen.config, chosen.overrides)
+    config = configuration.load(chosen.config, chosen.overrides, devices=chosen.devices)
     check_trusted(config.moe.router, consent=True, say=print)
     require_trainable(config)
     with cli.cleans_up():

@@ -290,7 +290,7 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.steps < 1:
         raise UserError(f"--steps: {chosen.steps}; at least 1")
-    config = configuration.load(chosen.config, chosen.overrides)
+    config = configuration.load(chosen.config, chosen.overrides, devices=chosen.devices)
     check_trusted(config.moe.router, consent=True, say=print)
     try:
         with cli.cleans_up():

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.devices < 1:
         raise UserError(f"--devices: {chosen.devices}; at least 1")
-    config = configuration.load(chosen.config, chosen.overrides)
+    config = configuration.load(chosen.config, chosen.overrides, devices=chosen.devices)
     by_hand = check_way(config, chosen.devices, chosen.target)
     refuse(of_sizes(config, chosen.target))
     lost = None if by_hand else lost_default(config, chosen.target)
