@@ -8,7 +8,7 @@
 #
 # Examples: bash scripts/run_tests.sh                            everything, 18 to 28 minutes on 2 cores
 #           bash scripts/run_tests.sh -m "not slow"              what answers quickly
-#           bash scripts/run_tests.sh tests/data -k corpus       one room
+#           bash scripts/run_tests.sh tests/data -k corpus       one package
 # ==============================================================================
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,7 +1,7 @@
 """What a layout costs a device: what it holds, what it sends, what it computes. No MindSpore in here.
 
 Parameters, optimizer state and exchanges are those of the graph that the compiler makes of `training.parallel_step`, to
-the byte (tests/parallel/test_costs.py); activations are an estimate.
+the byte (tests/planner/test_costs.py); activations are an estimate.
 
 Legend: N tokens and G groups of all devices together; n = N / data_parallel rows and g groups of a data slice; D width,
 F hidden width, E experts, C slots, V vocabulary, X columns of the projection to queries, keys and values.
