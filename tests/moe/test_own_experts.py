@@ -167,7 +167,7 @@ def test_a_compiled_cluster_refuses_experts_that_it_would_replace():
         require_cut_experts(Tanh(4, 6), 4)
 
     class Cut(Shifted):
-        def shard(self, mesh, experts="expert", rows="outer"): ...
+        def shard(self, mesh): ...
 
     cut = Cut(4, 6, 5, "relu", (0.7, 0.7), np.random.default_rng(0), mstype.float32)
     require_cut_experts(cut, 4)

@@ -126,10 +126,7 @@ class Block(nn.Cell):
         self.feed_forward_norm.shard(mesh)
         self.attention_dropout.shard(mesh)
         self.feed_forward_dropout.shard(mesh)
-        if self.conditional:
-            self.feed_forward.shard(mesh)
-        else:
-            self.feed_forward.shard(mesh, None, "data")
+        self.feed_forward.shard(mesh)
 
     def feed_slices(self, rows: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, groups: int):
         """The conditional layer over windows of tokens, each sent where its first token goes: rows [N, D]."""
@@ -252,7 +249,7 @@ class Decoder(nn.Cell):
         self.widen.shard(mesh, "data", None)
         self.tied_product.shard(((data, 1), (1, 1)))
         if self.head is not None:
-            self.head.shard(mesh, None, None)
+            self.head.shard(mesh)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Tokens [B, S] at positions [S] -> [N, D]."""

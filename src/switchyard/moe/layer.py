@@ -396,7 +396,7 @@ class SharedExperts(FeedForwardExperts):
 
     def shard(self, mesh: Mesh) -> None:
         """Rows are cut by data slices, the hidden width by model slices."""
-        super().shard(mesh, None, "data")
+        super().shard(mesh)
         data, rows = mesh.degrees.data_parallel, mesh.cut(None, "data", None)
         self.lift.shard(((data, 1),))
         self.add.shard(((data, 1), (data, 1)))
