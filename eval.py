@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # this folder's own code, installed or not
 
-from switchyard.cli import eval_main, run
+from switchyard.cli import run
+from switchyard.commands import eval_main
 
 if __name__ == "__main__":
     sys.exit(run(eval_main))

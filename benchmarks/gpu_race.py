@@ -10,7 +10,8 @@ import sys
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from switchyard.cli import run, train_main
+from switchyard.cli import run
+from switchyard.commands import train_main
 from switchyard.distributed.mesh import Mesh
 from switchyard.training import parallel_step
 

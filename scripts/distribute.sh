@@ -47,7 +47,7 @@ check_job() {
         say "note: $VENV holds no Python yet, so the keys and degrees were not checked; without --dry-run it is made"
         return
     fi
-    PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}" "$VENV/bin/python" -m switchyard.distributed.launch \
+    PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}" "$VENV/bin/python" -m switchyard.training.launch \
         --devices "$devices" --target "$target" "$@" || exit $?
 }
 

@@ -5,7 +5,7 @@
 #
 # Usage: bash scripts/run_distribute_train_ascend.sh --config FILE [OPTION ...] [section.key=value ...]
 #
-#   --config FILE        the experiment; parallel.data_parallel and the other degrees must make up all devices
+#   --config FILE        the experiment; parallel.data_parallel is what the other degrees leave of all devices
 #   --devices N          devices of this node (default: 8)
 #   --nodes N            nodes (default: 1); the script is started on each, with the same arguments
 #   --node-rank K        which of them this one is, from 0 (default: 0)
@@ -24,7 +24,7 @@
 # ended and its first error is shown last. Ctrl-C or SIGTERM saves and ends all (exit code 75).
 #
 # Example: bash scripts/run_distribute_train_ascend.sh --config config/switch_base_8_ascend.yaml --devices 8 \
-#              parallel.data_parallel=8 parallel.expert_parallel=8
+#              parallel.expert_parallel=8
 # ==============================================================================
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

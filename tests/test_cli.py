@@ -14,6 +14,7 @@ from oracles.tiny_run import run_config, write_text
 
 from switchyard import cli
 from switchyard.cli import cleans_up, run
+from switchyard.commands import announce, infer_main, train_main
 from switchyard.config import build, load
 from switchyard.errors import Interrupted, UserError
 from switchyard.files import unfinished
@@ -64,7 +65,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(script, arguments, text, tmp_p
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
 def test_help_is_quick_and_does_not_import_mindspore(script, tmp_path):
     code = (
-        "import sys; from switchyard import cli\n"
+        "import sys; from switchyard import cli, commands\n"
         f"try: cli.{script[:-3]}_main(['--help'])\n"
         "finally: print('mindspore' in sys.modules)"
     )
@@ -173,15 +174,13 @@ def test_other_errors_keep_their_traceback():
     ],
 )
 def test_odd_arguments_are_one_line(arguments, capsys):
-    assert cli.run(cli.train_main, arguments) == 2
+    assert cli.run(train_main, arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 700
 
 
 @pytest.mark.parametrize("flag", ["--seed=--", "--max-new-tokens=--", "--max-new-tokens=9" + "9" * 30, "--top-p=nan"])
 def test_odd_numbers_of_infer_are_one_line(flag, capsys):
-    from switchyard.inference.commands import infer_main
-
     assert cli.run(infer_main, ["--model", "out", "--prompt", "a", flag]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: argument {flag.split('=')[0]}: ") and said.count("\n") == 1
@@ -195,8 +194,8 @@ def test_an_accented_path_needs_no_encoding_of_the_terminal(setting, tmp_path):
     config.write_text("data: {path: tëxt.txt}")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHONIO"))}
     code = (
-        "import sys; from switchyard import cli\n"
-        "for path in sys.argv[1:]: cli.run(cli.train_main, ['--config', path, '--print-config'])\n"
+        "import sys; from switchyard import cli, commands\n"
+        "for path in sys.argv[1:]: cli.run(commands.train_main, ['--config', path, '--print-config'])\n"
         "print(sys.argv[1])"
     )
     command = [sys.executable, "-c", code, config, tmp_path / "ñone.yaml"]
@@ -208,11 +207,11 @@ def test_an_accented_path_needs_no_encoding_of_the_terminal(setting, tmp_path):
 
 def test_keys_without_effect_are_announced_once_a_job(capsys, monkeypatch):
     config = build({}, ["moe.capacity_factor=2"])
-    cli.announce(config, ())
+    announce(config, ())
     assert capsys.readouterr().err.startswith("note: keys without effect here: moe.capacity_factor 2.0 (")
     for name, value in (("MS_ROLE", "MS_WORKER"), ("MS_WORKER_NUM", "2"), ("RANK_ID", "1")):
         monkeypatch.setenv(name, value)
-    cli.announce(config, ())
+    announce(config, ())
     assert capsys.readouterr().err == ""
 
 

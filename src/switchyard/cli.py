@@ -1,4 +1,4 @@
-"""Command lines: arguments in, one call, an exit code out. Nothing heavy is imported before the arguments are known."""
+"""What command lines are made of: parsers, one-line errors, signals and exit codes. The commands stand elsewhere."""
 
 import argparse
 import contextlib
@@ -7,14 +7,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from switchyard import config as configuration
 from switchyard import file_errors, streams
 from switchyard.config.sections import LARGEST
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Interrupted, UserError, represented, shortened
-from switchyard.json_text import to_json
 
 EXIT_KILLED = 130  # Ctrl-C where there was nothing to save: what a shell reports for SIGINT
 EXIT_PIPE = 141  # nobody reads stdout any more: what a shell reports for SIGPIPE
@@ -157,63 +155,6 @@ def escape_characters() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def announce(config: configuration.Config, overrides: Sequence[str]) -> None:
-    """Says on stderr, in the first process of a job, which keys have no effect."""
-    from switchyard.device import target_of
-    from switchyard.distributed.processes import is_first
-
-    if is_first():
-        for line in configuration.notes(config, overrides, target_of(config.context)):
-            print(line, file=sys.stderr, flush=True)
-
-
-def train_main(arguments: list[str]) -> None:
-    """`train.py`: see its --help."""
-    parser = create_parser("train.py", "Trains a model and keeps metrics and checkpoints in runs/NAME.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see config/")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run train.name")
-    parser.add_argument("--print-config", action="store_true", help="show every key and its value, and end")
-    chosen = parser.parse_intermixed_args(arguments)
-    config = configuration.load(chosen.config, chosen.overrides)
-    if chosen.print_config:
-        print(config.to_yaml(), end="")
-        return
-    streams.survive()
-    _prepare()
-    announce(config, chosen.overrides)
-    from switchyard.training.loop import train
-
-    train(config, chosen.resume)
-
-
-def eval_main(arguments: list[str]) -> None:
-    """`eval.py`: see its --help."""
-    parser = create_parser(
-        "eval.py",
-        "Evaluates a checkpoint over its run's validation set. A text that data.path=... names is scored whole, with\n"
-        "the checkpoint's own tokenizer; with data.val_fraction=... as well, its validation part.",
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or one checkpoint in it")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
-    add_trust_code(parser)
-    chosen = parser.parse_intermixed_args(arguments)
-    _prepare()
-    with stdout_to_stderr() as out:
-        from tqdm import tqdm
-
-        from switchyard.training.evaluate import evaluate
-
-        with tqdm(unit="batch", disable=None, leave=False) as bar:  # None: only on a terminal
-
-            def show(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            found = evaluate(chosen.checkpoint, chosen.overrides, on_batch=show, trust_code=chosen.trust_code)
-        text = to_json(found.to_dict()) if chosen.json else found.to_text()
-        out.write(text + "\n")
-
-
 @contextlib.contextmanager
 def stdout_to_stderr() -> Iterator:
     """Everything that is printed meanwhile, by C++ too, goes to stderr; yields a file that is the real stdout."""
@@ -230,12 +171,6 @@ def stdout_to_stderr() -> Iterator:
         os.dup2(file.fileno(), 1)
         with contextlib.suppress(OSError):  # what could not be written has been said
             file.close()
-
-
-def _prepare() -> None:
-    from switchyard.device import prepare_environment
-
-    prepare_environment()
 
 
 def _say(text: str, code: int) -> int:

@@ -2,8 +2,10 @@
 
 import ctypes
 import glob
+import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +28,14 @@ def prepare_environment() -> None:
     """
     os.environ.setdefault("GLOG_v", "3")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def mindspore_folder() -> Path:
+    """The installed package's folder, found without importing it (UserError)."""
+    spec = importlib.util.find_spec("mindspore")
+    if spec is None or spec.origin is None:
+        raise UserError("mindspore: not installed; pip install -r requirements.txt")
+    return Path(spec.origin).parent
 
 
 def set_context(

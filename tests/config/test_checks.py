@@ -51,3 +51,38 @@ def test_degrees_that_fit():
 def test_degrees_that_do_not_fit_are_named(parallel, changes, message):
     with pytest.raises(UserError, match=message):
         _build(parallel, **changes)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "devices", "slices"),
+    [
+        ({}, None, 1),
+        ({}, 1, 1),
+        ({}, 4, 4),
+        ({"data_parallel": None, "model_parallel": 2}, 8, 4),
+        ({"model_parallel": 2, "pipeline_stage": 2, "micro_batch_num": 2}, 4, 1),
+        ({"expert_parallel": 2}, None, 2),  # the smallest that experts in two slices allow
+        ({"expert_parallel": 2}, 8, 8),
+        ({"data_parallel": 2}, 8, 2),  # what is written stays, and is refused where training starts
+    ],
+)
+def test_null_is_all_devices_that_the_other_degrees_leave(parallel, devices, slices):
+    config = build({"moe": {"expert_num": 8}, "data": {"batch_size": 16}, "parallel": parallel}, devices=devices)
+    assert config.parallel.data_parallel == slices
+    assert build(config.model_dump(), devices=64).parallel == config.parallel  # a written configuration holds a number
+
+
+@pytest.mark.parametrize(
+    ("parallel", "says"),
+    [
+        ({"model_parallel": 2}, r"model_parallel: 2; model_parallel \* pipeline_stage \(2 \* 1\) must divide .* \(9\)"),
+        (
+            {"pipeline_stage": 2, "micro_batch_num": 2},
+            r"pipeline_stage: 2; .*\(1 \* 2\) must divide the number of devices",
+        ),
+        ({"expert_parallel": 2}, r"expert_parallel: 2; must divide parallel.data_parallel \(9\)"),
+    ],
+)
+def test_degrees_that_leave_no_whole_number_of_devices_are_one_line(parallel, says):
+    with pytest.raises(UserError, match=says):
+        build({"moe": {"expert_num": 8}, "data": {"batch_size": 18}, "parallel": parallel}, devices=9)

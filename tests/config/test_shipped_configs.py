@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from switchyard.config import load
-from switchyard.distributed.limits import check_way, lost_default, with_defaults
 from switchyard.distributed.processes import must_block
+from switchyard.training.limits import check_way, lost_default, with_defaults
 
 FOLDER = Path(__file__).parents[2] / "config"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

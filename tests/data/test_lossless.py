@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from switchyard.data import prepare
-from switchyard.data.corpus import Document
+from switchyard.data.document import Document
 from switchyard.data.prepare import train_bpe
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenizer, unknown_note
 from switchyard.errors import UserError

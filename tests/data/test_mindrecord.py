@@ -11,7 +11,7 @@ import pytest
 from switchyard import config
 from switchyard.data import load_data, mindrecord
 from switchyard.data.batches import TrainBatches
-from switchyard.data.corpus import Document
+from switchyard.data.document import Document
 from switchyard.data.prepare import prepare
 from switchyard.data.tokenizer import ByteTokenizer
 from switchyard.errors import UserError

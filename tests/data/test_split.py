@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from switchyard import config
 from switchyard.config import DataConfig
 from switchyard.data import load_data, mindrecord, prepare
-from switchyard.data.corpus import Document, load_text
+from switchyard.data.corpus import load_text
+from switchyard.data.document import Document
 from switchyard.data.split import MANY_FILES, split, split_by_hash, split_each
 from switchyard.errors import UserError
 

@@ -5,7 +5,8 @@ import codecs
 import pytest
 
 from switchyard.config import DataConfig
-from switchyard.data.corpus import Document, load_text
+from switchyard.data.corpus import load_text
+from switchyard.data.document import Document
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, read_tokenizer
 from switchyard.data.utf8 import decoded, is_binary, text_bytes, wide_encoding
 from switchyard.errors import UserError

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from switchyard.config import build
-from switchyard.distributed.limits import check_degrees
 from switchyard.distributed.placement import Degrees
 from switchyard.distributed.processes import (
     ALONE,
@@ -20,6 +19,7 @@ from switchyard.distributed.processes import (
     waits_for_nothing,
 )
 from switchyard.errors import UserError
+from switchyard.training.limits import check_degrees
 
 EXPERTS = {"expert_num": 4}
 
@@ -42,7 +42,11 @@ def test_what_msrun_says_of_a_process():
             1,
             r"data_parallel: 2; the degrees need 2 processes, 1 process runs: bash",
         ),
-        ({}, 4, r"parallel.data_parallel: 1; the degrees need 1 processes, 4 processes run: set .*data_parallel=4"),
+        (
+            {"parallel": {"data_parallel": 1}},
+            4,
+            r"parallel.data_parallel: 1; the degrees need 1 processes, 4 processes run: set .*data_parallel=4",
+        ),
         ({"parallel": {"optimizer_shard": 1}}, 1, "parallel.optimizer_shard: 1; .*leave it at its default"),
         ({"parallel": {"recompute": True}}, 1, "parallel.recompute: True; "),
         (

@@ -67,7 +67,7 @@ def test_no_model_code_is_imported(exported):
     code = f"""
 import sys
 from switchyard.cli import run
-from switchyard.inference.commands import infer_main
+from switchyard.commands import infer_main
 code = run(infer_main, {arguments!r})
 print(code, sorted(name for name in sys.modules if name.startswith("switchyard")))
 """
@@ -100,7 +100,7 @@ print(code, sorted(name for name in sys.modules if name.startswith("switchyard")
 def test_one_line_for_what_is_wrong(arguments, said, exported, tmp_path, monkeypatch, capfd):
     """In this process, for speed: the line on stderr, exit code 2, nothing on stdout, no traceback."""
     from switchyard.cli import run
-    from switchyard.inference.commands import infer_main
+    from switchyard.commands import infer_main
 
     (tmp_path / "key").write_bytes(b"a key of sixteen")
     np.save(tmp_path / "y.npy", np.zeros((4, 4), np.uint8))

@@ -9,7 +9,8 @@ import pytest
 from mindspore import Tensor
 from oracles.tiny import NO_NOISE
 
-from switchyard.cli import eval_main, run, train_main
+from switchyard.cli import run
+from switchyard.commands import eval_main, train_main
 from switchyard.config import build
 from switchyard.models import create_model
 from switchyard.models.cascade import EarlyExit, curve, flops_to, probabilities

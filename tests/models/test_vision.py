@@ -7,10 +7,10 @@ import pytest
 from mindspore import Tensor
 from oracles.tiny import NO_NOISE
 
-from switchyard.cli import eval_main, run, train_main
+from switchyard.cli import run
+from switchyard.commands import eval_main, export_main, infer_main, train_main
 from switchyard.config import build
 from switchyard.errors import UserError
-from switchyard.inference.commands import export_main, infer_main
 from switchyard.models import create_model
 from switchyard.training.step import LossCell, TrainStep, draw_noise
 

@@ -8,7 +8,6 @@ from oracles.tiny import layer_gradients, run_layer, tiny_config, tiny_rows, wei
 
 from switchyard.config import build
 from switchyard.distributed.collectives import cut_model
-from switchyard.distributed.own_classes import require_cut_experts, require_partners
 from switchyard.distributed.placement import Degrees
 from switchyard.distributed.processes import Processes
 from switchyard.errors import UserError
@@ -17,6 +16,7 @@ from switchyard.models import Decode, Decoder, Prefill
 from switchyard.moe.conv_experts import ConvolutionExperts, SliceExperts
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.layer import MoELayer
+from switchyard.moe.own_classes import require_cut_experts, require_partners
 from switchyard.nn.noise import NoiseSlices
 
 
@@ -167,7 +167,7 @@ def test_a_compiled_cluster_refuses_experts_that_it_would_replace():
         require_cut_experts(Tanh(4, 6), 4)
 
     class Cut(Shifted):
-        def shard(self, mesh, experts="expert", rows="outer"): ...
+        def shard(self, mesh): ...
 
     cut = Cut(4, 6, 5, "relu", (0.7, 0.7), np.random.default_rng(0), mstype.float32)
     require_cut_experts(cut, 4)

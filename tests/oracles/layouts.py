@@ -1,7 +1,7 @@
 """The layouts whose compiled steps are looked at: name -> tree of a configuration.
 
 Two layers, the first dense, the second conditional; 8 devices, of which rank 5 is compiled (of one layout rank 1),
-once for all tests: see `tests/parallel/conftest.py`.
+once for all tests: see `tests/conftest.py`.
 """
 
 DEVICES, RANK, VOCAB = 8, 5, 32

@@ -154,7 +154,12 @@ def test_a_dry_run_can_be_pasted():
 @pytest.mark.parametrize(
     ("kind", "arguments", "says"),
     [
-        ("gpu", ["--devices", 4], "parallel.data_parallel: 1; the degrees need 1 processes, 4 processes run: set"),
+        (
+            "gpu",
+            ["--devices", 4, "parallel.data_parallel=1"],
+            "parallel.data_parallel: 1; the degrees need 1 processes, 4 processes run: set",
+        ),
+        ("gpu", ["--devices", 4, "parallel.model_parallel=3"], "parallel.model_parallel: 3; model_parallel * pipeline"),
         ("gpu", ["moe.lyers=2"], "moe.lyers: unknown key; did you mean 'layers'?"),
         ("ascend", ["parallel.data_parallel=8", "moe.record=a"], "moe.record: a; choices are recorded and replayed by"),
         (

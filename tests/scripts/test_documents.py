@@ -117,7 +117,7 @@ def test_renewing_keeps_comments_and_translations(renew_readmes):
     renewed = renew_readmes.renewed("README_CN.md", old)
     assert "| `model.hidden_size` | integer >= 1 | `128` | 残差流的宽度 D；vision：通道数 |" in renewed
     assert re.search(r"^  errors\.py +# What a user did wrong, said in one line", renewed, flags=re.MULTILINE)
-    assert re.search(r"^  experts\.py +# 谁来计算", renewed, flags=re.MULTILINE)
+    assert re.search(r"^    experts\.py +# 谁来计算", renewed, flags=re.MULTILINE)
 
 
 def test_headings_stand_in_the_order_of_the_model_zoo():

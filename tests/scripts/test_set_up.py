@@ -111,15 +111,15 @@ def test_the_environment_finds_the_package_from_anywhere(ready, tmp_path):
 def test_a_command_line_uses_the_code_beside_it(program, tmp_path):
     """Whatever package of that name is installed, or none is."""
     root = tmp_path / "a clóne (2)"
-    package = root / "src" / "switchyard" / "inference"
+    package = root / "src" / "switchyard"
     package.mkdir(parents=True)
     shutil.copy(ROOT / f"{program}.py", root)
-    (package.parent / "__init__.py").write_text("")
-    (package.parent / "cli.py").write_text("train_main = eval_main = None\nrun = lambda main: print(__file__)")
-    (package / "commands.py").write_text("export_main = infer_main = None")
+    (package / "__init__.py").write_text("")
+    (package / "cli.py").write_text("run = lambda main: print(__file__)")
+    (package / "commands.py").write_text("train_main = eval_main = export_main = infer_main = None")
     command = [sys.executable, "-I", root / f"{program}.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={})
-    assert done.stdout.strip() == str(package.parent / "cli.py"), done.stderr
+    assert done.stdout.strip() == str(package / "cli.py"), done.stderr
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-test.txt"])

@@ -6,6 +6,7 @@ import pytest
 
 from switchyard import cli
 from switchyard.config import build
+from switchyard.data.tokenizer import expected_vocabulary
 from switchyard.distributed.compiled_graph import Collective, place_of
 from switchyard.errors import UserError
 from switchyard.simulation import compile as simulate
@@ -31,9 +32,9 @@ def test_the_command_line_refuses_in_one_line(tmp_path, capsys):
 
 
 def test_the_vocabulary_is_known_without_the_corpus():
-    assert simulate.vocabulary(build({})) == 256
+    assert expected_vocabulary(build({}).data) == 256
     with pytest.raises(UserError, match=r"nowhere\.json"):
-        simulate.vocabulary(build({"data": {"tokenizer": "nowhere.json"}}))
+        expected_vocabulary(build({"data": {"tokenizer": "nowhere.json"}}).data)
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracles.cluster_probe import OTHER, STEP
+from switchyard.training.cluster import ClusterStep, LossScale, joined
+from switchyard.training.parallel_eval import evaluation_config
 
 from switchyard.checkpoint import store as checkpoint
 from switchyard.checkpoint.layout import updates
 from switchyard.config import build
 from switchyard.distributed.compiled_graph import sums_may_race
-from switchyard.distributed.limits import check_offered, why_by_hand, with_defaults
 from switchyard.distributed.placement import Degrees
 from switchyard.errors import UserError
 from switchyard.simulation import compile as simulate
-from switchyard.training.cluster import ClusterStep, LossScale, joined
-from switchyard.training.parallel_eval import evaluation_config
+from switchyard.training.limits import check_offered, why_by_hand, with_defaults
 from switchyard.training.step import GROWTH_INTERVAL, MAX_LOSS_SCALE
 
 EXPERTS = {"expert_num": 4}

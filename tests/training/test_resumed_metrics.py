@@ -11,6 +11,7 @@ from oracles.tiny_run import metrics_of, run_config, write_text
 
 from switchyard import cli
 from switchyard.checkpoint import store as checkpoint
+from switchyard.commands import eval_main
 from switchyard.errors import UserError
 from switchyard.training import evaluate, loop
 from switchyard.training.evaluate import Evaluator
@@ -143,14 +144,14 @@ def test_eval_refuses_figures_and_weights_that_are_not_finite(tmp_path, pynative
     checkpoint.save(run, held.config, held.tokenizer_json, huge, held.optimizer, held.state | {"step": 2})
     monkeypatch.setattr(evaluate, "set_context", lambda *arguments: None)
     capfd.readouterr()
-    assert cli.run(cli.eval_main, ["--checkpoint", str(run), "--json"]) == 2
+    assert cli.run(eval_main, ["--checkpoint", str(run), "--json"]) == 2
     out, err = capfd.readouterr()
     assert "{" not in out and err.splitlines()[-1].startswith("error: evaluation: loss is ") and "step-00000002" in err
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "first_not_finite", lambda arrays: None)
         bad = huge | {"norm.gain": np.full_like(huge["norm.gain"], np.nan)}
         checkpoint.save(run, held.config, held.tokenizer_json, bad, held.optimizer, held.state | {"step": 3})
-    assert cli.run(cli.eval_main, ["--checkpoint", str(run)]) == 2
+    assert cli.run(eval_main, ["--checkpoint", str(run)]) == 2
     assert capfd.readouterr().err.count("numbers that are not finite; use the previous checkpoint") == 1
 
 

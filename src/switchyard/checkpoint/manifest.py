@@ -54,7 +54,7 @@ class DamagedError(UserError):
         self.path, self.what = path, what
 
     def __str__(self) -> str:
-        from switchyard.training.health import Healthy  # which reads checkpoints by what this module offers
+        from switchyard.checkpoint.health import Healthy  # which reads checkpoints by what this module offers
 
         named = NAME.fullmatch(self.path.name)
         place = Path(os.path.abspath(self.path) if named else os.path.realpath(self.path))

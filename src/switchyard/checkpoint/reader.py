@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from switchyard.checkpoint.finite import is_finite
 from switchyard.checkpoint.manifest import MANIFEST, DamagedError, Manifest, file_of, readable, verify
 from switchyard.checkpoint.tensors import TYPES, Box, Entry, pieces, read_header, read_part, size_of, whole, within
 from switchyard.errors import UserError
-from switchyard.training.finite import is_finite
 
 MOST_CELLS = 1_000_000  # between the edges of a tensor's slices
 

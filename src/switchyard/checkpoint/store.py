@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from switchyard import cli
+from switchyard.checkpoint.finite import REMEDY, first_not_finite
+from switchyard.checkpoint.health import Healthy
 from switchyard.checkpoint.layout import held
 from switchyard.checkpoint.manifest import (
     CONFIG,
@@ -62,8 +64,6 @@ from switchyard.distributed.processes import Processes
 from switchyard.errors import UserError
 from switchyard.files import TEMPORARY, read_regular, remove
 from switchyard.json_text import to_json
-from switchyard.training.finite import REMEDY, first_not_finite
-from switchyard.training.health import Healthy
 
 if TYPE_CHECKING:  # re-cutting needs no MindSpore
     from mindspore import Parameter

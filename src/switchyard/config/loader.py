@@ -16,13 +16,16 @@ from switchyard.errors import LONGEST, UserError, represented, shortened
 EMPTY = ("", "null", "Null", "NULL", "~")  # what is no text
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), inherited: bool = False) -> Config:
+def load(
+    path: str | Path, overrides: Sequence[str] = (), inherited: bool = False, devices: int | None = None
+) -> Config:
     """Reads a YAML file and `section.key=value` overrides, of which the last of a key counts.
 
     Args:
         path: of a UTF-8 file with a mapping of sections; an empty file means the defaults.
         overrides: see above.
         inherited: whether the file is a checkpoint's own, which may hold keys that have no effect, see `build`.
+        devices: see `build`.
 
     Raises:
         UserError: missing file, broken YAML, unknown key, wrong type or impossible combination.
@@ -36,10 +39,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), inherited: bool = Fals
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"config file '{name}': holds a {type(tree).__name__}, wants sections such as 'model:'")
-    return build(tree, overrides, inherited)
+    return build(tree, overrides, inherited, devices)
 
 
-def build(tree: dict[str, Any], overrides: Sequence[str] = (), inherited: bool = False) -> Config:
+def build(
+    tree: dict[str, Any], overrides: Sequence[str] = (), inherited: bool = False, devices: int | None = None
+) -> Config:
     """Makes a checked Config of nested mappings and `section.key=value` overrides.
 
     Args:
@@ -47,18 +52,20 @@ def build(tree: dict[str, Any], overrides: Sequence[str] = (), inherited: bool =
         overrides: the last of a key counts.
         inherited: whether `tree` comes from a checkpoint. A key that this configuration does not read is then refused
             only where an override names it; `notes` tells of the others.
+        devices: how many there are, which `parallel.data_parallel: null` shares out; None where nobody knows.
 
     Raises:
         UserError: as in `load`.
     """
     tree = {name: dict(part) if isinstance(part, dict) else part for name, part in tree.items()}
+    if not all(isinstance(name, str) for name in tree):
+        raise UserError("config: section names must be text")
     given = {_apply(tree, override) for override in overrides}
     try:
-        config = Config(**{name: {} if part is None else part for name, part in tree.items()})
+        sections = {"parallel": {}} | {name: {} if part is None else part for name, part in tree.items()}
+        config = Config.model_validate(sections, context={"devices": devices})
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
-    except TypeError as error:
-        raise UserError(f"config: section names must be text: {error}") from None
     check(config)
     for key, reason in refused(config).items():
         if not inherited or key in given:

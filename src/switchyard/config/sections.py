@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from switchyard.errors import UserError
 
 LARGEST = 2**31 - 1  # what MindSpore's int32 holds
 
@@ -87,7 +89,9 @@ class CascadeConfig(Section):
 class ParallelConfig(Section):
     """How the program is cut over devices."""
 
-    data_parallel: Positive = Field(1, description="slices of the batch")
+    data_parallel: Positive | None = Field(
+        None, description="slices of the batch; null = all devices that the other degrees leave"
+    )
     expert_parallel: Positive = Field(1, description="slices of the experts; divides data_parallel")
     model_parallel: Positive = Field(1, description="slices of heads and hidden width (tensor parallel)")
     pipeline_stage: Positive = Field(1, description="stages of layers")
@@ -103,6 +107,27 @@ class ParallelConfig(Section):
         {},
         description="Ascend: switches of MindSpore's transformer_opt, which overlap and join collectives",
     )
+
+    @model_validator(mode="after")
+    def _with_data_parallel(self, info: ValidationInfo) -> "ParallelConfig":
+        """Replaces null by a number, so that every `ParallelConfig` holds one.
+
+        The context names the `devices`. Where it does not, the number is the smallest that the other degrees allow.
+        """
+        if self.data_parallel is None:
+            devices = (info.context or {}).get("devices")
+            data = self.expert_parallel if devices is None else self._left_of(devices)
+            self.__dict__["data_parallel"] = data  # the section is frozen; `model_fields_set` stays what was written
+        return self
+
+    def _left_of(self, devices: int) -> int:
+        """Returns the slices of the batch that use all devices (UserError: the other degrees do not divide them)."""
+        tensor, stages = self.model_parallel, self.pipeline_stage
+        if devices % (tensor * stages):
+            key, value = ("model_parallel", tensor) if tensor > 1 else ("pipeline_stage", stages)
+            product = f"model_parallel * pipeline_stage ({tensor} * {stages})"
+            raise UserError(f"parallel.{key}: {value}; {product} must divide the number of devices ({devices})")
+        return max(1, devices // (tensor * stages))
 
 
 class ContextConfig(Section):

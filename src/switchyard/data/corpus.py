@@ -12,41 +12,13 @@ from typing import NamedTuple
 
 from switchyard.config import DataConfig
 from switchyard.data import split
+from switchyard.data.document import Document
 from switchyard.data.split import Split
 from switchyard.data.utf8 import is_binary, text_bytes
 from switchyard.errors import UserError
 
 INSTALLED_PACKAGES = frozenset({"site-packages", "dist-packages", "__pycache__"})  # below stdlib, not part of it
 BINARY_PROBE = 8192  # bytes of a library source that are searched for a NUL
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text.
-
-    Attributes:
-        name: for messages, the path as the user would find it.
-        raw: its bytes.
-        key: what the user named it by, for messages.
-    """
-
-    name: str
-    raw: bytes
-    key: str = "data.path"
-
-    def text(self) -> str:
-        """The characters, with the file's own line ends.
-
-        Raises:
-            UserError: the bytes are not UTF-8; names the file and the offset of the first bad byte.
-        """
-        try:
-            return self.raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.key}: '{self.name}' is not UTF-8: byte 0x{self.raw[error.start]:02x} at offset {error.start}; "
-                "convert the file to UTF-8 or leave it out"
-            ) from None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from switchyard.data.corpus import Corpus, Document
+from switchyard.data.corpus import Corpus
+from switchyard.data.document import Document
 from switchyard.data.mindrecord import Manifest
 
 MOST_FILES = 2000  # that are listed one by one

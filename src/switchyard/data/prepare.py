@@ -18,7 +18,7 @@ from switchyard.file_errors import line_of
 from switchyard.files import flush_tree, require_text, unfinished
 
 if TYPE_CHECKING:
-    from switchyard.data.corpus import Document
+    from switchyard.data.document import Document
     from switchyard.data.tokenizer import LibraryTokenizer
 
 SMALLEST_VOCABULARY = 257  # 256 bytes and the separator

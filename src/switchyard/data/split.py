@@ -6,10 +6,8 @@ Either way the split follows from the sorted names and from the bytes, and is th
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from switchyard.data.corpus import Document
+from switchyard.data.document import Document
 
 MANY_FILES = 100  # from here on whole files are held out
 TOLERANCE = 0.5  # of the fraction: a split by hash that is further off gives way to the last part of each file
@@ -19,8 +17,8 @@ TOLERANCE = 0.5  # of the fraction: a split by hash that is further off gives wa
 class Split:
     """Documents to learn from, documents held out, and the rule in words."""
 
-    train: tuple["Document", ...]
-    validation: tuple["Document", ...]
+    train: tuple[Document, ...]
+    validation: tuple[Document, ...]
     rule: str
 
     @property
@@ -30,7 +28,7 @@ class Split:
         return held_out / max(held_out + kept, 1)
 
 
-def split(documents: Sequence["Document"], fraction: float) -> Split:
+def split(documents: Sequence[Document], fraction: float) -> Split:
     """Holds out `fraction` of the bytes of documents that are sorted by name.
 
     From MANY_FILES documents on, those whose name hashes below the fraction validate, so a file keeps its side when
@@ -46,7 +44,7 @@ def split(documents: Sequence["Document"], fraction: float) -> Split:
     return split_each(documents, fraction)
 
 
-def split_one(document: "Document", fraction: float) -> Split:
+def split_one(document: Document, fraction: float) -> Split:
     """Cuts one text between two characters at `int(characters * (1 - fraction))`, as nanoGPT does."""
     text = document.text()
     cut = len(text[: int(len(text) * (1 - fraction))].encode("utf-8"))
@@ -54,7 +52,7 @@ def split_one(document: "Document", fraction: float) -> Split:
     return Split((head,), (tail,), "its last part")
 
 
-def split_each(documents: Sequence["Document"], fraction: float) -> Split:
+def split_each(documents: Sequence[Document], fraction: float) -> Split:
     """Cuts every document between two characters so that the parts held out are `fraction` of the bytes up to there."""
     train, validation, seen, held_out = [], [], 0, 0
     total = sum(len(document.raw) for document in documents)
@@ -69,7 +67,7 @@ def split_each(documents: Sequence["Document"], fraction: float) -> Split:
     return Split(_filled(train), _filled(validation), "the last part of each file")
 
 
-def split_by_hash(documents: Sequence["Document"], fraction: float) -> Split:
+def split_by_hash(documents: Sequence[Document], fraction: float) -> Split:
     """Holds out the documents whose name hashes below `fraction`, of two or more; neither side is left empty."""
     held_out = [hash_fraction(document.name) < fraction for document in documents]
     if all(held_out):
@@ -94,9 +92,9 @@ def _boundary(raw: bytes, cut: int) -> int:
     return cut
 
 
-def _halves(document: "Document", cut: int) -> tuple["Document", "Document"]:
+def _halves(document: Document, cut: int) -> tuple[Document, Document]:
     return replace(document, raw=document.raw[:cut]), replace(document, raw=document.raw[cut:])
 
 
-def _filled(documents: list["Document"]) -> tuple["Document", ...]:
+def _filled(documents: list[Document]) -> tuple[Document, ...]:
     return tuple(document for document in documents if document.raw)

@@ -18,13 +18,15 @@ import numpy as np
 from switchyard.config import DataConfig
 from switchyard.config.reader import parse_json
 from switchyard.data import lossless
-from switchyard.data.corpus import Corpus, Document
+from switchyard.data.corpus import Corpus
+from switchyard.data.document import Document
 from switchyard.data.utf8 import decoded
 from switchyard.errors import UserError
 from switchyard.files import UnfitError, read_regular
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in foreign files, the first that exists
+BYTES = 256  # values of a byte
 LONGEST = 256 << 20  # bytes of a tokenizer.json
 Ids = Sequence[int] | np.ndarray
 
@@ -351,6 +353,11 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
             f"data.tokenizer: '{path}'; {reason}; give byte, char or the path of a tokenizer.json"
         ) from None
     return Tokenizer.from_json(decoded(raw, f"data.tokenizer: '{path}'"), str(path))
+
+
+def expected_vocabulary(data: DataConfig) -> int:
+    """Returns the entries of a configuration's vocabulary; 256 where only the corpus, which is not read, could tell."""
+    return BYTES if data.tokenizer in ("byte", "char") else read_tokenizer(data.tokenizer).vocab_size
 
 
 def reconcile(tokenizer: Tokenizer, of_checkpoint: str) -> Tokenizer:

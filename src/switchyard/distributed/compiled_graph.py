@@ -15,8 +15,8 @@ from functools import cache
 
 import numpy as np
 
+from switchyard.device import mindspore_folder
 from switchyard.errors import UserError
-from switchyard.simulation.fake_cann import mindspore_folder
 
 COLLECTIVES = ("AllReduce", "AlltoAll", "AlltoAllV", "AlltoAllVC", "AllGather", "ReduceScatter", "Send", "Receive")
 CONSTANT, CALL = "Constant", "call "

@@ -15,8 +15,12 @@ from switchyard.config import ParallelConfig
 from switchyard.errors import UserError
 
 EXPERT, MODEL = "expert", "model"
-STACKED = ("w_in", "w_gate", "w_out")  # [E, D, F], [E, D, F], [E, F, D]
 Placement = tuple[str | None, ...]  # for each axis of a parameter: what cuts it, or None
+# The layout of each parameter, by the end of its name. What is not listed is whole on every rank of its stage. Matrices
+# of attention and feed-forward are cut along heads and hidden width, the first along its columns and the second along
+# its rows, so that one sum joins them (Megatron-LM, arXiv 1909.08053, section 3).
+MATRICES: dict[str, Placement] = {"qkv.weight": (None, MODEL), "attention.out.weight": (MODEL, None)}
+STACKED: dict[str, Placement] = {"w_in": (None, MODEL), "w_gate": (None, MODEL), "w_out": (MODEL, None)}  # of [E, ., .]
 
 
 class Coordinates(NamedTuple):
@@ -125,26 +129,25 @@ class Degrees:
         return index, count
 
 
-def placement(name: str, shape: tuple[int, ...], degrees: Degrees) -> Placement:
-    """What cuts each axis of a parameter, by its name (also of its moments: `moment1.NAME`).
+def axes_of(name: str, dimensions: int) -> Placement:
+    """Returns what cuts each axis of a parameter, by its name (also of its moments: `moment1.NAME`).
 
-    Matrices of attention and feed-forward are cut along heads and hidden width by the model axis, the first along its
-    columns and the second along its rows, so that one sum joins them (Megatron-LM, arXiv 1909.08053, section 3);
-    stacked experts besides along E by the expert axis. Everything else is whole on every rank of its stage.
+    This is the only place that knows. Every Cell asks it in `shard(mesh)`; checkpoint and planner ask `placement`.
+    """
+    parts = name.split(".")
+    if parts[-1] in STACKED and dimensions == 3:
+        return (EXPERT if "experts" in parts else None, *STACKED[parts[-1]])
+    found = (axes for end, axes in MATRICES.items() if f".{name}".endswith(f".{end}"))
+    return next(found, (None,) * dimensions)
+
+
+def placement(name: str, shape: tuple[int, ...], degrees: Degrees) -> Placement:
+    """Returns `axes_of` a parameter of that shape.
 
     Raises:
         UserError: an axis that is to be cut does not divide by its degree.
     """
-    parts = name.split(".")
-    if parts[-1] in STACKED and len(shape) == 3:
-        first = EXPERT if "experts" in parts else None
-        cut = (first, MODEL, None) if parts[-1] == "w_out" else (first, None, MODEL)
-    elif parts[-2:] == ["qkv", "weight"]:
-        cut = (None, MODEL)
-    elif parts[-3:] == ["attention", "out", "weight"]:
-        cut = (MODEL, None)
-    else:
-        cut = (None,) * len(shape)
+    cut = axes_of(name, len(shape))
     for size, axis in zip(shape, cut):
         if axis is not None and size % slices(axis, degrees):
             raise UserError(f"{name}: {tuple(shape)}; {axis}_parallel ({slices(axis, degrees)}) must divide {size}")

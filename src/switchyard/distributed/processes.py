@@ -49,8 +49,9 @@ def own_rank(environment: Mapping[str, str] = os.environ) -> int:
 
 def require_one_device(config: Config) -> None:
     """Refuses any degree (UserError): evaluation and export read what many have written, and work alone."""
-    for name, value in config.parallel.model_dump().items():
-        if value != type(config.parallel).model_fields[name].default:
+    usual = type(config.parallel)()
+    for name, value in config.parallel:
+        if value != getattr(usual, name):
             raise UserError(f"parallel.{name}: {value}; evaluation and export run in one process: leave it out")
 
 

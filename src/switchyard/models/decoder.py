@@ -149,11 +149,9 @@ class Block(nn.Cell):
         self.feed_forward_norm.shard(mesh)
         self.attention_dropout.shard(mesh)
         self.feed_forward_dropout.shard(mesh)
+        self.feed_forward.shard(mesh)
         if self.conditional:
-            self.feed_forward.shard(mesh)
             self._shard_windows(mesh)
-        else:
-            self.feed_forward.shard(mesh, None, "data")
 
     def _shard_windows(self, mesh: CompiledMesh) -> None:
         """A window lies within one device."""
@@ -341,4 +339,4 @@ class Decoder(nn.Cell):
         self.to_float32.shard(mesh, "data", None)
         self.tied_product.shard(((data, 1), (1, 1)))
         if self.head is not None:
-            self.head.shard(mesh, None, None)
+            self.head.shard(mesh)

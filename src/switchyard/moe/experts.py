@@ -7,6 +7,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.placement import axes_of
 from switchyard.nn.activation import SwiGLU, create_activation
 from switchyard.nn.cast import Cast
 from switchyard.nn.fused import NONE
@@ -54,7 +55,7 @@ class FeedForwardExperts(nn.Cell):
         self.activation = SwiGLU("Swiglu" in fused) if self.gated else create_activation(activation)
         self.to_dtype, self.widen = Cast(dtype), Cast(mstype.float32)
         self.narrow_in, self.narrow_gate, self.narrow_out = Cast(dtype), Cast(dtype), Cast(dtype)
-        self.local = None
+        self.local = self.gate_hidden if self.gated else self.bend_hidden
         self.take = ops.Gather()
         self.mix = ops.MatMul()
 
@@ -81,9 +82,9 @@ class FeedForwardExperts(nn.Cell):
         hidden = self.product_in(rows, self.narrow_in(w_in))  # [E, S, F]
         if self.gated:
             gate = self.product_gate(rows, self.narrow_gate(w_gate))  # [E, S, F]
-            hidden = self.gate_hidden(gate, hidden) if self.local is None else self.local(gate, hidden)
+            hidden = self.local(gate, hidden)
         else:
-            hidden = self.bend_hidden(hidden) if self.local is None else self.local(hidden)
+            hidden = self.local(hidden)
         return self.widen(self.product_out(hidden, self.narrow_out(w_out)))  # [E, S, D]
 
     def gate_hidden(self, gate: Tensor, hidden: Tensor) -> Tensor:
@@ -94,16 +95,21 @@ class FeedForwardExperts(nn.Cell):
         """The non-linearity of hidden [E, S, F]."""
         return self.activation(hidden)
 
-    def shard(self, mesh: Mesh, experts: str | None = "expert", rows: str = "outer") -> None:
-        """E cut by `experts`, S by `rows`, F by the model slices, over which the second product's result is summed."""
-        before, within = mesh.cut(experts, rows, None), mesh.cut(experts, rows, "model")
+    def shard(self, mesh: Mesh) -> None:
+        """Parameters are cut as `axes_of` says: E by experts, F by the model slices, over which the second product's
+        result is summed. Where E is whole, as of a dense feed-forward, all data slices cut the rows.
+        """
+        first_axes, last_axes = axes_of(self.w_in.name, 3), axes_of(self.w_out.name, 3)
+        experts, _, hidden = first_axes
+        rows = "data" if experts is None else "outer"
+        before, within = mesh.cut(experts, rows, None), mesh.cut(experts, rows, hidden)
         for product in (self.product_in, self.product_gate):
-            product.shard((before, mesh.cut(experts, None, "model")), (within,))
-        self.product_out.shard((within, mesh.cut(experts, "model", None)), (before,))
-        work, inputs = (self.gate_hidden, (within, within)) if self.gated else (self.bend_hidden, (within,))
-        self.local = mesh.local(work, inputs, (within,), first, first)
+            product.shard((before, mesh.cut(*first_axes)), (within,))
+        self.product_out.shard((within, mesh.cut(*last_axes)), (before,))
+        inputs = (within, within) if self.gated else (within,)
+        self.local = mesh.local(self.local, inputs, (within,), first, first)
         self.to_dtype.shard(mesh, experts, rows, None)
-        self.narrow_in.shard(mesh, experts, None, "model")
-        self.narrow_gate.shard(mesh, experts, None, "model")
-        self.narrow_out.shard(mesh, experts, "model", None)
+        self.narrow_in.shard(mesh, *first_axes)
+        self.narrow_gate.shard(mesh, *first_axes)
+        self.narrow_out.shard(mesh, *last_axes)
         self.widen.shard(mesh, experts, rows, None)

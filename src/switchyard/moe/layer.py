@@ -16,6 +16,7 @@ from switchyard.errors import UserError
 from switchyard.moe.dispatch.dispatchers import Dispatcher, create_dispatcher
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.metrics import width
+from switchyard.moe.own_classes import require_cut_experts
 from switchyard.moe.routing import create_router
 from switchyard.moe.routing.base import require_choices, require_learnable, why_not_sharded
 from switchyard.moe.routing.losses import WeightedLosses
@@ -223,6 +224,7 @@ class MoELayer(nn.Cell):
                 f"moe.shared_expert_num: {moe.shared_expert_num}; your own shared experts are not sharded: set it to 0"
             )
         self.router.shard(mesh)
+        self._shard_experts(mesh)
         pair, data = mesh.cut("data", None), mesh.degrees.data_parallel
         if self.shared is not None:
             self.shared.shard(mesh)
@@ -234,9 +236,16 @@ class MoELayer(nn.Cell):
         self.local_train, self.local_train_forced = self._sharded(mesh, self.train_dispatcher, mesh.noise)
         self.local_eval, self.local_eval_forced = self._sharded(mesh, self.eval_dispatcher, mesh.no_noise)
 
+    def _shard_experts(self, mesh: CompiledMesh) -> None:
+        """Raises UserError for experts of a user's own that cannot be sharded."""
+        run = [one.runs_experts for one in (self.train_dispatcher, self.eval_dispatcher)]
+        require_cut_experts(self.experts, self.expert_num, None if all(run) else self.config.moe.dispatch)
+        if any(run):
+            self.experts.shard(mesh)
+
     def _sharded(self, mesh: CompiledMesh, dispatcher: Dispatcher, noise) -> tuple[Callable, Callable]:
         """`send` and `send_forced` of a dispatcher, as operators of one device."""
-        dispatcher.shard(mesh, self.experts)
+        dispatcher.shard(mesh)
         groups, columns, records = mesh.groups, width(self.expert_num), self.records
         choices, pair, row = self.choices, mesh.cut("data", None), mesh.cut("data")
 

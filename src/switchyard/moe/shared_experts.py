@@ -43,7 +43,7 @@ class SharedExperts(FeedForwardExperts):
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Tokens are sharded by data shards, the hidden width by model shards."""
-        super().shard(mesh, None, "data")
+        super().shard(mesh)
         rows = mesh.cut(None, "data", None)
         self.product.shard((rows, mesh.cut(None, None, None)), (rows,))
         self.local_weigh = mesh.local(self.weigh, (rows, rows), (rows,), first, first)

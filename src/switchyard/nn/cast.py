@@ -10,11 +10,10 @@ class Cast(nn.Cell):
 
     def __init__(self, dtype):
         super().__init__()
-        self.dtype, self.local = dtype, None
+        self.dtype = dtype
+        self.local = self.work
 
     def construct(self, x: Tensor) -> Tensor:
-        if self.local is None:
-            return self.work(x)
         return self.local(x)
 
     def work(self, x: Tensor) -> Tensor:

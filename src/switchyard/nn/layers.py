@@ -11,6 +11,7 @@ from mindspore.ops.auto_generate import FlashAttentionScore
 
 from switchyard.config import ModelConfig
 from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.placement import axes_of
 from switchyard.nn.cast import Cast
 from switchyard.nn.fused import NONE
 from switchyard.nn.initializers import normal
@@ -27,11 +28,9 @@ class Embedding(nn.Cell):
         super().__init__()
         self.table = Parameter(normal(random, std, (entries, width)), name="table")
         self.take = ops.Gather()
-        self.local = None
+        self.local = self.look_up
 
     def construct(self, tokens: Tensor) -> Tensor:
-        if self.local is None:
-            return self.look_up(self.table, tokens)
         return self.local(self.table, tokens)
 
     def look_up(self, table: Tensor, tokens: Tensor) -> Tensor:
@@ -39,8 +38,8 @@ class Embedding(nn.Cell):
         return self.take(table, tokens.reshape(-1), 0)
 
     def shard(self, mesh: Mesh) -> None:
-        """Tokens [B, S] are cut along B, the rows too; the table is whole everywhere."""
-        cuts = (mesh.cut(None, None), mesh.cut("data", None))
+        """Tokens [B, S] are cut along B, the rows too; the table as `axes_of` says."""
+        cuts = (mesh.cut(*axes_of(self.table.name, 2)), mesh.cut("data", None))
         self.local = mesh.local(self.look_up, cuts, (mesh.cut("data", None),), row_shape, first)
 
 
@@ -62,11 +61,12 @@ class Linear(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         return self.product(self.cast_x(x), self.cast_weight(self.weight))
 
-    def shard(self, mesh: Mesh, size_in: str | None, size_out: str | None, out: str = "data") -> None:
-        """Weight [I, O] cut by `size_in` and `size_out`, x by rows and `size_in`, the result by `out` and `size_out`.
+    def shard(self, mesh: Mesh, out: str = "data") -> None:
+        """The weight [I, O] is cut as `axes_of` says, x by rows and as I, the result by `out` and as O.
 
         Where I is cut the result is a sum over the model slices: AllReduce, or ReduceScatter where `out` is "rows".
         """
+        size_in, size_out = axes_of(self.weight.name, 2)
         cuts = (mesh.cut("data", size_in), mesh.cut(size_in, size_out))
         self.product.shard(cuts, (mesh.cut(out, size_out),))
         self.cast_x.shard(mesh, "data", size_in)
@@ -82,13 +82,11 @@ class Dropout(nn.Cell):
     def __init__(self, rate: float, slices: NoiseSlices):
         super().__init__()
         self.rate, self.slice = rate, slices.take(rate > 0)
-        self.local = None
+        self.local = self.drop
 
     def construct(self, x: Tensor, noise: Tensor) -> Tensor:
         if self.rate == 0.0 or not self.training:
             return x
-        if self.local is None:
-            return self.drop(x, noise)
         return self.local(x, noise)
 
     def drop(self, x: Tensor, noise: Tensor) -> Tensor:
@@ -173,17 +171,12 @@ class Attention(nn.Cell):
         self.mix = ops.BatchMatMul()
         self.causal = causal
         self.widen = Cast(mstype.float32)
-        self.local, self.length = None, causal.shape[0]
+        self.local = self.mix_heads
         self.fused = self._fused() if "FlashAttentionScore" in fused else None
 
     def construct(self, x: Tensor, batch: int) -> Tensor:
         """Every position sees itself and those before it."""
-        qkv = self.qkv(x)
-        return self.widen(self.out(self.mix_heads(qkv, batch) if self.local is None else self.local(qkv)))
-
-    def mix_slice(self, qkv: Tensor) -> Tensor:
-        """`mix_heads` of the sequences and heads that a device holds."""
-        return self.mix_heads(qkv, qkv.shape[0] // self.length)
+        return self.widen(self.out(self.local(self.qkv(x), batch)))
 
     def mix_heads(self, qkv: Tensor, batch: int) -> Tensor:
         """Projections [N, J * (R + 2) * h] -> what the heads bring together [N, J * R * h]."""
@@ -199,17 +192,25 @@ class Attention(nn.Cell):
 
     def shard(self, mesh: Mesh) -> None:
         """Heads are cut over the model slices, sequences over the data slices (arXiv 1909.08053, section 3)."""
-        self.qkv.shard(mesh, None, "model")
-        self.out.shard(mesh, "model", None, "rows")
+        self.qkv.shard(mesh)
+        self.out.shard(mesh, "rows")
         self.widen.shard(mesh, "rows", None)
-        self.kv_heads, self.length = self.kv_heads // mesh.degrees.model_parallel, mesh.length
+        self.kv_heads = self.kv_heads // mesh.degrees.model_parallel
         self.fused = None if self.fused is None else self._fused()
-        heads, repeat = mesh.cut("data", "model"), self.repeat
+        heads, repeat, length = mesh.cut("data", axes_of(self.qkv.weight.name, 2)[1]), self.repeat, mesh.length
 
         def shape(qkv):
             return [qkv[0], qkv[1] * repeat // (repeat + 2)]
 
-        self.local = mesh.local(self.mix_slice, (heads,), (heads,), shape, first)
+        def of_slice(qkv):
+            return self.mix_heads(qkv, qkv.shape[0] // length)
+
+        mixed = mesh.local(of_slice, (heads,), (heads,), shape, first)
+
+        def local(qkv, batch):  # of all devices, of which a device holds a part
+            return mixed(qkv)
+
+        self.local = local
 
     def _split_heads(self, qkv: Tensor, batch: int):
         """Queries [B, J, R, S, h], keys [B, J, S, h], values [B, J, S, h]."""

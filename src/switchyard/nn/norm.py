@@ -9,6 +9,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops.auto_generate import RmsNorm
 
 from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.placement import axes_of
 from switchyard.nn.fused import NONE
 
 
@@ -27,11 +28,9 @@ class RMSNorm(nn.Cell):
         self.rsqrt = ops.Rsqrt()
         self.spread = ops.MatMul()
         self.scale = ops.Mul()
-        self.local = None
+        self.local = self.normalise
 
     def construct(self, x: Tensor) -> Tensor:
-        if self.local is None:
-            return self.normalise(x, self.gain)
         return self.local(x, self.gain)
 
     def normalise(self, x: Tensor, gain: Tensor) -> Tensor:
@@ -43,9 +42,10 @@ class RMSNorm(nn.Cell):
         return self.scale(x * self.spread(scale, self.ones), gains)
 
     def shard(self, mesh: Mesh) -> None:
-        """Rows are cut; the gain is whole everywhere."""
+        """Rows are cut as `mesh` cuts rows, the parameters as `axes_of` says."""
         rows = mesh.cut("rows", None)
-        self.local = mesh.local(self.normalise, (rows, mesh.cut(None)), (rows,), first, first)
+        weights = [mesh.cut(*axes_of(parameter.name, 1)) for parameter in self.get_parameters()]  # gain, then bias
+        self.local = mesh.local(self.normalise, (rows, *weights), (rows,), first, first)
 
 
 class LayerNorm(RMSNorm):
@@ -59,8 +59,6 @@ class LayerNorm(RMSNorm):
         self.bias = Parameter(Tensor(np.zeros(width, np.float32)), name="bias")
 
     def construct(self, x: Tensor) -> Tensor:
-        if self.local is None:
-            return self.normalise(x, self.gain, self.bias)
         return self.local(x, self.gain, self.bias)
 
     def normalise(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
@@ -68,11 +66,6 @@ class LayerNorm(RMSNorm):
         mean = self.mean(x, -1)  # [N, 1]
         gained = super().normalise(x - self.spread(mean, self.ones), gain)
         return gained + self.spread(ops.ones_like(mean), bias.reshape(1, -1))
-
-    def shard(self, mesh: Mesh) -> None:
-        """Rows are cut; gain and bias are whole everywhere."""
-        rows, whole = mesh.cut("rows", None), mesh.cut(None)
-        self.local = mesh.local(self.normalise, (rows, whole, whole), (rows,), first, first)
 
 
 def create_norm(kind: str, width: int, eps: float, fused: frozenset[str] = NONE) -> nn.Cell:

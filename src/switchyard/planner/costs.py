@@ -1,7 +1,7 @@
 """What a layout costs a device: what it holds, what it sends, what it computes. No MindSpore in here.
 
 Parameters, optimizer state and exchanges are those of the graph that the compiler makes of `training.parallel_step`, to
-the byte (tests/parallel/test_costs.py); activations are an estimate.
+the byte (tests/planner/test_costs.py); activations are an estimate.
 
 Legend: N tokens and G groups of all devices together; n = N / data_parallel rows and g groups of a data slice; D width,
 F hidden width, E experts, C slots, V vocabulary, X columns of the projection to queries, keys and values.
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from switchyard.config import Config
-from switchyard.distributed.limits import check_offered
 from switchyard.distributed.placement import EXPERT, MODEL, Degrees, placement
 from switchyard.distributed.stages import stage_config, ways
 from switchyard.moe.dispatch.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape
 from switchyard.moe.metrics import width
 from switchyard.nn.fused import fused_operators
 from switchyard.planner.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
+from switchyard.training.limits import check_offered
 
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate; with float16 the loss scale's inverse
 IN_PRODUCT_TYPE = ("qkv.weight", "out.weight", "head.weight", "w_in", "w_gate", "w_out")  # model.compute_dtype

@@ -23,12 +23,13 @@ from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.config.reader import parse_json, read_text
 from switchyard.config.sections import LARGEST
-from switchyard.distributed.limits import require_trainable, with_defaults
+from switchyard.data.tokenizer import expected_vocabulary
 from switchyard.errors import UserError, shortened
 from switchyard.file_errors import writing
 from switchyard.moe.dispatch.capacity import dropped_of_record, dropped_share
 from switchyard.planner.costs import Costs, costs, heaviest, stage_costs
-from switchyard.simulation.compile import table, vocabulary
+from switchyard.text_table import table
+from switchyard.training.limits import require_trainable, with_defaults
 
 KINDS = ("AlltoAll", "AllReduce", "AllGather", "ReduceScatter", "Send")
 LARGEST_LOAD = 1 << 26  # bytes of a file of tokens per expert
@@ -322,7 +323,7 @@ def main(arguments: list[str]) -> None:
         if number is not None and not 1 <= number <= most:
             raise UserError(f"--{name}: {number}; from 1 to {most}")
     config, memory = configuration.load(chosen.config, chosen.overrides), read_size(chosen.memory)
-    vocab = chosen.vocab or vocabulary(config)
+    vocab = chosen.vocab or expected_vocabulary(config.data)
     load = read_load(chosen.tokens_per_expert, config) if chosen.tokens_per_expert else Load()
     if config.devices == chosen.devices:
         config = with_defaults(config, target_of(config))

@@ -19,17 +19,18 @@ from pathlib import Path
 from switchyard import cli, json_text
 from switchyard import config as configuration
 from switchyard.config import Config
+from switchyard.data.tokenizer import expected_vocabulary
 from switchyard.distributed.compiled_graph import Collective, Graph, collectives, read_graph
-from switchyard.distributed.limits import require_trainable
 from switchyard.distributed.placement import Degrees
 from switchyard.errors import UserError
 from switchyard.file_errors import writing
 from switchyard.files import scratch
 from switchyard.simulation.compile_worker import JOB, TRAINING_STEP
 from switchyard.simulation.fake_cann import simulation_environment
+from switchyard.text_table import table
+from switchyard.training.limits import require_trainable
 from switchyard.trust import check_trusted
 
-BYTE_VOCABULARY = 256
 COLUMNS = ["collective", "direction", "where", "why", "ranks", "number", "bytes each"]
 OPTIMIZER_STATE = ("moment1.", "moment2.", "accumulated.", "accu_grads.", "correction", "learning_rate", "unscale")
 ACCUMULATED = "accu_grads."  # gradients of a pipeline's micro-batches
@@ -127,7 +128,7 @@ def compile_ranks(
     """
     config = configuration.build(config) if isinstance(config, dict) else config
     check_devices(config, devices, ranks)
-    vocab = vocab or vocabulary(config)
+    vocab = vocab or expected_vocabulary(config.data)
     environment = {**os.environ, **simulation_environment()}
     source = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = with_source(source, environment.get("PYTHONPATH"))
@@ -178,16 +179,6 @@ def check_devices(config: Config, devices: int, ranks: Sequence[int]) -> None:
         )
     for rank in ranks:
         Degrees.of(cut).coordinates(rank)  # refuses ranks that are not there
-
-
-def vocabulary(config: Config) -> int:
-    """Entries of the configuration's vocabulary; 256 where only the corpus, which is not read, could tell."""
-    name = config.data.tokenizer
-    if name in ("byte", "char"):
-        return BYTE_VOCABULARY
-    from switchyard.data.tokenizer import read_tokenizer
-
-    return read_tokenizer(name).vocab_size
 
 
 def _reason(folder: Path, done: subprocess.CompletedProcess) -> str:
@@ -272,12 +263,6 @@ def ranks_text(group: tuple[int, ...], devices: int) -> str:
     return ",".join(map(str, group)) or "-"
 
 
-def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Aligned columns."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [heads, *rows]]
-
-
 def to_json(report: Report) -> dict:
     """Everything of a report besides the graph itself."""
     return {
@@ -314,7 +299,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the report there too, as JSON")
     parser.add_argument("--brief", action="store_true", help="layers that are alike in one row, and no parameters")
     chosen = parser.parse_intermixed_args(arguments)
-    config = configuration.load(chosen.config, chosen.overrides)
+    config = configuration.load(chosen.config, chosen.overrides, devices=chosen.devices)
     check_trusted(config.moe.router, consent=True, say=print)
     require_trainable(config)
     with cli.cleans_up():

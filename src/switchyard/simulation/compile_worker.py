@@ -64,8 +64,8 @@ def training_step(config, vocab: int) -> tuple:
     """Returns what is compiled if the job names nothing else: (the training step, its inputs on one device)."""
     from mindspore.nn.utils import no_init_parameters
 
-    from switchyard.distributed.limits import check_offered
     from switchyard.distributed.mesh import CompiledMesh
+    from switchyard.training.limits import check_offered
     from switchyard.training.step import create_step, sample_inputs
 
     check_offered(config)

@@ -23,7 +23,7 @@ import numpy as np
 from switchyard import cli
 from switchyard import config as configuration
 from switchyard.config import Config
-from switchyard.distributed.limits import require_trainable
+from switchyard.data.tokenizer import expected_vocabulary
 from switchyard.distributed.placement import Degrees, optimizer_slices, placement, slice_of
 from switchyard.errors import UserError
 from switchyard.files import scratch
@@ -34,6 +34,8 @@ from switchyard.simulation.compile import ACCUMULATED, Report
 from switchyard.simulation.compile_worker import JOB
 from switchyard.simulation.interpreter import EXCHANGES, Arrays, ClusterError, NotExecutable, run_cluster
 from switchyard.simulation.verdict import TOLERANCE, Comparison, Judge
+from switchyard.text_table import table
+from switchyard.training.limits import require_trainable
 from switchyard.trust import check_trusted
 
 DRAWS = 3  # of batches, where choices of experts fell otherwise
@@ -273,7 +275,7 @@ def prove(config: Config, devices: int, steps: int = 3, vocab: int | None = None
     if config.model.compute_dtype != "float32":  # rounding would be larger than what the rule allows
         raise UserError(f"model.compute_dtype: {config.model.compute_dtype}; a virtual cluster is compared in float32")
     require_trainable(config)
-    vocab = vocab or simulate.vocabulary(config)
+    vocab = vocab or expected_vocabulary(config.data)
     reports = simulate.compile_ranks(config, devices, range(devices), vocab)
     for draw in range(DRAWS):
         batches = draw_batches(config, vocab, steps, noise_slices(config, reports[0]), draw)
@@ -303,9 +305,9 @@ def render(found: Comparison) -> str:
     explained = f"; {count} entries moved otherwise, explained by gradients near zero" if count else ""
     return "\n".join(
         [
-            *simulate.table(["step", "loss of one device", "of the cluster"], steps),
+            *table(["step", "loss of one device", "of the cluster"], steps),
             "",
-            *simulate.table(heads, rows),
+            *table(heads, rows),
             "",
             *found.reasons,
             f"{sum(found.met.values())} collectives a step over all ranks; largest difference of losses and "
@@ -329,7 +331,7 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.steps < 1:
         raise UserError(f"--steps: {chosen.steps}; at least 1")
-    config = configuration.load(chosen.config, chosen.overrides)
+    config = configuration.load(chosen.config, chosen.overrides, devices=chosen.devices)
     check_trusted(config.moe.router, consent=True, say=print)
     try:
         with cli.cleans_up():

@@ -14,6 +14,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+from switchyard.device import mindspore_folder
 from switchyard.errors import UserError
 from switchyard.files import unfinished
 from switchyard.simulation.elf import Symbols, read_symbols, write_library
@@ -61,14 +62,6 @@ def check_machine(package: Path) -> None:
         raise UserError(
             f"simulated devices: the MindSpore in '{package}' has no Ascend plugin; install the wheel from PyPI"
         )
-
-
-def mindspore_folder() -> Path:
-    """The installed package's folder, found without importing it (UserError)."""
-    spec = importlib.util.find_spec("mindspore")
-    if spec is None or spec.origin is None:
-        raise UserError("mindspore: not installed; pip install -r requirements.txt")
-    return Path(spec.origin).parent
 
 
 def prepared(package: Path) -> Path:

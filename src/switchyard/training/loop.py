@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from switchyard.checkpoint import store as checkpoint
+from switchyard.checkpoint.finite import REMEDY
+from switchyard.checkpoint.health import Healthy
 from switchyard.checkpoint.layout import keep_groups, whole_shape
 from switchyard.config import Config
 from switchyard.data import Data, load_data
 from switchyard.device import set_context, target_of
 from switchyard.distributed.compiled_graph import exchanged, sums_may_race
-from switchyard.distributed.limits import check_way, lost_default, with_defaults
 from switchyard.distributed.mesh import LocalMesh
 from switchyard.distributed.meshes import create_mesh
 from switchyard.distributed.processes import (
@@ -31,8 +32,8 @@ from switchyard.json_text import to_json
 from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
 from switchyard.training.evaluate import Evaluation, create_evaluator, evenly_spaced
-from switchyard.training.finite import REMEDY, check_evaluation, check_step
-from switchyard.training.health import Healthy
+from switchyard.training.finite import check_evaluation, check_step
+from switchyard.training.limits import check_way, lost_default, with_defaults
 from switchyard.training.lock import locked
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
 from switchyard.training.resume import (

@@ -12,17 +12,17 @@ from mindspore import dtype as mstype
 from oracles.tiny import tiny_config
 
 from switchyard.config import build
-from switchyard.distributed.limits import why_by_hand
-from switchyard.distributed.own_classes import require_cut_router
 from switchyard.errors import UserError
 from switchyard.moe.dispatch.dispatchers import create_path
 from switchyard.moe.layer import MoELayer
+from switchyard.moe.own_classes import require_cut_router
 from switchyard.moe.routing import Router, create_router
 from switchyard.moe.routing.base import LinearRouter, why_not_cut
 from switchyard.moe.routing.gshard import GShard
 from switchyard.moe.routing.softmax import Switch, TopK
 from switchyard.nn.noise import NoiseSlices
 from switchyard.simulation import emulate as virtual
+from switchyard.training.limits import why_by_hand
 
 PAGE = Path(__file__).parents[3] / "docs" / "routing.md"
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from switchyard.moe.routing import known_routers
-from switchyard.moe.routing.__main__ import HEADINGS, rows, table
+from switchyard.moe.routing.__main__ import HEADINGS, listing, rows
 
 
 def test_every_router_has_a_whole_line():
@@ -17,7 +17,7 @@ def test_every_router_has_a_whole_line():
 
 
 def test_columns_are_aligned():
-    heading, *lines = table().split("\n\n")[0].splitlines()
+    heading, *lines = listing().split("\n\n")[0].splitlines()
     starts = [heading.index(name) for name in HEADINGS]
     for line in lines:
         assert all(line[start - 2 : start] == "  " and line[start] != " " for start in starts[1:]), line
@@ -25,7 +25,7 @@ def test_columns_are_aligned():
 
 def test_command_prints_the_table_alone():
     done = subprocess.run([sys.executable, "-m", "switchyard.moe.routing"], capture_output=True, text=True, check=True)
-    assert done.stdout == table() + "\n"
+    assert done.stdout == listing() + "\n"
 
 
 def test_command_refuses_what_it_does_not_know():

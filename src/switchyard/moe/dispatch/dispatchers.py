@@ -17,7 +17,6 @@ from mindspore import dtype as mstype
 
 from switchyard.config import Config, MoEConfig
 from switchyard.distributed.mesh import CompiledMesh, LocalMesh, first
-from switchyard.distributed.own_classes import require_cut_experts
 from switchyard.errors import UserError
 from switchyard.forms import keeps
 from switchyard.moe.dispatch.alltoallv import AlltoAllV
@@ -25,6 +24,7 @@ from switchyard.moe.dispatch.capacity import capacity
 from switchyard.moe.dispatch.onehot import OneHotCombine, OneHotDispatch
 from switchyard.moe.dispatch.plan import BlockPlan, CapacityPlan
 from switchyard.moe.dispatch.reroute import Reroute
+from switchyard.moe.own_classes import require_stacked
 from switchyard.nn.gather import Combine, Dispatch, TakeSlicedRows, index_or_zero_row, with_zero_row
 from switchyard.nn.masks import keep_where
 
@@ -68,7 +68,11 @@ class Dispatcher(nn.Cell):
 
     Args:
         moe: the section of the configuration.
+
+    runs_experts: whether the experts' cell computes; else the dispatcher reads their parameters.
     """
+
+    runs_experts = True
 
     def __init__(self, moe: MoEConfig):
         super().__init__()
@@ -101,14 +105,8 @@ class Dispatcher(nn.Cell):
         """Types of what `send` returns."""
         return (float_type,) * len(self.shapes(1, 1, 1))
 
-    def shard(self, mesh: CompiledMesh, experts: nn.Cell) -> None:
-        """Groups are sharded by data shards, the experts by expert shards.
-
-        Raises:
-            UserError: experts of a user's own that cannot be sharded.
-        """
-        require_cut_experts(experts, self.expert_num)
-        experts.shard(mesh)
+    def shard(self, mesh: CompiledMesh) -> None:
+        """Groups are sharded by data shards."""
         self.crossing.shard(mesh)
         layouts = tuple(mesh.cut("data", *(None,) * (len(shape) - 1)) for shape in self.shapes(1, 1, 1))
 
@@ -176,9 +174,9 @@ class SlotDispatcher(Dispatcher):
         """See Dispatcher."""
         return [plan[0][0] * plan[0][1] // self.choices, outputs[-1]]
 
-    def shard(self, mesh: CompiledMesh, experts: nn.Cell) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """See Dispatcher."""
-        super().shard(mesh, experts)
+        super().shard(mesh)
         self.to_slots.shard(mesh)
         self.to_tokens.shard(mesh)
 
@@ -236,6 +234,8 @@ class AlltoAllVDispatcher(Dispatcher):
         dtype, fused: see alltoallv.AlltoAllV.
     """
 
+    runs_experts = False
+
     def __init__(self, config: Config, static: bool, dtype, fused: frozenset[str]):
         super().__init__(config.moe)
         self.config, self.static, self.dtype, self.fused = config, static, dtype, fused
@@ -260,9 +260,8 @@ class AlltoAllVDispatcher(Dispatcher):
         """See Dispatcher."""
         return float_type, mstype.int32, float_type
 
-    def shard(self, mesh: CompiledMesh, experts: nn.Cell) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """See AlltoAllV."""
-        require_cut_experts(experts, self.expert_num, self.config.moe.dispatch)
         self.exchange = AlltoAllV(self.config, mesh, self.dtype, self.fused, self.static)
 
 
@@ -385,6 +384,8 @@ def create_dispatcher(
         UserError: a form that has no dispatcher, or experts that cannot do what it asks.
     """
     moe, form = config.moe, router.form if training else router.eval_form or router.form
+    if mesh.degrees.expert_parallel > 1:
+        require_stacked(experts, moe.expert_num)
     if form in FORMS:
         _require_merged(form, config, experts)
         return FORMS[form](moe)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from switchyard import cli
 from switchyard.moe.routing import known_routers
+from switchyard.text_table import table
 
 HEADINGS = ("name", "unit", "form", "learnable", "causal", "losses", "needs", "paper")
 
@@ -12,15 +13,12 @@ HEADINGS = ("name", "unit", "form", "learnable", "causal", "losses", "needs", "p
 def main(arguments: list[str]) -> None:
     """Prints the table and nothing else on stdout."""
     cli.Parser("python -m switchyard.moe.routing", description="Lists what moe.router may be.").parse_args(arguments)
-    print(table())
+    print(listing())
 
 
-def table() -> str:
-    """One line a router, columns aligned; below it what the columns mean."""
-    lines = [HEADINGS, *rows()]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join([*text, "", *LEGEND])
+def listing() -> str:
+    """Returns one line for each router and, below the table, what its columns mean."""
+    return "\n".join([*table(HEADINGS, rows()), "", *LEGEND])
 
 
 LEGEND = (

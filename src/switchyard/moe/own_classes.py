@@ -5,7 +5,7 @@ Each function is asked before the first layout is made, and raises one line (Use
 
 from mindspore import nn
 
-from switchyard.distributed.placement import EXPERT, Degrees, placement
+from switchyard.distributed.placement import EXPERT, axes_of
 from switchyard.errors import UserError
 from switchyard.forms import changed, changes_alone
 
@@ -69,10 +69,10 @@ def require_cut_experts(experts: nn.Cell, number: int, dropless: str | None = No
 
 
 def require_stacked(experts: nn.Cell, number: int) -> None:
-    """Refuses experts with a parameter stacked on E that `placement`, which goes by names, would leave whole."""
+    """Refuses experts with a parameter stacked on E that `axes_of`, which goes by names, would leave whole."""
     for parameter in experts.get_parameters():
         shape, last = tuple(parameter.shape), parameter.name.rsplit(".", 1)[-1]
-        if number > 1 and shape[:1] == (number,) and EXPERT not in placement(f"experts.{last}", shape, Degrees()):
+        if number > 1 and shape[:1] == (number,) and EXPERT not in axes_of(f"experts.{last}", len(shape)):
             raise UserError(
                 f"parallel.expert_parallel: '{parameter.name}' {list(shape)} would not be cut by experts; "
                 f"name stacked matrices w_in, w_gate or w_out, [E, ., .], or set it to 1"

@@ -1,6 +1,6 @@
 """Says, before any process is started, whether `train.py` would train a configuration on so many devices.
 
-`python -m switchyard.distributed.launch --config FILE --devices N --target GPU [section.key=value ...]` prints nothing
+`python -m switchyard.training.launch --config FILE --devices N --target GPU [section.key=value ...]` prints nothing
 and ends with 0, or one line and 2, as `train.py` itself would. The launch scripts' --dry-run asks it; no MindSpore is
 imported unless moe.router names a class in a file of the user's own.
 """
@@ -9,17 +9,15 @@ import sys
 
 from switchyard import cli
 from switchyard import config as configuration
-from switchyard.distributed.limits import check_way, lost_default, of_sizes, refuse
 from switchyard.errors import UserError
+from switchyard.training.limits import check_way, lost_default, of_sizes, refuse
 
 TARGETS = ("Ascend", "GPU", "CPU")
 
 
 def main(arguments: list[str]) -> None:
     """See the module."""
-    parser = cli.create_parser(
-        "python -m switchyard.distributed.launch", "Checks keys and degrees of a job of N devices."
-    )
+    parser = cli.create_parser("python -m switchyard.training.launch", "Checks keys and degrees of a job of N devices.")
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see config/")
     parser.add_argument("--devices", required=True, type=int, metavar="N", help="devices of all nodes together")
     parser.add_argument("--target", required=True, choices=TARGETS, help="what the devices are")
@@ -27,7 +25,7 @@ def main(arguments: list[str]) -> None:
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.devices < 1:
         raise UserError(f"--devices: {chosen.devices}; at least 1")
-    config = configuration.load(chosen.config, chosen.overrides)
+    config = configuration.load(chosen.config, chosen.overrides, devices=chosen.devices)
     by_hand = check_way(config, chosen.devices, chosen.target)
     refuse(of_sizes(config, chosen.target))
     lost = None if by_hand else lost_default(config, chosen.target)

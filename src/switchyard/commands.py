@@ -1,11 +1,74 @@
-"""The command lines export.py and infer.py: arguments in, one call, text out. Nothing heavy is imported for --help."""
+"""The command lines train.py, eval.py, export.py and infer.py: arguments in, one call, text out.
+
+Nothing heavy is imported before the arguments are known. No module imports this one.
+"""
 
 import sys
+from collections.abc import Sequence
 
+from switchyard import config as configuration
+from switchyard import streams
 from switchyard.cli import Parser, add_trust_code, cleans_up, create_parser, finite, stdout_to_stderr, whole
+from switchyard.distributed.processes import is_first, launched
 from switchyard.errors import UserError
 from switchyard.file_errors import writing
 from switchyard.json_text import to_json
+
+
+def announce(config: configuration.Config, overrides: Sequence[str]) -> None:
+    """Says on stderr, in the first process of a job, which keys have no effect."""
+    from switchyard.device import target_of
+
+    if is_first():
+        for line in configuration.notes(config, overrides, target_of(config.context)):
+            print(line, file=sys.stderr, flush=True)
+
+
+def train_main(arguments: list[str]) -> None:
+    """`train.py`: see its --help."""
+    parser = create_parser("train.py", "Trains a model and keeps metrics and checkpoints in runs/NAME.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see config/")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run train.name")
+    parser.add_argument("--print-config", action="store_true", help="show every key and its value, and end")
+    chosen = parser.parse_intermixed_args(arguments)
+    config = configuration.load(chosen.config, chosen.overrides, devices=launched())
+    if chosen.print_config:
+        print(config.to_yaml(), end="")
+        return
+    streams.survive()
+    _prepare()
+    announce(config, chosen.overrides)
+    from switchyard.training.loop import train
+
+    train(config, chosen.resume)
+
+
+def eval_main(arguments: list[str]) -> None:
+    """`eval.py`: see its --help."""
+    parser = create_parser(
+        "eval.py",
+        "Evaluates a checkpoint over its run's validation set. A text that data.path=... names is scored whole, with\n"
+        "the checkpoint's own tokenizer; with data.val_fraction=... as well, its validation part.",
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or one checkpoint in it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    add_trust_code(parser)
+    chosen = parser.parse_intermixed_args(arguments)
+    _prepare()
+    with stdout_to_stderr() as out:
+        from tqdm import tqdm
+
+        from switchyard.training.evaluate import evaluate
+
+        with tqdm(unit="batch", disable=None, leave=False) as bar:  # None: only on a terminal
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            found = evaluate(chosen.checkpoint, chosen.overrides, on_batch=show, trust_code=chosen.trust_code)
+        text = to_json(found.to_dict()) if chosen.json else found.to_text()
+        out.write(text + "\n")
 
 
 def export_main(arguments: list[str]) -> None:
@@ -103,13 +166,13 @@ def _infer(chosen, out) -> None:
     sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p, chosen.seed)
     prompts = read_prompts(chosen.prompts_file) if chosen.prompts_file is not None else [chosen.prompt]
     model = open_model(chosen.model, chosen.key_file, say)
-    streams = chosen.prompts_file is None and not chosen.json
+    streaming = chosen.prompts_file is None and not chosen.json
 
     def stream(text: str) -> None:
         out.write(text)
         out.flush()
 
-    if streams:
+    if streaming:
         first = [chosen.prompt]
 
         def on_text(text: str) -> None:
@@ -123,7 +186,7 @@ def _infer(chosen, out) -> None:
 
     found, timing = generate(model, prompts, chosen.max_new_tokens, sampling, on_text)
     _say_unknown(model.tokenizer, prompts)
-    if streams:
+    if streaming:
         on_text("\n")
     elif chosen.json:
         objects = [to_dict(one, timing) for one in found]

@@ -7,10 +7,10 @@ import pytest
 
 from switchyard import cli
 from switchyard.config import build
-from switchyard.distributed import launch
-from switchyard.distributed.limits import check_way, require_trainable
 from switchyard.errors import UserError
 from switchyard.simulation import compile as simulate
+from switchyard.training import launch
+from switchyard.training.limits import check_way, require_trainable
 
 EXPERTS = {"expert_num": 4}
 UNTIED = {"tie_word_embeddings": False}
@@ -79,10 +79,13 @@ def test_the_command_is_silent_or_one_line(tmp_path, capsys):
     arguments = ["--config", path, "--devices", "2", "--target"]
     assert cli.run(launch.main, [*arguments, "Ascend", "parallel.data_parallel=2", "--resume"]) == 0
     assert capsys.readouterr() == ("", "")
-    assert cli.run(launch.main, [*arguments, "GPU", "parallel.data_parallel=2"]) == 0
+    assert cli.run(launch.main, [*arguments, "GPU"]) == 0  # by default the batch is shared out
     assert "optimizer_shard stays 0, not 1 as by default on several GPUs" in capsys.readouterr().err
     for wrong, says in (
-        (["CPU"], "error: parallel.data_parallel: 1; the degrees need 1 processes, 2 processes run"),
+        (
+            ["CPU", "parallel.data_parallel=1"],
+            "error: parallel.data_parallel: 1; the degrees need 1 processes, 2 processes run",
+        ),
         (["CPU", "parallel.model_parallel=2"], "error: parallel.model_parallel: 2; training in processes cuts"),
         (["TPU"], "error: argument --target: invalid choice"),
     ):
@@ -91,7 +94,7 @@ def test_the_command_is_silent_or_one_line(tmp_path, capsys):
 
 
 def test_no_mindspore_is_imported_for_shipped_routers():
-    code = "import sys; import switchyard.distributed.launch; sys.exit('mindspore' in sys.modules)"
+    code = "import sys; import switchyard.training.launch; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

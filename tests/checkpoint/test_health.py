@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from oracles.tiny_run import run_config
 
+from switchyard.checkpoint import health
 from switchyard.checkpoint import reshard as recut
 from switchyard.checkpoint import store as checkpoint
+from switchyard.checkpoint.health import Healthy
 from switchyard.distributed.processes import Processes
 from switchyard.errors import UserError
-from switchyard.training import health
-from switchyard.training.health import Healthy
 from switchyard.training.resume import agreed, find_start, newest
 
 NAMES = [checkpoint.name_of(step) for step in range(6)]
