@@ -209,20 +209,23 @@ def test_a_run_reads_every_key_that_the_tables_do_not_name(network, tmp_path, mo
     [
         (
             ["moe.router=top_k", "moe.n_group=4", "moe.topk_group=2"],
-            "moe.n_group: 4; moe.router 'top_k' does not read it: take one of sigmoid, two_level, random_in_group, or",
+            "moe.n_group: 4; moe.router 'top_k' has no such option: take one of sigmoid, two_level, random_in_group, or",
         ),
-        (["moe.slots_per_expert=2"], "moe.slots_per_expert: 2; moe.router 'switch' does not read it: take one of soft"),
+        (
+            ["moe.slots_per_expert=2"],
+            "moe.slots_per_expert: 2; moe.router 'switch' has no such option: take one of soft",
+        ),
         (["moe.router=hash", "moe.jitter=0.1"], "moe.jitter: 0.1; moe.router 'hash' does not read it: take none of"),
-        (["moe.second_expert=all", "moe.slice_length=4"], "moe.slice_length: 4; moe.granularity 'slice' reads it"),
+        (["moe.slice_length=4"], "moe.slice_length: 4; moe.granularity 'slice' reads it"),
         (["moe.expert_num=1", "moe.record=a"], "moe.record: 'a'; no layer is conditional"),
         (["moe.layers=[]", "moe.replay=a"], "moe.replay: 'a'; no layer is conditional"),
         (
             ["moe.router=gshard", "moe.num_experts_chosen=2", "moe.norm_topk_prob=false"],
-            "moe.norm_topk_prob: False; moe.router 'gshard' always has gates that sum to 1",
+            "moe.norm_topk_prob: False; moe.router 'gshard' has no such option: take one of top_k, cosine,",
         ),
         (
-            ["moe.router=gshard", "moe.num_experts_chosen=2", "moe.second_expert_threshold=0.5"],
-            "moe.second_expert_threshold: 0.5; moe.second_expert 'threshold' reads it",
+            ["moe.router=gshard", "moe.num_experts_chosen=2", "moe.router.second_expert_threshold=0.5"],
+            "moe.router.second_expert_threshold: 0.5; moe.router.second_expert 'threshold' reads it",
         ),
     ],
 )
@@ -235,10 +238,9 @@ def test_what_would_change_the_mathematics_is_refused(overrides, answer):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["moe.norm_topk_prob=false"],  # switch does not normalise
-        ["moe.router=hash", "moe.aux_loss_factor=0", "moe.z_loss_factor=0", "moe.topk_bias_update_rate=0"],
-        ["moe.router=my.own.Router", "moe.n_group=4", "moe.jitter=0.1", "moe.slots_per_expert=2"],
-        ["moe.router=sigmoid", "moe.num_experts_chosen=2", "moe.n_group=4", "moe.topk_group=2"],
+        ["moe.router=hash", "moe.aux_loss_factor=0", "moe.z_loss_factor=0"],
+        ["moe.router=my.own.Router", "moe.router.n_group=4", "moe.jitter=0.1"],
+        ["moe.router=sigmoid", "moe.num_experts_chosen=2", "moe.router.n_group=4", "moe.router.topk_group=2"],
     ],
 )
 def test_what_is_read_or_holds_anyway_is_neither_refused_nor_told(overrides):

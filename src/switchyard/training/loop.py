@@ -30,6 +30,7 @@ from switchyard.distributed.replicas import check_replicas
 from switchyard.errors import Interrupted
 from switchyard.json_text import to_json
 from switchyard.models import create_model
+from switchyard.moe.routing.base import with_options
 from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
 from switchyard.training.cluster import ClusterStep
@@ -98,6 +99,7 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
         print(f"run: '{run}' has made its {config.train.steps} steps; raise train.steps to go on", flush=True)
         return result
     set_context(config.context, config.train.seed, config.model.compute_dtype)
+    with_options(config.moe)  # those of a router in the user's own file are known from here on
     processes = meet(config)  # nothing was written before all have seen what is there
     if is_scheduler():
         return {}

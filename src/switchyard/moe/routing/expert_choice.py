@@ -7,6 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.config.router_options import DepthsOptions
 from switchyard.moe.dispatch.capacity import capacity
 from switchyard.moe.routing.base import LinearRouter, RouterSetting, register
 from switchyard.nn.masks import keep_where
@@ -117,6 +118,7 @@ class MixtureOfDepths(LinearRouter):
     """
 
     paper = "arXiv 2404.02258"
+    Options = DepthsOptions
     form, eval_form, refuses = "expert_choice", "token_choice", True
     losses = ()
 
