@@ -58,7 +58,7 @@ class Scaled(RouterOptions):
 class Normalised(RouterOptions):
     """Of routers that may divide gates by their sum."""
 
-    norm_topk_prob: bool = Field(True, description="K >= 2: gates of a row sum to 1")
+    norm_topk_prob: bool = Field(True, description="gates of a row sum to 1 where K >= 2")
 
 
 class SwitchOptions(Scaled, OneChoice):
@@ -72,7 +72,7 @@ class TopKOptions(Scaled, Normalised):
 class SinkhornOptions(TopKOptions):
     """Of `sinkhorn`."""
 
-    sinkhorn_iterations: Positive = Field(8, description="training: passes that balance rows and experts")
+    sinkhorn_iterations: Positive = Field(8, description="passes that balance rows and experts in training")
 
 
 class GShardOptions(RouterOptions):
@@ -82,7 +82,7 @@ class GShardOptions(RouterOptions):
         "all", description="second choices that count: all, by lot in proportion (training), or large gates"
     )
     second_expert_threshold: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.2, description="second_expert 'threshold': the gate that a second choice must exceed"
+        0.2, description="the gate that a second choice must exceed; read where second_expert is 'threshold'"
     )
 
     def laws(self, moe) -> Laws:
@@ -275,7 +275,7 @@ def typed(router: str, kind: type, given: dict[str, Any]) -> Any:
         UserError: `kind` is neither, or an option is unknown, of another type or out of range.
     """
     if not (isinstance(kind, type) and (issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind))):
-        raise UserError(f"{KEY}: '{router}'; its Options must be a pydantic model or a dataclass")
+        raise UserError(f"{KEY}: {router}; its Options must be a pydantic model or a dataclass")
     is_model = issubclass(kind, BaseModel)
     known = list(kind.model_fields) if is_model else [field.name for field in dataclasses.fields(kind) if field.init]
     for option, value in given.items():

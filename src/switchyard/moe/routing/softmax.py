@@ -5,7 +5,7 @@ Legend: G groups, N rows of a group, E experts, K choices of a row, D width.
 
 from mindspore import Tensor, ops
 
-from switchyard.config.router_options import SwitchOptions, TopKOptions
+from switchyard.config.router_options import Scaled, SwitchOptions, TopKOptions
 from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register, shares
 
 
@@ -13,7 +13,7 @@ class SoftmaxRouter(LinearRouter):
     """p = softmax(x W) (arXiv 2101.03961, eq. 1), the K most probable experts, gates made of their probabilities."""
 
     cuts = True
-    Options = SwitchOptions
+    Options = Scaled
 
     def __init__(self, setting: RouterSetting, columns: int | None = None):
         super().__init__(setting, columns)
@@ -57,6 +57,7 @@ class Switch(SoftmaxRouter):
     """
 
     paper = "arXiv 2101.03961"
+    Options = SwitchOptions
 
 
 class NormalisedRouter(SoftmaxRouter):
