@@ -6,7 +6,7 @@ replicas of a slice is added, and the one rank of those that hold the same slice
 
 from switchyard.checkpoint.tensors import Box
 from switchyard.config import Config
-from switchyard.distributed.placement import Degrees, optimizer_slices, placement, slice_of, slices, stages_of
+from switchyard.distributed.placement import Degrees, full_shape, optimizer_slices, placement, slice_of, stages_of
 from switchyard.errors import UserError
 
 Shape = tuple[int, ...]
@@ -39,11 +39,6 @@ def held(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> B
     return (slice(start, start + length), *box[1:])
 
 
-def updates(name: str, degrees: Degrees, rank: int, layers: int) -> bool:
-    """Whether a rank's stage updates a tensor, arguments as in `held`. Counters are of all stages."""
-    return "." not in name or degrees.coordinates(rank).stage == _stages(name, layers, degrees)[0]
-
-
 def writes(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> bool:
     """Whether a rank is the first of those that hold its slice; arguments as in `held`."""
     if degrees.coordinates(rank).stage != _stages(name, layers, degrees)[0]:
@@ -63,8 +58,7 @@ def whole_shape(name: str, shape: Shape, degrees: Degrees) -> Shape:
             f"parallel.optimizer_shard: {degrees.optimizer_shard}; the whole shape of '{name}' must be said: ZeRO cuts "
             "an axis only where it divides"
         )
-    cut = placement(name, shape, Degrees())
-    return tuple(size * slices(axis, degrees) for size, axis in zip(shape, cut))
+    return full_shape(name, shape, degrees)
 
 
 def keep_groups(old: Config, new: Config) -> Config:

@@ -259,9 +259,9 @@ class Config(Section):
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a step: those that a pipeline works on at a time, or those that come one after the other."""
-        cut = self.parallel
-        return cut.micro_batch_num if cut.pipeline_stage > 1 else self.train.gradient_accumulation_steps
+        """Micro-batches of a step: those one after the other, times those that a pipeline works on at a time."""
+        cut, each = self.parallel, self.train.gradient_accumulation_steps
+        return each * cut.micro_batch_num if cut.pipeline_stage > 1 else each
 
     @property
     def predictions(self) -> int:

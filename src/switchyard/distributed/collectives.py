@@ -1,23 +1,76 @@
-"""What processes exchange inside a training step, written by hand: rows for experts, gradients, norms and figures.
+"""Processes that exchange inside their graphs: where MindSpore's compiler does not shard the graph itself.
 
-Where MindSpore's compiler cuts the graph itself (semi_auto on Ascend and GPU) none of this is used. On CPU it cannot,
-and its collectives are AllReduce (sum) and AllGather over all processes; so AlltoAll is AllGather and a slice here,
-with the gradient written out, since the one of AllGather would be ReduceScatter, which is missing too.
+On CPU it cannot, and its collectives are AllReduce (sum) and AllGather over all processes; so AlltoAll is AllGather and
+a slice here, with the gradient written out, since the one of AllGather would be ReduceScatter, which is missing too.
 
 Legend: E experts, e = E / expert_parallel of them on one process, S slots of an expert on one process, W processes,
-g = expert_parallel of them share one set of experts, M conditional layers.
+g = expert_parallel of them share one set of experts.
 """
 
+from collections.abc import Callable
+
 from mindspore import Tensor, nn, ops
-from mindspore import dtype as mstype
 
 from switchyard.config import Config
-from switchyard.distributed.own_classes import require_stacked
-from switchyard.distributed.placement import EXPERT, placement, slice_of
-from switchyard.distributed.processes import Processes
-from switchyard.moe.layer import MoELayer
-from switchyard.moe.routing.losses import max_violation
-from switchyard.nn.adamw import GlobalNorm
+from switchyard.distributed.gradients import GlobalNorm
+from switchyard.distributed.mesh import LocalMesh, Total
+from switchyard.distributed.placement import EXPERT, full_shape, placement, slice_of
+from switchyard.distributed.processes import Processes, local_config
+
+
+class ProcessMesh(LocalMesh):
+    """Processes that shard the batch, and experts.
+
+    Each process minimises its own part of one loss: its tokens' cross-entropy over the number of all valid tokens, and
+    its groups' auxiliary losses over the number of all real tokens. So gradients are summed, never averaged: those of
+    experts over the processes that hold the same shard, since the rows of the others have come through the exchange
+    already.
+    """
+
+    def __init__(self, processes: Processes):
+        super().__init__(processes)
+        self.dropless = "slots" if self.degrees.expert_parallel > 1 else "blocks"
+
+    def config(self, config: Config) -> Config:
+        """Returns the configuration of this process's share of the batch and of the routing groups."""
+        return local_config(config, self.processes)
+
+    def place(self, model: nn.Cell) -> None:
+        """Leaves a model, before it is compiled, its shard of the experts, and gives its layers the way to the others.
+
+        Raises:
+            UserError: experts that cannot be sharded.
+        """
+        if self.degrees.expert_parallel == 1:
+            return
+        for _, cell in model.cells_and_names():
+            if hasattr(cell, "exchange_over"):
+                cell.exchange_over(ToExperts(self.processes), ToTokens(self.processes))
+        full = {parameter.name: parameter for parameter in model.get_parameters()}
+        for name, part in own_arrays({name: p.asnumpy() for name, p in full.items()}, self.processes).items():
+            if part.shape != full[name].shape:
+                full[name].set_data(Tensor(part), slice_shape=True)
+
+    def total(self) -> nn.Cell:
+        """Returns a cell that sums figures over the processes: [1, X] -> [X]."""
+        return TotalOfProcesses()
+
+    def everywhere(self, axes: int) -> Callable:
+        """Returns an operator that gathers the rows of all processes: [B / W, ...] -> [B, ...]."""
+        return ops.AllGather()
+
+    def full_shapes(self, model: nn.Cell) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the full parameters, by name."""
+        own = super().full_shapes(model)
+        return {name: full_shape(name, shape, self.degrees) for name, shape in own.items()}
+
+    def gradient_sum(self, parameters) -> nn.Cell:
+        """Returns a cell that sums gradients over the processes that hold the same shard."""
+        return GradientSum(self.processes, parameters)
+
+    def gradient_norm(self, parameters) -> nn.Cell:
+        """Returns a cell that computes the norm of gradients of which experts are sharded."""
+        return NormOfProcesses(self.processes, parameters)
 
 
 class _Swap(nn.Cell):
@@ -59,7 +112,7 @@ class ToExperts(_Swap):
         return (self.collect(d_out),)
 
 
-class ToRows(_Swap):
+class ToTokens(_Swap):
     """The way back: [e, g * S, ...] -> [E, S, ...]."""
 
     def construct(self, rows: Tensor) -> Tensor:
@@ -69,56 +122,53 @@ class ToRows(_Swap):
         return (self.scatter(d_out),)
 
 
-class Sum(nn.Cell):
-    """Sum over all processes of a tensor of any shape, a count say; no gradient passes."""
+class TotalOfProcesses(nn.Cell):
+    """Sums figures over the processes: [1, X] -> [X].
+
+    The gradient passes as it is: each process differentiates its own part of the sum.
+    """
 
     def __init__(self):
         super().__init__()
-        self.reduce = ops.AllReduce()
+        self.own, self.reduce, self.lift = Total(), ops.AllReduce(), ops.ExpandDims()
 
-    def construct(self, values: Tensor) -> Tensor:
-        flat = ops.stop_gradient(values).reshape(-1).astype(mstype.float32)
-        return ops.stop_gradient(self.reduce(flat)).reshape(values.shape)
+    def construct(self, figures: Tensor) -> Tensor:
+        return self.reduce(self.own(figures))
+
+    def bprop(self, figures, out, d_out):
+        return (self.lift(d_out, 0),)
 
 
-class Joint(nn.Cell):
-    """What a step adds up over the processes: counts, gradients, their norm, figures.
-
-    Each process minimises its own part of one loss: its tokens' cross-entropy over the number of all valid tokens, and
-    its groups' balance losses times its share of the real rows. So gradients are summed, never averaged: those of
-    experts over the processes that hold the same slice, since the rows of the others have come through the exchange
-    already.
+class GradientSum(nn.Cell):
+    """Gradients of this process's part of the loss -> those of the whole loss, of this process's parameters.
 
     Args:
         processes: this one and the others.
-        parameters: those that are trained, cut already.
-        layers, experts: M and E of the audit, 0 where there is none.
+        parameters: those that the gradients are of, sharded already.
     """
 
-    def __init__(self, processes: Processes, parameters, layers: int, experts: int):
+    def __init__(self, processes: Processes, parameters):
         super().__init__(auto_prefix=False)
-        degrees, self.size = processes.degrees, processes.size
-        self.copies, self.slices = degrees.outer, degrees.expert_parallel
+        degrees = processes.degrees
+        self.replicas, self.shards = degrees.outer, degrees.expert_parallel
         self.place = degrees.coordinates(processes.rank).expert
-        self.is_cut = tuple(self.slices > 1 and is_expert(parameter.name, parameter.shape) for parameter in parameters)
-        self.layers, self.experts = layers, experts
-        self.count, self.reduce = Sum(), ops.AllReduce()
-        self.norm_whole, self.norm_cut = GlobalNorm(), GlobalNorm()
+        self.is_sharded = shards_of(parameters, self.shards)
+        self.reduce = ops.AllReduce()
 
     def construct(self, gradients: tuple) -> tuple:
-        """Gradients of this process's part -> those of the whole loss, of this process's parameters."""
+        """One gradient for each parameter."""
         summed = ()
         for index, gradient in enumerate(gradients):
-            if not self.is_cut[index]:
+            if not self.is_sharded[index]:
                 gradient = self.reduce(gradient)
-            elif self.copies > 1:
-                gradient = self.over_copies(gradient)
+            elif self.replicas > 1:
+                gradient = self.over_replicas(gradient)
             summed = (*summed, gradient)
         return summed
 
-    def over_copies(self, gradient: Tensor) -> Tensor:
-        """Sum over the processes with the same expert slice [e, ...]: AllReduce here knows no smaller group."""
-        before, after = self.place * gradient.shape[0], (self.slices - 1 - self.place) * gradient.shape[0]
+    def over_replicas(self, gradient: Tensor) -> Tensor:
+        """Sums over the processes with the same expert shard [e, ...]: AllReduce here knows no smaller group."""
+        before, after = self.place * gradient.shape[0], (self.shards - 1 - self.place) * gradient.shape[0]
         rest = gradient.shape[1:]
         parts = ()
         if before > 0:
@@ -128,74 +178,42 @@ class Joint(nn.Cell):
             parts = (*parts, ops.zeros((after, *rest), gradient.dtype))
         return self.reduce(ops.concat(parts, 0))[before : before + gradient.shape[0]]
 
-    def norm(self, gradients: tuple) -> Tensor:
-        """Root of the sum of squares of the whole gradient: a slice counts once, whatever holds it."""
-        whole, cut = (), ()
+
+class NormOfProcesses(nn.Cell):
+    """Root of the sum of squares of the full gradient: a shard counts once, whatever holds it."""
+
+    def __init__(self, processes: Processes, parameters):
+        super().__init__(auto_prefix=False)
+        self.replicas = processes.degrees.outer
+        self.is_sharded = shards_of(parameters, processes.degrees.expert_parallel)
+        self.norm_full, self.norm_sharded, self.reduce = GlobalNorm(), GlobalNorm(), ops.AllReduce()
+
+    def construct(self, gradients: tuple) -> Tensor:
+        """One gradient for each parameter -> []."""
+        full, sharded = (), ()
         for index, gradient in enumerate(gradients):
-            if self.is_cut[index]:
-                cut = (*cut, gradient)
+            if self.is_sharded[index]:
+                sharded = (*sharded, gradient)
             else:
-                whole = (*whole, gradient)
-        if len(cut) == 0:
-            return self.norm_whole(whole)
-        squares = self.norm_cut(cut) ** 2
-        return ops.sqrt(self.norm_whole(whole) ** 2 + self.count(squares) / self.copies)
-
-    def parts(self, figures: tuple, part: Tensor) -> tuple:
-        """Figures of this process's rows, of which it has the share `part` -> its part of those of all rows: means over
-        rows are multiplied by it, see training.step.LossCell."""
-        load, importance, dropped, entropy, violation, router_z = figures[3:9]
-        means = figures[0], figures[1] * part, figures[2] * part
-        return (*means, load, importance, dropped, entropy * part, violation, router_z * part)
-
-    def figures(self, figures: tuple) -> tuple:
-        """This process's part of the figures of a micro-batch, see `parts` -> those of the whole."""
-        loss, balance, z = figures[0], figures[1], figures[2]
-        if len(figures) == 3:
-            summed = self.count(ops.stack((loss, balance, z)))
-            return summed[0], summed[1], summed[2]
-        load, importance, dropped, entropy, _, router_z = figures[3:9]  # [M, E] twice, [M] each
-        choices = load.sum(1)
-        parts = (ops.stack((loss, balance, z)), load.reshape(-1), importance.reshape(-1), dropped * choices)
-        summed = self.count(ops.concat((*parts, entropy, router_z)))
-        amounts, layers = self.layers * self.experts, self.layers
-        load = summed[3 : 3 + amounts].reshape(layers, -1)
-        importance = summed[3 + amounts : 3 + 2 * amounts].reshape(layers, -1)
-        rest = summed[3 + 2 * amounts :].reshape(3, layers)  # dropped, entropy, z
-        dropped = rest[0] / ops.maximum(load.sum(1), 1.0)
-        return summed[0], summed[1], summed[2], load, importance, dropped, rest[1], max_violation(load), rest[2]
+                full = (*full, gradient)
+        if len(sharded) == 0:
+            return self.norm_full(full)
+        squares = self.reduce((self.norm_sharded(sharded) ** 2).reshape(1))[0]
+        return ops.sqrt(self.norm_full(full) ** 2 + squares / self.replicas)
 
 
-def create_joint(model: nn.Cell, config: Config, processes: Processes) -> Joint | None:
-    """What the step of a model that `cut_model` has cut adds up; None where one process works alone."""
-    if processes.size == 1:
-        return None
-    return Joint(processes, model.trainable_params(), len(config.moe_layers), config.moe.expert_num)
+def shards_of(parameters, expert_parallel: int) -> tuple[bool, ...]:
+    """Returns, for each parameter, whether a process holds a shard of it."""
+    return tuple(expert_parallel > 1 and is_expert(p.name, p.shape) for p in parameters)
 
 
 def is_expert(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter, or its moment, has an axis of experts."""
+    """Returns whether a parameter, or its moment, has an axis of experts."""
     return EXPERT in placement(name, tuple(shape), Processes().degrees)
 
 
-def cut_model(model: nn.Cell, processes: Processes) -> None:
-    """Leaves a model, before it is compiled, its slice of the experts, and gives its layers the way to the others."""
-    if processes.size == 1:
-        return
-    for _, cell in model.cells_and_names():
-        if hasattr(cell, "over_processes"):
-            cell.over_processes = Sum()
-        if isinstance(cell, MoELayer) and processes.degrees.expert_parallel > 1:
-            require_stacked(cell.experts, cell.expert_num)
-            cell.to_experts, cell.to_rows = ToExperts(processes), ToRows(processes)
-    whole = {parameter.name: parameter for parameter in model.get_parameters()}
-    for name, part in own_arrays({name: value.asnumpy() for name, value in whole.items()}, processes).items():
-        if part.shape != whole[name].shape:
-            whole[name].set_data(Tensor(part), slice_shape=True)
-
-
 def own_arrays(arrays: dict, processes: Processes) -> dict:
-    """The slices that this process holds of whole parameters or moments, by name."""
+    """Returns the shards that this process holds of full parameters or moments, by name."""
     degrees, rank = processes.degrees, processes.rank
     if processes.size == 1:
         return arrays
@@ -205,8 +223,8 @@ def own_arrays(arrays: dict, processes: Processes) -> dict:
     }
 
 
-def whole_arrays(parameters: dict, processes: Processes) -> dict:
-    """The inverse of `own_arrays`, on every process: parameters or moments by name -> whole NumPy arrays."""
+def full_arrays(parameters: dict, processes: Processes) -> dict:
+    """Returns the inverse of `own_arrays`, on every process: parameters or moments by name -> full NumPy arrays."""
     arrays, degrees = {}, processes.degrees
     for name, parameter in parameters.items():
         array = parameter.asnumpy()

@@ -15,7 +15,7 @@ from switchyard.errors import UserError
 from switchyard.moe.dispatch.capacity import check_sort_keys, check_sorted_rows
 
 ACCUMULATION = "train.gradient_accumulation_steps"
-CUT_ROUTERS = ("gshard", "sinkhorn", "switch", "top_k")  # of the shipped ones; see moe.routing.base.why_not_cut
+WHOLE_ROUTERS = ("merged", "soft", "tree")  # that override `construct`; see moe.routing.base.why_not_sharded
 NEED_A_COMPILER = (
     "model_parallel",
     "pipeline_stage",
@@ -61,7 +61,7 @@ def refusals(config: Config, target: str = "Ascend") -> Iterator[Refusal]:
         yield Refusal("moe.router_freeze_step", moe.router_freeze_step, usual, True)
     if target == "GPU" and config.moe_layers and moe.dispatch != "capacity":
         yield Refusal("moe.dispatch", moe.dispatch, "the compiler cuts it for Ascend", True)
-    if config.moe_layers and (reason := why_not_cut(moe.router)):
+    if config.moe_layers and (reason := why_not_sharded(moe.router)):
         yield Refusal("moe.router", moe.router, reason, True)
     yield from _of_pipelines(config, target)
     level, count = config.parallel.optimizer_shard, config.train.gradient_accumulation_steps
@@ -86,13 +86,16 @@ def _of_pipelines(config: Config, target: str) -> Iterator[Refusal]:
         yield Refusal("model.tie_word_embeddings", True, f"False {beside}", False)
 
 
-def why_not_cut(router: str) -> str | None:
-    """Why the compiler does not cut a router, by its YAML name; None where it does (UserError: there is no such)."""
+def why_not_sharded(router: str) -> str | None:
+    """Says why a compiled cluster cannot run a router, by its YAML name (UserError: there is no such); None: it can."""
     if "." not in router:
-        names = ", ".join(CUT_ROUTERS)
-        return None if router in CUT_ROUTERS else f"cannot be cut over devices; one of {names}"
+        return (
+            "overrides `construct`, which a compiled cluster does not call: take another router"
+            if router in WHOLE_ROUTERS
+            else None
+        )
     from switchyard.moe.routing.base import find_router
-    from switchyard.moe.routing.base import why_not_cut as why_class_is_not
+    from switchyard.moe.routing.base import why_not_sharded as why_class_is_not
 
     return why_class_is_not(find_router(router))
 

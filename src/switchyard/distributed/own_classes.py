@@ -9,7 +9,7 @@ from switchyard.distributed.placement import EXPERT, Degrees, placement
 from switchyard.errors import UserError
 from switchyard.forms import changed, changes_alone
 
-ROUTER_METHODS = ("construct", "logits", "score", "score_flat", "decide")
+READERS = ("scores", "logits", "score", "state")  # where a router says which parameters it reads
 
 
 def require_partners(cell: nn.Cell, root: type, partners: dict[str, tuple[str, ...]]) -> None:
@@ -26,17 +26,21 @@ def require_partners(cell: nn.Cell, root: type, partners: dict[str, tuple[str, .
             )
 
 
-def require_cut_router(router: nn.Cell, name: str) -> None:
-    """Refuses a router that a compiled cluster would not ask as one device does; `name`: as moe.router has it."""
-    from switchyard.moe.routing.base import LinearRouter, why_not_cut
+def require_sharded_router(router: nn.Cell, name: str) -> None:
+    """Refuses a router that a compiled cluster cannot run as one device does; `name`: as moe.router has it."""
+    from switchyard.moe.routing.base import LinearRouter, why_not_sharded
 
-    reason = None if router.cuts else why_not_cut(type(router))
-    held = [key for key in ROUTER_METHODS if key in vars(router) or key in router._cells]
-    if held:
-        reason = f"`{held[0]}` is set on the object, where a compiled cluster does not look: define it in the class"
+    router = router.routers[0] if hasattr(router, "router_class") else router  # of replica groups
+    kind = type(router)
+    reason = why_not_sharded(kind)
+    if reason is None and "construct" in {*vars(router), *router._cells}:
+        reason = "`construct` is set on the object, where a compiled cluster does not look: define it in the class"
     more = [p.name.rsplit(".", 1)[-1] for p in router.get_parameters() if p is not getattr(router, "weight", None)]
-    if reason is None and more and type(router).score_flat is LinearRouter.score_flat:
-        reason = f"its parameter `{more[0]}` cannot be read in `decide`: define `score_flat`, which may read it"
+    read = any(getattr(kind, method) is not getattr(LinearRouter, method) for method in READERS)
+    if reason is None and more and issubclass(kind, LinearRouter) and not read:
+        reason = (
+            f"its parameter `{more[0]}` is read by no `scores`: define `scores`, or `state`, which gives it to `route`"
+        )
     if reason:
         raise UserError(f"moe.router: {name}; {reason}")
 

@@ -190,3 +190,13 @@ def stages_of(name: str, layers: int, degrees: Degrees) -> tuple[int, ...]:
     if "embedding" in parts:
         return (0,) if stages == 1 else (0, stages - 1)
     return (stages - 1,)
+
+
+def updates(name: str, degrees: Degrees, rank: int, layers: int) -> bool:
+    """Returns whether a rank's stage updates a tensor of the model or the optimizer; counters are of all stages."""
+    return "." not in name or degrees.coordinates(rank).stage == stages_of(name, layers, degrees)[0]
+
+
+def full_shape(name: str, shape: tuple[int, ...], degrees: Degrees) -> tuple[int, ...]:
+    """Returns the shape of the full tensor of which a rank holds a shard of `shape`, without ZeRO's."""
+    return tuple(size * slices(axis, degrees) for size, axis in zip(shape, placement(name, shape, Degrees())))

@@ -107,6 +107,14 @@ class Processes:
         length, index = array.shape[axis] // self.degrees.data_parallel, self.data_slice
         return array.take(range(index * length, (index + 1) * length), axis)
 
+    def full(self, array: np.ndarray, axis: int) -> np.ndarray:
+        """Returns the inverse of `part`, on every process."""
+        if self.size == 1:
+            return array
+        ranks = {self.degrees.data_slice(rank): rank for rank in range(self.size)}
+        parts = self.gather(array)
+        return np.concatenate([parts[rank] for _, rank in sorted(ranks.items())], axis)
+
 
 ALONE = Processes()
 

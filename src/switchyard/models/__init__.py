@@ -3,6 +3,7 @@
 from mindspore import nn
 
 from switchyard.config import Config
+from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.models.cascade import Cascade
 from switchyard.models.decoder import Decoder
 from switchyard.models.generation import Decode, Prefill
@@ -11,7 +12,9 @@ from switchyard.models.vision import Vision
 __all__ = ["Cascade", "Decode", "Decoder", "Prefill", "Vision", "create_model"]
 
 
-def create_model(config: Config, vocab_size: int, length: int | None = None, drawn: bool = True) -> nn.Cell:
+def create_model(
+    config: Config, vocab_size: int, length: int | None = None, drawn: bool = True, mesh: LocalMesh = LOCAL
+) -> nn.Cell:
     """The network that `model.type` names, weights drawn by `train.seed`.
 
     Args:
@@ -19,7 +22,8 @@ def create_model(config: Config, vocab_size: int, length: int | None = None, dra
         vocab_size: entries V of the tokenizer; what a network that reads images predicts is in the section `vision`.
         length: of the decoder's longest sequence, at least model.seq_length.
         drawn: False: a decoder whose weights have shapes and no numbers.
+        mesh: the devices; `mesh.place(model)` shards the model over them.
     """
     if config.model.type == "decoder":
-        return Decoder(config, vocab_size, length, drawn)
-    return {"vision": Vision, "cascade": Cascade}[config.model.type](config)
+        return Decoder(config, vocab_size, length, drawn, mesh)
+    return {"vision": Vision, "cascade": Cascade}[config.model.type](config, mesh)

@@ -14,6 +14,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config
+from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.models.decoder import DTYPES
 from switchyard.models.vision import Summary
 from switchyard.moe.conv_experts import ConvolutionExperts
@@ -49,7 +50,7 @@ class Stage(nn.Cell):
 
 
 class Cascade(nn.Cell):
-    """Images [B, C, H, W] -> (logits, (), {}): those of all exits in training, [X * B, V], exit by exit.
+    """Images [B, C, H, W] -> (logits, (), ()): those of all exits in training, [X * B, V], exit by exit.
 
     At evaluation [B, V], each sample's at its exit; but every stage works, as a compiled graph of fixed shape has it.
     `EarlyExit` is the evaluation that saves the work.
@@ -60,7 +61,7 @@ class Cascade(nn.Cell):
 
     classifies, noise_slices = True, 0
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, mesh: LocalMesh = LOCAL):
         super().__init__()
         vision, random = config.vision, np.random.default_rng(config.train.seed)
         channels, dtype = (vision.channels, *config.cascade.stages), DTYPES[config.model.compute_dtype]
@@ -78,11 +79,11 @@ class Cascade(nn.Cell):
         """images [B, C, H, W] float32, valid [B, 1]: 0 for padding; noise is not read."""
         logits = self.all_exits(keep_where(images, valid.sum(1)))
         if self.training:
-            return ops.concat(logits, 0), (), {}  # [X * B, V]
+            return ops.concat(logits, 0), (), ()  # [X * B, V]
         chosen = logits[-1]
         for found in logits[-2::-1]:
             chosen = ops.where(self.largest(self.softmax(found), -1) >= self.threshold, found, chosen)  # [B, V]
-        return chosen, (), {}
+        return chosen, (), ()
 
     def all_exits(self, images: Tensor) -> tuple:
         """The logits of every exit, X x [B, V]."""

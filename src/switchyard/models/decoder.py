@@ -12,9 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config
-from switchyard.distributed.mesh import Mesh, first
-from switchyard.distributed.own_classes import require_partners
-from switchyard.errors import UserError
+from switchyard.distributed.mesh import LOCAL, CompiledMesh, LocalMesh, first
 from switchyard.moe.conv_experts import SliceExperts
 from switchyard.moe.dispatch.capacity import check_sort_keys
 from switchyard.moe.experts import FeedForwardExperts
@@ -32,95 +30,120 @@ DTYPES = {"float32": mstype.float32, "float16": mstype.float16, "bfloat16": msty
 
 
 class Block(nn.Cell):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward is dense or conditional."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward is dense or conditional.
+
+    Args:
+        config: the whole configuration.
+        place: which of the conditional layers this one is, from 0; None: the feed-forward is dense.
+        causal: mask of attention.
+        random: numpy generator of the initial weights.
+        slices: hands out the slices of noise.
+        vocab_size: V.
+        fused: operators of the device, see nn.fused.
+        mesh: the devices.
+    """
 
     def __init__(
         self,
         config: Config,
-        conditional: bool,
+        place: int | None,
         causal: Tensor,
         random: np.random.Generator,
         slices: NoiseSlices,
         vocab_size: int,
         fused: frozenset[str],
+        mesh: LocalMesh = LOCAL,
     ):
         super().__init__()
         model, dtype = config.model, DTYPES[config.model.compute_dtype]
         std = model.init_method_std
         std_out = std / math.sqrt(2 * model.num_layers)  # GPT-2: residual branches start small together
-        self.groups, self.conditional = config.groups, conditional
+        self.conditional, self.window = place is not None, 1
         self.attention_norm = create_norm(model.norm, model.hidden_size, model.norm_eps, fused)
         self.attention = Attention(model, causal, std_out, random, dtype, fused)
         self.feed_forward_norm = create_norm(model.norm, model.hidden_size, model.norm_eps, fused)
-        width, self.window = model.hidden_size, 1
-        if conditional and config.granularity == "slice":
-            self.window = config.moe.slice_length
+        width, make = model.hidden_size, None
 
-            def windows(experts: int, hidden: int) -> nn.Cell:
-                network = FeedForwardExperts(
-                    experts, width, hidden, model.activation, (std, std_out), random, dtype, fused=fused
-                )
-                return SliceExperts(network, config.moe.slice_length)
+        def network(experts: int, hidden: int) -> FeedForwardExperts:
+            kind = model.activation
+            return FeedForwardExperts(experts, width, hidden, kind, (std, std_out), random, dtype, fused=fused)
 
+        def windows(experts: int, hidden: int) -> SliceExperts:
+            return SliceExperts(network(experts, hidden), config.moe.slice_length)
+
+        if self.conditional and config.granularity == "slice":
+            self.window, make = config.moe.slice_length, windows
+        if self.conditional:
+            stds = (std, std_out)
             self.feed_forward = MoELayer(
-                config, (std, std_out), random, dtype, slices, vocab_size, make_experts=windows
+                config,
+                stds,
+                random,
+                dtype,
+                slices,
+                vocab_size,
+                make_experts=make,
+                fused=fused,
+                mesh=mesh,
+                place=place or 0,
             )
-        elif conditional:
-            self.feed_forward = MoELayer(config, (std, std_out), random, dtype, slices, vocab_size, fused=fused)
         else:
-            hidden = config.dense_width
-            self.feed_forward = FeedForwardExperts(
-                1, width, hidden, model.activation, (std, std_out), random, dtype, fused=fused
-            )
+            self.feed_forward = network(1, config.dense_width)
         self.attention_dropout = Dropout(model.dropout, slices)
         self.feed_forward_dropout = Dropout(model.dropout, slices)
-        self.add, self.lift, self.cut = ops.Add(), ops.ExpandDims(), False
+        self.add, self.expand_dims = ops.Add(), ops.ExpandDims()
+        self.local_windows, self.local_tokens = self.to_windows, self.to_tokens
+        self.local_ids, self.local_valid, self.local_noise = self.first_ids, self.first_valid, self.first_noise
 
-    def construct(self, x: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor = None):
-        """x [N, D], tokens [B, S], valid [N], noise [.., N, D], replay [N, K] -> (x, losses or (), Audit or {})."""
-        x = self.add(x, self.attention_dropout(self.attention(self.attention_norm(x), tokens.shape[0]), noise))
-        if self.cut:
-            return self.feed_cut(x, valid, noise)
-        return self.feed(x, tokens, valid, noise, self.groups, replay)
-
-    def feed(self, x: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, groups: int, replay: Tensor = None):
-        """The second half: x [N, D] -> (x, losses or (), Audit or {}). Generation has one group, so any B will do."""
-        rows, losses, audit = self.feed_forward_norm(x), (), {}
-        if self.window > 1:
-            out, losses, audit = self.feed_slices(rows, tokens, valid, noise, groups)
-        elif self.conditional:
-            grouped = rows.reshape(groups, -1, rows.shape[1])  # [G, N / G, D]
-            ids = tokens.reshape(groups, -1)  # [G, N / G]
-            if replay is not None:
-                replay = replay.reshape(groups, -1, replay.shape[-1])  # [G, N / G, K]
-            out, losses, audit = self.feed_forward(grouped, valid.reshape(groups, -1), noise, ids, None, replay)
+    def construct(self, x: Tensor, ids: Tensor, valid: Tensor, noise: Tensor, batch: int, replay: Tensor = None):
+        """x [N, D], ids [N], valid [G, N / G], noise [.., N, D], replay [M, N, K] -> (x, statistics, choices), the last
+        two as of MoELayer, () where the feed-forward is dense."""
+        x = self.add(x, self.attention_dropout(self.attention(self.attention_norm(x), batch), noise))
+        rows, stats, choices = self.feed_forward_norm(x), (), ()
+        if not self.conditional:
+            out = self.feed_forward(self.expand_dims(rows, 0)).reshape(x.shape)  # [1, N, D]: one expert
+        elif self.window > 1:
+            out, stats, choices = self.feed_windows(rows, ids, valid, noise, replay)
         else:
-            out = self.feed_forward(rows.expand_dims(0))  # [1, N, D]: a dense layer is one expert
-        return self.add(x, self.feed_forward_dropout(out.reshape(x.shape), noise)), losses, audit
+            out, stats, choices = self.feed_forward(rows, valid, noise, ids, None, replay)
+        return self.add(x, self.feed_forward_dropout(out, noise)), stats, choices
 
-    def feed_cut(self, x: Tensor, valid: Tensor, noise: Tensor):
-        """The second half on several devices: x [N, D], valid [B, S] -> (x, tally of MoELayer.spread or None)."""
-        rows, tally = self.feed_forward_norm(x), None
-        if self.conditional:
-            out, tally = self.feed_forward.spread(rows, valid, noise)
-        else:
-            out = self.feed_forward(self.lift(rows, 0)).reshape(x.shape)  # [1, N, D] -> [N, D]
-        return self.add(x, self.feed_forward_dropout(out, noise)), tally
+    def feed_windows(self, rows: Tensor, ids: Tensor, valid: Tensor, noise: Tensor, replay: Tensor):
+        """The conditional layer over windows of tokens, each sent where its first token goes: rows [N, D]."""
+        seen, windows = self.local_windows(rows)  # [N / w, D], [N / w, w * D]
+        ids, valid = self.local_ids(ids), self.local_valid(valid)  # [N / w], [G, N / G / w]
+        if self.training:
+            noise = self.local_noise(noise)  # [.., N / w, D]
+        out, stats, choices = self.feed_forward(windows, valid, noise, ids, None, replay, seen)
+        return self.local_tokens(out), stats, choices
 
-    def shard(self, mesh: Mesh) -> None:
-        """Rows between the parts are cut by data slices, and by model slices too with sequence_parallel.
+    # ---- local to one device
+    def to_windows(self, rows: Tensor) -> tuple:
+        """Tokens [N, D] -> (the first token of each window [N / w, D], the windows [N / w, w * D])."""
+        return first_of_slices(rows, self.window), to_slices(rows, self.window)
 
-        Raises:
-            UserError: a feed-forward that cannot be cut.
-        """
-        require_partners(self, Block, {"feed": ("feed_cut",)})
-        if self.window > 1:
-            raise UserError("moe.granularity: slice; cannot be cut over devices; 'token'")
+    def to_tokens(self, windows: Tensor) -> Tensor:
+        """The inverse: [N / w, w * D] -> [N, D]."""
+        return from_slices(windows, self.window)
+
+    def first_ids(self, ids: Tensor) -> Tensor:
+        """[N] -> [N / w]."""
+        return ids[:: self.window]
+
+    def first_valid(self, valid: Tensor) -> Tensor:
+        """[G, N / G] -> [G, N / G / w]."""
+        return valid[:, :: self.window]
+
+    def first_noise(self, noise: Tensor) -> Tensor:
+        """[.., N, D] -> [.., N / w, D]."""
+        return noise[:, :: self.window]
+
+    def shard(self, mesh: CompiledMesh) -> None:
+        """Tokens between the parts are sharded by data shards, and by model shards too with sequence_parallel."""
         data = mesh.degrees.data_parallel
         rows = data * mesh.degrees.model_parallel if mesh.sequence else data
-        self.cut = True
         self.add.shard(((rows, 1), (rows, 1)))
-        self.lift.shard(((data, 1),))
+        self.expand_dims.shard(((data, 1),))
         self.attention_norm.shard(mesh)
         self.attention.shard(mesh)
         self.feed_forward_norm.shard(mesh)
@@ -128,44 +151,68 @@ class Block(nn.Cell):
         self.feed_forward_dropout.shard(mesh)
         if self.conditional:
             self.feed_forward.shard(mesh)
+            self._shard_windows(mesh)
         else:
             self.feed_forward.shard(mesh, None, "data")
 
-    def feed_slices(self, rows: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, groups: int):
-        """The conditional layer over windows of tokens, each sent where its first token goes: rows [N, D]."""
-        view = first_of_slices(rows, self.window).reshape(groups, -1, rows.shape[1])  # [G, N / G / w, D]
-        ids = first_of_slices(tokens.reshape(-1), self.window).reshape(groups, -1)
-        real = first_of_slices(valid.reshape(-1), self.window).reshape(groups, -1)
-        windows = to_slices(rows, self.window).reshape(groups, -1, self.window * rows.shape[1])  # [G, N / G / w, w * D]
-        noise = noise[:, :: self.window]  # [.., N / w, D]
-        out, losses, audit = self.feed_forward(windows, real, noise, ids, None, None, view)
-        return from_slices(out, self.window), losses, audit
+    def _shard_windows(self, mesh: CompiledMesh) -> None:
+        """A window lies within one device."""
+        window, pair, row = self.window, mesh.cut("data", None), mesh.cut("data")
+
+        def windows(rows):
+            return [rows[0] // window, rows[1]], [rows[0] // window, rows[1] * window]
+
+        def tokens(rows):
+            return [rows[0] * window, rows[1] // window]
+
+        def shorter(whole):
+            return [whole[0] // window]
+
+        def narrower(whole):
+            return [whole[0], whole[1] // window, *whole[2:]]
+
+        def twice(kind):
+            return kind, kind
+
+        self.local_windows = mesh.local(self.to_windows, (pair,), (pair, pair), windows, twice)
+        self.local_tokens = mesh.local(self.to_tokens, (pair,), (pair,), tokens, first)
+        self.local_ids = mesh.local(self.first_ids, (row,), (row,), shorter, first)
+        self.local_valid = mesh.local(self.first_valid, (pair,), (pair,), narrower, first)
+        self.local_noise = mesh.local(self.first_noise, (mesh.noise,), (mesh.noise,), narrower, first)
 
 
 class Decoder(nn.Cell):
-    """Tokens [B, S] -> (logits [N, V] float32, losses, Audit).
+    """Tokens [B, S] -> (logits [N, V] float32, statistics [G, M * (6 + 2 E)], choices [N, M, K]).
 
-    losses: (balance losses [M], z-losses [M], weighted sums of further losses [M]) of the M conditional layers, () when
-    there are none; the Audit's figures have the same leading axis, {} when there are none.
+    The statistics are those of the M conditional layers side by side, see moe.metrics, () where there are none; the
+    choices are those of the routers where moe.record asks for them, else ().
 
     Args:
         config: the whole configuration.
         vocab_size: entries V of the tokenizer.
         length: longest sequence, for positions and the causal mask; at least model.seq_length.
         drawn: False: weights have shapes and no numbers, for a graph that is only compiled.
+        mesh: the devices.
 
     Raises:
         UserError: a router that is not causal, or that asks for task ids, which text does not have.
     """
 
-    def __init__(self, config: Config, vocab_size: int, length: int | None = None, drawn: bool = True):
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        length: int | None = None,
+        drawn: bool = True,
+        mesh: LocalMesh = LOCAL,
+    ):
         super().__init__()
         check_sort_keys(config)
         model, random = config.model, np.random.default_rng(config.train.seed) if drawn else None
         length = max(length or 0, model.seq_length)
         self.vocab_size, self.length, self.head_size = vocab_size, length, model.hidden_size // model.num_heads
         self.kv_heads = model.n_kv_heads or model.num_heads
-        self.moe_layers = config.moe_layers
+        self.moe_layers, self.groups = config.moe_layers, config.groups
         self.embedding = Embedding(vocab_size, model.hidden_size, model.init_method_std, random)
         self.position = None
         if model.position == "learned":
@@ -176,13 +223,14 @@ class Decoder(nn.Cell):
             require_causal(config.moe)
         fused = fused_operators(config, ms.get_context("device_target"))
         causal = hidden_mask(length) if "FlashAttentionScore" in fused else causal_mask(length)
+        places = {layer: place for place, layer in enumerate(self.moe_layers)}
         self.layers = nn.CellList(
             [
-                Block(config, index in self.moe_layers, causal, random, slices, vocab_size, fused)
+                Block(config, places.get(index), causal, random, slices, vocab_size, fused, mesh)
                 for index in range(model.num_layers)
             ]
         )
-        passes = 2 if config.moe.consistency_loss_factor and self.moe_layers else 1  # see training.step.LossCell
+        passes = 2 if config.moe.consistency_loss_factor and self.moe_layers else 1  # see training.loss.TrainLoss
         self.noise_slices = slices.count * passes
         self.norm = create_norm(model.norm, model.hidden_size, model.norm_eps, fused)
         self.tied, self.dtype = model.tie_word_embeddings, DTYPES[model.compute_dtype]
@@ -190,113 +238,107 @@ class Decoder(nn.Cell):
         if not self.tied:
             self.head = Linear(model.hidden_size, vocab_size, model.init_method_std, random, self.dtype)
         self.tied_product = ops.MatMul(transpose_b=True)
-        self.cast_x, self.cast_table, self.widen = Cast(self.dtype), Cast(self.dtype), Cast(mstype.float32)
-        self.local_places = None
+        self.cast_x, self.cast_table, self.to_float32 = Cast(self.dtype), Cast(self.dtype), Cast(mstype.float32)
+        self.local_hide, self.local_places = self.hide_padding, self.add_positions
+        self.local_groups, self.local_ids, self.local_beside = self.to_groups, self.to_ids, self.put_beside
+        self.stack = ops.Stack(axis=1)
 
     def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor = None):
         """Tokens [B, S] int32, valid [B, S] float32, noise [max(noise_slices, 1), N, D] of U(0, 1).
 
         At evaluation the noise is not read: any [1, 1, 1] serves. replay [M, N, K] int32: choices of experts to force,
-        -1 where the router's own stand, see switchyard.moe.routing.replay.
+        -1 where the router's own stand, see moe.routing.replay.
         """
-        length = tokens.shape[1]
-        valid = valid.reshape(-1)  # [N]
-        x = keep_where(self.embed(tokens, ops.arange(length)), valid)  # [N, D]; what padding holds reaches nothing
-        x = self.dropout(x, noise)
-        losses, audits = (), ()
+        x = self.dropout(self.embed(tokens, valid), noise)
+        ids, grouped = self.local_ids(tokens), self.local_groups(valid)  # [N], [G, N / G]
+        stats, choices = (), ()
         for layer in self.layers:
-            if replay is not None and layer.conditional:
-                x, loss, audit = layer(x, tokens, valid, noise, replay[len(losses)])
-            else:
-                x, loss, audit = layer(x, tokens, valid, noise)
+            x, own, chosen = layer(x, ids, grouped, noise, tokens.shape[0], replay)
             if layer.conditional:
-                losses, audits = (*losses, loss), (*audits, audit)
-        return self.logits(x), stack_losses(losses), stack_audits(audits)
+                stats, choices = (*stats, own), (*choices, chosen)
+        return self.logits(x), self.beside(stats), self.stacked(choices)
 
-    def spread(self, tokens: Tensor, valid: Tensor, noise: Tensor):
-        """`construct` on several devices -> (logits [N, V], tally [data_parallel, ..] of each conditional layer)."""
-        x, tallies = self.enter(tokens, noise), ()
-        for layer in self.layers:
-            x, tally = layer(x, tokens, valid, noise)
-            if layer.conditional:
-                tallies = (*tallies, tally)
-        return self.logits(x), tallies
-
-    def enter(self, tokens: Tensor, noise: Tensor) -> Tensor:
-        """What goes into the first layer, on several devices: tokens [B, S] -> [N, D]."""
+    def embed(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Tokens and valid [B, S] -> [N, D]; what padding holds reaches nothing."""
         x = self.embedding(tokens)  # [N, D]
         if self.position is not None:
-            x = self.local_places(x, self.position.table)
-        return self.dropout(x, noise)
-
-    def add_places(self, x: Tensor, places: Tensor) -> Tensor:
-        """x [N, D] plus what stands for each position, places [S, D]."""
-        return (x.reshape(-1, *places.shape) + places).reshape(x.shape)
-
-    def shard(self, mesh: Mesh) -> None:
-        """Tables are whole everywhere, and every model slice makes all logits of its rows.
-
-        Raises:
-            UserError: a subclass that changes what one device calls alone; what cannot be cut.
-        """
-        require_partners(self, Decoder, {"construct": ("spread",), "embed": ("enter",)})
-        rows, data = mesh.cut("data", None), mesh.degrees.data_parallel
-        self.embedding.shard(mesh)
-        self.local_places = mesh.local(self.add_places, (rows, mesh.cut(None, None)), (rows,), first, first)
-        self.dropout.shard(mesh)
-        for layer in self.layers:
-            layer.shard(mesh)
-        self.norm.shard(mesh)
-        self.cast_x.shard(mesh, "data", None)
-        self.cast_table.shard(mesh, None, None)
-        self.widen.shard(mesh, "data", None)
-        self.tied_product.shard(((data, 1), (1, 1)))
-        if self.head is not None:
-            self.head.shard(mesh, None, None)
-
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Tokens [B, S] at positions [S] -> [N, D]."""
-        x = self.embedding(tokens)  # [N, D]
-        if self.position is None:
-            return x
-        places = self.position(positions)  # [S, D]
-        return (x.reshape(tokens.shape[0], -1, x.shape[1]) + places).reshape(x.shape)
+            x = self.local_places(x, tokens, self.position.table)
+        return self.local_hide(x, valid)
 
     def logits(self, x: Tensor) -> Tensor:
         """[N, D] -> [N, V] float32."""
         x = self.norm(x)
         if self.tied:
-            return self.widen(self.tied_product(self.cast_x(x), self.cast_table(self.embedding.table)))
-        return self.widen(self.head(x))
+            return self.to_float32(self.tied_product(self.cast_x(x), self.cast_table(self.embedding.table)))
+        return self.to_float32(self.head(x))
 
+    def beside(self, stats: tuple):
+        """Statistics of conditional layers, [G, 6 + 2 E] each -> [G, M * (6 + 2 E)], () where there are none."""
+        if len(stats) == 0:
+            return ()
+        joined = stats[0]
+        for more in stats[1:]:
+            joined = self.local_beside(joined, more)
+        return joined
 
-def stack_losses(losses: tuple) -> tuple:
-    """The three losses of each conditional layer -> three tensors [M]."""
-    if len(losses) == 0:
-        return ()
-    return (
-        ops.stack([loss[0] for loss in losses], 0),
-        ops.stack([loss[1] for loss in losses], 0),
-        ops.stack([loss[2] for loss in losses], 0),
-    )
+    def stacked(self, choices: tuple):
+        """Choices of conditional layers, [N, K] each -> [N, M, K], () where nobody asks for them."""
+        if len(choices) == 0 or len(choices[0]) == 0:
+            return ()
+        return self.stack(choices)
 
+    # ---- local to one device
+    def add_positions(self, x: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
+        """Adds to x [N, D] what stands for the position of each token, of the table [S, D]; tokens [B, S]."""
+        places = table[: tokens.shape[1]]
+        return (x.reshape(-1, *places.shape) + places).reshape(x.shape)
 
-def stack_audits(audits: tuple) -> dict:
-    """Audits of the conditional layers -> one whose figures have a leading layer axis."""
-    if len(audits) == 0:
-        return {}
-    stacked = {
-        "load": _stack(audits, "load"),
-        "importance": _stack(audits, "importance"),
-        "dropped": _stack(audits, "dropped"),
-        "entropy": _stack(audits, "entropy"),
-        "max_violation": _stack(audits, "max_violation"),
-        "z": _stack(audits, "z"),
-    }
-    if "experts" in audits[0]:
-        stacked["experts"] = _stack(audits, "experts")  # [M, N, K]
-    return stacked
+    def hide_padding(self, x: Tensor, valid: Tensor) -> Tensor:
+        """x [N, D], zeros where valid [B, S] is 0."""
+        return keep_where(x, valid.reshape(-1))
 
+    def to_groups(self, valid: Tensor) -> Tensor:
+        """[B, S] -> [G, N / G]."""
+        return valid.reshape(self.groups, -1)
 
-def _stack(audits: tuple, name: str) -> Tensor:
-    return ops.stack([audit[name] for audit in audits], 0)
+    def to_ids(self, tokens: Tensor) -> Tensor:
+        """[B, S] -> [N]."""
+        return tokens.reshape(-1)
+
+    def put_beside(self, left: Tensor, right: Tensor) -> Tensor:
+        """[G, X], [G, Y] -> [G, X + Y]."""
+        return ops.concat((left, right), 1)
+
+    def shard(self, mesh: CompiledMesh) -> None:
+        """Tables are full everywhere, and every model shard makes all logits of its tokens.
+
+        Raises:
+            UserError: what cannot be sharded.
+        """
+        pair, row, data = mesh.cut("data", None), mesh.cut("data"), mesh.degrees.data_parallel
+        groups, full = mesh.groups, mesh.cut(None, None)
+        self.groups = groups // data
+
+        def grouped(valid):
+            return [groups, valid[0] * valid[1] // groups]
+
+        def joined(left, right):
+            return [left[0], left[1] + right[1]]
+
+        def length(tokens):
+            return [tokens[0] * tokens[1]]
+
+        self.local_places = mesh.local(self.add_positions, (pair, pair, full), (pair,), first, first)
+        self.local_hide = mesh.local(self.hide_padding, (pair, pair), (pair,), first, first)
+        self.local_groups = mesh.local(self.to_groups, (pair,), (pair,), grouped, first)
+        self.local_ids = mesh.local(self.to_ids, (pair,), (row,), length, first)
+        self.local_beside = mesh.local(self.put_beside, (pair, pair), (pair,), joined, first)
+        self.stack.shard(tuple(((data, 1),) * len(self.moe_layers)))
+        for cell in (self.embedding, self.dropout, *self.layers, self.norm):
+            cell.shard(mesh)
+        self.cast_x.shard(mesh, "data", None)
+        self.cast_table.shard(mesh, None, None)
+        self.to_float32.shard(mesh, "data", None)
+        self.tied_product.shard(((data, 1), (1, 1)))
+        if self.head is not None:
+            self.head.shard(mesh, None, None)

@@ -204,7 +204,7 @@ class Decode(_Half):
 
     def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """Rows [B, D], experts [B * K], gates [B, K] -> [B, D], by blocks of one row."""
-        if moe.router.refuses:
+        if moe.router.may_skip_tokens:
             experts = ops.minimum(
                 experts, moe.expert_num - 1
             )  # E, no expert, is no place in the weights; its gate is 0

@@ -10,7 +10,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config
-from switchyard.models.decoder import DTYPES, stack_audits, stack_losses
+from switchyard.distributed.mesh import LOCAL, LocalMesh
+from switchyard.models.decoder import DTYPES
 from switchyard.moe.conv_experts import ConvolutionExperts
 from switchyard.moe.dispatch.capacity import check_sort_keys
 from switchyard.moe.granularity import ImageFold
@@ -61,7 +62,15 @@ class ConvolutionLayer(nn.Cell):
         slices: hands out slices of noise.
     """
 
-    def __init__(self, config: Config, index: int, side: int, random: np.random.Generator, slices: NoiseSlices):
+    def __init__(
+        self,
+        config: Config,
+        index: int,
+        side: int,
+        random: np.random.Generator,
+        slices: NoiseSlices,
+        mesh: LocalMesh = LOCAL,
+    ):
         super().__init__()
         model, dtype = config.model, DTYPES[config.model.compute_dtype]
         width = model.hidden_size
@@ -82,27 +91,30 @@ class ConvolutionLayer(nn.Cell):
             self.view = Summary(shape, 2, width, random)
             std = (1.0, 1.0)  # of feed-forward experts, which there are none of
             tasks = len(config.vision.tasks) > 1
-            self.feed_forward = MoELayer(config, std, random, dtype, slices, has_tasks=tasks, make_experts=make)
+            self.feed_forward = MoELayer(
+                config, std, random, dtype, slices, has_tasks=tasks, make_experts=make, mesh=mesh
+            )
         else:
             self.feed_forward = make(1, config.dense_width)
 
     def construct(self, maps: Tensor, tasks: Tensor, valid: Tensor, noise: Tensor, groups: int):
-        """maps [B, H, W, C], tasks [B] int32, valid [B], noise [.., N, D] -> (maps, losses or (), Audit or {})."""
+        """maps [B, H, W, C], tasks [B] int32, valid [B], noise [.., N, D] -> (maps, statistics and choices of MoELayer,
+        () where the layer is dense)."""
         x = maps
         if self.norm is not None:
             x = self.norm(maps.reshape(-1, self.channels)).reshape(maps.shape)
-        losses, audit = (), {}
+        stats, choices = (), ()
         if self.conditional:
-            out, losses, audit = self.route(x, tasks, valid, noise, groups)
+            out, stats, choices = self.route(x, tasks, valid, noise, groups)
         else:
             out = self.feed_forward(x.reshape(1, maps.shape[0], -1))  # [1, B, H * W * D]
             out = out.reshape(-1, self.side, self.side, self.out)
         if self.norm is not None:
             out = maps + out
-        return out, losses, audit
+        return out, stats, choices
 
     def route(self, x: Tensor, tasks: Tensor, valid: Tensor, noise: Tensor, groups: int):
-        """The conditional layer on the rows of the maps: -> (maps [B, H, W, D], losses, Audit)."""
+        """The conditional layer on the rows of the maps: -> (maps [B, H, W, D], statistics, choices)."""
         high, wide, _ = self.shape
         rows = self.fold(x)  # [N, h, w, c]
         view = self.view(rows)  # [N, D]
@@ -110,12 +122,12 @@ class ConvolutionLayer(nn.Cell):
         flat = rows.reshape(groups, view.shape[1], -1)  # [G, N / G, h * w * c]
         tasks = self.fold.spread(tasks).reshape(groups, -1)  # [G, N / G]
         valid = self.fold.spread(valid).reshape(groups, -1)
-        out, losses, audit = self.feed_forward(flat, valid, noise, None, tasks, None, view)
-        return self.fold.back(out.reshape(-1, high, wide, self.out)), losses, audit
+        out, stats, choices = self.feed_forward(flat, valid, noise, None, tasks, None, view)
+        return self.fold.back(out.reshape(-1, high, wide, self.out)), stats, choices
 
 
 class Vision(nn.Cell):
-    """Images [B, C, H, W] -> (logits [B * T, V] float32, losses, Audit), see models.Decoder for the last two.
+    """Images [B, C, H, W] -> (logits [B * T, V] float32, statistics, choices), see models.Decoder for the last two.
 
     Each of the T tasks has a head; `valid` [B, T] says which one an image is asked, and so which task it belongs to.
 
@@ -125,7 +137,7 @@ class Vision(nn.Cell):
 
     classifies, exits = True, 1
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, mesh: LocalMesh = LOCAL):
         super().__init__()
         check_sort_keys(config)
         model, vision = config.model, config.vision
@@ -135,9 +147,9 @@ class Vision(nn.Cell):
         inner = self.side // self.pool
         sides = [inner if index else self.side for index in range(model.num_layers)]
         self.layers = nn.CellList(
-            [ConvolutionLayer(config, index, side, random, slices) for index, side in enumerate(sides)]
+            [ConvolutionLayer(config, index, side, random, slices, mesh) for index, side in enumerate(sides)]
         )
-        passes = 2 if config.moe.consistency_loss_factor and self.moe_layers else 1  # see training.step.LossCell
+        passes = 2 if config.moe.consistency_loss_factor and self.moe_layers else 1  # see training.loss.TrainLoss
         self.noise_slices = slices.count * passes
         self.norm = create_norm(model.norm, model.hidden_size, model.norm_eps)
         self.task_classes = vision.task_classes
@@ -153,14 +165,14 @@ class Vision(nn.Cell):
         groups = images.shape[0] // self.group_size if images.shape[0] > self.group_size else 1
         tasks, real = self.task_of(valid), valid.sum(1)  # [B] each
         x = self.turn(keep_where(images, real), (0, 2, 3, 1))  # [B, H, W, C]
-        losses, audits = (), ()
+        stats, choices = (), ()
         for index, layer in enumerate(self.layers):
-            x, loss, audit = layer(x, tasks, real, noise, groups)
+            x, own, chosen = layer(x, tasks, real, noise, groups)
             if layer.conditional:
-                losses, audits = (*losses, loss), (*audits, audit)
+                stats, choices = (*stats, own), (*choices, chosen)
             if index == 0 and self.pool > 1:
                 x = self.pooled(x)
-        return self.logits(x), stack_losses(losses), stack_audits(audits)
+        return self.logits(x), beside(stats), stacked(choices)
 
     def pooled(self, x: Tensor) -> Tensor:
         """Means over pool x pool squares: [B, H, W, D] -> [B, H / pool, W / pool, D]."""
@@ -171,6 +183,16 @@ class Vision(nn.Cell):
         """Maps [B, H, W, D] -> [B * T, V]."""
         x = self.norm(x.reshape(-1, x.shape[3])).reshape(x.shape)
         return (self.heads(x) + self.offset).reshape(-1, self.vocab_size)  # [B, T * V] -> [B * T, V]
+
+
+def beside(stats: tuple):
+    """Statistics of conditional layers, [G, 6 + 2 E] each -> [G, M * (6 + 2 E)], () where there are none."""
+    return ops.concat(stats, 1) if len(stats) > 0 else ()
+
+
+def stacked(choices: tuple):
+    """Choices of conditional layers, [N, K] each -> [N, M, K], () where nobody asks for them."""
+    return ops.stack(choices, 1) if len(choices) > 0 and len(choices[0]) > 0 else ()
 
 
 def class_offsets(task_classes: tuple[int, ...]) -> np.ndarray:

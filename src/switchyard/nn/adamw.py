@@ -111,24 +111,6 @@ class AdamW(nn.Cell):
         return {parameter.name: parameter for parameter in own}
 
 
-class GlobalNorm(nn.Cell):
-    """Root of the sum of squares over all gradients: tuple of float32 tensors -> [] float32.
-
-    It is not finite when any gradient is not.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.square, self.sum, self.sqrt = ops.Square(), ops.ReduceSum(), ops.Sqrt()
-
-    def construct(self, gradients: tuple) -> Tensor:
-        total = 0.0
-        for gradient in gradients:
-            squares = self.square(gradient.reshape(-1, gradient.shape[-1]))  # [..., n] -> [rows, n]
-            total = total + self.sum(self.sum(squares, -1))  # one axis at a time: far quicker on CPU than two
-        return self.sqrt(total)
-
-
 def plain_adamw(parameter, moment1, moment2, gradient, step, learning_rate, beta1, beta2, eps, decay):
     """The plain twin in NumPy: arrays of one shape and the update's number t >= 1 -> (parameter, moment1, moment2)."""
     parameter = parameter * (1 - learning_rate * decay)

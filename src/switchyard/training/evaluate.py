@@ -14,14 +14,16 @@ from switchyard.checkpoint import store as checkpoint
 from switchyard.config import Config
 from switchyard.data import Batch, ImageBatch, load_scored
 from switchyard.device import set_context
-from switchyard.distributed.processes import ALONE, Processes, on_one_device, require_one_device
+from switchyard.distributed.mesh import LOCAL, LocalMesh
+from switchyard.distributed.processes import on_one_device, require_one_device
 from switchyard.errors import UserError
 from switchyard.models import create_model
 from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilities
+from switchyard.moe import metrics
 from switchyard.moe.routing.replay import Recorder, Replayer
 from switchyard.training.audit import layer_line, whole_numbers
 from switchyard.training.finite import check_evaluation
-from switchyard.training.step import AUDIT_MEANS, AUDIT_SUMS, EvalStep
+from switchyard.training.step import eval_program
 from switchyard.trust import check_trusted, names_router
 
 # what an override may not change: these decide names and shapes of the weights
@@ -133,101 +135,78 @@ class ImageEvaluation(Evaluation):
 
 
 class Evaluator:
-    """Evaluates one model again and again with one compiled graph.
+    """Evaluates one model again and again with one compiled program.
 
     Args:
-        model: see models.Decoder; it is switched to evaluation for the time of a call. Or a ParallelEvalStep.
-        moe_layers: indices of its conditional layers.
+        model: see models.Decoder; it is switched to evaluation for the time of a call.
+        config: of the model.
         tokens_per_byte: of the validation set, for bits per byte.
         recorder, replayer: take and give the choices of experts of each batch, by its number from 0.
-        processes: each scores its `part` of every batch, and gets the figures of the whole.
-        row_tokens: tokens of a routed row, see Config; the row is real where its first token is.
+        mesh: the devices; each is given its part of every batch, and gets the figures of all.
     """
 
     def __init__(
         self,
         model: nn.Cell,
-        moe_layers: tuple[int, ...],
+        config: Config,
         tokens_per_byte: float,
         recorder: Recorder | None = None,
         replayer: Replayer | None = None,
-        processes: Processes = ALONE,
-        row_tokens: int = 1,
+        mesh: LocalMesh = LOCAL,
     ):
-        self._step = model if hasattr(model, "scores_whole_batches") else EvalStep(model)
-        self._moe_layers, self._tokens_per_byte = moe_layers, tokens_per_byte
-        self._recorder, self._replayer, self._processes = recorder, replayer, processes
-        self._row_tokens, self._classifies = row_tokens, getattr(model, "classifies", False)
+        self._model, self._config, self._mesh = model, config, mesh
+        self._program = eval_program(model, config, mesh)
+        self._tokens_per_byte, self._recorder, self._replayer = tokens_per_byte, recorder, replayer
+        self._classifies = getattr(model, "classifies", False)
         self.is_compiled = False
-
-    def part(self, batch: Batch) -> Batch:
-        """What this process scores of a batch."""
-        return type(batch)(*(self._processes.part(array, 0) for array in batch))
 
     def __call__(self, batches: Iterable[Batch], on_batch: Callable[[int], None] = lambda index: None) -> Evaluation:
         """Scores batches; `on_batch` is called after each with its number from 1, and may raise to stop."""
-        self._step.set_train(False)
-        sums, counts, right = [], [], 0.0
-        audit: dict[str, np.ndarray | float] = dict.fromkeys((*AUDIT_SUMS, *AUDIT_MEANS), 0.0)
-        rows = 0.0
+        self._model.set_train(False)
+        scores, summed = [], 0.0
         for index, batch in enumerate(batches):
-            inputs = [Tensor(part) for part in batch]
-            if self._replayer:
-                inputs.append(Tensor(self._replayer.at(index, batch.tokens)[0]))
-            total, count, *figures = self._step(*inputs)
+            found, stats, choices = self._program(*self._inputs(index, batch))
             if self._recorder:
-                self._recorder.add(index, batch.tokens, figures[-1].asnumpy())
-            if self._classifies:
-                right += float(figures.pop(0).asnumpy().sum())
-            sums.append(total.asnumpy().astype(np.float64))  # [B]
-            counts.append(count.asnumpy().astype(np.float64))  # [B]
-            routed = float(batch.valid.reshape(-1)[:: self._row_tokens].sum())
-            rows += routed
-            for name, figure in self._sums(figures, routed).items():
-                audit[name] = audit[name] + figure
+                self._recorder.add(index, batch.tokens, choices.asnumpy().transpose(1, 0, 2))
+            scores.append(found.asnumpy())  # [B, 3]
+            if len(stats):
+                summed = summed + stats.asnumpy().astype(np.float64)
             self.is_compiled = True
             on_batch(index + 1)
-        gather = self._processes.gather
-        sums, counts = (
-            gather(np.concatenate(sums)).reshape(-1),
-            gather(np.concatenate(counts)).reshape(-1),
-        )  # [sequences]
-        audit = {name: gather(np.asarray(figure)).sum(0) for name, figure in audit.items()}
-        layers = self._layers(audit, float(gather(np.array(rows)).sum()))
-        right = float(gather(np.array(right)).sum())
+        return self._evaluation(np.concatenate(scores).astype(np.float64), summed)
+
+    def _inputs(self, index: int, batch: Batch) -> list[Tensor]:
+        """This device's part of a batch, and the choices that are replayed in it."""
+        part = self._mesh.processes.part
+        inputs = [Tensor(np.ascontiguousarray(part(array, 0))) for array in batch]
+        if self._replayer:
+            inputs.append(Tensor(np.ascontiguousarray(part(self._replayer.at(index, batch.tokens)[0], 1))))
+        return inputs
+
+    def _evaluation(self, scores: np.ndarray, summed: np.ndarray | float) -> Evaluation:
+        """Of scores [sequences, 3] and statistics that were summed over the set."""
+        sums, counts, right = scores.T
         loss, interval = mean_with_interval(sums, counts)
-        tokens = int(counts.sum())
+        tokens, layers = int(counts.sum()), self._layers(summed)
         bits = loss / math.log(2) * self._tokens_per_byte
         if self._classifies:
-            return ImageEvaluation(loss, interval, bits, tokens, layers, right / tokens)
+            return ImageEvaluation(loss, interval, bits, tokens, layers, float(right.sum()) / tokens)
         return Evaluation(loss, interval, bits, tokens, layers)
 
-    def _sums(self, figures: list[Tensor], rows: float) -> dict[str, np.ndarray]:
-        """The audit of a batch of so many real rows as what can be added up: a mean times the rows that it is of, the
-        share of dropped choices times the choices."""
-        sums = {n: f.asnumpy().astype(np.float64) for n, f in zip((*AUDIT_SUMS, *AUDIT_MEANS), figures)}
-        for name in AUDIT_MEANS:
-            if name in sums:
-                sums[name] = sums[name] * (sums["load"].sum(-1) if name == "dropped" else rows)
-        return sums
-
-    def _layers(self, audit: dict[str, Any], rows: float) -> list[dict[str, Any]]:
-        """One audit a conditional layer, of the sums over the set, see `_sums`."""
-        layers = []
-        for place, layer in enumerate(self._moe_layers):
-            load = audit["load"][place]  # [E]
-            means = {name: float(audit[name][place] / max(rows, 1.0)) for name in AUDIT_MEANS}
-            means["dropped"] = float(audit["dropped"][place] / max(load.sum(), 1.0))
-            means["max_violation"] = float(load.max() / max(load.mean(), 1e-9) - 1)
-            layers.append(
-                {
-                    "layer": layer,
-                    "load": whole_numbers(load),
-                    "importance": [float(mass) for mass in audit["importance"][place]],
-                    **means,
-                }
-            )
-        return layers
+    def _layers(self, summed: np.ndarray | float) -> list[dict[str, Any]]:
+        """The metrics of each conditional layer."""
+        if not self._config.moe_layers:
+            return []
+        found = metrics.metrics(summed, self._config.moe.expert_num)
+        return [
+            {
+                "layer": layer,
+                "load": whole_numbers(found["load"][place]),
+                "importance": [float(mass) for mass in found["importance"][place]],
+                **{name: float(found[name][place]) for name in metrics.MEANS},
+            }
+            for place, layer in enumerate(self._config.moe_layers)
+        ]
 
 
 class CascadeEvaluator:
@@ -236,10 +215,6 @@ class CascadeEvaluator:
     def __init__(self, model: Cascade):
         self._model, self._runner = model, None
         self.is_compiled = False
-
-    def part(self, batch: ImageBatch) -> ImageBatch:
-        """All of it: of several processes each scores everything."""
-        return batch
 
     def __call__(self, batches: Iterable[ImageBatch], on_batch=lambda index: None) -> ImageEvaluation:
         """Scores batches; `on_batch` as in Evaluator."""
@@ -268,12 +243,17 @@ class CascadeEvaluator:
 
 
 def create_evaluator(
-    model: nn.Cell, config: Config, tokens_per_byte: float, recorder=None, replayer=None, processes: Processes = ALONE
-):
-    """The evaluator of a model, see Evaluator and CascadeEvaluator."""
+    model: nn.Cell,
+    config: Config,
+    tokens_per_byte: float,
+    recorder: Recorder | None = None,
+    replayer: Replayer | None = None,
+    mesh: LocalMesh = LOCAL,
+) -> Evaluator | CascadeEvaluator:
+    """Returns the evaluator of a model, see Evaluator and CascadeEvaluator."""
     if config.model.type == "cascade":
         return CascadeEvaluator(model)
-    return Evaluator(model, config.moe_layers, tokens_per_byte, recorder, replayer, processes, config.row_tokens)
+    return Evaluator(model, config, tokens_per_byte, recorder, replayer, mesh)
 
 
 def mean_with_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -292,7 +272,7 @@ def mean_with_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tup
     return float(mean), (float(mean - 1.96 * error), float(mean + 1.96 * error))
 
 
-def spread(count: int, wanted: int) -> list[int]:
+def evenly_spaced(count: int, wanted: int) -> list[int]:
     """`wanted` indices evenly over range(count), all of them where `wanted` is 0 or more than there are."""
     if not wanted or wanted >= count:
         return list(range(count))

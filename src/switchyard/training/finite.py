@@ -40,10 +40,10 @@ def check_step(step: int, loss: float, figures: Mapping[str, Any], kept: Callabl
     Raises:
         UserError: names the step, the figure and the checkpoint.
     """
-    norm = float(figures["gradient_norm"].asnumpy())
+    norm = figures["gradient_norm"]
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    if not math.isfinite(norm) and figures["loss_scale"].asnumpy() > 1.0:
+    if not math.isfinite(norm) and figures["loss_scale"] > 1.0:
         return  # refused, and tried again with half the scale
     what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
     refused = "" if math.isfinite(norm) else ", which was not applied"

@@ -13,16 +13,15 @@ from switchyard.checkpoint.layout import keep_groups, whole_shape
 from switchyard.config import Config
 from switchyard.data import Data, load_data
 from switchyard.device import set_context, target_of
-from switchyard.distributed.collectives import create_joint, cut_model, whole_arrays
 from switchyard.distributed.compiled_graph import exchanged, sums_may_race
 from switchyard.distributed.limits import check_way, lost_default, with_defaults
+from switchyard.distributed.mesh import LocalMesh
+from switchyard.distributed.meshes import create_mesh
 from switchyard.distributed.processes import (
     RACING,
-    Processes,
     is_first,
     is_scheduler,
     launched,
-    local_config,
     meet,
     waits_for_nothing,
 )
@@ -33,13 +32,11 @@ from switchyard.models import create_model
 from switchyard.moe.routing.base import with_options
 from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
-from switchyard.training.cluster import ClusterStep
-from switchyard.training.evaluate import Evaluation, create_evaluator, spread
+from switchyard.training.evaluate import Evaluation, create_evaluator, evenly_spaced
 from switchyard.training.finite import REMEDY, check_evaluation, check_step
 from switchyard.training.health import Healthy
 from switchyard.training.lock import locked
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
-from switchyard.training.parallel_eval import evaluation_config
 from switchyard.training.resume import (
     RESULT,
     agreed,
@@ -54,7 +51,7 @@ from switchyard.training.resume import (
 from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
-from switchyard.training.step import NOISE_RULE, TrainStep, draw_noise, random_state
+from switchyard.training.step import NOISE_RULE, TrainStep, draw_noise, forces_choices, random_state
 from switchyard.trust import check_trusted
 
 
@@ -117,22 +114,19 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
     if held:
         start_reading(held, data, changed=other_data is not None)
     config = consent_used(config)
-    if by_hand is None:
-        step = ClusterStep(config, data.tokenizer.vocab_size, processes)
-    else:
-        step = step_by_hand(config, data, processes, fresh=held is None)
+    mesh = create_mesh(config, processes, compiled=by_hand is None)
+    step = create_step(config, data, mesh, fresh=held is None)
     if processes.is_first:
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
         checkpoint.write_whole(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
     processes.wait()
-    if by_hand is None:
-        step.speed_up(run)
+    mesh.speed_up(step.program, run)
     if held:
         step.load(held.weights, held.optimizer)
     with StopSignals() as stop:
         state = held.state if held else None
-        trainer = Trainer(config, run, data, step.model, step, state, processes, resume)
+        trainer = Trainer(config, run, data, step, state, mesh, resume)
         trainer.note_changes(changes, other_data)
         return trainer.run_to_end(stop)
 
@@ -156,15 +150,14 @@ def choose_way(config: Config, count: int) -> tuple[Config, str | None]:
     return config, by_hand
 
 
-def step_by_hand(config: Config, data: Data, processes: Processes, fresh: bool) -> TrainStep:
-    """The step of one process: alone, or of a model of which `exchange` has left it a part."""
-    own = local_config(config, processes)
-    model = create_model(own, data.tokenizer.vocab_size)
-    cut_model(model, processes)
-    step = TrainStep(model, own, create_joint(model, config, processes))
+def create_step(config: Config, data: Data, mesh: LocalMesh, fresh: bool) -> TrainStep:
+    """Returns the step of a new model, placed on the devices; `fresh`: no checkpoint sets its weights."""
+    own = mesh.config(config)
+    model = create_model(own, data.tokenizer.vocab_size, mesh=mesh)
     if fresh:
         balance_tables(model, data.token_counts)
-    return step
+    mesh.place(model)
+    return TrainStep(model, own, mesh)
 
 
 class Trainer:
@@ -174,9 +167,9 @@ class Trainer:
         config: the whole configuration.
         run: the run folder, which exists.
         data: what to train on.
-        model, step: set to the state to start from.
-        state: of the checkpoint that they come from; None for a new run.
-        processes: all of them run this with the same configuration; the first writes the run folder.
+        step: set to the state to start from.
+        state: of the checkpoint that it comes from; None for a new run.
+        mesh: its processes run this with the same configuration; the first writes the run folder.
         resume: whether the run goes on, be it from its beginning.
     """
 
@@ -185,13 +178,13 @@ class Trainer:
         config: Config,
         run: Path,
         data: Data,
-        model,
-        step: TrainStep | ClusterStep,
+        step: TrainStep,
         state: dict[str, Any] | None,
-        processes: Processes,
+        mesh: LocalMesh,
         resume: bool = False,
     ):
-        self.config, self.run, self.data, self.model, self.step = config, run, data, model, step
+        self.config, self.run, self.data, self.model, self.step = config, run, data, step.model, step
+        self.mesh, self.processes, self.parameters = mesh, mesh.processes, step.size
         train, state = config.train, state or {"step": 0, "seconds": 0.0}
         self.done, self.healthy = state["step"], Healthy()
         self.start, self.start_index = self.done, data.train.course.index
@@ -203,25 +196,20 @@ class Trainer:
         self.tokens_per_step = config.micro_batches * config.predictions
         if self.start_tokens is None:  # a new run, or one of an earlier version, whose steps were all alike
             self.start_tokens = self.done * self.tokens_per_step
-        self.whole = model  # what is evaluated: of a model that is cut, a second one that is not
-        tokens_per_byte = data.validation_tokens / data.validation_bytes
-        self.is_cut, self.processes = isinstance(step, ClusterStep), processes
-        if self.is_cut:
-            self.evaluator = step.create_evaluator(tokens_per_byte)
-            self.parameters = step.size
-        else:
-            if processes.degrees.expert_parallel > 1:
-                self.whole = create_model(local_config(config, processes), data.tokenizer.vocab_size)
-            self.evaluator = create_evaluator(self.whole, config, tokens_per_byte, processes=processes)
-            self.parameters = sum(parameter.size for parameter in self.whole.trainable_params())
+        self.evaluator = None
+        if mesh.evaluates:
+            tokens_per_byte = data.validation_tokens / data.validation_bytes
+            self.evaluator = create_evaluator(step.model, step.config, tokens_per_byte, mesh=mesh)
         self.validation = data.validation()
-        self.sample = spread(len(self.validation), train.eval_batches)
-        self.metrics = MetricsLog(run, self.done, processes.is_first, config.moe_layers)
+        self.sample = evenly_spaced(len(self.validation), train.eval_batches)
+        self.metrics = MetricsLog(run, self.done, self.processes.is_first, config.moe_layers)
         self.progress = Progress(train.steps, self.done, config.unit)
         self.compile_seconds: float | None = None
         record = config.moe.record
-        self.recorder = Recorder(record, config, "training", self.done, resume) if record else None
-        self.forced, self.forces = forced_choices(config), None
+        self.recorder = None
+        if record and self.processes.is_first:
+            self.recorder = Recorder(record, config, "training", self.done, resume)
+        self.forced = forced_choices(config)
 
     def run_to_end(self, stop: StopSignals) -> dict[str, Any]:
         """Steps until train.steps, then evaluates over the whole validation set and writes result.json."""
@@ -256,30 +244,22 @@ class Trainer:
         say(f"data: {self.data.description}")
         pace = f"{self.tokens_per_step:,} {config.unit} a step, {config.train.steps:,} steps"
         say(f"model: {self.parameters:,} parameters; {pace}")
-        capacity = config.moe.dispatch == "capacity" and config.moe.eval_capacity_factor is None
-        if self.is_cut and self.evaluator and config.moe_layers and capacity:
-            factor = evaluation_config(config).moe.capacity_factor
-            say(f"evaluation: experts drop rows beyond capacity factor {factor:g} here; eval.py, on one device, none")
         if config.context.mode == "graph" and self.done < config.train.steps:
             say(f"compiling the training step: takes about {expected_compile_seconds(config):.0f} s on two CPU cores")
 
     def _advance(self) -> None:
         """One optimizer step, and its line where one is due."""
         started = time.perf_counter()
-        rate = learning_rate(self.config, self.done + 1)
-        inputs = self._inputs()
-        replay = self.forced.at(self.done, inputs[0]) if self.forced else None
-        figures = self.step(*inputs, rate, replay, routers_learn(self.config, self.done))
-        loss = float(figures["loss"].asnumpy())  # waits for the step
+        rate, (tokens, *inputs) = learning_rate(self.config, self.done + 1), self._inputs()
+        replay = self._forced(tokens)
+        figures = self.step(tokens, *inputs, rate, replay, routers_learn(self.config, self.done))  # waits for the step
         seconds = time.perf_counter() - started
-        check_step(self.done + 1, loss, figures, self._kept)
-        if self.recorder:
-            self.recorder.add(self.done, inputs[0], figures["audit"]["experts"].asnumpy())
+        check_step(self.done + 1, figures["loss"], figures, self._kept)
+        self._record(tokens, figures)
         self.done += 1
         self.progress.advance()
-        if self.forces != (replay is not None):  # the first step, and the first after a warm-up
-            self.forces = replay is not None
-            self.compile_seconds = (self.compile_seconds or 0.0) + seconds
+        if self.compile_seconds is None:
+            self.compile_seconds = seconds
             if self.config.context.mode == "graph":
                 self.progress.say(f"compiled, and made step {self.done}, in {seconds:.1f} s")
             self._say_what_travels()
@@ -292,11 +272,29 @@ class Trainer:
             self.metrics.write(line)
             self.progress.say(self.progress.train_line(line))
 
+    def _forced(self, tokens: np.ndarray) -> np.ndarray | None:
+        """This process's part of the choices that are forced in the next step, [A, M, N, K] int32 of tokens [A, B, S];
+        -1 where the routers decide, None in a run that forces none."""
+        if not forces_choices(self.config):
+            return None
+        replay = self.forced.at(self.done, self.processes.full(tokens, 1))
+        if replay is None:
+            config = self.config
+            shape = (config.micro_batches, len(config.moe_layers), config.rows, config.moe.choices)
+            replay = np.full(shape, -1, np.int32)
+        return self.processes.part(replay, 2)
+
+    def _record(self, tokens: np.ndarray, figures: dict[str, Any]) -> None:
+        """Keeps the choices of a step, of all processes."""
+        if self.config.moe.record:
+            tokens = self.processes.full(tokens, 1)
+            if self.recorder:
+                self.recorder.add(self.done, tokens, figures["choices"])
+
     def _say_what_travels(self) -> None:
         """What the compiled step exchanges, and whether it does so safely."""
         races = waits_for_nothing(self.config, self.processes)
-        if self.is_cut:
-            graph = self.step.compiled()
+        if graph := self.mesh.compiled_graph(self.step.program):
             travels, races = exchanged(graph), races and sums_may_race(graph)
             self.metrics.write({"kind": "exchanges", "step": self.done, **travels})
             self.progress.say(exchange_line(travels))
@@ -346,10 +344,7 @@ class Trainer:
         """Scores some batches of the validation set and writes the line."""
         if not self.evaluator.is_compiled and self.config.context.mode == "graph":
             self.progress.say("compiling the evaluation")
-        if self.whole is not self.model:
-            weights = {parameter.name: parameter for parameter in self.model.get_parameters()}
-            checkpoint.load_weights(self.whole, whole_arrays(weights, self.processes))
-        batches = (self.evaluator.part(self.validation.at(place)) for place in places)
+        batches = (self.validation.at(place) for place in places)
         alone = self.processes.size == 1  # of several, one that stops here would leave the others waiting
         found = self.evaluator(batches, lambda index: self._stop_if_asked(stop) if alone else None)
         part = "" if len(places) == len(self.validation) else f" on {len(places)} of {len(self.validation)} batches"
@@ -385,7 +380,7 @@ class Trainer:
         weights, optimizer = self._arrays()
         self._compare_replicas(weights | optimizer)  # what is saved has been seen to be right
         self.metrics.flush()
-        texts, shapes = self.data.tokenizer.to_json(), self.step.shapes if self.is_cut else None
+        texts, shapes = self.data.tokenizer.to_json(), self.step.shapes
         parts = (texts, weights, optimizer, state, shapes, self.healthy)
         checkpoint.save_together(self.processes, self.run, config, *parts)
         self.saved = self.done
@@ -403,7 +398,7 @@ class Trainer:
             weights, optimizer = self._arrays()
             arrays = weights | optimizer
         arrays = arrays | {"random state": random_state(self.config.train.seed, self.done)}
-        known, degrees = self.step.shapes if self.is_cut else {}, self.processes.degrees
+        known, degrees = self.step.shapes, self.processes.degrees
         shapes = {name: known.get(name) or known.get(name.partition(".")[2]) for name in arrays}
         shapes = {name: shape or whole_shape(name, arrays[name].shape, degrees) for name, shape in shapes.items()}
         check_replicas(arrays, shapes, self.processes, self.done, self._kept)
@@ -431,7 +426,7 @@ class Trainer:
         whole = len(self.sample) == len(self.validation)
         if self.config.train.eval_every and not whole:
             self._evaluate_sample(stop)  # comparable with those before it
-        found = self._evaluate(spread(len(self.validation), 0), stop)
+        found = self._evaluate(evenly_spaced(len(self.validation), 0), stop)
         check_evaluation(found.to_dict(), f"step {self.done} of '{self.run}'", REMEDY)
         if (whole or not self.config.train.eval_every) and found.loss < self.best_loss:
             self._mark_best(found.loss)

@@ -214,13 +214,13 @@ def train_figures(
     """
     out = {"kind": "train", "step": step}
     for name in ("loss", "balance_loss", "z_loss", "gradient_norm"):
-        out[name] = float(figures[name].asnumpy())
+        out[name] = float(figures[name])
     out |= {"learning_rate": learning_rate, "tokens_per_second": tokens_per_second}
     if "loss_scale" in figures:
-        out["loss_scale"] = float(figures["loss_scale"].asnumpy())
-        out["skipped"] = int(figures["skipped"].asnumpy())
+        out["loss_scale"] = float(figures["loss_scale"])
+        out["skipped"] = int(figures["skipped"])
     if figures["audit"]:
-        audit = {name: tensor.asnumpy() for name, tensor in figures["audit"].items()}
+        audit = figures["audit"]
         low, high = load_range(audit["load"])
         out |= {"load_min": low, "load_max": high, "dropped": float(audit["dropped"].mean())}
         out |= step_arrays(audit)

@@ -10,8 +10,8 @@ Receive. It asks for much, and hangs or fails with words of its own otherwise:
       Reshape: it takes the shape of what is received else;
     - nothing behind the gradients may join those of different stages, but a tuple that AddN sums.
 
-Legend: A micro-batches, B sequences of one, S sequence, N = B * S tokens, D width, M conditional layers, E experts,
-J noise slices; W = 2 + M * (TALLY + 2 E) figures of a micro-batch.
+Legend: A micro-batches of a call, B sequences of one, S sequence, N = B * S tokens, D width, M conditional layers,
+E experts, J noise slices, G routing groups; W = 2 + M * (6 + 2 E) figures of a micro-batch.
 """
 
 import os
@@ -20,10 +20,12 @@ import numpy as np
 from mindspore import Tensor, lazy_inline, nn, ops
 
 from switchyard.config import Config
-from switchyard.distributed.mesh import Mesh
+from switchyard.distributed.gradients import share_of
+from switchyard.distributed.mesh import CompiledMesh
 from switchyard.distributed.placement import Degrees
 from switchyard.distributed.stages import stages_of_layers
-from switchyard.training.parallel_step import ParallelLoss, StepEnd, TallyJoin, share_of
+from switchyard.training.loss import TrainLoss
+from switchyard.training.step import OptimizerStep, calls_of, input_shards
 
 SLICES_STAY_CUT = "PIPELINE_SLICE_SKIP_REDISTRIBUTION"  # else the compiler gathers a batch before it takes a part of it
 
@@ -35,76 +37,56 @@ class FirstCell(nn.Cell):
         super().__init__(auto_prefix=False)
         self.model, self.pipeline_stage = model, 0
 
-    def construct(self, tokens: Tensor, noise: Tensor) -> Tensor:
-        """Tokens [B, S] int32, noise [J, N, D] -> rows [N, D]."""
-        return self.model.enter(tokens, noise)
+    def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor) -> Tensor:
+        """Tokens [B, S] int32, valid [B, S], noise [J, N, D] -> rows [N, D]."""
+        return self.model.dropout(self.model.embed(tokens, valid), noise)
 
 
-class JoinedTallies(TallyJoin):
-    """The tallies of a stage's conditional layers, side by side, to be sent to the last stage."""
+class StageInputs(nn.Cell):
+    """What the layers of a stage read besides the rows."""
 
-    def __init__(self, mesh: Mesh, stage: int):
+    def __init__(self, model: nn.Cell, stage: int):
         super().__init__(auto_prefix=False)
-        self.pipeline_stage = stage
-        self.shard(mesh)
+        self.model, self.pipeline_stage = model, stage
 
-    def construct(self, *tallies) -> Tensor:
-        """Tallies [data_parallel, X] of some layers -> the negative of [data_parallel, Y]: LastCell turns it back."""
-        return self.negative(self.join(tallies))
+    def construct(self, tokens: Tensor, valid: Tensor) -> tuple:
+        """Tokens and valid [B, S] -> (ids [N], valid [G, N / G])."""
+        return self.model.local_ids(tokens), self.model.local_groups(valid)
 
-    def shard(self, mesh: Mesh) -> None:
-        """A row for each data slice; a plain operator at the end, behind which the compiler can send."""
-        super().shard(mesh)
+
+class JoinedStatistics(nn.Cell):
+    """The statistics of a stage's conditional layers, side by side, to be sent to the last stage."""
+
+    def __init__(self, model: nn.Cell, mesh: CompiledMesh, stage: int):
+        super().__init__(auto_prefix=False)
+        self.model, self.pipeline_stage = model, stage
         self.negative = ops.Neg().shard(((mesh.degrees.data_parallel, 1),))
 
+    def construct(self, *stats) -> Tensor:
+        """Statistics [G, X] of some layers -> the negative of [G, Y], for the compiler sends behind a plain operator;
+        LastCell turns it back."""
+        return self.negative(self.model.beside(stats))
 
-class LastCell(ParallelLoss):
+
+class LastCell(TrainLoss):
     """Rows to loss and figures, on the last stage.
 
     Args:
-        model, config, mesh: as of ParallelLoss.
+        model, config, mesh: as of TrainLoss.
     """
 
-    def __init__(self, model: nn.Cell, config: Config, mesh: Mesh):
+    def __init__(self, model: nn.Cell, config: Config, mesh: CompiledMesh):
         super().__init__(model, config, mesh)
         self.pipeline_stage = config.parallel.pipeline_stage - 1
-
-    def construct(self, x: Tensor, labels: Tensor, valid: Tensor, factors: Tensor, *tallies) -> Tensor:
-        """x [N, D], labels [B, S] int32, valid [B, S] float32, factors [1, A], of a micro-batch its factor of the loss
-        at its place and 0 else; tallies of JoinedTallies -> [A * W]: its figures at its place and 0 else."""
-        logits, count = self.model.logits(x), self.count(valid, (0, 1))
-        if self.layers == 0:
-            return self.total(self.local(logits, labels, valid, count, factors), 0)
-        turned = ()
-        for tally in tallies:
-            turned = (*turned, self.turned(tally))
-        return self.total(self.local(logits, labels, valid, count, factors, self.join(turned)), 0)
-
-    def places(self, config: Config) -> int:
-        """Of all micro-batches, so that their sum keeps them apart."""
-        return config.micro_batches
-
-    def scaled(self, loss: Tensor, factor: Tensor) -> Tensor:
-        """The loss [] times this micro-batch's factor, of [1, A]."""
-        return loss * factor.sum()
-
-    def placed(self, figures: Tensor, factors: Tensor) -> Tensor:
-        """Figures [1, W] at the place of the factor that is not 0, of [1, A] -> [1, A * W]."""
-        place = ops.stop_gradient((factors != 0).astype(figures.dtype)).reshape(-1, 1)  # [A, 1]
-        return (place * figures).reshape(1, -1)
-
-    def dense_part(self, logits, labels, valid, count, factor) -> Tensor:
-        """[1, A * W]."""
-        return self.placed(super().dense_part(logits, labels, valid, count, factor), factor)
-
-    def part(self, logits, labels, valid, count, factor, tally) -> Tensor:
-        """[1, A * W]."""
-        return self.placed(super().part(logits, labels, valid, count, factor, tally), factor)
-
-    def shard(self, mesh: Mesh) -> None:
-        """As ParallelLoss."""
-        super().shard(mesh)
         self.turned = ops.Neg().shard(((mesh.degrees.data_parallel, 1),))
+
+    def construct(self, x: Tensor, labels: Tensor, valid: Tensor, factors: Tensor, *stats) -> Tensor:
+        """x [N, D], labels [B, S] int32, valid [B, S] float32, factors [1, A], of a micro-batch its factor of the loss
+        at its place and 0 else; statistics of JoinedStatistics -> [A * W]: its figures at its place and 0 else."""
+        turned, logits = (), self.model.logits(x)
+        for part in stats:
+            turned = (*turned, self.turned(part))
+        return self.figures(logits, logits, labels, valid, factors, self.model.beside(turned))
 
 
 class MicroBatch(nn.Cell):
@@ -116,40 +98,45 @@ class MicroBatch(nn.Cell):
         mesh: the devices of a stage.
     """
 
-    def __init__(self, model: nn.Cell, config: Config, mesh: Mesh):
+    def __init__(self, model: nn.Cell, config: Config, mesh: CompiledMesh):
         super().__init__(auto_prefix=False)
         self.first, self.last, self.layers = FirstCell(model), LastCell(model, config, mesh), model.layers
         stages = stages_of_layers(config)
         for layer, stage in zip(self.layers, stages):
             layer.pipeline_stage = stage
+        self.stages, inputs = tuple(stages), [StageInputs(model, stage) for stage in range(max(stages) + 1)]
+        self.stage_inputs = nn.CellList(inputs, auto_prefix=False)
         of = [stages[index] for index in config.moe_layers]  # of each conditional layer
         self.runs = tuple(tuple(k for k, own in enumerate(of) if own == stage) for stage in sorted(set(of)))
-        self.joined = nn.CellList([JoinedTallies(mesh, stage) for stage in sorted(set(of))], auto_prefix=False)
+        joined = [JoinedStatistics(model, mesh, stage) for stage in sorted(set(of))]
+        self.joined = nn.CellList(joined, auto_prefix=False)
         self.noisy, self.no_noise = model.noise_slices > 0, Tensor(np.zeros((1, 1, 1), np.float32))
         self.turn = ops.Transpose().shard(((mesh.degrees.data_parallel, 1, 1),))
 
-    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, *rest) -> Tensor:
-        """tokens, labels [B, S] int32, valid [B, S] float32, noise [N, J, D] where the model reads some, factors [1, A]
-        -> see LastCell."""
-        noise = self.turn(rest[0], (1, 0, 2)) if self.noisy else self.no_noise  # [J, N, D]
-        x, tallies, joined = self.first(tokens, noise), (), ()
-        for layer in self.layers:
-            x, tally = layer(x, tokens, valid, noise)
+    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor, factors: Tensor) -> Tensor:
+        """tokens, labels [B, S] int32, valid [B, S] float32, noise [N, J, D], factors [1, A] -> see LastCell."""
+        noise = self.turn(noise, (1, 0, 2)) if self.noisy else self.no_noise  # [J, N, D]
+        x, stats, joined, read = self.first(tokens, valid, noise), (), (), ()
+        for inputs in self.stage_inputs:
+            read = (*read, inputs(tokens, valid))
+        for index, layer in enumerate(self.layers):
+            ids, grouped = read[self.stages[index]]
+            x, own, _ = layer(x, ids, grouped, noise, tokens.shape[0])
             if layer.conditional:
-                tallies = (*tallies, tally)
+                stats = (*stats, own)
         for join, run in zip(self.joined, self.runs):
             own = ()
             for index in run:
-                own = (*own, tallies[index])
+                own = (*own, stats[index])
             joined = (*joined, join(*own))
-        return self.last(x, labels, valid, rest[-1], *joined)
+        return self.last(x, labels, valid, factors, *joined)
 
 
 class SharedMicroBatch(MicroBatch):
     """The same, as one function of the graph that all micro-batches call: compiled once. Not on GPU."""
 
     @lazy_inline
-    def __init__(self, model: nn.Cell, config: Config, mesh: Mesh):
+    def __init__(self, model: nn.Cell, config: Config, mesh: CompiledMesh):
         super().__init__(model, config, mesh)
 
 
@@ -187,7 +174,7 @@ class Pipelined(nn.Cell):
         return total
 
 
-class PipelineStepGraph(StepEnd):
+class PipelineStepGraph(nn.Cell):
     """Forward, backward, clip and AdamW of one device of a pipeline.
 
     A gradient is added up in `accumulated` over the micro-batches and summed over the devices once.
@@ -196,29 +183,44 @@ class PipelineStepGraph(StepEnd):
         model: a Decoder on which `shard` was called.
         config: optimizer, loss factors, degrees.
         mesh: the devices of a stage.
-        cuts: as of Pipelined.
     """
 
-    def __init__(self, model: nn.Cell, config: Config, mesh: Mesh, cuts: list[int]):
-        super().__init__(model, config)
+    def __init__(self, model: nn.Cell, config: Config, mesh: CompiledMesh):
+        super().__init__(auto_prefix=False)
         os.environ[SLICES_STAY_CUT] = "1"  # read by the compiler
-        kind = MicroBatch if mesh.alone else SharedMicroBatch
-        self.loss = Pipelined(kind(model, config, mesh), config.micro_batches, cuts)
+        kind, cuts = MicroBatch if mesh.alone else SharedMicroBatch, input_shards(config, model.noise_slices)
+        self.optimizer = OptimizerStep(model.trainable_params(), config, mesh, calls_of(config))
+        self.parameters = self.optimizer.adamw.parameters
+        self.loss = Pipelined(kind(model, config, mesh), config.parallel.micro_batch_num, [cut[0] for cut in cuts])
+        self.gradient = ops.GradOperation(get_by_list=True)
         self.accumulated = self.parameters.clone("accu_grads", init="zeros")
         self.ends = SquaresAndFigures(self.parameters, mesh.degrees)
-        self.clear, self.sliced = ops.Assign(), config.parallel.optimizer_shard > 0
+        self.clear, self.sharded = ops.Assign(), config.parallel.optimizer_shard > 0
+        self.noisy = model.noise_slices > 0
 
     def construct(self, *batch) -> tuple:
-        """The arguments of ParallelLoss, factors [A, A] with those of the micro-batches on the diagonal -> (figures
-        [A * W], the global norm of the gradients before the clip)."""
+        """The arguments of MicroBatch, of all micro-batches, factors [A, A] with those of each on the diagonal ->
+        (figures [A * W], the global norm of the gradients before the clip [], ())."""
         figures = self.loss(*batch)
         sums = self.gradient(self.loss, self.parameters)(*batch)
-        gradients = sums if self.sliced else ops.depend(self.accumulated, sums)
+        gradients = sums if self.sharded else ops.depend(self.accumulated, sums)
+        if self.optimizer.several:
+            gradients = self.optimizer.accumulate(gradients)
+        if self.optimizer.freezes:
+            gradients = self.optimizer.of_learners(gradients)
         norm, figures = self.ends(gradients, figures)
-        norm, cleared = self.update(gradients, norm), ()
+        norm, cleared = self.optimizer.update(gradients, norm), ()
         for total in self.accumulated:
             cleared = (*cleared, self.clear(total, ops.zeros_like(total)))
-        return ops.depend(figures, cleared), norm
+        return ops.depend(figures, cleared), norm, ()
+
+    def inputs(self, arrays: list[np.ndarray], weights: np.ndarray) -> tuple[Tensor, ...]:
+        """Returns the inputs of one call: tokens, labels, valid [A, B, S], noise [A, max(J, 1), N, D] and weights [A]
+        of the losses; micro-batches stand one after the other."""
+        tokens, labels, valid, noise = arrays
+        noise = noise.transpose(0, 2, 1, 3)  # [A, N, J, D]
+        parts = [np.ascontiguousarray(part).reshape(-1, *part.shape[2:]) for part in (tokens, labels, valid, noise)]
+        return tuple(Tensor(part) for part in (*parts, np.diag(np.asarray(weights, np.float32))))
 
 
 class SquaresAndFigures(nn.Cell):

@@ -31,14 +31,14 @@ from mindspore.ops.auto_generate import (
 )
 
 from switchyard.config import Config
-from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.errors import UserError
 from switchyard.moe.dispatch.capacity import buffer_slots, check_sorted_rows, zero_rows
 from switchyard.nn.activation import SwiGLU, create_activation
 from switchyard.nn.fused import NONE
 
 
-class Dropless(nn.Cell):
+class AlltoAllV(nn.Cell):
     """Rows through the experts they chose, on several devices: rows [N, D] -> [N, D]; shapes of all devices together.
 
     Args:
@@ -46,12 +46,13 @@ class Dropless(nn.Cell):
         mesh: the devices; communication must be started.
         dtype: of the products and of the rows that travel; gates, weights and result are float32.
         fused: operators of the device, see nn.fused.
+        static: by buffers of a fixed size.
 
     Raises:
         UserError: no Ascend, which alone has these operators; a batch whose sort keys float32 cannot hold.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, dtype, fused: frozenset[str] = NONE):
+    def __init__(self, config: Config, mesh: CompiledMesh, dtype, fused: frozenset[str] = NONE, static: bool = False):
         super().__init__()
         moe, degrees = config.moe, mesh.degrees
         if ms.get_context("device_target") != "Ascend":
@@ -61,11 +62,11 @@ class Dropless(nn.Cell):
         self.rows = config.rows // degrees.data_parallel
         self.routed = self.rows * self.choices  # R
         self.slots = buffer_slots(config)  # C
-        self.buffered = self.slices > 1 and moe.dispatch == "dropless_static"
-        self.zeros, self.dtype = zero_rows(config), dtype  # Z
+        self.buffered = self.slices > 1 and static
+        self.zeros, self.dtype = zero_rows(config, static), dtype  # Z
         self.permute = MoeTokenPermute() if "MoeTokenPermute" in fused and not self.buffered else None
         self.unpermute = MoeTokenUnpermute()
-        check_sorted_rows(config)
+        check_sorted_rows(config, static)
         self.sort, self.take, self.sum, self.prefix = SortExt(), IndexSelect(), ops.ReduceSum(), CumsumExt()
         self.one_hot, self.product = ops.OneHot(), GroupedMatmulV4()
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
@@ -77,7 +78,7 @@ class Dropless(nn.Cell):
         inputs = (rows, rows, rows, within, mesh.cut("expert", "model", None)) + ((within,) if gated else ())
         self.local = mesh.local(self.work, inputs, (rows,), first, first)
 
-    def _join(self, mesh: Mesh, degrees) -> None:
+    def _join(self, mesh: CompiledMesh, degrees) -> None:
         """Collectives of this rank's groups, where they have more than one member."""
         self.over_model, rank = None, get_rank()
         if degrees.model_parallel > 1:

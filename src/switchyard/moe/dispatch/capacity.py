@@ -13,11 +13,13 @@ from switchyard.errors import UserError
 EXACT_FLOAT = 2**24  # float32 holds every integer up to here: the sort keys must stay below
 
 
-def capacity(rows: int, experts: int, choices: int, factor: float, least: int = 1) -> int:
-    """Slots of one expert in one group: ceil(N * K * factor / E) (GShard, arXiv 2006.16668).
+def capacity(rows: int, experts: int, choices: int, factor: float | None, least: int = 1) -> int:
+    """Returns the slots of one expert in one group: ceil(N * K * factor / E) (GShard, arXiv 2006.16668).
 
-    Never below `least`, and never above N, since a row goes to an expert once.
+    Never below `least`, and never above N, since a row goes to an expert once. Without a factor N: room for all.
     """
+    if factor is None:
+        return rows
     share = round(rows * choices * factor / experts, 6)  # 100 * 1.1 / 10 is 11, not 11.000000000000002
     return min(rows, max(least, math.ceil(share)))
 
@@ -48,20 +50,24 @@ def buffer_slots(config: Config) -> int:
     return config.rows // cut.data_parallel * min(moe.choices, own) + own
 
 
-def zero_rows(config: Config) -> int:
+def zero_rows(config: Config, static: bool) -> int:
     """Rows of zeros that a device sends besides its choices, so that no expert goes without: one for each expert; where
     they stand among the choices, in whole rows of K choices."""
     moe = config.moe
-    if moe.dispatch == "dropless_static" and config.parallel.expert_parallel > 1:
+    if static and config.parallel.expert_parallel > 1:
         return moe.expert_num
     return math.ceil(moe.expert_num / moe.choices) * moe.choices
 
 
-def check_sorted_rows(config: Config) -> None:
-    """Refuses dropless batches of which a device would sort more rows than float32 counts exactly (UserError)."""
+def check_sorted_rows(config: Config, static: bool | None = None) -> None:
+    """Refuses dropless batches of which a device would sort more rows than float32 counts exactly (UserError).
+
+    `static`: by buffers; None: as moe.dispatch says.
+    """
     cut, moe = config.parallel, config.moe
-    rows = config.rows // cut.data_parallel * moe.choices + zero_rows(config)
-    if moe.dispatch == "dropless_static":
+    static = moe.dispatch == "dropless_static" if static is None else static
+    rows = config.rows // cut.data_parallel * moe.choices + zero_rows(config, static)
+    if static:
         rows = max(rows, cut.expert_parallel * buffer_slots(config))
     if rows >= EXACT_FLOAT:
         raise UserError(

@@ -1,232 +1,409 @@
-"""From a Routing to the experts and back: one path for each form that a Routing can take.
+"""From a Routing to the experts and back: one dispatcher for each form that a Routing can take.
 
-A path is asked three things: `plan(routing)`, `dispatch(rows, plan)` and `combine(outputs, plan)`. What dispatch
-returns goes through the experts: [E, S, D] through all of them or, where the plan has a `block_expert`, blocks
-[P, b, D] through the chosen ones or, where it has `merged` gates, [G, N, D] through one mixture of them a group.
-`served(routing, plan)` counts the choices that got a place.
+A dispatcher is asked two things, and a layer does not know which one it holds:
+    send(tokens, routing)   local to one device: a tuple, of which the first is what travels to the experts
+    apply(experts, sent)    the experts, what crosses devices before and after them, and the way back to tokens
+`num_kept(routing, sent)` counts the choices that got a slot.
 
-Legend: G groups, N rows of a group, E experts, C capacity, K choices of a row, M slots of a group, P blocks, b rows of
-a block, D width.
+Legend: G routing groups, N tokens of a group, E experts, C capacity, K choices of a token, M slots of a group,
+P blocks, b rows of a block, D width, F = G * N tokens of all groups.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.config import MoEConfig
-from switchyard.distributed.mesh import Mesh
+from switchyard.config import Config, MoEConfig
+from switchyard.distributed.mesh import CompiledMesh, LocalMesh, first
+from switchyard.distributed.own_classes import require_cut_experts
 from switchyard.errors import UserError
+from switchyard.forms import keeps
+from switchyard.moe.dispatch.alltoallv import AlltoAllV
+from switchyard.moe.dispatch.capacity import capacity
 from switchyard.moe.dispatch.onehot import OneHotCombine, OneHotDispatch
 from switchyard.moe.dispatch.plan import BlockPlan, CapacityPlan
 from switchyard.moe.dispatch.reroute import Reroute
-from switchyard.nn.gather import Combine, Dispatch
+from switchyard.nn.gather import Combine, Dispatch, TakeSlicedRows, index_or_zero_row, with_zero_row
 from switchyard.nn.masks import keep_where
 
 
-class TokenChoicePath(nn.Cell):
-    """Every row goes to the K experts it chose, as far as they have room.
+class Crossing(nn.Cell):
+    """Slots of groups to their experts, and back: the only transpose that crosses devices.
 
-    All the way at evaluation, by default, and in training where `moe.dispatch` is a dropless one.
+    A compiler turns each direction into one AlltoAll within an expert-parallel group.
+    """
+
+    def __init__(self, experts: int):
+        super().__init__()
+        self.expert_num = experts
+        self.turn_there, self.turn_back = ops.Transpose(), ops.Transpose()
+        self.exchange_there, self.exchange_back = None, None
+
+    def there(self, slots: Tensor) -> Tensor:
+        """[G, E, C, D] -> [E, G * C, D]; where processes shard the experts, the rows of all of them for this one's."""
+        rows = self.turn_there(slots, (1, 0, 2, 3)).reshape(self.expert_num, -1, slots.shape[3])
+        return rows if self.exchange_there is None else self.exchange_there(rows)
+
+    def back(self, outputs: Tensor, groups: int) -> Tensor:
+        """[E, G * C, D] -> [G, E, C, D]."""
+        rows = outputs if self.exchange_back is None else self.exchange_back(outputs)
+        rows = rows.reshape(self.expert_num, groups, -1, rows.shape[-1])  # [E, G, C, D]
+        return self.turn_back(rows, (1, 0, 2, 3))
+
+    def exchange_over(self, there: nn.Cell, back: nn.Cell) -> None:
+        """Gives processes that shard the experts the way to each other, see distributed.collectives."""
+        self.exchange_there, self.exchange_back = there, back
+
+    def shard(self, mesh: CompiledMesh) -> None:
+        """Both transposes change what is sharded, groups or experts."""
+        groups, experts = mesh.cut("data", None, None, None), mesh.cut(None, "data", None, None)
+        self.turn_there.shard((groups,), (experts,))
+        self.turn_back.shard((experts,), (groups,))
+
+
+class Dispatcher(nn.Cell):
+    """Base: slots [G, E, C, D] travel to the experts, `receive` makes tokens [F, D] of what comes back.
 
     Args:
-        moe: dispatch, capacities, drop order, block size.
-        training: whether the capacity of training or that of evaluation rules.
+        moe: the section of the configuration.
     """
 
-    def __init__(self, moe: MoEConfig, training: bool):
+    def __init__(self, moe: MoEConfig):
         super().__init__()
         self.expert_num, self.choices = moe.expert_num, moe.choices
-        trained = moe.capacity_factor if moe.dispatch == "capacity" else None
-        factor, self.reroute = trained if training else moe.eval_capacity_factor, None
-        if factor is None:
-            self.planner = BlockPlan(moe.expert_num, self.choices, moe.dropless_block_size)
-        else:
-            rules = (moe.expert_num, self.choices, factor, moe.drop_order, moe.min_capacity)
-            self.planner = CapacityPlan(*rules)
-            self.reroute = Reroute(*rules, moe.reroute) if moe.reroute else None
-        self.to_slots, self.to_rows = Dispatch(self.choices), Combine(self.choices)
-        self.to_experts, self.to_groups = ops.Transpose(), ops.Transpose()
+        self.crossing = Crossing(moe.expert_num)
+        self.local_receive = self.receive
 
-    def plan(self, routing: dict) -> dict:
-        """Plan of `moe/dispatch/plan.py` with the gates [G, N * K] in it."""
-        experts, gates = routing["expert_index"], routing["gates"]
-        lot = None
-        if "priority" in routing:  # the layer puts it there
-            lot = routing["priority"]
-        if self.reroute is not None:
-            experts, gates = self.reroute(experts, gates, routing["probabilities"], lot)
-        plan = self.planner(experts, gates, lot)
-        plan["gates"] = gates.reshape(gates.shape[0], -1)  # [G, N * K]
-        return plan
+    def send(self, tokens: Tensor, routing: dict) -> tuple:
+        """Tokens [G, N, D] and a Routing -> (slots [G, E, C, D], what `receive` needs besides...)."""
+        raise NotImplementedError
 
-    def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
-        """Rows [G, N, D] -> [E, G * C, D], or blocks [G * P, b, D]."""
-        groups, _, width = rows.shape
-        slots = self.fill(rows, plan)  # [G, M, D]
-        if "block_expert" in plan:
-            blocks = plan["block_expert"].shape[1]
-            return slots.reshape(groups * blocks, -1, width)  # [G * P, b, D]
-        return self.send(slots.reshape(groups, self.expert_num, -1, width))
+    def receive(self, outputs: Tensor, *plan) -> Tensor:
+        """Outputs [G, E, C, D] and the rest of what `send` returned -> tokens [F, D]."""
+        raise NotImplementedError
 
-    def fill(self, rows: Tensor, plan: dict) -> Tensor:
-        """Rows [G, N, D] -> slots [G, M, D]."""
-        return self.to_slots(rows, plan["dispatch_index"], plan["combine_index"], plan["slot_mask"], plan["kept_mask"])
+    def apply(self, experts: nn.Cell, sent: tuple) -> Tensor:
+        """What `send` returned -> tokens [F, D]."""
+        outputs = self.crossing.back(experts(self.crossing.there(sent[0])), sent[0].shape[0])  # [G, E, C, D]
+        return self.local_receive(outputs, *sent[1:])
 
-    def send(self, slots: Tensor) -> Tensor:
-        """Slots from their groups to their experts: [G, E, C, D] -> [E, G * C, D]."""
-        return self.to_experts(slots, (1, 0, 2, 3)).reshape(self.expert_num, -1, slots.shape[3])
+    def num_kept(self, routing: dict, sent: tuple) -> Tensor:
+        """Choices that got a slot: [G]; here all of them."""
+        return routing["expert_mask"].sum((1, 2))
 
-    def send_back(self, outputs: Tensor, groups: int) -> Tensor:
-        """Outputs from the experts to their groups: [E, G * C, D] -> [G, E, C, D]."""
-        outputs = outputs.reshape(self.expert_num, groups, -1, outputs.shape[-1])  # [E, G, C, D]
-        return self.to_groups(outputs, (1, 0, 2, 3))
+    def shapes(self, groups: int, tokens: int, width: int) -> list:
+        """Full shapes of what `send` returns, of F tokens of some width in all groups."""
+        raise NotImplementedError
 
-    def combine(self, outputs: Tensor, plan: dict) -> Tensor:
-        """What `dispatch` returned, worked on -> [G, N, D]."""
-        groups, width = plan["gates"].shape[0], outputs.shape[-1]
-        if "block_expert" not in plan:
-            outputs = self.send_back(outputs, groups)  # [G, E, C, D]
-        return self.join(outputs.reshape(groups, -1, width), plan)
+    def types(self, float_type) -> tuple:
+        """Types of what `send` returns."""
+        return (float_type,) * len(self.shapes(1, 1, 1))
 
-    def join(self, outputs: Tensor, plan: dict) -> Tensor:
-        """Slots [G, M, D] -> rows [G, N, D]."""
-        filled, kept = plan["slot_mask"], plan["kept_mask"]
-        return self.to_rows(outputs, plan["gates"], plan["dispatch_index"], plan["combine_index"], filled, kept)
+    def shard(self, mesh: CompiledMesh, experts: nn.Cell) -> None:
+        """Groups are sharded by data shards, the experts by expert shards.
 
-    def served(self, routing: dict, plan: dict) -> Tensor:
-        """Choices that got a slot: scalar."""
-        return plan["kept_mask"].sum()
+        Raises:
+            UserError: experts of a user's own that cannot be sharded.
+        """
+        require_cut_experts(experts, self.expert_num)
+        self.crossing.shard(mesh)
+        layouts = tuple(mesh.cut("data", *(None,) * (len(shape) - 1)) for shape in self.shapes(1, 1, 1))
 
-    def shard(self, mesh: Mesh) -> None:
-        """Both transposes change what is cut, groups or experts: one AlltoAll each within an expert-parallel group."""
-        self.to_slots.shard(mesh)
-        self.to_rows.shard(mesh)
-        groups, turned = mesh.cut("data", None, None, None), mesh.cut(None, "data", None, None)
-        self.to_experts.shard((groups,), (turned,))
-        self.to_groups.shard((turned,), (groups,))
+        def tokens(outputs, *plan):
+            return self.received(outputs, *plan)
+
+        self.local_receive = mesh.local(self.receive, layouts, (mesh.cut("data", None),), tokens, first)
+
+    def received(self, outputs: list, *plan: list) -> list:
+        """Full shape of what `receive` returns, of the full shapes of its arguments."""
+        raise NotImplementedError
 
 
-class OpenPath(nn.Cell):
-    """Base of the paths on which nothing is dropped: every choice is served."""
+class SlotDispatcher(Dispatcher):
+    """Every token goes to the K experts it chose, as far as they have slots: C of each group for each expert.
 
-    def __init__(self, moe: MoEConfig, training: bool):
-        super().__init__()
-        self.expert_num = moe.expert_num
-
-    def served(self, routing: dict, plan: dict) -> Tensor:
-        """All choices: scalar."""
-        return routing["expert_mask"].sum()
-
-
-class ExpertChoicePath(OpenPath):
-    """Each expert gets the rows that it took (arXiv 2202.09368): a gather, and a sum of segments back.
-
-    The gradient of the one is the other. The index runs over the rows of all groups and a row of zeros behind them,
-    which a slot that nobody fills holds.
+    Args:
+        moe: drop policy, rerouting.
+        factor: capacity factor; None: as many slots as tokens, so nothing is dropped.
     """
 
-    def __init__(self, moe: MoEConfig, training: bool):
-        super().__init__(moe, training)
-        self.take, self.turn = ops.Gather(), ops.Transpose()
+    def __init__(self, moe: MoEConfig, factor: float | None):
+        super().__init__(moe)
+        self.factor, self.least = factor, moe.min_capacity
+        rules = (moe.expert_num, self.choices, factor, moe.drop_order, moe.min_capacity)
+        self.plan = CapacityPlan(*rules)
+        self.reroute = Reroute(*rules, moe.reroute) if moe.reroute and factor is not None else None
+        self.to_slots, self.to_tokens = Dispatch(self.choices), Combine(self.choices)
 
-    def plan(self, routing: dict) -> dict:
-        """{index [E, G * C] int32 into all rows, G * N for nobody, gates [E, G * C], chosen [G, N, E]}."""
-        groups, count, experts = routing["expert_mask"].shape
-        first = (ops.arange(groups) * count).astype(mstype.int32).reshape(groups, 1, 1)
-        index = routing["token_index"] + first  # [G, E, C]
-        if "slot_mask" in routing:
-            index = ops.where(routing["slot_mask"] > 0, index, ops.full_like(index, groups * count))
-        index = self.turn(index, (1, 0, 2)).reshape(experts, -1)  # [E, G * C]
-        gates = self.turn(routing["gates"], (1, 0, 2)).reshape(experts, -1)  # [E, G * C]
-        return {"index": ops.stop_gradient(index), "gates": gates, "expert_mask": routing["expert_mask"]}
+    def send(self, tokens: Tensor, routing: dict) -> tuple:
+        """-> (slots [G, E, C, D], gates [G, N * K], dispatch_index, combine_index, slot_mask, kept_mask)."""
+        index, gates, priority = routing["expert_index"], routing["gates"], None
+        if "priority" in routing:  # the layer puts it there
+            priority = routing["priority"]
+        if self.reroute is not None:
+            index, gates = self.reroute(index, gates, routing["probabilities"], priority)
+        plan = self.plan(index, gates, priority)
+        groups, _, width = tokens.shape
+        parts = (plan["dispatch_index"], plan["combine_index"], plan["slot_mask"], plan["kept_mask"])
+        slots = self.to_slots(tokens, *parts).reshape(groups, self.expert_num, -1, width)  # [G, E, C, D]
+        return (slots, gates.reshape(groups, -1), *parts)
 
-    def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
-        """Rows [G, N, D] -> [E, G * C, D]."""
-        rows = rows.reshape(-1, rows.shape[-1])  # [G * N, D]
-        return self.take(ops.concat((rows, ops.zeros_like(rows[:1])), 0), plan["index"], 0)
+    def receive(self, outputs: Tensor, *plan) -> Tensor:
+        """Outputs [G, E, C, D], gates and plan -> [F, D]: y = sum over k of gates * outputs."""
+        groups, width = plan[0].shape[0], outputs.shape[-1]
+        return self.to_tokens(outputs.reshape(groups, -1, width), *plan).reshape(-1, width)
 
-    def combine(self, outputs: Tensor, plan: dict) -> Tensor:
-        """[E, G * C, D] -> [G, N, D]: y = sum of gates * outputs over the slots that hold the row."""
-        groups, count, _ = plan["expert_mask"].shape
+    def num_kept(self, routing: dict, sent: tuple) -> Tensor:
+        """Choices that got a slot: [G]."""
+        return sent[5].sum(1)
+
+    def shapes(self, groups: int, tokens: int, width: int) -> list:
+        """See Dispatcher."""
+        each = tokens // groups
+        slots = capacity(each, self.expert_num, self.choices, self.factor, self.least)
+        chosen, held = [groups, each * self.choices], [groups, self.expert_num * slots]
+        return [[groups, self.expert_num, slots, width], chosen, held, chosen, held, chosen]
+
+    def types(self, float_type) -> tuple:
+        """See Dispatcher."""
+        return float_type, float_type, mstype.int32, mstype.int32, float_type, float_type
+
+    def received(self, outputs: list, *plan: list) -> list:
+        """See Dispatcher."""
+        return [plan[0][0] * plan[0][1] // self.choices, outputs[-1]]
+
+    def shard(self, mesh: CompiledMesh, experts: nn.Cell) -> None:
+        """See Dispatcher."""
+        super().shard(mesh, experts)
+        self.to_slots.shard(mesh)
+        self.to_tokens.shard(mesh)
+
+
+class BlockDispatcher(Dispatcher):
+    """Nothing is dropped: blocks [P, b, D] of rows of one expert each, where one device holds all experts.
+
+    Experts without `blocks` of their own do E times the work: all see every block, and one's result is kept.
+    """
+
+    def __init__(self, moe: MoEConfig, has_blocks: bool):
+        super().__init__(moe)
+        self.has_blocks = has_blocks
+        self.plan = BlockPlan(moe.expert_num, self.choices, moe.dropless_block_size)
+        self.to_slots, self.to_tokens = Dispatch(self.choices), Combine(self.choices)
+        self.numbers = Tensor(np.arange(moe.expert_num, dtype=np.int32).reshape(-1, 1, 1, 1))  # [E, 1, 1, 1]
+
+    def send(self, tokens: Tensor, routing: dict) -> tuple:
+        """-> (blocks [G * P, b, D], block_expert [G * P], gates, and the parts of the plan as of SlotDispatcher)."""
+        gates = routing["gates"]
+        plan = self.plan(routing["expert_index"], gates)
+        groups, _, width = tokens.shape
+        parts = (plan["dispatch_index"], plan["combine_index"], plan["slot_mask"], plan["kept_mask"])
+        blocks = self.to_slots(tokens, *parts)  # [G, P * b, D]
+        blocks = blocks.reshape(groups * plan["block_expert"].shape[1], -1, width)
+        return (blocks, plan["block_expert"].reshape(-1), gates.reshape(groups, -1), *parts)
+
+    def apply(self, experts: nn.Cell, sent: tuple) -> Tensor:
+        """What `send` returned -> tokens [F, D]."""
+        outputs, groups = self.through(experts, sent[0], sent[1]), sent[2].shape[0]
         width = outputs.shape[-1]
-        weighted = (outputs * ops.expand_dims(plan["gates"], -1)).reshape(-1, width)  # [E * G * C, D]
-        rows = ops.unsorted_segment_sum(weighted, plan["index"].reshape(-1), groups * count + 1)  # [G * N + 1, D]
-        return rows[:-1].reshape(groups, count, width)
+        return self.to_tokens(outputs.reshape(groups, -1, width), *sent[2:]).reshape(-1, width)
+
+    def through(self, experts: nn.Cell, blocks: Tensor, block_expert: Tensor) -> Tensor:
+        """Blocks [P, b, D], those of block p all of expert `block_expert` [P], through the experts."""
+        if self.has_blocks:
+            return experts.blocks(blocks, block_expert)
+        size, width = blocks.shape[1], blocks.shape[2]
+        out = experts(ops.tile(blocks.reshape(1, -1, width), (self.expert_num, 1, 1)))  # [E, P * b, D]
+        out = out.reshape(self.expert_num, -1, size, out.shape[-1])  # [E, P, b, D]
+        own = ops.equal(block_expert.reshape(1, -1, 1, 1), self.numbers)  # [E, P, 1, 1]
+        return ops.select(ops.broadcast_to(own, out.shape), out, ops.zeros_like(out)).sum(0)  # [P, b, D]
+
+    def num_kept(self, routing: dict, sent: tuple) -> Tensor:
+        """All choices: [G]."""
+        return sent[6].sum(1)
 
 
-class DensePath(OpenPath):
-    """Every expert gets all rows; the outputs are summed, weighted by the gates."""
+class AlltoAllVDispatcher(Dispatcher):
+    """Nothing is dropped, over devices: each chosen row travels to the device that holds its expert, and back.
 
-    def __init__(self, moe: MoEConfig, training: bool):
-        super().__init__(moe, training)
-        self.turn = ops.Transpose()
+    Args:
+        config: the whole configuration.
+        static: by buffers of a fixed size, whatever moe.dispatch says.
+        dtype, fused: see alltoallv.AlltoAllV.
+    """
 
-    def plan(self, routing: dict) -> dict:
-        """{gates [G, N, E]}."""
-        return {"gates": routing["gates"]}
+    def __init__(self, config: Config, static: bool, dtype, fused: frozenset[str]):
+        super().__init__(config.moe)
+        self.config, self.static, self.dtype, self.fused = config, static, dtype, fused
+        self.exchange = None
 
-    def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
-        """Rows [G, N, D] -> [E, G * N, D]."""
-        rows = rows.reshape(1, -1, rows.shape[-1])
-        return ops.tile(rows, (self.expert_num, 1, 1))
+    def send(self, tokens: Tensor, routing: dict) -> tuple:
+        """-> (tokens [F, D], expert_index [G, N * K], gates [G, N * K])."""
+        groups, _, width = tokens.shape
+        index = ops.stop_gradient(routing["expert_index"]).reshape(groups, -1)
+        return tokens.reshape(-1, width), index, routing["gates"].reshape(groups, -1)
 
-    def combine(self, outputs: Tensor, plan: dict) -> Tensor:
-        """[E, G * N, D] -> [G, N, D]."""
-        groups, count, experts = plan["gates"].shape
-        gates = self.turn(plan["gates"].reshape(-1, experts), (1, 0))  # [E, G * N]
-        return (outputs * ops.expand_dims(gates, -1)).sum(0).reshape(groups, count, -1)
+    def apply(self, experts: nn.Cell, sent: tuple) -> Tensor:
+        """What `send` returned -> tokens [F, D]."""
+        return self.exchange(*sent, experts.w_in, experts.w_out, experts.w_gate)
 
+    def shapes(self, groups: int, tokens: int, width: int) -> list:
+        """See Dispatcher."""
+        chosen = [groups, tokens // groups * self.choices]
+        return [[tokens, width], chosen, chosen]
 
-class SoftPath(OpenPath):
-    """Slots are mixtures of rows, rows are mixtures of slots (arXiv 2308.00951)."""
+    def types(self, float_type) -> tuple:
+        """See Dispatcher."""
+        return float_type, mstype.int32, float_type
 
-    def __init__(self, moe: MoEConfig, training: bool):
-        super().__init__(moe, training)
-        self.to_slots, self.to_rows = OneHotDispatch(), OneHotCombine()
-        self.to_experts, self.to_groups = ops.Transpose(), ops.Transpose()
-
-    def plan(self, routing: dict) -> dict:
-        """{dispatch, combine [G, N, E, C]}."""
-        return {"dispatch": routing["dispatch"], "combine": routing["combine"]}
-
-    def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
-        """Rows [G, N, D] -> [E, G * C, D]."""
-        slots = self.to_slots(rows, plan["dispatch"])  # [G, E, C, D]
-        return self.to_experts(slots, (1, 0, 2, 3)).reshape(self.expert_num, -1, rows.shape[-1])
-
-    def combine(self, outputs: Tensor, plan: dict) -> Tensor:
-        """[E, G * C, D] -> [G, N, D]."""
-        groups, _, _, slots = plan["combine"].shape
-        outputs = outputs.reshape(self.expert_num, groups, slots, -1)  # [E, G, C, D]
-        return self.to_rows(self.to_groups(outputs, (1, 0, 2, 3)), plan["combine"])
+    def shard(self, mesh: CompiledMesh, experts: nn.Cell) -> None:
+        """See AlltoAllV."""
+        require_cut_experts(experts, self.expert_num, self.config.moe.dispatch)
+        self.exchange = AlltoAllV(self.config, mesh, self.dtype, self.fused, self.static)
 
 
-class MergedPath(OpenPath):
-    """All rows of a group go through one expert, whose parameters are the experts' mean weighted by the gates."""
+class ExpertChoiceDispatcher(Dispatcher):
+    """Each expert gets the tokens that it took (arXiv 2202.09368): a gather, and a sum of segments back.
 
-    def plan(self, routing: dict) -> dict:
-        """{merged [G, E], real [G, N, 1]}."""
-        return {"merged": routing["gates"], "real": routing["expert_mask"][:, :, :1]}
+    The gradient of the one is the other. A slot that nobody fills holds a token of zeros.
 
-    def dispatch(self, rows: Tensor, plan: dict) -> Tensor:
-        """[G, N, D], as they are."""
-        return rows
+    Args:
+        moe: the section of the configuration.
+        slots: N -> C, the router's own rule.
+    """
 
-    def combine(self, outputs: Tensor, plan: dict) -> Tensor:
-        """[G, N, D]; padded rows come back as zero."""
-        return keep_where(outputs, plan["real"])
+    def __init__(self, moe: MoEConfig, slots: Callable[[int], int]):
+        super().__init__(moe)
+        self.slots, self.take = slots, TakeSlicedRows()
+
+    def send(self, tokens: Tensor, routing: dict) -> tuple:
+        """-> (slots [G, E, C, D], gates [G, E * C], index [G, E * C] int32, N for nobody, mask [G, N])."""
+        groups, count, width = tokens.shape
+        index = routing["token_index"].reshape(groups, -1)  # [G, E * C]
+        if "slot_mask" in routing:
+            index = index_or_zero_row(index, routing["slot_mask"].reshape(groups, -1), count)
+        index = ops.stop_gradient(index.astype(mstype.int32))
+        slots = self.take(with_zero_row(tokens), index).reshape(groups, self.expert_num, -1, width)
+        return slots, routing["gates"].reshape(groups, -1), index, routing["expert_mask"][:, :, 0]
+
+    def receive(self, outputs: Tensor, *plan) -> Tensor:
+        """Outputs [G, E, C, D] -> [F, D]: y = sum of gates * outputs over the slots that hold the token."""
+        gates, index, mask = plan
+        (groups, count), width = mask.shape, outputs.shape[-1]
+        weighted = outputs.reshape(groups, -1, width) * ops.expand_dims(gates, -1)  # [G, E * C, D]
+        place = index + (ops.arange(groups) * (count + 1)).astype(mstype.int32).reshape(-1, 1)  # in [G * (N + 1)]
+        rows = ops.unsorted_segment_sum(weighted.reshape(-1, width), place.reshape(-1), groups * (count + 1))
+        return rows.reshape(groups, count + 1, width)[:, :count].reshape(-1, width)
+
+    def shapes(self, groups: int, tokens: int, width: int) -> list:
+        """See Dispatcher."""
+        each = tokens // groups
+        slots = self.slots(each)
+        taken = [groups, self.expert_num * slots]
+        return [[groups, self.expert_num, slots, width], taken, taken, [groups, each]]
+
+    def types(self, float_type) -> tuple:
+        """See Dispatcher."""
+        return float_type, float_type, mstype.int32, float_type
+
+    def received(self, outputs: list, *plan: list) -> list:
+        """See Dispatcher."""
+        return [plan[2][0] * plan[2][1], outputs[3]]
 
 
-PATHS = {
-    "token_choice": TokenChoicePath,
-    "expert_choice": ExpertChoicePath,
-    "dense": DensePath,
-    "soft": SoftPath,
-    "merged": MergedPath,
-}
+class DenseDispatcher(Dispatcher):
+    """Every expert gets all tokens; the outputs are summed, weighted by the gates."""
+
+    def send(self, tokens: Tensor, routing: dict) -> tuple:
+        """-> (slots [G, E, N, D], gates [G, N, E])."""
+        return ops.tile(ops.expand_dims(tokens, 1), (1, self.expert_num, 1, 1)), routing["gates"]
+
+    def receive(self, outputs: Tensor, *plan) -> Tensor:
+        """Outputs [G, E, N, D] -> [F, D]."""
+        gates = ops.expand_dims(ops.transpose(plan[0], (0, 2, 1)), -1)  # [G, E, N, 1]
+        return (outputs * gates).sum(1).reshape(-1, outputs.shape[-1])
+
+    def shapes(self, groups: int, tokens: int, width: int) -> list:
+        """See Dispatcher."""
+        each = tokens // groups
+        return [[groups, self.expert_num, each, width], [groups, each, self.expert_num]]
+
+    def received(self, outputs: list, *plan: list) -> list:
+        """See Dispatcher."""
+        return [outputs[0] * outputs[2], outputs[3]]
 
 
-def create_path(form: str, moe: MoEConfig, training: bool) -> nn.Cell:
-    """The path of a router's form (UserError: there is none of that name)."""
-    if form not in PATHS:
-        raise UserError(f"moe.router: {moe.router}; its form {form!r} has no path; one of {', '.join(PATHS)}")
-    return PATHS[form](moe, training)
+class SoftDispatcher(Dispatcher):
+    """Slots are mixtures of tokens, tokens are mixtures of slots (arXiv 2308.00951)."""
+
+    def __init__(self, moe: MoEConfig):
+        super().__init__(moe)
+        self.to_slots, self.to_tokens = OneHotDispatch(), OneHotCombine()
+
+    def send(self, tokens: Tensor, routing: dict) -> tuple:
+        """-> (slots [G, E, C, D], combine [G, N, E, C])."""
+        return self.to_slots(tokens, routing["dispatch"]), routing["combine"]
+
+    def receive(self, outputs: Tensor, *plan) -> Tensor:
+        """Outputs [G, E, C, D] -> [F, D]."""
+        return self.to_tokens(outputs, plan[0]).reshape(-1, outputs.shape[-1])
+
+
+class MergedDispatcher(Dispatcher):
+    """All tokens of a group go through one expert, whose parameters are the experts' mean weighted by the gates."""
+
+    def send(self, tokens: Tensor, routing: dict) -> tuple:
+        """-> (tokens [G, N, D], gates [G, E], mask [G, N, 1])."""
+        return tokens, routing["gates"], routing["expert_mask"][:, :, :1]
+
+    def apply(self, experts: nn.Cell, sent: tuple) -> Tensor:
+        """What `send` returned -> tokens [F, D]; padding comes back as zero."""
+        out = keep_where(experts.merged(sent[0], sent[1]), sent[2])  # [G, N, D]
+        return out.reshape(-1, out.shape[-1])
+
+
+FORMS = {"dense": DenseDispatcher, "soft": SoftDispatcher, "merged": MergedDispatcher}
+
+
+def create_dispatcher(
+    router: nn.Cell, config: Config, training: bool, experts: nn.Cell, fused: frozenset[str], mesh: LocalMesh
+) -> Dispatcher:
+    """Returns the dispatcher of a router's form: the one place that reads `moe.dispatch`.
+
+    Args:
+        router: of the layer.
+        config: dispatch, capacities.
+        training: whether the capacity of training or that of evaluation counts; without one nothing is dropped.
+        experts: of the layer.
+        fused: operators of the device, see nn.fused.
+        mesh: how choices travel where nothing is dropped.
+
+    Raises:
+        UserError: a form that has no dispatcher, or experts that cannot do what it asks.
+    """
+    moe, form = config.moe, router.form if training else router.eval_form or router.form
+    if form in FORMS:
+        _require_merged(form, config, experts)
+        return FORMS[form](moe)
+    if form == "expert_choice":
+        return ExpertChoiceDispatcher(moe, router.train_slots if training else router.eval_slots)
+    if form != "token_choice":
+        known = ", ".join(("token_choice", "expert_choice", *FORMS))
+        raise UserError(f"moe.router: {moe.router}; its form {form!r} has no dispatcher; one of {known}")
+    trained = moe.capacity_factor if moe.dispatch == "capacity" else None
+    factor = trained if training else moe.eval_capacity_factor
+    if factor is not None or mesh.dropless == "slots":
+        return SlotDispatcher(moe, factor)
+    if mesh.dropless == "alltoallv":
+        static = moe.dispatch == "dropless_static" or moe.dispatch == "capacity"
+        return AlltoAllVDispatcher(config, static, getattr(experts, "dtype", mstype.float32), fused)
+    return BlockDispatcher(moe, keeps(type(experts), "construct", "blocks"))
+
+
+def _require_merged(form: str, config: Config, experts: nn.Cell) -> None:
+    """Refuses experts that cannot be merged where the router merges them (UserError)."""
+    if form == "merged" and not keeps(type(experts), "construct", "merged"):
+        name = type(experts).__name__
+        raise UserError(f"moe.router: {config.moe.router}; {name} has no `merged(rows, gates)` of its own: define it")

@@ -96,7 +96,7 @@ class CapacityPlan(nn.Cell):
     the real rows more room.
     """
 
-    def __init__(self, experts: int, choices: int, factor: float, order: str, least: int = 1):
+    def __init__(self, experts: int, choices: int, factor: float | None, order: str, least: int = 1):
         super().__init__()
         self.experts, self.choices, self.factor, self.least = experts, choices, factor, least
         self.order = ChoiceOrder(experts, choices, order)

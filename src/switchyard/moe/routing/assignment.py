@@ -86,16 +86,16 @@ class Base(LinearRouter):
         self.softmax, self.sigmoid, self.one_hot = ops.Softmax(-1), ops.Sigmoid(), ops.OneHot()
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """See Router.construct."""
-        logits = self.score(rows, self.weight)  # [G, N, E]
-        scores, probabilities = self.sigmoid(logits), self.softmax(logits)
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        logits = scores[0]  # [G, N, E]
+        affinity, probabilities = self.sigmoid(logits), self.softmax(logits)
         if self.training:
             expert = self.auction(logits, context["valid"])  # [G, N]
             mask = self.one_hot(expert, self.expert_num, self.on, self.off)  # [G, N, E]
-            experts, gates, chosen = self.choose.weigh(ops.expand_dims(expert, -1), (mask,), scores, context)
+            experts, gates, chosen = self.choose.weigh(ops.expand_dims(expert, -1), (mask,), affinity, context)
         else:
-            experts, gates, chosen = self.choose(logits, scores, context)
+            experts, gates, chosen = self.choose(logits, affinity, context)
         return by_rows(experts, gates, chosen, probabilities, logits)
 
 

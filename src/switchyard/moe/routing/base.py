@@ -14,7 +14,6 @@ from switchyard.config import MoEConfig
 from switchyard.config.router_options import RouterChoice, RouterOptions, typed
 from switchyard.distributed.mesh import Mesh
 from switchyard.errors import UserError, shortened
-from switchyard.forms import changed, changes_alone
 from switchyard.nn.initializers import normal
 from switchyard.nn.masks import keep_where
 from switchyard.nn.noise import NoiseSlices
@@ -29,8 +28,9 @@ class Routing(TypedDict):
         logits          what the z-loss keeps small; zeros where a router has none
         importance      what counts as importance: the probabilities, or the gates alone where the paper says so
         expert_mask     1 where a real row works with an expert
-    and `smooth_load` [G, N, E] where the router estimates it, `own_loss` scalar where it brings one. The layer adds
-    `priority` [G, N], a draw of U(0, 1), where moe.drop_order is `random` in training.
+    and `smooth_load` [G, N, E] where the router estimates it, `own_loss` [G] where it brings a loss of its own: a sum
+    over the real rows of each group. The layer adds `priority` [G, N], a draw of U(0, 1), where moe.drop_order is
+    `random` in training.
     Form "token_choice":
         expert_index [G, N, K] int32: the choices, best first; E, which is no expert, for a padded row
         gates [G, N, K] float32: what a choice's output is multiplied by; 0 for a padded row
@@ -61,6 +61,7 @@ class Context(TypedDict):
     valid [G, N] float32: 1 for a real row, 0 for padding. noise [.., G * N, D] float32 of U(0, 1), read in training
     only. token_ids, task_ids [G, N] int32, None where the network has none. replay [G, N, K] int32: choices that are
     forced, -1 where the router's own stand (see switchyard.moe.routing.replay); there only in a run that replays.
+    state: what `Router.state` returns, as values; there only where the router has such parameters.
     """
 
     valid: Tensor
@@ -68,6 +69,7 @@ class Context(TypedDict):
     token_ids: Tensor
     task_ids: Tensor
     replay: Tensor
+    state: tuple
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,6 @@ class RouterSetting:
 
 
 _ROUTERS: dict[str, type] = {}
-# What one device calls, and what a compiled cluster calls in its place
-PARTNERS = (("construct", "decide"), ("logits", "score_flat"), ("score", "score_flat"))
 
 
 def register(name: str):
@@ -146,7 +146,7 @@ def create_router(
         return router(setting)
     if router.form != "token_choice" or router.eval_form:
         raise UserError(f"moe.copies: {config.moe.copies}; router {name!r} does not choose experts row by row")
-    return Copies(router, setting)
+    return ReplicaGroups(router, setting)
 
 
 def with_options(moe: MoEConfig) -> MoEConfig:
@@ -204,98 +204,156 @@ def require_learnable(moe: MoEConfig) -> None:
 
 
 class Router(nn.Cell):
-    """Rows in, Routing out. Arithmetic is float32 whatever the model computes in (arXiv 2101.03961, section 2.4).
+    """Tokens in, Routing out. Arithmetic is float32 whatever the model computes in (arXiv 2101.03961, section 2.4).
 
-    A subclass states what it is in the class attributes and implements `construct(rows, context) -> Routing`.
+    A subclass states what it is in the class attributes and implements `scores` and `route`: such a router works on
+    every mesh. A subclass that implements `construct` instead works on one device and on CPU processes, and a compiled
+    cluster refuses it by name (see `why_not_sharded`).
 
     name: in YAML. Options: class of its options, a pydantic model or a dataclass, which extends that of the parent.
     paper: where it is from. unit: what it decides for: row (of the layer), token (by its id) or task.
     form: of its Routing; eval_form: of the one at evaluation, where it differs. learnable: has weights. causal: a row's
     routing at evaluation does not look at later rows. batch_independent: the same row gets the same experts and gates
-    whatever batch it stands in. cuts: the compiler can cut it over devices, where its scores are x W, from
-    `score_flat(rows [N, D])`, and `decide(logits [G, N, E], context)` makes the Routing of them and reads no parameter.
-    A subclass that changes `construct`, `logits` or `score` and not those two is no longer cut, see `why_not_cut`.
-    refuses: may give a real row no expert, E, at evaluation. needs: entries of the Context it cannot do without.
-    losses: names in `moe.losses` that it can give; `switch` and `z` also by aux_loss_factor and z_loss_factor.
+    whatever batch it stands in. may_skip_tokens: may give a real row no expert, E, at evaluation. needs: entries of the
+    Context it cannot do without. score_num: tensors that `scores` returns. losses: names in `moe.losses` that it can
+    give; `switch` and `z` also by aux_loss_factor and z_loss_factor.
+
+    overrides_construct: set here: whether the class has a `construct` of its own.
     """
 
     name, paper, unit = "", "", "row"
     Options: type = RouterOptions
     form, eval_form = "token_choice", None
     learnable, causal, batch_independent = True, True, True
-    cuts, refuses = False, False
+    may_skip_tokens, overrides_construct = False, False
     needs: tuple = ()
+    score_num = 1
     losses: tuple = ("switch", "z", "importance", "sequence", "mutual_information")
-    _says_it_cuts, _cuts_from = False, None  # what the nearest class says of `cuts`, and the first that says True
 
     def __init_subclass__(cls, **options):
-        """Clears `cuts` where the class has not the methods that a compiled cluster calls."""
+        """Notes whether the class, or a parent of it, replaces the `construct` of Router."""
         super().__init_subclass__(**options)
-        cls._says_it_cuts = cls.__dict__.get("cuts", cls._says_it_cuts)
-        if cls._says_it_cuts and cls._cuts_from is None:
-            cls._cuts_from = cls
-        cls.cuts = cls._says_it_cuts and not _missing(cls)
+        cls.overrides_construct = cls.construct is not Router.construct
 
     def __init__(self, setting: RouterSetting):
         super().__init__()
         self.expert_num, self.choices = setting.moe.expert_num, setting.moe.num_experts_chosen
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """Rows [G, N, D] float32 and a Context -> Routing."""
+    def construct(self, tokens: Tensor, context: dict) -> dict:
+        """Tokens [G, N, D] and a Context -> Routing: `scores` of all tokens, then `route` in each group."""
+        groups, count, width = tokens.shape
+        token_ids, task_ids = flat_ids(context, "token_ids"), flat_ids(context, "task_ids")
+        grouped = ()
+        for part in self.scores(tokens.reshape(groups * count, width), token_ids, task_ids):
+            grouped = (*grouped, part.reshape(groups, count, -1))
+        state = self.state()
+        if state:
+            context["state"] = state
+        return self.route(grouped, context)
+
+    def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
+        """Computes all that reads a parameter: tokens [N, D], ids [N] or None -> a tuple of `score_num` times [N, X].
+
+        On a cluster the tokens are sharded over devices. So a matrix product here needs a layout (see
+        LinearRouter.shard); other arithmetic that reads a parameter belongs into one `mesh.local`.
+        """
         raise NotImplementedError
 
+    def route(self, scores: tuple, context: dict) -> dict:
+        """Decides in each group: what `scores` returned, each [G, N, X], and a Context -> Routing. Reads no Parameter.
 
-def why_not_cut(router: type) -> str | None:
-    """Why MindSpore's compiler does not cut a router over devices, one line; None where it does."""
-    if router.cuts:
+        On a cluster it runs on the groups of one device.
+        """
+        raise NotImplementedError
+
+    def state(self) -> tuple:
+        """Returns the parameters that `route` gets as context["state"]."""
+        return ()
+
+    def update(self, load: np.ndarray) -> None:
+        """Adapts the state on the host after a training step; load [E]: choices that each expert got on all devices."""
+
+    def shard(self, mesh: Mesh) -> None:
+        """Declares the layouts of what `scores` computes; nothing where it has no operator of its own."""
+
+
+def flat_ids(context: dict, name: str):
+    """Returns the ids [G * N] of a Context, None where it has none."""
+    ids = context.get(name)
+    return None if ids is None else ids.reshape(-1)
+
+
+def why_not_sharded(router: type) -> str | None:
+    """Says in one line why a compiled cluster cannot run a router class; None where it can."""
+    if not router.overrides_construct:
         return None
-    missing = _missing(router) if router._says_it_cuts else ""
-    if missing:
-        return f"{router.__name__} {missing}"
-    cut = ", ".join(name for name, known in known_routers().items() if known.cuts)
-    return f"cannot be cut over devices; one of {cut}"
+    return (
+        f"{router.__name__} overrides `construct`, which a compiled cluster does not call: "
+        f"define `scores` and `route` instead, take another router, or train on one device"
+    )
 
 
-def _missing(router: type) -> str:
-    """What a router that says it can be cut has not for a compiled cluster; empty where it has all."""
-    root, instead = router._cuts_from, "which a compiled cluster calls in its place"
-    for method, partner in PARTNERS:
-        if changes_alone(router, method, (partner,), root):
-            return f"changes `{method}` and not `{partner}`, {instead}: define `{partner}` too"
-    if changed(router, "score_flat", root) and not any(changed(router, method, root) for method, _ in PARTNERS):
-        return "changes `score_flat` and not `logits`, which one device calls in its place: define `logits` too"
-    lacks = [name for name in ("decide", "score_flat", "shard") if not changed(router, name, nn.Cell)]
-    if lacks:
-        return f"has no `{lacks[0]}`, which a compiled cluster calls: define it"
-    if router.form != "token_choice" or router.eval_form:
-        return "does not choose experts row by row, which a compiled cluster asks for"
-    if router.needs:
-        return f"needs {', '.join(router.needs)}, which a compiled cluster does not hand out"
-    return ""
-
-
-class Copies(nn.Cell):
+class ReplicaGroups(Router):
     """Redundancy: r = `moe.copies` groups of E / r experts get a copy of every row, and each has a router of its own.
 
     The Routing is that of one router over E experts with r * K choices, those of the first group first; its
-    distribution is the mean of the groups'.
+    distribution is the mean of the groups'. Scores and state are those of the first group's router, then those of the
+    next.
     """
 
     def __init__(self, router: type, setting: RouterSetting):
-        super().__init__()
-        moe, self.copies = setting.moe, setting.moe.copies
+        super().__init__(setting)
+        moe, self.copies, self.router_class = setting.moe, setting.moe.copies, router
         self.name, self.form, self.eval_form, self.losses = router.name, router.form, router.eval_form, router.losses
-        self.expert_num, self.size, self.each = moe.expert_num, moe.expert_num // self.copies, moe.num_experts_chosen
+        self.size, self.each = moe.expert_num // self.copies, moe.num_experts_chosen
         part = replace(setting, moe=moe.model_copy(update={"expert_num": self.size, "copies": 1}))
         self.routers = nn.CellList([router(part) for _ in range(self.copies)])
-        self.causal, self.batch_independent = router.causal, router.batch_independent
-        self.refuses, self.cuts = self.routers[0].refuses, False
+        self.causal, self.batch_independent, self.needs = router.causal, router.batch_independent, router.needs
+        self.may_skip_tokens = self.routers[0].may_skip_tokens
+        self.overrides_construct, self.part_num = router.overrides_construct, router.score_num
+        self.score_num, self.state_num = self.copies * router.score_num, len(self.routers[0].state())
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """Rows [G, N, D] and a Context -> the Routing of all copies together."""
+    def construct(self, tokens: Tensor, context: dict) -> dict:
+        """Tokens [G, N, D] and a Context -> the Routing of all groups together."""
         parts = ()
         for index, router in enumerate(self.routers):
-            parts = (*parts, router(rows, self.view(context, index)))
+            parts = (*parts, router(tokens, self.view(context, index)))
+        return self.merge(parts)
+
+    def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
+        """See Router.scores."""
+        scores = ()
+        for router in self.routers:
+            scores = (*scores, *router.scores(tokens, token_ids, task_ids))
+        return scores
+
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        parts = ()
+        for index, router in enumerate(self.routers):
+            own = scores[index * self.part_num : (index + 1) * self.part_num]
+            parts = (*parts, router.route(own, self.view(context, index)))
+        return self.merge(parts)
+
+    def state(self) -> tuple:
+        """See Router.state."""
+        state = ()
+        for router in self.routers:
+            state = (*state, *router.state())
+        return state
+
+    def update(self, load: np.ndarray) -> None:
+        """See Router.update; load [E]."""
+        for index, router in enumerate(self.routers):
+            router.update(load[index * self.size : (index + 1) * self.size])
+
+    def shard(self, mesh: Mesh) -> None:
+        """See Router.shard."""
+        for router in self.routers:
+            router.shard(mesh)
+
+    def merge(self, parts: tuple) -> dict:
+        """The Routing of one router over all E experts, of those of the groups."""
         experts = ()
         for index, part in enumerate(parts):
             own = part["expert_index"]  # [G, N, K], E / r for nowhere
@@ -313,23 +371,25 @@ class Copies(nn.Cell):
         if "smooth_load" in parts[0]:
             routing["smooth_load"] = ops.concat([part["smooth_load"] for part in parts], -1)
         if "own_loss" in parts[0]:
-            routing["own_loss"] = ops.stack([part["own_loss"] for part in parts], 0).sum()
+            routing["own_loss"] = ops.stack([part["own_loss"] for part in parts], 0).sum(0)  # [G]
         return routing
 
     def view(self, context: dict, index: int) -> dict:
-        """The context as group `index` sees it: forced choices are those of its own experts, counted from 0."""
-        if "replay" not in context:
-            return context
-        own = context["replay"][..., index * self.each : (index + 1) * self.each] - index * self.size  # [G, N, K]
-        unset = ops.full_like(own, -1)
-        mine = ops.logical_and(own >= 0, own < self.size)
-        return {
-            "valid": context["valid"],
-            "noise": context["noise"],
-            "token_ids": context["token_ids"],
-            "task_ids": context["task_ids"],
-            "replay": ops.where(mine, own, unset),
-        }
+        """The context as group `index` sees it: its own state, and forced choices of its own experts, from 0 on."""
+        own = {"valid": context["valid"]}
+        if "noise" in context:
+            own["noise"] = context["noise"]
+        if "token_ids" in context:
+            own["token_ids"] = context["token_ids"]
+        if "task_ids" in context:
+            own["task_ids"] = context["task_ids"]
+        if "state" in context:
+            own["state"] = context["state"][index * self.state_num : (index + 1) * self.state_num]
+        if "replay" in context:
+            replay = context["replay"][..., index * self.each : (index + 1) * self.each] - index * self.size
+            mine = ops.logical_and(replay >= 0, replay < self.size)  # [G, N, K]
+            own["replay"] = ops.where(mine, replay, ops.full_like(replay, -1))
+        return own
 
 
 def router_weight(width: int, experts: int, random: np.random.Generator) -> Parameter:
@@ -338,26 +398,40 @@ def router_weight(width: int, experts: int, random: np.random.Generator) -> Para
     return Parameter(normal(random, scale, (width, experts)), name="weight")
 
 
+def to_float32(tokens: Tensor) -> Tensor:
+    """Tokens in float32, untouched where they are: an operator more would want a layout on a cluster."""
+    return tokens if tokens.dtype == mstype.float32 else tokens.astype(mstype.float32)
+
+
 class LinearRouter(Router):
-    """A router that scores experts by x W, in float32; W [D, E], or of other columns."""
+    """A router that scores experts by x W, in float32; W [D, E], or of other columns.
+
+    A subclass may override the hook `logits(tokens)`; what depends on no parameter belongs into `route`.
+    """
 
     def __init__(self, setting: RouterSetting, columns: int | None = None):
         super().__init__(setting)
         self.weight = router_weight(setting.width, columns or self.expert_num, setting.random)
         self.product = ops.MatMul()
 
-    def score(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """Rows [G, N, D] times a matrix [D, X] -> [G, N, X]."""
-        groups, count, width = rows.shape
-        scores = self.product(rows.reshape(groups * count, width).astype(mstype.float32), weight)  # [G * N, X]
+    def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
+        """See Router.scores: one tensor [N, E]."""
+        return (self.logits(tokens),)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Tokens [N, D] -> scores of the experts [N, E]."""
+        return self.score(tokens, self.weight)
+
+    def score(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Tokens [N, D] or [G, N, D] times a matrix [D, X] -> [N, X] or [G, N, X]."""
+        if tokens.ndim == 2:
+            return self.product(to_float32(tokens), weight)
+        groups, count, width = tokens.shape
+        scores = self.product(to_float32(tokens).reshape(groups * count, width), weight)  # [G * N, X]
         return scores.reshape(groups, count, -1)
 
-    def score_flat(self, rows: Tensor) -> Tensor:
-        """Rows [N, D] float32, where they are cut over devices -> [N, E]."""
-        return self.product(rows, self.weight)
-
     def shard(self, mesh: Mesh) -> None:
-        """Rows are cut, the matrix is whole everywhere."""
+        """Tokens are sharded, the matrix is full everywhere."""
         self.product.shard((mesh.cut("data", None), mesh.cut(None, None)), (mesh.cut("data", None),))
 
 

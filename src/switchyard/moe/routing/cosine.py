@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 
 from switchyard.config.router_options import PrototypeOptions
+from switchyard.distributed.mesh import Mesh, first
 from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, by_rows, register
 from switchyard.moe.routing.softmax import NormalisedRouter
 
@@ -26,7 +27,6 @@ class Cosine(NormalisedRouter):
     0.01. Gates as in top_k.
     """
 
-    cuts = False  # its scores are not x W
     paper = "arXiv 2204.09179"
 
     def __init__(self, setting: RouterSetting):
@@ -36,12 +36,28 @@ class Cosine(NormalisedRouter):
         self.embeddings = Parameter(Tensor(embeddings), name="embeddings")
         scale = np.array([math.log(1.0 / FIRST_TEMPERATURE)], np.float32)
         self.scale = Parameter(Tensor(scale), name="scale")
+        self.inner = ops.MatMul()
+        self.local_compare = self.compare
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Rows [G, N, D] -> cosines over the temperature [G, N, E]."""
-        projected = directions(self.score(rows, self.weight), -1)  # [G, N, d]
-        cosine = self.score(projected, directions(self.embeddings, 0))  # [G, N, E]
-        return cosine * ops.exp(ops.minimum(self.scale, math.log(1.0 / LOWEST_TEMPERATURE)))
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Tokens [N, D] -> cosines over the temperature [N, E]."""
+        return self.local_compare(self.score(tokens, self.weight), self.embeddings, self.scale)
+
+    def compare(self, projected: Tensor, embeddings: Tensor, scale: Tensor) -> Tensor:
+        """Tokens [N, d] and experts [d, E] -> cosines of all pairs over the temperature [N, E]."""
+        cosine = self.inner(directions(projected, -1), directions(embeddings, 0))
+        return cosine * ops.exp(ops.minimum(scale, math.log(1.0 / LOWEST_TEMPERATURE)))
+
+    def shard(self, mesh: Mesh) -> None:
+        """Tokens are sharded, the experts' directions and the temperature are full everywhere."""
+        super().shard(mesh)
+        tokens, experts = mesh.cut("data", None), self.expert_num
+
+        def shape(projected, embeddings, scale):
+            return [projected[0], experts]
+
+        inputs = (tokens, mesh.cut(None, None), mesh.cut(None))
+        self.local_compare = mesh.local(self.compare, inputs, (tokens,), shape, first)
 
 
 def directions(vectors: Tensor, axis: int) -> Tensor:
@@ -68,14 +84,14 @@ class Prototype(LinearRouter):
         self.best = TopChoices(self.size, 1)
         self.choose = Choosing(self.expert_num, self.choices)
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """See Router.construct."""
-        logits = self.score(rows, self.weight)  # [G, N, E]
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        logits = scores[0]  # [G, N, E]
         groups, count, experts = logits.shape
         grouped = logits.reshape(groups, count * self.choices, self.size)  # [G, N * K, E / K]
         within = self.softmax(grouped).reshape(groups, count, experts)  # [G, N, E]
         _, masks = self.best(grouped)
-        scores = within - (1.0 - masks[0].reshape(groups, count, experts)) * FAR
-        experts, gates, chosen = self.choose(scores, within, context)
+        ranked = within - (1.0 - masks[0].reshape(groups, count, experts)) * FAR
+        experts, gates, chosen = self.choose(ranked, within, context)
         probabilities = within / self.choices
         return by_rows(experts, gates, chosen, probabilities, logits)

@@ -8,8 +8,10 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config.router_options import DepthsOptions
+from switchyard.distributed.mesh import Mesh, first
 from switchyard.moe.dispatch.capacity import capacity
-from switchyard.moe.routing.base import LinearRouter, RouterSetting, register
+from switchyard.moe.routing.base import LinearRouter, RouterSetting, register, to_float32
+from switchyard.moe.routing.losses import sum_over_rows
 from switchyard.nn.masks import keep_where
 from switchyard.nn.softmax import log_sigmoid
 
@@ -80,16 +82,24 @@ class ExpertChoice(LinearRouter):
         self.train_factor, self.eval_factor = moe.capacity_factor, moe.eval_capacity_factor or moe.capacity_factor
         self.softmax, self.top = ops.Softmax(-1), TopRows(self.expert_num, self.choices)
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """See Router.construct."""
-        groups, count, _ = rows.shape
+    def train_slots(self, count: int) -> int:
+        """Returns C, the tokens that an expert takes of a group of `count`, in training."""
+        return capacity(count, self.expert_num, self.choices, self.train_factor)
+
+    def eval_slots(self, count: int) -> int:
+        """Returns C at evaluation."""
+        return capacity(count, self.expert_num, self.choices, self.eval_factor)
+
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        logits = scores[0]  # [G, N, E]
+        groups, count, _ = logits.shape
         factor = self.train_factor if self.training else self.eval_factor
-        logits = self.score(rows, self.weight)  # [G, N, E]
         probabilities = self.softmax(logits)  # S of the paper
-        scores = probabilities.transpose(0, 2, 1).reshape(-1, count)  # [G * E, N]
+        wanted = probabilities.transpose(0, 2, 1).reshape(-1, count)  # [G * E, N]
         valid = ops.tile(ops.expand_dims(context["valid"], 1), (1, self.expert_num, 1)).reshape(-1, count)
-        taken, filled = self.top(scores, valid, factor)  # its I, [G * E, C]
-        gates = keep_where(ops.gather_elements(scores, 1, taken), filled)  # its G
+        taken, filled = self.top(wanted, valid, factor)  # its I, [G * E, C]
+        gates = keep_where(ops.gather_elements(wanted, 1, taken), filled)  # its G
         shape = (groups, self.expert_num, taken.shape[1])
         taken, filled = taken.reshape(shape), filled.reshape(shape)
         return {
@@ -119,7 +129,8 @@ class MixtureOfDepths(LinearRouter):
 
     paper = "arXiv 2404.02258"
     Options = DepthsOptions
-    form, eval_form, refuses = "expert_choice", "token_choice", True
+    form, eval_form, may_skip_tokens = "expert_choice", "token_choice", True
+    score_num = 2
     losses = ()
 
     def __init__(self, setting: RouterSetting):
@@ -134,28 +145,46 @@ class MixtureOfDepths(LinearRouter):
         self.bias = Parameter(Tensor(np.zeros((1,), np.float32)), name="bias")
         self.predict_in, self.predict_out, self.relu = ops.MatMul(), ops.MatMul(), ops.ReLU()
         self.sigmoid, self.top = ops.Sigmoid(), TopRows(1, 1)
+        self.local_predict = self.predict
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """See Router.construct."""
-        score = self.score(rows, self.weight)  # [G, N, 1]
-        predicted = self.predict(rows)  # [G, N]
+    def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
+        """See Router.scores: x . w and the classifier's logit, each [N, 1]."""
+        return self.logits(tokens), self.local_predict(tokens, self.hidden, self.out, self.bias)
+
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        score, predicted = scores[0], scores[1].squeeze(-1)  # [G, N, 1], [G, N]
         if self.training:
             routing = self.take(score, context["valid"])
             routing["own_loss"] = self.prediction_loss(predicted, routing["expert_mask"].squeeze(-1), context["valid"])
         else:
-            routing = self.decide(score, predicted, context["valid"])
+            routing = self.let_through(score, predicted, context["valid"])
         probabilities = self.sigmoid(score)
         routing["probabilities"] = probabilities
         routing["logits"] = score
         routing["importance"] = probabilities
         return routing
 
-    def predict(self, rows: Tensor) -> Tensor:
-        """Rows [G, N, D] -> logits [G, N] of being taken; no gradient reaches the rows."""
-        groups, count, width = rows.shape
-        rows = ops.stop_gradient(rows).reshape(-1, width).astype(mstype.float32)  # [G * N, D]
-        hidden = self.relu(self.predict_in(rows, self.hidden))  # [G * N, H]
-        return (self.predict_out(hidden, self.out) + self.bias).reshape(groups, count)
+    def train_slots(self, count: int) -> int:
+        """Returns C, the tokens that the expert takes of a group of `count`, in training."""
+        length = self.length if self.length is not None and count % self.length == 0 else count
+        return count // length * capacity(length, 1, 1, self.share)
+
+    def predict(self, tokens: Tensor, hidden: Tensor, out: Tensor, bias: Tensor) -> Tensor:
+        """Tokens [N, D] and the classifier's parameters -> logits [N, 1] of being taken; no gradient for the tokens."""
+        inside = self.relu(self.predict_in(to_float32(ops.stop_gradient(tokens)), hidden))  # [N, H]
+        return self.predict_out(inside, out) + bias
+
+    def shard(self, mesh: Mesh) -> None:
+        """Tokens are sharded, all parameters are full everywhere."""
+        super().shard(mesh)
+        tokens, full = mesh.cut("data", None), mesh.cut(None, None)
+
+        def shape(tokens, hidden, out, bias):
+            return [tokens[0], 1]
+
+        inputs = (tokens, full, full, mesh.cut(None))
+        self.local_predict = mesh.local(self.predict, inputs, (tokens,), shape, first)
 
     def take(self, score: Tensor, valid: Tensor) -> dict:
         """The top rows of each sequence: form "expert_choice" of one expert."""
@@ -173,13 +202,12 @@ class MixtureOfDepths(LinearRouter):
         chosen = chosen_rows(taken, filled, count)
         return {"token_index": taken, "slot_mask": filled, "gates": gates.reshape(groups, 1, -1), "expert_mask": chosen}
 
-    def decide(self, score: Tensor, predicted: Tensor, valid: Tensor) -> dict:
+    def let_through(self, score: Tensor, predicted: Tensor, valid: Tensor) -> dict:
         """The rows that the classifier lets through: form "token_choice", expert 0 or none."""
         works = ops.expand_dims((predicted > 0).astype(mstype.float32) * valid, -1)  # [G, N, 1]
         experts = (1.0 - works).astype(mstype.int32)  # 1 = E is nowhere
         return {"expert_index": experts, "gates": keep_where(self.sigmoid(score), works), "expert_mask": works}
 
     def prediction_loss(self, predicted: Tensor, taken: Tensor, valid: Tensor) -> Tensor:
-        """Binary cross-entropy of the classifier, mean over real rows. Scalar."""
-        losses = -log_sigmoid(-predicted) - predicted * taken  # [G, N]
-        return keep_where(losses, valid).sum() / ops.maximum(valid.sum(), 1.0)
+        """Binary cross-entropy of the classifier, summed over the real rows of each group: [G, N] thrice -> [G]."""
+        return sum_over_rows(-log_sigmoid(-predicted) - predicted * taken, valid)

@@ -14,7 +14,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config.router_options import HashOptions, OneCell, RandomInGroupOptions, RandomOptions, TaskOptions
-from switchyard.moe.routing.base import Router, RouterSetting, register, replay_choices
+from switchyard.distributed.mesh import Mesh, first
+from switchyard.moe.routing.base import Router, RouterSetting, register, replay_choices, to_float32
 
 
 def constant(values: np.ndarray, name: str) -> Parameter:
@@ -82,7 +83,7 @@ class Assign(nn.Cell):
 
 
 class FixedRouter(Router):
-    """Base of what is not learned: a subclass says which experts, `pick(rows, context) -> [G, N, K] int32`."""
+    """Base of what is not learned: `scores` is the choice itself, experts [N, K] int32."""
 
     learnable = False
     losses = ()
@@ -92,20 +93,51 @@ class FixedRouter(Router):
         self.assign = Assign(self.expert_num, self.choices)
         self.take = ops.Gather()
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """See Router.construct."""
-        experts = self.pick(rows, context)
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        experts = self.pick(scores[0], context)
         if "replay" in context:
             experts = replay_choices(experts, context["replay"], self.expert_num)
         return self.assign(experts, context["valid"])
 
-    def pick(self, rows: Tensor, context: dict) -> Tensor:
-        """The experts of each row [G, N, K] int32, those of padded rows included."""
-        raise NotImplementedError
+    def pick(self, scores: Tensor, context: dict) -> Tensor:
+        """The experts of each row [G, N, K] int32, those of padded rows included, of what `scores` returned."""
+        return scores
+
+
+def place_look_up(router: Router, mesh: Mesh, ids: int, axes: int = 1) -> None:
+    """Shards `look_up` of a router: a table of so many axes is full everywhere, ids [N] and choices are sharded."""
+    choices = router.choices
+
+    def shape(table, *ids):
+        return [ids[0][0], choices]
+
+    inputs = (mesh.cut(*(None,) * axes), *(mesh.cut("data"),) * ids)
+    router.local_look_up = mesh.local(router.look_up, inputs, (mesh.cut("data", None),), shape, first)
+
+
+class TableRouter(FixedRouter):
+    """Base of a table of experts: a subclass has `table`, and `look_up` where the table is not [V] by token id."""
+
+    def __init__(self, setting: RouterSetting):
+        super().__init__(setting)
+        self.local_look_up = self.look_up
+
+    def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
+        """See Router.scores: experts [N, 1] int32."""
+        return (self.local_look_up(self.table, token_ids),)
+
+    def look_up(self, table: Tensor, ids: Tensor) -> Tensor:
+        """Table [V], ids [N] -> experts [N, 1] int32."""
+        return ops.expand_dims(self.take(table, ids, 0), -1)
+
+    def shard(self, mesh: Mesh) -> None:
+        """The table is full everywhere, ids are sharded."""
+        place_look_up(self, mesh, 1)
 
 
 @register("hash")
-class Hash(FixedRouter):
+class Hash(TableRouter):
     """Hash layers (arXiv 2106.04426): the token's id alone decides, K = 1.
 
     `hash_table` random: each id goes to an expert at random, as with a hash function. balanced: ids are shared out
@@ -134,10 +166,6 @@ class Hash(FixedRouter):
         """A table by the occurrences of each id in the training text, counts [V]."""
         self.table.set_data(Tensor(table_by_counts(counts, self.expert_num, self.shuffled)))
 
-    def pick(self, rows: Tensor, context: dict) -> Tensor:
-        """By table of the token: [G, N, 1] int32."""
-        return ops.expand_dims(self.take(self.table, context["token_ids"], 0), -1)  # [G, N, 1]
-
 
 @register("lsh")
 class HyperplaneHash(FixedRouter):
@@ -158,16 +186,22 @@ class HyperplaneHash(FixedRouter):
         self.place = Tensor(2 ** np.arange(max(bits, 1)) % self.expert_num, mstype.int32)  # one expert: always 0
         self.product = ops.MatMul()
 
-    def pick(self, rows: Tensor, context: dict) -> Tensor:
+    def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
+        """See Router.scores: x . h of each hyperplane [N, B]."""
+        return (self.product(to_float32(tokens), self.planes),)
+
+    def pick(self, scores: Tensor, context: dict) -> Tensor:
         """By the cell that the row lies in: [G, N, 1] int32."""
-        groups, count, width = rows.shape
-        sides = self.product(rows.reshape(-1, width).astype(mstype.float32), self.planes)  # [G * N, B]
-        experts = ((sides > 0).astype(mstype.int32) * self.place).sum(-1)  # [G * N]
-        return ops.stop_gradient(experts.astype(mstype.int32).reshape(groups, count, 1))
+        experts = ((scores > 0).astype(mstype.int32) * self.place).sum(-1, keepdims=True)
+        return ops.stop_gradient(experts.astype(mstype.int32))
+
+    def shard(self, mesh: Mesh) -> None:
+        """Tokens are sharded, the hyperplanes are full everywhere."""
+        self.product.shard((mesh.cut("data", None), mesh.cut(None, None)), (mesh.cut("data", None),))
 
 
 @register("random")
-class Random(FixedRouter):
+class Random(TableRouter):
     """An expert at random, K = 1: by a table fixed for each token id, or drawn anew at each step.
 
     `random_draw` step: every row draws its expert from the step's noise, and at evaluation the table decides (THOR,
@@ -186,20 +220,17 @@ class Random(FixedRouter):
         self.drawn = setting.options.random_draw == "step"
         self.slice = setting.slices.take(self.drawn)
 
-    def pick(self, rows: Tensor, context: dict) -> Tensor:
+    def pick(self, scores: Tensor, context: dict) -> Tensor:
         """By table of the token, or drawn: [G, N, 1] int32."""
-        ids = context["token_ids"]
-        if self.training and self.drawn:
-            uniform = context["noise"][self.slice][:, 0].reshape(ids.shape)  # [G, N]
-            experts = ops.floor(uniform * self.expert_num).astype(mstype.int32)
-            experts = ops.minimum(experts, self.expert_num - 1)  # a float32 product may round up to E
-        else:
-            experts = self.take(self.table, ids, 0)
-        return ops.expand_dims(experts, -1)  # [G, N, 1]
+        if not (self.training and self.drawn):
+            return scores
+        uniform = context["noise"][self.slice][:, 0].reshape(scores.shape)  # [G, N, 1]
+        experts = ops.floor(uniform * self.expert_num).astype(mstype.int32)
+        return ops.minimum(experts, self.expert_num - 1)  # a float32 product may round up to E
 
 
 @register("random_in_group")
-class RandomInGroup(FixedRouter):
+class RandomInGroup(TableRouter):
     """Random routed experts (PanGu-Sigma, arXiv 2303.10845): a group by domain, chance inside.
 
     The experts stand in `n_group` groups of E / n_group, one beside the other. A row's task id names its group
@@ -219,14 +250,22 @@ class RandomInGroup(FixedRouter):
         self.table = constant(np.concatenate(tables).astype(np.int32), "table")  # [n_group * V]
         self.vocab_size = size
 
-    def pick(self, rows: Tensor, context: dict) -> Tensor:
-        """By table of the token, inside the group of the task: [G, N, 1] int32."""
-        group = context["task_ids"] % self.group_num  # [G, N]
-        return ops.expand_dims(self.take(self.table, group * self.vocab_size + context["token_ids"], 0), -1)
+    def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
+        """See Router.scores: experts [N, 1] int32."""
+        return (self.local_look_up(self.table, token_ids, task_ids),)
+
+    def look_up(self, table: Tensor, token_ids: Tensor, task_ids: Tensor) -> Tensor:
+        """By table [n_group * V] of the token, inside the group of the task: ids [N] twice -> experts [N, 1] int32."""
+        group = task_ids % self.group_num  # [N]
+        return ops.expand_dims(self.take(table, group * self.vocab_size + token_ids, 0), -1)
+
+    def shard(self, mesh: Mesh) -> None:
+        """The table is full everywhere, ids are sharded."""
+        place_look_up(self, mesh, 2)
 
 
 @register("task")
-class Task(FixedRouter):
+class Task(TableRouter):
     """Experts by task: the task's id names its K experts, whose outputs are averaged.
 
     `task_experts` lists them; null gives task t the K experts from t * K on, in turn, so that tasks share experts
@@ -246,6 +285,14 @@ class Task(FixedRouter):
             sets = turn % self.expert_num
         self.table = constant(np.array(sets, np.int32), "table")  # [T, K]
 
-    def pick(self, rows: Tensor, context: dict) -> Tensor:
-        """The experts of the row's task: [G, N, K] int32."""
-        return self.take(self.table, context["task_ids"], 0)  # [G, N, K]
+    def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
+        """See Router.scores: experts [N, K] int32."""
+        return (self.local_look_up(self.table, task_ids),)
+
+    def look_up(self, table: Tensor, ids: Tensor) -> Tensor:
+        """Table [T, K], task ids [N] -> experts [N, K] int32."""
+        return self.take(table, ids, 0)
+
+    def shard(self, mesh: Mesh) -> None:
+        """The table is full everywhere, ids are sharded."""
+        place_look_up(self, mesh, 1, axes=2)

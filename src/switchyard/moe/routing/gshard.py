@@ -29,15 +29,16 @@ class GShard(SoftmaxRouter):
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
         self.policy, self.threshold = setting.options.second_expert, setting.options.second_expert_threshold
-        self.refuses = self.policy == "threshold"
+        self.may_skip_tokens = self.policy == "threshold"
         self.uniform = None
         if self.policy == "sampling":
             self.uniform = UniformRows(setting.slices, setting.width, 1)
         self.one_hot = ops.OneHot()
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
-    def decide(self, logits: Tensor, context: dict) -> dict:
-        """The Routing that scores [G, N, E] make; reads no parameter."""
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        logits = scores[0]  # [G, N, E]
         probabilities = self.softmax(logits)
         experts, gates, chosen = self.choose(logits, logits, context)
         gates = shares(gates, context["valid"])  # [G, N, 2]

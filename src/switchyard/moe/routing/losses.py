@@ -1,5 +1,8 @@
 """Balance: small pure functions of a Routing. Legend: G groups, N rows of a group, E experts, K choices.
 
+What a layer hands on is a sum over the real rows of each group, [G] (functions named `.._sums`): added up over groups
+and devices and divided by all real rows it is the mean. The other functions are those means of one Routing.
+
 Every mean is over the real rows (`valid` [G, N] is 1 there) of all groups. What is defined for a group as a whole, such
 as the balance loss, is averaged over the groups weighted by their real rows, so a group of padding counts nothing and
 one that is half padding counts half. Padded values are left out by selection, so not even NaN in one counts.
@@ -16,15 +19,24 @@ def rows_of(valid: Tensor) -> Tensor:
     return ops.maximum(valid.sum(1), 1.0)
 
 
-def mean_over_rows(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of a value of each row over the real rows of all groups: [G, N] twice -> scalar."""
-    return keep_where(values, valid).sum() / ops.maximum(valid.sum(), 1.0)
+def sum_over_rows(values: Tensor, valid: Tensor) -> Tensor:
+    """Sum of a value of each row over the real rows of each group: [G, N] twice -> [G].
+
+    ReduceSum over all axes adds in another order than over one, and faster; one group is summed that way.
+    """
+    kept = keep_where(values, valid)
+    return kept.sum().reshape(1) if kept.shape[0] == 1 else kept.sum(1)
 
 
-def mean_over_groups(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of a value of each group, weighted by its real rows: [G] and valid [G, N] -> scalar."""
+def times_rows(values: Tensor, valid: Tensor) -> Tensor:
+    """A value of each group times its real rows, 0 for a group of padding: [G] and valid [G, N] -> [G]."""
     rows = valid.sum(1)  # [G]
-    return (keep_where(values, rows) * rows).sum() / ops.maximum(rows.sum(), 1.0)
+    return keep_where(values, rows) * rows
+
+
+def mean(sums: Tensor, valid: Tensor) -> Tensor:
+    """Mean over all real rows of what each group has summed over its own: [G] and valid [G, N] -> scalar."""
+    return sums.sum() / ops.maximum(valid.sum(), 1.0)
 
 
 def importance(mass: Tensor, valid: Tensor) -> Tensor:
@@ -37,16 +49,20 @@ def load(chosen: Tensor) -> Tensor:
     return chosen.sum(1)
 
 
-def switch_balance(chosen: Tensor, probabilities: Tensor, valid: Tensor, choices: int) -> Tensor:
-    """E * sum over experts of f * P (arXiv 2101.03961, eq. 4 without its alpha); 1 when balanced. Scalar.
+def balance_sums(chosen: Tensor, probabilities: Tensor, valid: Tensor, choices: int) -> Tensor:
+    """E * sum over experts of f * P (arXiv 2101.03961, eq. 4 without its alpha), times the group's real rows: [G].
 
     f: share of the choices that an expert got (eq. 5); P: its mean probability (eq. 6). Only P carries a gradient.
-    Mean over the groups, weighted by their real rows.
     """
     rows = ops.expand_dims(rows_of(valid), -1)  # [G, 1]
     share = ops.stop_gradient(load(chosen)) / (rows * choices)  # f, [G, E]
-    mean = importance(probabilities, valid) / rows  # P, [G, E]
-    return mean_over_groups((share * mean).sum(-1), valid) * chosen.shape[-1]
+    average = importance(probabilities, valid) / rows  # P, [G, E]
+    return times_rows((share * average).sum(-1), valid) * chosen.shape[-1]
+
+
+def switch_balance(chosen: Tensor, probabilities: Tensor, valid: Tensor, choices: int) -> Tensor:
+    """The balance loss, 1 when balanced: mean over the groups, weighted by their real rows. Scalar."""
+    return mean(balance_sums(chosen, probabilities, valid, choices), valid)
 
 
 def log_partition(logits: Tensor, axis: int = -1) -> Tensor:
@@ -55,9 +71,14 @@ def log_partition(logits: Tensor, axis: int = -1) -> Tensor:
     return ops.log(ops.exp(logits - top).sum(axis)) + top.squeeze(axis)
 
 
+def z_sums(logits: Tensor, valid: Tensor) -> Tensor:
+    """Squared log-partition (ST-MoE, arXiv 2202.08906, eq. 5), which keeps router logits small: [G]."""
+    return sum_over_rows(log_partition(logits) ** 2, valid)
+
+
 def z_loss(logits: Tensor, valid: Tensor) -> Tensor:
-    """Mean squared log-partition (ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small. Scalar."""
-    return mean_over_rows(log_partition(logits) ** 2, valid)
+    """Mean squared log-partition over the real rows. Scalar."""
+    return mean(z_sums(logits, valid), valid)
 
 
 def entropy_of(probabilities: Tensor) -> Tensor:
@@ -65,9 +86,14 @@ def entropy_of(probabilities: Tensor) -> Tensor:
     return -(probabilities * ops.log(ops.maximum(probabilities, 1e-20))).sum(-1)
 
 
+def entropy_sums(probabilities: Tensor, valid: Tensor) -> Tensor:
+    """Entropy of the router's distribution in nats: [G]."""
+    return sum_over_rows(entropy_of(probabilities), valid)
+
+
 def entropy(probabilities: Tensor, valid: Tensor) -> Tensor:
-    """Mean entropy of the router's distribution in nats: 0 when certain, log E when uniform. Scalar."""
-    return mean_over_rows(entropy_of(probabilities), valid)
+    """Mean entropy over the real rows: 0 when certain, log E when uniform. Scalar."""
+    return mean(entropy_sums(probabilities, valid), valid)
 
 
 def max_violation(loads: Tensor) -> Tensor:
@@ -76,13 +102,10 @@ def max_violation(loads: Tensor) -> Tensor:
 
 
 def squared_variation(amounts: Tensor, valid: Tensor) -> Tensor:
-    """Squared coefficient of variation over the experts (arXiv 1701.06538, eq. 7 and 11): [G, E] -> scalar.
-
-    Mean over the groups, weighted by their real rows.
-    """
-    mean = amounts.mean(-1, keep_dims=True)  # [G, 1]
-    variance = ((amounts - mean) ** 2).mean(-1)  # [G]
-    return mean_over_groups(variance / (mean.squeeze(-1) ** 2 + 1e-10), valid)
+    """Squared coefficient of variation over the experts (arXiv 1701.06538, eq. 7 and 11), times rows: [G, E] -> [G]."""
+    average = amounts.mean(-1, keep_dims=True)  # [G, 1]
+    variance = ((amounts - average) ** 2).mean(-1)  # [G]
+    return times_rows(variance / (average.squeeze(-1) ** 2 + 1e-10), valid)
 
 
 def by_sequence(values: Tensor, length: int) -> Tensor:
@@ -90,53 +113,55 @@ def by_sequence(values: Tensor, length: int) -> Tensor:
     return values.reshape(-1, length, *values.shape[2:])
 
 
-def importance_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
-    """CV^2 of the experts' importance (arXiv 1701.06538, eq. 6 and 7). Scalar."""
+def importance_sums(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
+    """CV^2 of the experts' importance (arXiv 1701.06538, eq. 6 and 7): [G]."""
     return squared_variation(importance(routing["importance"], valid), valid)
 
 
-def load_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
-    """CV^2 of the experts' smooth load (arXiv 1701.06538, eq. 8 to 11). Scalar."""
+def load_sums(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
+    """CV^2 of the experts' smooth load (arXiv 1701.06538, eq. 8 to 11): [G]."""
     return squared_variation(importance(routing["smooth_load"], valid), valid)
 
 
-def mutual_information_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
+def mutual_information_sums(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
     """Minus the information that a row gives about its expert (Mod-Squad, arXiv 2212.08066): H(E|X) - H(E).
 
-    Small when rows are sure of their experts and the experts of a group together are used evenly. Scalar.
+    Small when rows are sure of their experts and the experts of a group together are used evenly: [G].
     """
-    mean = importance(routing["probabilities"], valid) / ops.expand_dims(rows_of(valid), -1)  # p(e), [G, E]
-    marginal = mean_over_groups(entropy_of(mean), valid)
-    return entropy(routing["probabilities"], valid) - marginal
+    average = importance(routing["probabilities"], valid) / ops.expand_dims(rows_of(valid), -1)  # p(e), [G, E]
+    return entropy_sums(routing["probabilities"], valid) - times_rows(entropy_of(average), valid)
 
 
-def sequence_loss(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
+def sequence_sums(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
     """The balance loss of each sequence by itself (DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20, without its alpha).
 
     Eq. 18 is f, eq. 20 is P, over the S rows of one sequence instead of all: a router that is balanced only on average
-    over the sequences is not enough. Mean over the sequences, weighted by their real rows; a scalar.
+    over the sequences is not enough. Each counts by its real rows: [G].
     """
     chosen, probabilities = by_sequence(routing["expert_mask"], length), by_sequence(routing["probabilities"], length)
-    return switch_balance(chosen, probabilities, by_sequence(valid, length), choices)
+    of_sequences = balance_sums(chosen, probabilities, by_sequence(valid, length), choices)  # [G * N / S]
+    return of_sequences.reshape(valid.shape[0], -1).sum(-1)
 
 
-# name in moe.losses -> function of (Routing, valid, K, length S of a sequence) that gives a scalar;
+# name in moe.losses -> function of (Routing, valid, K, length S of a sequence) that gives a sum of each group [G];
 # `switch` and `z` have factors of their own
 LOSSES = {
-    "importance": importance_loss,
-    "load": load_loss,
-    "mutual_information": mutual_information_loss,
-    "sequence": sequence_loss,
+    "importance": importance_sums,
+    "load": load_sums,
+    "mutual_information": mutual_information_sums,
+    "sequence": sequence_sums,
 }
 
 
 class WeightedLosses(nn.Cell):
-    """(balance loss, z-loss, weighted sum of `moe.losses`) of a Routing and valid [G, N]: three scalars.
+    """(balance loss, z-loss, weighted sum of the auxiliary losses) of a Routing and valid [G, N]: three times [G].
+
+    Each is a sum over the real rows of a group, see `mean`.
 
     Args:
-        moe: whose `losses` name the extra ones.
+        moe: whose `losses` name the auxiliary ones.
         router: whose `losses` say what it can give.
-        length: rows S of a sequence; a group holds whole sequences in training, when further losses are computed.
+        length: rows S of a sequence; a group holds whole sequences in training, when auxiliary losses are computed.
 
     Raises:
         UserError: a loss that is unknown or that this router cannot give.
@@ -146,24 +171,24 @@ class WeightedLosses(nn.Cell):
         super().__init__()
         self.choices, self.length = moe.choices, length
         self.switch, self.z = "switch" in router.losses, "z" in router.losses
-        self.extra = tuple((name, weight) for name, weight in moe.losses.items() if weight > 0)
-        for name, _ in self.extra:
+        self.auxiliary = tuple((name, weight) for name, weight in moe.losses.items() if weight > 0)
+        for name, _ in self.auxiliary:
             able = [known for known in LOSSES if known in router.losses]
             if name not in able:
                 reason = f"router '{moe.router}' gives {', '.join(able) or 'none'}"
                 raise UserError(f"moe.losses.{name}: {'unknown' if name not in LOSSES else 'not available'}; {reason}")
 
     def construct(self, routing: dict, valid: Tensor):
-        """A Routing and valid [G, N] -> three scalars."""
-        nothing = ops.zeros_like(valid).sum()
-        balance_loss, router_z, extra = nothing, nothing, nothing
+        """A Routing and valid [G, N] -> three times [G]."""
+        nothing = ops.zeros_like(valid).sum(1)
+        balance, auxiliary, router_z = nothing, nothing, z_sums(routing["logits"], valid)
         if self.switch:
-            balance_loss = switch_balance(routing["expert_mask"], routing["probabilities"], valid, self.choices)
-        if self.z:
-            router_z = z_loss(routing["logits"], valid)
+            balance = balance_sums(routing["expert_mask"], routing["probabilities"], valid, self.choices)
+        if not self.z:  # a metric all the same
+            router_z = ops.stop_gradient(router_z)
         if self.training:
-            for name, weight in self.extra:
-                extra = extra + weight * LOSSES[name](routing, valid, self.choices, self.length)
+            for name, weight in self.auxiliary:
+                auxiliary = auxiliary + weight * LOSSES[name](routing, valid, self.choices, self.length)
         if "own_loss" in routing:
-            extra = extra + routing["own_loss"]
-        return balance_loss, router_z, extra
+            auxiliary = auxiliary + routing["own_loss"]
+        return balance, router_z, auxiliary

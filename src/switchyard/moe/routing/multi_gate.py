@@ -8,7 +8,8 @@ from mindspore import Parameter, Tensor, ops
 from mindspore import dtype as mstype
 
 from switchyard.config.router_options import MultiGateOptions
-from switchyard.moe.routing.base import Choosing, Router, RouterSetting, by_rows, register, shares
+from switchyard.distributed.mesh import Mesh, first
+from switchyard.moe.routing.base import Choosing, Router, RouterSetting, by_rows, register, shares, to_float32
 from switchyard.nn.masks import keep_where
 
 
@@ -35,14 +36,30 @@ class MultiGate(Router):
         self.product, self.softmax, self.one_hot = ops.MatMul(), ops.Softmax(-1), ops.OneHot()
         self.choose = Choosing(self.expert_num, self.choices)
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+        self.local_own = self.own_gate
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """See Router.construct."""
-        groups, count, width = rows.shape
-        logits = self.product(rows.reshape(groups * count, width).astype(mstype.float32), self.weight)  # [G * N, T * E]
-        logits = logits.reshape(groups, count, self.task_num, self.expert_num)  # [G, N, T, E]
-        own = self.one_hot(context["task_ids"], self.task_num, self.on, self.off)  # [G, N, T]
-        logits = keep_where(logits, own).sum(2)  # [G, N, E], those of the row's own gate
+    def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
+        """See Router.scores: those of the token's own gate [N, E]."""
+        return (self.local_own(self.product(to_float32(tokens), self.weight), task_ids),)
+
+    def own_gate(self, logits: Tensor, task_ids: Tensor) -> Tensor:
+        """Scores of all gates [N, T * E], task ids [N] -> those of the token's own gate [N, E]."""
+        own = self.one_hot(task_ids, self.task_num, self.on, self.off)  # [N, T]
+        return keep_where(logits.reshape(-1, self.task_num, self.expert_num), own).sum(1)
+
+    def shard(self, mesh: Mesh) -> None:
+        """Tokens are sharded, the gates are full everywhere."""
+        tokens, experts = mesh.cut("data", None), self.expert_num
+        self.product.shard((tokens, mesh.cut(None, None)), (tokens,))
+
+        def shape(logits, task_ids):
+            return [logits[0], experts]
+
+        self.local_own = mesh.local(self.own_gate, (tokens, mesh.cut("data")), (tokens,), shape, first)
+
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        logits = scores[0]  # [G, N, E]
         probabilities = self.softmax(logits)
         weighed = logits if self.normalise else probabilities
         experts, gates, chosen = self.choose(logits, weighed, context)

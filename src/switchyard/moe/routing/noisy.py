@@ -26,10 +26,11 @@ class NoisyTopK(LinearRouter):
     every row to the first expert. With K = 1 the softmax of one score would be 1 and have no gradient: the gate is
     then the expert's probability among all (as arXiv 2101.03961, eq. 2).
 
-    `mass` is the gates alone (eq. 6), so that importance counts what the experts are weighted with.
+    `importance` is the gates alone (eq. 6), so that importance counts what the experts are weighted with.
     """
 
     paper = "arXiv 1701.06538"
+    score_num = 2
     losses = (*LinearRouter.losses, "load")
 
     def __init__(self, setting: RouterSetting):
@@ -41,12 +42,16 @@ class NoisyTopK(LinearRouter):
         self.choose = Choosing(self.expert_num, self.choices)
         self.softmax, self.softplus, self.erf = ops.Softmax(-1), ops.Softplus(), ops.Erf()
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """See Router.construct."""
-        clean = self.score(rows, self.weight)  # [G, N, E]
+    def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
+        """See Router.scores: x W and x W_noise, each [N, E]."""
+        return self.logits(tokens), self.score(tokens, self.noise_weight)
+
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        clean, spread = scores  # [G, N, E]
         scores, deviation = clean, clean
         if self.training:
-            deviation = self.softplus(self.score(rows, self.noise_weight))  # [G, N, E]
+            deviation = self.softplus(spread)  # [G, N, E]
             scores = clean + self.normal(context["noise"]).reshape(clean.shape) * deviation  # eq. 4
         experts, masks = self.top(scores)  # [G, N, K + 1]
         probabilities = self.softmax(scores)

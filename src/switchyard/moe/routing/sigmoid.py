@@ -18,10 +18,10 @@ FAR = 1e30  # taken from a score, it is never chosen
 class Sigmoid(LinearRouter):
     """s = sigmoid(x W) (DeepSeek-V3, arXiv 2412.19437, eq. 15), gates of the K experts with the largest s + b (eq. 16).
 
-    b is no weight: after each training pass it rises by u = `topk_bias_update_rate` where an expert had less than
+    b is no weight: after each training step it rises by u = `topk_bias_update_rate` where an expert had less than
     the mean load and falls by u where it had more (arXiv 2408.15664, algorithm 1), so no balance loss is needed: set
     moe.aux_loss_factor to 0. Only the choice sees b, never the gate. It is a parameter without gradient, and kept in
-    checkpoints. A step of several micro-batches updates it after each.
+    checkpoints. The host updates it by the load of the whole step on all devices, see `update`.
 
     `norm_topk_prob` divides K >= 2 gates by their sum (eq. 13), `routed_scaling_factor` multiplies them. With
     `n_group` > 1 a row chooses within `topk_group` groups only, those whose two best scores sum highest.
@@ -39,27 +39,32 @@ class Sigmoid(LinearRouter):
         self.bias = Parameter(bias, name="bias", requires_grad=False)
         self.limit = BestGroups(options, self.expert_num) if options.n_group > options.topk_group else None
         self.choose = Choosing(self.expert_num, self.choices)
-        self.sigmoid, self.softmax, self.sign, self.assign = ops.Sigmoid(), ops.Softmax(-1), ops.Sign(), ops.Assign()
-        self.over_processes = None  # sums the load over the processes of a job, see distributed.collectives.cut_model
+        self.sigmoid, self.softmax = ops.Sigmoid(), ops.Softmax(-1)
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """See Router.construct."""
-        logits = self.score(rows, self.weight)  # [G, N, E]
-        scores = self.sigmoid(logits)  # s, eq. 15
-        biased = ops.stop_gradient(scores) + self.bias  # eq. 16
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        logits = scores[0]  # [G, N, E]
+        affinity = self.sigmoid(logits)  # s, eq. 15
+        biased = ops.stop_gradient(affinity) + context["state"][0]  # eq. 16
         if self.limit is not None:
             biased = self.limit(biased)
         logarithm = log_sigmoid(logits)
-        experts, gates, chosen = self.choose(biased, logarithm if self.normalise else scores, context)
+        experts, gates, chosen = self.choose(biased, logarithm if self.normalise else affinity, context)
         if self.normalise:
             gates = shares(gates, context["valid"])  # eq. 13
-        if self.training and self.rate > 0:
-            load = ops.stop_gradient(chosen).sum((0, 1))  # c, [E]
-            if self.over_processes is not None:
-                load = self.over_processes(load)
-            self.assign(self.bias, self.bias + self.rate * self.sign(load.mean() - load))  # algorithm 1
         probabilities = self.softmax(logarithm)  # s' = s / sum of s, eq. 19
         return by_rows(experts, gates * self.factor, chosen, probabilities, logits)
+
+    def state(self) -> tuple:
+        """See Router.state: the bias [E]."""
+        return (self.bias,)
+
+    def update(self, load: np.ndarray) -> None:
+        """Moves the bias against the load [E] of a training step (arXiv 2408.15664, algorithm 1)."""
+        if self.rate > 0:
+            load = np.asarray(load, np.float32)
+            step = np.float32(self.rate) * np.sign(load.mean() - load)
+            self.bias.set_data(Tensor(self.bias.asnumpy() + step))
 
 
 class GroupLimit(nn.Cell):

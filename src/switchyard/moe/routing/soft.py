@@ -35,9 +35,9 @@ class Dense(LinearRouter):
         super().__init__(setting)
         self.softmax = ops.Softmax(-1)
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """See Router.construct."""
-        logits = self.score(rows, self.weight)  # [G, N, E]
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        logits = scores[0]  # [G, N, E]
         probabilities = self.softmax(logits)
         return {
             "gates": keep_where(probabilities, context["valid"]),

@@ -12,7 +12,6 @@ from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, b
 class SoftmaxRouter(LinearRouter):
     """p = softmax(x W) (arXiv 2101.03961, eq. 1), the K most probable experts, gates made of their probabilities."""
 
-    cuts = True
     Options = Scaled
 
     def __init__(self, setting: RouterSetting, columns: int | None = None):
@@ -21,20 +20,13 @@ class SoftmaxRouter(LinearRouter):
         self.softmax = ops.Softmax(-1)
         self.choose = Choosing(self.expert_num, self.choices)
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """See Router.construct."""
-        return self.decide(self.logits(rows), context)
-
-    def decide(self, logits: Tensor, context: dict) -> dict:
-        """The Routing that scores [G, N, E] make; reads no parameter."""
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        logits = scores[0]  # [G, N, E]
         probabilities = self.softmax(logits)  # arXiv 2101.03961, eq. 1
-        scores = self.rank(logits, context["valid"])
-        experts, gates, chosen = self.chosen(scores, logits, probabilities, context)
+        ranked = self.rank(logits, context["valid"])
+        experts, gates, chosen = self.chosen(ranked, logits, probabilities, context)
         return by_rows(experts, self.weigh(gates) * self.factor, chosen, probabilities, logits)
-
-    def logits(self, rows: Tensor) -> Tensor:
-        """Rows [G, N, D] -> scores whose softmax are the probabilities [G, N, E]."""
-        return self.score(rows, self.weight)
 
     def rank(self, logits: Tensor, valid: Tensor) -> Tensor:
         """What the choice goes by: logits [G, N, E] and valid [G, N] -> [G, N, E]."""

@@ -24,6 +24,7 @@ class TwoLevel(LinearRouter):
 
     paper = "arXiv 1701.06538, appendix B"
     Options = TwoLevelOptions
+    score_num = 2
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
@@ -36,9 +37,13 @@ class TwoLevel(LinearRouter):
         self.limit = GroupLimit(options)
         self.choose = Choosing(self.expert_num, self.choices)
 
-    def construct(self, rows: Tensor, context: dict) -> dict:
-        """See Router.construct."""
-        primary, secondary = self.score(rows, self.group_weight), self.score(rows, self.weight)  # [G, N, Q], [G, N, E]
+    def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
+        """See Router.scores: of the groups of experts [N, Q], of the experts [N, E]."""
+        return self.score(tokens, self.group_weight), self.logits(tokens)
+
+    def route(self, scores: tuple, context: dict) -> dict:
+        """See Router.route."""
+        primary, secondary = scores  # [G, N, Q], [G, N, E]
         group_probabilities = self.softmax(primary)
         grouped = secondary.reshape(*primary.shape, self.size)  # [G, N, Q, E / Q]
         joint = ops.expand_dims(group_probabilities, -1) * self.softmax(grouped)  # eq. 12

@@ -1,0 +1,49 @@
+"""Global norm of gradients, also where every device holds a shard of them."""
+
+from mindspore import Tensor, nn, ops
+
+from switchyard.distributed.placement import Degrees, optimizer_slices, placement
+
+
+class GlobalNorm(nn.Cell):
+    """Root of the sum of squares over all gradients: tuple of float32 tensors -> [] float32.
+
+    It is not finite when any gradient is not.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.square, self.sum, self.sqrt = ops.Square(), ops.ReduceSum(), ops.Sqrt()
+
+    def construct(self, gradients: tuple) -> Tensor:
+        total = 0.0
+        for gradient in gradients:
+            squares = self.square(gradient.reshape(-1, gradient.shape[-1]))  # [..., n] -> [rows, n]
+            total = total + self.sum(self.sum(squares, -1))  # one axis at a time: far quicker on CPU than two
+        return self.sqrt(total)
+
+
+class ShardedNorm(nn.Cell):
+    """Global norm of gradients of which every device holds a shard: one AllReduce of a scalar.
+
+    Args:
+        parameters: those that the gradients are of.
+        degrees: how they are sharded; a shard that several devices hold counts once.
+    """
+
+    def __init__(self, parameters, degrees: Degrees):
+        super().__init__()
+        self.shares = tuple(share_of(p.name, p.shape, degrees) for p in parameters)
+        self.square, self.sum, self.sqrt, self.over_devices = ops.Square(), ops.ReduceSum(), ops.Sqrt(), ops.AllReduce()
+
+    def construct(self, gradients: tuple) -> Tensor:
+        total = 0.0
+        for index, gradient in enumerate(gradients):
+            total = total + self.sum(self.square(gradient)) * self.shares[index]
+        return self.sqrt(self.over_devices(total))
+
+
+def share_of(name: str, shape: tuple[int, ...], degrees: Degrees) -> float:
+    """Returns one by the devices of a stage that hold the same shard of a parameter's gradient."""
+    axes = placement(name, shape, degrees)
+    return optimizer_slices(shape, axes, degrees, 0) / len(degrees.replicas(axes, 0))

@@ -1,0 +1,49 @@
+"""Experts that every token visits.
+
+Legend: N tokens, D width.
+"""
+
+from mindspore import Parameter, Tensor, ops
+from mindspore import dtype as mstype
+
+from switchyard.config import Config
+from switchyard.distributed.mesh import CompiledMesh, first
+from switchyard.moe.experts import FeedForwardExperts
+from switchyard.nn.fused import NONE
+from switchyard.nn.initializers import normal
+
+
+class SharedExperts(FeedForwardExperts):
+    """Computes what every token gets besides its chosen experts: [1, N, D] -> [1, N, D].
+
+    `moe.shared_expert_num` experts that all tokens go to are one expert of as many times the width. With
+    `moe.use_shared_expert_gating` its output is weighted by sigmoid(x w) (Qwen2-MoE, arXiv 2407.10671).
+    """
+
+    def __init__(self, config: Config, std: tuple[float, float], random, dtype, fused: frozenset[str] = NONE):
+        moe, width = config.moe, config.model.hidden_size
+        hidden = config.expert_width * moe.shared_expert_num
+        super().__init__(1, width, hidden, config.model.activation, std, random, dtype, fused=fused)
+        self.gate = None
+        if moe.use_shared_expert_gating:
+            self.gate = Parameter(normal(random, std[0], (1, width, 1)), name="gate")
+        self.product, self.sigmoid = ops.BatchMatMul(), ops.Sigmoid()
+        self.local_weigh = self.weigh
+
+    def construct(self, rows: Tensor) -> Tensor:
+        """Rows [1, N, D] -> [1, N, D]."""
+        out = self._work(rows, self.w_in, self.w_gate, self.w_out)
+        if self.gate is not None:
+            out = self.local_weigh(out, self.product(rows.astype(mstype.float32), self.gate))  # [1, N, 1]
+        return out
+
+    def weigh(self, out: Tensor, scores: Tensor) -> Tensor:
+        """Weights out [1, N, D] by the gate of each token."""
+        return out * self.sigmoid(scores)
+
+    def shard(self, mesh: CompiledMesh) -> None:
+        """Tokens are sharded by data shards, the hidden width by model shards."""
+        super().shard(mesh, None, "data")
+        rows = mesh.cut(None, "data", None)
+        self.product.shard((rows, mesh.cut(None, None, None)), (rows,))
+        self.local_weigh = mesh.local(self.weigh, (rows, rows), (rows,), first, first)

@@ -1,0 +1,187 @@
+"""The loss that training minimises, and the figures of a step, on any mesh.
+
+Legend: B batch, S sequence, N = B * S tokens, D width, V vocabulary, M conditional layers, E experts, J noise slices,
+G routing groups, W = 2 + M * (6 + 2 E) figures.
+"""
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from switchyard.config import Config
+from switchyard.distributed.mesh import LOCAL, LocalMesh, first
+from switchyard.moe import metrics
+from switchyard.moe.routing.base import find_router
+from switchyard.nn.cross_entropy import TokenLosses
+from switchyard.nn.masks import keep_where
+
+LOSS, CROSS_ENTROPY, STATISTICS = 0, 1, 2  # where the figures begin
+
+
+class TrainLoss(nn.Cell):
+    """Computes the loss and the figures of one micro-batch.
+
+    loss = factor * (mean over valid tokens of the cross-entropy
+                     + moe.aux_loss_factor * sum over layers of the balance loss
+                     + moe.z_loss_factor * sum over layers of the z-loss
+                     + sum over layers of the auxiliary losses of moe.losses, weighted)
+
+    With moe.consistency_loss_factor the model reads the batch twice, each time with noise of its own and so with other
+    random experts; the cross-entropy is the mean of both and factor * symmetric KL of their outputs is added (THOR,
+    arXiv 2110.04260, halved). The statistics are those of the first pass.
+
+    Args:
+        model: (tokens [B, S], valid [B, S], noise) -> (logits [N, V] float32, statistics, choices), see models.Decoder.
+            A network that reads images has [B, C, H, W] in the place of tokens and T tasks in that of S, see
+            models.Vision.
+        config: the factors are read.
+        mesh: the devices; two sums cross them, of the valid tokens and of all figures.
+    """
+
+    def __init__(self, model: nn.Cell, config: Config, mesh: LocalMesh = LOCAL):
+        super().__init__(auto_prefix=False)
+        moe, self.layers = config.moe, len(config.moe_layers)
+        self.model, self.token_losses = model, TokenLosses()
+        self.exits = getattr(model, "exits", 1)
+        self.balance_factor, self.z_factor = moe.aux_loss_factor, z_loss_factor(config)
+        self.consistency = moe.consistency_loss_factor if self.layers else 0.0
+        self.window, self.units, self.columns = config.row_tokens, config.units, metrics.width(moe.expert_num)
+        self.log_softmax, self.total, self.total_counts = ops.LogSoftmax(-1), mesh.total(), mesh.total()
+        self.everywhere = mesh.everywhere(3)
+        self.local_counts, self.local_part = self.counts, self.part
+        self.local_second, self.places = self.second_half, places(config)
+        self.shard(mesh)
+
+    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor, factor: Tensor, replay=None):
+        """tokens, labels [B, S] int32, valid [B, S] float32, noise [max(J, 1), N, D], factor [1, 1] of the loss, replay
+        [M, N, K] int32: see models.Decoder -> (figures [W] of all devices, choices).
+
+        The first figure is the loss times the factor, the only one that carries a gradient; the second the
+        cross-entropy; then come the router statistics, summed over groups, see moe.metrics. No operator reads the
+        figures behind their sum over the devices: on GPU it could race with that sum.
+        """
+        logits, stats, choices = self.read(tokens, valid, noise, replay)  # [N, V], [G, M * (6 + 2 E)]
+        other = logits
+        if self.consistency > 0:
+            other, _, _ = self.read(tokens, valid, self.local_second(noise), replay)  # [N, V]
+        if len(choices) > 0:
+            choices = self.everywhere(choices)  # [N, M, K] of all devices
+        return self.figures(logits, other, labels, valid, factor, stats), choices
+
+    def read(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor):
+        """What the model makes of a batch; only a run that forces choices hands it some."""
+        if replay is None:
+            return self.model(tokens, valid, noise)
+        return self.model(tokens, valid, noise, replay)
+
+    def figures(self, logits: Tensor, other: Tensor, labels: Tensor, valid: Tensor, factor: Tensor, stats) -> Tensor:
+        """Logits [N, V] of one pass and of the other, labels and valid [B, S] -> [W]."""
+        counts = self.total_counts(self.local_counts(valid))  # [2]
+        if self.layers == 0:
+            return self.total(self.local_part(logits, other, labels, valid, counts, factor))
+        return self.total(self.local_part(logits, other, labels, valid, counts, factor, stats))
+
+    # ---- local to one device
+    def second_half(self, noise: Tensor) -> Tensor:
+        """The noise of the second pass: [J, N, D] -> [J / 2, N, D]."""
+        return noise[noise.shape[0] // 2 :]
+
+    def counts(self, valid: Tensor) -> Tensor:
+        """(valid predictions, real routed tokens) of a device: [1, 2]."""
+        routed = valid.reshape(-1)[:: self.window].sum() * self.units
+        return ops.stack((valid.sum(), routed)).reshape(1, 2)
+
+    def part(self, logits, other, labels, valid, counts, factor, *stats) -> Tensor:
+        """What a device adds to the figures: [1, W], or at its micro-batch's place in [1, A * W]; counts [2] of all
+        devices, factor [1, 1] or [1, A], stats [G, M * (6 + 2 E)] where there are conditional layers."""
+        labels, weights = labels.reshape(-1), valid.reshape(-1)  # [N] each
+        if self.exits > 1:  # of a cascade: the mean over all exits (BranchyNet, arXiv 1709.01686, section III-B)
+            labels, weights = ops.tile(labels, (self.exits,)), ops.tile(weights, (self.exits,))
+        tokens = ops.maximum(counts[0] * self.exits, 1.0)
+        losses = self.token_losses(logits, labels)  # [N]
+        if self.consistency > 0:
+            losses = (losses + self.token_losses(other, labels)) / 2
+        loss = keep_where(losses, weights).sum() / tokens
+        total, summed = loss, ()
+        if len(stats) > 0:
+            layers = stats[0].sum(0).reshape(self.layers, self.columns)
+            total, summed = loss + self.auxiliary(layers, counts[1]), (ops.stop_gradient(layers).reshape(-1),)
+        if self.consistency > 0:
+            apart = keep_where(self.divergence(logits, other), weights).sum() / tokens
+            total = total + self.consistency * apart
+        scaled = (total * factor.sum()).reshape(1)
+        return self.placed(ops.concat((scaled, ops.stop_gradient(loss).reshape(1), *summed)).reshape(1, -1), factor)
+
+    def auxiliary(self, layers: Tensor, count: Tensor) -> Tensor:
+        """The losses that statistics [M, 6 + 2 E] carry, of `count` real tokens on all devices: []."""
+        means = layers[:, : metrics.ENTROPY] / ops.maximum(count, 1.0)  # [M, 3]
+        balance, z = means[:, metrics.BALANCE].sum(), means[:, metrics.Z].sum()
+        return self.balance_factor * balance + self.z_factor * z + means[:, metrics.AUXILIARY].sum()
+
+    def divergence(self, one: Tensor, other: Tensor) -> Tensor:
+        """(KL(p || q) + KL(q || p)) / 2 of the distributions of two logits [N, V] -> [N]."""
+        one, other = self.log_softmax(one), self.log_softmax(other)
+        return ((ops.exp(one) - ops.exp(other)) * (one - other)).sum(-1) / 2
+
+    def placed(self, figures: Tensor, factor: Tensor) -> Tensor:
+        """Figures [1, W], of a pipeline at the place of the factor that is not 0, of [1, A] -> [1, A * W]."""
+        if self.places == 1:
+            return figures
+        place = ops.stop_gradient((factor != 0).astype(mstype.float32)).reshape(-1, 1)  # [A, 1]
+        return (place * figures).reshape(1, -1)
+
+    def shard(self, mesh: LocalMesh) -> None:
+        """Tokens are sharded by data shards; the figures are summed over them."""
+        data, pair, full = mesh.degrees.data_parallel, mesh.cut("data", None), mesh.cut(None, None)
+        width = self.places * (STATISTICS + self.layers * self.columns)
+
+        def half(noise):
+            return [noise[0] // 2, *noise[1:]]
+
+        def counted(valid):
+            return [data, 2]
+
+        def summed(*shapes):
+            return [data, width]
+
+        inputs = (pair, pair, pair, pair, mesh.cut(None), full, *((pair,) if self.layers else ()))
+        self.local_second = mesh.local(self.second_half, (mesh.noise,), (mesh.noise,), half, first)
+        self.local_counts = mesh.local(self.counts, (pair,), (pair,), counted, first)
+        self.local_part = mesh.local(self.part, inputs, (pair,), summed, first)
+
+
+def places(config: Config) -> int:
+    """Returns how many micro-batches the figures are of that come out of one call: of a pipeline all."""
+    return config.micro_batches if config.parallel.pipeline_stage > 1 else 1
+
+
+def z_loss_factor(config: Config) -> float:
+    """Returns moe.z_loss_factor, or 0 where the router gives no z-loss."""
+    if not config.moe_layers or "z" not in find_router(config.moe.router).losses:
+        return 0.0
+    return config.moe.z_loss_factor
+
+
+def name_figures(figures: np.ndarray, config: Config, shares: np.ndarray) -> dict:
+    """Returns the metrics of a step: {loss, balance_loss, z_loss, audit: {...} of moe.metrics, {} when dense}.
+
+    Args:
+        figures: of each micro-batch, [A, W].
+        config: layers, experts.
+        shares: of each micro-batch in the valid tokens of the step, [A]; means count by them.
+    """
+    experts, rows = config.moe.expert_num, np.asarray(figures, np.float64)
+    pairs = [metrics.loss_metrics(row[STATISTICS:], experts) for row in rows]
+    parts = [metrics.metrics(row[STATISTICS:], experts) for row in rows]
+    weights = {name: np.ones(len(shares)) if name in metrics.SUMS else shares for name in parts[0]}
+    return {
+        "loss": float(shares @ rows[:, CROSS_ENTROPY]),
+        "balance_loss": float(sum(share * pair[0] for share, pair in zip(shares, pairs))),
+        "z_loss": float(sum(share * pair[1] for share, pair in zip(shares, pairs))) if z_loss_given(config) else 0.0,
+        "audit": {name: sum(w * part[name] for w, part in zip(weights[name], parts)) for name in parts[0]},
+    }
+
+
+def z_loss_given(config: Config) -> bool:
+    """Returns whether the router gives a z-loss, whatever its factor."""
+    return bool(config.moe_layers) and "z" in find_router(config.moe.router).losses
