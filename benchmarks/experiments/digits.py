@@ -37,7 +37,7 @@ CASES = {
         {**REGION, "router": "expert_choice", "capacity_factor": 1.0} | OWN_GROUP,
         {"regions": 4},
     ),
-    "region 4 x 4, soft": ({**REGION, "router": "soft", "slots_per_expert": 4} | OWN_GROUP, {"regions": 4}),
+    "region 4 x 4, soft": ({**REGION, "router": {"name": "soft", "slots_per_expert": 4}} | OWN_GROUP, {"regions": 4}),
     "region 2 x 2, merged": ({**REGION, "router": "merged"} | OWN_GROUP, {}),
     "region 2 x 2, dense mixture": ({**REGION, "router": "dense"}, {}),
 }
@@ -90,13 +90,14 @@ def image_flops(config: Config) -> int:
         units, hidden = config.units, config.expert_width
         split = units if config.granularity == "channel" else 1
         row = places * split // units * hidden * (9 * channels + width) // split
-        visits = {"dense": moe.expert_num, "merged": 1, "soft": moe.expert_num * moe.slots_per_expert / units}
+        slots = moe.expert_num * moe.router.given().get("slots_per_expert", 1)
+        visits = {"dense": moe.expert_num, "merged": 1, "soft": slots / units}
         visited = visits.get(moe.router, moe.choices) * units * row
         summary = units * 4 * channels // split * width
         if moe.router == "merged":
             visited += moe.expert_num * hidden * (9 * channels + width)  # the experts' mean
         if moe.router == "soft":
-            visited += 2 * moe.expert_num * moe.slots_per_expert * units * (places // units) * channels
+            visited += 2 * slots * units * (places // units) * channels
         total += visited + summary + units * width * moe.expert_num
     return int(2 * total)
 

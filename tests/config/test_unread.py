@@ -11,6 +11,7 @@ from oracles.tiny_run import run_config, write_text
 
 from switchyard.config import Config, Section, build, load, notes, notes_of_checkpoint, unread_keys
 from switchyard.config import unread as tables
+from switchyard.config.router_options import OPTIONS
 from switchyard.errors import UserError
 from switchyard.moe.dispatch.dispatchers import create_path
 from switchyard.moe.routing import create_router, known_routers
@@ -103,23 +104,11 @@ def _alike(one: list, other: list) -> bool:
 
 
 @pytest.mark.parametrize("name", list(known_routers()))
-def test_a_router_reads_the_keys_of_the_table_and_no_other(name, pynative):
-    """Changed together, the keys that the table denies a router change nothing; each of the others does by itself."""
-    usual = USUAL.get(name, {})
-    keys = {key: value for key, value in CHANGED.items() if key in tables.ROUTER_KEYS}
-    assert set(keys) == set(tables.ROUTER_KEYS) - {"jitter", "aux_loss_factor", "z_loss_factor"}
-    foreign = {key: value for key, value in keys.items() if name not in tables.ROUTER_KEYS[key]}
-    foreign.pop("task_experts", None)  # a law ties it to the number of choices of any router
-    if name in ("random_in_group", "sigmoid", "two_level"):
-        foreign.pop("topk_group", None)
-    assert _alike(_behaviour(name, **usual), _behaviour(name, **{**foreign, **usual}))
-    for key in set(keys) - set(foreign) - ({"task_experts", "topk_group"} - set(_read_by(name))):
+def test_every_option_of_a_router_has_an_effect(name, pynative):
+    usual, options = USUAL.get(name, {}), OPTIONS[name].model_fields
+    for key in options.keys() - {"consistency_loss_factor"}:  # a weight of the loss
         beside = {**usual, **BESIDE.get((name, key), {})}
-        assert not _alike(_behaviour(name, **beside), _behaviour(name, **{**beside, key: keys[key]})), key
-
-
-def _read_by(name: str) -> list[str]:
-    return [key for key, readers in tables.ROUTER_KEYS.items() if name in readers]
+        assert not _alike(_behaviour(name, **beside), _behaviour(name, **{**beside, key: CHANGED[key]})), key
 
 
 @pytest.mark.parametrize("name", list(known_routers()))
@@ -209,20 +198,23 @@ def test_a_run_reads_every_key_that_the_tables_do_not_name(network, tmp_path, mo
     [
         (
             ["moe.router=top_k", "moe.n_group=4", "moe.topk_group=2"],
-            "moe.n_group: 4; moe.router 'top_k' does not read it: take one of sigmoid, two_level, random_in_group, or",
+            "moe.n_group: 4; moe.router 'top_k' has no such option: take one of sigmoid, two_level, random_in_group,",
         ),
-        (["moe.slots_per_expert=2"], "moe.slots_per_expert: 2; moe.router 'switch' does not read it: take one of soft"),
+        (
+            ["moe.slots_per_expert=2"],
+            "moe.slots_per_expert: 2; moe.router 'switch' has no such option: take one of soft",
+        ),
         (["moe.router=hash", "moe.jitter=0.1"], "moe.jitter: 0.1; moe.router 'hash' does not read it: take none of"),
-        (["moe.second_expert=all", "moe.slice_length=4"], "moe.slice_length: 4; moe.granularity 'slice' reads it"),
+        (["moe.slice_length=4"], "moe.slice_length: 4; moe.granularity 'slice' reads it"),
         (["moe.expert_num=1", "moe.record=a"], "moe.record: 'a'; no layer is conditional"),
         (["moe.layers=[]", "moe.replay=a"], "moe.replay: 'a'; no layer is conditional"),
         (
             ["moe.router=gshard", "moe.num_experts_chosen=2", "moe.norm_topk_prob=false"],
-            "moe.norm_topk_prob: False; moe.router 'gshard' always has gates that sum to 1",
+            "moe.norm_topk_prob: False; moe.router 'gshard' has no such option: take one of top_k, cosine,",
         ),
         (
-            ["moe.router=gshard", "moe.num_experts_chosen=2", "moe.second_expert_threshold=0.5"],
-            "moe.second_expert_threshold: 0.5; moe.second_expert 'threshold' reads it",
+            ["moe.router=gshard", "moe.num_experts_chosen=2", "moe.router.second_expert_threshold=0.5"],
+            "moe.router.second_expert_threshold: 0.5; moe.router.second_expert 'threshold' reads it",
         ),
     ],
 )
@@ -235,10 +227,9 @@ def test_what_would_change_the_mathematics_is_refused(overrides, answer):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["moe.norm_topk_prob=false"],  # switch does not normalise
-        ["moe.router=hash", "moe.aux_loss_factor=0", "moe.z_loss_factor=0", "moe.topk_bias_update_rate=0"],
-        ["moe.router=my.own.Router", "moe.n_group=4", "moe.jitter=0.1", "moe.slots_per_expert=2"],
-        ["moe.router=sigmoid", "moe.num_experts_chosen=2", "moe.n_group=4", "moe.topk_group=2"],
+        ["moe.router=hash", "moe.aux_loss_factor=0", "moe.z_loss_factor=0"],
+        ["moe.router=my.own.Router", "moe.router.n_group=4", "moe.jitter=0.1"],
+        ["moe.router=sigmoid", "moe.num_experts_chosen=2", "moe.router.n_group=4", "moe.router.topk_group=2"],
     ],
 )
 def test_what_is_read_or_holds_anyway_is_neither_refused_nor_told(overrides):
@@ -296,12 +287,12 @@ def test_evaluation_and_export_tell_what_only_training_reads():
     assert notes_of_checkpoint(config, ["data.batch_size=8", "moe.eval_capacity_factor=2"]) == []
 
 
-def test_a_checkpoint_of_earlier_times_is_read_and_told():
+def test_a_checkpoint_of_earlier_times_is_read():
     """Its file may hold keys that had no effect; an override that names one is refused as everywhere."""
     tree = {"moe": {"router": "top_k", "expert_num": 8, "n_group": 4}}
     config = build(tree, ["train.steps=5"], inherited=True)
-    assert "moe.n_group 4" in notes(config)[0] and "moe.n_group 4" in notes_of_checkpoint(config)[0]
-    with pytest.raises(UserError, match=r"^moe\.n_group: 2; moe\.router 'top_k' does not read it"):
+    assert notes(config, (), "CPU") == [] == notes_of_checkpoint(config)
+    with pytest.raises(UserError, match=r"^moe\.n_group: 2; moe\.router 'top_k' has no such option"):
         build(tree, ["moe.n_group=2"], inherited=True)
 
 

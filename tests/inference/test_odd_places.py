@@ -89,10 +89,11 @@ def test_a_replacement_that_was_killed_half_way_is_read_and_ended(exported, tmp_
 
 def test_a_checkpoint_of_somebody_else_imports_nothing(tmp_path, monkeypatch):
     from switchyard.checkpoint import store as checkpoint
+    from switchyard.config.router_options import RouterChoice
 
     run, config = save_run(tmp_path, moe={})
     held = checkpoint.read(run)
-    moe = config.moe.model_copy(update={"router": "stranger.Mine", "expert_num": 4})
+    moe = config.moe.model_copy(update={"router": RouterChoice("stranger.Mine"), "expert_num": 4})
     theirs = config.model_copy(update={"moe": moe})
     checkpoint.save(run, theirs, held.tokenizer_json, held.weights, held.optimizer, held.state | {"step": 2})
     (tmp_path / "stranger.py").write_text("raise SystemExit('ran')")

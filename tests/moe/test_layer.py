@@ -58,7 +58,7 @@ SWIGLU = {"moe": {"num_experts_chosen": 2, "shared_expert_num": 1}, "activation"
 def _rules(config, rows: int, factor: float | None) -> Rules:
     moe = config.moe
     capacity = None if factor is None else slots(rows * moe.num_experts_chosen, moe.expert_num, factor)
-    normalise = moe.norm_topk_prob and moe.num_experts_chosen > 1
+    normalise = moe.router.given().get("norm_topk_prob", False) and moe.num_experts_chosen > 1
     return Rules(config.model.activation, moe.num_experts_chosen, normalise, capacity, moe.drop_order)
 
 

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from switchyard.config import Config
+from switchyard.config.router_options import OPTIONS
 from switchyard.moe.routing import known_routers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +86,19 @@ def test_keys_that_are_named_exist(name):
     sections = {name: field.annotation.model_fields for name, field in Config.model_fields.items()}
     named = re.findall(r"`([a-z]+)\.([a-z0-9_]+)(?=[`:= ])", read(name))
     assert [key for key in named if key[0] in sections and key[1] not in (*sections[key[0]], "py")] == []
+    options = {option for kind in OPTIONS.values() for option in kind.model_fields}
+    assert set(re.findall(r"moe\.router\.([a-z_]+)[`:= ]", read(name))) <= options
+
+
+def test_the_routing_page_lists_every_option():
+    page = read("docs/routing.md")
+    for name, kind in OPTIONS.items():
+        options = ", ".join(f"`{option}: {_yaml(field.default)}`" for option, field in kind.model_fields.items())
+        assert (f"| `{name}` | {options} |" in page) == bool(options), name
+
+
+def _yaml(value):
+    return yaml.safe_dump(value).removesuffix("\n").removesuffix("\n...")
 
 
 def test_the_routing_page_lists_every_router():

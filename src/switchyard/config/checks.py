@@ -1,48 +1,11 @@
 """What no field of the configuration can see by itself: laws between fields."""
 
-ONE_CHOICE = ("switch", "hash", "lsh", "random", "random_in_group", "tree", "mixture_of_depths", "base")
-GROUP_LIMITED = ("sigmoid", "two_level")
-POWER_OF_TWO = ("lsh", "tree")
+from switchyard.config.router_options import RouterOptions
 
 
-def router_laws(moe):
-    """(holds, key, value, what is allowed) of what single routers ask of the section `moe`."""
-    router, experts, chosen = moe.router, moe.expert_num, moe.num_experts_chosen
-    if router in ONE_CHOICE:
-        yield chosen == 1, "moe.num_experts_chosen", chosen, f"moe.router '{router}' chooses 1; take 'top_k' for more"
-    if router in POWER_OF_TWO:
-        even = experts & (experts - 1) == 0
-        yield even, "moe.expert_num", experts, f"moe.router '{router}' needs a power of two"
-    if router == "mixture_of_depths":
-        yield (
-            experts == 1,
-            "moe.expert_num",
-            experts,
-            "moe.router 'mixture_of_depths' has one expert, or none, for a row",
-        )
-        factor = moe.capacity_factor
-        yield factor <= 1, "moe.capacity_factor", factor, "the share of rows that mixture_of_depths works on: at most 1"
-    yield from _token_choice_laws(moe)
-    if router == "random_in_group":
-        groups = moe.n_group
-        yield experts % groups == 0, "moe.n_group", groups, f"must divide moe.expert_num ({experts})"
-    if moe.consistency_loss_factor:
-        drawn = router == "random" and moe.random_draw == "step"
-        yield (
-            drawn,
-            "moe.consistency_loss_factor",
-            moe.consistency_loss_factor,
-            "needs moe.router 'random', random_draw 'step'",
-        )
-    if moe.task_experts is not None:
-        yield from _task_laws(moe)
-    yield from _replay_laws(moe)
-    yield from _schedule_laws(moe)
-
-
-def _token_choice_laws(moe):
-    """Laws of learned token choice; E and K are those of one copy."""
-    router, copies, chosen = moe.router, moe.copies, moe.num_experts_chosen
+def choice_laws(moe):
+    """Laws of learned token choice, whatever the router; those of a router stand with its options."""
+    copies, chosen = moe.copies, moe.num_experts_chosen
     yield moe.expert_num % copies == 0, "moe.copies", copies, f"must divide moe.expert_num ({moe.expert_num})"
     experts = moe.expert_num // copies
     yield (
@@ -51,22 +14,6 @@ def _token_choice_laws(moe):
         chosen,
         f"at most moe.expert_num / moe.copies ({experts})",
     )
-    if router == "gshard":
-        yield chosen == 2, "moe.num_experts_chosen", chosen, "moe.router 'gshard' chooses 2"
-    if router == "prototype":
-        yield experts % chosen == 0, "moe.num_experts_chosen", chosen, f"prototype: must divide the experts ({experts})"
-    if router in GROUP_LIMITED:
-        groups, taken = moe.n_group, moe.topk_group
-        yield router != "two_level" or groups > 1, "moe.n_group", groups, "two_level needs 2 or more groups of experts"
-        yield experts % groups == 0, "moe.n_group", groups, f"must divide the experts ({experts})"
-        yield taken <= groups, "moe.topk_group", taken, f"at most moe.n_group ({groups})"
-        room = taken * (experts // groups)
-        yield (
-            chosen <= room,
-            "moe.num_experts_chosen",
-            chosen,
-            f"at most the {room} experts of moe.topk_group ({taken}) groups",
-        )
     whole = moe.dispatch == "capacity" or moe.reroute == 0
     yield whole, "moe.reroute", moe.reroute, f"0: moe.dispatch {moe.dispatch!r} leaves no choice without a slot"
     yield (
@@ -75,39 +22,11 @@ def _token_choice_laws(moe):
         True,
         "needs moe.shared_expert_num of 1 or more",
     )
-
-
-def _replay_laws(moe):
-    """Laws of recorded choices."""
-    for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
-        if file is not None and moe.router == "gshard":
-            yield moe.second_expert == "all", key, file, "a second choice may not be refused: moe.second_expert 'all'"
     if moe.record is not None:
         yield moe.record != moe.replay, "moe.record", moe.record, "must not be the file that moe.replay reads"
-
-
-def _schedule_laws(moe):
-    """Laws of the router's warm-up and freezing."""
-    steps = moe.router_warmup_steps
-    if steps:
-        decided = moe.replay is not None or moe.force_balance
-        yield not decided, "moe.router_warmup_steps", steps, "choices are forced already: no moe.replay, force_balance"
-
-
-def _task_laws(moe):
-    """Laws of the table of experts by task."""
-    sets, chosen = moe.task_experts, moe.num_experts_chosen
-    yield (
-        len(sets) == moe.task_num,
-        "moe.task_experts",
-        sets,
-        f"must name a set for each of moe.task_num ({moe.task_num})",
-    )
-    for task in sets:
-        distinct = len(task) == len(set(task)) == chosen
-        yield distinct, "moe.task_experts", task, f"a set needs moe.num_experts_chosen ({chosen}) different experts"
-        known = max(task, default=0) < moe.expert_num
-        yield known, "moe.task_experts", task, f"experts are numbered from 0 below moe.expert_num ({moe.expert_num})"
+    steps, decided = moe.router_warmup_steps, moe.replay is not None or moe.force_balance
+    reason = "choices are forced already: no moe.replay, force_balance"
+    yield not (steps and decided), "moe.router_warmup_steps", steps, reason
 
 
 OFFERED = {"decoder": ("token", "slice"), "vision": ("sample", "region", "channel", "task"), "cascade": ("sample",)}
@@ -159,8 +78,8 @@ def image_laws(config):
         return
     yield side % vision.pool == 0, "vision.pool", vision.pool, f"must divide vision.image_size ({side})"
     tasks = len(vision.tasks)
-    apart = moe.router not in ("task", "multi_gate") or moe.task_num == tasks
-    yield apart, "moe.task_num", moe.task_num, f"must be the number of vision.tasks ({tasks})"
+    asked = moe.router.given().get("task_num", tasks)
+    yield asked == tasks, "moe.router.task_num", asked, f"must be the number of vision.tasks ({tasks})"
     if config.granularity == "region":
         parts = vision.regions
         yield side // vision.pool % parts == 0, "vision.regions", parts, f"must divide the side ({side // vision.pool})"
@@ -262,7 +181,9 @@ def layer_laws(config):
     model, moe = config.model, config.moe
     chosen, experts = moe.num_experts_chosen, moe.expert_num
     yield chosen <= experts, "moe.num_experts_chosen", chosen, f"at most moe.expert_num ({experts})"
-    yield from router_laws(moe)
+    yield from choice_laws(moe)
+    if isinstance(moe.router.options, RouterOptions):  # those of a router in a user's own file are not typed yet
+        yield from moe.router.options.laws(moe)
     if isinstance(moe.layers, list):
         top = max(moe.layers, default=0)
         yield top < model.num_layers, "moe.layers", top, f"at most model.num_layers - 1 ({model.num_layers - 1})"

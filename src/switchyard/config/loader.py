@@ -7,9 +7,11 @@ from typing import Any, get_origin
 
 from pydantic import ValidationError
 
+from switchyard.config import old_keys
 from switchyard.config.checks import laws
 from switchyard.config.reader import UnreadableError, check_characters, parse_yaml, read_text
 from switchyard.config.schema import Config
+from switchyard.config.sections import messages
 from switchyard.config.unread import refused
 from switchyard.errors import LONGEST, UserError, represented, shortened
 
@@ -60,7 +62,7 @@ def build(
     tree = {name: dict(part) if isinstance(part, dict) else part for name, part in tree.items()}
     if not all(isinstance(name, str) for name in tree):
         raise UserError("config: section names must be text")
-    given = {_apply(tree, override) for override in overrides}
+    given = _overridden(tree, overrides, inherited)
     try:
         sections = {"parallel": {}} | {name: {} if part is None else part for name, part in tree.items()}
         config = Config.model_validate(sections, context={"devices": devices})
@@ -73,6 +75,22 @@ def build(
     return config
 
 
+def _overridden(tree: dict[str, Any], overrides: Sequence[str], inherited: bool) -> set[str]:
+    """Writes overrides into the tree, moves its old keys into moe.router, and returns the keys of the overrides."""
+    old = old_keys.take_out(tree)  # of the file
+    old_keys.check_alike(old, old_keys.options_in((tree.get("moe") or {}).get("router")) if old else {})
+    router_first = sorted(overrides, key=lambda one: one.partition("=")[0].strip() != "moe.router")
+    given = dict(_apply(tree, override) for override in router_first)  # options come after the router that has them
+    new = old_keys.options_in(given.get("moe.router"))
+    new |= {key.removeprefix("moe.router."): value for key, value in given.items() if key.startswith("moe.router.")}
+    asked = old_keys.take_out(tree)
+    old_keys.check_alike(asked, new)
+    old = {key: value for key, value in old.items() if key not in new} | asked
+    told = [key for key in old if key in asked or not inherited]
+    old_keys.put_in(tree, old, told, [key for key in old if key not in told])
+    return {*given, *(f"moe.router.{key}" for key in (*new, *asked))}
+
+
 def check(config: Config) -> None:
     """Refuses combinations that no single field can see (UserError)."""
     for holds, key, value, allowed in laws(config):
@@ -80,8 +98,8 @@ def check(config: Config) -> None:
             raise UserError(f"{key}: {shortened(value)}; {allowed}")
 
 
-def _apply(tree: dict[str, Any], override: str) -> str:
-    """Writes one `section.key=value` into the tree and returns `section.key`."""
+def _apply(tree: dict[str, Any], override: str) -> tuple[str, Any]:
+    """Writes one `section.key=value` into the tree and returns `section.key` and the value."""
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
@@ -95,8 +113,19 @@ def _apply(tree: dict[str, Any], override: str) -> str:
         part = tree[section] = {}
     if not isinstance(part, dict):
         raise UserError(f"{shortened(section)}: {represented(part)}; must be a section of keys")
-    part[key] = value
-    return f"{section}.{key}"
+    if (section, key.partition(".")[0]) == ("moe", "router"):
+        part["router"] = _router(part.get("router", "switch"), key, value)
+    else:
+        part[key] = value
+    return f"{section}.{key}", value
+
+
+def _router(before: Any, key: str, value: Any) -> Any:
+    """Returns what a tree has for moe.router after an override of `router`, or of `router.option`."""
+    known = dict(before) if isinstance(before, dict) else {"name": before}
+    if "." in key:
+        return {**known, key.partition(".")[2]: value}
+    return before if value == known.get("name") else value  # another router keeps no options of this one
 
 
 def _value_of(section: str, key: str, text: str) -> Any:
@@ -136,9 +165,7 @@ def _one_line(error: ValidationError) -> str:
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"{_dotted(path)}: unknown key; {hint}"
     path = path[: 3 if _is_table(*path[:2]) else 2]  # what follows are the types that were tried
-    same_key = [p["msg"] for p in problems if [str(s) for s in p["loc"]][: len(path)] == path]
-    same_key = [message.removeprefix("Value error, ") for message in same_key]
-    allowed = " or ".join(dict.fromkeys(m[0].lower() + m[1:] for m in same_key))
+    allowed = messages(problems, first["loc"][: len(path)])
     return f"{_dotted(path)}: {represented(first['input'])}; {shortened(allowed, 4 * LONGEST)}"
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
+from switchyard.config.router_options import RouterField
 from switchyard.config.sections import (
     CascadeConfig,
     ContextConfig,
@@ -53,16 +54,17 @@ class ModelConfig(Section):
 class MoEConfig(Section):
     """The conditional layer. `expert_num: 1` is a dense model."""
 
-    router: str = Field("switch", description="how rows choose experts: `python -m switchyard.moe.routing` lists them")
+    router: RouterField = Field(
+        "switch",
+        validate_default=True,
+        description="how rows choose experts, a name or {name: ..., option: ...}: `python -m switchyard.moe.routing`",
+    )
     granularity: Literal["token", "slice", "sample", "region", "channel", "task"] | None = Field(
         None, description="what is routed as one row; null = token for the decoder, sample for vision"
     )
     slice_length: Positive = Field(8, description="slice: tokens of a window, which goes where its first token goes")
     expert_num: Positive = Field(1, description="experts E of a layer; 1 = dense feed-forward everywhere")
     num_experts_chosen: Positive = Field(1, description="experts K that each row goes to")
-    norm_topk_prob: bool = Field(
-        True, description="top_k, sigmoid, cosine, sinkhorn, two_level, multi_gate; K >= 2: gates of a row sum to 1"
-    )
     layers: Literal["all"] | Positive | list[NotNegative] = Field(
         "all", description="which layers are conditional: all, every n-th (the n-th, 2n-th, ...), or a list from 0"
     )
@@ -101,38 +103,6 @@ class MoEConfig(Section):
     )
     aux_loss_factor: Weight = Field(0.01, description="weight of the load-balance loss of each layer")
     z_loss_factor: Weight = Field(0.001, description="weight of the router z-loss of each layer")
-    hash_table: Literal["balanced", "random"] = Field(
-        "balanced",
-        description="hash: ids by how often they occur in the training text, to the emptiest expert; or each at random",
-    )
-    random_draw: Literal["token", "step"] = Field(
-        "token", description="random: the expert of a token id is fixed, or drawn anew at each training step (THOR)"
-    )
-    consistency_loss_factor: Weight = Field(
-        0.0, description="weight of THOR's loss between two passes with other random experts; 0 = one pass"
-    )
-    second_expert: Literal["all", "sampling", "threshold"] = Field(
-        "all", description="gshard: second choices that count: all, by lot in proportion (training), or large gates"
-    )
-    second_expert_threshold: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.2, description="gshard, second_expert 'threshold': the gate that a second choice must exceed"
-    )
-    topk_bias_update_rate: Weight = Field(
-        0.001, description="sigmoid: step of the bias that balances the load; 0 = off"
-    )
-    topk_group: Positive = Field(1, description="sigmoid, two_level: groups that a row may choose experts from")
-    routed_scaling_factor: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="switch, top_k, cosine, sinkhorn, sigmoid: factor of the gates"
-    )
-    sinkhorn_iterations: Positive = Field(8, description="sinkhorn, training: passes that balance rows and experts")
-    n_group: Positive = Field(
-        1, description="sigmoid, two_level, random_in_group: groups of experts, one beside the other"
-    )
-    task_num: Positive = Field(1, description="task, multi_gate: tasks T that rows may belong to")
-    task_experts: list[list[NotNegative]] | None = Field(
-        None, description="task: the K experts of each task; null = sets of K in turn"
-    )
-    slots_per_expert: Positive = Field(1, description="soft: slots of an expert in each group")
     record: str | None = Field(None, description="safetensors file that gets the experts chosen in this run")
     replay: str | None = Field(None, description="recorded file whose choices are forced; the gates stay live")
     jitter: Fraction = Field(0.0, description="training: router input times U(1 - jitter, 1 + jitter), anew each step")
@@ -154,6 +124,11 @@ class MoEConfig(Section):
     def choices(self) -> int:
         """Experts that a row goes to in all: K of each copy."""
         return self.num_experts_chosen * self.copies
+
+    @property
+    def consistency_loss_factor(self) -> float:
+        """Weight of the loss between two passes; 0 for a router that has no such option."""
+        return self.router.given().get("consistency_loss_factor", 0.0)
 
 
 class DataConfig(Section):
@@ -305,8 +280,10 @@ class Config(Section):
         return cut.data_parallel * cut.model_parallel * cut.pipeline_stage
 
     def value(self, key: str) -> Any:
-        """The value of `section.key`."""
+        """The value of `section.key`, or of the option `moe.router.key`."""
         section, _, name = key.partition(".")
+        if name.startswith("router."):
+            return self.moe.router.given()[name.removeprefix("router.")]
         return getattr(getattr(self, section), name)
 
     def to_yaml(self) -> str:

@@ -51,6 +51,12 @@ class Section(BaseModel):
         return value
 
 
+def messages(problems: list[dict[str, Any]], path: tuple) -> str:
+    """What pydantic's problems at `path`, or inside, say is allowed."""
+    here = [one["msg"].removeprefix("Value error, ") for one in problems if one["loc"][: len(path)] == tuple(path)]
+    return " or ".join(dict.fromkeys(text[0].lower() + text[1:] for text in here))
+
+
 def _kinds(annotation: Any) -> tuple:
     """A type, or the types of a union."""
     return get_args(annotation) or (annotation,)

@@ -8,6 +8,7 @@ own may read anything.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from switchyard.config import old_keys
 from switchyard.config.schema import Config
 from switchyard.errors import shortened
 
@@ -21,30 +22,11 @@ ROUTERS = (*LEARNED, *FIXED, "expert_choice", "mixture_of_depths", "tree", "dens
 
 # key of `moe` -> the routers that read it; a test compares it with what each router does
 ROUTER_KEYS = {
-    "norm_topk_prob": ("top_k", "cosine", "sinkhorn", "sigmoid", "two_level", "multi_gate"),
-    "routed_scaling_factor": ("switch", "top_k", "cosine", "sinkhorn", "sigmoid"),
-    "second_expert": ("gshard",),
-    "second_expert_threshold": ("gshard",),
-    "topk_bias_update_rate": ("sigmoid",),
-    "n_group": ("sigmoid", "two_level", "random_in_group"),
-    "topk_group": ("sigmoid", "two_level"),
-    "sinkhorn_iterations": ("sinkhorn",),
-    "hash_table": ("hash",),
-    "random_draw": ("random",),
-    "task_num": ("task", "multi_gate"),
-    "task_experts": ("task",),
-    "slots_per_expert": ("soft",),
     "jitter": tuple(name for name in ROUTERS if name not in BLIND),
     "aux_loss_factor": LEARNED,
     "z_loss_factor": (*LEARNED, "expert_choice", "dense", "merged"),
 }
-TOLD_ROUTER_KEYS = (
-    "aux_loss_factor",
-    "z_loss_factor",
-    "task_num",
-)  # files that are tried with several routers carry them
-OFF = {"aux_loss_factor": 0, "z_loss_factor": 0, "topk_bias_update_rate": 0}  # what no router contradicts
-NORMALISED = ("gshard", "noisy_top_k", "dense", "soft", "merged", "tree", "task")  # gates sum to 1 whatever is asked
+OFF = {"aux_loss_factor": 0, "z_loss_factor": 0}  # what no router contradicts
 BY_ROW = (*LEARNED, *FIXED)  # rows choose experts, in training
 BY_ROW_AT_EVALUATION = (*BY_ROW, "mixture_of_depths", "tree")
 TEXT_KEYS = ("num_heads", "n_kv_heads", "seq_length", "position", "theta", "tie_word_embeddings", "init_method_std")
@@ -52,9 +34,9 @@ CASCADE_KEYS = ("type", "activation", "compute_dtype")  # what a cascade reads o
 DECIDES = ("expert_num", "groups", "record", "replay")  # keys of `moe` that a dense model does not leave unread
 
 TRAINED = (  # what weights have gone through already when they are evaluated or exported
-    *("model.dropout", "model.init_method_std", "moe.jitter", "moe.dispatch", "moe.losses", "moe.random_draw"),
-    *("moe.aux_loss_factor", "moe.z_loss_factor", "moe.consistency_loss_factor", "moe.router_warmup_steps"),
-    *("moe.router_freeze_step", "moe.sinkhorn_iterations", "moe.topk_bias_update_rate"),
+    *("model.dropout", "model.init_method_std", "moe.jitter", "moe.dispatch", "moe.losses", "moe.aux_loss_factor"),
+    *("moe.z_loss_factor", "moe.router_warmup_steps", "moe.router_freeze_step", "moe.router.random_draw"),
+    *("moe.router.consistency_loss_factor", "moe.router.sinkhorn_iterations", "moe.router.topk_bias_update_rate"),
 )
 
 
@@ -127,25 +109,19 @@ def _by_network(config: Config) -> Iterator[Unread]:
 
 def _by_router(config: Config) -> Iterator[Unread]:
     """What the router does not read."""
-    moe, router = config.moe, config.moe.router
+    router = config.moe.router
     if router not in ROUTERS:
         return
-    if router in NORMALISED:
-        yield Unread(
-            ("moe.norm_topk_prob",), f"moe.router '{router}' always has gates that sum to 1: leave it out", True
-        )
     for name, readers in ROUTER_KEYS.items():
         if router in readers:
             continue
-        if name in TOLD_ROUTER_KEYS:
-            what = "has no such loss" if name.endswith("_factor") else "needs no number of tasks"
-            yield Unread((f"moe.{name}",), f"moe.router '{router}' {what}")
+        if name.endswith("_factor"):  # files that are tried with several routers carry them
+            yield Unread((f"moe.{name}",), f"moe.router '{router}' has no such loss")
             continue
-        others = f"one of {', '.join(readers)}" if len(readers) < 8 else f"none of {', '.join(BLIND)}"
-        yield Unread((f"moe.{name}",), f"moe.router '{router}' does not read it: take {others}, or leave it out", True)
-    if router == "gshard" and moe.second_expert != "threshold":
-        reason = "moe.second_expert 'threshold' reads it: choose that, or leave it out"
-        yield Unread(("moe.second_expert_threshold",), reason, True)
+        reason = f"moe.router '{router}' does not read it: take none of {', '.join(BLIND)}, or leave it out"
+        yield Unread((f"moe.{name}",), reason, True)
+    for option, reason in router.options.idle():
+        yield Unread((f"moe.router.{option}",), reason, True)
 
 
 def _by_capacity(config: Config) -> Iterator[Unread]:
@@ -200,15 +176,13 @@ def unread_keys(config: Config) -> set[str]:
 def changed(config: Config, key: str) -> bool:
     """Whether a key holds neither its default nor what it could just as well be where nobody reads it."""
     section, _, name = key.partition(".")
-    default = Config.model_fields[section].annotation.model_fields[name].default
     value = config.value(key)
+    if name.startswith("router."):
+        return value != type(config.moe.router.options).model_fields[name.removeprefix("router.")].default
+    default = Config.model_fields[section].annotation.model_fields[name].default
     if section == "moe" and name in OFF and value == OFF[name]:
         return False
     if name == "replica_check_every" and value == 0:
-        return False
-    if name == "norm_topk_prob" and config.moe.router not in NORMALISED:
-        return False  # false is what this router does
-    if name == "norm_topk_prob" and config.moe.num_experts_chosen == 1:
         return False
     return value != default
 
@@ -230,9 +204,8 @@ def refused(config: Config) -> dict[str, str]:
 
 def notes(config: Config, overrides: Sequence[str] = (), target: str = "auto") -> list[str]:
     """Lines for the beginning of a run: keys that have no effect in it, and overrides that another one replaces."""
-    return _told(config, {key: one.reason for key, one in without_effect(config, target).items()}) + _replaced(
-        overrides
-    )
+    told = _told(config, {key: one.reason for key, one in without_effect(config, target).items()})
+    return told + old_keys.notes(config.moe.router) + _replaced(overrides)
 
 
 def notes_of_checkpoint(config: Config, overrides: Sequence[str] = (), exports: bool = False) -> list[str]:
@@ -245,7 +218,7 @@ def notes_of_checkpoint(config: Config, overrides: Sequence[str] = (), exports: 
     idle |= {"moe.eval_capacity_factor", "moe.drop_order"} if exports else set(_all_but("export", ()))
     given = [override.partition("=")[0].strip() for override in overrides]
     unasked = {key: f"{what} does not read it" for key in given if key in idle}
-    return _told(config, refused(config) | unasked) + _replaced(overrides)
+    return _told(config, refused(config) | unasked) + old_keys.notes(config.moe.router) + _replaced(overrides)
 
 
 def _told(config: Config, reasons: dict[str, str]) -> list[str]:

@@ -18,8 +18,9 @@ from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.metrics import width
 from switchyard.moe.own_classes import require_cut_experts
 from switchyard.moe.routing import create_router
-from switchyard.moe.routing.base import require_choices, require_learnable, why_not_sharded
+from switchyard.moe.routing.base import require_choices, require_learnable
 from switchyard.moe.routing.losses import WeightedLosses
+from switchyard.moe.routing.own_routers import require_sharded_router
 from switchyard.moe.shared_experts import SharedExperts
 from switchyard.moe.statistics import statistics
 from switchyard.nn.fused import NONE
@@ -217,8 +218,7 @@ class MoELayer(nn.Cell):
             UserError: a router or a layer that cannot be sharded.
         """
         moe = self.config.moe
-        if reason := why_not_sharded(getattr(self.router, "router_class", type(self.router))):
-            raise UserError(f"moe.router: {moe.router}; {reason}")
+        require_sharded_router(self.router, moe.router)
         if self.shared is not None and not isinstance(self.shared, SharedExperts):
             raise UserError(
                 f"moe.shared_expert_num: {moe.shared_expert_num}; your own shared experts are not sharded: set it to 0"

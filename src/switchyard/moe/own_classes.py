@@ -8,8 +8,7 @@ from mindspore import nn
 from switchyard.distributed.placement import EXPERT, axes_of
 from switchyard.errors import UserError
 from switchyard.forms import changed, changes_alone
-
-READERS = ("scores", "logits", "score", "state")  # where a router says which parameters it reads
+from switchyard.moe.experts import FeedForwardExperts
 
 
 def require_partners(cell: nn.Cell, root: type, partners: dict[str, tuple[str, ...]]) -> None:
@@ -26,25 +25,6 @@ def require_partners(cell: nn.Cell, root: type, partners: dict[str, tuple[str, .
             )
 
 
-def require_sharded_router(router: nn.Cell, name: str) -> None:
-    """Refuses a router that a compiled cluster cannot run as one device does; `name`: as moe.router has it."""
-    from switchyard.moe.routing.base import LinearRouter, why_not_sharded
-
-    router = router.routers[0] if hasattr(router, "router_class") else router  # of replica groups
-    kind = type(router)
-    reason = why_not_sharded(kind)
-    if reason is None and "construct" in {*vars(router), *router._cells}:
-        reason = "`construct` is set on the object, where a compiled cluster does not look: define it in the class"
-    more = [p.name.rsplit(".", 1)[-1] for p in router.get_parameters() if p is not getattr(router, "weight", None)]
-    read = any(getattr(kind, method) is not getattr(LinearRouter, method) for method in READERS)
-    if reason is None and more and issubclass(kind, LinearRouter) and not read:
-        reason = (
-            f"its parameter `{more[0]}` is read by no `scores`: define `scores`, or `state`, which gives it to `route`"
-        )
-    if reason:
-        raise UserError(f"moe.router: {name}; {reason}")
-
-
 def require_cut_experts(experts: nn.Cell, number: int, dropless: str | None = None) -> None:
     """Refuses experts of a user's own that cannot be cut over devices by the compiler.
 
@@ -53,8 +33,6 @@ def require_cut_experts(experts: nn.Cell, number: int, dropless: str | None = No
         number: E.
         dropless: moe.dispatch, where it reads the parameters and not the experts.
     """
-    from switchyard.moe.experts import FeedForwardExperts
-
     kind = type(experts)
     name = f"{kind.__module__}.{kind.__name__}"
     if not changed(kind, "shard", nn.Cell):

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import yaml
+from pydantic.fields import FieldInfo
 
 from switchyard.cli import Parser, run
 from switchyard.config import Config
+from switchyard.config.router_options import KEY, OPTIONS, readers
 
 HEADINGS = ("Key", "Values", "Default", "Meaning")
 
@@ -22,13 +24,28 @@ class Row(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
-    """Every key of every section, in the order of `Config`."""
+    """Every key of every section, in the order of `Config`; the options of routers after `moe.router`."""
     schema = Config.model_json_schema()
     for section, outer in Config.model_fields.items():
         properties = schema["$defs"][outer.annotation.__name__]["properties"]
         for name, field in outer.annotation.model_fields.items():
-            default = yaml.safe_dump(field.default, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
-            yield Row(f"`{section}.{name}`", _values(properties[name]), f"`{default}`", field.description or "")
+            key = f"{section}.{name}"
+            yield _row(key, properties[name], field, field.description)
+            if key == KEY:
+                yield from _options()
+
+
+def _options() -> Iterator[Row]:
+    """Every option of the shipped routers once, with the routers that have it."""
+    found = {name: kind for kind in OPTIONS.values() for name in kind.model_fields}
+    for name, kind in found.items():
+        field, schema = kind.model_fields[name], kind.model_json_schema()["properties"][name]
+        yield _row(f"{KEY}.{name}", schema, field, f"{', '.join(readers(name))}: {field.description}")
+
+
+def _row(key: str, schema: dict[str, Any], field: FieldInfo, meaning: str) -> Row:
+    default = yaml.safe_dump(field.default, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
+    return Row(f"`{key}`", _values(schema), f"`{default}`", meaning)
 
 
 def table(headings: tuple[str, ...] = HEADINGS, meanings: dict[str, str] | None = None) -> str:
@@ -54,7 +71,7 @@ def _values(schema: dict[str, Any]) -> str:
     kind = schema["type"]
     if kind == "array":
         return f"list of {_values(schema['items'])}"
-    name = {"boolean": "`true`, `false`", "string": "text", "null": "`null`"}.get(kind, kind)
+    name = {"boolean": "`true`, `false`", "string": "text", "null": "`null`", "object": "mapping"}.get(kind, kind)
     limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {_number(schema[limit])}" for limit, sign in limits.items() if limit in schema]
     return " ".join([name, ", ".join(bounds)]).strip()

@@ -23,7 +23,7 @@ from switchyard.moe import metrics
 from switchyard.moe.routing.replay import Recorder, Replayer
 from switchyard.training.audit import layer_line, whole_numbers
 from switchyard.training.finite import check_evaluation
-from switchyard.training.step import eval_program
+from switchyard.training.scores import eval_program
 from switchyard.trust import check_trusted, names_router
 
 # what an override may not change: these decide names and shapes of the weights

@@ -29,6 +29,7 @@ from switchyard.distributed.processes import (
 from switchyard.distributed.replicas import check_replicas
 from switchyard.errors import Interrupted
 from switchyard.json_text import to_json
+from switchyard.moe.routing.base import with_options
 from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
 from switchyard.training.evaluate import Evaluation, create_evaluator, evenly_spaced
@@ -36,6 +37,7 @@ from switchyard.training.finite import check_evaluation, check_step
 from switchyard.training.limits import check_way, lost_default, with_defaults
 from switchyard.training.lock import locked
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
+from switchyard.training.optimizer import forces_choices
 from switchyard.training.resume import (
     RESULT,
     agreed,
@@ -50,7 +52,7 @@ from switchyard.training.resume import (
 from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
-from switchyard.training.step import NOISE_RULE, TrainStep, create_step, draw_noise, forces_choices, random_state
+from switchyard.training.step import NOISE_RULE, TrainStep, create_step, draw_noise, random_state
 from switchyard.trust import check_trusted
 
 
@@ -95,6 +97,7 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
         print(f"run: '{run}' has made its {config.train.steps} steps; raise train.steps to go on", flush=True)
         return result
     set_context(config.context, config.train.seed, config.model.compute_dtype)
+    with_options(config.moe)  # those of a router in the user's own file are known from here on
     processes = meet(config)  # nothing was written before all have seen what is there
     if is_scheduler():
         return {}

@@ -25,7 +25,7 @@ from switchyard.distributed.mesh import CompiledMesh
 from switchyard.distributed.placement import Degrees
 from switchyard.distributed.stages import stages_of_layers
 from switchyard.training.loss import TrainLoss
-from switchyard.training.step import OptimizerStep, calls_of, input_shards
+from switchyard.training.optimizer import OptimizerStep, calls_of, input_shards
 
 SLICES_STAY_CUT = "PIPELINE_SLICE_SKIP_REDISTRIBUTION"  # else the compiler gathers a batch before it takes a part of it
 

@@ -59,8 +59,8 @@ ANNOUNCED_ON_RESUME = (
     "moe.aux_loss_factor",
     "moe.z_loss_factor",
     "moe.losses",
-    "moe.consistency_loss_factor",
-    "moe.topk_bias_update_rate",
+    "moe.router.consistency_loss_factor",
+    "moe.router.topk_bias_update_rate",
     "moe.jitter",
     "moe.router_warmup_steps",
     "moe.router_freeze_step",
@@ -210,6 +210,8 @@ def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     before, now = old.model_dump(), new.model_dump()
     before.pop("parallel"), now.pop("parallel")  # free; so are routing groups that follow data_parallel, see `resumed`
     for config, tree in ((old, before), (new, now)):  # a pipeline's micro-batches are a device's, one after the other
+        options = {f"router.{name}": value for name, value in config.moe.router.given().items()}
+        tree["moe"] |= {"router": str(config.moe.router), **options}
         tree["train"]["gradient_accumulation_steps"] = config.micro_batches
     if old.data.val_path and new.data.val_path:  # the file may have moved, as that of data.path may
         before["data"]["val_path"] = new.data.val_path
@@ -220,8 +222,12 @@ def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
         before["schedule"]["total_steps"] = total  # nothing that the user has asked to change
     idle = configuration.unread_keys(old) & configuration.unread_keys(new)  # what neither reads may differ
     pairs = {
-        f"{section}.{name}": (before[section][name], value) for section in now for name, value in now[section].items()
+        f"{section}.{name}": (before[section].get(name), value)
+        for section in now
+        for name, value in now[section].items()
     }
+    if "moe.router" in idle:
+        idle |= {key for key in pairs if key.startswith("moe.router.")}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in idle}
 
 

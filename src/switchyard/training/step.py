@@ -6,26 +6,23 @@ slices, W figures of a micro-batch (see training.loss).
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
-from mindspore import dtype as mstype
+from mindspore import Parameter, Tensor, nn
 
 from switchyard.checkpoint.store import set_parameters
 from switchyard.config import Config
-from switchyard.distributed.mesh import LOCAL, LocalMesh, first
+from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.models import create_model
 from switchyard.moe import metrics
-from switchyard.nn.adamw import AdamW, gradient_scale
-from switchyard.nn.cross_entropy import TokenLosses
-from switchyard.nn.masks import keep_where
 from switchyard.training.loss import STATISTICS, TrainLoss, name_figures
 from switchyard.training.loss_scale import LossScale
+from switchyard.training.optimizer import OptimizerStep, calls_of, forces_choices, input_shards
+from switchyard.training.pipeline import PipelineStepGraph
 
 NOISE_RULE = "float32 U(0,1) of numpy SFC64 seeded by (train.seed, step, micro-batch)"
 SCALE_STATE = ("loss_scale", "good_steps")
-CONTROLS = ("learning_rate", "unscale", "routers_learn", "begins", "ends")
 
 
 def random_state(seed: int, step: int) -> np.ndarray:
@@ -45,96 +42,6 @@ def draw_noise(seed: int, step: int, micro_batches: int, slices: int, rows: int,
         generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, step, micro))))
         generator.random(dtype=np.float32, out=noise[micro])
     return noise
-
-
-class OptimizerStep(nn.Cell):
-    """Clip and AdamW, of gradients that are summed over the devices.
-
-    What changes from step to step is a parameter that the host sets, see `set`: learning_rate; with float16 `unscale`,
-    the inverse of the loss scale; `routers_learn`, 0 once moe.router_freeze_step has come; with several calls a step
-    `begins` and `ends`, 1 in the first and in the last of them.
-
-    Args:
-        parameters: those that are trained.
-        config: the optimizer.
-        mesh: the devices.
-        calls: of the program a step.
-    """
-
-    def __init__(self, parameters, config: Config, mesh: LocalMesh, calls: int = 1):
-        super().__init__(auto_prefix=False)
-        optimizer, self.clip = config.optimizer, config.optimizer.clip_grad
-        decay = (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay)
-        self.of_router = tuple(".router." in parameter.name for parameter in parameters)
-        self.adamw = AdamW(parameters, *decay, apart=self.of_router)
-        self.sum, self.norm, self.is_finite = (
-            mesh.gradient_sum(parameters),
-            mesh.gradient_norm(parameters),
-            ops.IsFinite(),
-        )
-        self.scaled, self.several = config.model.compute_dtype == "float16", calls > 1
-        self.freezes = config.moe.router_freeze_step is not None and bool(config.moe_layers)
-        self.learning_rate = control("learning_rate")
-        self.unscale = control("unscale") if self.scaled else None
-        self.routers_learn = control("routers_learn") if self.freezes else None
-        self.begins, self.ends = (control("begins"), control("ends")) if self.several else (None, None)
-        self.accumulated = self.adamw.parameters.clone("accumulated", init="zeros") if self.several else None
-        self.assign = ops.Assign()
-
-    def construct(self, gradients: tuple) -> Tensor:
-        """Gradients of a device, times the loss scale -> their global norm without it: [].
-
-        Nothing changes where the norm is not finite, nor in a call that is not the last of its step.
-        """
-        if self.several:
-            gradients = self.accumulate(gradients)
-        if self.sum is not None:
-            gradients = self.sum(gradients)
-        if self.freezes:
-            gradients = self.of_learners(gradients)
-        return self.update(gradients, self.norm(gradients))
-
-    def update(self, gradients: tuple, norm: Tensor) -> Tensor:
-        """The step by gradients and their global norm, both times the loss scale -> the norm without it."""
-        if self.scaled:
-            norm = norm * self.unscale
-        alive = self.is_finite(norm)
-        if self.several:
-            alive = ops.logical_and(alive, self.ends > 0)
-        live = self.routers_learn * 1.0 if self.freezes else None
-        self.adamw(gradients, self.learning_rate * 1.0, alive, live, gradient_scale(norm, self.clip, self.unscale))
-        return norm
-
-    def accumulate(self, gradients: tuple) -> tuple:
-        """Adds gradients to those of the calls before, of the same step."""
-        sums = ()
-        for total, gradient in zip(self.accumulated, gradients):
-            gradient = ops.select(self.begins > 0, gradient, gradient + total)
-            sums = (*sums, ops.depend(gradient, self.assign(total, gradient)))
-        return sums
-
-    def of_learners(self, gradients: tuple) -> tuple:
-        """Sets gradients of frozen routers to 0, so that the norm does not count them."""
-        kept = ()
-        for of_router, gradient in zip(self.of_router, gradients):
-            kept = (*kept, keep_where(gradient, self.routers_learn) if of_router else gradient)
-        return kept
-
-    def set(self, **controls: float) -> None:
-        """Sets those of the named controls that this step reads."""
-        for name, value in controls.items():
-            parameter = getattr(self, name)
-            if parameter is not None:
-                parameter.set_data(Tensor(np.float32(value)))
-
-    def state(self) -> dict[str, Parameter]:
-        """Returns every parameter of the optimizer by name."""
-        return self.adamw.state()
-
-
-def control(name: str) -> Parameter:
-    """Returns a scalar that the host sets."""
-    return Parameter(Tensor(1.0, mstype.float32), name, False)
 
 
 class StepGraph(nn.Cell):
@@ -161,11 +68,6 @@ class StepGraph(nn.Cell):
         """Returns the inputs of one call: `arrays` [1, ..] as of TrainStep, weight [1] of the loss."""
         parts = [Tensor(np.ascontiguousarray(array[0])) for array in arrays]
         return (*parts[:4], Tensor(np.asarray(weights, np.float32).reshape(1, 1)), *parts[4:])
-
-
-def calls_of(config: Config) -> int:
-    """Returns how often a step calls its program; a pipeline works on several micro-batches in each call."""
-    return config.train.gradient_accumulation_steps
 
 
 class TrainStep:
@@ -308,98 +210,11 @@ def sample_inputs(config: Config, model: nn.Cell, graph: nn.Cell, seed: int = 0)
 
 def create_graph(model: nn.Cell, config: Config, mesh: LocalMesh) -> nn.Cell:
     """Returns the graph of a step."""
-    if config.parallel.pipeline_stage == 1:
-        return StepGraph(model, config, mesh)
-    from switchyard.training.pipeline import PipelineStepGraph  # which is made of parts of this module
-
-    return PipelineStepGraph(model, config, mesh)
+    kind = StepGraph if config.parallel.pipeline_stage == 1 else PipelineStepGraph
+    return kind(model, config, mesh)
 
 
 def balancing_routers(model: nn.Cell) -> list[nn.Cell]:
     """Returns the routers of the conditional layers where they balance by a bias, else none."""
     routers = [cell.router for _, cell in model.cells_and_names() if hasattr(cell, "train_dispatcher")]
     return routers if any(router.state() for router in routers) else []
-
-
-def input_shards(config: Config, noise_slices: int) -> tuple:
-    """Returns how the arguments of a step's program are sharded, by axis."""
-    data, forced = config.parallel.data_parallel, forces_choices(config)
-    noise, replay = (1, data if noise_slices else 1, 1), ((1, data, 1),) if forced else ()
-    if config.parallel.pipeline_stage > 1:
-        noise, replay = (noise[1], 1, 1), ((data, 1, 1),) if forced else ()
-    return ((data, 1), (data, 1), (data, 1), noise, (1, 1), *replay)
-
-
-def forces_choices(config: Config) -> bool:
-    """Returns whether steps are handed choices of experts: from a record, or while routers warm up."""
-    return bool(config.moe_layers) and (config.moe.replay is not None or config.moe.router_warmup_steps > 0)
-
-
-class EvalStep(nn.Cell):
-    """Scores one batch, without dropout, jitter or the capacity of training.
-
-    Args:
-        model: see training.loss.TrainLoss.
-        mesh: the devices.
-    """
-
-    def __init__(self, model: nn.Cell, mesh: LocalMesh = LOCAL):
-        super().__init__(auto_prefix=False)
-        self.model, self.token_losses = model, TokenLosses()
-        self.classifies = getattr(model, "classifies", False)
-        self.argmax = ops.Argmax(axis=-1, output_type=mstype.int32)
-        self.no_noise = Tensor(np.zeros((1, 1, 1), np.float32))
-        self.total, self.local_scores = mesh.total(), self.scores
-        self.everywhere, self.choices_everywhere = mesh.everywhere(2), mesh.everywhere(3)
-        self.local_groups = self.sum_groups
-        self.shard(mesh)
-
-    def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, replay: Tensor = None):
-        """tokens, labels [B, S] int32, valid [B, S] float32, replay [M, N, K] int32: see models.Decoder -> (scores
-        [B, 3] of all devices: sum of losses, valid tokens, right answers; statistics [M * (6 + 2 E)]; choices)."""
-        if replay is None:
-            logits, stats, choices = self.model(tokens, valid, self.no_noise)  # [N, V]
-        else:
-            logits, stats, choices = self.model(tokens, valid, self.no_noise, replay)
-        scores = self.everywhere(self.local_scores(logits, labels, valid))
-        if len(stats) == 0:
-            return scores, (), ()
-        if len(choices) > 0:
-            choices = self.choices_everywhere(choices)
-        return scores, self.total(self.local_groups(stats)), choices
-
-    def scores(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """Of a device: [B, 3]."""
-        losses = self.token_losses(logits, labels.reshape(-1)).reshape(valid.shape)  # [N] -> [B, S]
-        right = ops.zeros_like(valid)
-        if self.classifies:
-            right = (self.argmax(logits) == labels.reshape(-1)).astype(mstype.float32).reshape(valid.shape)
-        return ops.stack((keep_where(losses, valid).sum(1), valid.sum(1), (right * valid).sum(1)), 1)
-
-    def sum_groups(self, stats: Tensor) -> Tensor:
-        """[G, X] -> [1, X]."""
-        return stats.sum(0, keepdims=True)
-
-    def shard(self, mesh: LocalMesh) -> None:
-        """Sequences are sharded by data shards; scores are gathered, statistics summed."""
-        pair, data = mesh.cut("data", None), mesh.degrees.data_parallel
-
-        def scored(logits, labels, valid):
-            return [labels[0], 3]
-
-        def summed(stats):
-            return [data, stats[1]]
-
-        self.local_scores = mesh.local(self.scores, (pair, pair, pair), (pair,), scored, first)
-        self.local_groups = mesh.local(self.sum_groups, (pair,), (pair,), summed, first)
-
-
-def eval_program(model: nn.Cell, config: Config, mesh: LocalMesh) -> Callable:
-    """Returns the program that scores batches with the weights where they lie."""
-    data, forced = (
-        config.parallel.data_parallel,
-        ((1, config.parallel.data_parallel, 1),) * (config.moe.replay is not None),
-    )
-    graph = EvalStep(model, mesh)
-    graph.set_train(False)
-    return mesh.program(graph, (((data, 1),) * 3) + forced)

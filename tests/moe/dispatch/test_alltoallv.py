@@ -54,7 +54,7 @@ def layout(dispatch, model=None, moe=None, context=None, **degrees):
 
 def skewed(dispatch, bias):
     """4 ranks, 2 expert slices; with a large bias all rows of both groups go to ranks 0 and 2, none to 1 and 3."""
-    moe = {"router": "oracles.skewed.Skewed", "topk_bias_update_rate": bias}
+    moe = {"router": {"name": "oracles.skewed.Skewed", "first_bias": bias}}
     return layout(dispatch, moe=moe, data_parallel=4, expert_parallel=2)
 
 

@@ -119,5 +119,5 @@ def test_two_choices_of_one_group_or_of_both(taken, experts, pynative):
 
 
 def test_two_levels_need_two_groups():
-    with pytest.raises(UserError, match=r"^moe\.n_group: 1; two_level needs 2 or more groups"):
+    with pytest.raises(UserError, match=r"^moe\.router\.n_group: 1; two_level needs 2 or more groups"):
         tiny_config(router="two_level")

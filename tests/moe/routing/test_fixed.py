@@ -183,13 +183,16 @@ def test_tokens_are_asked_for_in_one_line(name):
     ("moe", "message"),
     [
         ({"router": "hash", "num_experts_chosen": 2}, "moe.num_experts_chosen: 2; moe.router 'hash' chooses 1"),
-        ({"router": "random_in_group", "n_group": 3}, r"moe.n_group: 3; must divide moe.expert_num \(4\)"),
-        ({"router": "task", "task_num": 2, "task_experts": [[0]]}, "moe.task_experts: .*must name a set for each"),
-        ({"router": "task", "task_experts": [[4]]}, "moe.task_experts: .*numbered from 0 below"),
-        ({"router": "task", "task_experts": [[0, 1]]}, "moe.task_experts: .*1.* different experts"),
+        ({"router": "random_in_group", "n_group": 3}, r"moe.router.n_group: 3; must divide moe.expert_num \(4\)"),
         (
-            {"router": "hash", "consistency_loss_factor": 1},
-            "moe.consistency_loss_factor: 1.0; needs moe.router 'random'",
+            {"router": "task", "task_num": 2, "task_experts": [[0]]},
+            "moe.router.task_experts: .*must name a set for each",
+        ),
+        ({"router": "task", "task_experts": [[4]]}, "moe.router.task_experts: .*numbered from 0 below"),
+        ({"router": "task", "task_experts": [[0, 1]]}, "moe.router.task_experts: .*1.* different experts"),
+        (
+            {"router": "random", "consistency_loss_factor": 1},
+            "moe.router.consistency_loss_factor: 1.0; needs moe.router.random_draw 'step'",
         ),
     ],
 )

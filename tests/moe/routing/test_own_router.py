@@ -1,5 +1,6 @@
 """The router of docs/routing.md lives in a user's file and is found by its dotted name."""
 
+import dataclasses
 import inspect
 import re
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from mindspore import Parameter, Tensor
 from mindspore import dtype as mstype
 from oracles.tiny import tiny_config
@@ -23,6 +25,7 @@ from switchyard.moe.routing.softmax import Switch, TopK
 from switchyard.nn.noise import NoiseSlices
 from switchyard.simulation import emulate as virtual
 from switchyard.training.limits import why_by_hand
+from switchyard.training.loop import train
 
 PAGE = Path(__file__).parents[3] / "docs" / "routing.md"
 
@@ -58,6 +61,95 @@ def test_what_is_no_router_is_one_line(own_module, name, words):
     with pytest.raises(UserError) as caught:
         create_router(tiny_config(router=name), np.random.default_rng(0))
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
+
+
+@pytest.fixture
+def faint_module(tmp_path, monkeypatch):
+    """The router with options of docs/routing.md."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = (block for block in blocks if "class Faint(" in block)
+    (tmp_path / "my_faint.py").write_text(code, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    yield "my_faint"
+    sys.modules.pop("my_faint", None)
+
+
+def test_documented_options_are_read(faint_module, pynative):
+    rows = Tensor(np.random.default_rng(1).normal(0, 1, (1, 5, 6)).astype(np.float32))
+    context = {"valid": Tensor(np.ones((1, 5), np.float32))}
+    found = {}
+    for name, router in (
+        ("usual", {"name": "top_k", "norm_topk_prob": False}),
+        ("half", {"name": f"{faint_module}.Faint", "norm_topk_prob": False}),
+        ("fifth", {"name": f"{faint_module}.Faint", "share": 0.2}),
+    ):
+        config = tiny_config(router=router, num_experts_chosen=2)
+        assert build(yaml.safe_load(config.to_yaml())) == config
+        made = create_router(config, np.random.default_rng(0)).set_train(False)
+        found[name] = made(rows, context)["gates"].asnumpy()
+    np.testing.assert_allclose(found["half"], 0.5 * found["usual"], rtol=1e-6)
+    np.testing.assert_allclose(found["fifth"].sum(-1), 0.2, rtol=1e-6)  # normalised to 1 by the parent's default
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shar": 0.5}, "moe.router.shar: 0.5; unknown option of moe.router 'my_faint.Faint'; did you mean 'share'?"),
+        ({"share": 2}, "moe.router.share: 2; input should be less than or equal to 1"),
+        ({"share": "no"}, "moe.router.share: 'no'; input should be a valid number, unable to parse string as a number"),
+        ({"share": float("nan")}, "moe.router.share: nan; input should be a finite number"),
+        ({"n_group": 2}, "moe.router.n_group: 2; moe.router 'my_faint.Faint' has no such option: take one of sigmoid"),
+    ],
+)
+def test_a_wrong_option_of_an_own_router_is_one_line(faint_module, options, message, tmp_path):
+    router = {"name": f"{faint_module}.Faint", **options}
+    with pytest.raises(UserError) as caught:
+        create_router(tiny_config(router=router), np.random.default_rng(0))
+    assert str(caught.value).startswith(message) and str(caught.value).isprintable()
+
+
+def test_a_wrong_option_is_refused_before_data_are_read(faint_module, tmp_path):
+    router = {"name": f"{faint_module}.Faint", "share": 2}
+    tree = {"moe": {"router": router, "expert_num": 4}, "data": {"path": "nowhere.txt"}}
+    with pytest.raises(UserError, match=r"^moe\.router\.share: 2; "):
+        train(build(tree | {"train": {"output_dir": str(tmp_path / "runs")}, "context": {"device_target": "CPU"}}))
+    assert not list((tmp_path / "runs").rglob("config.yaml"))
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainOptions:
+    depth: int = 1
+    names: list[str] = dataclasses.field(default_factory=list)
+
+
+class Plain(Switch):
+    Options = PlainOptions
+
+    def __init__(self, setting):
+        super().__init__(setting)
+        self.depth = setting.options.depth
+
+
+class Strange(Switch):
+    Options = dict
+
+
+def test_options_may_be_a_dataclass(monkeypatch):
+    monkeypatch.setattr("switchyard.moe.routing.base.import_class", {"my.Plain": Plain, "my.Strange": Strange}.get)
+
+    def create(**router):
+        return create_router(tiny_config(router=router), np.random.default_rng(0))
+
+    assert create(name="my.Plain").depth == 1 and create(name="my.Plain", depth=3, names=["a"]).depth == 3
+    for router, said in (
+        ({"name": "my.Plain", "depht": 3}, "moe.router.depht: 3; unknown option of moe.router 'my.Plain'; did you"),
+        ({"name": "my.Plain", "depth": "x"}, "moe.router.depth: 'x'; input should be a valid integer"),
+        ({"name": "my.Plain", "names": 3}, "moe.router.names: 3; input should be a valid list"),
+        ({"name": "my.Strange", "depth": 3}, "moe.router: my.Strange; its Options must be a pydantic model or a data"),
+    ):
+        with pytest.raises(UserError) as caught:
+            create(**router)
+        assert str(caught.value).startswith(said)
 
 
 class Logits(TopK):

@@ -107,11 +107,11 @@ def test_two_of_three_groups_of_one(pynative):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"n_group": 3}, r"^moe\.n_group: 3; must divide the experts \(4\)"),
-        ({"n_group": 2, "topk_group": 3}, r"^moe\.topk_group: 3; at most moe\.n_group \(2\)"),
+        ({"n_group": 3}, r"^moe\.router\.n_group: 3; must divide the experts \(4\)"),
+        ({"n_group": 2, "topk_group": 3}, r"^moe\.router\.topk_group: 3; at most moe\.router\.n_group \(2\)"),
         (
             {"n_group": 4, "num_experts_chosen": 2},
-            r"^moe\.num_experts_chosen: 2; at most the 1 experts of moe\.topk_group",
+            r"^moe\.num_experts_chosen: 2; at most the 1 experts of moe\.router\.topk_group",
         ),
     ],
 )

@@ -6,6 +6,7 @@ Legend: G groups, N rows of a group, E experts, K choices of a row, D width.
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.config.router_options import OneChoice, SinkhornOptions
 from switchyard.moe.dispatch.plan import ChoiceOrder
 from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register
 from switchyard.moe.routing.losses import log_partition, rows_of
@@ -19,17 +20,18 @@ FAR = 1e30  # beyond every score
 class Sinkhorn(NormalisedRouter):
     """The K largest of a balanced matrix (arXiv 2202.01169: S-BASE).
 
-    In training `moe.sinkhorn_iterations` passes scale exp(x W) until each row sums to 1 and each expert's column to its
+    In training `sinkhorn_iterations` passes scale exp(x W) until each row sums to 1 and each expert's column to its
     share of the rows, in logarithms: an expert that all want has its price raised. The choice is made by the scaled
     matrix, which carries no gradient; the gates are the softmax's, as in top_k. At evaluation a row cannot look at the
     others: plain top-k.
     """
 
     paper = "arXiv 2202.01169"
+    Options = SinkhornOptions
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
-        self.iterations = setting.moe.sinkhorn_iterations
+        self.iterations = setting.options.sinkhorn_iterations
 
     def rank(self, logits: Tensor, valid: Tensor) -> Tensor:
         """In training the logits plus what the balancing adds to each expert; at evaluation the logits."""
@@ -75,6 +77,7 @@ class Base(LinearRouter):
     """
 
     paper = "arXiv 2103.16716"
+    Options = OneChoice
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)

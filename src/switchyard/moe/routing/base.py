@@ -4,15 +4,16 @@ Legend: G groups that route for themselves, N rows of a group, E experts, K choi
 """
 
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import MoEConfig
+from switchyard.config.router_options import RouterChoice, RouterOptions, typed
 from switchyard.distributed.mesh import Mesh
-from switchyard.errors import UserError
+from switchyard.errors import UserError, shortened
 from switchyard.nn.initializers import normal
 from switchyard.nn.masks import keep_where
 from switchyard.nn.noise import NoiseSlices
@@ -88,6 +89,11 @@ class RouterSetting:
     has_tasks: bool = False
     length: int | None = None
 
+    @property
+    def options(self) -> Any:
+        """The options of the router, of the class that it names as `Options`."""
+        return self.moe.router.options
+
 
 _ROUTERS: dict[str, type] = {}
 
@@ -135,12 +141,28 @@ def create_router(
         raise UserError(f"moe.router: {name!r}; chooses by task id, which this network does not have")
     length = None if vocab_size is None else config.model.seq_length // config.row_tokens
     width, slices = config.model.hidden_size, slices or NoiseSlices()
-    setting = RouterSetting(config.moe, width, random, slices, vocab_size, has_tasks, length)
+    setting = RouterSetting(with_options(config.moe), width, random, slices, vocab_size, has_tasks, length)
     if config.moe.copies == 1:
         return router(setting)
     if router.form != "token_choice" or router.eval_form:
         raise UserError(f"moe.copies: {config.moe.copies}; router {name!r} does not choose experts row by row")
     return ReplicaGroups(router, setting)
+
+
+def with_options(moe: MoEConfig) -> MoEConfig:
+    """The same with options as the router's class types them; those of a shipped router are typed already.
+
+    Raises:
+        UserError: no router has that name, or an option is unknown, of another type, out of range or against a law.
+    """
+    router, choice = find_router(moe.router), moe.router
+    if not isinstance(choice.options, dict):
+        return moe
+    options = typed(choice, router.Options, choice.options)
+    for holds, key, value, allowed in getattr(options, "laws", lambda moe: ())(moe):
+        if not holds:
+            raise UserError(f"{key}: {shortened(value)}; {allowed}")
+    return moe.model_copy(update={"router": RouterChoice(choice, options, choice.moved)})
 
 
 def require_causal(moe: MoEConfig) -> None:
@@ -188,7 +210,8 @@ class Router(nn.Cell):
     every mesh. A subclass that implements `construct` instead works on one device and on CPU processes, and a compiled
     cluster refuses it by name (see `why_not_sharded`).
 
-    name: in YAML. paper: where it is from. unit: what it decides for: row (of the layer), token (by its id) or task.
+    name: in YAML. Options: class of its options, a pydantic model or a dataclass, which extends that of the parent.
+    paper: where it is from. unit: what it decides for: row (of the layer), token (by its id) or task.
     form: of its Routing; eval_form: of the one at evaluation, where it differs. learnable: has weights. causal: a row's
     routing at evaluation does not look at later rows. batch_independent: the same row gets the same experts and gates
     whatever batch it stands in. may_skip_tokens: may give a real row no expert, E, at evaluation. needs: entries of the
@@ -199,6 +222,7 @@ class Router(nn.Cell):
     """
 
     name, paper, unit = "", "", "row"
+    Options: type = RouterOptions
     form, eval_form = "token_choice", None
     learnable, causal, batch_independent = True, True, True
     may_skip_tokens, overrides_construct = False, False

@@ -8,6 +8,7 @@ import math
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
+from switchyard.config.router_options import PrototypeOptions
 from switchyard.distributed.mesh import Mesh, first
 from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, by_rows, register
 from switchyard.moe.routing.softmax import NormalisedRouter
@@ -74,6 +75,7 @@ class Prototype(LinearRouter):
     """
 
     paper = "arXiv 2105.15082"
+    Options = PrototypeOptions
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)

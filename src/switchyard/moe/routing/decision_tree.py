@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.config.router_options import OneCell
 from switchyard.moe.routing.base import Router, RouterSetting, register
 from switchyard.moe.routing.fixed import Assign
 from switchyard.moe.routing.soft import everyone
@@ -48,6 +49,7 @@ class DecisionTree(Router):
     """
 
     paper = "Jordan and Jacobs 1994, arXiv 2308.14711"
+    Options = OneCell
     form, eval_form = "dense", "token_choice"
     losses = ("importance", "mutual_information")
 

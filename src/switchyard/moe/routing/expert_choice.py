@@ -7,6 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.config.router_options import DepthsOptions
 from switchyard.distributed.mesh import Mesh, first
 from switchyard.moe.dispatch.capacity import capacity
 from switchyard.moe.routing.base import LinearRouter, RouterSetting, register, to_float32
@@ -127,6 +128,7 @@ class MixtureOfDepths(LinearRouter):
     """
 
     paper = "arXiv 2404.02258"
+    Options = DepthsOptions
     form, eval_form, may_skip_tokens = "expert_choice", "token_choice", True
     score_num = 2
     losses = ()

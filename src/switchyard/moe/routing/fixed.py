@@ -13,6 +13,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.config.router_options import HashOptions, OneCell, RandomInGroupOptions, RandomOptions, TaskOptions
 from switchyard.distributed.mesh import Mesh, first
 from switchyard.moe.routing.base import Router, RouterSetting, register, replay_choices, to_float32
 
@@ -46,7 +47,7 @@ def balance_tables(model: nn.Cell, token_counts: Callable[[], np.ndarray]) -> No
     """Balances the hash tables of a new model by its training text; a trained one brings its tables along.
 
     Args:
-        model: its routers `hash` with `moe.hash_table` balanced get a table each, others are left alone.
+        model: its routers `hash` with `hash_table` balanced get a table each, others are left alone.
         token_counts: how often each id occurs, [V]; asked only where it is needed.
     """
     routers = [cell for _, cell in model.cells_and_names() if isinstance(cell, Hash) and cell.balanced]
@@ -139,20 +140,21 @@ class TableRouter(FixedRouter):
 class Hash(TableRouter):
     """Hash layers (arXiv 2106.04426): the token's id alone decides, K = 1.
 
-    `moe.hash_table` random: each id goes to an expert at random, as with a hash function. balanced: ids are shared out
+    `hash_table` random: each id goes to an expert at random, as with a hash function. balanced: ids are shared out
     by how often they occur in the training text, the most frequent first to the emptiest expert (the paper's balanced
     assignment). A layer does not know the text: until `balance` every expert has as many ids as any other. One id that
     occurs more often than 1 / E of the text leaves its expert overfull.
     """
 
     paper = "arXiv 2106.04426"
+    Options = HashOptions
     unit = "token"
     needs = ("token_ids",)
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
         size, random = setting.vocab_size, setting.random
-        self.balanced, self.shuffled = setting.moe.hash_table == "balanced", None
+        self.balanced, self.shuffled = setting.options.hash_table == "balanced", None
         if self.balanced:
             self.shuffled = random.permutation(size)
             table = (self.shuffled % self.expert_num).astype(np.int32)
@@ -174,6 +176,7 @@ class HyperplaneHash(FixedRouter):
     """
 
     paper = "STOC 2002 (Charikar), arXiv 2001.04451"
+    Options = OneCell
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
@@ -201,11 +204,12 @@ class HyperplaneHash(FixedRouter):
 class Random(TableRouter):
     """An expert at random, K = 1: by a table fixed for each token id, or drawn anew at each step.
 
-    `moe.random_draw` step: every row draws its expert from the step's noise, and at evaluation the table decides (THOR,
-    arXiv 2110.04260; its consistency loss is `moe.consistency_loss_factor`).
+    `random_draw` step: every row draws its expert from the step's noise, and at evaluation the table decides (THOR,
+    arXiv 2110.04260; its consistency loss is `consistency_loss_factor`).
     """
 
     paper = "arXiv 2110.04260"
+    Options = RandomOptions
     unit = "token"
     needs = ("token_ids",)
 
@@ -213,7 +217,7 @@ class Random(TableRouter):
         super().__init__(setting)
         table = setting.random.integers(0, self.expert_num, setting.vocab_size).astype(np.int32)
         self.table = constant(table, "table")  # [V]
-        self.drawn = setting.moe.random_draw == "step"
+        self.drawn = setting.options.random_draw == "step"
         self.slice = setting.slices.take(self.drawn)
 
     def pick(self, scores: Tensor, context: dict) -> Tensor:
@@ -229,17 +233,18 @@ class Random(TableRouter):
 class RandomInGroup(TableRouter):
     """Random routed experts (PanGu-Sigma, arXiv 2303.10845): a group by domain, chance inside.
 
-    The experts stand in `moe.n_group` groups of E / n_group, one beside the other. A row's task id names its group
+    The experts stand in `n_group` groups of E / n_group, one beside the other. A row's task id names its group
     (modulo their number); inside, a table fixed by token id decides. K = 1.
     """
 
     paper = "arXiv 2303.10845"
+    Options = RandomInGroupOptions
     unit = "token"
     needs = ("token_ids", "task_ids")
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
-        self.group_num, size = setting.moe.n_group, setting.vocab_size
+        self.group_num, size = setting.options.n_group, setting.vocab_size
         inside = self.expert_num // self.group_num
         tables = [balanced_table(size, inside, setting.random) + group * inside for group in range(self.group_num)]
         self.table = constant(np.concatenate(tables).astype(np.int32), "table")  # [n_group * V]
@@ -263,19 +268,20 @@ class RandomInGroup(TableRouter):
 class Task(TableRouter):
     """Experts by task: the task's id names its K experts, whose outputs are averaged.
 
-    `moe.task_experts` lists them; null gives task t the K experts from t * K on, in turn, so that tasks share experts
+    `task_experts` lists them; null gives task t the K experts from t * K on, in turn, so that tasks share experts
     only where there are too few. Task-level routing (arXiv 2110.03742) with a table in place of a gate.
     """
 
     paper = "arXiv 2110.03742"
+    Options = TaskOptions
     unit = "task"
     needs = ("task_ids",)
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
-        sets = setting.moe.task_experts
+        sets = setting.options.task_experts
         if sets is None:
-            turn = np.arange(setting.moe.task_num * self.choices).reshape(-1, self.choices)
+            turn = np.arange(setting.options.task_num * self.choices).reshape(-1, self.choices)
             sets = turn % self.expert_num
         self.table = constant(np.array(sets, np.int32), "table")  # [T, K]
 

@@ -6,6 +6,7 @@ Legend: G groups, N rows of a group, E experts, D width.
 from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
+from switchyard.config.router_options import GShardOptions
 from switchyard.moe.routing.base import RouterSetting, by_rows, register, shares
 from switchyard.moe.routing.softmax import SoftmaxRouter
 from switchyard.nn.masks import keep_where
@@ -16,17 +17,18 @@ from switchyard.nn.noise import UniformRows
 class GShard(SoftmaxRouter):
     """Top-2 gating (GShard, arXiv 2006.16668, algorithm 1): gates g1 / (g1 + g2) and g2 / (g1 + g2).
 
-    `moe.second_expert` says which second choices count: `all`; `sampling`: each with the probability min(1, 2 g2), in
-    training, and all at evaluation; `threshold`: those with g2 above `moe.second_expert_threshold` (the policy of the
+    `second_expert` says which second choices count: `all`; `sampling`: each with the probability min(1, 2 g2), in
+    training, and all at evaluation; `threshold`: those with g2 above `second_expert_threshold` (the policy of the
     same name in Mesh-TensorFlow). One that does not count is like a choice never made: expert E, gate 0, and it takes
     no slot; the first gate stays as it is.
     """
 
     paper = "arXiv 2006.16668"
+    Options = GShardOptions
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
-        self.policy, self.threshold = setting.moe.second_expert, setting.moe.second_expert_threshold
+        self.policy, self.threshold = setting.options.second_expert, setting.options.second_expert_threshold
         self.may_skip_tokens = self.policy == "threshold"
         self.uniform = None
         if self.policy == "sampling":

@@ -7,6 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 from mindspore import dtype as mstype
 
+from switchyard.config.router_options import MultiGateOptions
 from switchyard.distributed.mesh import Mesh, first
 from switchyard.moe.routing.base import Choosing, Router, RouterSetting, by_rows, register, shares, to_float32
 from switchyard.nn.masks import keep_where
@@ -22,15 +23,16 @@ class MultiGate(Router):
     """
 
     paper = "KDD 2018 (Ma et al.)"
+    Options = MultiGateOptions
     needs = ("task_ids",)
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
-        self.task_num, width = setting.moe.task_num, setting.width
+        self.task_num, width = setting.options.task_num, setting.width
         shape = (width, self.task_num * self.expert_num)
         weight = setting.random.normal(0.0, 0.1 / np.sqrt(width), shape).astype(np.float32)
         self.weight = Parameter(Tensor(weight), name="weight")  # [D, T * E], the gates side by side
-        self.normalise = setting.moe.norm_topk_prob and self.choices > 1
+        self.normalise = setting.options.norm_topk_prob and self.choices > 1
         self.product, self.softmax, self.one_hot = ops.MatMul(), ops.Softmax(-1), ops.OneHot()
         self.choose = Choosing(self.expert_num, self.choices)
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)

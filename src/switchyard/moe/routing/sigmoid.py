@@ -7,7 +7,7 @@ experts.
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from switchyard.config import MoEConfig
+from switchyard.config.router_options import BestGroupOptions, SigmoidOptions
 from switchyard.moe.metrics import bias_step
 from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, by_rows, register, shares
 from switchyard.nn.softmax import log_sigmoid
@@ -19,25 +19,26 @@ FAR = 1e30  # taken from a score, it is never chosen
 class Sigmoid(LinearRouter):
     """s = sigmoid(x W) (DeepSeek-V3, arXiv 2412.19437, eq. 15), gates of the K experts with the largest s + b (eq. 16).
 
-    b is no weight: after each training step it rises by u = `moe.topk_bias_update_rate` where an expert had less than
+    b is no weight: after each training step it rises by u = `topk_bias_update_rate` where an expert had less than
     the mean load and falls by u where it had more (arXiv 2408.15664, algorithm 1), so no balance loss is needed: set
     moe.aux_loss_factor to 0. Only the choice sees b, never the gate. It is a parameter without gradient, and kept in
     checkpoints. The host updates it by the load of the whole step on all devices, see `update`.
 
     `norm_topk_prob` divides K >= 2 gates by their sum (eq. 13), `routed_scaling_factor` multiplies them. With
-    `moe.n_group` > 1 a row chooses within `moe.topk_group` groups only, those whose two best scores sum highest.
+    `n_group` > 1 a row chooses within `topk_group` groups only, those whose two best scores sum highest.
     """
 
     paper = "arXiv 2408.15664, 2412.19437"
+    Options = SigmoidOptions
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
-        moe = setting.moe
-        self.normalise, self.factor = moe.norm_topk_prob and self.choices > 1, moe.routed_scaling_factor
-        self.rate = moe.topk_bias_update_rate
+        options = setting.options
+        self.normalise, self.factor = options.norm_topk_prob and self.choices > 1, options.routed_scaling_factor
+        self.rate = options.topk_bias_update_rate
         bias = Tensor(np.zeros(self.expert_num, np.float32))
         self.bias = Parameter(bias, name="bias", requires_grad=False)
-        self.limit = BestGroups(moe, self.expert_num) if moe.n_group > moe.topk_group else None
+        self.limit = BestGroups(options, self.expert_num) if options.n_group > options.topk_group else None
         self.choose = Choosing(self.expert_num, self.choices)
         self.sigmoid, self.softmax = ops.Sigmoid(), ops.Softmax(-1)
 
@@ -68,14 +69,14 @@ class Sigmoid(LinearRouter):
 class GroupLimit(nn.Cell):
     """Leaves a row the experts of its best groups: scores [G, N, E], of groups [G, N, Q] -> [G, N, E].
 
-    The experts stand in Q = `moe.n_group` groups, one beside the other; scores outside the `moe.topk_group` best are
+    The experts stand in Q = `n_group` groups, one beside the other; scores outside the `topk_group` best are
     moved out of reach.
     """
 
-    def __init__(self, moe: MoEConfig):
+    def __init__(self, options: BestGroupOptions):
         super().__init__()
-        self.groups = moe.n_group
-        self.top = TopChoices(self.groups, moe.topk_group)
+        self.groups = options.n_group
+        self.top = TopChoices(self.groups, options.topk_group)
 
     def construct(self, scores: Tensor, group_scores: Tensor) -> Tensor:
         _, masks = self.top(group_scores)  # K x [G, N, Q]
@@ -92,11 +93,11 @@ class BestGroups(nn.Cell):
     A group's score is the sum of its two best experts' scores, see GroupLimit.
     """
 
-    def __init__(self, moe: MoEConfig, experts: int):
+    def __init__(self, options: BestGroupOptions, experts: int):
         super().__init__()
-        self.groups, self.size = moe.n_group, experts // moe.n_group
+        self.groups, self.size = options.n_group, experts // options.n_group
         self.best = TopChoices(self.size, min(2, self.size))
-        self.limit = GroupLimit(moe)
+        self.limit = GroupLimit(options)
 
     def construct(self, scores: Tensor) -> Tensor:
         groups, count, _ = scores.shape

@@ -7,6 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.config.router_options import SoftOptions
 from switchyard.moe.routing.base import LinearRouter, Router, RouterSetting, register
 from switchyard.nn.masks import keep_where
 
@@ -87,19 +88,20 @@ class Merged(LinearRouter):
 class Soft(Router):
     """Soft MoE (arXiv 2308.00951): a slot is a mixture of rows, a row a mixture of the slots' outputs.
 
-    Each expert has `moe.slots_per_expert` slots in a group. Rows and slots are l2-normalised and scaled, as there,
+    Each expert has `slots_per_expert` slots in a group. Rows and slots are l2-normalised and scaled, as there,
     so that the softmaxes do not become one-hot in wide models. A row's output depends on all rows of its group, later
     ones too. No row is dropped and no expert is idle, so there is nothing to balance.
     """
 
     paper = "arXiv 2308.00951"
+    Options = SoftOptions
     form = "soft"
     causal, batch_independent = False, False
     losses = ("importance", "mutual_information")
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
-        self.slots, width = setting.moe.slots_per_expert, setting.width
+        self.slots, width = setting.options.slots_per_expert, setting.width
         shape = (width, self.expert_num * self.slots)
         weight = setting.random.normal(0.0, 1.0 / np.sqrt(width), shape).astype(np.float32)
         self.weight = Parameter(Tensor(weight), name="weight")  # Phi [D, E * S]

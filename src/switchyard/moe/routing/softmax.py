@@ -5,15 +5,18 @@ Legend: G groups, N rows of a group, E experts, K choices of a row, D width.
 
 from mindspore import Tensor, ops
 
+from switchyard.config.router_options import Scaled, SwitchOptions, TopKOptions
 from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register, shares
 
 
 class SoftmaxRouter(LinearRouter):
     """p = softmax(x W) (arXiv 2101.03961, eq. 1), the K most probable experts, gates made of their probabilities."""
 
+    Options = Scaled
+
     def __init__(self, setting: RouterSetting, columns: int | None = None):
         super().__init__(setting, columns)
-        self.factor = setting.moe.routed_scaling_factor
+        self.factor = getattr(setting.options, "routed_scaling_factor", 1.0)  # gshard has none
         self.softmax = ops.Softmax(-1)
         self.choose = Choosing(self.expert_num, self.choices)
 
@@ -46,14 +49,17 @@ class Switch(SoftmaxRouter):
     """
 
     paper = "arXiv 2101.03961"
+    Options = SwitchOptions
 
 
 class NormalisedRouter(SoftmaxRouter):
     """`norm_topk_prob` divides K >= 2 gates by their sum; one alone it does not, for the reason that Switch gives."""
 
+    Options = TopKOptions
+
     def __init__(self, setting: RouterSetting, columns: int | None = None):
         super().__init__(setting, columns)
-        self.normalise = setting.moe.norm_topk_prob and self.choices > 1
+        self.normalise = setting.options.norm_topk_prob and self.choices > 1
 
     def chosen(self, scores: Tensor, logits: Tensor, probabilities: Tensor, context: dict):
         """As of SoftmaxRouter, with gates that sum to 1, or as they are."""

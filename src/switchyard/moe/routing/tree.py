@@ -6,6 +6,7 @@ experts.
 
 from mindspore import Parameter, Tensor, ops
 
+from switchyard.config.router_options import TwoLevelOptions
 from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register, router_weight, shares
 from switchyard.moe.routing.losses import log_partition
 from switchyard.moe.routing.sigmoid import GroupLimit
@@ -15,24 +16,25 @@ from switchyard.moe.routing.sigmoid import GroupLimit
 class TwoLevel(LinearRouter):
     """Hierarchical mixture of experts (arXiv 1701.06538, appendix B): expert j of group i has p_i p_(j|i).
 
-    Eq. 12 is the product. A primary gate is a softmax over the Q = `moe.n_group` groups, a secondary one over the
+    Eq. 12 is the product. A primary gate is a softmax over the Q = `n_group` groups, a secondary one over the
     experts of each group, which stand one beside the other. A row goes to the K experts of the largest product within
-    its `moe.topk_group` most probable groups; with one group and K = 1 to the best expert of the best group.
+    its `topk_group` most probable groups; with one group and K = 1 to the best expert of the best group.
     `norm_topk_prob` divides K >= 2 gates by their sum. The logits are the sum of both levels'.
     """
 
     paper = "arXiv 1701.06538, appendix B"
+    Options = TwoLevelOptions
     score_num = 2
 
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
-        moe = setting.moe
-        self.groups, self.size = moe.n_group, self.expert_num // moe.n_group
+        options = setting.options
+        self.groups, self.size = options.n_group, self.expert_num // options.n_group
         primary = router_weight(setting.width, self.groups, setting.random)
         self.group_weight = Parameter(primary.value(), name="group_weight")
-        self.normalise = moe.norm_topk_prob and self.choices > 1
+        self.normalise = options.norm_topk_prob and self.choices > 1
         self.softmax = ops.Softmax(-1)
-        self.limit = GroupLimit(moe)
+        self.limit = GroupLimit(options)
         self.choose = Choosing(self.expert_num, self.choices)
 
     def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
