@@ -19,13 +19,9 @@ class Skewed(TopK):
         bias[: self.choices] = setting.moe.topk_bias_update_rate
         self.bias, self.add = Parameter(Tensor(bias), "bias", False), ops.Add()
 
-    def logits(self, rows):
-        """See SoftmaxRouter.logits."""
-        return self.add(super().logits(rows), self.bias)
-
-    def score_flat(self, rows):
-        """See LinearRouter.score_flat."""
-        return self.add(super().score_flat(rows), self.bias)
+    def logits(self, tokens):
+        """See LinearRouter.logits."""
+        return self.add(super().logits(tokens), self.bias)
 
     def shard(self, mesh):
         """See LinearRouter.shard."""
