@@ -28,13 +28,9 @@ class Skewed(TopK):
         bias[: self.choices] = setting.options.first_bias
         self.bias, self.add = Parameter(Tensor(bias), "bias", False), ops.Add()
 
-    def logits(self, rows):
-        """See SoftmaxRouter.logits."""
-        return self.add(super().logits(rows), self.bias)
-
-    def score_flat(self, rows):
-        """See LinearRouter.score_flat."""
-        return self.add(super().score_flat(rows), self.bias)
+    def logits(self, tokens):
+        """See LinearRouter.logits."""
+        return self.add(super().logits(tokens), self.bias)
 
     def shard(self, mesh):
         """See LinearRouter.shard."""

@@ -6,6 +6,7 @@ import pytest
 from oracles.layouts import DROPLESS, FURTHER, LAYOUTS, VOCAB
 
 from switchyard.config import build
+from switchyard.training.limits import WHOLE_ROUTERS
 from switchyard.distributed.placement import Degrees
 from switchyard.errors import UserError
 from switchyard.planner.costs import Exchange, costs, exchanges, parameters, stage_costs
@@ -126,7 +127,7 @@ def test_half_precision_takes_the_fused_operators(compile_layout):
 @pytest.mark.parametrize(
     "tree, line",
     [
-        ({"moe": {"expert_num": 4, "router": "hash"}}, r"moe\.router: hash; cannot be cut over devices; one of gshard"),
+        ({"moe": {"expert_num": 4, "router": "tree"}}, r"moe\.router: tree; overrides `construct`, which a"),
         ({"model": {"type": "vision"}}, r"model\.type: vision; only a decoder"),
         ({"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, r"model\.tie_word_embeddings: True; False with"),
         (
@@ -140,7 +141,7 @@ def test_what_the_step_refuses_is_refused(tree, line):
         costs(build(tree), 256)
 
 
-def test_the_routers_that_can_be_cut_are_those_that_say_so():
+def test_the_routers_that_are_refused_are_those_that_override_construct():
     from switchyard.moe.routing.base import known_routers
 
-    assert tuple(sorted(name for name, router in known_routers().items() if router.cuts)) == CUT_ROUTERS
+    assert tuple(name for name, router in known_routers().items() if router.overrides_construct) == WHOLE_ROUTERS

@@ -87,7 +87,7 @@ def test_a_slow_wire_prefers_other_degrees_than_slow_products():
         ({"moe": SMALL["moe"] | {"record": "a.safetensors"}}, 2, "moe.record: a.safetensors; choices are recorded"),
         ({"moe": SMALL["moe"] | {"replay": "a.safetensors"}}, 2, "moe.replay: a.safetensors; choices are recorded"),
         ({"moe": SMALL["moe"] | {"router_warmup_steps": 3}}, 2, "moe.router_warmup_steps: 3; "),
-        ({"moe": SMALL["moe"] | {"router": "hash"}}, 2, "moe.router: hash; cannot be cut over devices"),
+        ({"moe": SMALL["moe"] | {"router": "tree"}}, 2, "moe.router: tree; overrides `construct`"),
         ({"moe": SMALL["moe"] | {"dispatch": "dropless"}, "context": {"device_target": "GPU"}}, 2, "moe.dispatch: "),
         ({"model": {"compute_dtype": "bfloat16"}, "context": {"device_target": "GPU"}}, 2, "model.compute_dtype: bf"),
     ],

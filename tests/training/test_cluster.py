@@ -30,8 +30,8 @@ VOCAB = 17
         ({"moe": EXPERTS | {"router": "top_k"}}, "GPU", None),
         ({}, "CPU", "for Ascend and GPU only"),
         ({"moe": EXPERTS | {"router": "expert_choice"}, "model": {"type": "vision"}}, "GPU", "model.type: vision"),
-        ({"moe": EXPERTS | {"router": "hash"}}, "Ascend", "moe.router: hash"),
-        ({"moe": {"router": "hash"}}, "Ascend", None),  # one expert: no router is asked
+        ({"moe": EXPERTS | {"router": "tree"}}, "Ascend", "moe.router: tree; overrides `construct`"),
+        ({"moe": {"router": "tree"}}, "Ascend", None),  # one expert: no router is asked
         ({"moe": EXPERTS | {"router_freeze_step": 0}}, "Ascend", "router_freeze_step"),
         ({"moe": EXPERTS | {"router_warmup_steps": 1}}, "Ascend", "router_warmup_steps"),
         ({"moe": EXPERTS | {"granularity": "slice"}}, "Ascend", "granularity"),

@@ -54,12 +54,14 @@ def test_training_and_planning_refuse_the_same(tree, target, says):
 
 def test_processes_do_by_hand_what_the_compiler_does_not_cut():
     """A router that is not cut trains with data and expert parallelism, and is not planned or compiled."""
-    config = build({"moe": EXPERTS | {"router": "hash"}, "parallel": CUT})
-    assert "moe.router: hash; cannot be cut" in check_way(config, 2, "Ascend")
-    with pytest.raises(UserError, match=r"^moe\.router: hash; cannot be cut over devices; one of gshard, "):
+    config = build({"moe": EXPERTS | {"router": "tree"}, "parallel": CUT})
+    assert "moe.router: tree; overrides `construct`" in check_way(config, 2, "Ascend")
+    with pytest.raises(
+        UserError, match=r"^moe\.router: tree; overrides `construct`, which a compiled cluster does not call"
+    ):
         require_trainable(config, "Ascend")
-    with pytest.raises(UserError, match=r"^parallel\.model_parallel: 2; .* \(moe\.router: hash; cannot be cut"):
-        check_way(build({"moe": EXPERTS | {"router": "hash"}, "parallel": {"model_parallel": 2}}), 2, "GPU")
+    with pytest.raises(UserError, match=r"^parallel\.model_parallel: 2; .* \(moe\.router: tree; overrides `construct`"):
+        check_way(build({"moe": EXPERTS | {"router": "tree"}, "parallel": {"model_parallel": 2}}), 2, "GPU")
 
 
 def write(tmp_path, text):

@@ -168,3 +168,16 @@ def test_gradients_leave_padding_out_and_count_rows_alike(pynative):
     sums = np.exp(logits).sum(-1, keepdims=True)
     wanted = 2 * np.log(sums) * np.exp(logits) / sums / 4 * np.array(MASK)[..., None]
     np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_sums_of_groups_make_the_means(pynative):
+    """By hand, of MASK's two groups: balance 3 * 9.4 / 9 and 0.6, z 2 log(4)^2 + log(2)^2 and log(2)^2."""
+    chosen = _tensor([np.eye(3)[[0, 0, 1]][:, :2], np.eye(3)[[0, 2, 2]][:, :2]])
+    found = balance.balance_sums(chosen, _tensor(SHARES), _tensor(MASK), 1).asnumpy()
+    np.testing.assert_allclose(found, [3 * 9.4 / 9, 0.6], rtol=1e-5)
+    found = balance.z_sums(_tensor(LOGITS), _tensor(MASK)).asnumpy()
+    np.testing.assert_allclose(found, [2 * np.log(4) ** 2 + np.log(2) ** 2, np.log(2) ** 2], rtol=1e-5)
+    rows = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
+    entropies = -(rows * np.log(rows)).sum(-1)
+    found = balance.entropy_sums(_tensor(SHARES), _tensor(MASK)).asnumpy()
+    np.testing.assert_allclose(found, [entropies[:3].sum(), entropies[3]], rtol=1e-5)

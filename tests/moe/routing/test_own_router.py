@@ -14,12 +14,13 @@ from mindspore import dtype as mstype
 from oracles.tiny import tiny_config
 
 from switchyard.config import build
+from switchyard.training.limits import why_by_hand
+from switchyard.moe.routing.own_routers import require_sharded_router
 from switchyard.errors import UserError
 from switchyard.moe.dispatch.dispatchers import create_path
 from switchyard.moe.layer import MoELayer
-from switchyard.moe.own_classes import require_cut_router
 from switchyard.moe.routing import Router, create_router
-from switchyard.moe.routing.base import LinearRouter, why_not_cut
+from switchyard.moe.routing.base import why_not_sharded
 from switchyard.moe.routing.gshard import GShard
 from switchyard.moe.routing.softmax import Switch, TopK
 from switchyard.nn.noise import NoiseSlices
@@ -153,112 +154,114 @@ def test_options_may_be_a_dataclass(monkeypatch):
 
 
 class Logits(TopK):
-    def logits(self, rows):
-        return 2.0 * self.score(rows, self.weight)
+    def logits(self, tokens):
+        return 2.0 * self.score(tokens, self.weight)
 
 
 class Score(Switch):
-    def score(self, rows, weight):
-        return 2.0 * super().score(rows, weight)
+    def score(self, tokens, weight):
+        return 2.0 * super().score(tokens, weight)
 
 
-class Construct(GShard):
-    def construct(self, rows, context):
-        return self.decide(2.0 * self.logits(rows), context)
+class Scores(TopK):
+    def scores(self, tokens, token_ids, task_ids):
+        return (2.0 * super().scores(tokens, token_ids, task_ids)[0],)
 
 
-class FlatAlone(TopK):
-    def score_flat(self, rows):
-        return 2.0 * self.product(rows, self.weight)
+class Route(GShard):
+    def route(self, scores, context):
+        return super().route((2.0 * scores[0],), context)
 
 
-class AfterBoth(TopK):
-    def construct(self, rows, context):
-        return self.decide(self.logits(rows), context)
-
-    def decide(self, logits, context):
-        return super().decide(2.0 * logits, context)
+class Construct(TopK):
+    def construct(self, tokens, context):
+        return super().construct(2.0 * tokens, context)
 
 
-class AgainAlone(AfterBoth):
-    def construct(self, rows, context):
-        return super().construct(3.0 * rows, context)
-
-
-class LogitsAndFlat(Logits):
-    def score_flat(self, rows):
-        return 2.0 * self.product(rows, self.weight)
-
-
-class SaysItCuts(TopK):
-    cuts = True
-
-    def logits(self, rows):
-        return 2.0 * self.score(rows, self.weight)
-
-
-class WithoutDecide(LinearRouter):
-    cuts = True
-
-    def construct(self, rows, context): ...
-
-
-class ByToken(TopK):
-    needs = ("token_ids",)
+class RouteUnderConstruct(Construct):
+    def route(self, scores, context):
+        return super().route((2.0 * scores[0],), context)
 
 
 class Weighed(TopK):
-    """Changes only what both ways call."""
+    """Changes only what `route` calls."""
 
     def weigh(self, gates):
         return 0.5 * super().weigh(gates)
 
 
-@pytest.mark.parametrize(
-    ("router", "says"),
-    [
-        (Logits, "Logits changes `logits` and not `score_flat`, which a compiled cluster calls in its place"),
-        (Score, "Score changes `score` and not `score_flat`"),
-        (Construct, "Construct changes `construct` and not `decide`"),
-        (AgainAlone, "AgainAlone changes `construct` and not `decide`"),
-        (FlatAlone, "FlatAlone changes `score_flat` and not `logits`, which one device calls in its place"),
-        (SaysItCuts, "SaysItCuts changes `logits` and not `score_flat`"),
-        (WithoutDecide, "WithoutDecide has no `decide`"),
-        (ByToken, "ByToken needs token_ids"),
-        (AfterBoth, None),
-        (LogitsAndFlat, None),
-        (Weighed, None),
-    ],
-)
-def test_a_router_that_a_cluster_would_replace_by_its_parent_is_not_cut(router, says):
-    """Refused in one line by the layer, left to processes that exchange by hand where there are any."""
+class ConstructAlone(Router):
+    """Has neither `scores` nor `route`."""
+
+    def construct(self, tokens, context): ...
+
+
+ON_EVERY_MESH = [Logits, Score, Scores, Route, Weighed]
+
+
+def create_own(router):
+    config = tiny_config(router=f"{__name__}.{router.__name__}", num_experts_chosen=1 if router is Score else 2)
+    return config, create_router(config, np.random.default_rng(0)).set_train(False)
+
+
+@pytest.mark.parametrize("router", ON_EVERY_MESH)
+def test_every_mesh_runs_the_methods_of_the_class_and_not_of_its_parent(router, pynative):
+    """`scores` and `route`, which a cluster calls, call each hook; all but Weighed double the scores."""
+    config, own = create_own(router)
+    tokens = Tensor(np.random.default_rng(1).normal(0, 1, (2, 5, 6)).astype(np.float32))
+    context = {"valid": Tensor(np.ones((2, 5), np.float32))}
+    whole = own(tokens, context)
+    (scores,) = own.scores(tokens.reshape(10, 6), None, None)
+    routed = own.route((scores.reshape(2, 5, -1),), context)
+    for name, part in whole.items():
+        np.testing.assert_array_equal(part.asnumpy(), routed[name].asnumpy(), err_msg=name)
+    plain = tokens.asnumpy() @ own.weight.asnumpy()  # of the parent
+    np.testing.assert_allclose(whole["logits"].asnumpy(), plain * (1 if router is Weighed else 2), rtol=1e-5, atol=1e-6)
+    gates = whole["gates"].asnumpy().sum(-1)
+    assert (gates < 1).all() if router is Score else np.allclose(gates, 0.5 if router is Weighed else 1)
+    assert not router.overrides_construct and why_not_sharded(router) is None
+    assert why_by_hand(config, "Ascend") is None
+
+
+@pytest.mark.parametrize("router", [Construct, RouteUnderConstruct, ConstructAlone])
+def test_a_construct_of_its_own_is_refused_by_name_on_a_cluster(router):
+    """In one line by the layer; left to processes, which call the same methods as one device."""
+    says = (
+        f"{router.__name__} overrides `construct`, which a compiled cluster does not call: define `scores` and `route`"
+    )
+    assert router.overrides_construct and why_not_sharded(router).startswith(says)
     name = f"{__name__}.{router.__name__}"
-    assert router.cuts == (says is None)
-    assert why_not_cut(router) is None if says is None else says in why_not_cut(router)
-    config = tiny_config(router=name, num_experts_chosen=1 if issubclass(router, Switch) else 2)
-    found = why_by_hand(config, "Ascend")
-    assert found is None if says is None else says in found
-    if says is None or router is WithoutDecide:
-        return
-    with pytest.raises(UserError, match=f"^moe.router: .*{router.__name__}; ") as caught:
+    config = tiny_config(router=name, num_experts_chosen=2)
+    assert says in why_by_hand(config, "Ascend")
+    with pytest.raises(UserError) as caught:
         create_layer(config).shard(None)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"moe.router: {name}; {says}") and "\n" not in str(caught.value)
+
+
+def test_hooks_of_one_device_and_of_processes_are_construct(pynative):
+    """What is refused on a cluster works elsewhere: tokens twice as long have scores twice as large."""
+    _, own = create_own(Construct)
+    tokens = np.random.default_rng(1).normal(0, 1, (1, 5, 6)).astype(np.float32)
+    routing = own(Tensor(tokens), {"valid": Tensor(np.ones((1, 5), np.float32))})
+    np.testing.assert_allclose(routing["logits"].asnumpy()[0], 2 * tokens[0] @ own.weight.asnumpy(), rtol=1e-5)
 
 
 def create_layer(config):
     return MoELayer(config, (0.1, 0.1), np.random.default_rng(0), mstype.float32, NoiseSlices(), 8)
 
 
-def test_a_method_set_on_the_object_or_a_parameter_that_decide_would_read_is_refused():
+def test_a_construct_set_on_the_object_or_a_parameter_that_only_route_would_read_is_refused():
     layer = create_layer(tiny_config(num_experts_chosen=2))
-    require_cut_router(layer.router, "top_k")
+    require_sharded_router(layer.router, "top_k")
     layer.router.heat = Parameter(Tensor(np.ones(1, np.float32)), name="heat")
-    with pytest.raises(UserError, match=r"^moe\.router: top_k; its parameter `heat` cannot be read in `decide`"):
-        require_cut_router(layer.router, "top_k")
+    with pytest.raises(UserError, match=r"^moe\.router: top_k; its parameter `heat` is not read in `scores`"):
+        require_sharded_router(layer.router, "top_k")
     other = create_layer(tiny_config(num_experts_chosen=2))
-    other.router.__dict__["logits"] = lambda rows: rows
-    with pytest.raises(UserError, match=r"^moe\.router: top_k; `logits` is set on the object"):
-        require_cut_router(other.router, "top_k")
+    other.router.__dict__["construct"] = lambda tokens, context: {}
+    with pytest.raises(UserError, match=r"^moe\.router: top_k; `construct` is set on the object"):
+        require_sharded_router(other.router, "top_k")
+    copied = create_layer(tiny_config(copies=2))
+    require_sharded_router(copied.router, "top_k")
 
 
 def test_a_form_without_a_path_is_one_line():
@@ -270,22 +273,20 @@ def test_a_form_without_a_path_is_one_line():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["LogitsAndFlat"])
-def test_a_router_that_says_both_is_what_a_cluster_runs(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["Logits"])
+def test_a_router_with_a_hook_of_its_own_is_what_a_cluster_runs(name, tmp_path, monkeypatch):
     """Two emulated ranks equal one device, and neither is the parent: its loss is another one."""
-    code = "from switchyard.moe.routing.softmax import TopK\n\n" + "\n\n".join(
-        inspect.getsource(router) for router in (AfterBoth, Logits, LogitsAndFlat)
-    )
-    (tmp_path / "my_both.py").write_text(code)
+    code = "from switchyard.moe.routing.softmax import TopK\n\n" + inspect.getsource(Logits)
+    (tmp_path / "my_hook.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     model = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "seq_length": 8, "intermediate_size": 16}
     tree = {"model": model | {"init_method_std": 0.2}, "data": {"batch_size": 4}}
     tree["parallel"] = {"data_parallel": 2, "expert_parallel": 2}
-    moe = {"expert_num": 4, "num_experts_chosen": 2, "router": f"my_both.{name}"}
+    moe = {"expert_num": 4, "num_experts_chosen": 2, "router": f"my_hook.{name}"}
     found = virtual.prove(build(tree | {"moe": moe}), 2, steps=1, vocab=32)
     assert found.equal, virtual.render(found)
     plain = virtual.draw_batches(build(tree | {"moe": moe}), 32, 1)
     parent = virtual.train_reference(build(tree | {"moe": moe | {"router": "top_k"}}), 32, plain)
     assert abs(float(parent["losses"][0]) - found.losses[0][1]) > 100 * virtual.TOLERANCE
-    sys.modules.pop("my_both", None)
+    sys.modules.pop("my_hook", None)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
+from oracles.routers import any_router, inputs_of, shard_checked
 from oracles.tiny import tiny_config, weights_of
 
 from switchyard.errors import UserError
@@ -215,3 +216,57 @@ def test_half_precision_logits_would_choose_otherwise(pynative):
     rows[..., 0] = 1
     assert (_route(router, rows)["expert_index"] == 1).all()
     assert router.weight.dtype == mstype.float32
+
+
+def _sharded():
+    """Every router that works on every mesh, in training and at evaluation, and two of several replica groups."""
+    names = [(name, {}) for name, router in known_routers().items() if not router.overrides_construct]
+    for name, moe in (*names, ("top_k", {"copies": 2}), ("sigmoid", {"copies": 2})):
+        for training in (True, False):
+            label = "-".join((name, *moe, "training" if training else "evaluation"))
+            yield pytest.param((name, training, moe), id=label)
+
+
+each_sharded = pytest.mark.parametrize("every", list(_sharded()))
+
+
+def _scores(router, tokens, context):
+    """What `scores` gives for flat tokens, and the same in groups."""
+    groups, rows, width = tokens.shape
+    flat = router.scores(tokens.reshape(-1, width), context["token_ids"].reshape(-1), context["task_ids"].reshape(-1))
+    assert len(flat) == router.score_num and all(part.shape[:1] == (groups * rows,) for part in flat)
+    assert all(part.ndim == 2 for part in flat)
+    return flat, tuple(part.reshape(groups, rows, -1) for part in flat)
+
+
+def _arrays(routing):
+    return {name: part.asnumpy() for name, part in routing.items()}
+
+
+@each_sharded
+def test_construct_is_route_of_scores_and_route_reads_no_parameter(every, pynative):
+    """The parameters are overwritten once the scores are there; what `route` may know of them is context["state"]."""
+    name, training, moe = every
+    router, (tokens, context) = any_router(name, training, **moe), inputs_of(padded=2)
+    whole = _arrays(router(tokens, dict(context)))
+    _, scores = _scores(router, tokens, context)
+    state = tuple(Tensor(parameter.asnumpy()) for parameter in router.state())
+    for parameter in router.get_parameters():
+        worst = np.nan if parameter.dtype == mstype.float32 else -1
+        parameter.set_data(Tensor(np.full(parameter.shape, worst), parameter.dtype))
+    routed = _arrays(router.route(scores, context | {"state": state}))
+    assert whole.keys() == routed.keys()
+    for key, part in whole.items():
+        np.testing.assert_array_equal(part, routed[key], err_msg=key)
+
+
+@each_sharded
+def test_layouts_fit_what_scores_computes(every, pynative):
+    """Each function on a device's tokens gets a layout for every axis of every argument, and gives what it promises."""
+    name, training, moe = every
+    router, (tokens, context) = any_router(name, training, **moe), inputs_of()
+    before, _ = _scores(router, tokens, context)
+    shard_checked(router)
+    after, _ = _scores(router, tokens, context)
+    for one, two in zip(before, after):
+        np.testing.assert_array_equal(one.asnumpy(), two.asnumpy())

@@ -8,6 +8,7 @@ from oracles.routers import identity_router, route
 from oracles.tiny import tiny_config
 
 from switchyard.errors import UserError
+from switchyard.moe.routing import create_router
 
 SCORES = np.array([[0.8, 0.6, 0.2], [0.1, 0.3, 0.5], [0.9, 0.4, 0.7]])
 LOGITS = np.log(SCORES / (1 - SCORES))
@@ -38,7 +39,7 @@ def test_bias_decides_the_choice_and_not_the_gate(pynative):
 
 
 def _train(router):
-    """A compiled step as training has it: value, gradient of the weight, and the bias on the side."""
+    """A compiled step as training has it: value and gradient of the weight."""
 
     class Step(nn.Cell):
         def __init__(self):
@@ -57,27 +58,37 @@ def _train(router):
 
 @pytest.mark.parametrize("mode", [0, 1])
 def test_bias_follows_the_load(mode, request):
-    """Loads (2, 0, 1) of mean 1: expert 0 falls, expert 1 rises, expert 2 stays. Padding does not count."""
+    """Loads (2, 0, 1) of mean 1: expert 0 falls, expert 1 rises, expert 2 stays; the step itself moves nothing."""
     request.getfixturevalue("pynative" if mode else "graph")
     router = identity_router("sigmoid", 1, 3, True, topk_bias_update_rate=0.15)
     step = _train(router)
     rows = Tensor(np.concatenate([LOGITS, LOGITS[:1]])[None].astype(np.float32))
     valid = Tensor(np.array([[1, 1, 1, 0]], np.float32))
     value, (gradient,) = step(rows, valid)
-    assert float(value.asnumpy()) == pytest.approx(0.8 + 0.5 + 0.9)  # the choice of this pass did not see the change
+    assert float(value.asnumpy()) == pytest.approx(0.8 + 0.5 + 0.9)
     assert np.abs(gradient.asnumpy()).max() > 0.1
+    np.testing.assert_array_equal(router.bias.asnumpy(), 0)
+    router.update(np.array([2, 0, 1], np.float32))
     np.testing.assert_allclose(router.bias.asnumpy(), [-0.15, 0.15, 0.0], atol=1e-6)
     value, _ = step(rows, valid)  # .65 .75 .20 / -.05 .45 .50 / .75 .55 .70: one row each
     assert float(value.asnumpy()) == pytest.approx(0.6 + 0.5 + 0.9)
+    router.update(np.array([1, 1, 1], np.float32))
     np.testing.assert_allclose(router.bias.asnumpy(), [-0.15, 0.15, 0.0], atol=1e-6)
     assert [parameter.name for parameter in router.trainable_params()] == [router.weight.name]
 
 
-def test_bias_rests_at_evaluation_and_at_rate_zero(pynative):
-    for train, rate in ((False, 0.1), (True, 0.0)):
-        router = identity_router("sigmoid", 1, 3, train, topk_bias_update_rate=rate)
-        route(router, LOGITS)
-        np.testing.assert_array_equal(router.bias.asnumpy(), 0)
+def test_bias_rests_at_rate_zero():
+    router = identity_router("sigmoid", 1, 3, True, topk_bias_update_rate=0.0)
+    router.update(np.array([3, 0, 0], np.float32))
+    np.testing.assert_array_equal(router.bias.asnumpy(), 0)
+
+
+def test_replica_groups_have_a_bias_each():
+    """Loads (4, 0) of the first group's two experts, (1, 1) of the second's."""
+    config = tiny_config(router="sigmoid", copies=2, topk_bias_update_rate=0.5)
+    router = create_router(config, np.random.default_rng(0))
+    router.update(np.array([4, 0, 1, 1], np.float32))
+    assert [bias.asnumpy().tolist() for bias in router.state()] == [[-0.5, 0.5], [0, 0]]
 
 
 def test_bias_balances_a_collapsed_router(pynative):
@@ -87,6 +98,7 @@ def test_bias_balances_a_collapsed_router(pynative):
     assert route(router, logits)["expert_mask"].sum(0).max() > 150
     for _ in range(150):
         load = route(router, logits)["expert_mask"].sum(0)
+        router.update(load)
     assert load.max() / load.mean() < 1.15
 
 

@@ -247,9 +247,7 @@ class Router(nn.Cell):
         for part in self.scores(tokens.reshape(groups * count, width), token_ids, task_ids):
             grouped = (*grouped, part.reshape(groups, count, -1))
         state = self.state()
-        if state:
-            context["state"] = state
-        return self.route(grouped, context)
+        return self.route(grouped, beside(context, state, context.get("replay")) if state else context)
 
     def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
         """Computes all that reads a parameter: tokens [N, D], ids [N] or None -> a tuple of `score_num` times [N, X].
@@ -275,6 +273,30 @@ class Router(nn.Cell):
 
     def shard(self, mesh: Mesh) -> None:
         """Declares the layouts of what `scores` computes; nothing where it has no operator of its own."""
+
+
+def beside(context: dict, state: tuple, replay: Tensor) -> dict:
+    """Returns a Context with a state, and with forced choices where `replay` is not None, in the place of another's.
+
+    Literals: a compiled graph loses the types of a dict that is made key by key.
+    """
+    noise, token_ids, task_ids = context.get("noise"), context.get("token_ids"), context.get("task_ids")
+    if replay is None:
+        return {
+            "valid": context["valid"],
+            "noise": noise,
+            "token_ids": token_ids,
+            "task_ids": task_ids,
+            "state": state,
+        }
+    return {
+        "valid": context["valid"],
+        "noise": noise,
+        "token_ids": token_ids,
+        "task_ids": task_ids,
+        "state": state,
+        "replay": replay,
+    }
 
 
 def flat_ids(context: dict, name: str):
@@ -376,20 +398,14 @@ class ReplicaGroups(Router):
 
     def view(self, context: dict, index: int) -> dict:
         """The context as group `index` sees it: its own state, and forced choices of its own experts, from 0 on."""
-        own = {"valid": context["valid"]}
-        if "noise" in context:
-            own["noise"] = context["noise"]
-        if "token_ids" in context:
-            own["token_ids"] = context["token_ids"]
-        if "task_ids" in context:
-            own["task_ids"] = context["task_ids"]
+        state, replay = (), context.get("replay")
         if "state" in context:
-            own["state"] = context["state"][index * self.state_num : (index + 1) * self.state_num]
-        if "replay" in context:
-            replay = context["replay"][..., index * self.each : (index + 1) * self.each] - index * self.size
-            mine = ops.logical_and(replay >= 0, replay < self.size)  # [G, N, K]
-            own["replay"] = ops.where(mine, replay, ops.full_like(replay, -1))
-        return own
+            state = context["state"][index * self.state_num : (index + 1) * self.state_num]
+        if replay is not None:
+            own = replay[..., index * self.each : (index + 1) * self.each] - index * self.size  # [G, N, K]
+            mine = ops.logical_and(own >= 0, own < self.size)
+            replay = ops.where(mine, own, ops.full_like(own, -1))
+        return beside(context, state, replay)
 
 
 def router_weight(width: int, experts: int, random: np.random.Generator) -> Parameter:

@@ -18,8 +18,6 @@ def require_sharded_router(router: nn.Cell, name: str) -> None:
     more = [p.name.rsplit(".", 1)[-1] for p in router.get_parameters() if p is not getattr(router, "weight", None)]
     read = any(getattr(kind, method) is not getattr(LinearRouter, method) for method in READERS)
     if reason is None and more and issubclass(kind, LinearRouter) and not read:
-        reason = (
-            f"its parameter `{more[0]}` is read by no `scores`: define `scores`, or `state`, which gives it to `route`"
-        )
+        reason = f"its parameter `{more[0]}` is not read in `scores`: read it there, or return it from `state`"
     if reason:
         raise UserError(f"moe.router: {name}; {reason}")
