@@ -44,7 +44,7 @@ MISTAKES = [
     (
         "train.py",
         ["--config", QUICKSTART, "parallel.model_parallel=2"],
-        "parallel.model_parallel: 2; training in processes cuts",
+        "parallel.model_parallel: 2; model_parallel * pipeline_stage (2 * 1) must divide",
     ),
     ("train.py", ["--config", QUICKSTART, "data.path=nowhere.txt"], "nowhere.txt"),
     ("train.py", ["--config", QUICKSTART, "model.compute_dtype=bfloat16", "context.device_target=CPU"], "bfloat16"),

@@ -359,7 +359,10 @@ def test_the_command(tmp_path, capsys):
         (["convert", str(run), "--to", "{}", "--out", str(cut)], f"--out: '{cut}' exists"),
         (["convert", str(run), "--to", "8", "--out", str(tmp_path / "x")], "--to: '8'; give degrees as YAML"),
         (["convert", str(run), "--to", "{dp: 8}", "--out", str(tmp_path / "x")], "parallel.dp: unknown key"),
-        (["convert", str(run), "--to", "{expert_parallel: 2}", "--out", "x"], "parallel.expert_parallel: 2; must"),
+        (
+            ["convert", str(run), "--to", "{data_parallel: 1, expert_parallel: 2}", "--out", "x"],
+            "parallel.expert_parallel: 2; must",
+        ),
         (["convert", str(tmp_path / "no"), "--to", "{}", "--out", "x"], "does not exist"),
         (["convert", str(run)], "required: --to, --out"),
     ]
