@@ -16,30 +16,10 @@ from switchyard.nn.adamw import AdamW, GlobalNorm, gradient_scale
 from switchyard.nn.cross_entropy import TokenLosses
 from switchyard.nn.masks import keep_where
 
-NOISE_RULE = "float32 U(0,1) of numpy SFC64 seeded by (train.seed, step, micro-batch)"
 AUDIT_SUMS = ("load", "importance")  # of a step: sums over its micro-batches; the other audit figures are means
 AUDIT_MEANS = ("dropped", "entropy", "max_violation", "z")
 GROWTH_INTERVAL = 2000  # good steps before the loss scale doubles, as torch.amp.GradScaler
 MAX_LOSS_SCALE = 2.0**24
-
-
-def random_state(seed: int, step: int) -> np.ndarray:
-    """The number that all randomness of a step follows from, see `draw_noise`: [] uint64."""
-    return np.array(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
-
-
-def draw_noise(seed: int, step: int, micro_batches: int, slices: int, rows: int, width: int) -> np.ndarray:
-    """The randomness of one step: [A, J, N, D] float32 of U(0, 1), or zeros [A, 1, 1, 1] where a model needs none.
-
-    A pure function of its arguments, so a resumed run repeats it (NOISE_RULE).
-    """
-    if not slices:
-        return np.zeros((micro_batches, 1, 1, 1), np.float32)
-    noise = np.empty((micro_batches, slices, rows, width), np.float32)
-    for micro in range(micro_batches):
-        generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, step, micro))))
-        generator.random(dtype=np.float32, out=noise[micro])
-    return noise
 
 
 class LossCell(nn.Cell):
