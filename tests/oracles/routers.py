@@ -5,13 +5,14 @@ from mindspore import Tensor
 from oracles.tiny import tiny_config
 
 from switchyard.moe.routing import create_router
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
 
 def identity_router(name: str, choices: int, experts: int, train: bool = False, **moe):
     """A router of D = E with `weight` the identity."""
     config = tiny_config(width=experts, router=name, expert_num=experts, num_experts_chosen=choices, **moe)
-    cell = create_router(config, np.random.default_rng(0), NoiseSlices())
+    cell = create_router(config, InitialWeights(0), NoiseSlices())
     cell.weight.set_data(Tensor(np.eye(experts, dtype=np.float32)))
     return cell.set_train(train)
 

@@ -18,8 +18,8 @@ def create_model(config: Config, vocab_size: int, length: int | None = None, dra
         config: the whole configuration.
         vocab_size: entries V of the tokenizer; what a network that reads images predicts is in the section `vision`.
         length: of the decoder's longest sequence, at least model.seq_length.
-        drawn: False: a decoder whose weights have shapes and no numbers.
+        drawn: False: weights have shapes and no numbers, see nn.initializers.
     """
     if config.model.type == "decoder":
         return Decoder(config, vocab_size, length, drawn)
-    return {"vision": Vision, "cascade": Cascade}[config.model.type](config)
+    return {"vision": Vision, "cascade": Cascade}[config.model.type](config, drawn)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypedDict
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config, MoEConfig
@@ -25,7 +25,7 @@ from switchyard.moe.routing import create_router
 from switchyard.moe.routing import losses as balance
 from switchyard.moe.routing.base import require_choices, require_learnable
 from switchyard.nn.fused import NONE
-from switchyard.nn.initializers import normal
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.masks import keep_where
 from switchyard.nn.noise import NoiseSlices, UniformRows
 
@@ -66,7 +66,7 @@ class MoELayer(nn.Cell):
     Args:
         config: the whole configuration.
         std: (first, last) initial standard deviation of the experts' matrices.
-        random: numpy generator of the initial weights.
+        random: draws the initial weights.
         dtype: of the experts' matrix products.
         slices: hands out the slices of noise that jitter and the router read.
         vocab_size: of the tokens whose ids come along, for routers that choose by token.
@@ -80,7 +80,7 @@ class MoELayer(nn.Cell):
         self,
         config: Config,
         std: tuple[float, float],
-        random,
+        random: InitialWeights,
         dtype,
         slices: NoiseSlices,
         vocab_size: int | None = None,
@@ -372,13 +372,15 @@ class SharedExperts(FeedForwardExperts):
     `moe.use_shared_expert_gating` its output is weighted by sigmoid(x w) (Qwen2-MoE, arXiv 2407.10671).
     """
 
-    def __init__(self, config: Config, std: tuple[float, float], random, dtype, fused: frozenset[str] = NONE):
+    def __init__(
+        self, config: Config, std: tuple[float, float], random: InitialWeights, dtype, fused: frozenset[str] = NONE
+    ):
         moe, width = config.moe, config.model.hidden_size
         hidden = config.expert_width * moe.shared_expert_num
         super().__init__(1, width, hidden, config.model.activation, std, random, dtype, fused=fused)
         self.gate = None
         if moe.use_shared_expert_gating:
-            self.gate = Parameter(normal(random, std[0], (1, width, 1)), name="gate")
+            self.gate = random.normal(std[0], (1, width, 1), "gate")
         self.product, self.sigmoid = ops.BatchMatMul(), ops.Sigmoid()
         self.lift, self.add, self.local_weigh = ops.ExpandDims(), ops.Add(), None
 

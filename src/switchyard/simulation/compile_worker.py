@@ -62,11 +62,10 @@ def _fork(folder: Path, job: dict, rank: int) -> int:
 
 def training_step(config, vocab: int) -> tuple:
     """What is compiled if the job names nothing else: (the training step, its inputs on one device)."""
-    from mindspore.nn.utils import no_init_parameters
-
+    from switchyard.nn.initializers import shapes_only
     from switchyard.training.parallel_step import SPEED_UP, batch_slices, parallel_step, speed_up_file
 
-    with no_init_parameters():
+    with shapes_only():
         step = parallel_step(config, vocab, drawn=False)
     if config.parallel.transformer_opt:
         Path(SPEED_UP).write_text(speed_up_file(config))

@@ -21,6 +21,7 @@ from switchyard.moe.routing import Router, create_router
 from switchyard.moe.routing.base import LinearRouter, why_not_cut
 from switchyard.moe.routing.gshard import GShard
 from switchyard.moe.routing.softmax import Switch, TopK
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 from switchyard.simulation import emulate as virtual
 
@@ -40,7 +41,7 @@ def own_module(tmp_path, monkeypatch):
 
 def test_documented_router_routes(own_module, pynative):
     config = tiny_config(router=f"{own_module}.Sharp", num_experts_chosen=2)
-    router = create_router(config, np.random.default_rng(0)).set_train(False)
+    router = create_router(config, InitialWeights(0)).set_train(False)
     rows = np.random.default_rng(1).normal(0, 1, (1, 5, 6)).astype(np.float32)
     routing = router(Tensor(rows), {"valid": Tensor(np.ones((1, 5), np.float32))})
     scores = 2 * rows[0] @ router.weight.asnumpy()
@@ -56,7 +57,7 @@ def test_documented_router_routes(own_module, pynative):
 )
 def test_what_is_no_router_is_one_line(own_module, name, words):
     with pytest.raises(UserError) as caught:
-        create_router(tiny_config(router=name), np.random.default_rng(0))
+        create_router(tiny_config(router=name), InitialWeights(0))
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
 
 
@@ -154,7 +155,7 @@ def test_a_router_that_a_cluster_would_replace_by_its_parent_is_not_cut(router, 
 
 
 def create_layer(config):
-    return MoELayer(config, (0.1, 0.1), np.random.default_rng(0), mstype.float32, NoiseSlices(), 8)
+    return MoELayer(config, (0.1, 0.1), InitialWeights(0), mstype.float32, NoiseSlices(), 8)
 
 
 def test_a_method_set_on_the_object_or_a_parameter_that_decide_would_read_is_refused():
