@@ -57,7 +57,7 @@ def _moe(name):
 
 def _router(case, seed=0):
     """A router whose learned weights are large enough that every choice is sharp."""
-    config, random = tiny_config(width=WIDTH, **_moe(case[0])), np.random.default_rng(seed + 1)
+    config, random = tiny_config(width=WIDTH, **_moe(case[0])), np.random.default_rng(seed + 2)
     router = create_router(config, InitialWeights(seed), NoiseSlices(), VOCABULARY, has_tasks=True)
     for parameter in router.trainable_params():
         if parameter.name != "scale":
