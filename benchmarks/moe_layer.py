@@ -22,6 +22,7 @@ from switchyard.json_text import to_json
 from switchyard.moe.dispatch.capacity import capacity
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.layer import MoELayer
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
 SHAPES = ("2048,256,8,1", "2048,256,32,2", "4096,512,8,1")
@@ -73,10 +74,10 @@ def contenders(rows: int, width: int, experts: int, choices: int) -> dict:
         return ms.Tensor(random.standard_normal(shape).astype(np.float32))
 
     def feed_forward(count, size):
-        return FeedForwardExperts(count, width, size, "relu", (0.02, 0.02), random, ms.float32)
+        return FeedForwardExperts(count, width, size, "relu", (0.02, 0.02), InitialWeights(0), ms.float32)
 
     slots = capacity(rows, experts, choices, config.moe.capacity_factor)
-    layer = MoELayer(config, (0.02, 0.02), random, ms.float32, NoiseSlices())
+    layer = MoELayer(config, (0.02, 0.02), InitialWeights(0), ms.float32, NoiseSlices())
     cells = {
         "expert matrix products": (feed_forward(experts, hidden), (experts, slots, width)),
         "conditional layer": (Conditional(layer, rows), (1, rows, width)),

@@ -23,8 +23,9 @@ from switchyard.data import load_data
 from switchyard.json_text import to_json
 from switchyard.models import create_model
 from switchyard.moe.routing.fixed import balance_tables
+from switchyard.training.randomness import draw_noise
 from switchyard.training.schedule import learning_rate
-from switchyard.training.step import EvalStep, TrainStep, draw_noise, name_figures
+from switchyard.training.step import EvalStep, TrainStep, name_figures
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "seq_length": 64, "intermediate_size": 256}
 DATA = {"batch_size": 16, "val_fraction": 0.02}
@@ -59,7 +60,7 @@ def measure(tree: dict) -> dict:
     rows, width = config.data.batch_size * config.model.seq_length, config.model.hidden_size
     for number in range(config.train.steps):
         batch = data.train.at(number)
-        noise = draw_noise(config.train.seed, number, 1, model.noise_slices, rows, width)
+        noise = draw_noise(config.train.seed, number, 1, model.noise_slices, range(1), rows, width)
         start = time.perf_counter()
         parts = [part[None] for part in batch]
         figures = step(*parts, noise, learning_rate(config, number + 1))

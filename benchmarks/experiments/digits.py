@@ -17,8 +17,9 @@ from switchyard.data import load_data
 from switchyard.models import create_model
 from switchyard.models.cascade import EarlyExit, curve, flops_to
 from switchyard.training.evaluate import create_evaluator
+from switchyard.training.randomness import draw_noise
 from switchyard.training.schedule import learning_rate
-from switchyard.training.step import TrainStep, draw_noise
+from switchyard.training.step import TrainStep
 
 TITLE = "Digits: units of routing, routers, the cascade"
 BATCH = 32
@@ -69,7 +70,9 @@ def train(config: Config):
     step, seconds = TrainStep(model, config), []
     for number in range(config.train.steps):
         batch = data.train.at(number)
-        noise = draw_noise(config.train.seed, number, 1, model.noise_slices, config.rows, config.model.hidden_size)
+        noise = draw_noise(
+            config.train.seed, number, 1, model.noise_slices, range(1), config.rows, config.model.hidden_size
+        )
         start = time.perf_counter()
         figures = step(*(part[None] for part in batch), noise, learning_rate(config, number + 1))
         float(figures["loss"].asnumpy())

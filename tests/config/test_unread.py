@@ -15,6 +15,7 @@ from switchyard.config.router_options import OPTIONS
 from switchyard.errors import UserError
 from switchyard.moe.dispatch.dispatchers import create_path
 from switchyard.moe.routing import create_router, known_routers
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 from switchyard.training.loop import train
 
@@ -80,7 +81,7 @@ BESIDE = {  # what a key needs to be seen
 def _behaviour(name: str, **moe) -> list[np.ndarray]:
     """All that a router decides in two training passes and one of evaluation, and its parameters."""
     moe = {"expert_num": EXPERTS, "num_experts_chosen": 1 if name in ONE else 2, "task_num": 2} | moe
-    config, random = tiny_config(width=WIDTH, router=name, **moe), np.random.default_rng(0)
+    config, random = tiny_config(width=WIDTH, router=name, **moe), InitialWeights(0)
     slices = NoiseSlices()
     router = create_router(config, random, slices, vocab_size=IDS, has_tasks=True)
     for parameter in router.trainable_params():
@@ -119,7 +120,7 @@ def test_the_blind_routers_are_those_that_look_at_no_row(name, pynative):
         num_experts_chosen=2 if name == "gshard" else 1,
         **{"task_num": 2, **USUAL.get(name, {})},
     )
-    router = create_router(config, np.random.default_rng(0), NoiseSlices(), vocab_size=IDS, has_tasks=True)
+    router = create_router(config, InitialWeights(0), NoiseSlices(), vocab_size=IDS, has_tasks=True)
     for parameter in router.trainable_params():
         parameter.set_data(Tensor(np.random.default_rng(1).normal(0, 0.8, parameter.shape).astype(np.float32)))
     ids = ops.zeros((1, 12), ops.ones(1).dtype).astype("int32")
@@ -147,7 +148,7 @@ def test_slots_and_blocks_are_read_as_the_table_says(name, eval_factor, dispatch
     moe = {"dispatch": dispatch, "eval_capacity_factor": eval_factor, **USUAL.get(name, {})}
     config = tiny_config(router=name, **moe)
     with recorded(monkeypatch) as found:
-        router = create_router(config, np.random.default_rng(0), NoiseSlices())
+        router = create_router(config, InitialWeights(0), NoiseSlices())
         create_path(router.form, config.moe, True)
         create_path(router.eval_form or router.form, config.moe, False)
     apart = {"moe.dropless_block_size"}  # an export has blocks even where evaluation here has slots

@@ -12,7 +12,8 @@ from switchyard.commands import eval_main, export_main, infer_main, train_main
 from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.models import create_model
-from switchyard.training.step import LossCell, TrainStep, draw_noise
+from switchyard.training.randomness import draw_noise
+from switchyard.training.step import LossCell, TrainStep
 
 UNITS = ["sample", "region", "channel", "task"]
 
@@ -102,7 +103,7 @@ def test_a_step_moves_every_weight(graph):
     settings = config("region", jitter=0.1, capacity_factor=4.0)
     model = create_model(settings, 10)
     before = {weight.name: weight.asnumpy().copy() for weight in model.trainable_params()}
-    noise = draw_noise(1, 0, 1, model.noise_slices, settings.rows, settings.model.hidden_size)
+    noise = draw_noise(1, 0, 1, model.noise_slices, range(1), settings.rows, settings.model.hidden_size)
     labels = np.arange(4, dtype=np.int32)[None, :, None]
     figures = TrainStep(model, settings)(images(16)[None, :4], labels, np.ones((1, 4, 1), np.float32), noise, 0.01)
     assert np.isfinite(float(figures["loss"].asnumpy()))

@@ -7,13 +7,14 @@ from mindspore import Tensor, ops
 
 from switchyard.moe.conv_experts import ConvolutionExperts, SliceExperts, Windows
 from switchyard.moe.experts import FeedForwardExperts
+from switchyard.nn.initializers import InitialWeights
 
 SHAPE, OUT, HIDDEN, EXPERTS, ROWS = (3, 4, 2), 5, 6, 3, 2
 pytestmark = pytest.mark.usefixtures("pynative")
 
 
 def experts(activation="relu") -> ConvolutionExperts:
-    random = np.random.default_rng(0)
+    random = InitialWeights(0)
     return ConvolutionExperts(EXPERTS, SHAPE, OUT, HIDDEN, activation, random, ms.float32)
 
 
@@ -68,7 +69,7 @@ def test_blocks_and_certain_mixtures_are_the_experts_themselves(activation):
 
 
 def test_slices_work_token_by_token():
-    network = FeedForwardExperts(2, 4, 3, "relu", (1.0, 1.0), np.random.default_rng(0), ms.float32)
+    network = FeedForwardExperts(2, 4, 3, "relu", (1.0, 1.0), InitialWeights(0), ms.float32)
     x = Tensor(np.random.default_rng(1).normal(0, 1, (2, 3, 20)).astype(np.float32))
     found = SliceExperts(network, 5)(x).asnumpy().reshape(2, 15, 4)
     assert np.allclose(found, network(Tensor(x.asnumpy().reshape(2, 15, 4))).asnumpy(), atol=1e-6)

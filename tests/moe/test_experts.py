@@ -8,10 +8,11 @@ from oracles.moe_loop import work
 from oracles.tiny import weights_of
 
 from switchyard.moe.experts import FeedForwardExperts
+from switchyard.nn.initializers import InitialWeights
 
 
 def _experts(activation, dtype=mstype.float32, seed=0, std=(0.5, 0.25)):
-    return FeedForwardExperts(3, 6, 8, activation, std, np.random.default_rng(seed), dtype)
+    return FeedForwardExperts(3, 6, 8, activation, std, InitialWeights(seed), dtype)
 
 
 def _rows(*shape):

@@ -8,12 +8,13 @@ from oracles.tiny import NO_NOISE, layer_gradients, run_layer, tiny_config, tiny
 
 from switchyard.errors import UserError
 from switchyard.moe.layer import InTurn, MoELayer
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
 
 def _layer(train=True, **moe):
     """A layer without the sharp router of tiny_layer, for routers of other shapes."""
-    layer = MoELayer(tiny_config(**moe), (0.7, 0.7), np.random.default_rng(0), mstype.float32, NoiseSlices())
+    layer = MoELayer(tiny_config(**moe), (0.7, 0.7), InitialWeights(0), mstype.float32, NoiseSlices())
     return layer.set_train(train)
 
 

@@ -17,6 +17,7 @@ from switchyard.moe.conv_experts import ConvolutionExperts, SliceExperts
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.layer import MoELayer
 from switchyard.moe.own_classes import require_cut_experts, require_partners
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
 
@@ -44,7 +45,7 @@ class Shifted(FeedForwardExperts):
 def own_layer(make, train: bool, width: int = 6, **moe) -> MoELayer:
     """A layer of width 6 with experts of one's own."""
     config = tiny_config(width=width, **moe)
-    random, slices = np.random.default_rng(0), NoiseSlices()
+    random, slices = InitialWeights(0), NoiseSlices()
     layer = MoELayer(config, (0.7, 0.7), random, mstype.float32, slices, make_experts=make)
     weight = layer.router.weight
     weight.set_data(Tensor(np.random.default_rng(1).normal(0, 0.8, weight.shape).astype(np.float32)))
@@ -56,7 +57,7 @@ def tanh_experts(experts: int, hidden: int) -> nn.Cell:
 
 
 def shifted_experts(experts: int, hidden: int) -> nn.Cell:
-    return Shifted(experts, 6, hidden, "relu", (0.7, 0.7), np.random.default_rng(0), mstype.float32)
+    return Shifted(experts, 6, hidden, "relu", (0.7, 0.7), InitialWeights(0), mstype.float32)
 
 
 def of_tanh(x, weights, expert):
@@ -133,7 +134,7 @@ def test_generation_says_what_the_decoder_says(layer, mode, request):
     moe = {"router": "top_k", "expert_num": 4, "num_experts_chosen": 2, "layers": "all"}
     config = build({"model": model | {"init_method_std": 0.4}, "moe": moe})
     decoder = Decoder(config, 9)
-    random, slices = np.random.default_rng(0), NoiseSlices()
+    random, slices = InitialWeights(0), NoiseSlices()
     make = None if layer is Louder else tanh_experts
     decoder.layers[0].feed_forward = layer(config, (0.7, 0.7), random, mstype.float32, slices, 9, make_experts=make)
     decoder.set_train(False)
@@ -169,7 +170,7 @@ def test_a_compiled_cluster_refuses_experts_that_it_would_replace():
     class Cut(Shifted):
         def shard(self, mesh): ...
 
-    cut = Cut(4, 6, 5, "relu", (0.7, 0.7), np.random.default_rng(0), mstype.float32)
+    cut = Cut(4, 6, 5, "relu", (0.7, 0.7), InitialWeights(0), mstype.float32)
     require_cut_experts(cut, 4)
     with pytest.raises(UserError, match=r"^moe\.dispatch: dropless; is made of w_in, w_gate and w_out, not of .*\.Cut"):
         require_cut_experts(cut, 4, "dropless")
@@ -189,9 +190,9 @@ def test_a_compiled_cluster_refuses_models_and_layers_that_it_would_replace():
     with pytest.raises(UserError, match=r"Mine: changes `construct` of Decoder and not `spread`, which a compiled"):
         Mine(config, 5).shard(None)
     require_partners(Whole(config, 5), Decoder, {"construct": ("spread",)})
-    louder = Louder(tiny_config(), (0.1, 0.1), np.random.default_rng(0), mstype.float32, NoiseSlices())
+    louder = Louder(tiny_config(), (0.1, 0.1), InitialWeights(0), mstype.float32, NoiseSlices())
     with pytest.raises(UserError, match=r"\.Louder: changes `construct` of MoELayer and not `spread`"):
         louder.shard(None)
-    copied = MoELayer(tiny_config(copies=2), (0.1, 0.1), np.random.default_rng(0), mstype.float32, NoiseSlices())
+    copied = MoELayer(tiny_config(copies=2), (0.1, 0.1), InitialWeights(0), mstype.float32, NoiseSlices())
     with pytest.raises(UserError, match=r"^moe\.copies: 2; 1 where parallel degrees cut the model"):
         copied.shard(None)

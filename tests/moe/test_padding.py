@@ -10,6 +10,7 @@ from oracles.tiny import layer_gradients, run_layer, tiny_config, tiny_layer, ti
 
 from switchyard.moe.layer import MoELayer
 from switchyard.moe.routing import known_routers
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
 KEYS = {
@@ -29,7 +30,7 @@ def _layer(router, train=True, **moe):
     config = tiny_config(router=router, **KEYS.get(router, {}), **choices, **moe)
     if known_routers()[router].learnable:
         return tiny_layer(config, train=train)
-    return MoELayer(config, (0.7, 0.7), np.random.default_rng(0), mstype.float32, NoiseSlices()).set_train(train)
+    return MoELayer(config, (0.7, 0.7), InitialWeights(0), mstype.float32, NoiseSlices()).set_train(train)
 
 
 def _noise(rows):

@@ -6,6 +6,7 @@ from mindspore import Tensor, nn, ops
 
 from switchyard.config import Config
 from switchyard.nn.activation import SwiGLU
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.layers import Attention, causal_mask, hidden_mask
 from switchyard.nn.norm import RMSNorm
 
@@ -48,7 +49,7 @@ class Mix(nn.Cell):
         super().__init__()
         length, names = config.model.seq_length, frozenset({"FlashAttentionScore"} if fused else ())
         mask = hidden_mask(length) if fused else causal_mask(length)
-        self.attention = Attention(config.model, mask, 0.02, np.random.default_rng(0), dtype, names)
+        self.attention = Attention(config.model, mask, 0.02, InitialWeights(0), dtype, names)
 
     def construct(self, qkv):
         return self.attention.mix_heads(qkv, BATCH)

@@ -8,6 +8,7 @@ from oracles.tiny import tiny_config
 from switchyard.config import build
 from switchyard.distributed.mesh import Mesh
 from switchyard.moe.routing import create_router
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
 GROUPS, ROWS, WIDTH, EXPERTS, VOCABULARY, TASKS = 2, 8, 6, 4, 10, 3
@@ -87,7 +88,7 @@ def shard_checked(router) -> None:
 def identity_router(name: str, choices: int, experts: int, train: bool = False, **moe):
     """A router of D = E with `weight` the identity."""
     config = tiny_config(width=experts, router=name, expert_num=experts, num_experts_chosen=choices, **moe)
-    cell = create_router(config, np.random.default_rng(0), NoiseSlices())
+    cell = create_router(config, InitialWeights(0), NoiseSlices())
     cell.weight.set_data(Tensor(np.eye(experts, dtype=np.float32)))
     return cell.set_train(train)
 

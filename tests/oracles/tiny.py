@@ -7,6 +7,7 @@ from mindspore import dtype as mstype
 
 from switchyard.config import Config, build
 from switchyard.moe.layer import MoELayer
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
 NO_NOISE = np.zeros((1, 1, 1), np.float32)
@@ -22,7 +23,7 @@ def tiny_config(activation: str = "relu", width: int = 6, hidden: int = 5, **moe
 
 def tiny_layer(config: Config, seed: int = 0, dtype=mstype.float32, train: bool = True) -> MoELayer:
     """A layer with weights large enough that routing is sharp and every gradient is visible."""
-    layer = MoELayer(config, (0.7, 0.7), np.random.default_rng(seed), dtype, NoiseSlices())
+    layer = MoELayer(config, (0.7, 0.7), InitialWeights(seed), dtype, NoiseSlices())
     weight = layer.router.weight
     weight.set_data(Tensor(np.random.default_rng(seed + 1).normal(0, 0.8, weight.shape).astype(np.float32)))
     return layer.set_train(train)

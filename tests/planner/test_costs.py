@@ -6,12 +6,11 @@ import pytest
 from oracles.layouts import DROPLESS, FURTHER, LAYOUTS, VOCAB
 
 from switchyard.config import build
-from switchyard.training.limits import WHOLE_ROUTERS
 from switchyard.distributed.placement import Degrees
 from switchyard.errors import UserError
 from switchyard.planner.costs import Exchange, costs, exchanges, parameters, stage_costs
 from switchyard.simulation.compile import OPTIMIZER_STATE, whole_shape
-from switchyard.training.limits import CUT_ROUTERS
+from switchyard.training.limits import WHOLE_ROUTERS
 
 DENSE = {"model": {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "seq_length": 4, "intermediate_size": 16}}
 

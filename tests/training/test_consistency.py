@@ -6,7 +6,8 @@ from mindspore import Tensor
 from oracles.tiny_run import run_config, token_batch
 
 from switchyard.models import create_model
-from switchyard.training.step import LossCell, TrainStep, draw_noise
+from switchyard.training.randomness import draw_noise
+from switchyard.training.step import LossCell, TrainStep
 
 VOCABULARY = 17
 THOR = {"expert_num": 4, "router": "random", "random_draw": "step", "capacity_factor": 4.0}
@@ -27,7 +28,7 @@ def test_total_is_the_mean_of_two_passes_and_their_divergence(pynative):
     assert model.noise_slices == 2  # one layer that draws, twice
     tokens, labels, valid = (part[0] for part in token_batch(1, 4, 16))
     valid[1, 5:] = 0
-    noise = draw_noise(1, 0, 1, model.noise_slices, 64, 16)[0]
+    noise = draw_noise(1, 0, 1, model.noise_slices, range(1), 64, 16)[0]
     inputs = Tensor(tokens), Tensor(labels), Tensor(valid)
     total, figures = LossCell(model, config).set_train(True)(*inputs, Tensor(noise))
     one, other = (_log_softmax(model(inputs[0], inputs[2], Tensor(noise[half : half + 1]))[0]) for half in (0, 1))
@@ -52,8 +53,8 @@ def test_training_brings_the_passes_together(graph):
         config, model = _model(factor)
         step, batch = TrainStep(model, config), token_batch(1, 4, 16)
         for number in range(25):
-            step(*batch, draw_noise(1, number, 1, model.noise_slices, 64, 16), 0.01)
-        noise, valid = draw_noise(1, 99, 1, 2, 64, 16)[0], Tensor(batch[2][0])
+            step(*batch, draw_noise(1, number, 1, model.noise_slices, range(1), 64, 16), 0.01)
+        noise, valid = draw_noise(1, 99, 1, 2, range(1), 64, 16)[0], Tensor(batch[2][0])
         model.set_train(True)
         logits = [_log_softmax(model(Tensor(batch[0][0]), valid, Tensor(noise[half : half + 1]))[0]) for half in (0, 1)]
         apart.append(np.abs(logits[0] - logits[1]).mean())

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 from oracles.tiny_run import losses_of, run_config, token_batch, write_text
+from switchyard.training.parallel_step import StepEnd
 
 from switchyard.checkpoint import store as checkpoint
 from switchyard.errors import UserError
 from switchyard.models import create_model
 from switchyard.training.finite import check_evaluation, check_step
 from switchyard.training.loop import train
-from switchyard.training.parallel_step import StepEnd
-from switchyard.training.step import TrainStep, draw_noise
+from switchyard.training.randomness import draw_noise
+from switchyard.training.step import TrainStep
 
 SIGMOID = {"expert_num": 4, "router": "sigmoid", "num_experts_chosen": 2, "topk_bias_update_rate": 0.01}
 BIAS = "layers.0.feed_forward.router.bias"
@@ -31,7 +32,7 @@ def _changed(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> set
 def _step(config) -> tuple[TrainStep, tuple]:
     """(step, its batch)."""
     step, micro_batches = TrainStep(create_model(config, 17), config), config.train.gradient_accumulation_steps
-    noise = draw_noise(1, 0, micro_batches, step.model.noise_slices, config.rows, config.model.hidden_size)
+    noise = draw_noise(1, 0, micro_batches, step.model.noise_slices, range(1), config.rows, config.model.hidden_size)
     return step, (*token_batch(micro_batches, 4, 16), noise)
 
 

@@ -11,8 +11,9 @@ from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.models import create_model
 from switchyard.training.loop import train
+from switchyard.training.randomness import draw_noise
 from switchyard.training.router_schedule import WarmUp, routers_learn
-from switchyard.training.step import TrainStep, draw_noise
+from switchyard.training.step import TrainStep
 
 VOCABULARY = 17
 
@@ -63,7 +64,7 @@ def test_frozen_routers_stay_and_the_rest_learns(graph):
     step, inputs = TrainStep(model, config), token_batch(1, 4, 16, VOCABULARY)
     history = [_weights(model)]
     for number in range(4):
-        noise = draw_noise(1, number, 1, model.noise_slices, 64, 16)
+        noise = draw_noise(1, number, 1, model.noise_slices, range(1), 64, 16)
         step(*inputs, noise, 0.01, None, routers_learn(config, number))
         history.append(_weights(model))
     for name in history[0]:
@@ -94,7 +95,7 @@ def test_loads_are_even_while_warm_and_the_router_learns(graph):
     model = create_model(config, VOCABULARY)
     step, inputs = TrainStep(model, config), token_batch(1, 4, 16, VOCABULARY)
     before = _weights(model)
-    noise = draw_noise(1, 0, 1, model.noise_slices, 64, 16)
+    noise = draw_noise(1, 0, 1, model.noise_slices, range(1), 64, 16)
     audit = step(*inputs, noise, 0.01, WarmUp(config).at(0, inputs[0]))["audit"]
     np.testing.assert_array_equal(audit["load"].asnumpy(), np.full((len(config.moe_layers), 4), 16))
     assert not audit["dropped"].asnumpy().any()

@@ -9,6 +9,7 @@ g = expert_parallel of them share one set of experts.
 
 from collections.abc import Callable
 
+import numpy as np
 from mindspore import Tensor, nn, ops
 
 from switchyard.config import Config
@@ -30,6 +31,7 @@ class ProcessMesh(LocalMesh):
     def __init__(self, processes: Processes):
         super().__init__(processes)
         self.dropless = "slots" if self.degrees.expert_parallel > 1 else "blocks"
+        self.draws_full = False
 
     def config(self, config: Config) -> Config:
         """Returns the configuration of this process's share of the batch and of the routing groups."""
@@ -41,15 +43,16 @@ class ProcessMesh(LocalMesh):
         Raises:
             UserError: experts that cannot be sharded.
         """
-        if self.degrees.expert_parallel == 1:
-            return
         for _, cell in model.cells_and_names():
-            if hasattr(cell, "exchange_over"):
+            if self.degrees.expert_parallel > 1 and hasattr(cell, "exchange_over"):
                 cell.exchange_over(ToExperts(self.processes), ToTokens(self.processes))
-        full = {parameter.name: parameter for parameter in model.get_parameters()}
-        for name, part in own_arrays({name: p.asnumpy() for name, p in full.items()}, self.processes).items():
-            if part.shape != full[name].shape:
-                full[name].set_data(Tensor(part), slice_shape=True)
+        for parameter in model.get_parameters():
+            shape = tuple(parameter.shape)
+            box = slice_of(shape, placement(parameter.name, shape, self.degrees), self.degrees, self.processes.rank)
+            if parameter.has_init:  # its numbers were not drawn
+                parameter.set_data(Tensor(parameter.initial.draw(box)), slice_shape=True)
+            elif any(part.stop - part.start != size for part, size in zip(box, shape)):
+                parameter.set_data(Tensor(np.ascontiguousarray(parameter.asnumpy()[box])), slice_shape=True)
 
     def total(self) -> nn.Cell:
         """Returns a cell that sums figures over the processes: [1, X] -> [X]."""
@@ -212,19 +215,8 @@ def is_expert(name: str, shape: tuple[int, ...]) -> bool:
     return EXPERT in placement(name, tuple(shape), Processes().degrees)
 
 
-def own_arrays(arrays: dict, processes: Processes) -> dict:
-    """Returns the shards that this process holds of full parameters or moments, by name."""
-    degrees, rank = processes.degrees, processes.rank
-    if processes.size == 1:
-        return arrays
-    return {
-        name: array[slice_of(array.shape, placement(name, array.shape, degrees), degrees, rank)]
-        for name, array in arrays.items()
-    }
-
-
 def full_arrays(parameters: dict, processes: Processes) -> dict:
-    """Returns the inverse of `own_arrays`, on every process: parameters or moments by name -> full NumPy arrays."""
+    """Returns full arrays of this process's shards, on every process: parameters or moments by name -> full NumPy arrays."""
     arrays, degrees = {}, processes.degrees
     for name, parameter in parameters.items():
         array = parameter.asnumpy()

@@ -41,10 +41,13 @@ class LocalMesh:
         processes: the processes of the job; a mesh on the host talks to them between steps.
         degrees: how the model is sharded.
         evaluates: whether weights can be scored where they lie.
+        draws_full: whether a new model draws all of its initial weights; else a device draws its shards alone, in
+            `place`, or with `draws_late` once the program is compiled.
         dropless: how choices reach their experts where none may be dropped, see moe.dispatch.dispatchers.
     """
 
     dropless, noise, no_noise, sequence, evaluates = "blocks", None, None, False, True
+    draws_full, draws_late = True, False
 
     def __init__(self, processes: Processes = ALONE):
         self.processes, self.degrees = processes, processes.degrees
@@ -145,6 +148,7 @@ class CompiledMesh(LocalMesh):
         self.layout = Layout((degrees.outer, degrees.expert_parallel, degrees.model_parallel), AXES)
         self.noise = self.no_noise = self.cut(None, None, None)
         self.evaluates = self.degrees.pipeline_stage == 1
+        self.draws_full, self.draws_late = False, True
         self.known: set[str] = set()  # names of groups that were made
 
     def cut(self, *axes: str | None) -> Layout:
@@ -214,6 +218,7 @@ class CompiledMesh(LocalMesh):
         cut = self.full_config.parallel
         step = AutoParallel(graph, parallel_mode="semi_auto")
         step.dataset_strategy(inputs)
+        step.no_init_parameters_in_compile()  # a parameter without numbers takes no memory, however large the full one
         if cut.pipeline_stage > 1:
             step.pipeline(stages=cut.pipeline_stage, scheduler="1f1b")
         if cut.optimizer_shard:

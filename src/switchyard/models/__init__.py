@@ -21,9 +21,9 @@ def create_model(
         config: the whole configuration.
         vocab_size: entries V of the tokenizer; what a network that reads images predicts is in the section `vision`.
         length: of the decoder's longest sequence, at least model.seq_length.
-        drawn: False: a decoder whose weights have shapes and no numbers.
+        drawn: False: a model whose weights have shapes and no numbers, see nn.initializers.
         mesh: the devices; `mesh.place(model)` shards the model over them.
     """
     if config.model.type == "decoder":
         return Decoder(config, vocab_size, length, drawn, mesh)
-    return {"vision": Vision, "cascade": Cascade}[config.model.type](config, mesh)
+    return {"vision": Vision, "cascade": Cascade}[config.model.type](config, mesh, drawn)

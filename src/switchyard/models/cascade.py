@@ -18,6 +18,7 @@ from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.models.decoder import DTYPES
 from switchyard.models.vision import Summary
 from switchyard.moe.conv_experts import ConvolutionExperts
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.masks import keep_where
 
 GRID = 4  # squares of a side that an exit sees, where the side divides so
@@ -27,7 +28,9 @@ WIDER = 2  # channels between a stage's two convolutions / its channels
 class Stage(nn.Cell):
     """Convolutions and an exit: maps [B, H, W, c before] -> (maps [B, H, W, c], logits [B, V] float32)."""
 
-    def __init__(self, side: int, before: int, channels: int, classes: int, activation: str, random, dtype):
+    def __init__(
+        self, side: int, before: int, channels: int, classes: int, activation: str, random: InitialWeights, dtype
+    ):
         super().__init__()
         self.side, self.before, self.channels, self.classes = side, before, channels, classes
         shape = (side, side, before)
@@ -57,13 +60,14 @@ class Cascade(nn.Cell):
 
     Args:
         config: cascade.stages, cascade.threshold, the section `vision`.
+        drawn: False: weights have shapes and no numbers, see nn.initializers.
     """
 
     classifies, noise_slices = True, 0
 
-    def __init__(self, config: Config, mesh: LocalMesh = LOCAL):
+    def __init__(self, config: Config, mesh: LocalMesh = LOCAL, drawn: bool = True):
         super().__init__()
-        vision, random = config.vision, np.random.default_rng(config.train.seed)
+        vision, random = config.vision, InitialWeights(config.train.seed, drawn)
         channels, dtype = (vision.channels, *config.cascade.stages), DTYPES[config.model.compute_dtype]
         self.stages = nn.CellList(
             [

@@ -7,7 +7,6 @@ themselves.
 import math
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
@@ -21,6 +20,7 @@ from switchyard.moe.layer import MoELayer
 from switchyard.moe.routing.base import require_causal
 from switchyard.nn.cast import Cast
 from switchyard.nn.fused import fused_operators
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.layers import Attention, Dropout, Embedding, Linear, causal_mask, hidden_mask
 from switchyard.nn.masks import keep_where
 from switchyard.nn.noise import NoiseSlices
@@ -48,7 +48,7 @@ class Block(nn.Cell):
         config: Config,
         place: int | None,
         causal: Tensor,
-        random: np.random.Generator,
+        random: InitialWeights,
         slices: NoiseSlices,
         vocab_size: int,
         fused: frozenset[str],
@@ -189,7 +189,7 @@ class Decoder(nn.Cell):
         config: the whole configuration.
         vocab_size: entries V of the tokenizer.
         length: longest sequence, for positions and the causal mask; at least model.seq_length.
-        drawn: False: weights have shapes and no numbers, for a graph that is only compiled.
+        drawn: False: weights have shapes and no numbers, see nn.initializers.
         mesh: the devices.
 
     Raises:
@@ -206,7 +206,7 @@ class Decoder(nn.Cell):
     ):
         super().__init__()
         check_sort_keys(config)
-        model, random = config.model, np.random.default_rng(config.train.seed) if drawn else None
+        model, random = config.model, InitialWeights(config.train.seed, drawn)
         length = max(length or 0, model.seq_length)
         self.vocab_size, self.length, self.head_size = vocab_size, length, model.hidden_size // model.num_heads
         self.kv_heads = model.n_kv_heads or model.num_heads

@@ -6,7 +6,7 @@ groups that route for themselves.
 """
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config
@@ -16,6 +16,7 @@ from switchyard.moe.conv_experts import ConvolutionExperts
 from switchyard.moe.dispatch.capacity import check_sort_keys
 from switchyard.moe.granularity import ImageFold
 from switchyard.moe.layer import MoELayer
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.masks import keep_where
 from switchyard.nn.noise import NoiseSlices
 from switchyard.nn.norm import create_norm
@@ -31,17 +32,16 @@ class Summary(nn.Cell):
         shape: (h, w, c).
         grid: squares of a side; 1 where the sides do not divide.
         out: width of the result.
-        random: numpy generator of the initial weights.
+        random: draws the initial weights.
     """
 
-    def __init__(self, shape: tuple[int, int, int], grid: int, out: int, random: np.random.Generator):
+    def __init__(self, shape: tuple[int, int, int], grid: int, out: int, random: InitialWeights):
         super().__init__()
         height, width, self.channels = shape
         self.grid = grid if height % grid == 0 and width % grid == 0 else 1
         self.high, self.wide = height // self.grid, width // self.grid
         self.size = self.grid**2 * self.channels
-        weight = random.normal(0.0, self.size**-0.5, (self.size, out)).astype(np.float32)
-        self.weight = Parameter(Tensor(weight), name="weight")
+        self.weight = random.normal(self.size**-0.5, (self.size, out), "weight")
         self.product = ops.MatMul()
 
     def construct(self, maps: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class ConvolutionLayer(nn.Cell):
         config: the whole configuration.
         index: depth, from 0.
         side: H and W.
-        random: numpy generator of the initial weights.
+        random: draws the initial weights.
         slices: hands out slices of noise.
     """
 
@@ -67,7 +67,7 @@ class ConvolutionLayer(nn.Cell):
         config: Config,
         index: int,
         side: int,
-        random: np.random.Generator,
+        random: InitialWeights,
         slices: NoiseSlices,
         mesh: LocalMesh = LOCAL,
     ):
@@ -133,15 +133,16 @@ class Vision(nn.Cell):
 
     Args:
         config: the whole configuration; model.num_layers layers of model.hidden_size channels.
+        drawn: False: weights have shapes and no numbers, see nn.initializers.
     """
 
     classifies, exits = True, 1
 
-    def __init__(self, config: Config, mesh: LocalMesh = LOCAL):
+    def __init__(self, config: Config, mesh: LocalMesh = LOCAL, drawn: bool = True):
         super().__init__()
         check_sort_keys(config)
         model, vision = config.model, config.vision
-        random, slices = np.random.default_rng(config.train.seed), NoiseSlices()
+        random, slices = InitialWeights(config.train.seed, drawn), NoiseSlices()
         self.side, self.pool, self.moe_layers = vision.image_size, vision.pool, config.moe_layers
         self.group_size = config.data.batch_size // config.groups  # images that are routed together
         inner = self.side // self.pool

@@ -11,7 +11,7 @@ from switchyard.distributed.placement import axes_of
 from switchyard.nn.activation import SwiGLU, create_activation
 from switchyard.nn.cast import Cast
 from switchyard.nn.fused import NONE
-from switchyard.nn.initializers import normal
+from switchyard.nn.initializers import InitialWeights
 
 
 class FeedForwardExperts(nn.Cell):
@@ -21,7 +21,7 @@ class FeedForwardExperts(nn.Cell):
 
     Args:
         std: (of the first matrices, of the last) initial standard deviation.
-        random: numpy generator of the initial weights; None: shapes only, see nn.initializers.
+        random: draws the initial weights, see nn.initializers.
         dtype: of the matrix products; parameters and result stay float32.
         out: width of the result, where it is not D.
         fused: operators of the device, see nn.fused.
@@ -34,7 +34,7 @@ class FeedForwardExperts(nn.Cell):
         hidden: int,
         activation: str,
         std: tuple[float, float],
-        random,
+        random: InitialWeights,
         dtype,
         out: int | None = None,
         fused: frozenset[str] = NONE,
@@ -44,7 +44,7 @@ class FeedForwardExperts(nn.Cell):
         self.gated = activation == "swiglu"
 
         def weight(name: str, shape: tuple[int, ...], scale: float) -> Parameter:
-            return Parameter(normal(random, scale, shape), name=name)
+            return random.normal(scale, shape, name)
 
         self.w_in = weight("w_in", (experts, width, hidden), std[0])
         self.w_gate = weight("w_gate", (experts, width, hidden), std[0]) if self.gated else None

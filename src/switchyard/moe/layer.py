@@ -44,7 +44,7 @@ class MoELayer(nn.Cell):
     Args:
         config: the whole configuration.
         std: (first, last) initial standard deviation of the experts' matrices.
-        random: numpy generator of the initial weights.
+        random: hands out the initial weights.
         dtype: of the experts' matrix products.
         slices: hands out the slices of noise that jitter and the router read.
         vocab_size: of the tokens whose ids come along, for routers that choose by token.

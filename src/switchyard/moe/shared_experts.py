@@ -3,14 +3,13 @@
 Legend: N tokens, D width.
 """
 
-from mindspore import Parameter, Tensor, ops
+from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config
 from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.nn.fused import NONE
-from switchyard.nn.initializers import normal
 
 
 class SharedExperts(FeedForwardExperts):
@@ -26,7 +25,7 @@ class SharedExperts(FeedForwardExperts):
         super().__init__(1, width, hidden, config.model.activation, std, random, dtype, fused=fused)
         self.gate = None
         if moe.use_shared_expert_gating:
-            self.gate = Parameter(normal(random, std[0], (1, width, 1)), name="gate")
+            self.gate = random.normal(std[0], (1, width, 1), "gate")
         self.product, self.sigmoid = ops.BatchMatMul(), ops.Sigmoid()
         self.local_weigh = self.weigh
 

@@ -5,7 +5,7 @@ key/value head, h head size.
 """
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import FlashAttentionScore
 
@@ -14,7 +14,7 @@ from switchyard.distributed.mesh import Mesh, first
 from switchyard.distributed.placement import axes_of
 from switchyard.nn.cast import Cast
 from switchyard.nn.fused import NONE
-from switchyard.nn.initializers import normal
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 from switchyard.nn.softmax import Softmax
 
@@ -24,9 +24,9 @@ MASKED = -1e9  # added to the score of a position that must not be seen
 class Embedding(nn.Cell):
     """Table [V, D]; tokens [...] -> [N, D]."""
 
-    def __init__(self, entries: int, width: int, std: float, random: np.random.Generator):
+    def __init__(self, entries: int, width: int, std: float, random: InitialWeights):
         super().__init__()
-        self.table = Parameter(normal(random, std, (entries, width)), name="table")
+        self.table = random.normal(std, (entries, width), "table")
         self.take = ops.Gather()
         self.local = self.look_up
 
@@ -51,10 +51,10 @@ def row_shape(table, tokens):
 class Linear(nn.Cell):
     """x W, no bias: [N, I] -> [N, O] in `dtype`."""
 
-    def __init__(self, size_in: int, size_out: int, std: float, random: np.random.Generator, dtype):
+    def __init__(self, size_in: int, size_out: int, std: float, random: InitialWeights, dtype):
         super().__init__()
         self.dtype = dtype
-        self.weight = Parameter(normal(random, std, (size_in, size_out)), name="weight")
+        self.weight = random.normal(std, (size_in, size_out), "weight")
         self.product = ops.MatMul()
         self.cast_x, self.cast_weight = Cast(dtype), Cast(dtype)
 
@@ -149,7 +149,7 @@ class Attention(nn.Cell):
         model: ModelConfig,
         causal: Tensor,
         std_out: float,
-        random: np.random.Generator,
+        random: InitialWeights,
         dtype,
         fused: frozenset[str] = NONE,
     ):

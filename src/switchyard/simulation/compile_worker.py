@@ -62,18 +62,14 @@ def _fork(folder: Path, job: dict, rank: int) -> int:
 
 def training_step(config, vocab: int) -> tuple:
     """Returns what is compiled if the job names nothing else: (the training step, its inputs on one device)."""
-    from mindspore.nn.utils import no_init_parameters
-
     from switchyard.distributed.mesh import CompiledMesh
     from switchyard.training.limits import check_offered
     from switchyard.training.step import create_step, sample_inputs
 
     check_offered(config)
     mesh = CompiledMesh(config)
-    with no_init_parameters():
-        step = create_step(config, vocab, mesh, drawn=False)
+    step = create_step(config, vocab, mesh)
     mesh.speed_up(step.program, Path())
-    step.program.no_init_parameters_in_compile()  # so weights take no memory, however many there are
     return step.program, sample_inputs(config, step.model, step.graph)
 
 

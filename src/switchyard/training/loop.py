@@ -38,6 +38,7 @@ from switchyard.training.limits import check_way, lost_default, with_defaults
 from switchyard.training.lock import locked
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
 from switchyard.training.optimizer import forces_choices
+from switchyard.training.randomness import NOISE_RULE, draw_noise, random_state
 from switchyard.training.resume import (
     RESULT,
     agreed,
@@ -52,7 +53,7 @@ from switchyard.training.resume import (
 from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
-from switchyard.training.step import NOISE_RULE, TrainStep, create_step, draw_noise, random_state
+from switchyard.training.step import TrainStep, create_step
 from switchyard.trust import check_trusted
 
 
@@ -127,6 +128,8 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
     mesh.speed_up(step.program, run)
     if held:
         step.load(held.weights, held.optimizer)
+    else:
+        step.initialise()
     with StopSignals() as stop:
         state = held.state if held else None
         trainer = Trainer(config, run, data, step, state, mesh, resume)
@@ -300,10 +303,10 @@ class Trainer:
         first = self._read()
         batches = [self.data.train.at(first + micro) for micro in range(count)]
         tokens, labels, valid = (np.stack(part) for part in zip(*batches))  # [A, B, S] each
-        slices, width = self.model.noise_slices, self.config.model.hidden_size
-        noise = draw_noise(seed, self.done, count, slices, self.config.rows, width)
-        if slices:
-            noise = self.processes.part(noise, 2)  # of the rows that this process reads
+        slices, width, size = self.model.noise_slices, self.config.model.hidden_size, self.config.data.batch_size
+        own = self.processes.part(np.arange(size), 0)  # the sequences that this process reads
+        own = range(own[0], own[-1] + 1)
+        noise = draw_noise(seed, self.done, count, slices, own, self.config.rows // size, width)
         return tokens, labels, valid, noise
 
     def _read(self) -> int:

@@ -19,6 +19,7 @@ from switchyard.distributed.placement import Degrees
 from switchyard.distributed.processes import Processes, is_first, own_rank
 from switchyard.errors import UserError
 from switchyard.training.lock import contents
+from switchyard.training.randomness import NOISE_RULE
 
 RESULT = "result.json"
 MOST_NAMES = 5  # of other runs, in a message
@@ -97,7 +98,18 @@ def find_start(run: Path, config: Config, resume: bool, existed: bool = True) ->
     check_resumable(held.config, keep_groups(held.config, config))
     if held.step > config.train.steps:
         raise UserError(f"train.steps: {config.train.steps}; the run '{run}' is at step {held.step} already: raise it")
+    say_noise(held.state)
     return held
+
+
+def say_noise(state: dict[str, Any]) -> None:
+    """Says where dropout, jitter and draws by lot have other numbers than in the run so far: its rule was another."""
+    rule = state.get("noise_rule")
+    if rule and rule != NOISE_RULE and is_first():
+        print(
+            f"resume: noise (dropout, jitter, lots) has other numbers from here on: {NOISE_RULE}; so far {rule}",
+            flush=True,
+        )
 
 
 def newest(run: Path, config: Config, limit: float = math.inf) -> Checkpoint | None:

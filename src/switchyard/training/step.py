@@ -7,41 +7,24 @@ slices, W figures of a micro-batch (see training.loss).
 import gc
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from switchyard.checkpoint.layout import held
 from switchyard.checkpoint.store import set_parameters
 from switchyard.config import Config
 from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.models import create_model
 from switchyard.moe import metrics
+from switchyard.nn.initializers import set_initial, shapes_only
 from switchyard.training.loss import STATISTICS, TrainLoss, name_figures
 from switchyard.training.loss_scale import LossScale
 from switchyard.training.optimizer import OptimizerStep, calls_of, forces_choices, input_shards
 from switchyard.training.pipeline import PipelineStepGraph
 
-NOISE_RULE = "float32 U(0,1) of numpy SFC64 seeded by (train.seed, step, micro-batch)"
 SCALE_STATE = ("loss_scale", "good_steps")
-
-
-def random_state(seed: int, step: int) -> np.ndarray:
-    """The number that all randomness of a step follows from, see `draw_noise`: [] uint64."""
-    return np.array(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
-
-
-def draw_noise(seed: int, step: int, micro_batches: int, slices: int, rows: int, width: int) -> np.ndarray:
-    """The randomness of one step: [A, J, N, D] float32 of U(0, 1), or zeros [A, 1, 1, 1] where a model needs none.
-
-    A pure function of its arguments, so a resumed run repeats it (NOISE_RULE).
-    """
-    if not slices:
-        return np.zeros((micro_batches, 1, 1, 1), np.float32)
-    noise = np.empty((micro_batches, slices, rows, width), np.float32)
-    for micro in range(micro_batches):
-        generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, step, micro))))
-        generator.random(dtype=np.float32, out=noise[micro])
-    return noise
 
 
 class StepGraph(nn.Cell):
@@ -165,33 +148,42 @@ class TrainStep:
         """Compiles the program where that leaves the parameters only this device's shards."""
         self.mesh.compile(self.program, lambda: sample_inputs(self.config, self.model, self.graph))
 
+    def initialise(self) -> None:
+        """Gives a new model its initial weights where a device draws its shards alone, and compiles it before."""
+        if not self.mesh.draws_late:
+            return
+        self.compile()
+        degrees, rank, layers = self.mesh.degrees, self.mesh.processes.rank, self.config.model.num_layers
+        parameters = self.graph.get_parameters()
+        set_initial(parameters, lambda name, shape: held(name, shape, degrees, rank, layers))
+
     def load(self, weights: dict[str, np.ndarray], optimizer: dict[str, np.ndarray]) -> None:
         """Sets the model's parameters and the optimizer's state, strictly by name and shape (UserError)."""
         self.compile()
-        held = {parameter.name: parameter for parameter in self.model.get_parameters()}
+        own = {parameter.name: parameter for parameter in self.model.get_parameters()}
         updated = self.mesh.updated
-        set_parameters(updated(held), updated(weights), "weight")
+        set_parameters(updated(own), updated(weights), "weight")
         kept = {name: array for name, array in optimizer.items() if name not in SCALE_STATE}
         set_parameters(updated(self.graph.optimizer.state()), updated(kept), "optimizer state")
         self.scale.load(optimizer)
 
 
-def create_step(config: Config, vocab_size: int, mesh: LocalMesh = LOCAL, drawn: bool = True) -> TrainStep:
-    """Returns the step of a new model, placed on the devices.
+def create_step(config: Config, vocab_size: int, mesh: LocalMesh = LOCAL) -> TrainStep:
+    """Returns the step of a new model, placed on the devices; it starts with `initialise` or `load`.
 
     Args:
         config: the whole configuration.
         vocab_size: entries of the tokenizer.
         mesh: the devices.
-        drawn: False: weights have shapes and no numbers; the program can be compiled, not run.
 
     Raises:
         UserError: what cannot be sharded.
     """
     own = mesh.config(config)
-    model = create_model(own, vocab_size, drawn=drawn, mesh=mesh)
-    mesh.place(model)
-    return TrainStep(model, own, mesh)
+    with shapes_only() if mesh.draws_late else nullcontext():
+        model = create_model(own, vocab_size, drawn=mesh.draws_full, mesh=mesh)
+        mesh.place(model)
+        return TrainStep(model, own, mesh)
 
 
 def sample_inputs(config: Config, model: nn.Cell, graph: nn.Cell, seed: int = 0) -> tuple[Tensor, ...]:

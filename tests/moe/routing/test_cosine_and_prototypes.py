@@ -8,12 +8,13 @@ from oracles.tiny import tiny_config
 
 from switchyard.errors import UserError
 from switchyard.moe.routing import create_router
+from switchyard.nn.initializers import InitialWeights
 
 
 def _cosine(choices=1, scale=0.0):
     """Rows of D = 3 projected to their first two dimensions; experts at 0, 90, 180 and 270 degrees."""
     config = tiny_config(width=3, router="cosine", num_experts_chosen=choices)
-    router = create_router(config, np.random.default_rng(0)).set_train(False)
+    router = create_router(config, InitialWeights(0)).set_train(False)
     router.weight.set_data(Tensor(np.eye(3, 2, dtype=np.float32)))
     router.embeddings.set_data(Tensor(np.array([[5, 0, -1, 0], [0, 0.1, 0, -2]], np.float32)))
     router.scale.set_data(Tensor(np.array([scale], np.float32)))
@@ -35,7 +36,7 @@ def test_cosine_sees_directions_alone(pynative):
 def test_cosine_temperature_is_learned_and_bounded(pynative):
     np.testing.assert_allclose(route(_cosine(scale=np.log(4)), ROWS)["logits"], 4 * np.array(COSINES), atol=1e-5)
     np.testing.assert_allclose(route(_cosine(scale=50), ROWS)["logits"], 100 * np.array(COSINES), atol=1e-3)
-    fresh = create_router(tiny_config(router="cosine"), np.random.default_rng(0))
+    fresh = create_router(tiny_config(router="cosine"), InitialWeights(0))
     assert np.exp(-fresh.scale.asnumpy()[0]) == pytest.approx(0.07)
 
 

@@ -7,10 +7,11 @@ from oracles.tiny import tiny_config
 
 from switchyard.moe.routing import create_router
 from switchyard.moe.routing.decision_tree import decisions
+from switchyard.nn.initializers import InitialWeights
 
 
 def _tree(experts=4, width=3, seed=0):
-    return create_router(tiny_config(width=width, router="tree", expert_num=experts), np.random.default_rng(seed))
+    return create_router(tiny_config(width=width, router="tree", expert_num=experts), InitialWeights(seed))
 
 
 def _route(router, rows, valid=None):

@@ -11,6 +11,7 @@ from oracles.tiny import tiny_config
 
 from switchyard.errors import UserError
 from switchyard.moe.routing import create_router
+from switchyard.nn.initializers import InitialWeights
 
 PROBABILITIES = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.25, 0.5, 0.25]], np.float32)
 
@@ -24,7 +25,7 @@ def _route(router, rows, valid=None):
 
 def _choice(**moe):
     config = tiny_config(width=3, router="expert_choice", expert_num=3, **moe)
-    router = create_router(config, np.random.default_rng(0)).set_train(True)
+    router = create_router(config, InitialWeights(0)).set_train(True)
     router.weight.set_data(Tensor(np.eye(3, dtype=np.float32)))
     return router
 
@@ -97,7 +98,7 @@ def test_capacity_of_evaluation(pynative):
 def _depths(length=4, share=0.5):
     config = tiny_config(width=3, router="mixture_of_depths", expert_num=1, capacity_factor=share)
     config = config.model_copy(update={"model": config.model.model_copy(update={"seq_length": length})})
-    router = create_router(config, np.random.default_rng(0), vocab_size=5)
+    router = create_router(config, InitialWeights(0), vocab_size=5)
     router.weight.set_data(Tensor([[1], [0], [0]], mstype.float32))
     return router
 

@@ -9,6 +9,7 @@ from oracles.tiny import tiny_config
 from switchyard.errors import UserError
 from switchyard.moe.routing import create_router
 from switchyard.moe.routing.fixed import balance_tables, table_by_counts
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
 VOCABULARY = 10
@@ -17,7 +18,7 @@ VOCABULARY = 10
 def _router(name, seed=0, choices=1, **moe):
     config = tiny_config(width=3, router=name, num_experts_chosen=choices, **moe)
     slices = NoiseSlices()
-    router = create_router(config, np.random.default_rng(seed), slices, VOCABULARY, has_tasks=True)
+    router = create_router(config, InitialWeights(seed), slices, VOCABULARY, has_tasks=True)
     return router.set_train(False)
 
 
@@ -82,7 +83,7 @@ def test_a_random_table_is_left_alone_and_counts_nothing():
 
 def _hash_of(size, table):
     config = tiny_config(width=3, router="hash", hash_table=table)
-    return create_router(config, np.random.default_rng(0), NoiseSlices(), size)
+    return create_router(config, InitialWeights(0), NoiseSlices(), size)
 
 
 @pytest.mark.parametrize("name", ["hash", "lsh", "random", "random_in_group", "task"])
@@ -170,13 +171,13 @@ def test_multi_gate_has_a_gate_for_each_task(pynative):
 @pytest.mark.parametrize("name", ["random_in_group", "task", "multi_gate"])
 def test_tasks_are_asked_for_in_one_line(name):
     with pytest.raises(UserError, match=rf"^moe\.router: '{name}'; chooses by task id, which this network does not"):
-        create_router(tiny_config(router=name), np.random.default_rng(0), vocab_size=5)
+        create_router(tiny_config(router=name), InitialWeights(0), vocab_size=5)
 
 
 @pytest.mark.parametrize("name", ["hash", "random", "random_in_group"])
 def test_tokens_are_asked_for_in_one_line(name):
     with pytest.raises(UserError, match=rf"^moe\.router: '{name}'; chooses by token id, which this network does not"):
-        create_router(tiny_config(router=name), np.random.default_rng(0), has_tasks=True)
+        create_router(tiny_config(router=name), InitialWeights(0), has_tasks=True)
 
 
 @pytest.mark.parametrize(

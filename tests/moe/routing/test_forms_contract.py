@@ -12,6 +12,7 @@ from oracles.tiny import tiny_config, weights_of
 
 from switchyard.moe.dispatch.capacity import capacity
 from switchyard.moe.routing import create_router, known_routers
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
 GROUPS, ROWS, WIDTH, EXPERTS, VOCABULARY, TASKS, SLOTS = 2, 8, 6, 4, 10, 3, 2
@@ -56,8 +57,8 @@ def _moe(name):
 
 def _router(case, seed=0):
     """A router whose learned weights are large enough that every choice is sharp."""
-    config, random = tiny_config(width=WIDTH, **_moe(case[0])), np.random.default_rng(seed)
-    router = create_router(config, random, NoiseSlices(), VOCABULARY, has_tasks=True)
+    config, random = tiny_config(width=WIDTH, **_moe(case[0])), np.random.default_rng(seed + 2)
+    router = create_router(config, InitialWeights(seed), NoiseSlices(), VOCABULARY, has_tasks=True)
     for parameter in router.trainable_params():
         if parameter.name != "scale":
             parameter.set_data(Tensor(random.normal(0, 0.8, parameter.shape).astype(np.float32)))

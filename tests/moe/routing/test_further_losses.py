@@ -8,6 +8,7 @@ from oracles.tiny import tiny_config
 from switchyard.errors import UserError
 from switchyard.moe.routing import create_router
 from switchyard.moe.routing import losses as balance
+from switchyard.nn.initializers import InitialWeights
 
 
 def _tensor(values):
@@ -72,7 +73,7 @@ def test_mutual_information_loss_by_hand(pynative):
 
 def _losses(**losses):
     config = tiny_config(router="top_k", expert_num=2, losses=losses)
-    return balance.WeightedLosses(config.moe, create_router(config, np.random.default_rng(0)), 2)
+    return balance.WeightedLosses(config.moe, create_router(config, InitialWeights(0)), 2)
 
 
 def test_weights_multiply_and_add_up_in_training_only(pynative):

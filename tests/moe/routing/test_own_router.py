@@ -14,15 +14,15 @@ from mindspore import dtype as mstype
 from oracles.tiny import tiny_config
 
 from switchyard.config import build
-from switchyard.training.limits import why_by_hand
-from switchyard.moe.routing.own_routers import require_sharded_router
 from switchyard.errors import UserError
 from switchyard.moe.dispatch.dispatchers import create_path
 from switchyard.moe.layer import MoELayer
 from switchyard.moe.routing import Router, create_router
 from switchyard.moe.routing.base import why_not_sharded
 from switchyard.moe.routing.gshard import GShard
+from switchyard.moe.routing.own_routers import require_sharded_router
 from switchyard.moe.routing.softmax import Switch, TopK
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 from switchyard.simulation import emulate as virtual
 from switchyard.training.limits import why_by_hand
@@ -44,7 +44,7 @@ def own_module(tmp_path, monkeypatch):
 
 def test_documented_router_routes(own_module, pynative):
     config = tiny_config(router=f"{own_module}.Sharp", num_experts_chosen=2)
-    router = create_router(config, np.random.default_rng(0)).set_train(False)
+    router = create_router(config, InitialWeights(0)).set_train(False)
     rows = np.random.default_rng(1).normal(0, 1, (1, 5, 6)).astype(np.float32)
     routing = router(Tensor(rows), {"valid": Tensor(np.ones((1, 5), np.float32))})
     scores = 2 * rows[0] @ router.weight.asnumpy()
@@ -60,7 +60,7 @@ def test_documented_router_routes(own_module, pynative):
 )
 def test_what_is_no_router_is_one_line(own_module, name, words):
     with pytest.raises(UserError) as caught:
-        create_router(tiny_config(router=name), np.random.default_rng(0))
+        create_router(tiny_config(router=name), InitialWeights(0))
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words)
 
 
@@ -247,7 +247,7 @@ def test_hooks_of_one_device_and_of_processes_are_construct(pynative):
 
 
 def create_layer(config):
-    return MoELayer(config, (0.1, 0.1), np.random.default_rng(0), mstype.float32, NoiseSlices(), 8)
+    return MoELayer(config, (0.1, 0.1), InitialWeights(0), mstype.float32, NoiseSlices(), 8)
 
 
 def test_a_construct_set_on_the_object_or_a_parameter_that_only_route_would_read_is_refused():

@@ -16,6 +16,7 @@ from switchyard.errors import UserError
 from switchyard.models import create_model
 from switchyard.moe.routing import create_router, known_routers
 from switchyard.moe.routing.replay import Recorder, Replayer, manifest_of, read, subject
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 from switchyard.training.evaluate import evaluate
 from switchyard.training.loop import train
@@ -214,7 +215,7 @@ PROBABILITIES = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.25, 0.5, 0.25]], 
 
 def _gates(replay, choices=2, valid=(1, 1, 1), **moe):
     config = tiny_config(width=3, expert_num=3, num_experts_chosen=choices, **moe)
-    router = create_router(config, np.random.default_rng(0))
+    router = create_router(config, InitialWeights(0))
     router.weight.set_data(Tensor(np.eye(3, dtype=np.float32)))
     context = {"valid": Tensor(np.array([valid], np.float32)), "replay": Tensor(np.array([replay], np.int32))}
     routing = router(Tensor(np.log(PROBABILITIES)[None]), context)
@@ -248,7 +249,7 @@ def test_every_router_that_chooses_can_be_forced(name, graph):
     choices = 2 if name in ("gshard", "multi_gate") else 1
     config = tiny_config(router=name, num_experts_chosen=choices, task_num=2, n_group=2)
     random = np.random.default_rng(0)
-    router = create_router(config, random, NoiseSlices(), vocab_size=5, has_tasks=True).set_train(False)
+    router = create_router(config, InitialWeights(0), NoiseSlices(), vocab_size=5, has_tasks=True).set_train(False)
     rows = Tensor(random.normal(0, 1, (1, 6, 6)).astype(np.float32))
     ids = Tensor(random.integers(0, 2, (1, 6)).astype(np.int32))
     context = {"valid": Tensor(np.ones((1, 6), np.float32)), "token_ids": ids, "task_ids": ids, "noise": None}

@@ -13,6 +13,7 @@ from oracles.tiny import tiny_config, weights_of
 
 from switchyard.errors import UserError
 from switchyard.moe.routing import create_router, known_routers
+from switchyard.nn.initializers import InitialWeights
 
 GROUPS, ROWS, WIDTH, EXPERTS = 2, 7, 6, 4
 KEYS = {"two_level": {"n_group": 2, "topk_group": 2}}  # what a router cannot do without
@@ -39,7 +40,7 @@ def case(request):
 def _router(case, seed=0, **moe):
     keys = KEYS.get(case[0], {}) | moe
     config = tiny_config(router=case[0], num_experts_chosen=case[1], expert_num=EXPERTS, **keys)
-    return create_router(config, np.random.default_rng(seed)).set_train(False)
+    return create_router(config, InitialWeights(seed)).set_train(False)
 
 
 def _rows(seed=0, rows=ROWS):
@@ -195,7 +196,7 @@ def test_logits_are_finite_for_extreme_rows(case, pynative):
 
 def test_unknown_name_is_one_line():
     with pytest.raises(UserError, match=r"^moe\.router: 'swich'; known routers: .*switch.*top_k") as caught:
-        create_router(tiny_config(router="swich"), np.random.default_rng(0))
+        create_router(tiny_config(router="swich"), InitialWeights(0))
     assert "\n" not in str(caught.value)
 
 

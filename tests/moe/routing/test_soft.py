@@ -7,13 +7,14 @@ from mindspore import dtype as mstype
 from oracles.tiny import tiny_config
 
 from switchyard.moe.routing import create_router
+from switchyard.nn.initializers import InitialWeights
 
 # With the identity as the router's matrix a row is its own logits; log p makes the probabilities p.
 PROBABILITIES = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.25, 0.5, 0.25]], np.float32)
 
 
 def _router(name, weight=None, **moe):
-    router = create_router(tiny_config(width=3, router=name, **{"expert_num": 3} | moe), np.random.default_rng(0))
+    router = create_router(tiny_config(width=3, router=name, **{"expert_num": 3} | moe), InitialWeights(0))
     router.weight.set_data(Tensor(np.eye(3) if weight is None else np.array(weight), mstype.float32))
     return router
 

@@ -8,6 +8,7 @@ from oracles.tiny import tiny_config
 
 from switchyard.moe.routing import create_router
 from switchyard.moe.routing.base import TopChoices, router_weight
+from switchyard.nn.initializers import InitialWeights
 
 # The router's matrix is the identity, so a row is its own logits; log p makes the probabilities p.
 PROBABILITIES = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.25, 0.5, 0.25]], np.float32)
@@ -15,7 +16,7 @@ PROBABILITIES = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.25, 0.5, 0.25]], 
 
 def _identity(router, choices, **moe):
     config = tiny_config(width=3, router=router, expert_num=3, num_experts_chosen=choices, **moe)
-    cell = create_router(config, np.random.default_rng(0))
+    cell = create_router(config, InitialWeights(0))
     cell.weight.set_data(Tensor(np.eye(3, dtype=np.float32)))
     return cell
 
@@ -74,6 +75,6 @@ def test_top_choices_take_the_lower_expert_of_equals(pynative):
 
 def test_no_expert_starts_ahead():
     """Initial logits of unit rows have deviation 0.1 (arXiv 2101.03961, section 2.4)."""
-    weight = router_weight(512, 64, np.random.default_rng(0)).asnumpy()
+    weight = router_weight(512, 64, InitialWeights(0)).asnumpy()
     logits = np.random.default_rng(1).normal(0, 1, (1000, 512)) @ weight
     assert logits.std() == pytest.approx(0.1, rel=0.05)

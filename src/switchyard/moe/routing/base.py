@@ -14,7 +14,7 @@ from switchyard.config import MoEConfig
 from switchyard.config.router_options import RouterChoice, RouterOptions, typed
 from switchyard.distributed.mesh import Mesh
 from switchyard.errors import UserError, shortened
-from switchyard.nn.initializers import normal
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.masks import keep_where
 from switchyard.nn.noise import NoiseSlices
 from switchyard.trust import import_class, is_own
@@ -83,7 +83,7 @@ class RouterSetting:
 
     moe: MoEConfig
     width: int
-    random: np.random.Generator
+    random: InitialWeights
     slices: NoiseSlices
     vocab_size: int | None = None
     has_tasks: bool = False
@@ -127,7 +127,7 @@ def find_router(name: str) -> type:
 
 
 def create_router(
-    config, random: np.random.Generator, slices=None, vocab_size: int | None = None, has_tasks: bool = False
+    config, random: InitialWeights, slices=None, vocab_size: int | None = None, has_tasks: bool = False
 ) -> nn.Cell:
     """The router that `moe.router` names; a network with a vocabulary has sequences of model.seq_length.
 
@@ -408,10 +408,10 @@ class ReplicaGroups(Router):
         return beside(context, state, replay)
 
 
-def router_weight(width: int, experts: int, random: np.random.Generator) -> Parameter:
+def router_weight(width: int, experts: int, random: InitialWeights, name: str = "weight") -> Parameter:
     """The gate's matrix [D, E], small so that no expert starts ahead (arXiv 2101.03961, section 2.4: scale 0.1)."""
     scale = 0.1 / np.sqrt(width)
-    return Parameter(normal(random, scale, (width, experts)), name="weight")
+    return random.normal(scale, (width, experts), name)
 
 
 def to_float32(tokens: Tensor) -> Tensor:

@@ -32,8 +32,7 @@ class Cosine(NormalisedRouter):
     def __init__(self, setting: RouterSetting):
         width = max(2, setting.moe.expert_num // 2)
         super().__init__(setting, width)
-        embeddings = setting.random.normal(0.0, 1.0, (width, self.expert_num)).astype(np.float32)
-        self.embeddings = Parameter(Tensor(embeddings), name="embeddings")
+        self.embeddings = setting.random.normal(1.0, (width, self.expert_num), "embeddings")
         scale = np.array([math.log(1.0 / FIRST_TEMPERATURE)], np.float32)
         self.scale = Parameter(Tensor(scale), name="scale")
         self.inner = ops.MatMul()

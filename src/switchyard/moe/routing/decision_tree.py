@@ -56,8 +56,7 @@ class DecisionTree(Router):
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
         nodes = max(self.expert_num - 1, 1)
-        weight = setting.random.normal(0.0, setting.width**-0.5, (nodes, setting.width)).astype(np.float32)
-        self.weight = Parameter(Tensor(weight), name="weight")  # [E - 1, D]
+        self.weight = setting.random.normal(setting.width**-0.5, (nodes, setting.width), "weight")  # [E - 1, D]
         self.bias = Parameter(Tensor(np.zeros((nodes,), np.float32)), name="bias")
         self.depth = decisions(self.expert_num)
         self.product, self.sigmoid = ops.MatMul(transpose_b=True), ops.Sigmoid()

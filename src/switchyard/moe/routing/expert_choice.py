@@ -139,7 +139,7 @@ class MixtureOfDepths(LinearRouter):
         self.share, self.length = setting.moe.capacity_factor, setting.length
 
         def weight(name: str, *shape: int) -> Parameter:
-            return Parameter(Tensor(random.normal(0.0, shape[0] ** -0.5, shape).astype(np.float32)), name=name)
+            return random.normal(shape[0] ** -0.5, shape, name)
 
         self.hidden, self.out = weight("hidden", width, hidden), weight("out", hidden, 1)  # [D, H], [H, 1]
         self.bias = Parameter(Tensor(np.zeros((1,), np.float32)), name="bias")

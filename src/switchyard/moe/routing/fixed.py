@@ -16,6 +16,7 @@ from mindspore import dtype as mstype
 from switchyard.config.router_options import HashOptions, OneCell, RandomInGroupOptions, RandomOptions, TaskOptions
 from switchyard.distributed.mesh import Mesh, first
 from switchyard.moe.routing.base import Router, RouterSetting, register, replay_choices, to_float32
+from switchyard.nn.initializers import InitialWeights
 
 
 def constant(values: np.ndarray, name: str) -> Parameter:
@@ -23,7 +24,7 @@ def constant(values: np.ndarray, name: str) -> Parameter:
     return Parameter(Tensor(values), name=name, requires_grad=False)
 
 
-def balanced_table(size: int, experts: int, random: np.random.Generator) -> np.ndarray:
+def balanced_table(size: int, experts: int, random: InitialWeights) -> np.ndarray:
     """An expert for each of `size` ids, every expert as often as any other (one more at most): [size] int32."""
     return (random.permutation(size) % experts).astype(np.int32)
 
@@ -181,8 +182,8 @@ class HyperplaneHash(FixedRouter):
     def __init__(self, setting: RouterSetting):
         super().__init__(setting)
         bits = self.expert_num.bit_length() - 1  # log2 E
-        planes = setting.random.normal(0.0, 1.0, (setting.width, max(bits, 1))).astype(np.float32)
-        self.planes = constant(planes, "planes")  # [D, B]
+        shape = (setting.width, max(bits, 1))  # [D, B]
+        self.planes = setting.random.normal(1.0, shape, "planes", requires_grad=False)
         self.place = Tensor(2 ** np.arange(max(bits, 1)) % self.expert_num, mstype.int32)  # one expert: always 0
         self.product = ops.MatMul()
 

@@ -4,7 +4,7 @@ Legend: G groups, N rows of a group, E experts, K choices of a row, D width, T t
 """
 
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from switchyard.config.router_options import MultiGateOptions
@@ -30,8 +30,7 @@ class MultiGate(Router):
         super().__init__(setting)
         self.task_num, width = setting.options.task_num, setting.width
         shape = (width, self.task_num * self.expert_num)
-        weight = setting.random.normal(0.0, 0.1 / np.sqrt(width), shape).astype(np.float32)
-        self.weight = Parameter(Tensor(weight), name="weight")  # [D, T * E], the gates side by side
+        self.weight = setting.random.normal(0.1 / np.sqrt(width), shape, "weight")  # [D, T * E], the gates side by side
         self.normalise = setting.options.norm_topk_prob and self.choices > 1
         self.product, self.softmax, self.one_hot = ops.MatMul(), ops.Softmax(-1), ops.OneHot()
         self.choose = Choosing(self.expert_num, self.choices)

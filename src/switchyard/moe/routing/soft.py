@@ -103,8 +103,7 @@ class Soft(Router):
         super().__init__(setting)
         self.slots, width = setting.options.slots_per_expert, setting.width
         shape = (width, self.expert_num * self.slots)
-        weight = setting.random.normal(0.0, 1.0 / np.sqrt(width), shape).astype(np.float32)
-        self.weight = Parameter(Tensor(weight), name="weight")  # Phi [D, E * S]
+        self.weight = setting.random.normal(width**-0.5, shape, "weight")  # Phi [D, E * S]
         self.scale = Parameter(Tensor(np.ones((1,), np.float32)), name="scale")
         self.product, self.over_rows, self.over_slots = ops.MatMul(), ops.Softmax(1), ops.Softmax(-1)
         self.normalise = Normalise()

@@ -4,7 +4,7 @@ Legend: G groups that route for themselves, N rows of a group, E experts, K choi
 experts.
 """
 
-from mindspore import Parameter, Tensor, ops
+from mindspore import Tensor, ops
 
 from switchyard.config.router_options import TwoLevelOptions
 from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register, router_weight, shares
@@ -30,8 +30,7 @@ class TwoLevel(LinearRouter):
         super().__init__(setting)
         options = setting.options
         self.groups, self.size = options.n_group, self.expert_num // options.n_group
-        primary = router_weight(setting.width, self.groups, setting.random)
-        self.group_weight = Parameter(primary.value(), name="group_weight")
+        self.group_weight = router_weight(setting.width, self.groups, setting.random, "group_weight")
         self.normalise = options.norm_topk_prob and self.choices > 1
         self.softmax = ops.Softmax(-1)
         self.limit = GroupLimit(options)
