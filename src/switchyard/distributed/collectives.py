@@ -213,15 +213,3 @@ def shards_of(parameters, expert_parallel: int) -> tuple[bool, ...]:
 def is_expert(name: str, shape: tuple[int, ...]) -> bool:
     """Returns whether a parameter, or its moment, has an axis of experts."""
     return EXPERT in placement(name, tuple(shape), Processes().degrees)
-
-
-def full_arrays(parameters: dict, processes: Processes) -> dict:
-    """Returns full arrays of this process's shards, on every process: parameters or moments by name -> full NumPy arrays."""
-    arrays, degrees = {}, processes.degrees
-    for name, parameter in parameters.items():
-        array = parameter.asnumpy()
-        if degrees.expert_parallel > 1 and is_expert(name, array.shape):
-            parts = processes.gather(array)  # [W, e, ...]
-            array = parts[: degrees.expert_parallel].reshape(-1, *array.shape[1:])  # the first set of experts
-        arrays[name] = array
-    return arrays
