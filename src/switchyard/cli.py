@@ -21,10 +21,10 @@ EXIT_PIPE = 141  # nobody reads stdout any more: what a shell reports for SIGPIP
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit code 2, as all errors of the command lines."""
+    """Parses arguments; an error is one line and exit code 2, as all errors of the command lines."""
 
     def error(self, message: str) -> NoReturn:
-        """A bad command line as a UserError, so that it is one line like any other mistake."""
+        """Raises UserError for a bad command line, so that it is one line like any other mistake."""
         raise UserError(f"{shortened(message, 300)}; see {self.prog} --help")
 
     def parse_known_args(self, args=None, namespace=None):
@@ -33,12 +33,12 @@ class Parser(argparse.ArgumentParser):
             if argument == "--":
                 break
             if argument.startswith("-") and argument.endswith("=--"):
-                self.error(f"argument {argument[:-3]}: '--' is no value")
+                self.error(f"argument {argument[:-3]}: '--' is not a value")
         return super().parse_known_args(args, namespace)
 
 
 def whole(text: str) -> int:
-    """The type of an argument that is an integer, as large as MindSpore and NumPy take it (ArgumentTypeError)."""
+    """Parses an integer argument within the range of MindSpore and NumPy (ArgumentTypeError)."""
     try:
         number = int(text)
     except ValueError:
@@ -49,7 +49,7 @@ def whole(text: str) -> int:
 
 
 def finite(text: str) -> float:
-    """The type of an argument that is a number, neither infinite nor NaN (ArgumentTypeError)."""
+    """Parses a number that is neither infinite nor NaN (ArgumentTypeError)."""
     try:
         number = float(text)
     except ValueError:
@@ -60,7 +60,7 @@ def finite(text: str) -> float:
 
 
 def create_parser(prog: str, description: str) -> Parser:
-    """A parser of `prog` that takes `section.key=value` overrides anywhere."""
+    """Returns a parser of `prog` that takes `section.key=value` overrides anywhere."""
     parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "overrides",
@@ -82,7 +82,7 @@ def add_trust_code(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def cleans_up() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that its temporary files are removed at once.
+    """Handles SIGTERM and SIGHUP as Ctrl-C, so that temporary files are removed at once.
 
     A signal that is ignored, as nohup does with SIGHUP, stays ignored. Not for commands with handlers of their own.
     """
@@ -105,7 +105,7 @@ def cleans_up() -> Iterator[None]:
 
 def say_moved(old: str, new: str) -> None:
     """Prints, on stderr, that a command has a new name."""
-    print(f"python -m {old} is now python -m {new}; the old name goes with the next release", file=sys.stderr)
+    print(f"python -m {old} is now python -m {new}; the next release removes the old name", file=sys.stderr)
 
 
 def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
@@ -122,7 +122,7 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = N
 
 
 def _outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
-    """The exit code of a call; what went wrong is said in one line."""
+    """Calls a function and returns the exit code; an error is printed in one line."""
     try:
         return main(arguments) or EXIT_OK
     except UserError as error:
@@ -132,7 +132,7 @@ def _outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> i
     except KeyboardInterrupt:
         return _say("interrupted: there was nothing to save", EXIT_KILLED)
     except MemoryError as error:
-        reason = shortened(str(error), 160) or "the system gives no more"
+        reason = shortened(str(error), 160) or "the system cannot allocate more"
         return _say(f"error: memory: {reason}; lower data.batch_size or the sizes of the model", EXIT_USER_ERROR)
     except UnicodeEncodeError as error:  # a file name: streams have escapes
         text = shortened(ascii(error.object[error.start : error.end]))
@@ -168,11 +168,13 @@ def announce(config: configuration.Config, overrides: Sequence[str]) -> None:
 
 
 def train_main(arguments: list[str]) -> None:
-    """`train.py`: see its --help."""
+    """Runs `train.py`; see its --help."""
     parser = create_parser("train.py", "Trains a model and keeps metrics and checkpoints in runs/NAME.")
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see config/")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run train.name")
-    parser.add_argument("--print-config", action="store_true", help="show every key and its value, and end")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint of the run train.name"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print every key and its value, then exit")
     chosen = parser.parse_intermixed_args(arguments)
     config = configuration.load(chosen.config, chosen.overrides)
     if chosen.print_config:
@@ -187,11 +189,11 @@ def train_main(arguments: list[str]) -> None:
 
 
 def eval_main(arguments: list[str]) -> None:
-    """`eval.py`: see its --help."""
+    """Runs `eval.py`; see its --help."""
     parser = create_parser(
         "eval.py",
-        "Evaluates a checkpoint over its run's validation set. A text that data.path=... names is scored whole, with\n"
-        "the checkpoint's own tokenizer; with data.val_fraction=... as well, its validation part.",
+        "Evaluates a checkpoint over its run's validation set. If data.path=... is given, evaluates that text in\n"
+        "full with the tokenizer of the checkpoint; if data.val_fraction=... is given too, only its validation part.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or one checkpoint in it")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
@@ -216,7 +218,7 @@ def eval_main(arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def stdout_to_stderr() -> Iterator:
-    """Everything that is printed meanwhile, by C++ too, goes to stderr; yields a file that is the real stdout."""
+    """Redirects everything printed meanwhile, by C++ too, to stderr; yields a file that is the real stdout."""
     sys.stdout.flush()
     file = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="surrogateescape")  # bytes come out as they came in
     out = streams.Stream(file, streams.STDOUT)

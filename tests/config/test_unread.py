@@ -209,11 +209,11 @@ def test_a_run_reads_every_key_that_the_tables_do_not_name(network, tmp_path, mo
     [
         (
             ["moe.router=top_k", "moe.n_group=4", "moe.topk_group=2"],
-            "moe.n_group: 4; moe.router 'top_k' does not read it: take one of sigmoid, two_level, random_in_group, or",
+            "moe.n_group: 4; moe.router 'top_k' does not read it: use one of sigmoid, two_level, random_in_group, or",
         ),
-        (["moe.slots_per_expert=2"], "moe.slots_per_expert: 2; moe.router 'switch' does not read it: take one of soft"),
-        (["moe.router=hash", "moe.jitter=0.1"], "moe.jitter: 0.1; moe.router 'hash' does not read it: take none of"),
-        (["moe.second_expert=all", "moe.slice_length=4"], "moe.slice_length: 4; moe.granularity 'slice' reads it"),
+        (["moe.slots_per_expert=2"], "moe.slots_per_expert: 2; moe.router 'switch' does not read it: use one of soft"),
+        (["moe.router=hash", "moe.jitter=0.1"], "moe.jitter: 0.1; moe.router 'hash' does not read it: use none of"),
+        (["moe.second_expert=all", "moe.slice_length=4"], "moe.slice_length: 4; only moe.granularity 'slice' reads it"),
         (["moe.expert_num=1", "moe.record=a"], "moe.record: 'a'; no layer is conditional"),
         (["moe.layers=[]", "moe.replay=a"], "moe.replay: 'a'; no layer is conditional"),
         (
@@ -222,7 +222,7 @@ def test_a_run_reads_every_key_that_the_tables_do_not_name(network, tmp_path, mo
         ),
         (
             ["moe.router=gshard", "moe.num_experts_chosen=2", "moe.second_expert_threshold=0.5"],
-            "moe.second_expert_threshold: 0.5; moe.second_expert 'threshold' reads it",
+            "moe.second_expert_threshold: 0.5; only moe.second_expert 'threshold' reads it",
         ),
     ],
 )
@@ -258,13 +258,19 @@ def test_what_is_read_or_holds_anyway_is_neither_refused_nor_told(overrides):
             ["vision.classes=3", "cascade.threshold=0.5"],
             "vision.classes 3, cascade.threshold 0.5 (model.type",
         ),
-        (["model.position=learned", "model.theta=5"], "model.theta 5.0 (model.position 'rotary' reads it)"),
+        (["model.position=learned", "model.theta=5"], "model.theta 5.0 (only model.position 'rotary' reads it)"),
         (["schedule.type=constant", "schedule.lr_end=0"], "schedule.lr_end 0.0 (schedule.type 'constant'"),
-        (["train.init_loss_scale=8"], "train.init_loss_scale 8.0 (model.compute_dtype 'float16' reads it)"),
-        (["parallel.comm_fusion={allreduce: auto}"], "parallel.comm_fusion {'allreduce': 'auto'} (the degrees of"),
-        (["context.fused_operators=false"], "context.fused_operators False (Ascend reads it)"),
-        (["model.type=vision", "model.num_heads=2"], "model.num_heads 2 (not of model.type 'vision')"),
-        (["model.type=cascade", "moe.expert_num=1", "model.norm=layernorm"], "model.norm layernorm (not of model.type"),
+        (["train.init_loss_scale=8"], "train.init_loss_scale 8.0 (only model.compute_dtype 'float16' reads it)"),
+        (
+            ["parallel.comm_fusion={allreduce: auto}"],
+            "parallel.comm_fusion {'allreduce': 'auto'} (the job runs on one device",
+        ),
+        (["context.fused_operators=false"], "context.fused_operators False (only Ascend reads it)"),
+        (["model.type=vision", "model.num_heads=2"], "model.num_heads 2 (model.type 'vision' does not use it)"),
+        (
+            ["model.type=cascade", "moe.expert_num=1", "model.norm=layernorm"],
+            "model.norm layernorm (model.type 'cascade'",
+        ),
     ],
 )
 def test_what_a_shared_file_may_carry_is_told_in_one_line(overrides, told):
@@ -275,7 +281,7 @@ def test_what_a_shared_file_may_carry_is_told_in_one_line(overrides, told):
 def test_an_override_that_another_replaces_is_told():
     overrides = ["train.steps=5", "train.seed=3", "train.steps=7", "train.seed=3"]
     assert notes(build({}, overrides), overrides, "CPU") == [
-        "note: override train.steps is given 2 times; the last counts: 7"
+        "note: override train.steps is given 2 times; the last value is used: 7"
     ]
 
 

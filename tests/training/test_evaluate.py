@@ -84,7 +84,7 @@ def test_a_text_that_is_given_is_scored_whole_with_the_checkpoint_s_tokenizer(tm
     found = evaluate(run, [f"data.path={tmp_path / 'other.txt'}"], say=said.append)
     again = evaluate(run, [f"data.path={tmp_path / 'other.txt'}", "data.batch_size=7"], say=said.append)
     assert found.tokens == again.tokens == 199 and found.loss == pytest.approx(again.loss, abs=1e-5)
-    assert any("other.txt': 200 bytes, scored whole; the checkpoint's vocabulary" in line for line in said)
+    assert any("other.txt': 200 bytes, evaluated in full; the checkpoint's vocabulary" in line for line in said)
     assert found.tokens != data.validation_tokens
     (tmp_path / "other.txt").write_text(TEXT[:200] + "é", encoding="utf-8")
     with pytest.raises(UserError, match=r"character 'é' \(U\+00E9\) at position 200 is not in the vocabulary"):

@@ -112,7 +112,7 @@ def test_another_container_of_this_machine_is_asked_by_its_open_file(tmp_path):
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"pid": null}', "\x00\x01"])
 def test_a_file_that_is_no_lock_is_named(text, tmp_path):
     (tmp_path / LOCK).write_text(text)
-    refused = pytest.raises(UserError, match=rf"^'{tmp_path}/\.lock': no lock of a training; remove it")
+    refused = pytest.raises(UserError, match=rf"^'{tmp_path}/\.lock': is not the lock of a training; remove it")
     with refused as caught, locked(tmp_path, "a"):
         pass
     assert "\n" not in str(caught.value)

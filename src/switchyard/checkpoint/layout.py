@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 
 
 def held(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> Box | None:
-    """The part of a tensor that a rank holds.
+    """Returns the part of a tensor that a rank holds.
 
     Args:
         name: of a parameter or of an optimizer's tensor.
@@ -40,12 +40,12 @@ def held(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> B
 
 
 def updates(name: str, degrees: Degrees, rank: int, layers: int) -> bool:
-    """Whether a rank's stage updates a tensor, arguments as in `held`. Counters are of all stages."""
+    """Returns whether the stage of a rank updates a tensor; arguments as in `held`. All stages update counters."""
     return "." not in name or degrees.coordinates(rank).stage == _stages(name, layers, degrees)[0]
 
 
 def writes(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> bool:
-    """Whether a rank is the first of those that hold its slice; arguments as in `held`."""
+    """Returns whether a rank is the first of the ranks that hold its shard; arguments as in `held`."""
     if degrees.coordinates(rank).stage != _stages(name, layers, degrees)[0]:
         return False
     cut = placement(name, shape, degrees)
@@ -53,22 +53,22 @@ def writes(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) ->
 
 
 def whole_shape(name: str, shape: Shape, degrees: Degrees) -> Shape:
-    """The shape of the whole tensor of which a rank holds a slice of `shape`.
+    """Returns the full shape of a tensor of which a rank holds a shard of `shape`.
 
     Raises:
         UserError: with ZeRO, where it cannot be told from the slice.
     """
     if degrees.optimizer_shard and shape:
         raise UserError(
-            f"parallel.optimizer_shard: {degrees.optimizer_shard}; the whole shape of '{name}' must be said: ZeRO cuts "
-            "an axis only where it divides"
+            f"parallel.optimizer_shard: {degrees.optimizer_shard}; the full shape of '{name}' is needed: ZeRO shards "
+            "an axis only where the degree divides it"
         )
     cut = placement(name, shape, Degrees())
     return tuple(size * slices(axis, degrees) for size, axis in zip(shape, cut))
 
 
 def keep_groups(old: Config, new: Config) -> Config:
-    """`new`, with as many routing groups as `old` where it names no number itself and its degrees allow it.
+    """Returns `new` with the routing groups of `old`, if `new` gives no number and its degrees allow it.
 
     Each group has a capacity of its own, so with other groups other tokens are dropped.
     """

@@ -82,12 +82,12 @@ def split_by_hash(documents: Sequence["Document"], fraction: float) -> Split:
 
 
 def hash_fraction(name: str) -> float:
-    """A number in [0, 1) drawn from the sha256 of the name: the same on every machine."""
+    """Returns a number in [0, 1) drawn from the sha256 of the name: the same on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
 
 
 def _boundary(raw: bytes, cut: int) -> int:
-    """The nearest place at or before `cut` where a UTF-8 character begins."""
+    """Returns the nearest position at or before `cut` where a UTF-8 character begins."""
     cut = max(cut, 0)
     while 0 < cut < len(raw) and raw[cut] & 0xC0 == 0x80:
         cut -= 1

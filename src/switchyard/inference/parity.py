@@ -32,7 +32,7 @@ BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
 
 @dataclass(frozen=True)
 class Windows:
-    """One batch of windows and what the training graph makes of it.
+    """Holds one batch of windows and the results of the training graph on it.
 
     Attributes:
         tokens: [B, S] int32.
@@ -49,7 +49,9 @@ class Windows:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the exported files must compute: batches of windows, and (layer, expert, graph) that no window reached."""
+    """Holds what the exported files must compute: batches of windows, and (layer, expert, graph) that no window
+    reached.
+    """
 
     batches: tuple[Windows, ...]
     not_reached: tuple[tuple[int, int, str], ...]
@@ -119,7 +121,7 @@ def compare(model: ExportedModel, expected: Reference, dtype: str) -> Parity:
 
 
 def _exported(model: ExportedModel, windows: Windows) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(graph, its logits [B, V], those of the training graph [B, V]) of each compared place."""
+    """Yields (graph, its logits [B, V], those of the training graph [B, V]) of each compared position."""
     rows = np.arange(len(windows.tokens))
     prompts = [row[:length] for row, length in zip(windows.tokens, windows.lengths)]
     logits, keys, values = model.prefill(prompts)
@@ -147,7 +149,7 @@ def _windows(validation: EvalBatches, max_length: int, vocab_size: int) -> Itera
 
 
 def _run(decoder: nn.Cell, tokens: np.ndarray, random: np.random.Generator) -> Windows:
-    """The training graph on windows [B, S], each cut at a random place."""
+    """Runs the training graph on windows [B, S], each split at a random position."""
     batch, size = tokens.shape
     steps = min(STEPS, size - 1)
     lengths = random.integers(1, size - steps + 1, batch)

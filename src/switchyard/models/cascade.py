@@ -42,7 +42,7 @@ class Stage(nn.Cell):
 
     @property
     def flops(self) -> int:
-        """Of one sample: two for a multiply-add; convolutions and exit."""
+        """Returns the FLOPs of one sample: two for a multiply-add; convolutions and exit."""
         hidden = WIDER * self.channels
         place = self.matrices * 9 * self.before * hidden + hidden * self.channels
         return 2 * (self.side**2 * place + self.exit.size * self.classes)
@@ -85,7 +85,7 @@ class Cascade(nn.Cell):
         return chosen, (), {}
 
     def all_exits(self, images: Tensor) -> tuple:
-        """The logits of every exit, X x [B, V]."""
+        """Returns the logits of every exit, X x [B, V]."""
         maps, found = self.turn(images, (0, 2, 3, 1)), ()  # [B, H, W, C]
         for stage in self.stages:
             maps, logits = stage(maps)
@@ -94,7 +94,7 @@ class Cascade(nn.Cell):
 
 
 class EarlyExit:
-    """Evaluation of a cascade where a stage works on the samples that are still there, and on nothing else.
+    """Evaluates a cascade where each stage computes only the samples that have not left yet.
 
     Each stage is a graph of its own that takes any number of samples; the host looks at its exit and sends on the
     rest. A stage that nobody reaches does not run.
@@ -131,7 +131,7 @@ class EarlyExit:
 
 @dataclass(frozen=True)
 class Point:
-    """A cascade at one threshold.
+    """Holds the results of a cascade at one threshold.
 
     accuracy: share of right answers. mean_flops: of a sample. exits: share of the samples that leaves at each.
     """
@@ -148,7 +148,7 @@ def flops_to(stages) -> np.ndarray:
 
 
 def curve(logits: np.ndarray, labels: np.ndarray, flops: np.ndarray, thresholds) -> list[Point]:
-    """Accuracy against mean FLOPs by threshold.
+    """Computes accuracy against mean FLOPs by threshold.
 
     Args:
         logits: of all exits on a set of samples, [X, B, V].
@@ -170,6 +170,6 @@ def curve(logits: np.ndarray, labels: np.ndarray, flops: np.ndarray, thresholds)
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis."""
+    """Returns the softmax over the last axis."""
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)

@@ -24,7 +24,7 @@ ABSENT = -1e9  # logit of a class that a task does not have
 
 
 class Summary(nn.Cell):
-    """A map as one vector: means over grid x grid squares, times a matrix: [M, h, w, c] -> [M, out].
+    """Summarises a map as one vector: means over grid x grid squares, times a matrix: [M, h, w, c] -> [M, out].
 
     Args:
         shape: (h, w, c).
@@ -49,7 +49,7 @@ class Summary(nn.Cell):
 
 
 class ConvolutionLayer(nn.Cell):
-    """A layer at one depth: maps [B, H, W, C] -> [B, H, W, D], dense or conditional.
+    """Applies a layer at one depth: maps [B, H, W, C] -> [B, H, W, D], dense or conditional.
 
     Layer 0 stands at the input and makes D channels of the image's; the others are residual: x + layer(norm(x)).
 
@@ -102,7 +102,7 @@ class ConvolutionLayer(nn.Cell):
         return out, losses, audit
 
     def route(self, x: Tensor, tasks: Tensor, valid: Tensor, noise: Tensor, groups: int):
-        """The conditional layer on the rows of the maps: -> (maps [B, H, W, D], losses, Audit)."""
+        """Applies the conditional layer to the rows of the maps: -> (maps [B, H, W, D], losses, Audit)."""
         high, wide, _ = self.shape
         rows = self.fold(x)  # [N, h, w, c]
         view = self.view(rows)  # [N, D]
@@ -174,7 +174,7 @@ class Vision(nn.Cell):
 
 
 def class_offsets(task_classes: tuple[int, ...]) -> np.ndarray:
-    """What is added to the logits so that a task has only its own classes: [T * V] float32."""
+    """Returns the offsets that are added to the logits so that a task has only its own classes: [T * V] float32."""
     most = max(task_classes)
     offsets = [[0.0] * classes + [ABSENT] * (most - classes) for classes in task_classes]
     return np.array(offsets, np.float32).reshape(-1)

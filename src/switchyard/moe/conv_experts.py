@@ -17,7 +17,8 @@ SIDE = 3  # of a convolution's window
 
 
 def neighbours(height: int, width: int) -> np.ndarray:
-    """The places under a 3 x 3 window around each place, reading order: [P, 9] int64; P, which is none, outside."""
+    """Returns the positions under a 3 x 3 window around each position, in reading order: [P, 9] int64; P means
+    outside."""
     found = np.full((height, width, SIDE * SIDE), height * width)
     rows, columns = np.mgrid[:height, :width]
     for tap in range(SIDE * SIDE):
@@ -28,7 +29,7 @@ def neighbours(height: int, width: int) -> np.ndarray:
 
 
 class Windows(nn.Cell):
-    """The 3 x 3 window around each place, zeros outside the map: [M, P, c] -> [M, P, 9 c].
+    """Gathers the 3 x 3 window around each position, with zeros outside the map: [M, P, c] -> [M, P, 9 c].
 
     A gather of whole channel vectors, whose gradient is a gather too. Conv2D with E groups is the plain twin of a
     convolution made of it; forward and backward on two busy CPU cores, 8 experts, 64 maps each, 8 x 8 x 16 to 32:
@@ -59,7 +60,7 @@ class Windows(nn.Cell):
 
 
 class ConvolutionExperts(nn.Cell):
-    """E networks of a 3 x 3 and a 1 x 1 convolution with an activation between: [E, S, P * c] -> [E, S, P * o].
+    """Applies E networks of a 3 x 3 and a 1 x 1 convolution with an activation between: [E, S, P * c] -> [E, S, P * o].
 
     One grouped convolution: all experts' windows are one matrix product over E (see Windows for why not Conv2D).
 
@@ -94,17 +95,17 @@ class ConvolutionExperts(nn.Cell):
         return self.fold(self.network.merged(self.unfold(rows), gates), rows)
 
     def unfold(self, rows: Tensor) -> Tensor:
-        """[X, S, P * c] -> [X, S * P, 9 c]."""
+        """Unfolds rows into windows: [X, S, P * c] -> [X, S * P, 9 c]."""
         maps = rows.reshape(-1, self.places, self.channels)  # [X * S, P, c]
         return self.windows(maps).reshape(rows.shape[0], -1, SIDE * SIDE * self.channels)
 
     def fold(self, places: Tensor, rows: Tensor) -> Tensor:
-        """[X, S * P, o] -> [X, S, P * o]."""
+        """Folds positions back into rows: [X, S * P, o] -> [X, S, P * o]."""
         return places.reshape(rows.shape[0], -1, self.places * self.out)
 
 
 class SliceExperts(nn.Cell):
-    """E feed-forward networks over windows of tokens, each token by itself: [E, S, length * D] -> the same.
+    """Applies E feed-forward networks to windows of tokens, each token by itself: [E, S, length * D] -> the same shape.
 
     Args:
         network: FeedForwardExperts of width D.
@@ -128,5 +129,5 @@ class SliceExperts(nn.Cell):
         return self.network.merged(self.unfold(rows), gates).reshape(rows.shape)
 
     def unfold(self, rows: Tensor) -> Tensor:
-        """[X, S, length * D] -> [X, S * length, D]."""
+        """Unfolds windows into tokens: [X, S, length * D] -> [X, S * length, D]."""
         return rows.reshape(rows.shape[0], -1, rows.shape[2] // self.length)

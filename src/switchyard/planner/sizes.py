@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 
 
 def parameters(config: Config, vocab: int, stage: int = 0) -> dict[str, Shape]:
-    """Name -> whole shape of every parameter of the decoder, of a pipeline of those of a stage."""
+    """Returns name -> full shape of every parameter of the decoder; for a pipeline, of one stage."""
     degrees, layers = Degrees.of(config.parallel), config.model.num_layers
     found = _all_parameters(config, vocab)
     return {name: shape for name, shape in found.items() if stage in stages_of(name, layers, degrees)[:1]}

@@ -13,7 +13,7 @@ HEADINGS = ("Key", "Values", "Default", "Meaning")
 
 
 class Row(NamedTuple):
-    """One key: its dotted name, what it may be, what it is when not given, and what it means."""
+    """Describes one key: its dotted name, its type, its default, and its meaning."""
 
     key: str
     values: str
@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
-    """Every key of every section, in the order of `Config`."""
+    """Yields every key of every section, in the order of `Config`."""
     schema = Config.model_json_schema()
     for section, outer in Config.model_fields.items():
         properties = schema["$defs"][outer.annotation.__name__]["properties"]
@@ -32,7 +32,7 @@ def rows() -> Iterator[Row]:
 
 
 def table(headings: tuple[str, ...] = HEADINGS, meanings: dict[str, str] | None = None) -> str:
-    """The Markdown table; `meanings` replaces descriptions by key (with its backticks)."""
+    """Returns the Markdown table; `meanings` replaces descriptions by key (with its backticks)."""
     meanings = meanings or {}
     lines = [_line(headings), _line(["---"] * len(headings))]
     lines += [_line([*row[:3], meanings.get(row.key, row.meaning)]) for row in rows()]
@@ -44,7 +44,7 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 
 
 def _values(schema: dict[str, Any]) -> str:
-    """A JSON schema in words."""
+    """Describes a JSON schema in words."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_values(part) for part in schema["anyOf"]))
     if "enum" in schema:
@@ -65,7 +65,7 @@ def _number(value: float) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """The command line."""
+    """Runs the command line."""
     Parser(prog="python -m switchyard.report.parameters", description="Prints the table.").parse_args(arguments)
     print(table())
 

@@ -61,7 +61,7 @@ def _fork(folder: Path, job: dict, rank: int) -> int:
 
 
 def training_step(config, vocab: int) -> tuple:
-    """What is compiled if the job names nothing else: (the training step, its inputs on one device)."""
+    """Returns (the training step, its inputs on one device), which is compiled if the job names nothing else."""
     from mindspore.nn.utils import no_init_parameters
 
     from switchyard.training.parallel_step import SPEED_UP, batch_slices, parallel_step, speed_up_file

@@ -36,14 +36,14 @@ from switchyard.simulation.interpreter import EXCHANGES, Arrays, ClusterError, N
 from switchyard.simulation.verdict import TOLERANCE, Comparison, Judge
 from switchyard.trust import check_trusted
 
-DRAWS = 3  # of batches, where choices of experts fell otherwise
+DRAWS = 3  # of batches, where expert choices differ
 RATE, UNSCALE = "learning_rate", "unscale"  # parameters of the graph that the host sets
 TALLY = 6  # figures of a conditional layer before its loads, see moe.MoELayer.tally
 
 
 def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, draw: int = 0) -> Arrays:
-    """Random batches of all devices together, from train.seed + draw: [steps, A, B, S] each of A micro-batches, a part
-    of them padding.
+    """Draws random batches of all devices together, from train.seed + draw: [steps, A, B, S] each, A micro-batches, a
+    part of them padding.
 
     `rates` [steps] are the peak learning rate; `noise` [steps, A, max(J, 1), N, D] of U(0, 1).
     """
@@ -71,13 +71,13 @@ def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float 
         )
         if done.returncode:
             lines = [line for line in done.stdout.splitlines() if line.strip()]
-            raise UserError(f"the reference on one device failed: {lines[-1] if lines else 'it printed nothing'}")
+            raise UserError(f"the single-device baseline failed: {lines[-1] if lines else 'it printed nothing'}")
         with np.load(folder / RESULT) as found:
             return dict(found)
 
 
 def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: Degrees, rank: int) -> np.ndarray:
-    """The slice of a parameter that a rank holds, cut further along axis 0 where ZeRO does.
+    """Returns the shard of a parameter that a rank holds, sharded further along axis 0 where ZeRO does.
 
     Raises:
         ClusterError: the compiler's local shape is another one than `placement` says.
@@ -93,8 +93,9 @@ def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: Degre
 
 
 def batch_of(batches: Arrays, step: int, degrees: Degrees, rank: int, noisy: bool) -> list[np.ndarray]:
-    """What a rank reads at a step, its micro-batches one after the other: rows of tokens, labels, valid [A * B, S] and,
-    where the model reads it, of noise [A * N, J, D]."""
+    """Returns the inputs of a rank at a step, its micro-batches one after the other: rows of tokens, labels, valid [A *
+    B, S] and, where the model reads it, of noise [A * N, J, D].
+    """
     parts = [batches[name][step] for name in ("tokens", "labels", "valid")]  # [A, B, S]
     if noisy:
         parts.append(batches["noise"][step].transpose(0, 2, 1, 3))  # [A, N, J, D]
@@ -104,7 +105,7 @@ def batch_of(batches: Arrays, step: int, degrees: Degrees, rank: int, noisy: boo
 
 
 def shares_of(valid: np.ndarray) -> np.ndarray:
-    """The share of each micro-batch in a step's valid tokens [A, B, S]: [A]."""
+    """Returns the share of each micro-batch in a step's valid tokens [A, B, S]: [A]."""
     counts = valid.sum((1, 2))
     return counts / counts.sum()
 
@@ -151,7 +152,7 @@ def compare(
 
 
 def _inputs(config: Config, batches: Arrays, step: int, graphs: list, scale: float) -> tuple[list, np.ndarray]:
-    """(what each rank reads at a step, the shares of its micro-batches)."""
+    """Returns (the inputs of each rank at a step, the shares of its micro-batches)."""
     degrees, noisy = Degrees.of(config.parallel), batches["noise"].shape[-1] > 1
     shares = shares_of(batches["valid"][step])
     inputs = [batch_of(batches, step, degrees, rank, noisy) for rank in range(len(graphs))]
@@ -167,7 +168,7 @@ def states_of(reference: Arrays, steps: int) -> list[Arrays]:
 
 
 def _is_state(name: str) -> bool:
-    """Whether one device has it too: not what the host sets, nor sums of gradients."""
+    """Returns whether one device holds the parameter too: false for what the host sets and for sums of gradients."""
     return name not in (RATE, UNSCALE) and not name.startswith(ACCUMULATED)
 
 
@@ -178,7 +179,7 @@ def empty_sums(report: Report) -> Arrays:
 
 
 def _held_at_first(report: Report, before: Arrays, degrees: Degrees, rate: float, scale: float) -> Arrays:
-    """What a rank holds before a step: its slices of `before`, and what the host sets."""
+    """Returns the parameters of a rank before a step: its shards of `before`, and what the host sets."""
     names = report.parameters
     held = {
         name: held_by(name, _whole(before, name), shape, degrees, report.rank)
@@ -196,19 +197,20 @@ def _whole(arrays: Arrays, name: str) -> np.ndarray:
 
 
 def loss_of(outputs: Sequence[tuple], shares: Sequence[float] = (1.0,)) -> float:
-    """The cross-entropy in the outputs of the ranks: the second of each micro-batch's figures, which have these shares,
-    equal on all ranks that have it. Last comes the norm of the gradients."""
+    """Returns the cross-entropy of the ranks, the same on all of them: the second figure of each micro-batch, weighted
+    by `shares`. The last output is the norm of the gradients.
+    """
     found = []
     for *figures, _ in map(_flat, outputs):
         width = len(figures) // len(shares)
         found += [sum(share * figures[micro * width + 1] for micro, share in enumerate(shares))] if figures else []
     if not found or max(found) - min(found) > TOLERANCE:
-        raise ClusterError(f"loss: the ranks differ, {sorted(set(found))}")
+        raise ClusterError(f"loss: the ranks disagree, {sorted(set(found))}")
     return found[0]
 
 
 def norms_of(one: float, outputs: Sequence[tuple]) -> tuple[float, float]:
-    """(one device's norm of the gradients, that of the rank which is farthest from it)."""
+    """Returns (the norm of the gradients on one device, the norm of the rank that differs most)."""
     return one, max((_flat(out)[-1] for out in outputs), key=lambda norm: np.inf if np.isnan(norm) else abs(norm - one))
 
 
@@ -229,9 +231,11 @@ def _flat(value) -> list[float]:
 
 
 def prove(config: Config, devices: int, steps: int = 3, vocab: int | None = None) -> Comparison:
-    """Compiles, executes, trains on one device and compares (UserError as in `simulate.compile_step`)."""
+    """Compiles, executes, trains on one device and compares (UserError as in `compile.compile_step`)."""
     if config.model.compute_dtype != "float32":  # rounding would be larger than what the rule allows
-        raise UserError(f"model.compute_dtype: {config.model.compute_dtype}; a virtual cluster is compared in float32")
+        raise UserError(
+            f"model.compute_dtype: {config.model.compute_dtype}; the cluster emulation compares in float32, set float32"
+        )
     require_trainable(config)
     vocab = vocab or simulate.vocabulary(config)
     reports = simulate.compile_ranks(config, devices, range(devices), vocab)
@@ -250,7 +254,7 @@ def noise_slices(report: Report) -> int:
 
 
 def render(found: Comparison) -> str:
-    """Losses, the parameters that differ most, what is explained, what is different, and the verdict."""
+    """Renders losses, the parameters that differ most, what is explained, what is different, and the verdict."""
     steps = [[str(step), f"{one:.8f}", f"{cluster:.8f}"] for step, (one, cluster) in enumerate(found.losses, 1)]
     farthest = sorted(found.differences.items(), key=lambda item: -item[1][0])
     rows = []
@@ -258,8 +262,8 @@ def render(found: Comparison) -> str:
         gradient = f"{found.gradients[name]:.2e}" if name in found.gradients else ""
         rows.append([name, f"{far:.2e}", f"{moved:.2e}", gradient, _remark(found, name)])
     heads = ["parameter", "largest difference", "moved by", "of its gradient", ""]
-    count, strayed = sum(found.explained.values()), f"; {found.strayed} choices of experts fell otherwise"
-    explained = f"; {count} entries moved otherwise, explained by gradients near zero" if count else ""
+    count, strayed = sum(found.explained.values()), f"; {found.strayed} expert choices differ"
+    explained = f"; {count} entries differ, as gradients near zero explain" if count else ""
     return "\n".join(
         [
             *simulate.table(["step", "loss of one device", "of the cluster"], steps),
@@ -267,7 +271,7 @@ def render(found: Comparison) -> str:
             *simulate.table(heads, rows),
             "",
             *found.reasons,
-            f"{sum(found.met.values())} collectives a step over all ranks; largest difference of losses and "
+            f"{sum(found.met.values())} collectives per step over all ranks; largest difference of losses and "
             f"parameters {found.largest:.2e}, allowed {TOLERANCE:g}{explained}{strayed if found.strayed else ''}: "
             f"{'equal' if found.equal else 'DIFFERENT'}",
         ]
@@ -279,12 +283,12 @@ def _remark(found: Comparison, name: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m switchyard.simulation.emulate`: see its --help. Returns 1 where cluster and device differ."""
+    """Runs `python -m switchyard.simulation.emulate`; see its --help. Returns 1 where cluster and device differ."""
     parser = simulate.create_parser(
         "python -m switchyard.simulation.emulate",
         "Executes the compiled training steps of all ranks in numpy and compares them with one device.",
     )
-    parser.add_argument("--steps", type=cli.whole, default=3, metavar="N", help="training steps; 3 if not given")
+    parser.add_argument("--steps", type=cli.whole, default=3, metavar="N", help="training steps (default 3)")
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.steps < 1:
         raise UserError(f"--steps: {chosen.steps}; at least 1")
@@ -294,9 +298,9 @@ def main(arguments: list[str]) -> int:
         with cli.cleans_up():
             found = prove(config, chosen.devices, chosen.steps, chosen.vocab)
     except (NotExecutable, NotImplementedError) as error:
-        raise UserError(f"virtual cluster: {error}; nothing was compared, take another configuration") from None
+        raise UserError(f"cluster emulation: {error}; nothing was compared; use another configuration") from None
     except ClusterError as error:
-        print(f"virtual cluster: {error}: DIFFERENT")
+        print(f"cluster emulation: {error}: DIFFERENT")
         return 1
     print(render(found))
     return 0 if found.equal else 1

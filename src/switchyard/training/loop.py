@@ -95,7 +95,10 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
     changes = changed_keys(held.config, keep_groups(held.config, config)) if held else {}
     config = resumed(held.config, config) if held else config
     if held and (result := finished(run, config)):
-        print(f"run: '{run}' has made its {config.train.steps} steps; raise train.steps to go on", flush=True)
+        print(
+            f"Run '{run}' already finished its {config.train.steps} steps; increase train.steps to continue.",
+            flush=True,
+        )
         return result
     set_context(config.context, config.train.seed, config.model.compute_dtype)
     processes = meet(config)  # nothing was written before all have seen what is there
@@ -150,7 +153,7 @@ def choose_way(config: Config, count: int) -> tuple[Config, str | None]:
             print(lost, flush=True)
         return with_defaults(config, target), None
     if target != "CPU" and is_first():
-        print(f"parallel: processes exchange by hand, for {by_hand}", flush=True)
+        print(f"parallel: the step uses explicit collectives, because of {by_hand}", flush=True)
     return config, by_hand
 
 
@@ -257,7 +260,7 @@ class Trainer:
         capacity = config.moe.dispatch == "capacity" and config.moe.eval_capacity_factor is None
         if self.is_cut and self.evaluator and config.moe_layers and capacity:
             factor = evaluation_config(config).moe.capacity_factor
-            say(f"evaluation: experts drop rows beyond capacity factor {factor:g} here; eval.py, on one device, none")
+            say(f"evaluation: experts drop rows above capacity factor {factor:g} here; eval.py (one device) drops none")
         if config.context.mode == "graph" and self.done < config.train.steps:
             say(f"compiling the training step: takes about {expected_compile_seconds(config):.0f} s on two CPU cores")
 
@@ -279,7 +282,7 @@ class Trainer:
             self.forces = replay is not None
             self.compile_seconds = (self.compile_seconds or 0.0) + seconds
             if self.config.context.mode == "graph":
-                self.progress.say(f"compiled, and made step {self.done}, in {seconds:.1f} s")
+                self.progress.say(f"compiled and ran step {self.done} in {seconds:.1f} s")
             self._say_what_travels()
         else:
             self.clock.add(seconds)
@@ -327,7 +330,7 @@ class Trainer:
     def _stop_if_asked(self, stop: StopSignals) -> None:
         if self.processes.any(stop.came):
             self._save()
-            raise Interrupted(f"saved step {self.done} of '{self.run}'; go on with --resume")
+            raise Interrupted(f"saved step {self.done} of '{self.run}'; continue with --resume")
 
     def _evaluate_sample(self, stop: StopSignals) -> None:
         """Scores train.eval_batches batches, unless a run that was killed did; weights that are the best so far are

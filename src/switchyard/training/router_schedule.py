@@ -15,7 +15,7 @@ WARM_UP_STREAM = 0x7761_726D  # sets these draws apart from other draws of the s
 
 
 class WarmUp:
-    """Even random choices for the first `moe.router_warmup_steps` steps, as Replayer hands out recorded ones.
+    """Gives even random choices for the first `moe.router_warmup_steps` steps, as Replayer gives recorded ones.
 
     In each group and layer the rows, in random order, take the experts in turn: every expert gets as many choices as
     any other (one more at most) and a row K different ones. The gates stay the router's own probabilities, so its
@@ -49,7 +49,7 @@ class WarmUp:
 
 
 def forced_choices(config: Config) -> Replayer | WarmUp | None:
-    """What hands out a training step's choices in the place of the routers: a record, the warm-up, or nothing.
+    """Returns the source of the choices that replace those of the routers: a record, the warm-up, or None.
 
     Raises:
         UserError: see Replayer.
@@ -62,6 +62,6 @@ def forced_choices(config: Config) -> Replayer | WarmUp | None:
 
 
 def routers_learn(config: Config, step: int) -> bool:
-    """Whether step `step`, from 0, updates the routers' parameters."""
+    """Returns whether step `step`, from 0, updates the parameters of the routers."""
     frozen_from = config.moe.router_freeze_step
     return frozen_from is None or step < frozen_from
