@@ -234,7 +234,7 @@ def test_slices_of_another_layout_or_shape_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"unexpected shards of rank 1: sharded by .*'expert_parallel': 2"):
         checkpoint.finish(tmp_path, config_of(**parallel), "{}", state_of(3), wait=0)
     wrong = weights | {"norm.weight": np.zeros(9, np.float32)}
-    with pytest.raises(UserError, match=r"slice of 'norm.weight': \(9,\); rank 1 of 4 holds \(8,\) of \(8,\)"):
+    with pytest.raises(UserError, match=r"shard of 'norm.weight': \(9,\); rank 1 of 4 holds \(8,\) of \(8,\)"):
         checkpoint.save_slice(tmp_path, config_of(**parallel), 3, 1, wrong, optimizer, shapes)
     checkpoint.save_slice(tmp_path, config_of(**parallel), 3, 1, weights, optimizer, shapes | {"norm.weight": (8,)})
     other = {name: array for name, array in weights.items() if "w_out" not in name}
@@ -359,7 +359,7 @@ def test_the_command(tmp_path, capsys):
     assert cli.run(checkpoint.main, ["convert", str(cut), "--to", "{}", "--out", str(back)]) == 0
     assert content_of(back) == content_of(path)
     table = [
-        (["convert", str(run), "--to", "{}", "--out", str(cut)], f"--out: '{cut}' exists"),
+        (["convert", str(run), "--to", "{}", "--out", str(cut)], f"--out: '{cut}' already exists"),
         (["convert", str(run), "--to", "8", "--out", str(tmp_path / "x")], "--to: '8'; give degrees as YAML"),
         (["convert", str(run), "--to", "{dp: 8}", "--out", str(tmp_path / "x")], "parallel.dp: unknown key"),
         (["convert", str(run), "--to", "{expert_parallel: 2}", "--out", "x"], "parallel.expert_parallel: 2; must"),

@@ -268,7 +268,7 @@ def test_every_key_is_described():
         assert issubclass(section.annotation, Section) and section.annotation.__doc__
         for key, described in section.annotation.model_fields.items():
             assert described.description, f"{name}.{key}"
-            assert len(described.description) < 100 and "\n" not in described.description
+            assert len(described.description) < 140 and "\n" not in described.description
 
 
 def test_every_key_stands_in_one_section_only_or_means_the_same():

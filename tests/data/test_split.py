@@ -115,7 +115,7 @@ def test_a_validation_text_is_what_data_and_records_validate_on(tmp_path):
     assert mindrecord.read_stream(out, manifest, manifest.validation).tobytes() == b"tenth word"
     assert (manifest.train.tokens, manifest.validation.tokens) == (280, 10)
     overrides[0] = f"data.path={out}"
-    with pytest.raises(UserError, match=r"data\.val_path: .* has a validation part already"):
+    with pytest.raises(UserError, match=r"data\.val_path: .* already has a validation part"):
         load_data(config.build({}, [*overrides, f"data.val_path={tmp_path / 'val.txt'}"]))
     with pytest.raises(UserError, match=r"--val-path: .* is already prepared"):
         prepare.prepare(str(tmp_path / "train.txt"), tmp_path / "o", 300, 4, 0.1, "byte", str(out))

@@ -53,7 +53,7 @@ def test_routing_groups_stay_where_the_degrees_allow_it(before, now, groups, cap
     kept = resumed(old, new)
     assert kept.groups == groups and kept.parallel == new.parallel
     check_resumable(old, keep_groups(old, new))
-    assert ("routing groups from here on" in capsys.readouterr().out) == (groups != old.groups)
+    assert ("routing groups from now on" in capsys.readouterr().out) == (groups != old.groups)
 
 
 def test_a_validation_text_may_move_but_neither_come_nor_go():
