@@ -33,7 +33,7 @@ FIXED = {
     "pyproject.toml": "the package, and the rules of ruff and pytest",
     "README.md": "this page",
     "README_CN.md": "this page in Chinese",
-    "CONTRIBUTING.md": "tests of one room, how to add things, style",
+    "CONTRIBUTING.md": "tests of one package, how to add things, style",
     "LICENSE": "Apache-2.0",
     ".ci/run": "what continuous integration runs",
     "tests/": "mirrors src/switchyard; oracles in tests/oracles",
