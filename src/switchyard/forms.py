@@ -1,4 +1,4 @@
-"""Whether two methods that must say the same are still those of one class: a subclass may have changed one of them.
+"""Checks whether two methods that must match still come from one class: a subclass may override only one of them.
 
 Where one device calls one method and a compiled cluster, evaluation or generation another, a class of a user's own that
 changes the first and inherits the second would be replaced by its parent, without a word. No MindSpore in here.

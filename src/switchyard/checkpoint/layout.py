@@ -1,4 +1,4 @@
-"""Who holds and who writes which slice of every tensor of a checkpoint.
+"""Computes which rank holds and which rank writes each shard of every tensor of a checkpoint.
 
 Where an axis is cut is said by `switchyard.distributed.placement`; here ZeRO's further cut along axis 0 over the
 replicas of a slice is added, and the one rank of those that hold the same slice that writes it.

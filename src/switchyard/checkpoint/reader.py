@@ -70,7 +70,7 @@ class Slices:
         return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.starts[index], self.stops[index])) + "]"
 
     def meeting(self, box: Box) -> np.ndarray:
-        """Indices of the slices that have a part in `box`."""
+        """Returns the indices of the shards that overlap `box`."""
         low, high = np.array([[part.start, part.stop] for part in box], np.int64).reshape(-1, 2).T
         return np.flatnonzero(((self.starts < high) & (self.stops > low)).all(1))
 

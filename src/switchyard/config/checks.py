@@ -1,4 +1,4 @@
-"""What no field of the configuration can see by itself: laws between fields."""
+"""Checks rules between fields of the configuration (cross-field checks)."""
 
 ONE_CHOICE = ("switch", "hash", "lsh", "random", "random_in_group", "tree", "mixture_of_depths", "base")
 GROUP_LIMITED = ("sigmoid", "two_level")

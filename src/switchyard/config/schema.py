@@ -167,7 +167,7 @@ class MoEConfig(Section):
 
     @property
     def choices(self) -> int:
-        """Experts that a row goes to in all: K of each copy."""
+        """Returns the number of experts that a row goes to in all: K of each copy."""
         return self.num_experts_chosen * self.copies
 
 
@@ -286,30 +286,30 @@ class Config(Section):
 
     @property
     def units(self) -> int:
-        """Rows that an image is folded into."""
+        """Returns the number of rows that an image is split into."""
         vision = self.vision
         return {"region": vision.regions**2, "channel": vision.channel_groups}.get(self.granularity, 1)
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of a routed row: those of a window where windows are routed, else 1."""
+        """Returns the tokens of a routed row: those of a window where windows are routed, else 1."""
         return self.moe.slice_length if self.granularity == "slice" else 1
 
     @property
     def rows(self) -> int:
-        """Rows of a micro-batch, as noise is drawn for them: tokens, or units of images."""
+        """Returns the rows of a micro-batch, as noise is drawn for them: tokens, or units of images."""
         each = self.model.seq_length if self.model.type == "decoder" else self.units
         return self.data.batch_size * each
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a step: those that a pipeline works on at a time, or those that come one after the other."""
+        """Returns the micro-batches of a step: those of a pipeline, or those of gradient accumulation."""
         cut = self.parallel
         return cut.micro_batch_num if cut.pipeline_stage > 1 else self.train.gradient_accumulation_steps
 
     @property
     def predictions(self) -> int:
-        """Predictions of a micro-batch: tokens, or images."""
+        """Returns the predictions of a micro-batch: tokens, or images."""
         return self.data.batch_size * (self.model.seq_length if self.model.type == "decoder" else 1)
 
     @property
@@ -319,7 +319,7 @@ class Config(Section):
 
     @property
     def devices(self) -> int:
-        """Devices that the parallel degrees ask for."""
+        """Returns the number of devices that the parallel degrees need."""
         cut = self.parallel
         return cut.data_parallel * cut.model_parallel * cut.pipeline_stage
 

@@ -1,4 +1,4 @@
-"""What sections of the configuration are made of, those of networks that read images, device and export."""
+"""Defines the base class of sections, and the sections of image networks, parallelism, device and export."""
 
 from typing import Annotated, Any, Literal, get_args
 
@@ -55,7 +55,7 @@ def _kinds(annotation: Any) -> tuple:
 
 
 class VisionConfig(Section):
-    """Images and what is asked about them."""
+    """Describes images and the tasks on them."""
 
     image_size: Positive = Field(8, description="height and width of an image")
     channels: Positive = Field(1, description="channels of an image")
@@ -69,7 +69,7 @@ class VisionConfig(Section):
 
     @property
     def task_classes(self) -> tuple[int, ...]:
-        """Classes of each task."""
+        """Returns the number of classes of each task."""
         return tuple(self.classes if task == "identity" else 2 for task in self.tasks)
 
 

@@ -1,4 +1,4 @@
-"""Which keys a configuration does not read: what each router, network, dispatch and device looks at, as tables.
+"""Lists the keys that a configuration does not read, from tables for each router, network, dispatch and device.
 
 A key that differs from its default and is not read is refused where somebody surely expects it to change the
 mathematics, and told in one line where a file for several purposes may well carry it. A router in a file of the user's

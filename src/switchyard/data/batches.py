@@ -64,7 +64,7 @@ class Course:
 
 
 class Source(Protocol):
-    """Tokens that can be read as windows of S + 1, each of which makes one training sequence."""
+    """Reads tokens as windows of S + 1, each of which makes one training sequence."""
 
     def __len__(self) -> int:
         """Windows of an epoch."""

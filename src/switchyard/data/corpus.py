@@ -214,7 +214,7 @@ def _describe(parts: Split) -> str:
 
 
 def _size(count: int) -> str:
-    """Bytes as people read them: powers of 1000."""
+    """Returns bytes in readable units, powers of 1000."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""What a run reads, as a few numbers that a checkpoint can keep: another text is seen when the run goes on.
+"""Fingerprints the data of a run for the checkpoint, so that a resumed run detects other data.
 
     kind          text, MindRecord or images
     train         {count, bytes, sha256}: of the documents, blocks or images in their order; validation is the same

@@ -48,7 +48,7 @@ class Classes:
 
     @property
     def vocab_size(self) -> int:
-        """Classes of the task with the most."""
+        """Returns the classes of the task with the most."""
         return max(self.counts)
 
     def to_json(self) -> str:
@@ -158,7 +158,7 @@ class ImageEvalBatches:
 
 
 class Split(NamedTuple):
-    """Images [N, C, H, W] float32 from 0 to 1 and labels [N] int64, for training and for validation."""
+    """Holds images [N, C, H, W] float32 from 0 to 1 and labels [N] int64, for training and for validation."""
 
     train: tuple[np.ndarray, np.ndarray]
     validation: tuple[np.ndarray, np.ndarray]
@@ -227,7 +227,7 @@ def find_file(folder: Path, part: str, what: str) -> Path | None:
 
 
 def read_images(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images [N, C, H, W] float32 and labels [N] of one part of a folder of IDX files (UserError)."""
+    """Reads images [N, C, H, W] float32 and labels [N] of one part of a folder of IDX files (UserError)."""
     files = [find_file(folder, part, what) for what in ("images", "labels")]
     for file, what in zip(files, ("images-idx3-ubyte", "labels-idx1-ubyte")):
         if file is None:

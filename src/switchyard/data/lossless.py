@@ -1,4 +1,4 @@
-"""What a tokenizer of the `tokenizers` library would lose of a text without a word, and where.
+"""Finds text that a tokenizer of the `tokenizers` library would silently lose, and its position.
 
 Where a file names no unknown token, its BPE model leaves out characters that the vocabulary lacks, and other models
 raise an exception. A text that spells a special token may get that token's id.

@@ -1,4 +1,4 @@
-"""Which part of a text validates: the last part of each file where files are few, whole files where they are many.
+"""Selects the validation part of a text: the last part of each file for few files, full files for many.
 
 Either way the split follows from the sorted names and from the bytes, and is the same on every machine.
 """
@@ -25,7 +25,7 @@ class Split:
 
     @property
     def share(self) -> float:
-        """Bytes of the validation documents / bytes of all."""
+        """Returns the bytes of the validation documents divided by the bytes of all."""
         held_out, kept = (sum(len(one.raw) for one in side) for side in (self.validation, self.train))
         return held_out / max(held_out + kept, 1)
 

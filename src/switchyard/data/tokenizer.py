@@ -250,7 +250,9 @@ class LibraryTokenizer(Tokenizer):
         return self._library.to_str()
 
     def _token_bytes(self, vocabulary: dict[str, int]) -> np.ndarray | None:
-        """Bytes of each id [V] of a byte-level tokenizer (one letter of a token = one byte); None for other kinds."""
+        """Returns the bytes of each id [V] of a byte-level tokenizer (one letter of a token = one byte); None for other
+        kinds.
+        """
         if '"ByteLevel"' not in json.dumps(json.loads(self.to_json()).get("decoder")):
             return None
         sizes = np.zeros(self.vocab_size, np.int64)

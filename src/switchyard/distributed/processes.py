@@ -28,7 +28,7 @@ RACING = (
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> int:
-    """Processes of the job that this one belongs to: 1 where msrun did not start it."""
+    """Returns the number of processes of this job: 1 where msrun did not start the process."""
     if environment.get("MS_ROLE") not in (WORKER, SCHEDULER):
         return 1
     return int(environment.get("MS_WORKER_NUM", "1"))

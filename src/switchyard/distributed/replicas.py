@@ -74,7 +74,9 @@ def check_replicas(
 
 
 def odd_ones(group: tuple[int, ...], sums: np.ndarray) -> list[int]:
-    """Ranks whose sums [ranks of the group, 2] are not those of the largest party, the first of equal ones."""
+    """Returns the ranks whose sums [ranks of the group, 2] differ from those of the majority, the first one among equal
+    ones.
+    """
     values, party, sizes = np.unique(sums, axis=0, return_inverse=True, return_counts=True)
     if len(values) == 1:
         return []
@@ -84,6 +86,6 @@ def odd_ones(group: tuple[int, ...], sums: np.ndarray) -> list[int]:
 
 
 def listed(ranks: list[int]) -> str:
-    """Ranks in a few words."""
+    """Renders ranks in a few words."""
     text = ", ".join(map(str, ranks[:8]))
     return f"{text}, ..." if len(ranks) > 8 else text

@@ -103,7 +103,9 @@ def inference_config(config: Config) -> Config:
 
 
 def prefill_block(config: Config, max_length: int) -> int:
-    """Rows of an expert's block in prefill: what serves one prompt of full length, at most 32, or short ones suffer."""
+    """Returns the rows of an expert's block in prefill: enough for one prompt of full length, at most 32, which keeps
+    short prompts fast.
+    """
     moe = config.moe
     if not config.moe_layers:
         return 1

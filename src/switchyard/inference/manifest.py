@@ -1,4 +1,4 @@
-"""What stands in an exported directory, and whether it still is what was written.
+"""Describes the contents of an exported directory, and verifies that they are unchanged.
 
 DIR/
     manifest.json     this file: figures, limits, parity, size and sha256 of every other file

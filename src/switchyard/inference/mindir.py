@@ -74,7 +74,7 @@ class ExportedModel:
         return self._checked(PREFILL, found, len(prompts), tokens.shape[1])
 
     def grow(self, keys, values, length: int):
-        """Caches with room for at least `length` places: [L, B, J, T, h] -> [L, B, J, >= length, h]."""
+        """Pads caches to at least `length` positions: [L, B, J, T, h] -> [L, B, J, >= length, h]."""
         from mindspore import ops
 
         more = self.bucket(length) - keys.shape[3]

@@ -49,7 +49,7 @@ class Stage(nn.Cell):
 
 
 class Cascade(nn.Cell):
-    """Images [B, C, H, W] -> (logits, (), {}): those of all exits in training, [X * B, V], exit by exit.
+    """Maps images [B, C, H, W] -> (logits, (), {}): those of all exits in training, [X * B, V], exit by exit.
 
     At evaluation [B, V], each sample's at its exit; but every stage works, as a compiled graph of fixed shape has it.
     `EarlyExit` is the evaluation that saves the work.
@@ -112,7 +112,7 @@ class EarlyExit:
             stage.set_inputs(Tensor(shape=[None, stage.side, stage.side, stage.before], dtype=mstype.float32))
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images [B, C, H, W] -> (logits [B, V] of each sample's exit, its exit [B] from 0)."""
+        """Maps images [B, C, H, W] -> (logits [B, V] of the exit of each sample, its exit [B] from 0)."""
         maps = np.ascontiguousarray(images.transpose(0, 2, 3, 1))  # [B, H, W, C]
         count, last = len(images), len(self.stages) - 1
         there, exits = np.arange(count), np.full(count, last)

@@ -115,7 +115,7 @@ class ConvolutionLayer(nn.Cell):
 
 
 class Vision(nn.Cell):
-    """Images [B, C, H, W] -> (logits [B * T, V] float32, losses, Audit), see models.Decoder for the last two.
+    """Maps images [B, C, H, W] -> (logits [B * T, V] float32, losses, Audit), see models.Decoder for the last two.
 
     Each of the T tasks has a head; `valid` [B, T] says which one an image is asked, and so which task it belongs to.
 

@@ -83,15 +83,15 @@ class ConvolutionExperts(nn.Cell):
         self.network = FeedForwardExperts(experts, fan_in, hidden, activation, std, random, dtype, out)
 
     def construct(self, rows: Tensor) -> Tensor:
-        """Rows [E, S, P * c], those of expert e in slice e."""
+        """Applies expert e to slice e of rows [E, S, P * c]."""
         return self.fold(self.network(self.unfold(rows)), rows)
 
     def blocks(self, rows: Tensor, block_expert: Tensor) -> Tensor:
-        """Rows [X, b, P * c], those of block x all of expert `block_expert` [X]."""
+        """Applies expert `block_expert` [X] to the rows of each block, [X, b, P * c]."""
         return self.fold(self.network.blocks(self.unfold(rows), block_expert), rows)
 
     def merged(self, rows: Tensor, gates: Tensor) -> Tensor:
-        """Rows [G, N, P * c] through one network a group, see FeedForwardExperts.merged."""
+        """Applies one network per group to rows [G, N, P * c], see FeedForwardExperts.merged."""
         return self.fold(self.network.merged(self.unfold(rows), gates), rows)
 
     def unfold(self, rows: Tensor) -> Tensor:
@@ -117,15 +117,15 @@ class SliceExperts(nn.Cell):
         self.network, self.length = network, length
 
     def construct(self, rows: Tensor) -> Tensor:
-        """Rows [E, S, length * D]."""
+        """Applies expert e to slice e of rows [E, S, length * D]."""
         return self.network(self.unfold(rows)).reshape(rows.shape)
 
     def blocks(self, rows: Tensor, block_expert: Tensor) -> Tensor:
-        """Rows [X, b, length * D], see FeedForwardExperts.blocks."""
+        """Applies the expert of each block to rows [X, b, length * D], see FeedForwardExperts.blocks."""
         return self.network.blocks(self.unfold(rows), block_expert).reshape(rows.shape)
 
     def merged(self, rows: Tensor, gates: Tensor) -> Tensor:
-        """Rows [G, N, length * D], see FeedForwardExperts.merged."""
+        """Applies one network per group to rows [G, N, length * D], see FeedForwardExperts.merged."""
         return self.network.merged(self.unfold(rows), gates).reshape(rows.shape)
 
     def unfold(self, rows: Tensor) -> Tensor:

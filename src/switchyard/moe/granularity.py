@@ -1,4 +1,4 @@
-"""What is routed as one: an image, a part of it, a group of its channels, a window of a sequence; to rows and back.
+"""Converts units of routing to rows and back: an image, a part of it, a group of its channels, a window of a sequence.
 
 Every function here only moves values; `back(fold(x)) == x` for each pair. Maps have their channels last.
 

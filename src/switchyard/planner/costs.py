@@ -1,4 +1,4 @@
-"""What a layout costs a device: what it holds, what it sends, what it computes. No MindSpore in here.
+"""Computes the costs of a layout per device: memory, bytes sent, and FLOPs. Nothing here imports MindSpore.
 
 Parameters, optimizer state and exchanges are those of the graph that the compiler makes of `training.parallel_step`, to
 the byte (tests/parallel/test_costs.py); activations are an estimate.
@@ -47,7 +47,7 @@ class Exchange:
 
     @property
     def sent(self) -> float:
-        """Bytes that leave a device in all: ring algorithms, in which AllReduce passes its data twice."""
+        """Returns the bytes that leave a device in all: ring algorithms, in which AllReduce passes its data twice."""
         if self.kind in SENT:
             return float(self.number * self.bytes * (self.kind == "Send"))
         passes = 2 if self.kind == "AllReduce" else 1
@@ -76,11 +76,11 @@ class Costs:
 
     @property
     def sent(self) -> float:
-        """Bytes that leave the device."""
+        """Returns the bytes that leave the device."""
         return sum(one.sent for one in self.exchanges)
 
     def exchanged(self, kind: str) -> int:
-        """Bytes of the collectives of a kind; AlltoAllV counts as AlltoAll."""
+        """Returns the bytes of the collectives of a kind; AlltoAllV counts as AlltoAll."""
         return sum(one.bytes * one.number for one in self.exchanges if one.kind.removesuffix("V") == kind)
 
 
@@ -217,7 +217,7 @@ def _takes(config, name):
 
 
 def _of_experts(config, degrees, repeated):
-    """Rows to their experts and back, forward and backward."""
+    """Yields the exchanges of rows with their experts, forward and backward."""
     moe, ranks, again, layers = config.moe, degrees.expert_parallel, int(config.parallel.recompute), config.moe_layers
     row = config.model.hidden_size * product_bytes(config)
 

@@ -1,4 +1,4 @@
-"""Which layouts fit N devices, what each costs, and why the others do not fit.
+"""Finds the layouts that fit N devices, the costs of each, and why the others do not fit.
 
 `python -m switchyard.planner --config config/NAME.yaml --devices 64 --memory 64GB` tries every combination of
 the degrees, prints what the configuration's own layout costs a device, then the feasible combinations, best first.
@@ -187,7 +187,7 @@ def read_load(path: str, config: Config) -> Load:
 
 
 def read_size(text: str) -> float:
-    """Bytes of `64GB`, `40GiB` or a number of bytes (UserError: neither)."""
+    """Parses `64GB`, `40GiB` or a number of bytes (UserError: neither)."""
     parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if parts is None or parts[2].upper() not in UNITS:
         raise UserError(f"--memory: {shortened(text)}; a number and MB, GB, TB, MiB, GiB or TiB, such as 64GB")
@@ -260,7 +260,7 @@ def _row(one):
 
 
 def giga(size: float) -> str:
-    """Bytes in units of 10^9."""
+    """Returns bytes in units of 10^9, as text."""
     if size == 0:
         return "-"
     return "<0.001" if size < 1e6 else f"{size / 1e9:.3f}" if size < 1e9 else f"{size / 1e9:.1f}"

@@ -1,4 +1,4 @@
-"""What a run wrote down while it went, read back: losses and expert loads by step. Nothing here imports MindSpore.
+"""Reads back the metrics of a run: losses and expert loads by step. Nothing here imports MindSpore.
 
 Legend: T logged steps, M conditional layers, E experts.
 """

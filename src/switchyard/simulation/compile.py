@@ -76,7 +76,9 @@ class Report:
 
     @property
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of weights and of optimizer state that the rank holds, of a pipeline of gradients too."""
+        """Returns the bytes of weights and of optimizer state that the rank holds; of a pipeline, those of gradients
+        too.
+        """
         held = Counter({"weights": 0, "optimizer state": 0})
         for name, shape, dtype in self.graph.parameters.values():
             kind = "optimizer state" if name.startswith(OPTIMIZER_STATE) else "weights"
@@ -264,7 +266,7 @@ def whole_shape(layout: list | None, local: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def ranks_text(group: tuple[int, ...], devices: int) -> str:
-    """Ranks in few characters: all, 0..7, or 0,8,..,56."""
+    """Renders ranks in few characters: all, 0..7, or 0,8,..,56."""
     if len(group) == devices:
         return f"all {devices}"
     steps = {second - first for first, second in itertools.pairwise(group)}

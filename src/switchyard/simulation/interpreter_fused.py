@@ -20,7 +20,7 @@ def rms_norm(_, x, gain, eps):
 
 @operator("RmsNormGrad")
 def rms_norm_grad(_, d_out, x, scale, gain):
-    """Gradients of the rows and, in float32, of the gain."""
+    """Returns the gradients of the rows and, in float32, of the gain."""
     normed, d_normed = x * scale, d_out * gain
     d_x = scale * (d_normed - normed * (d_normed * normed).mean(-1, keepdims=True))
     return d_x.astype(d_out.dtype), (d_out * normed).sum(0).astype(np.float32)
@@ -83,7 +83,7 @@ def flash_attention(_, query, key, value, shift, drop, padding, mask, prefix, *r
 
 @operator("FlashAttentionScoreGrad")
 def flash_attention_grad(_, query, key, value, d_out, shift, drop, padding, mask, largest, total, *rest):
-    """Gradients of queries, keys, values, and of the shift that is not there."""
+    """Returns the gradients of queries, keys, values, and of the absent shift."""
     _, out, prefix, query_lengths, key_lengths, heads, keep, scale, before, after, _, layout, sparse = rest
     checked_settings(shift, drop, padding, prefix, (query_lengths, key_lengths), keep, layout, sparse)
     weights, *statistics = attention_weights(query, key, mask, heads, scale, before, after)
@@ -129,7 +129,7 @@ def token_unpermute(_, y, place, probabilities, padded, restore):
 
 @operator("MoeTokenUnpermuteGrad")
 def token_unpermute_grad(_, y, d_out, place, probabilities, padded, restore):
-    """Gradients of the rows and of the weights."""
+    """Returns the gradients of the rows and of the weights."""
     d_rows = np.zeros_like(y)
     if probabilities is None:
         d_rows[place] = d_out

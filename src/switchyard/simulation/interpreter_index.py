@@ -94,7 +94,7 @@ def scatter_nd(_, index, values, to):
 
 @operator("UnsortedSegmentSum")
 def segment_sum(_, x, index, count):
-    """Rows of x added up by segment."""
+    """Sums the rows of x by segment."""
     out = np.zeros((int(count), *x.shape[index.ndim :]), x.dtype)
     np.add.at(out, legal(index, int(count)), x)
     return out
@@ -102,7 +102,8 @@ def segment_sum(_, x, index, count):
 
 # ---- grouped experts; rows past the last group are undefined on a device, NaN here
 def grouped(x, weights, counts, group_type):
-    """Rows of each group times the group's matrix (type 0), or the gradient of the matrices (type 2)."""
+    """Returns the rows of each group times the matrix of the group (type 0), or the gradient of the matrices (type
+    2)."""
     counts = np.asarray(counts).astype(np.int64)
     if np.any(counts < 0):
         raise IllegalInput("group_list must not decrease")

@@ -1,4 +1,4 @@
-"""What each operator of a compiled graph computes, in numpy: one function an operator, by family.
+"""Implements each operator of a compiled graph in numpy: one function per operator, by family.
 
 A function gets the operator's attributes and its inputs, and returns its output (a tuple where there are several). The
 order of inputs is that of MindSpore 2.9's primitives. Where a device would read garbage (an index out of range) an

@@ -1,4 +1,4 @@
-"""Whether a virtual cluster and one device agree, and why a parameter may differ all the same.
+"""Decides whether an emulated cluster and one device agree, and why a parameter may still differ.
 
 AdamW divides a gradient by its own size, so a gradient near zero, whose sign is rounding, moves a parameter by up to
 twice the learning rate. Therefore parameters alone do not decide. Every step begins from the state of one device, cut,

@@ -1,4 +1,4 @@
-"""Which tensors and figures are finite: what is not is never applied, never saved and never called a result."""
+"""Checks that tensors and figures are finite: others are never applied, never saved and never reported as a result."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Which checkpoints are good: whole, as they were written, and finite in every tensor.
+"""Finds good checkpoints: complete, unaltered, and finite in every tensor.
 
 A checkpoint is read in full to know it. Whoever asks again and again keeps a `Healthy`, which reads each one once.
 """

@@ -1,4 +1,4 @@
-"""What a run writes down: JSON lines, TensorBoard events, and lines or a progress bar for whoever watches."""
+"""Writes the metrics of a run: JSON lines, TensorBoard events, and lines or a progress bar on the terminal."""
 
 import contextlib
 import json
@@ -134,7 +134,7 @@ class Clock:
         self.mark_steps += 1
 
     def rate(self, tokens: int) -> float | None:
-        """Tokens a second since the last call, with `tokens` a step; None if there was no step."""
+        """Returns tokens per second since the last call, with `tokens` a step; None if there was no step."""
         seconds, steps = self.seconds - self.mark_seconds, self.mark_steps
         self.mark_seconds, self.mark_steps = self.seconds, 0
         return tokens * steps / seconds if steps else None

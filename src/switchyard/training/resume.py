@@ -1,4 +1,4 @@
-"""What a run goes on from: its newest whole checkpoint, and which keys may differ from those it was trained with."""
+"""Finds the checkpoint that a run resumes from, and checks which keys may differ from the earlier training."""
 
 import difflib
 import json
