@@ -50,8 +50,8 @@ def test_image_fold_and_back(kind):
     rows = fold(Tensor(maps))
     assert rows.shape == (3 * config.units, *fold.row_shape(8, 8, 8))
     assert np.array_equal(fold.back(rows).asnumpy(), maps)
-    spread = fold.spread(Tensor(np.array([5, 6, 7], np.int32))).asnumpy()
-    assert np.array_equal(spread, np.repeat([5, 6, 7], config.units))
+    repeated = fold.repeat_per_row(Tensor(np.array([5, 6, 7], np.int32))).asnumpy()
+    assert np.array_equal(repeated, np.repeat([5, 6, 7], config.units))
 
 
 def vision(**moe):

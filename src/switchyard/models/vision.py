@@ -108,8 +108,8 @@ class ConvolutionLayer(nn.Cell):
         view = self.view(rows)  # [N, D]
         view = view.reshape(groups, -1, view.shape[1])  # [G, N / G, D]
         flat = rows.reshape(groups, view.shape[1], -1)  # [G, N / G, h * w * c]
-        tasks = self.fold.spread(tasks).reshape(groups, -1)  # [G, N / G]
-        valid = self.fold.spread(valid).reshape(groups, -1)
+        tasks = self.fold.repeat_per_row(tasks).reshape(groups, -1)  # [G, N / G]
+        valid = self.fold.repeat_per_row(valid).reshape(groups, -1)
         out, losses, audit = self.feed_forward(flat, valid, noise, None, tasks, None, view)
         return self.fold.back(out.reshape(-1, high, wide, self.out)), losses, audit
 

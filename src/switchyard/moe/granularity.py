@@ -99,7 +99,7 @@ class ImageFold(nn.Cell):
             return from_channel_groups(rows, self.channel_groups)
         return rows
 
-    def spread(self, values: Tensor) -> Tensor:
+    def repeat_per_row(self, values: Tensor) -> Tensor:
         """Repeats a value of each image for each of its rows: [B] -> [B * U]."""
         if self.units == 1:
             return values
