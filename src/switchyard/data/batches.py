@@ -155,9 +155,9 @@ class TrainBatches:
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, int]:
         """Returns (window indices of this rank in the order of its batches, offset of all windows)."""
-        random = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
-        offset = int(random.integers(self._source.slack + 1))
-        order = random.permutation(len(self._source))[self.course.first_of(epoch) :]
+        rng = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
+        offset = int(rng.integers(self._source.slack + 1))
+        order = rng.permutation(len(self._source))[self.course.first_of(epoch) :]
         count = len(order) // self.course.together
         order = order[: count * self.course.together].reshape(count, self._world, self._batch_size)
         return order[:, self._rank].reshape(-1), offset

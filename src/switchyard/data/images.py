@@ -122,9 +122,9 @@ class ImageBatches:
         """Returns micro-batch `index` of the training."""
         epoch, first = self.course.at(index)
         if epoch != self._epoch:
-            random = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
-            self._order = random.permutation(len(self._images))
-            self._tasks = random.integers(0, self._answers.shape[1], len(self._images))
+            rng = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
+            self._order = rng.permutation(len(self._images))
+            self._tasks = rng.integers(0, self._answers.shape[1], len(self._images))
             self._epoch = epoch
         start = first + self._rank * self._batch_size
         chosen = self._order[start : start + self._batch_size]  # [B]

@@ -68,11 +68,11 @@ def reference(decoder: nn.Cell, validation: EvalBatches, max_length: int, seed: 
         max_length: of the export.
         seed: of the places where windows are cut.
     """
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     kept: list[Windows] = []
     missing = {PREFILL: np.ones(0, bool), DECODE: np.ones(0, bool)}  # [M, E]
     for tokens in itertools.islice(_windows(validation, max_length, decoder.vocab_size), MOST_BATCHES):
-        windows = _run(decoder, tokens, random)
+        windows = _run(decoder, tokens, rng)
         still = {graph: windows.reached[graph] == 0 for graph in missing}
         if kept:
             still = {graph: missing[graph] & still[graph] for graph in missing}
@@ -148,11 +148,11 @@ def _windows(validation: EvalBatches, max_length: int, vocab_size: int) -> Itera
         yield windows[: max(1, LARGEST // (size * vocab_size))]
 
 
-def _run(decoder: nn.Cell, tokens: np.ndarray, random: np.random.Generator) -> Windows:
+def _run(decoder: nn.Cell, tokens: np.ndarray, rng: np.random.Generator) -> Windows:
     """Runs the training graph on windows [B, S], each split at a random position."""
     batch, size = tokens.shape
     steps = min(STEPS, size - 1)
-    lengths = random.integers(1, size - steps + 1, batch)
+    lengths = rng.integers(1, size - steps + 1, batch)
     lengths[0] = size - steps  # one reads all that it can
     loads = []
     for end in (lengths - 1, lengths, lengths + steps):

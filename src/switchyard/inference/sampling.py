@@ -81,4 +81,4 @@ class Sampler:
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
         """Logits [B, V] -> [B] int32."""
-        return choose(logits, self._sampling, np.array([random.random() for random in self._random]))
+        return choose(logits, self._sampling, np.array([rng.random() for rng in self._random]))

@@ -47,14 +47,14 @@ def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, 
 
     `rates` [steps] are the peak learning rate; `noise` [steps, A, max(J, 1), N, D] of U(0, 1).
     """
-    random, count = np.random.default_rng(config.train.seed + draw), config.micro_batches
+    rng, count = np.random.default_rng(config.train.seed + draw), config.micro_batches
     shape = (steps, count, config.data.batch_size, config.model.seq_length)
-    tokens = random.integers(0, vocab, (*shape[:3], shape[3] + 1)).astype(np.int32)
+    tokens = rng.integers(0, vocab, (*shape[:3], shape[3] + 1)).astype(np.int32)
     valid = np.ones(shape, np.float32)
     valid[:, -1, -1, shape[3] // 2 :] = 0  # the last sequence is half padding
     noise = np.zeros((steps, count, 1, 1, 1), np.float32)
     if noise_slices:
-        noise = random.random((steps, count, noise_slices, config.rows, config.model.hidden_size), np.float32)
+        noise = rng.random((steps, count, noise_slices, config.rows, config.model.hidden_size), np.float32)
     rates = np.full(steps, config.schedule.learning_rate, np.float32)
     return {"tokens": tokens[..., :-1], "labels": tokens[..., 1:], "valid": valid, "noise": noise, "rates": rates}
 

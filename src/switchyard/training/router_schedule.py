@@ -36,13 +36,13 @@ class WarmUp:
         """Choices of a step, counted from 0: [A, M, N, K] int32; None once the warm-up is over. No token is read."""
         if step >= self.steps:
             return None
-        random = np.random.default_rng((WARM_UP_STREAM, self.seed, step))
+        rng = np.random.default_rng((WARM_UP_STREAM, self.seed, step))
         shape = (self.micro_batches, self.layers, self.groups, self.rows // self.groups)
         copies = []
         for copy in range(self.copies):
             order = np.broadcast_to(np.arange(shape[-1]), shape)
-            order = random.permuted(order, axis=-1)[..., None]  # [A, M, G, N / G, 1]
-            first = random.integers(self.size, size=(*shape[:3], 1, 1))  # nobody is always the one with one more
+            order = rng.permuted(order, axis=-1)[..., None]  # [A, M, G, N / G, 1]
+            first = rng.integers(self.size, size=(*shape[:3], 1, 1))  # nobody is always the one with one more
             copies.append((first + order * self.each + np.arange(self.each)) % self.size + copy * self.size)
         experts = np.concatenate(copies, -1).astype(np.int32)  # [A, M, G, N / G, K]
         return experts.reshape(self.micro_batches, self.layers, self.rows, -1)
