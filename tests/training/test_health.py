@@ -51,7 +51,7 @@ def test_what_is_not_finite_is_never_written(tmp_path, values):
 class _Rank(Processes):
     """One of two processes, whose partner says what it is told to."""
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         return True
 
 

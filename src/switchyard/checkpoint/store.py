@@ -258,17 +258,17 @@ def save_together(
         save(run, config, tokenizer_json, weights, optimizer, state, healthy)
         return
     name = first_not_finite({**weights, **optimizer})
-    if processes.any(name is not None):
+    if processes.any_rank(name is not None):
         refuse(run, step, name or "a shard of another rank", healthy)
     if processes.is_first:
         begin(run, step)
-    processes.wait()
+    processes.barrier()
     degrees, layers = Degrees.of(config.parallel), config.model.num_layers
     with _cleared_on_error(run, step):
         _save_slice(run, step, degrees, processes.rank, layers, weights, optimizer, shapes)
         if processes.is_first:
             _finish(run, config, tokenizer_json, state, degrees, PATIENCE, healthy)
-    processes.wait()
+    processes.barrier()
     healthy.note(run / FOLDER / name_of(step))
 
 

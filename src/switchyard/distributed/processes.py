@@ -1,7 +1,7 @@
 """The processes of one job that msrun started: how many, which one this is, and what they tell each other.
 
 Between steps they exchange NumPy arrays, which is all that evaluation, checkpoints and signals need; what a step
-itself exchanges stands in its graph (distributed.collectives). One process alone is the usual case, `ALONE`.
+itself exchanges stands in its graph (distributed.collectives). One process alone is the usual case, `SINGLE`.
 """
 
 import os
@@ -27,7 +27,7 @@ RACING = (
 )
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> int:
+def world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Returns the number of processes of this job: 1 where msrun did not start the process."""
     if environment.get("MS_ROLE") not in (WORKER, SCHEDULER):
         return 1
@@ -47,7 +47,7 @@ def is_first(environment: Mapping[str, str] = os.environ) -> bool:
 
 def own_rank(environment: Mapping[str, str] = os.environ) -> int:
     """Returns the rank of this process; works before the process group exists."""
-    return int(environment.get("RANK_ID", "0")) if launched(environment) > 1 else 0
+    return int(environment.get("RANK_ID", "0")) if world_size(environment) > 1 else 0
 
 
 def require_one_device(config: Config) -> None:
@@ -95,11 +95,11 @@ class Processes:
         parts = [part.view(np.uint8)[: raw.size].view(array.dtype) for part in gathered]
         return np.stack(parts).reshape(self.size, *array.shape)
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Returns whether the flag is set on any process; all processes get the same answer."""
         return bool(self.gather(np.array([flag], np.int32)).any())
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when all processes have come here."""
         self.gather(np.zeros(1, np.int32))
 
@@ -111,16 +111,16 @@ class Processes:
         return array.take(range(index * length, (index + 1) * length), axis)
 
 
-ALONE = Processes()
+SINGLE = Processes()
 
 
-def meet(config: Config) -> Processes:
+def init_process_group(config: Config) -> Processes:
     """Joins the processes that msrun started; returns when all are there. The device has been chosen before.
 
     The scheduler's process does not return from here before the job has ended.
     """
-    if launched() == 1:
-        return ALONE
+    if world_size() == 1:
+        return SINGLE
     import mindspore as ms
     from mindspore.communication import get_group_size, get_rank, init
 

@@ -94,7 +94,7 @@ class ClusterStep:
         path = run / SPEED_UP
         if self.processes.is_first:
             write_whole(path, speed_up_file(self.config))
-        self.processes.wait()
+        self.processes.barrier()
         self.step.transformer_opt(str(path))
 
     def compiled(self) -> Graph:

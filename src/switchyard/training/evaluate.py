@@ -14,7 +14,7 @@ from switchyard.checkpoint import store as checkpoint
 from switchyard.config import Config
 from switchyard.data import Batch, ImageBatch, load_scored
 from switchyard.device import set_context
-from switchyard.distributed.processes import ALONE, Processes, on_one_device, require_one_device
+from switchyard.distributed.processes import SINGLE, Processes, on_one_device, require_one_device
 from switchyard.errors import UserError
 from switchyard.models import create_model
 from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilities
@@ -151,7 +151,7 @@ class Evaluator:
         tokens_per_byte: float,
         recorder: Recorder | None = None,
         replayer: Replayer | None = None,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE,
         row_tokens: int = 1,
     ):
         self._step = model if hasattr(model, "scores_whole_batches") else EvalStep(model)
@@ -268,7 +268,7 @@ class CascadeEvaluator:
 
 
 def create_evaluator(
-    model: nn.Cell, config: Config, tokens_per_byte: float, recorder=None, replayer=None, processes: Processes = ALONE
+    model: nn.Cell, config: Config, tokens_per_byte: float, recorder=None, replayer=None, processes: Processes = SINGLE
 ):
     """The evaluator of a model, see Evaluator and CascadeEvaluator."""
     if config.model.type == "cascade":
@@ -292,7 +292,7 @@ def mean_with_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tup
     return float(mean), (float(mean - 1.96 * error), float(mean + 1.96 * error))
 
 
-def spread(count: int, wanted: int) -> list[int]:
+def evenly_spaced(count: int, wanted: int) -> list[int]:
     """`wanted` indices evenly over range(count), all of them where `wanted` is 0 or more than there are."""
     if not wanted or wanted >= count:
         return list(range(count))

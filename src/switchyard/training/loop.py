@@ -19,12 +19,12 @@ from switchyard.distributed.limits import check_way, lost_default, with_defaults
 from switchyard.distributed.processes import (
     RACING,
     Processes,
+    init_process_group,
     is_first,
     is_scheduler,
-    launched,
     local_config,
-    meet,
     waits_for_nothing,
+    world_size,
 )
 from switchyard.distributed.replicas import check_replicas
 from switchyard.errors import Interrupted
@@ -33,7 +33,7 @@ from switchyard.models import create_model
 from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
 from switchyard.training.cluster import ClusterStep
-from switchyard.training.evaluate import Evaluation, create_evaluator, spread
+from switchyard.training.evaluate import Evaluation, create_evaluator, evenly_spaced
 from switchyard.training.finite import REMEDY, check_evaluation, check_step
 from switchyard.training.health import Healthy
 from switchyard.training.lock import locked
@@ -73,10 +73,10 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             weight or a figure of the evaluation that is not finite.
         Interrupted: SIGINT, SIGTERM or SIGHUP came and the run was saved.
     """
-    if is_scheduler() and launched() == 1:
+    if is_scheduler() and world_size() == 1:
         return {}  # one worker meets nobody, and is at work in the run folder already
     check_trusted(config.moe.router, consent=True, say=print if is_first() else lambda line: None)  # the user's own
-    config, by_hand = choose_way(config, launched())
+    config, by_hand = choose_way(config, world_size())
     run = Path(config.train.output_dir) / config.train.name
     with locked(run, config.train.name, wanted=is_first()) as existed:
         return train_locked(config, by_hand, run, resume, existed)
@@ -101,7 +101,7 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
         )
         return result
     set_context(config.context, config.train.seed, config.model.compute_dtype)
-    processes = meet(config)  # nothing was written before all have seen what is there
+    processes = init_process_group(config)  # nothing was written before all have seen what is there
     if is_scheduler():
         return {}
     held = agreed(held, run, config, processes)
@@ -126,7 +126,7 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
         checkpoint.write_whole(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
-    processes.wait()
+    processes.barrier()
     if by_hand is None:
         step.speed_up(run)
     if held:
@@ -216,7 +216,7 @@ class Trainer:
             self.evaluator = create_evaluator(self.whole, config, tokens_per_byte, processes=processes)
             self.parameters = sum(parameter.size for parameter in self.whole.trainable_params())
         self.validation = data.validation()
-        self.sample = spread(len(self.validation), train.eval_batches)
+        self.sample = evenly_spaced(len(self.validation), train.eval_batches)
         self.metrics = MetricsLog(run, self.done, processes.is_first, config.moe_layers)
         self.progress = Progress(train.steps, self.done, config.unit)
         self.compile_seconds: float | None = None
@@ -328,7 +328,7 @@ class Trainer:
         return bool(every) and self.done % every == 0
 
     def _stop_if_asked(self, stop: StopSignals) -> None:
-        if self.processes.any(stop.came):
+        if self.processes.any_rank(stop.came):
             self._save()
             raise Interrupted(f"saved step {self.done} of '{self.run}'; continue with --resume")
 
@@ -432,7 +432,7 @@ class Trainer:
         whole = len(self.sample) == len(self.validation)
         if self.config.train.eval_every and not whole:
             self._evaluate_sample(stop)  # comparable with those before it
-        found = self._evaluate(spread(len(self.validation), 0), stop)
+        found = self._evaluate(evenly_spaced(len(self.validation), 0), stop)
         check_evaluation(found.to_dict(), f"step {self.done} of '{self.run}'", REMEDY)
         if (whole or not self.config.train.eval_every) and found.loss < self.best_loss:
             self._mark_best(found.loss)
