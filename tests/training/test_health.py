@@ -42,7 +42,7 @@ def test_what_is_not_finite_is_never_written(tmp_path, values):
     """Weights and moments; the checkpoint before stays although one only is kept."""
     _save(tmp_path, 1, keep=1)
     words = r"checkpoint of step 2: '(moment1\.)?norm\.weight' holds numbers that are not finite, so it was not written"
-    with pytest.raises(UserError, match=rf"{words}; '.*{NAMES[1]}' is unchanged and good; lower"):
+    with pytest.raises(UserError, match=rf"{words}; '.*{NAMES[1]}' is unchanged and good; reduce"):
         _save(tmp_path, 2, keep=1, **values)
     assert _names(tmp_path) == [NAMES[1]]
     assert checkpoint.read(tmp_path).step == 1
