@@ -82,7 +82,8 @@ def test_another_host_cannot_be_asked(tmp_path):
     before = (tmp_path / LOCK).read_bytes()
     with (
         pytest.raises(
-            UserError, match=rf"by process 17 on host 'elsewhere', .*; if that process has ended, remove '{tmp_path}/\.lock'$"
+            UserError,
+            match=rf"by process 17 on host 'elsewhere', .*; if that process has ended, remove '{tmp_path}/\.lock'$",
         ),
         locked(tmp_path, "a"),
     ):
