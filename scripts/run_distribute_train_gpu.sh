@@ -14,7 +14,7 @@
 #   --log-dir DIR        worker_RANK.log of each process, scheduler.log and msrun.log
 #                        (default: logs/train-DATE-TIME under the current folder)
 #   --rank-table FILE    the rank table of a cluster that still needs one
-#   --resume             go on from the newest checkpoint of the run
+#   --resume             continue from the newest checkpoint of the run
 #   --dry-run            check keys and degrees as training would, print the command that would be run, and end
 #   section.key=value    any key of the configuration
 #

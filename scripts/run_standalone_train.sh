@@ -6,7 +6,7 @@
 # Usage: bash scripts/run_standalone_train.sh --config FILE [--resume] [--log FILE] [section.key=value ...]
 #
 #   --config FILE        the experiment, such as config/shakespeare_char_switch_cpu.yaml
-#   --resume             go on from the newest checkpoint of the run
+#   --resume             continue from the newest checkpoint of the run
 #   --log FILE           where the output goes besides the terminal
 #                        (default: logs/train-DATE-TIME.log under the current folder)
 #   section.key=value    any key of the configuration

@@ -49,7 +49,7 @@ MISTAKES = [
     ("train.py", ["--config", QUICKSTART, "data.path=nowhere.txt"], "nowhere.txt"),
     ("train.py", ["--config", QUICKSTART, "model.compute_dtype=bfloat16", "context.device_target=CPU"], "bfloat16"),
     ("eval.py", ["--checkpoint", "nowhere"], "checkpoint 'nowhere': does not exist; give a run folder"),
-    ("eval.py", ["--checkpoint", "."], "checkpoint '.': holds none; train first"),
+    ("eval.py", ["--checkpoint", "."], "checkpoint '.': contains no checkpoint; train first"),
 ]
 
 

@@ -21,7 +21,7 @@ def test_a_machine_without_devices_has_a_cpu(monkeypatch):
     monkeypatch.setattr(device, "_ascend_is_present", lambda: False)
     monkeypatch.setattr(device, "_gpu_is_present", lambda: False)
     assert [device.has_device(target) for target in ("Ascend", "GPU", "CPU")] == [False, False, True]
-    with pytest.raises(UserError, match=r"context.device_target: GPU; MindSpore finds none on this machine"):
+    with pytest.raises(UserError, match=r"context.device_target: GPU; MindSpore finds no such device on this machine"):
         device.set_context(ContextConfig(device_target="GPU"))
 
 

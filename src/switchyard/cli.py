@@ -19,10 +19,10 @@ EXIT_PIPE = 141  # nobody reads stdout any more: what a shell reports for SIGPIP
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit code 2, as all errors of the command lines."""
+    """Parses arguments; an error is one line and exit code 2, as all errors of the command lines."""
 
     def error(self, message: str) -> NoReturn:
-        """A bad command line as a UserError, so that it is one line like any other mistake."""
+        """Raises UserError for a bad command line, so that it is one line like any other mistake."""
         raise UserError(f"{shortened(message, 300)}; see {self.prog} --help")
 
     def parse_known_args(self, args=None, namespace=None):
@@ -31,12 +31,12 @@ class Parser(argparse.ArgumentParser):
             if argument == "--":
                 break
             if argument.startswith("-") and argument.endswith("=--"):
-                self.error(f"argument {argument[:-3]}: '--' is no value")
+                self.error(f"argument {argument[:-3]}: '--' is not a value")
         return super().parse_known_args(args, namespace)
 
 
 def whole(text: str) -> int:
-    """The type of an argument that is an integer, as large as MindSpore and NumPy take it (ArgumentTypeError)."""
+    """Parses an integer argument within the range of MindSpore and NumPy (ArgumentTypeError)."""
     try:
         number = int(text)
     except ValueError:
@@ -47,7 +47,7 @@ def whole(text: str) -> int:
 
 
 def finite(text: str) -> float:
-    """The type of an argument that is a number, neither infinite nor NaN (ArgumentTypeError)."""
+    """Parses a number that is neither infinite nor NaN (ArgumentTypeError)."""
     try:
         number = float(text)
     except ValueError:
@@ -58,7 +58,7 @@ def finite(text: str) -> float:
 
 
 def create_parser(prog: str, description: str) -> Parser:
-    """A parser of `prog` that takes `section.key=value` overrides anywhere."""
+    """Returns a parser of `prog` that takes `section.key=value` overrides anywhere."""
     parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "overrides",
@@ -80,7 +80,7 @@ def add_trust_code(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def cleans_up() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that its temporary files are removed at once.
+    """Handles SIGTERM and SIGHUP as Ctrl-C, so that temporary files are removed at once.
 
     A signal that is ignored, as nohup does with SIGHUP, stays ignored. Not for commands with handlers of their own.
     """
@@ -103,7 +103,7 @@ def cleans_up() -> Iterator[None]:
 
 def say_moved(old: str, new: str) -> None:
     """Prints, on stderr, that a command has a new name."""
-    print(f"python -m {old} is now python -m {new}; the old name goes with the next release", file=sys.stderr)
+    print(f"python -m {old} is now python -m {new}; the next release removes the old name", file=sys.stderr)
 
 
 def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = None) -> int:
@@ -120,7 +120,7 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str] | None = N
 
 
 def _outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
-    """The exit code of a call; what went wrong is said in one line."""
+    """Calls a function and returns the exit code; an error is printed in one line."""
     try:
         return main(arguments) or EXIT_OK
     except UserError as error:
@@ -130,7 +130,7 @@ def _outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> i
     except KeyboardInterrupt:
         return _say("interrupted: there was nothing to save", EXIT_KILLED)
     except MemoryError as error:
-        reason = shortened(str(error), 160) or "the system gives no more"
+        reason = shortened(str(error), 160) or "the system cannot allocate more"
         return _say(f"error: memory: {reason}; lower data.batch_size or the sizes of the model", EXIT_USER_ERROR)
     except UnicodeEncodeError as error:  # a file name: streams have escapes
         text = shortened(ascii(error.object[error.start : error.end]))
@@ -157,7 +157,7 @@ def escape_characters() -> None:
 
 @contextlib.contextmanager
 def stdout_to_stderr() -> Iterator:
-    """Everything that is printed meanwhile, by C++ too, goes to stderr; yields a file that is the real stdout."""
+    """Redirects everything printed meanwhile, by C++ too, to stderr; yields a file that is the real stdout."""
     sys.stdout.flush()
     file = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="surrogateescape")  # bytes come out as they came in
     out = streams.Stream(file, streams.STDOUT)

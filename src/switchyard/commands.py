@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from switchyard import config as configuration
 from switchyard import streams
 from switchyard.cli import Parser, add_trust_code, cleans_up, create_parser, finite, stdout_to_stderr, whole
-from switchyard.distributed.processes import is_first, launched
+from switchyard.distributed.processes import is_first, world_size
 from switchyard.errors import UserError
 from switchyard.file_errors import writing
 from switchyard.json_text import to_json
@@ -31,7 +31,7 @@ def train_main(arguments: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run train.name")
     parser.add_argument("--print-config", action="store_true", help="show every key and its value, and end")
     chosen = parser.parse_intermixed_args(arguments)
-    config = configuration.load(chosen.config, chosen.overrides, devices=launched())
+    config = configuration.load(chosen.config, chosen.overrides, devices=world_size())
     if chosen.print_config:
         print(config.to_yaml(), end="")
         return
@@ -72,7 +72,7 @@ def eval_main(arguments: list[str]) -> None:
 
 
 def export_main(arguments: list[str]) -> None:
-    """`export.py`: see its --help."""
+    """Runs `export.py`; see its --help."""
     parser = create_parser("export.py", "Writes a checkpoint as MindIR, after comparing it with the training graph.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or one checkpoint in it")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
@@ -90,32 +90,54 @@ def export_main(arguments: list[str]) -> None:
 
 
 def infer_main(arguments: list[str]) -> None:
-    """`infer.py`: see its --help."""
+    """Runs `infer.py`; see its --help."""
     parser = Parser(prog="infer.py", description="Continues text, or classifies images, with an exported model.")
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder that export.py made")
     parser.add_argument("--prompt", metavar="TEXT", help="the beginning of the text")
-    parser.add_argument("--prompts-file", metavar="FILE", help="instead: one prompt a line, run as one batch")
+    parser.add_argument(
+        "--prompts-file", metavar="FILE", help="file with one prompt per line, run as one batch (instead of --prompt)"
+    )
     parser.add_argument(
         "--image",
         metavar="FILE",
-        help="of a classifier: a picture, or a .npy file of [H, W], [C, H, W] or [N, C, H, W] (channels first)",
+        help="for a classifier: a picture, or a .npy file of [H, W], [C, H, W] or [N, C, H, W] (channels first)",
     )
     parser.add_argument(
         "--value-range",
         metavar="LOW,HIGH",
-        help="the values of --image that mean 0 and 1 (declared by their type: 0,255 for bytes, 0,1 for floats)",
+        help="the values of --image that mean 0 and 1 (default by type: 0,255 for bytes, 0,1 for floats)",
     )
-    parser.add_argument("--task", metavar="TASK", help="of a classifier: which of its tasks (the first)")
-    parser.add_argument("--max-new-tokens", type=whole, default=200, metavar="N", help="most tokens of an answer (200)")
-    parser.add_argument("--temperature", type=finite, default=0.8, metavar="T", help="0 = greedy (0.8)")
+    parser.add_argument("--task", metavar="TASK", help="for a classifier: the task to answer (default: the first)")
     parser.add_argument(
-        "--top-k", type=whole, default=0, metavar="K", help="draw from the K most probable; 0 = all (0)"
+        "--max-new-tokens",
+        type=whole,
+        default=200,
+        metavar="N",
+        help="maximum number of tokens of an answer (default 200)",
     )
-    parser.add_argument("--top-p", type=finite, default=1.0, metavar="P", help="draw from a mass of P; 1 = all (1)")
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the draws (1)")
+    parser.add_argument(
+        "--temperature", type=finite, default=0.8, metavar="T", help="sampling temperature; 0 = greedy (default 0.8)"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=whole,
+        default=0,
+        metavar="K",
+        help="sample from the K most probable tokens; 0 = all (default 0)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=finite,
+        default=1.0,
+        metavar="P",
+        help="sample from the most probable tokens of total probability P; 1 = all (default 1)",
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="seed of the sampling (default 1)")
     parser.add_argument("--key-file", metavar="FILE", help="the key of an encrypted export")
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object; a list for --prompts-file, one a line for --image"
+        "--json",
+        action="store_true",
+        help="print one JSON object; a list with --prompts-file, one object per line with --image",
     )
     chosen = parser.parse_args(arguments)
     given = [chosen.prompt, chosen.prompts_file, chosen.image]
@@ -123,7 +145,7 @@ def infer_main(arguments: list[str]) -> None:
         raise UserError("--prompt: give one of --prompt TEXT, --prompts-file FILE and, for a classifier, --image FILE")
     for option, value in (("--value-range", chosen.value_range), ("--task", chosen.task)):
         if value is not None and chosen.image is None:
-            raise UserError(f"{option}: {value}; belongs to --image FILE of a classifier: leave it out")
+            raise UserError(f"{option}: {value}; only valid with --image FILE of a classifier; leave it out")
     _prepare()
     with stdout_to_stderr() as out:
         from switchyard.inference.classify import is_classifier
@@ -148,7 +170,7 @@ def _classify(chosen, out) -> None:
     images = file.images(manifest.image, declared, manifest.file_ranges)
     key = key_of(chosen.model, manifest.encryption, chosen.key_file, say)
     if not manifest.batch_independent:
-        say(f"note: the router looks at all {manifest.batch} images of a batch, so an answer depends on the others")
+        say(f"note: the router looks at all {manifest.batch} images of a batch, so answers depend on each other")
     set_context(ContextConfig(), say=say)
     for probabilities in classify(chosen.model, images, chosen.task, key):
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
@@ -215,7 +237,7 @@ def _say_unknown(tokenizer, prompts: list[str]) -> None:
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal; stdout is for text and JSON."""
+    """Prints a line for the user on stderr; stdout is for text and JSON."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -76,17 +76,21 @@ def set_context(
 
 
 def target_of(context: ContextConfig) -> str:
-    """The device that a configuration means here: Ascend, GPU or CPU (UserError: one that is not there)."""
+    """Returns the device that a configuration means here: Ascend, GPU or CPU (UserError: the machine has no such
+    device).
+    """
     target = context.device_target
     if target == "auto":
         return next((name for name in ("Ascend", "GPU") if has_device(name)), "CPU")
     if not has_device(target):
-        raise UserError(f"context.device_target: {target}; MindSpore finds none on this machine; take auto or CPU")
+        raise UserError(
+            f"context.device_target: {target}; MindSpore finds no such device on this machine; use auto or CPU"
+        )
     return target
 
 
 def has_device(target: str) -> bool:
-    """Whether this MindSpore can use an Ascend, GPU or CPU here.
+    """Returns whether this MindSpore can use an Ascend, GPU or CPU here.
 
     The machine is looked at first: asking MindSpore for a device that is not there writes warnings.
     """

@@ -19,7 +19,7 @@ REMEDIES = {
     errno.EDQUOT: "free some of your quota, or write to another disk",
     errno.EFBIG: "raise the largest size of a file (ulimit -f)",
     errno.EROFS: "write elsewhere",
-    errno.EIO: "look after the disk, or write to another one",
+    errno.EIO: "check the disk, or write to another one",
 }
 FULL = {  # what compiled code says -> what the system would have said
     "no space left on device": errno.ENOSPC,
@@ -31,7 +31,7 @@ FULL = {  # what compiled code says -> what the system would have said
 
 
 class FileError(UserError):
-    """A file that could not be written, or read."""
+    """Reports a file that could not be written, or read."""
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def line_of(error: BaseException, path: str | Path | None = None) -> str | None:
-    """The line about an error of a file; None where the error is about something else.
+    """Returns the message for a file error; None where the error is about something else.
 
     Args:
         error: an OSError, or what a library raised that met a full disk.
@@ -65,7 +65,7 @@ def line_of(error: BaseException, path: str | Path | None = None) -> str | None:
 
 
 def _number_in(text: str) -> int | None:
-    """The error number of the system that a library's message means."""
+    """Returns the system's error number that the message of a library means."""
     text = text.lower()
     return next((number for words, number in FULL.items() if words in text), None)
 

@@ -37,7 +37,9 @@ LONGEST_NAME = 120  # bytes that leave room for process and host in a name of 25
 
 
 class UnfitError(ValueError):
-    """A file that must not be read: no regular file, of another size, or outside its folder. Its text says which."""
+    """Reports a file that must not be read: not a regular file, of another size, or outside its folder. The message
+    says which.
+    """
 
 
 def open_regular(path: Path, most: int | None = None, folder: Path | None = None) -> BinaryIO:
@@ -82,13 +84,13 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 def read_regular(path: Path, most: int, folder: Path | None = None) -> bytes:
-    """The content of a regular file of at most `most` bytes; raises as `open_regular`."""
+    """Reads a regular file of at most `most` bytes; raises as `open_regular`."""
     with open_regular(path, most, folder) as file:
         return file.read(os.fstat(file.fileno()).st_size)  # a larger number would be taken as memory at once
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """The checksum of what is left to read in an open file; holds a block of it at a time."""
+    """Computes the checksum of the rest of an open file, one block at a time."""
     digest = hashlib.sha256()
     while block := file.read(BLOCK):
         digest.update(block)
@@ -100,7 +102,9 @@ def require_text(path: Path, field: str) -> None:
     try:
         str(path.absolute()).encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{field}: {str(path)!r}; the path is not UTF-8, MindSpore opens no such: rename it") from None
+        raise UserError(
+            f"{field}: {str(path)!r}; the path is not UTF-8, and MindSpore cannot open it; rename it"
+        ) from None
 
 
 def flush(path: Path) -> None:
@@ -155,7 +159,7 @@ def replace(new: Path, place: Path, old: Path | None = None) -> None:
 
 
 def present(place: Path) -> Path:
-    """Where the whole of `place` is: there, or under the name of a replacement that was killed half-way."""
+    """Returns the complete version of `place`: there, or under the name of a replacement that was killed half-way."""
     old = place.with_name(OLD + place.name) if place.name else place
     return old if not os.path.lexists(place) and old.exists() else place
 
@@ -184,7 +188,8 @@ def exchange(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def unfinished(place: Path) -> Iterator[Path]:
-    """A new folder beside `place` to write into, gone afterwards; those of dead processes are removed first."""
+    """Makes a new folder beside `place` to write into and removes it at the end; removes those of dead processes
+    first."""
     name = place.name
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -194,14 +199,14 @@ def unfinished(place: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch(purpose: str) -> Iterator[Path]:
-    """A new folder among the system's temporary ones, for this user alone; see `unfinished`."""
+    """Makes a new folder among the system's temporary ones, for this user alone; see `unfinished`."""
     with _owned(Path(tempfile.gettempdir()), f"switchyard-{purpose}-", 0o700) as folder:
         yield folder
 
 
 @contextlib.contextmanager
 def _owned(parent: Path, prefix: str, mode: int = 0o777) -> Iterator[Path]:
-    """A folder whose name says which process of which host made it."""
+    """Makes a folder whose name says which process of which host made it."""
     parent.mkdir(parents=True, exist_ok=True)
     clear_left(parent, prefix)
     name = f"{prefix}{os.getpid()}.{socket.gethostname()}"
@@ -224,7 +229,7 @@ def clear_left(parent: Path, prefix: str) -> None:
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process of this host runs."""
+    """Returns whether a process of this host runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -243,7 +248,7 @@ def follow_umask(folder: Path) -> None:
 
 @contextlib.contextmanager
 def plain_path(folder: Path) -> Iterator[str]:
-    """A path to a folder that holds no other letters than MindSpore's export accepts.
+    """Gives a path to a folder with only the letters that MindSpore's export accepts.
 
     MindSpore checks the text and then follows links, so a name of the open folder will do; where the system has none, a
     link in a temporary folder does.

@@ -1,4 +1,4 @@
-"""Whether two methods that must say the same are still those of one class: a subclass may have changed one of them.
+"""Checks whether two methods that must match still come from one class: a subclass may override only one of them.
 
 Where one device calls one method and a compiled cluster, evaluation or generation another, a class of a user's own that
 changes the first and inherits the second would be replaced by its parent, without a word. No MindSpore in here.
@@ -6,12 +6,13 @@ changes the first and inherits the second would be replaced by its parent, witho
 
 
 def changed(cls: type, method: str, root: type) -> bool:
-    """Whether a class that extends `root` has a method of its own in the place of `root`'s."""
+    """Returns whether a class that extends `root` overrides a method of `root`."""
     return any(method in one.__dict__ for one in cls.__mro__[: cls.__mro__.index(root)])
 
 
 def changes_alone(cls: type, method: str, partners: tuple[str, ...], root: type) -> bool:
-    """Whether a class has changed a method of `root`, and none of its partners where it did or nearer to itself.
+    """Returns whether a class overrides a method of `root` without overriding a partner in the same class or a nearer
+    one.
 
     Args:
         cls: extends `root`.
@@ -25,11 +26,13 @@ def changes_alone(cls: type, method: str, partners: tuple[str, ...], root: type)
 
 
 def _place(classes: tuple[type, ...], name: str) -> int:
-    """Index of the first class that defines a name; how many classes there are where none does."""
+    """Returns the index of the first class that defines a name; the number of classes where none does."""
     return next((index for index, one in enumerate(classes) if name in one.__dict__), len(classes))
 
 
 def keeps(cls: type, method: str, partner: str) -> bool:
-    """Whether a class has a method `partner` that says the same as `method`: no subclass has changed `method` since."""
+    """Returns whether the method `partner` of a class still matches `method`: no subclass has overridden `method`
+    since.
+    """
     at, besides = _place(cls.__mro__, method), _place(cls.__mro__, partner)
     return besides < len(cls.__mro__) and besides <= at

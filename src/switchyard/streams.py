@@ -62,7 +62,9 @@ class Stream:
 
 
 def hangs_up() -> bool:
-    """Whether a terminal that closes ends this process: under nohup SIGHUP is ignored, and some systems have none."""
+    """Returns whether closing the terminal ends this process: under nohup SIGHUP is ignored, and some systems have
+    none.
+    """
     return hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
 
@@ -80,7 +82,7 @@ def guarded() -> Iterator[None]:
 
 
 def survive() -> None:
-    """From here on the program goes on where nobody reads what it prints (within `guarded`)."""
+    """Lets the program continue where nobody reads what it prints (within `guarded`)."""
     if isinstance(sys.stdout, Stream):
         sys.stdout.survives = True
 

@@ -17,12 +17,12 @@ KEY = "moe.router"
 
 
 def is_own(router: str) -> bool:
-    """Whether a router's name is `module.Class`, a class in somebody's own file."""
+    """Returns whether the name of a router is `module.Class`, a class in a file of the user."""
     return "." in router
 
 
 def names_router(overrides: list[str] | tuple[str, ...]) -> bool:
-    """Whether the user's own `section.key=value` name the router."""
+    """Returns whether the `section.key=value` of the user name the router."""
     return any(override.partition("=")[0].strip() == KEY for override in overrides)
 
 
@@ -49,7 +49,7 @@ def check_trusted(router: str, consent: bool, say: Callable[[str], None]) -> Non
 
 
 def locate(router: str) -> str:
-    """The file or folder of the module that `module.Class` names, found without running any of it (UserError)."""
+    """Finds the file or folder of the module that `module.Class` names, without running any of it (UserError)."""
     module, _, attribute = router.rpartition(".")
     first, *rest = module.split(".")
     if not all(part.isidentifier() for part in (first, *rest, attribute)):
@@ -67,7 +67,9 @@ def locate(router: str) -> str:
 
 
 def _file_of(spec, rest: list[str]) -> str:
-    """Where the module `rest` of a package is; the package itself where it cannot be told without running it."""
+    """Returns the file of the module `rest` of a package; the package itself where that cannot be told without running
+    it.
+    """
     for folder in spec.submodule_search_locations or ():
         place = Path(folder, *rest)
         for candidate in (place / "__init__.py", place.with_suffix(".py")):
@@ -99,7 +101,7 @@ def _is_below(module, folder: str) -> bool:
 
 
 def import_class(router: str) -> object:
-    """What `module.Class` names, None where the module has no such thing; the module is imported.
+    """Imports the module and returns the class that `module.Class` names, None where the module has no such class.
 
     Raises:
         UserError: the module is not there, or fails while it is imported.

@@ -147,7 +147,7 @@ def test_names_that_lead_elsewhere_are_refused(held, name):
     tree = json.loads(text)
     tree["files"][name] = {"sha256": "0" * 64, "bytes": 1}
     resign(path, tree)
-    with pytest.raises(DamagedError, match="cut or altered"):
+    with pytest.raises(DamagedError, match="truncated or altered"):
         checkpoint.read(path)
     (path / "manifest.json").write_text(text)
 

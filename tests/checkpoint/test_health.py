@@ -42,7 +42,7 @@ def test_what_is_not_finite_is_never_written(tmp_path, values):
     """Weights and moments; the checkpoint before stays although one only is kept."""
     _save(tmp_path, 1, keep=1)
     words = r"checkpoint of step 2: '(moment1\.)?norm\.weight' holds numbers that are not finite, so it was not written"
-    with pytest.raises(UserError, match=rf"{words}; '.*{NAMES[1]}' was not touched and is good; lower"):
+    with pytest.raises(UserError, match=rf"{words}; '.*{NAMES[1]}' is unchanged and good; reduce"):
         _save(tmp_path, 2, keep=1, **values)
     assert _names(tmp_path) == [NAMES[1]]
     assert checkpoint.read(tmp_path).step == 1
@@ -51,14 +51,14 @@ def test_what_is_not_finite_is_never_written(tmp_path, values):
 class _Rank(Processes):
     """One of two processes, whose partner says what it is told to."""
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         return True
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_refuse_what_one_of_them_cannot_write(tmp_path, rank):
     good, state = {"norm.weight": np.ones((3, 2), np.float32)}, {"step": 4}
-    with pytest.raises(UserError, match="checkpoint of step 4: 'a slice of another rank' holds numbers that are not"):
+    with pytest.raises(UserError, match="checkpoint of step 4: 'a shard of another rank' holds numbers that are not"):
         checkpoint.save_together(_Rank(rank, 2), tmp_path, run_config(), "{}", good, {}, state)
     assert not (tmp_path / "checkpoints").exists()
     with pytest.raises(UserError, match=r"'norm\.weight' holds numbers that are not finite"):
@@ -110,14 +110,14 @@ def test_messages_name_a_checkpoint_that_is_good(tmp_path, monkeypatch):
     _save_unseen(tmp_path, 2, monkeypatch, moment=np.inf)
     _flip(_save(tmp_path, 3))
     _flip(_save(tmp_path, 4))
-    assert Healthy().kept(tmp_path) == f"'{tmp_path / 'checkpoints' / NAMES[1]}' was not touched and is good"
+    assert Healthy().kept(tmp_path) == f"'{tmp_path / 'checkpoints' / NAMES[1]}' is unchanged and good"
     with pytest.raises(checkpoint.DamagedError) as caught:
         checkpoint.read(tmp_path)
     assert str(caught.value).endswith(
         f"use the previous checkpoint '{tmp_path / 'checkpoints' / NAMES[1]}', which is good"
     )
     _flip(tmp_path / "checkpoints" / NAMES[1])
-    assert str(caught.value).endswith("there is none before it that is good: train again")
+    assert str(caught.value).endswith("no earlier checkpoint is good: train again")
     assert Healthy().kept(tmp_path) == f"no checkpoint of '{tmp_path}' is good"
     assert Healthy().kept(tmp_path / "elsewhere") == "no checkpoint was written"
 
@@ -191,7 +191,7 @@ def test_numbers_that_are_not_finite_count_as_damage(tmp_path, values, monkeypat
     for path in checkpoint.listed(tmp_path):
         shutil.rmtree(path)
     _save_unseen(tmp_path, 3, monkeypatch, **values)
-    with pytest.raises(UserError, match=r"no checkpoint of .* is whole; train again under another train.name"):
+    with pytest.raises(UserError, match=r"no checkpoint of .* is complete; train again under another train.name"):
         find_start(tmp_path, run_config(), resume=True)
 
 

@@ -171,7 +171,7 @@ def test_shapes_are_told_from_the_slices_without_zero(tmp_path):
     path = checkpoint.finish(tmp_path, config_of(**parallel), "{}", state_of(3), wait=0)
     _assert_equal(checkpoint.read(path).weights, weights)
     zero = config_of(**LAYOUTS["zero1 dp8 ep2"])
-    with pytest.raises(UserError, match=r"optimizer_shard: 1; the whole shape of 'embedding.table' must be said"):
+    with pytest.raises(UserError, match=r"optimizer_shard: 1; the full shape of 'embedding.table' is needed"):
         checkpoint.save_slice(tmp_path, zero, 4, 0, weights, optimizer)
 
 
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_one_device_is_as_it_always_was(tmp_path):
 
 
 def test_a_rank_that_did_not_save_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"missing slices of ranks 2, 5 after 0 s: the checkpoint was not written"):
+    with pytest.raises(UserError, match=r"missing shards of ranks 2, 5 after 0 s: the checkpoint was not written"):
         _save_cut(tmp_path, LAYOUTS["dp8 ep4"], skip=(2, 5))
     assert checkpoint.listed(tmp_path) == []
     path, *_ = _save_cut(tmp_path, LAYOUTS["dp8 ep4"])  # clears what was left
@@ -231,15 +231,15 @@ def test_slices_of_another_layout_or_shape_are_refused(tmp_path):
     for rank in range(4):
         layout = {"data_parallel": 4, "expert_parallel": 2} if rank == 1 else parallel
         checkpoint.save_slice(tmp_path, config_of(**layout), 3, rank, weights, optimizer, shapes)
-    with pytest.raises(UserError, match=r"foreign slices of rank 1: cut by .*'expert_parallel': 2"):
+    with pytest.raises(UserError, match=r"unexpected shards of rank 1: sharded by .*'expert_parallel': 2"):
         checkpoint.finish(tmp_path, config_of(**parallel), "{}", state_of(3), wait=0)
     wrong = weights | {"norm.weight": np.zeros(9, np.float32)}
-    with pytest.raises(UserError, match=r"slice of 'norm.weight': \(9,\); rank 1 of 4 holds \(8,\) of \(8,\)"):
+    with pytest.raises(UserError, match=r"shard of 'norm.weight': \(9,\); rank 1 of 4 holds \(8,\) of \(8,\)"):
         checkpoint.save_slice(tmp_path, config_of(**parallel), 3, 1, wrong, optimizer, shapes)
     checkpoint.save_slice(tmp_path, config_of(**parallel), 3, 1, weights, optimizer, shapes | {"norm.weight": (8,)})
     other = {name: array for name, array in weights.items() if "w_out" not in name}
     checkpoint.save_slice(tmp_path, config_of(**parallel), 3, 2, other, optimizer, shapes)
-    with pytest.raises(UserError, match=r"missing slice of 'layers.1.feed_forward.experts.w_out': .* 768 of its 1,024"):
+    with pytest.raises(UserError, match=r"missing shard of 'layers.1.feed_forward.experts.w_out': .* 768 of its 1,024"):
         checkpoint.finish(tmp_path, config_of(**parallel), "{}", state_of(3), wait=0)
     assert checkpoint.listed(tmp_path) == []
 
@@ -282,12 +282,15 @@ def _foreign_rank(files, known):
 @pytest.mark.parametrize(
     "change, text",
     [
-        (_drop, f"missing slice of '{NAME}': the files hold 768 of its 1,024 elements (8, 8, 16)"),
-        (_double, f"doubled slice of '{NAME}' in {FILE}: [1:3, 0:8, 0:16] is held twice"),
-        (_outside, f"foreign slice of '{NAME}' in {FILE}: [7:9, 0:8, 0:16] of a tensor (8, 8, 16)"),
-        (_unknown, f"foreign slice of 'layers.9.w' in {FILE}: the checkpoint has no such tensor"),
-        (_unheld, "missing slice of 'layers.9.w': no file holds any of it"),
-        (_foreign_rank, "foreign slices in weights-00004-of-00004.safetensors: the checkpoint is one of 4 devices"),
+        (_drop, f"missing shard of '{NAME}': the files hold 768 of its 1,024 elements (8, 8, 16)"),
+        (_double, f"duplicate shard of '{NAME}' in {FILE}: [1:3, 0:8, 0:16] is stored twice"),
+        (_outside, f"unexpected shard of '{NAME}' in {FILE}: [7:9, 0:8, 0:16] of a tensor (8, 8, 16)"),
+        (_unknown, f"unexpected shard of 'layers.9.w' in {FILE}: the checkpoint has no such tensor"),
+        (_unheld, "missing shard of 'layers.9.w': no file contains any part of it"),
+        (
+            _foreign_rank,
+            "unexpected shards in weights-00004-of-00004.safetensors: the checkpoint was written by 4 devices",
+        ),
     ],
 )
 def test_missing_doubled_and_foreign_slices_are_named(tmp_path, change, text):
@@ -303,11 +306,11 @@ def test_missing_doubled_and_foreign_slices_are_named(tmp_path, change, text):
 def test_files_that_are_lost_altered_or_too_many_are_named(tmp_path):
     table = [
         (lambda path: (path / FILE).unlink(), f"{FILE} is missing"),
-        (lambda path: (path / FILE).write_bytes((path / FILE).read_bytes()[:-1]), f"{FILE} has .* it was cut"),
+        (lambda path: (path / FILE).write_bytes((path / FILE).read_bytes()[:-1]), f"{FILE} has .* it is truncated"),
         (lambda path: (path / FILE).write_bytes(b"x" + (path / FILE).read_bytes()[1:]), f"{FILE} was altered"),
         (
             lambda path: (path / "weights-00009-of-00016.safetensors").touch(),
-            "foreign slices in weights-00009-of-00016.safetensors: manifest.json does not know the file",
+            "unexpected shards in weights-00009-of-00016.safetensors: manifest.json does not list the file",
         ),
     ]
     for index, (damage, text) in enumerate(table):
@@ -351,12 +354,12 @@ def test_the_command(tmp_path, capsys):
     assert cli.run(checkpoint.main, command) == 0
     printed = capsys.readouterr().out
     assert f"checkpoint: '{cut}' for 8 device(s)" in printed
-    assert "routing groups: 8 from here on, not 1: each has a capacity of its own" in printed
+    assert "routing groups: 8 from now on instead of 1; each group has its own capacity" in printed
     assert checkpoint.read(cut).config.parallel.expert_parallel == 4
     assert cli.run(checkpoint.main, ["convert", str(cut), "--to", "{}", "--out", str(back)]) == 0
     assert content_of(back) == content_of(path)
     table = [
-        (["convert", str(run), "--to", "{}", "--out", str(cut)], f"--out: '{cut}' exists"),
+        (["convert", str(run), "--to", "{}", "--out", str(cut)], f"--out: '{cut}' already exists"),
         (["convert", str(run), "--to", "8", "--out", str(tmp_path / "x")], "--to: '8'; give degrees as YAML"),
         (["convert", str(run), "--to", "{dp: 8}", "--out", str(tmp_path / "x")], "parallel.dp: unknown key"),
         (

@@ -101,7 +101,9 @@ def test_damage_is_named_with_the_way_out(tmp_path, name, damage):
 def test_a_lone_damaged_checkpoint_says_that_nothing_is_before_it(tmp_path):
     path = _save(tmp_path, 2)
     _cut(path / "weights.safetensors")
-    with pytest.raises(UserError, match=r"weights.safetensors has \d+ bytes instead of \d+: it was cut; there is none"):
+    with pytest.raises(
+        UserError, match=r"weights.safetensors has \d+ bytes instead of \d+: it is truncated; no earlier"
+    ):
         checkpoint.read(path)
 
 
@@ -128,7 +130,7 @@ def test_another_format_version_is_refused(tmp_path):
 def test_paths_that_hold_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"nowhere': does not exist; give a run folder"):
         checkpoint.resolve(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"holds none; train first"):
+    with pytest.raises(UserError, match=r"contains no checkpoint; train first"):
         checkpoint.resolve(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is not a folder"):

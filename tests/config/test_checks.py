@@ -38,13 +38,13 @@ def test_degrees_that_fit():
         ({"pipeline_stage": 3}, {}, r"pipeline_stage: 3; at most model.num_layers \(2\)"),
         ({"pipeline_stage": 2}, {"model": {"num_layers": 3}}, r"pipeline_stage: 2; must divide model.num_layers \(3\)"),
         ({"pipeline_stage": 2}, {}, "micro_batch_num: 1; at least parallel.pipeline_stage"),
-        ({"micro_batch_num": 2}, {}, "micro_batch_num: 2; those of a pipeline"),
+        ({"micro_batch_num": 2}, {}, "micro_batch_num: 2; needs parallel.pipeline_stage of 2 or more"),
         ({"data_parallel": 4}, {"batch": 6}, r"data.batch_size: 6; must be a multiple of the routing groups \(4"),
         ({"data_parallel": 4}, {"moe": {"groups": 2}}, r"moe.groups: 2; must be a multiple of .*data_parallel \(4\)"),
         (
             {"data_parallel": 8, "model_parallel": 4, "sequence_parallel": True},
             {},
-            r"sequence_parallel: True; model_parallel \(4\) must divide a slice's rows \(6\)",
+            r"sequence_parallel: True; model_parallel \(4\) must divide the rows of a data-parallel shard \(6\)",
         ),
     ],
 )

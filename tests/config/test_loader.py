@@ -100,7 +100,7 @@ COMBINATIONS = [
     (
         ["model.hidden_size=12", "model.num_heads=4"],
         "model.position: rotary; needs an even head size, not 3; "
-        "change model.hidden_size or model.num_heads, or take 'learned'",
+        "change model.hidden_size or model.num_heads, or use 'learned'",
     ),
     (
         ["moe.router=top_k", "moe.expert_num=8", "moe.num_experts_chosen=9"],
@@ -109,7 +109,7 @@ COMBINATIONS = [
     (["moe.num_experts_chosen=2"], "moe.num_experts_chosen: 2; at most moe.expert_num (1)"),
     (
         ["moe.expert_num=8", "moe.num_experts_chosen=2"],
-        "moe.num_experts_chosen: 2; moe.router 'switch' chooses 1; take 'top_k' for more",
+        "moe.num_experts_chosen: 2; moe.router 'switch' chooses 1 expert; use 'top_k' for more",
     ),
     (["moe.layers=[0, 4]"], "moe.layers: 4; at most model.num_layers - 1 (3)"),
     (["moe.layers=5"], "moe.layers: 5; every n-th needs n <= model.num_layers (4)"),
@@ -137,7 +137,8 @@ COMBINATIONS = [
     (["schedule.learning_rate=1e-5"], "schedule.lr_end: 0.0001; at most schedule.learning_rate (1e-05)"),
     (
         ["export.max_length=65", "model.position=learned"],
-        "export.max_length: 65; learned positions end at model.seq_length (64); take model.position=rotary for longer",
+        "export.max_length: 65; learned positions end at model.seq_length (64); use model.position=rotary "
+        "for longer text",
     ),
 ]
 
@@ -203,8 +204,8 @@ def _file(tmp_path, text, name="config.yaml"):
     [
         ("model: [1, 2", "broken YAML"),
         ("model:\n\thidden_size: 3", "line 2: broken YAML"),
-        ("- model\n- moe", "holds a list, wants sections such as 'model:'"),
-        ("just words", "holds a str, wants sections"),
+        ("- model\n- moe", "holds a list; expected sections such as 'model:'"),
+        ("just words", "holds a str; expected sections"),
         (b"\xff\xfe\x00", "not UTF-8 text"),
         ("model: {hidden_sise: 3}", "did you mean 'hidden_size'?"),
         ("? [a]\n: 1", "line 1: broken YAML: a list or mapping as a key: keys must be text"),
@@ -267,7 +268,7 @@ def test_every_key_is_described():
         assert issubclass(section.annotation, Section) and section.annotation.__doc__
         for key, described in section.annotation.model_fields.items():
             assert described.description, f"{name}.{key}"
-            assert len(described.description) < 100 and "\n" not in described.description
+            assert len(described.description) < 140 and "\n" not in described.description
 
 
 def test_every_key_stands_in_one_section_only_or_means_the_same():

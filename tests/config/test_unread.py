@@ -250,13 +250,19 @@ def test_what_is_read_or_holds_anyway_is_neither_refused_nor_told(overrides):
             ["vision.classes=3", "cascade.threshold=0.5"],
             "vision.classes 3, cascade.threshold 0.5 (model.type",
         ),
-        (["model.position=learned", "model.theta=5"], "model.theta 5.0 (model.position 'rotary' reads it)"),
+        (["model.position=learned", "model.theta=5"], "model.theta 5.0 (only model.position 'rotary' reads it)"),
         (["schedule.type=constant", "schedule.lr_end=0"], "schedule.lr_end 0.0 (schedule.type 'constant'"),
-        (["train.init_loss_scale=8"], "train.init_loss_scale 8.0 (model.compute_dtype 'float16' reads it)"),
-        (["parallel.comm_fusion={allreduce: auto}"], "parallel.comm_fusion {'allreduce': 'auto'} (the degrees of"),
-        (["context.fused_operators=false"], "context.fused_operators False (Ascend reads it)"),
-        (["model.type=vision", "model.num_heads=2"], "model.num_heads 2 (not of model.type 'vision')"),
-        (["model.type=cascade", "moe.expert_num=1", "model.norm=layernorm"], "model.norm layernorm (not of model.type"),
+        (["train.init_loss_scale=8"], "train.init_loss_scale 8.0 (only model.compute_dtype 'float16' reads it)"),
+        (
+            ["parallel.comm_fusion={allreduce: auto}"],
+            "parallel.comm_fusion {'allreduce': 'auto'} (the job runs on one device",
+        ),
+        (["context.fused_operators=false"], "context.fused_operators False (only Ascend reads it)"),
+        (["model.type=vision", "model.num_heads=2"], "model.num_heads 2 (model.type 'vision' does not use it)"),
+        (
+            ["model.type=cascade", "moe.expert_num=1", "model.norm=layernorm"],
+            "model.norm layernorm (model.type 'cascade'",
+        ),
     ],
 )
 def test_what_a_shared_file_may_carry_is_told_in_one_line(overrides, told):
@@ -267,7 +273,7 @@ def test_what_a_shared_file_may_carry_is_told_in_one_line(overrides, told):
 def test_an_override_that_another_replaces_is_told():
     overrides = ["train.steps=5", "train.seed=3", "train.steps=7", "train.seed=3"]
     assert notes(build({}, overrides), overrides, "CPU") == [
-        "note: override train.steps is given 2 times; the last counts: 7"
+        "note: override train.steps is given 2 times; the last value is used: 7"
     ]
 
 

@@ -109,9 +109,9 @@ def test_evaluation_predicts_every_token_but_the_first_once(length, batch_size, 
 @pytest.mark.parametrize(
     "length, batch_size, seq_length, words",
     [
-        (0, 1, 8, ["model.seq_length: 8", "only 0 tokens", "takes 9", "more text"]),
+        (0, 1, 8, ["model.seq_length: 8", "only 0 tokens", "needs 9", "more text"]),
         (1, 1, 8, ["model.seq_length: 8", "only 1 tokens", "more text"]),
-        (8, 1, 8, ["model.seq_length: 8", "only 8 tokens", "takes 9", "at most 7"]),
+        (8, 1, 8, ["model.seq_length: 8", "only 8 tokens", "needs 9", "at most 7"]),
         (20, 3, 8, ["data.batch_size: 3", "only 1 blocks of 9 tokens", "lower data.batch_size"]),
     ],
 )

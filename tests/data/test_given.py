@@ -47,7 +47,7 @@ def test_every_token_but_the_first_is_scored_once_whatever_the_batch_size(place,
     assert predicted(data) == ids[1:]
     assert data.validation_tokens == len(ids) - 1
     assert data.validation_bytes == len(OTHER) - len(tokenizer.decode(ids[:1]))
-    assert "scored whole" in data.description and "all but the first predicted" in data.description
+    assert "evaluated in full" in data.description and "all but the first predicted" in data.description
     assert data.tokenizer.fingerprint == tokenizer.fingerprint  # which nobody named
 
 
@@ -75,7 +75,7 @@ def test_a_text_goes_before_the_run_s_validation_text(place):
 
 
 def test_one_text_is_given(place):
-    with pytest.raises(UserError, match=r"^data\.val_path: '.*other\.txt'; one text is scored"):
+    with pytest.raises(UserError, match=r"^data\.val_path: '.*other\.txt'; evaluation reads one text"):
         scored(place, ByteTokenizer(), "data.path=@folder", "data.val_path=@other.txt")
     own = scored(place, ByteTokenizer(), "data.val_path=null", val_path=str(place / "other.txt"))
     assert own.validation_tokens == 79  # the last tenth of the run's text: no text was given
@@ -105,7 +105,7 @@ def test_a_character_that_the_checkpoint_does_not_know_is_named(place):
 @pytest.mark.parametrize("text", ["x", ""])
 def test_a_text_without_a_prediction_is_refused(place, text):
     (place / "other.txt").write_text(text)
-    with pytest.raises(UserError, match=r"^data\.path: '.*other\.txt'; (gives 1 tokens, 2 is the|the file is empty)"):
+    with pytest.raises(UserError, match=r"^data\.path: '.*other\.txt'; (gives 1 tokens, at least 2|the file is empty)"):
         scored(place, ByteTokenizer(), "data.path=@other.txt")
 
 
@@ -135,8 +135,8 @@ def test_images_of_another_folder_are_scored_whole_or_their_test_files(tmp_path)
     idx("train-images-idx3-ubyte", np.zeros((5, 2, 2)))
     idx("train-labels-idx1-ubyte", np.arange(5))
     data = scored_images()
-    assert data.validation_tokens == 5 and "5 images, all scored" in data.description
+    assert data.validation_tokens == 5 and "5 images, all evaluated" in data.description
     idx("t10k-images-idx3-ubyte", np.zeros((3, 2, 2)))
     idx("t10k-labels-idx1-ubyte", np.arange(3))
     data = scored_images()
-    assert data.validation_tokens == 3 and "(t10k files), 3 images, all scored" in data.description
+    assert data.validation_tokens == 3 and "(t10k files), 3 images, all evaluated" in data.description

@@ -123,8 +123,8 @@ def test_files_that_are_damaged_or_missing(folder):
     images = folder / "train-images-idx3-ubyte"
     whole = images.read_bytes()
     for data, answer in (
-        (whole[:-1], "was cut"),
-        (b"\x89PNG", "is no IDX file"),
+        (whole[:-1], "is truncated"),
+        (b"\x89PNG", "is not an IDX file"),
         (gzip.compress(whole)[:-9], "cannot be read"),
     ):
         images.write_bytes(data)

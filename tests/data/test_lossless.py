@@ -130,12 +130,12 @@ def test_a_vocabulary_that_holds_the_separator_as_a_word_refuses_it():
     words = models.WordLevel({"a": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]")
     tokenizer = library(words, pre_tokenizers.WhitespaceSplit(), special=())
     assert tokenizer.separator == 2
-    with pytest.raises(UserError, match=r"^text: '</s>' at position 2 becomes the special token '</s>'"):
+    with pytest.raises(UserError, match=r"^text: '</s>' at position 2 is encoded as the special token '</s>'"):
         tokenizer.encode("a </s> a")
 
 
 def test_what_would_become_a_separator_for_want_of_an_unknown_token_is_refused():
-    with pytest.raises(UserError, match=r"^text: 'z' at position 2 becomes the special token '<\|endoftext\|>'"):
+    with pytest.raises(UserError, match=r"^text: 'z' at position 2 is encoded as the special token '<\|endoftext\|>'"):
         KINDS["bpe whose unknown token is the separator"].encode("abz")
 
 

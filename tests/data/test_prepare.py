@@ -113,7 +113,7 @@ def test_undecodable_file_is_named(folder, tmp_path):
 
 def test_prepared_folder_is_not_prepared_again(folder, tmp_path):
     out = prepare.prepare(str(folder), tmp_path / "blocks", 300, 16, 0.2, None)
-    with pytest.raises(UserError, match="prepared already"):
+    with pytest.raises(UserError, match="is already prepared"):
         prepare.prepare(str(out), tmp_path / "more", 300, 16, 0.2, None)
 
 

@@ -116,22 +116,22 @@ def test_a_validation_text_is_what_data_and_records_validate_on(tmp_path):
     assert mindrecord.read_stream(out, manifest, manifest.validation).tobytes() == b"tenth word"
     assert (manifest.train.tokens, manifest.validation.tokens) == (280, 10)
     overrides[0] = f"data.path={out}"
-    with pytest.raises(UserError, match=r"data\.val_path: .* has a validation part already"):
+    with pytest.raises(UserError, match=r"data\.val_path: .* already has a validation part"):
         load_data(config.build({}, [*overrides, f"data.val_path={tmp_path / 'val.txt'}"]))
-    with pytest.raises(UserError, match=r"--val-path: .* is prepared already"):
+    with pytest.raises(UserError, match=r"--val-path: .* is already prepared"):
         prepare.prepare(str(tmp_path / "train.txt"), tmp_path / "o", 300, 4, 0.1, "byte", str(out))
-    with pytest.raises(UserError, match=r"data\.val_path: .* is prepared as MindRecord: name the text"):
+    with pytest.raises(UserError, match=r"data\.val_path: .* is a prepared MindRecord folder; give the text"):
         load_data(config.build({}, [f"data.path={tmp_path / 'val.txt'}", f"data.val_path={out}"]))
 
 
 @pytest.mark.parametrize(
     "val_path, words",
     [
-        ("train.txt", "is training text of data.path, too"),
-        ("link.txt", "is training text of data.path, too"),
-        ("*.txt", "is training text of data.path, too"),
+        ("train.txt", "is also training text of data.path"),
+        ("link.txt", "is also training text of data.path"),
+        ("*.txt", "is also training text of data.path"),
         ("empty", r"empty\.txt'; the file is empty"),
-        ("hollow", "holds no text file with anything in it"),
+        ("hollow", "contains no text file with content"),
         ("none", "no such file or folder, or leave it null"),
         ("latin", "is not UTF-8: byte 0xe9 at offset 3"),
     ],
@@ -148,5 +148,5 @@ def test_validation_texts_that_cannot_be(tmp_path, val_path, words):
 
 
 def test_images_take_no_validation_text():
-    with pytest.raises(UserError, match=r"data\.val_path: 'a'; names text, and images are read"):
+    with pytest.raises(UserError, match=r"data\.val_path: 'a'; names text, but the model reads images"):
         load_data(config.build({"model": {"type": "vision"}}, ["data.val_path=a"]))

@@ -33,7 +33,7 @@ def test_a_nul_is_refused_in_a_file_with_its_offset(tmp_path, place):
     raw = b"x" * place + b"\0" + b"y" * 50
     file = tmp_path / "nul.txt"
     file.write_bytes(raw)
-    with pytest.raises(UserError, match=rf"nul\.txt' holds a NUL at offset {place}, so it is no UTF-8 text; convert"):
+    with pytest.raises(UserError, match=rf"nul\.txt' holds a NUL at offset {place}, so it is not UTF-8 text; convert"):
         load_text(DataConfig(path=str(file)))
 
 
@@ -97,7 +97,7 @@ def test_a_marked_tokenizer_file_is_read_and_a_wide_one_refused(tmp_path):
 
 def test_no_text_becomes_the_separator_of_bytes_or_characters():
     for tokenizer in (ByteTokenizer(), CharTokenizer("\0ab", separated=True)):
-        with pytest.raises(UserError, match="text: NUL at position 1, which stands between documents"):
+        with pytest.raises(UserError, match="text: NUL at position 1 is reserved as the separator of documents"):
             tokenizer.encode("a\0b")
     with pytest.raises(UserError, match=r"data\.path: 'x': text: NUL at position 1"):
         CharTokenizer("\0ab", separated=True).encode_documents([Document("x", b"a\0b")])

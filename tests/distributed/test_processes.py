@@ -6,17 +6,17 @@ import pytest
 from switchyard.config import build
 from switchyard.distributed.placement import Degrees
 from switchyard.distributed.processes import (
-    ALONE,
+    SINGLE,
     Processes,
     is_first,
     is_scheduler,
-    launched,
     local_config,
     must_block,
     on_one_device,
     own_rank,
     require_one_device,
     waits_for_nothing,
+    world_size,
 )
 from switchyard.errors import UserError
 from switchyard.training.limits import check_degrees
@@ -25,13 +25,13 @@ EXPERTS = {"expert_num": 4}
 
 
 def test_what_msrun_says_of_a_process():
-    assert launched({}) == 1 and is_first({}) and not is_scheduler({})
-    assert launched({"MS_WORKER_NUM": "4"}) == 1  # a word of somebody else's
+    assert world_size({}) == 1 and is_first({}) and not is_scheduler({})
+    assert world_size({"MS_WORKER_NUM": "4"}) == 1  # a word of somebody else's
     worker = {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "4", "RANK_ID": "1"}
     assert own_rank(worker) == 1 and own_rank({"RANK_ID": "1"}) == 0
-    assert launched(worker) == 4 and not is_first(worker) and is_first(worker | {"RANK_ID": "0"})
+    assert world_size(worker) == 4 and not is_first(worker) and is_first(worker | {"RANK_ID": "0"})
     scheduler = worker | {"MS_ROLE": "MS_SCHED", "RANK_ID": "0"}
-    assert launched(scheduler) == 4 and is_scheduler(scheduler) and not is_first(scheduler)
+    assert world_size(scheduler) == 4 and is_scheduler(scheduler) and not is_first(scheduler)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_process_gets_its_share():
     config = build({"data": {"batch_size": 12}, "parallel": {"data_parallel": 2}, "moe": EXPERTS | {"groups": 4}})
     own = local_config(config, Processes(1, 2, Degrees.of(config.parallel)))
     assert (own.data.batch_size, own.groups, own.rows * 2) == (6, 2, config.rows)
-    assert local_config(config, ALONE) is config
+    assert local_config(config, SINGLE) is config
 
 
 def test_the_same_model_on_one_device():
@@ -130,9 +130,9 @@ def test_parts_make_up_the_whole():
 
 def test_one_alone_hears_itself():
     values = np.array([1.5, 2.5])
-    assert ALONE.gather(values).tolist() == [[1.5, 2.5]] and ALONE.is_first
-    assert ALONE.any(True) and not ALONE.any(False)
-    ALONE.wait()
+    assert SINGLE.gather(values).tolist() == [[1.5, 2.5]] and SINGLE.is_first
+    assert SINGLE.any_rank(True) and not SINGLE.any_rank(False)
+    SINGLE.barrier()
 
 
 @pytest.mark.parametrize(

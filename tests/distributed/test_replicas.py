@@ -57,7 +57,7 @@ class Together(Processes):
 
 def test_what_differs_is_named():
     processes, arrays = Together(0, 2, Degrees(2, 2)), {PLAIN: np.ones(4, np.float32)}
-    said = "'norm.gain' is not the same on ranks 1 as on 0 after step 7, and must be; kept"
+    said = "'norm.gain' differs between ranks 1 and ranks 0 after step 7, although replicas must be equal; kept"
     with pytest.raises(UserError, match=said) as caught:
         check_replicas(arrays, {PLAIN: (4,)}, processes, 7, lambda: "kept")
     assert "\n" not in str(caught.value)
@@ -110,7 +110,7 @@ def test_a_spoilt_rank_stops_the_job_and_the_last_good_checkpoint_stays(tmp_path
     out, err = running.communicate(timeout=120)
     assert running.returncode != 0
     logs = [(tmp_path / "logs" / f"worker_{rank}.log").read_text() for rank in range(2)]
-    said = "error: train.replica_check_every: 'layers.0.attention.qkv.weight' is not the same on ranks 1 as on 0 after"
+    said = "error: train.replica_check_every: 'layers.0.attention.qkv.weight' differs between ranks 1 and ranks 0 after"
     assert all(said in log for log in logs), out + err + logs[0][-2000:]
     newest = checkpoint.listed(tmp_path / "runs" / "tiny")[-1]
-    assert newest.name == checkpoint.name_of(4) and f"'{newest}' was not touched" in logs[0]
+    assert newest.name == checkpoint.name_of(4) and f"'{newest}' is unchanged and good" in logs[0]

@@ -44,7 +44,7 @@ SAVE = """
 import signal, sys, time
 def save(number, frame):
     time.sleep(0.3)
-    print("interrupted: saved step 7 of 'runs/x'; go on with --resume", flush=True)
+    print("interrupted: saved step 7 of 'runs/x'; continue with --resume", flush=True)
     sys.exit(75)
 signal.signal(signal.SIGTERM, save)
 print("ready", flush=True)
@@ -136,7 +136,7 @@ def test_a_signal_lets_the_workers_save(tmp_path, number):
         time.sleep(0.05)
         os.kill(job.pid, number)
     code, said = end_of(job)
-    assert code == 75 and said.startswith("interrupted: saved step 7 of 'runs/x'; go on with --resume (rank ")
+    assert code == 75 and said.startswith("interrupted: saved step 7 of 'runs/x'; continue with --resume (rank ")
 
 
 def test_a_second_signal_ends_the_job(tmp_path):

@@ -120,7 +120,7 @@ def test_a_difference_is_refused_and_leaves_nothing(name, tmp_path, graph, monke
 def test_an_export_is_replaced_and_other_folders_are_not(tmp_path, graph, monkeypatch):
     out = save_export(tmp_path)
     (out / "manifest.json").rename(tmp_path / "aside")
-    with pytest.raises(UserError, match=r"^--out: '.*out' holds other files; name a new folder"):
+    with pytest.raises(UserError, match=r"^--out: '.*out' contains other files; give a new folder"):
         export(tmp_path / "runs" / "tiny", out, say=quiet)
     assert len(list(out.iterdir())) == 3  # nothing was touched
     (tmp_path / "aside").rename(out / "manifest.json")
@@ -145,7 +145,9 @@ def test_encryption(tmp_path, graph):
     assert np.isfinite(logits).all()
     with pytest.raises(UserError, match=r"^--key-file: not given; '.*out' is encrypted"):
         open_model(out, say=quiet)
-    with pytest.raises(UserError, match=r"^--key-file: it does not open '.*mindir'; give the key of the export"):
+    with pytest.raises(
+        UserError, match=r"^--key-file: the key does not decrypt '.*mindir'; give the key of the export"
+    ):
         open_model(out, other, say=quiet)
 
 

@@ -86,7 +86,7 @@ print(code, sorted(name for name in sys.modules if name.startswith("switchyard")
         (("--model", "OUT"), "error: --prompt: give one of --prompt TEXT, --prompts-file FILE and"),
         (("--model", "OUT", "--prompt", "a", "--prompts-file", "b"), "error: --prompt: give one of"),
         (("--model", "OUT", "--image", "x.npy"), "error: --image: 'x.npy'; cannot be read"),
-        (("--model", "OUT", "--image", "y.npy"), "error: --model: 'OUT' is no switchyard classifier"),
+        (("--model", "OUT", "--image", "y.npy"), "error: --model: 'OUT' is not a switchyard classifier"),
         (("--prompt", "a"), "error: the following arguments are required: --model"),
         (("--model", "OUT", "--prompt", ""), "error: prompt: empty"),
         (("--model", "OUT", "--prompt", "jump Ω"), "error: prompt: text: character 'Ω' (U+03A9)"),

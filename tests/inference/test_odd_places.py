@@ -188,12 +188,12 @@ def test_names_that_lead_elsewhere_are_refused(rubbish, name):
     folder, tree = rubbish[0], json.loads(json.dumps(rubbish[1]))
     tree["files"][name] = tree["files"]["prefill.mindir"]
     resign(folder, tree)
-    with pytest.raises(UserError, match="cut or altered"):
+    with pytest.raises(UserError, match="truncated or altered"):
         manifests.read(folder)
     tree = json.loads(json.dumps(rubbish[1]))
     tree["graphs"]["prefill"] = name
     resign(folder, tree)
-    with pytest.raises(UserError, match="cut or altered"):
+    with pytest.raises(UserError, match="truncated or altered"):
         manifests.read(folder)
 
 

@@ -50,8 +50,8 @@ def test_image_fold_and_back(kind):
     rows = fold(Tensor(maps))
     assert rows.shape == (3 * config.units, *fold.row_shape(8, 8, 8))
     assert np.array_equal(fold.back(rows).asnumpy(), maps)
-    spread = fold.spread(Tensor(np.array([5, 6, 7], np.int32))).asnumpy()
-    assert np.array_equal(spread, np.repeat([5, 6, 7], config.units))
+    repeated = fold.repeat_per_row(Tensor(np.array([5, 6, 7], np.int32))).asnumpy()
+    assert np.array_equal(repeated, np.repeat([5, 6, 7], config.units))
 
 
 def vision(**moe):
@@ -79,15 +79,18 @@ def test_a_window_goes_where_its_first_token_goes():
     ("sections", "answer"),
     [
         ({"moe": {"granularity": "region"}}, "moe.granularity: region; regions are parts of images"),
-        ({"moe": {"granularity": "sample"}}, "moe.granularity: sample; a decoder predicts inside the sample"),
+        ({"moe": {"granularity": "sample"}}, "moe.granularity: sample; a decoder must not route by the full sample"),
         ({"moe": {"granularity": "slice", "slice_length": 7}}, "moe.slice_length: 7; must divide seq_length (64)"),
-        ({"model": {"type": "vision"}, "moe": {"granularity": "token"}}, "moe.granularity: token; an image has no"),
+        ({"model": {"type": "vision"}, "moe": {"granularity": "token"}}, "moe.granularity: token; images have no"),
         ({"model": {"type": "vision"}, "moe": {"granularity": "task"}}, "moe.router: switch; moe.granularity 'task'"),
         (
             {"model": {"type": "vision"}, "moe": {"granularity": "region"}, "vision": {"regions": 3}},
             "vision.regions: 3",
         ),
-        ({"model": {"type": "cascade"}, "moe": {"expert_num": 2}}, "moe.expert_num: 2; 1: a cascade's experts"),
+        (
+            {"model": {"type": "cascade"}, "moe": {"expert_num": 2}},
+            "moe.expert_num: 2; must be 1: the experts of a cascade",
+        ),
     ],
 )
 def test_what_is_impossible_is_refused(sections, answer):

@@ -140,7 +140,7 @@ def test_dropless_dispatch_needs_choices(router):
 
 
 def test_dropless_dispatch_leaves_nothing_to_reroute():
-    with pytest.raises(UserError, match=r"moe\.reroute: 2; 0: moe\.dispatch 'dropless_static' leaves no choice"):
+    with pytest.raises(UserError, match=r"moe\.reroute: 2; must be 0: moe\.dispatch 'dropless_static' drops no choice"):
         tiny_config(router="switch", dispatch="dropless_static", reroute=2)
 
 

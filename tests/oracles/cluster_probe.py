@@ -1,13 +1,13 @@
 """What a rank of a simulated cluster does besides compiling: named to switchyard.simulation.compile by tests."""
 
 from mindspore.communication import get_group_size, get_rank
+from switchyard.training.cluster import ClusterStep
+from switchyard.training.parallel_eval import ParallelEvalStep, evaluation_config, parallel_scores
+from switchyard.training.parallel_step import batch_slices
 
 from switchyard.checkpoint import store as checkpoint
 from switchyard.distributed.placement import Degrees
 from switchyard.distributed.processes import Processes
-from switchyard.training.cluster import ClusterStep
-from switchyard.training.parallel_eval import ParallelEvalStep, evaluation_config, parallel_scores
-from switchyard.training.parallel_step import batch_slices
 
 OTHER, STEP = "again", 3  # the run that is written
 

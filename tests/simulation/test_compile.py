@@ -70,7 +70,7 @@ def test_the_whole_shape_of_a_slice():
 
 
 def test_a_child_that_takes_too_long_is_ended():
-    with pytest.raises(UserError, match="sleep: not done after 0 s"):
+    with pytest.raises(UserError, match="sleep: not finished after 0 s"):
         simulate.run_child(["sleep", "30"], {}, 0.3, "sleep")
 
 

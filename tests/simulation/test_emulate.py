@@ -81,7 +81,7 @@ def test_what_a_rank_holds_is_said(four):
     )
     assert {one.group for one in report.collectives if one.kind == "AlltoAll"} == {(2, 3)}
     text = simulate.render(report, four[0])
-    assert "rank 3 of 4: stage 0, outer data slice 1, expert slice 1" in text
+    assert "rank 3 of 4: stage 0, outer data shard 1, expert shard 1" in text
     table = next(array for name, array in four[3].items() if name == "before:embedding.table")
     whole = sum(
         array.nbytes for name, array in four[3].items() if name.startswith("before:layers") and "experts" in name
@@ -318,11 +318,15 @@ def test_what_is_explained_is_said_and_what_cannot_be_executed_is_no_verdict(tmp
     monkeypatch.setattr(virtual, "prove", lambda *_: found)
     assert cli.run(virtual.main, arguments) == 0
     said = capsys.readouterr().out
-    assert "explained (2)" in said and "2 entries moved otherwise, explained by gradients near zero" in said
-    assert said.rstrip().endswith("1 choices of experts fell otherwise: equal")
+    assert "explained (2)" in said and "2 entries differ, as gradients near zero explain" in said
+    assert said.rstrip().endswith("1 expert choices differ: equal")
     for error, code, says in (
-        (NotExecutable("operator Fancy: cannot be executed (x)"), 2, "error: virtual cluster: operator Fancy: cannot"),
-        (ClusterError("deadlock: {}"), 1, "virtual cluster: deadlock: {}: DIFFERENT"),
+        (
+            NotExecutable("operator Fancy: cannot be executed (x)"),
+            2,
+            "error: cluster emulation: operator Fancy: cannot",
+        ),
+        (ClusterError("deadlock: {}"), 1, "cluster emulation: deadlock: {}: DIFFERENT"),
     ):
         monkeypatch.setattr(virtual, "prove", lambda *_, error=error: raised(error))
         assert cli.run(virtual.main, arguments) == code

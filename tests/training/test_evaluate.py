@@ -11,7 +11,7 @@ from switchyard.checkpoint import store as checkpoint
 from switchyard.data import load_data
 from switchyard.errors import UserError
 from switchyard.models import create_model
-from switchyard.training.evaluate import Evaluator, evaluate, mean_with_interval, spread
+from switchyard.training.evaluate import Evaluator, evaluate, evenly_spaced, mean_with_interval
 
 MOE = {"model": {"num_layers": 2}, "moe": {"expert_num": 4, "layers": [1]}}
 
@@ -49,8 +49,8 @@ def test_interval_covers_the_truth_19_times_of_20():
 
 
 def test_batches_are_spread_over_the_set():
-    assert spread(10, 0) == spread(10, 10) == spread(10, 99) == list(range(10))
-    assert spread(10, 3) == [0, 3, 6] and spread(1000, 4) == [0, 250, 500, 750]
+    assert evenly_spaced(10, 0) == evenly_spaced(10, 10) == evenly_spaced(10, 99) == list(range(10))
+    assert evenly_spaced(10, 3) == [0, 3, 6] and evenly_spaced(1000, 4) == [0, 250, 500, 750]
 
 
 def test_the_whole_set_once(tmp_path, graph):
@@ -84,7 +84,7 @@ def test_a_text_that_is_given_is_scored_whole_with_the_checkpoint_s_tokenizer(tm
     found = evaluate(run, [f"data.path={tmp_path / 'other.txt'}"], say=said.append)
     again = evaluate(run, [f"data.path={tmp_path / 'other.txt'}", "data.batch_size=7"], say=said.append)
     assert found.tokens == again.tokens == 199 and found.loss == pytest.approx(again.loss, abs=1e-5)
-    assert any("other.txt': 200 bytes, scored whole; the checkpoint's vocabulary" in line for line in said)
+    assert any("other.txt': 200 bytes, evaluated in full; the checkpoint's vocabulary" in line for line in said)
     assert found.tokens != data.validation_tokens
     (tmp_path / "other.txt").write_text(TEXT[:200] + "é", encoding="utf-8")
     with pytest.raises(UserError, match=r"character 'é' \(U\+00E9\) at position 200 is not in the vocabulary"):

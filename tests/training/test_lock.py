@@ -82,7 +82,8 @@ def test_another_host_cannot_be_asked(tmp_path):
     before = (tmp_path / LOCK).read_bytes()
     with (
         pytest.raises(
-            UserError, match=rf"by process 17 on host 'elsewhere', .*: if it has ended, remove '{tmp_path}/\.lock'$"
+            UserError,
+            match=rf"by process 17 on host 'elsewhere', .*; if that process has ended, remove '{tmp_path}/\.lock'$",
         ),
         locked(tmp_path, "a"),
     ):
@@ -112,7 +113,7 @@ def test_another_container_of_this_machine_is_asked_by_its_open_file(tmp_path):
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"pid": null}', "\x00\x01"])
 def test_a_file_that_is_no_lock_is_named(text, tmp_path):
     (tmp_path / LOCK).write_text(text)
-    refused = pytest.raises(UserError, match=rf"^'{tmp_path}/\.lock': no lock of a training; remove it")
+    refused = pytest.raises(UserError, match=rf"^'{tmp_path}/\.lock': is not the lock of a training; remove it")
     with refused as caught, locked(tmp_path, "a"):
         pass
     assert "\n" not in str(caught.value)

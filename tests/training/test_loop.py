@@ -56,7 +56,7 @@ def test_gpus_that_wait_for_nothing_are_warned_once(tmp_path, monkeypatch, capsy
     monkeypatch.setattr("switchyard.training.loop.waits_for_nothing", lambda config, processes: processes.size == 1)
     train(run_config(tmp_path, train={"steps": 2, "replica_check_every": 7}))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: launch: ")]
-    assert len(said) == 1 and "context.launch_blocking=true" in said[0] and "train.replica_check_every=7 " in said[0]
+    assert len(said) == 1 and "context.launch_blocking=true" in said[0] and "train.replica_check_every=7)" in said[0]
 
 
 def test_what_a_run_leaves(tmp_path, graph, capsys):
@@ -77,12 +77,12 @@ def test_what_a_run_leaves(tmp_path, graph, capsys):
     assert held.config == config and held.state["data_index"] == 5
     assert (run / "config.yaml").read_text() == config.to_yaml()
     said = capsys.readouterr().out
-    for text in ("device: ", "compiling the training step: takes about", "compiled, and made step 1, in"):
+    for text in ("device: ", "compiling the training step: takes about", "compiled and ran step 1 in"):
         assert text in said
     assert "step 2/5  loss " in said and "validation loss" in said and "lr " in said and "tokens/s" in said
     # a run that is there is never overwritten, and a finished one is left alone
     with pytest.raises(
-        UserError, match=r"train.name: tiny; the run .* exists: choose another name, or go on with --resume"
+        UserError, match=r"train.name: tiny; the run .* already exists; choose another name, or continue with --resume"
     ):
         train(config)
     before = (run / "metrics.jsonl").read_bytes()
@@ -96,7 +96,7 @@ REFUSED = [
     ({"optimizer": {"eps": 1e-6}}, "optimizer.eps: 1e-06; the run was trained with 1e-08"),
     ({"data": {"val_fraction": 0.2}}, "data.val_fraction: 0.2; the run was trained with 0.1"),
     ({"train": {"seed": 2}}, "train.seed: 2; the run was trained with 1"),
-    ({"train": {"steps": 1}}, "train.steps: 1; the run .* is at step 3 already"),
+    ({"train": {"steps": 1}}, "train.steps: 1; the run .* is already at step 3"),
     (
         {"parallel": {"data_parallel": 2}, "data": {"batch_size": 4}},
         "parallel.data_parallel: 2; the degrees need 2 processes",
@@ -126,7 +126,7 @@ def test_resume_refuses_another_model_and_survives_damage(tmp_path, graph, capsy
     assert [path.name for path in checkpoint.listed(run)] == [checkpoint.name_of(step) for step in (1, 2, 3)]
     for path in checkpoint.listed(run):
         (path / "state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"no checkpoint of .* is whole; train again under another train.name"):
+    with pytest.raises(UserError, match=r"no checkpoint of .* is complete; train again under another train.name"):
         train(run_config(tmp_path, train=steps | {"steps": 9}), resume=True)
 
 
@@ -142,7 +142,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, pynative):
     )
     with pytest.raises(
         UserError,
-        match=r"train: the (loss|gradient norm) is (nan|inf) at step \d+[,;].* '.*' was not touched and is good; lower",
+        match=r"train: the (loss|gradient norm) is (nan|inf) at step \d+[,;].* '.*' is unchanged and good; reduce",
     ) as caught:
         train(config)
     step = int(re.search(r"at step (\d+)", str(caught.value))[1])
@@ -156,7 +156,7 @@ def test_resume_without_a_checkpoint_starts_anew(tmp_path, pynative, capsys):
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 9}\n{"ki')
     train(run_config(tmp_path, train={"steps": 2}, context={"mode": "pynative"}), resume=True)
-    assert "holds no checkpoint yet: starting from step 0" in capsys.readouterr().out
+    assert "contains no checkpoint yet; starting from step 0" in capsys.readouterr().out
     assert list(losses_of(run)) == [1, 2] and losses_of(run)[1] != 9
 
 
@@ -186,7 +186,7 @@ def test_a_signal_saves_and_a_resumed_run_repeats_the_rest(tmp_path, pynative, m
 
     original = loop.learning_rate
     monkeypatch.setattr(loop, "learning_rate", rate_and_signal)
-    with pytest.raises(Interrupted, match=r"saved step 3 of .*; go on with --resume"):
+    with pytest.raises(Interrupted, match=r"saved step 3 of .*; continue with --resume"):
         train(other)
     monkeypatch.setattr(loop, "learning_rate", original)
     runs = tmp_path / "runs"

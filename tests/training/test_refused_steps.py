@@ -109,7 +109,7 @@ def test_the_run_ends_at_once_and_names_a_good_checkpoint(dtype, tmp_path, pynat
         context={"mode": "pynative"},
     )
     run = tmp_path / "runs" / "tiny"
-    words = r"train: the (loss|gradient norm) is (nan|inf) at step \d+.*step-\d+' was not touched and is good; lower"
+    words = r"train: the (loss|gradient norm) is (nan|inf) at step \d+.*step-\d+' is unchanged and good; reduce"
     with pytest.raises(UserError, match=words) as first:
         train(config)
     held = checkpoint.read(run)
@@ -130,12 +130,12 @@ def _figures(norm: float, scale: float = 1.0) -> dict:
     "loss, norm, scale, says",
     [
         (1.0, 2.0, 1.0, None),
-        (1.0, np.nan, 1.0, "the gradient norm is nan at step 6, which was not applied; KEPT; lower"),
-        (1.0, np.inf, 1.0, "the gradient norm is inf at step 6, which was not applied; KEPT; lower"),
+        (1.0, np.nan, 1.0, "the gradient norm is nan at step 6, which was not applied; KEPT; reduce"),
+        (1.0, np.inf, 1.0, "the gradient norm is inf at step 6, which was not applied; KEPT; reduce"),
         (1.0, np.inf, 2.0, None),  # the loss scale has refused it
         (np.nan, np.nan, 2.0, None),
-        (np.nan, np.nan, 1.0, "the loss is nan at step 6, which was not applied; KEPT; lower"),
-        (np.nan, 2.0, 64.0, "the loss is nan at step 6; KEPT; lower"),
+        (np.nan, np.nan, 1.0, "the loss is nan at step 6, which was not applied; KEPT; reduce"),
+        (np.nan, 2.0, 64.0, "the loss is nan at step 6; KEPT; reduce"),
     ],
 )
 def test_what_ends_a_run(loss, norm, scale, says):

@@ -29,7 +29,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_another_layout(tmp_path, graph, caps
     assert len(list(place.glob("weights-*-of-00008.safetensors"))) == 8
     train(run_config(tmp_path, moe=moe, train=limits | {"name": "cut"}), resume=True)
     printed = "from data_parallel 4, expert_parallel 2, model_parallel 2, optimizer_shard 1 to one device"
-    assert f"resume: the checkpoint is re-cut {printed}" in capsys.readouterr().out
+    assert f"resume: the checkpoint is resharded {printed}" in capsys.readouterr().out
     losses = losses_of(tmp_path / "runs" / "whole")
     assert losses_of(tmp_path / "runs" / "cut") == {step: losses[step] for step in (3, 4)}
     one, other = (checkpoint.read(tmp_path / "runs" / name) for name in ("whole", "cut"))
@@ -53,7 +53,7 @@ def test_routing_groups_stay_where_the_degrees_allow_it(before, now, groups, cap
     kept = resumed(old, new)
     assert kept.groups == groups and kept.parallel == new.parallel
     check_resumable(old, keep_groups(old, new))
-    assert ("routing groups from here on" in capsys.readouterr().out) == (groups != old.groups)
+    assert ("routing groups from now on" in capsys.readouterr().out) == (groups != old.groups)
 
 
 def test_a_validation_text_may_move_but_neither_come_nor_go():

@@ -125,7 +125,7 @@ def test_a_run_whose_evaluation_is_not_finite_has_no_result(tmp_path, pynative, 
     config = run_config(tmp_path, train={"steps": 2, "eval_every": 1, "eval_batches": 1}, context=PYNATIVE)
     run = tmp_path / "runs" / "tiny"
     for resume in (False, True):
-        with pytest.raises(UserError, match=r"^evaluation: loss is nan for step 2 of '.*tiny'; lower schedule"):
+        with pytest.raises(UserError, match=r"^evaluation: loss is nan for step 2 of '.*tiny'; reduce schedule"):
             train(config, resume=resume)
         assert not (run / "result.json").exists() and not _doubled(run) and checkpoint.best(run) is None
         assert [line["loss"] for line in metrics_of(run, "evaluation")] == [None] * 3

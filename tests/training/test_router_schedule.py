@@ -109,8 +109,14 @@ def test_loads_are_even_while_warm_and_the_router_learns(graph):
         ({"router": "hash", "router_warmup_steps": 5}, "moe.router_warmup_steps: 5; router 'hash' does not learn"),
         ({"router": "lsh", "router_freeze_step": 0}, "moe.router_freeze_step: 0; router 'lsh' does not learn"),
         ({"router": "dense", "router_warmup_steps": 5}, "moe.router_warmup_steps: 5; router 'dense' does not choose"),
-        ({"force_balance": True, "router_warmup_steps": 5}, "moe.router_warmup_steps: 5; choices are forced already"),
-        ({"granularity": "slice", "router_warmup_steps": 5}, "moe.router_warmup_steps: 5; choices are forced by token"),
+        (
+            {"force_balance": True, "router_warmup_steps": 5},
+            "moe.router_warmup_steps: 5; cannot be combined with moe.replay",
+        ),
+        (
+            {"granularity": "slice", "router_warmup_steps": 5},
+            "moe.router_warmup_steps: 5; choices are forced per token",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(moe, message):

@@ -61,7 +61,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, pynativ
     own = Holder.own()
     (run / LOCK).write_text(json.dumps(dead | {"host": own.host, "boot": own.boot, "space": own.space}))
     train(_config(tmp_path, train={"steps": 1}), resume=True)
-    assert "holds no checkpoint yet: starting from step 0" in capsys.readouterr().out
+    assert "contains no checkpoint yet; starting from step 0" in capsys.readouterr().out
     assert list(losses_of(run)) == [1] and not (run / LOCK).exists()
 
 
@@ -154,8 +154,9 @@ def test_another_text_is_refused_until_it_is_accepted(tmp_path, pynative, capsys
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     text.write_text(TEXT.replace("sheep", "goats"))
     train(_config(tmp_path, data={"accept_changed": True}, train={"steps": 3}), resume=True)
-    assert f"resume: data.accept_changed: goes on with other data, from a new epoch on: '{text}' has other content" in (
-        capsys.readouterr().out
+    assert (
+        f"resume: data.accept_changed: continues with the new data, from a new epoch: '{text}' has other content"
+        in (capsys.readouterr().out)
     )
     assert metrics_of(run, "resumed")[0]["data"] == f"'{text}' has other content"
     assert (_state(run)["data_epoch"], _state(run)["data_window"]) == (1, 4)

@@ -6,8 +6,8 @@ import numpy as np
 
 PIECE = 1 << 20  # elements that are looked at together: no mask of a whole tensor
 REMEDY = (
-    "lower schedule.learning_rate or set optimizer.clip_grad, and go on with --resume, or under another train.name "
-    "where the weights have diverged already"
+    "reduce schedule.learning_rate or set optimizer.clip_grad, then continue with --resume; if the weights have "
+    "already diverged, use another train.name"
 )
 
 

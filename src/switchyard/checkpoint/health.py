@@ -1,4 +1,4 @@
-"""Which checkpoints are good: whole, as they were written, and finite in every tensor.
+"""Finds good checkpoints: complete, unaltered, and finite in every tensor.
 
 A checkpoint is read in full to know it. Whoever asks again and again keeps a `Healthy`, which reads each one once.
 """
@@ -54,7 +54,7 @@ class Healthy:
         """Returns words about the checkpoint that a message can send its reader to."""
         found = self.newest(run)
         if found is not None:
-            return f"'{found}' was not touched and is good"
+            return f"'{found}' is unchanged and good"
         return f"no checkpoint of '{run}' is good" if listed(run) else "no checkpoint was written"
 
 

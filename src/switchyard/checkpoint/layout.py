@@ -1,4 +1,4 @@
-"""Who holds and who writes which slice of every tensor of a checkpoint.
+"""Computes which rank holds and which rank writes each shard of every tensor of a checkpoint.
 
 Where an axis is cut is said by `switchyard.distributed.placement`; here ZeRO's further cut along axis 0 over the
 replicas of a slice is added, and the one rank of those that hold the same slice that writes it.
@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 
 
 def held(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> Box | None:
-    """The part of a tensor that a rank holds.
+    """Returns the part of a tensor that a rank holds.
 
     Args:
         name: of a parameter or of an optimizer's tensor.
@@ -40,7 +40,7 @@ def held(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> B
 
 
 def writes(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> bool:
-    """Whether a rank is the first of those that hold its slice; arguments as in `held`."""
+    """Returns whether a rank is the first of the ranks that hold its shard; arguments as in `held`."""
     if degrees.coordinates(rank).stage != _stages(name, layers, degrees)[0]:
         return False
     cut = placement(name, shape, degrees)
@@ -48,21 +48,21 @@ def writes(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) ->
 
 
 def whole_shape(name: str, shape: Shape, degrees: Degrees) -> Shape:
-    """The shape of the whole tensor of which a rank holds a slice of `shape`.
+    """Returns the full shape of a tensor of which a rank holds a shard of `shape`.
 
     Raises:
         UserError: with ZeRO, where it cannot be told from the slice.
     """
     if degrees.optimizer_shard and shape:
         raise UserError(
-            f"parallel.optimizer_shard: {degrees.optimizer_shard}; the whole shape of '{name}' must be said: ZeRO cuts "
-            "an axis only where it divides"
+            f"parallel.optimizer_shard: {degrees.optimizer_shard}; the full shape of '{name}' is needed: ZeRO shards "
+            "an axis only where the degree divides it"
         )
     return full_shape(name, shape, degrees)
 
 
 def keep_groups(old: Config, new: Config) -> Config:
-    """`new`, with as many routing groups as `old` where it names no number itself and its degrees allow it.
+    """Returns `new` with the routing groups of `old`, if `new` gives no number and its degrees allow it.
 
     Each group has a capacity of its own, so with other groups other tokens are dropped.
     """

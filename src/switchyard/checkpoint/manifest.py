@@ -40,7 +40,8 @@ MOST_DEVICES = 1 << 20
 
 
 class DamagedError(UserError):
-    """A checkpoint with a file that is missing, cut, altered or unreadable, or with a number that is not finite.
+    """Reports a checkpoint with a file that is missing, truncated, altered or unreadable, or with a number that is not
+    finite.
 
     Its line ends with the newest good checkpoint before it, which is looked for when the line is printed.
 
@@ -59,7 +60,7 @@ class DamagedError(UserError):
         named = NAME.fullmatch(self.path.name)
         place = Path(os.path.abspath(self.path) if named else os.path.realpath(self.path))
         good = Healthy().newest(place.parent.parent, below=place.name)
-        remedy = "there is none before it that is good: train again"
+        remedy = "no earlier checkpoint is good: train again"
         if good is not None:
             good = self.path.with_name(good.name) if named else good
             remedy = f"use the previous checkpoint '{good}', which is good"
@@ -68,7 +69,7 @@ class DamagedError(UserError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint's manifest says.
+    """Holds the manifest of a checkpoint.
 
     Attributes:
         path: the directory.
@@ -86,12 +87,12 @@ class Manifest:
 
 
 def file_of(kind: str, rank: int = 0, devices: int = 1) -> str:
-    """The name of the file with a rank's slices."""
+    """Returns the name of the file with the shards of a rank."""
     return f"{kind}.safetensors" if devices == 1 else f"{kind}-{rank:05d}-of-{devices:05d}.safetensors"
 
 
 def listed(run: str | Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first; damaged ones too."""
+    """Returns the checkpoints of a run folder, oldest first; damaged ones too."""
     folder = Path(run) / FOLDER
     if not folder.is_dir():
         return []
@@ -114,7 +115,7 @@ def write_manifest(manifest: Manifest) -> None:
 
 
 class _Strict(BaseModel):
-    """A part of the content: no unknown keys, no other types."""
+    """Holds one part of the content: no unknown keys, no other types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -154,7 +155,7 @@ class _Degrees(_Strict):
 
 
 class _Content(_Strict):
-    """What the manifest holds besides its checksum; names of files lead nowhere but into the directory."""
+    """Holds the manifest except its checksum; names of files must stay inside the directory."""
 
     format: Literal[FORMAT]
     version: Literal[WHOLE_VERSION, CUT_VERSION]
@@ -165,7 +166,7 @@ class _Content(_Strict):
 
 
 class _State(BaseModel):
-    """What a run goes on from; what else is in the file stays as it is."""
+    """Holds the state that a resumed run starts from; other keys of the file are kept unchanged."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -184,7 +185,7 @@ def read_manifest(path: Path) -> Manifest:
     """Reads the manifest of a checkpoint's directory (DamagedError; UserError: of another version)."""
     with readable(path, MANIFEST):
         if not path.is_dir():
-            raise DamagedError(path, "is no folder")
+            raise DamagedError(path, "is not a folder")
         text = read_regular(path / MANIFEST, LONGEST[MANIFEST], path)
     try:
         content = parse_json(text.decode("utf-8"))
@@ -199,7 +200,7 @@ def read_manifest(path: Path) -> Manifest:
         _Content.model_validate(content)
         return _checked(path, content)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedError(path, f"{MANIFEST} is cut or altered") from None
+        raise DamagedError(path, f"{MANIFEST} is truncated or altered") from None
 
 
 @contextlib.contextmanager
@@ -216,7 +217,9 @@ def readable(path: Path, name: str) -> Iterator[None]:
 
 
 def _checked(path: Path, content: dict[str, Any]) -> Manifest:
-    """The manifest of content whose types are right (ValueError, KeyError, TypeError: its parts contradict others)."""
+    """Returns the manifest of content with the right types (ValueError, KeyError, TypeError: its parts contradict each
+    other).
+    """
     files, degrees, tensors = content["files"], Degrees(), None
     if content["version"] == CUT_VERSION:
         degrees, tensors = Degrees(**content["degrees"]), _tensors(content["tensors"])
@@ -261,13 +264,13 @@ def verify(manifest: Manifest, name: str) -> None:
     with readable(path, name):
         found = _fingerprint(path / name, path, expected["bytes"])
     if found["bytes"] != expected["bytes"]:
-        raise DamagedError(path, f"{name} has {found['bytes']} bytes instead of {expected['bytes']}: it was cut")
+        raise DamagedError(path, f"{name} has {found['bytes']} bytes instead of {expected['bytes']}: it is truncated")
     if found["sha256"] != expected["sha256"]:
-        raise DamagedError(path, f"{name} was altered: its sha256 is not the one of {MANIFEST}")
+        raise DamagedError(path, f"{name} was altered: its sha256 differs from that in {MANIFEST}")
 
 
 def read_texts(manifest: Manifest) -> tuple[Config, str, dict[str, Any]]:
-    """(configuration, tokenizer, state), see checkpoint.store.Checkpoint (DamagedError)."""
+    """Reads (configuration, tokenizer, state), see checkpoint.store.Checkpoint (DamagedError)."""
     path, texts = manifest.path, {}
     for name in TEXTS:
         verify(manifest, name)
@@ -276,7 +279,7 @@ def read_texts(manifest: Manifest) -> tuple[Config, str, dict[str, Any]]:
         try:
             texts[name] = data.decode("utf-8")
         except UnicodeDecodeError:
-            raise DamagedError(path, f"{name} is no UTF-8 text") from None
+            raise DamagedError(path, f"{name} is not UTF-8 text") from None
     try:
         state = parse_json(texts[STATE])
         _State.model_validate(state)
@@ -288,12 +291,14 @@ def read_texts(manifest: Manifest) -> tuple[Config, str, dict[str, Any]]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """{"sha256", "bytes"} of a file."""
+    """Returns {"sha256", "bytes"} of a file."""
     return _fingerprint(path)
 
 
 def _fingerprint(path: Path, folder: Path | None = None, size: int | None = None) -> dict[str, Any]:
-    """The same of a regular file in a folder, which is not read where its size is not `size` (UnfitError)."""
+    """Returns {"sha256", "bytes"} of a regular file in a folder; a file of another size than `size` is not read
+    (UnfitError).
+    """
     with open_regular(path, folder=folder) as file:
         found = os.fstat(file.fileno()).st_size
         return {"sha256": sha256_of(file) if size in (None, found) else "", "bytes": found}

@@ -16,7 +16,7 @@ MOST_CELLS = 1_000_000  # between the edges of a tensor's slices
 
 @dataclass(frozen=True)
 class Slices:
-    """Where the slices of one tensor are: P of them, of a tensor with n axes.
+    """Locates the shards of one tensor: P shards of a tensor with n axes.
 
     Attributes:
         files: P names.
@@ -29,7 +29,7 @@ class Slices:
 
     @classmethod
     def of(cls, places: Iterable[tuple[str, list[int], list[int]]]) -> "Slices":
-        """From (file, offsets, shape) of each."""
+        """Makes Slices from (file, offsets, shape) of each shard."""
         files, offsets, shapes = zip(*places)
         starts = np.array(offsets, np.int64).reshape(len(files), -1)
         return cls(files, starts, starts + np.array(shapes, np.int64).reshape(len(files), -1))
@@ -42,12 +42,12 @@ class Slices:
         if outside.any():
             index = int(outside.argmax())
             raise UserError(
-                f"foreign slice of '{name}' in {self.files[index]}: {self._text(index)} of a tensor {shape}"
+                f"unexpected shard of '{name}' in {self.files[index]}: {self._text(index)} of a tensor {shape}"
             )
         edges = [np.unique([starts, stops]) for starts, stops in zip(self.starts.T, self.stops.T)]
         cells = [len(edge) - 1 for edge in edges]
         if math.prod(cells) > MOST_CELLS + 16 * len(self.files):  # slices that make up a tensor are cut alike
-            raise UserError(f"foreign slices of '{name}': {len(self.files)} that are cut in other ways than each other")
+            raise UserError(f"inconsistent shards of '{name}': {len(self.files)} shards that do not fit together")
         count = np.zeros(cells, np.int32)  # slices over each cell between all edges
         for index in range(len(self.files)):
             cells = [
@@ -55,30 +55,32 @@ class Slices:
                 for axis, edge in enumerate(edges)
             ]
             if count[tuple(cells)].any():
-                raise UserError(f"doubled slice of '{name}' in {self.files[index]}: {self._text(index)} is held twice")
+                raise UserError(
+                    f"duplicate shard of '{name}' in {self.files[index]}: {self._text(index)} is stored twice"
+                )
             count[tuple(cells)] += 1
         ends = all(edge[0] == 0 and edge[-1] == size for edge, size in zip(edges, shape))
         if not ends or not count.all():
             held = int((self.stops - self.starts).prod(1).sum())
             raise UserError(
-                f"missing slice of '{name}': the files hold {held:,} of its {int(np.prod(shape)):,} elements {shape}"
+                f"missing shard of '{name}': the files hold {held:,} of its {int(np.prod(shape)):,} elements {shape}"
             )
 
     def _text(self, index: int) -> str:
         return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.starts[index], self.stops[index])) + "]"
 
     def meeting(self, box: Box) -> np.ndarray:
-        """Indices of the slices that have a part in `box`."""
+        """Returns the indices of the shards that overlap `box`."""
         low, high = np.array([[part.start, part.stop] for part in box], np.int64).reshape(-1, 2).T
         return np.flatnonzero(((self.starts < high) & (self.stops > low)).all(1))
 
     def box(self, index: int) -> Box:
-        """The place of one slice."""
+        """Returns the place of one shard in the tensor."""
         return tuple(slice(int(a), int(b)) for a, b in zip(self.starts[index], self.stops[index]))
 
 
 class Tensors:
-    """The tensors of one kind, weights or optimizer, of a checkpoint.
+    """Reads the tensors of one kind, weights or optimizer, of a checkpoint.
 
     Every file is verified before anything of it is used, and the slices of every tensor are counted at once.
 
@@ -107,13 +109,13 @@ class Tensors:
         try:
             for path in sorted(manifest.path.glob(f"{kind}*.safetensors")):
                 if path.name not in manifest.files:
-                    raise UserError(f"foreign slices in {path.name}: {MANIFEST} does not know the file")
+                    raise UserError(f"unexpected shards in {path.name}: {MANIFEST} does not list the file")
             self._slices = joined(kind, self.entries, manifest.files, manifest.degrees.devices)
         except UserError as error:
             raise DamagedError(manifest.path, str(error)) from None
 
     def read(self, name: str, box: Box | None = None) -> np.ndarray:
-        """A part of a tensor, or all of it, as an array of its own."""
+        """Reads a part of a tensor, or all of it, into a new array."""
         entry = self.entries[name]
         box = whole(entry.shape) if box is None else box
         out, found = np.empty(size_of(box), TYPES[entry.dtype]), self._slices[name]
@@ -122,14 +124,14 @@ class Tensors:
             common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, place))
             held = self._header(file).get(name)
             if held is None or held.dtype != entry.dtype or held.shape != size_of(place):
-                raise DamagedError(self._manifest.path, f"{file} does not hold the slice of '{name}'")
+                raise DamagedError(self._manifest.path, f"{file} does not contain the shard of '{name}'")
             target = out[within(common, box)] if box else out
             with readable(self._manifest.path, file):
                 read_part(self._manifest.path / file, held, within(common, place), target)
         return out
 
     def read_finite(self, name: str, box: Box | None = None) -> np.ndarray:
-        """As `read`; refuses numbers that are not finite (DamagedError)."""
+        """Reads as `read` does; refuses numbers that are not finite (DamagedError)."""
         array = self.read(name, box)
         if not is_finite(array):
             raise DamagedError(self._manifest.path, f"'{name}' of its {self._kind} holds numbers that are not finite")
@@ -142,7 +144,7 @@ class Tensors:
                 self.read_finite(name, box)
 
     def _header(self, file: str) -> dict[str, Entry]:
-        """The header of a file, which is verified when it is first asked for."""
+        """Returns the header of a file; the first call verifies the file."""
         if file not in self._headers:
             verify(self._manifest, file)
             try:
@@ -154,7 +156,7 @@ class Tensors:
 
 
 def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices: int) -> dict[str, Slices]:
-    """The slices of each tensor in the files of all ranks.
+    """Collects the shards of each tensor from the files of all ranks.
 
     Args:
         kind: weights or optimizer.
@@ -170,22 +172,22 @@ def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices
         if not file.startswith(f"{kind}-"):
             continue
         if not _is_of(file, kind, devices):
-            raise UserError(f"foreign slices in {file}: the checkpoint is one of {devices} devices")
+            raise UserError(f"unexpected shards in {file}: the checkpoint was written by {devices} devices")
         for name, place in (fields.get("slices") or {}).items():
             axes = len(entries[name].shape) if name in places else -1
             if not axes == len(place["offsets"]) == len(place["shape"]):
-                raise UserError(f"foreign slice of '{name}' in {file}: the checkpoint has no such tensor")
+                raise UserError(f"unexpected shard of '{name}' in {file}: the checkpoint has no such tensor")
             places[name].append((file, place["offsets"], place["shape"]))
     slices = {}
     for name, found in places.items():
         if not found:
-            raise UserError(f"missing slice of '{name}': no file holds any of it")
+            raise UserError(f"missing shard of '{name}': no file contains any part of it")
         slices[name] = Slices.of(found)
         slices[name].check(name, entries[name].shape)
     return slices
 
 
 def _is_of(file: str, kind: str, devices: int) -> bool:
-    """Whether a name is that of a rank's file."""
+    """Returns whether a name is that of a file of a rank."""
     rank = file.removeprefix(f"{kind}-").partition("-")[0]
     return rank.isascii() and rank.isdigit() and int(rank) < devices and file == file_of(kind, int(rank), devices)

@@ -33,7 +33,7 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
         UserError: `out` exists; degrees that do not fit each other or the model.
     """
     if out.exists() or out.is_symlink():
-        raise UserError(f"--out: '{out}' exists; remove it or name another folder")
+        raise UserError(f"--out: '{out}' already exists; remove it or give another folder")
     manifest = read_manifest(path)
     old, tokenizer_json, state = read_texts(manifest)
     new = keep_groups(old, configuration.build(old.model_dump() | {"parallel": _section(to)}, inherited=True))
@@ -53,7 +53,7 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
 
 
 def _section(text: str) -> dict:
-    """The section `parallel` that --to means (UserError)."""
+    """Returns the section `parallel` that --to gives (UserError)."""
     try:
         section, reason = parse_yaml(text), "no section of keys"
     except UnreadableError as error:

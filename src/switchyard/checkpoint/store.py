@@ -78,7 +78,7 @@ PATIENCE = 600.0  # seconds that `finish` waits for other ranks
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one checkpoint holds.
+    """Holds the content of one checkpoint.
 
     Attributes:
         path: the directory.
@@ -100,22 +100,22 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that were taken."""
+        """Returns the number of optimizer steps taken."""
         return self.state["step"]
 
 
 def name_of(step: int) -> str:
-    """The directory name of a step."""
+    """Returns the directory name of a step."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The inverse of `name_of`, of a checkpoint's directory."""
+    """Returns the step of a checkpoint directory, the inverse of `name_of`."""
     return int(NAME.fullmatch(path.name)[1])
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint that `path` means: a run folder's newest, or the checkpoint directory itself (UserError)."""
+    """Returns the checkpoint at `path`: the newest of a run folder, or the checkpoint directory itself (UserError)."""
     path = Path(path)
     if NAME.fullmatch(path.name) and os.path.lexists(path):  # whatever it is: who reads it says so
         return path
@@ -126,12 +126,14 @@ def resolve(path: str | Path) -> Path:
         return path
     found = listed(path)
     if not found:
-        raise UserError(f"checkpoint '{path}': holds none; train first, or give a run folder such as runs/NAME")
+        raise UserError(
+            f"checkpoint '{path}': contains no checkpoint; train first, or give a run folder such as runs/NAME"
+        )
     return found[-1]
 
 
 def best(run: str | Path) -> tuple[Path, float] | None:
-    """The checkpoint of the lowest validation loss, and that loss; None where no evaluation was made."""
+    """Returns the checkpoint of the lowest validation loss, and that loss; None where no evaluation was made."""
     folder = Path(run) / FOLDER
     try:
         entry = parse_json(read_regular(folder / BEST, LONGEST_BEST))
@@ -256,17 +258,17 @@ def save_together(
         save(run, config, tokenizer_json, weights, optimizer, state, healthy)
         return
     name = first_not_finite({**weights, **optimizer})
-    if processes.any(name is not None):
-        refuse(run, step, name or "a slice of another rank", healthy)
+    if processes.any_rank(name is not None):
+        refuse(run, step, name or "a shard of another rank", healthy)
     if processes.is_first:
         begin(run, step)
-    processes.wait()
+    processes.barrier()
     degrees, layers = Degrees.of(config.parallel), config.model.num_layers
     with _cleared_on_error(run, step):
         _save_slice(run, step, degrees, processes.rank, layers, weights, optimizer, shapes)
         if processes.is_first:
             _finish(run, config, tokenizer_json, state, degrees, PATIENCE, healthy)
-    processes.wait()
+    processes.barrier()
     healthy.note(run / FOLDER / name_of(step))
 
 
@@ -377,10 +379,10 @@ def _drop_old(run: str | Path, keep: int, healthy: Healthy) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m switchyard.checkpoint`: see its --help."""
+    """Runs `python -m switchyard.checkpoint`; see its --help."""
     parser = cli.Parser("python -m switchyard.checkpoint", description="Works on checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("convert", help="re-cut a checkpoint for other degrees of parallelism")
+    command = commands.add_parser("convert", help="reshard a checkpoint for other degrees of parallelism")
     command.add_argument("checkpoint", metavar="RUN", help="a run folder, or one checkpoint in it")
     command.add_argument(
         "--to", required=True, metavar="YAML", help="degrees: '{data_parallel: 8, expert_parallel: 4}'; '{}' = 1 device"
@@ -398,7 +400,8 @@ def main(arguments: list[str]) -> None:
     print(f"checkpoint: '{out}' for {Degrees.of(new.parallel).devices} device(s)", flush=True)
     if new.moe_layers and new.groups != old.groups:
         print(
-            f"routing groups: {new.groups} from here on, not {old.groups}: each has a capacity of its own", flush=True
+            f"routing groups: {new.groups} from now on instead of {old.groups}; each group has its own capacity",
+            flush=True,
         )
 
 

@@ -45,7 +45,9 @@ PIECE = 1 << 20  # bytes that are read, or made ready to be written, at a time
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its type (a key of TYPES), its shape, and the byte of the file at which it starts."""
+    """Describes one tensor of a file: its type (a key of TYPES), its shape, and the byte of the file at which it
+    starts.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,12 +55,12 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """Length in the file."""
+        """Returns the size in the file, in bytes."""
         return math.prod(self.shape) * np.dtype(TYPES[self.dtype]).itemsize
 
 
 def type_of(array: np.ndarray) -> str:
-    """The name of an array's type in the file (UserError: one that the format lacks)."""
+    """Returns the name of the type of an array in the file (UserError: the format has no such type)."""
     for name, code in TYPES.items():
         if array.dtype == np.dtype(code):
             return name
@@ -66,17 +68,17 @@ def type_of(array: np.ndarray) -> str:
 
 
 def whole(shape: tuple[int, ...]) -> Box:
-    """All of an array."""
+    """Returns the box that covers a full array."""
     return tuple(slice(0, size) for size in shape)
 
 
 def size_of(box: Box) -> tuple[int, ...]:
-    """The shape of a part."""
+    """Returns the shape of a box."""
     return tuple(part.stop - part.start for part in box)
 
 
 def within(box: Box, outer: Box) -> Box:
-    """A part of a part, counted from the outer's beginning."""
+    """Returns a box inside another box, counted from the beginning of the outer one."""
     return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, outer))
 
 
@@ -94,7 +96,7 @@ def pieces(box: Box, itemsize: int, limit: int = PIECE) -> Iterator[Box]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a file by name.
+    """Returns the tensors of a file by name.
 
     Raises:
         ValueError: not safetensors, or a tensor that ends beyond the file's end.
@@ -106,7 +108,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise ValueError(f"a header of {length} bytes")
         content = parse_json(file.read(length))
     if not isinstance(content, dict):
-        raise ValueError("the header is no mapping")
+        raise ValueError("the header is not a mapping")
     content.pop("__metadata__", None)
     entries = {name: _entry(name, fields, 8 + length) for name, fields in content.items()}
     end = 8 + length
@@ -120,7 +122,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _entry(name: str, fields: object, data: int) -> Entry:
-    """One entry of a header; `data` is the byte after it (ValueError)."""
+    """Returns one entry of a header; `data` is the byte after it (ValueError)."""
     if not (name.isprintable() and len(name) <= LONGEST_NAME and isinstance(fields, dict)):
         raise ValueError(f"{name[:20]!r}: no name and fields of a tensor")
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -138,7 +140,7 @@ def _entry(name: str, fields: object, data: int) -> Entry:
 
 
 def fits_memory(shape: tuple[int, ...]) -> bool:
-    """Whether NumPy can hold an array of a shape, one of no elements too."""
+    """Returns whether NumPy can hold an array of a shape, also of one without elements."""
     return math.prod(max(1, size) for size in shape) < 2**48
 
 

@@ -121,7 +121,7 @@ def from_arrays(
             origins[name] = whole(array.shape)
         else:
             raise UserError(
-                f"slice of '{name}': {array.shape}; rank {rank} of {degrees.devices} holds {size_of(box)} of {shape}"
+                f"shard of '{name}': {array.shape}; rank {rank} of {degrees.devices} holds {size_of(box)} of {shape}"
             )
         entries[name] = Entry(type_of(array), tuple(shape))
 
@@ -142,12 +142,14 @@ def assemble(folder: Path, config: Config, tokenizer_json: str, state: dict, deg
     slices: dict[str, dict] = {}
     for note in notes:
         if note["degrees"] != asdict(degrees):
-            raise UserError(f"foreign slices of rank {note['rank']}: cut by {note['degrees']}, not {asdict(degrees)}")
+            raise UserError(
+                f"unexpected shards of rank {note['rank']}: sharded by {note['degrees']}, not {asdict(degrees)}"
+            )
         for kind, entries in note["tensors"].items():
             for name, (dtype, shape) in entries.items():
                 entry = Entry(dtype, tuple(shape))
                 if tensors[kind].setdefault(name, entry) != entry:
-                    raise UserError(f"foreign slice of '{name}' of rank {note['rank']}: of {dtype} {shape}")
+                    raise UserError(f"unexpected shard of '{name}' of rank {note['rank']}: of {dtype} {shape}")
         slices |= note["files"]
     if degrees.devices > 1:
         for kind in KINDS:
@@ -163,7 +165,7 @@ def assemble(folder: Path, config: Config, tokenizer_json: str, state: dict, deg
 
 
 def _notes(folder: Path, degrees: Degrees, wait: float) -> list[dict]:
-    """The notes of all ranks, in order, once they are there (UserError names those that did not come)."""
+    """Waits for the notes of all ranks and returns them in order (UserError names the missing ranks)."""
     end = time.monotonic() + wait
     while True:
         paths = [folder / NOTE.format(rank=rank) for rank in range(degrees.devices)]
@@ -173,7 +175,7 @@ def _notes(folder: Path, degrees: Degrees, wait: float) -> list[dict]:
         if time.monotonic() > end:
             some = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
             raise UserError(
-                f"missing slices of ranks {some} after {wait:g} s: the checkpoint was not written; see their logs"
+                f"missing shards of ranks {some} after {wait:g} s: the checkpoint was not written; see their logs"
             )
         time.sleep(POLL)
 

@@ -1,4 +1,4 @@
-"""What no field of the configuration can see by itself: laws between fields."""
+"""Checks rules between fields of the configuration (cross-field checks)."""
 
 from switchyard.config.router_options import RouterOptions
 
@@ -15,7 +15,7 @@ def choice_laws(moe):
         f"at most moe.expert_num / moe.copies ({experts})",
     )
     whole = moe.dispatch == "capacity" or moe.reroute == 0
-    yield whole, "moe.reroute", moe.reroute, f"0: moe.dispatch {moe.dispatch!r} leaves no choice without a slot"
+    yield whole, "moe.reroute", moe.reroute, f"must be 0: moe.dispatch {moe.dispatch!r} drops no choice"
     yield (
         not moe.use_shared_expert_gating or moe.shared_expert_num > 0,
         "moe.use_shared_expert_gating",
@@ -31,12 +31,12 @@ def choice_laws(moe):
 
 OFFERED = {"decoder": ("token", "slice"), "vision": ("sample", "region", "channel", "task"), "cascade": ("sample",)}
 NOT_OFFERED = {
-    "sample": "a decoder predicts inside the sample, so its routing must not see all of it: 'token' or 'slice'",
-    "task": "text belongs to no task: 'token' or 'slice'; tasks have model.type 'vision'",
-    "region": "regions are parts of images, which model.type 'vision' reads",
-    "channel": "groups of channels are those of images, which model.type 'vision' reads",
-    "token": "an image has no tokens: 'sample', 'region', 'channel' or 'task'",
-    "slice": "an image is no sequence: 'sample', 'region', 'channel' or 'task'",
+    "sample": "a decoder must not route by the full sample, which includes later tokens; use 'token' or 'slice'",
+    "task": "text has no tasks; use 'token' or 'slice', or model.type 'vision'",
+    "region": "regions are parts of images; use model.type 'vision'",
+    "channel": "channel groups are parts of images; use model.type 'vision'",
+    "token": "images have no tokens; use 'sample', 'region', 'channel' or 'task'",
+    "slice": "images are not sequences; use 'sample', 'region', 'channel' or 'task'",
 }
 
 
@@ -48,15 +48,30 @@ def granularity_laws(config):
         length = config.model.seq_length
         yield length % moe.slice_length == 0, "moe.slice_length", moe.slice_length, f"must divide seq_length ({length})"
         for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
-            yield file is None, key, file, "choices are recorded by token: moe.granularity 'token'"
+            yield file is None, key, file, "choices are recorded per token; set moe.granularity to 'token'"
         steps = moe.router_warmup_steps
-        yield not steps, "moe.router_warmup_steps", steps, "choices are forced by token: moe.granularity 'token'"
+        yield (
+            not steps,
+            "moe.router_warmup_steps",
+            steps,
+            "choices are forced per token; set moe.granularity to 'token'",
+        )
     if kind != "token":
         gated = moe.use_shared_expert_gating
-        yield not gated, "moe.use_shared_expert_gating", gated, "a gate of tokens: moe.granularity 'token'"
+        yield (
+            not gated,
+            "moe.use_shared_expert_gating",
+            gated,
+            "the gate works per token; set moe.granularity to 'token'",
+        )
     if kind == "task":
         by_task = moe.router in ("task", "multi_gate", "random_in_group")
-        yield by_task, "moe.router", moe.router, "moe.granularity 'task' goes by task id: 'task' or 'multi_gate'"
+        yield (
+            by_task,
+            "moe.router",
+            moe.router,
+            "moe.granularity 'task' routes by task id; use 'task', 'multi_gate' or 'random_in_group'",
+        )
     if network != "decoder":
         yield from image_laws(config)
 
@@ -65,16 +80,31 @@ def image_laws(config):
     """Laws of the networks that read images."""
     vision, moe, network = config.vision, config.moe, config.model.type
     side = vision.image_size
-    yield config.model.dropout == 0, "model.dropout", config.model.dropout, f"0, or model.type 'decoder': not {network}"
+    yield (
+        config.model.dropout == 0,
+        "model.dropout",
+        config.model.dropout,
+        f"must be 0: model.type '{network}' has no dropout",
+    )
     for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
-        yield file is None, key, file, "choices are recorded for text only: model.type 'decoder'"
+        yield file is None, key, file, "choices are recorded for text only; use model.type 'decoder'"
     steps = moe.router_warmup_steps
-    yield not steps, "moe.router_warmup_steps", steps, "choices are forced for text only: model.type 'decoder'"
-    yield not moe.losses.get("sequence"), "moe.losses.sequence", moe.losses.get("sequence"), "an image is no sequence"
+    yield not steps, "moe.router_warmup_steps", steps, "choices are forced for text only; use model.type 'decoder'"
+    yield (
+        not moe.losses.get("sequence"),
+        "moe.losses.sequence",
+        moe.losses.get("sequence"),
+        "images are not sequences; remove it",
+    )
     if network == "cascade":
         tasks = vision.tasks
         yield len(tasks) == 1, "vision.tasks", tasks, "a cascade has one task"
-        yield moe.expert_num == 1, "moe.expert_num", moe.expert_num, "1: a cascade's experts are cascade.stages"
+        yield (
+            moe.expert_num == 1,
+            "moe.expert_num",
+            moe.expert_num,
+            "must be 1: the experts of a cascade are cascade.stages",
+        )
         return
     yield side % vision.pool == 0, "vision.pool", vision.pool, f"must divide vision.image_size ({side})"
     tasks = len(vision.tasks)
@@ -115,17 +145,27 @@ def parallel_laws(config):
     reason = f"must divide model.num_layers ({model.num_layers})"
     yield model.num_layers % stages == 0, "parallel.pipeline_stage", stages, reason
     micro = cut.micro_batch_num
-    reason = f"at least parallel.pipeline_stage ({stages}), or a stage has nothing to do"
+    reason = f"at least parallel.pipeline_stage ({stages}), otherwise a stage is idle"
     yield stages == 1 or micro >= stages, "parallel.micro_batch_num", micro, reason
-    yield micro == 1 or stages > 1, "parallel.micro_batch_num", micro, "those of a pipeline: parallel.pipeline_stage"
+    yield micro == 1 or stages > 1, "parallel.micro_batch_num", micro, "needs parallel.pipeline_stage of 2 or more"
     groups = config.groups
     yield groups % slices == 0, "moe.groups", groups, f"must be a multiple of parallel.data_parallel ({slices})"
     rows = config.rows // slices
     whole = not cut.sequence_parallel or rows % tensor == 0
-    yield whole, "parallel.sequence_parallel", True, f"model_parallel ({tensor}) must divide a slice's rows ({rows})"
+    yield (
+        whole,
+        "parallel.sequence_parallel",
+        True,
+        f"model_parallel ({tensor}) must divide the rows of a data-parallel shard ({rows})",
+    )
     for degree in ("expert_parallel", "model_parallel", "pipeline_stage"):
         size = getattr(cut, degree)
-        yield size == 1 or model.type == "decoder", f"parallel.{degree}", size, "1, or model.type 'decoder'"
+        yield (
+            size == 1 or model.type == "decoder",
+            f"parallel.{degree}",
+            size,
+            "must be 1 unless model.type is 'decoder'",
+        )
 
 
 LARGEST_ARRAY = 2**58  # numbers; NumPy counts bytes up to 2^63
@@ -141,12 +181,12 @@ def size_laws(config):
         ("vision.image_size", 16 * vision.image_size**2 * max(vision.channels, model.hidden_size)),
         ("data.batch_size", config.data.batch_size * model.seq_length * model.hidden_size),
     ):
-        reason = f"makes arrays of {numbers:.1e} numbers together with the other sizes; lower it or them"
+        reason = f"makes arrays of {numbers:.1e} elements together with the other sizes; reduce the sizes"
         yield numbers < LARGEST_ARRAY, key, config.value(key), reason
 
 
 def laws(config):
-    """(holds, key, value, what is allowed) of each cross-field law of a Config."""
+    """Yields (holds, key, value, what is allowed) of each cross-field law of a Config."""
     yield from size_laws(config)
     yield from granularity_laws(config)
     yield from model_laws(config.model)
@@ -172,7 +212,7 @@ def model_laws(model):
         not text or model.position != "rotary" or head_size % 2 == 0,
         "model.position",
         "rotary",
-        f"needs an even head size, not {head_size}; change model.hidden_size or model.num_heads, or take 'learned'",
+        f"needs an even head size, not {head_size}; change model.hidden_size or model.num_heads, or use 'learned'",
     )
 
 
@@ -213,5 +253,5 @@ def run_laws(config):
         length is None or model.position == "rotary" or length <= model.seq_length,
         "export.max_length",
         length,
-        f"learned positions end at model.seq_length ({model.seq_length}); take model.position=rotary for longer",
+        f"learned positions end at model.seq_length ({model.seq_length}); use model.position=rotary for longer text",
     )

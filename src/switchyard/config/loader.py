@@ -140,20 +140,20 @@ def _value_of(section: str, key: str, text: str) -> Any:
 
 
 def _is_text(section: str, key: str) -> bool:
-    """Whether a key exists and holds text."""
+    """Returns whether a key exists and holds text."""
     known = Config.model_fields.get(section)
     field = known.annotation.model_fields.get(key) if known else None
     return field is not None and field.annotation in (str, str | None)
 
 
 def _is_table(section: str, key: str = "") -> bool:
-    """Whether a key holds names with values, such as moe.losses."""
+    """Returns whether a key holds names with values, such as moe.losses."""
     field = Config.model_fields[section].annotation.model_fields.get(key)
     return field is not None and get_origin(field.annotation) is dict
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first problem of a pydantic report as `key: value; what is allowed`."""
+    """Returns the first problem of a pydantic report as `key: value; what is allowed`."""
     problems = error.errors(include_url=False)
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = [str(step) for step in first["loc"]]

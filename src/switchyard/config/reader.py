@@ -19,7 +19,7 @@ LARGEST_TREE = 100_000  # values, each counted as often as aliases repeat it
 DEEPEST = 32  # lists and mappings inside each other
 LONGEST_NUMBER = 40  # digits
 CORE = ("null", "bool", "int", "float", "str", "seq", "map", "merge")  # what is left of YAML's types
-NOT_TEXT = "holds bytes that are no text here: use UTF-8; where the locale has none, set PYTHONUTF8=1"
+NOT_TEXT = "contains bytes that are not text in this locale; use UTF-8, or set PYTHONUTF8=1"
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -90,7 +90,7 @@ class PlainLoader(yaml.SafeLoader):
             raise
         except UNREADABLE:
             kind = node.tag.removeprefix("tag:yaml.org,2002:")
-            raise _problem(f"{represented(node.value)} is no value of type {kind}", node.start_mark) from None
+            raise _problem(f"{represented(node.value)} is not a value of type {kind}", node.start_mark) from None
 
 
 def _parts(node: yaml.Node) -> list[yaml.Node]:
@@ -122,7 +122,7 @@ def _problem(text: str, mark: yaml.Mark | None) -> yaml.YAMLError:
 
 
 class UnreadableError(ValueError):
-    """Text that is not what it should be. Its text is one line.
+    """Reports text that cannot be read as expected; the message of the error is one line.
 
     Attributes:
         line: the line that is wrong, from 1; None where it is the whole.
@@ -170,7 +170,7 @@ def parse_json(text: str | bytes) -> Any:
     """Returns what JSON text holds, NaN and Infinity refused (UnreadableError)."""
 
     def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no number of JSON")
+        raise ValueError(f"{word} is not a JSON number")
 
     try:
         return json.loads(text, parse_constant=refuse, object_pairs_hook=_without_doubles)

@@ -1,4 +1,4 @@
-"""What sections of the configuration are made of, those of networks that read images, device and export."""
+"""Defines the base class of sections, and the sections of image networks, parallelism, device and export."""
 
 from typing import Annotated, Any, Literal, get_args
 
@@ -36,14 +36,14 @@ SpeedUp = Literal[  # keys of MindSpore's parallel_speed_up.json
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, values do not change."""
+    """Holds one section of the configuration. A section refuses unknown keys, and its values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """`true` is not the number 1."""
+        """Refuses `true` where a number is expected."""
         if isinstance(value, bool) and bool not in _kinds(cls.model_fields[info.field_name].annotation):
             raise ValueError("input should not be true or false")
         if isinstance(value, str) and "\0" in value:
@@ -58,18 +58,18 @@ def messages(problems: list[dict[str, Any]], path: tuple) -> str:
 
 
 def _kinds(annotation: Any) -> tuple:
-    """A type, or the types of a union."""
+    """Returns the types of a union, or the type itself."""
     return get_args(annotation) or (annotation,)
 
 
 class VisionConfig(Section):
-    """Images and what is asked about them."""
+    """Describes images and the tasks on them."""
 
     image_size: Positive = Field(8, description="height and width of an image")
     channels: Positive = Field(1, description="channels of an image")
     classes: Annotated[int, Field(ge=2), AfterValidator(_fits)] = Field(10, description="classes of the labels")
     tasks: Annotated[list[Literal["identity", "parity", "half"]], Field(min_length=1)] = Field(
-        ["identity"], description="a head each: the class, whether it is odd, whether it is in the upper half"
+        ["identity"], description="one head per task: the class, whether it is odd, whether it is in the upper half"
     )
     pool: Positive = Field(1, description="side of the squares that are averaged after layer 0")
     regions: Positive = Field(2, description="region: parts of each side; 2 = quadrants")
@@ -77,7 +77,7 @@ class VisionConfig(Section):
 
     @property
     def task_classes(self) -> tuple[int, ...]:
-        """Classes of each task."""
+        """Returns the number of classes of each task."""
         return tuple(self.classes if task == "identity" else 2 for task in self.tasks)
 
 
@@ -85,7 +85,7 @@ class CascadeConfig(Section):
     """Stages of growing cost; a sample leaves at the first that is sure."""
 
     stages: Annotated[list[Positive], Field(min_length=1)] = Field(
-        [4, 16, 48], description="channels of each stage, which goes on from the features of the one before"
+        [4, 16, 48], description="channels of each stage; a stage continues from the features of the previous stage"
     )
     threshold: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="evaluation: a sample leaves where its most probable class has at least this probability"
@@ -93,7 +93,7 @@ class CascadeConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the program is cut over devices."""
+    """Describes how the model is sharded over devices."""
 
     data_parallel: Positive | None = Field(
         None, description="slices of the batch; null = all devices that the other degrees leave"
@@ -102,16 +102,17 @@ class ParallelConfig(Section):
     model_parallel: Positive = Field(1, description="slices of heads and hidden width (tensor parallel)")
     pipeline_stage: Positive = Field(1, description="stages of layers")
     micro_batch_num: Positive = Field(1, description="micro-batches of a pipeline")
-    optimizer_shard: Literal[0, 1, 3] = Field(0, description="ZeRO level; on several GPUs 1 unless 0 is written")
-    sequence_parallel: bool = Field(False, description="cut norms and dropout along the sequence")
-    recompute: bool = Field(False, description="recompute activations in the backward pass")
+    optimizer_shard: Literal[0, 1, 3] = Field(0, description="ZeRO level; on several GPUs the default is 1")
+    sequence_parallel: bool = Field(False, description="shards norms and dropout along the sequence")
+    recompute: bool = Field(False, description="recomputes activations in the backward pass")
     comm_fusion: dict[Literal["allreduce", "allgather", "reducescatter"], Literal["auto"] | Positive] = Field(
         {},
-        description="Ascend, GPU: joins collectives of a kind up to so many MB; auto = 64; {} = MindSpore's default",
+        description="Ascend, GPU: fuses collectives of one kind up to this size in MB; "
+        "auto = 64; {} = MindSpore's default",
     )
     transformer_opt: dict[SpeedUp, bool | NotNegative | str] = Field(
         {},
-        description="Ascend: switches of MindSpore's transformer_opt, which overlap and join collectives",
+        description="Ascend: switches of MindSpore's transformer_opt, which overlap and fuse collectives",
     )
 
     @model_validator(mode="after")
@@ -137,21 +138,23 @@ class ParallelConfig(Section):
 
 
 class ContextConfig(Section):
-    """The device and the execution mode."""
+    """Describes the device and the execution mode."""
 
     device_target: Literal["auto", "Ascend", "GPU", "CPU"] = Field("auto", description="auto = Ascend, then GPU, CPU")
     device_id: NotNegative | None = Field(None, description="which device of this host; null = MindSpore's choice")
     fused_operators: bool = Field(
-        True, description="Ascend: fused attention, norm, SwiGLU and permutation; false = what other devices compose"
+        True,
+        description="Ascend: fused attention, norm, SwiGLU and permutation; false = the operators of other devices",
     )
     mode: Literal["graph", "pynative"] = Field("graph", description="graph compiles; pynative is for debugging")
     launch_blocking: bool | None = Field(
-        None, description="several GPUs: wait for each kernel; null = where sums over devices would race with kernels"
+        None,
+        description="several GPUs: synchronous kernel launches; null = only where AllReduce could race with kernels",
     )
 
 
 class ExportConfig(Section):
-    """The exported directory."""
+    """Describes the exported directory."""
 
     max_length: Positive | None = Field(None, description="longest prompt plus answer; null = model.seq_length")
     key_file: str | None = Field(None, description="file with 16, 24 or 32 bytes: encrypts the MindIR with AES-GCM")

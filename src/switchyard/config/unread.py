@@ -1,4 +1,4 @@
-"""Which keys a configuration does not read: what each router, network, dispatch and device looks at, as tables.
+"""Lists the keys that a configuration does not read, from tables for each router, network, dispatch and device.
 
 A key that differs from its default and is not read is refused where somebody surely expects it to change the
 mathematics, and told in one line where a file for several purposes may well carry it. A router in a file of the user's
@@ -56,7 +56,7 @@ class Unread:
 
 
 def unread(config: Config, target: str = "auto") -> Iterator[Unread]:
-    """All keys that training does not read, whatever their value; a key may come twice, and the first counts.
+    """Yields all keys that training does not read, whatever their value. The first entry of a key counts.
 
     Args:
         config: the whole configuration.
@@ -80,28 +80,32 @@ def _all_but(section: str, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _by_network(config: Config) -> Iterator[Unread]:
-    """What the network does not read."""
+    """Yields the keys that the network does not read."""
     network = config.model.type
     if network == "decoder":
         yield Unread((*_all_but("vision", ()), *_all_but("cascade", ())), "model.type 'decoder' reads text")
     else:
         yield Unread(("data.tokenizer", "export.max_length"), f"model.type '{network}' reads images")
     if network == "vision":
-        yield Unread((*_keys("model", TEXT_KEYS), *_all_but("cascade", ())), "not of model.type 'vision'")
+        yield Unread((*_keys("model", TEXT_KEYS), *_all_but("cascade", ())), "model.type 'vision' does not use it")
     if network == "cascade":
         apart = (*_all_but("model", CASCADE_KEYS), *_all_but("moe", ("record", "replay")))
-        yield Unread((*apart, "vision.pool", "vision.regions", "vision.channel_groups"), "not of model.type 'cascade'")
+        yield Unread(
+            (*apart, "vision.pool", "vision.regions", "vision.channel_groups"), "model.type 'cascade' does not use it"
+        )
     elif not config.moe_layers:
-        yield Unread(("moe.record", "moe.replay"), "no layer is conditional, so nothing is chosen: leave it out", True)
+        yield Unread(
+            ("moe.record", "moe.replay"), "no layer is conditional, so no expert is chosen: leave it out", True
+        )
         yield Unread(_all_but("moe", DECIDES), "no layer is conditional: moe.expert_num 1 or moe.layers []")
     kind = config.granularity if config.moe_layers else ""
     for key, needs in (("vision.regions", "region"), ("vision.channel_groups", "channel")):
         if network == "vision" and kind != needs:
-            yield Unread((key,), f"moe.granularity '{needs}' reads it")
+            yield Unread((key,), f"only moe.granularity '{needs}' reads it")
     if config.moe_layers and kind != "slice":
-        yield Unread(("moe.slice_length",), "moe.granularity 'slice' reads it: choose that, or leave it out", True)
+        yield Unread(("moe.slice_length",), "only moe.granularity 'slice' reads it: use that, or leave it out", True)
     if network == "decoder" and config.model.position == "learned":
-        yield Unread(("model.theta",), "model.position 'rotary' reads it")
+        yield Unread(("model.theta",), "only model.position 'rotary' reads it")
     everywhere = len(config.moe_layers) == config.model.num_layers
     if everywhere and config.moe.moe_intermediate_size:
         yield Unread(("model.intermediate_size",), "every layer is conditional and moe.moe_intermediate_size is set")
@@ -125,14 +129,18 @@ def _by_router(config: Config) -> Iterator[Unread]:
 
 
 def _by_capacity(config: Config) -> Iterator[Unread]:
-    """What nobody reads who has no slots, or no blocks."""
+    """Yields the keys of slots and of blocks that the router and the dispatch do not read."""
     moe, router = config.moe, config.moe.router
     own = router not in ROUTERS
     by_row = own or router in BY_ROW
     by_row_later = own or router in BY_ROW_AT_EVALUATION
     slots = by_row and moe.dispatch == "capacity"
     slots_later = by_row_later and moe.eval_capacity_factor is not None
-    reason = f"moe.dispatch '{moe.dispatch}' drops no choice" if by_row else f"moe.router '{router}' has no such slots"
+    reason = (
+        f"moe.dispatch '{moe.dispatch}' drops no choice"
+        if by_row
+        else f"moe.router '{router}' has no slots of this kind"
+    )
     if not slots and router not in ("expert_choice", "mixture_of_depths"):
         yield Unread(("moe.capacity_factor",), reason)
     if not slots and not slots_later:
@@ -144,37 +152,39 @@ def _by_capacity(config: Config) -> Iterator[Unread]:
 
 
 def _by_run(config: Config) -> Iterator[Unread]:
-    """What the course of the run does not read."""
+    """Yields the keys that the course of the run does not read."""
     if config.schedule.type == "constant":
-        yield Unread(("schedule.lr_end", "schedule.total_steps"), "schedule.type 'constant' stays at the peak")
+        yield Unread(
+            ("schedule.lr_end", "schedule.total_steps"), "schedule.type 'constant' keeps the peak learning rate"
+        )
     if config.model.compute_dtype != "float16":
-        yield Unread(("train.init_loss_scale",), "model.compute_dtype 'float16' reads it")
+        yield Unread(("train.init_loss_scale",), "only model.compute_dtype 'float16' reads it")
     if config.train.eval_every == 0:
-        yield Unread(("train.eval_batches",), "train.eval_every 0 scores the whole set, at the end")
+        yield Unread(("train.eval_batches",), "train.eval_every 0 evaluates the full validation set once, at the end")
 
 
 def _by_device(config: Config, target: str) -> Iterator[Unread]:
-    """What one device, or a kind of device, does not read."""
+    """Yields the keys that one device, or a kind of device, does not read."""
     if config.devices == 1:
         alone = ("parallel.comm_fusion", "parallel.transformer_opt", "context.launch_blocking")
-        yield Unread((*alone, "train.replica_check_every"), "the degrees of parallel make up one device")
+        yield Unread((*alone, "train.replica_check_every"), "the job runs on one device")
     if config.parallel.model_parallel == 1:
-        yield Unread(("parallel.sequence_parallel",), "parallel.model_parallel above 1 reads it")
+        yield Unread(("parallel.sequence_parallel",), "only parallel.model_parallel above 1 reads it")
     if target in ("GPU", "CPU"):
-        yield Unread(("parallel.transformer_opt", "context.fused_operators"), "Ascend reads it")
+        yield Unread(("parallel.transformer_opt", "context.fused_operators"), "only Ascend reads it")
     if target in ("Ascend", "CPU"):
-        yield Unread(("context.launch_blocking",), "GPUs read it")
+        yield Unread(("context.launch_blocking",), "only GPUs read it")
     if target == "CPU":
-        yield Unread(("parallel.comm_fusion",), "Ascend and GPUs read it")
+        yield Unread(("parallel.comm_fusion",), "only Ascend and GPUs read it")
 
 
 def unread_keys(config: Config) -> set[str]:
-    """All keys that are read on no device, whatever their value."""
+    """Returns all keys that no device reads, whatever their value."""
     return {key for one in unread(config) for key in one.keys}
 
 
 def changed(config: Config, key: str) -> bool:
-    """Whether a key holds neither its default nor what it could just as well be where nobody reads it."""
+    """Returns whether a key holds neither its default nor a value with the same effect as the default."""
     section, _, name = key.partition(".")
     value = config.value(key)
     if name.startswith("router."):
@@ -188,7 +198,7 @@ def changed(config: Config, key: str) -> bool:
 
 
 def without_effect(config: Config, target: str = "auto") -> dict[str, Unread]:
-    """Key -> why it is not read, of all keys that somebody has changed."""
+    """Returns key -> why it is not read, for all changed keys."""
     found: dict[str, Unread] = {}
     for one in unread(config, target):
         for key in one.keys:
@@ -198,7 +208,7 @@ def without_effect(config: Config, target: str = "auto") -> dict[str, Unread]:
 
 
 def refused(config: Config) -> dict[str, str]:
-    """Key -> reason, of the changed keys that are refused because nothing reads them."""
+    """Returns key -> reason, for the changed keys that are refused because nothing reads them."""
     return {key: one.reason for key, one in without_effect(config).items() if one.refused}
 
 
@@ -209,8 +219,9 @@ def notes(config: Config, overrides: Sequence[str] = (), target: str = "auto") -
 
 
 def notes_of_checkpoint(config: Config, overrides: Sequence[str] = (), exports: bool = False) -> list[str]:
-    """The same where a checkpoint is evaluated or exported: of the run's keys those that would be refused today, and of
-    the overrides those that only a training reads."""
+    """Returns the same lines where a checkpoint is evaluated or exported: the keys of the run that would be refused
+    today, and the overrides that only training reads.
+    """
     what = "an export" if exports else "an evaluation"
     idle = {*TRAINED, *_all_but("train", ("seed",)), *_all_but("optimizer", ()), *_all_but("schedule", ())}
     if config.moe.router != "expert_choice":
@@ -222,7 +233,7 @@ def notes_of_checkpoint(config: Config, overrides: Sequence[str] = (), exports: 
 
 
 def _told(config: Config, reasons: dict[str, str]) -> list[str]:
-    """One line of keys, their values and why nothing reads them; none where there are no such keys."""
+    """Returns one line of keys, their values and why nothing reads them; an empty list where there are no such keys."""
     by_reason: dict[str, list[str]] = {}
     for key, reason in reasons.items():
         by_reason.setdefault(reason, []).append(f"{key} {shortened(config.value(key))}")
@@ -231,13 +242,13 @@ def _told(config: Config, reasons: dict[str, str]) -> list[str]:
 
 
 def _replaced(overrides: Sequence[str]) -> list[str]:
-    """A line for each key that several overrides set to different values."""
+    """Returns a line for each key that several overrides set to different values."""
     values: dict[str, list[str]] = {}
     for override in overrides:
         key, _, value = override.partition("=")
         values.setdefault(key.strip(), []).append(value.strip())
     return [
-        f"note: override {shortened(key)} is given {len(given)} times; the last counts: {shortened(given[-1])}"
+        f"note: override {shortened(key)} is given {len(given)} times; the last value is used: {shortened(given[-1])}"
         for key, given in values.items()
         if len(set(given)) > 1
     ]

@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Data:
-    """What training and evaluation read.
+    """Holds what training and evaluation read.
 
     Attributes:
         tokenizer: text to ids and back; of images, their classes.
@@ -106,12 +106,12 @@ def load_data(
 
 
 def _load_images(config: Config, classes_json: str | None, rank: int, world: int, seen: Seen) -> Data:
-    """The same of images; a prediction counts as one token of one byte."""
+    """Returns the Data of images; a prediction counts as one token of one byte."""
     vision, batch_size = config.vision, config.data.batch_size
     if config.data.val_path is not None:
         raise UserError(
-            f"data.val_path: '{config.data.val_path}'; names text, and images are read: leave it null; t10k-* files in "
-            "data.path are the validation images"
+            f"data.val_path: '{config.data.val_path}'; names text, but the model reads images; leave it "
+            "null: t10k-* files in data.path are the validation images"
         )
     classes = classes_of(vision, classes_json)
     split = load_split(config)
@@ -136,7 +136,9 @@ def _load_images(config: Config, classes_json: str | None, rank: int, world: int
 def _read_text(
     config: Config, tokenizer_json: str | None, seen: Seen
 ) -> tuple[Tokenizer, np.ndarray, np.ndarray, Callable, str, dict[str, Any]]:
-    """(tokenizer, training stream [T], validation stream [T], what counts ids, description, fingerprint) of text."""
+    """Returns (tokenizer, training stream [T], validation stream [T], what counts ids, description, fingerprint) of
+    text.
+    """
     _refuse_records(config.data.val_path)
     corpus = load_text(config.data)
     marks = fingerprint.of_corpus(corpus)
@@ -156,11 +158,11 @@ def _read_text(
 def _refuse_records(val_path: str | None) -> None:
     """Refuses a prepared folder as validation text (UserError)."""
     if mindrecord.locate(val_path, "data.val_path") is not None:
-        raise UserError(f"data.val_path: '{val_path}'; is prepared as MindRecord: name the text itself")
+        raise UserError(f"data.val_path: '{val_path}'; is a prepared MindRecord folder; give the text itself")
 
 
 def count_tokens(pieces: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
-    """How often each id occurs in arrays of ids: [V] int64."""
+    """Returns how often each id occurs in arrays of ids: [V] int64."""
     counts = np.zeros(vocab_size, np.int64)
     for piece in pieces:
         counts += np.bincount(piece.reshape(-1), minlength=vocab_size)
@@ -170,12 +172,14 @@ def count_tokens(pieces: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
 def _read_records(
     config: Config, tokenizer_json: str | None, seen: Seen
 ) -> tuple[Tokenizer, mindrecord.RecordSource, np.ndarray, Callable, str, dict[str, Any]]:
-    """(tokenizer, training source, validation stream [T], what counts ids, description, fingerprint) of a folder."""
+    """Returns (tokenizer, training source, validation stream [T], what counts ids, description, fingerprint) of a
+    folder.
+    """
     folder = mindrecord.locate(config.data.path)
     manifest, tokenizer = mindrecord.read_manifest(folder)
     if config.data.val_path is not None:
         raise UserError(
-            f"data.val_path: '{config.data.val_path}'; '{folder}' has a validation part already: leave it null, or "
+            f"data.val_path: '{config.data.val_path}'; '{folder}' already has a validation part; leave it null, or "
             "prepare the text with --val-path"
         )
     marks = fingerprint.of_records(manifest)

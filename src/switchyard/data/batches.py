@@ -15,7 +15,7 @@ SHUFFLE_STREAM = 0x6461_7461  # sets these draws apart from other draws of the s
 
 
 class Batch(NamedTuple):
-    """One micro-batch: predict `labels` from `tokens` where `valid` is 1."""
+    """Holds one micro-batch: predict `labels` from `tokens` where `valid` is 1."""
 
     tokens: np.ndarray  # [B, S] int32
     labels: np.ndarray  # [B, S] int32
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Course:
-    """Which windows of which epoch each batch takes.
+    """Computes which windows of which epoch each batch reads.
 
     Counting may begin anywhere: batch `index` takes the windows of `epoch` from number `window` on. So a run that goes
     on with another batch size reads what its epoch has left, no window twice and none left out but those that do not
@@ -42,7 +42,7 @@ class Course:
     window: int = 0
 
     def at(self, index: int) -> tuple[int, int]:
-        """(epoch, first window) of a batch (IndexError: one before the beginning)."""
+        """Returns (epoch, first window) of a batch (IndexError: one before the beginning)."""
         if index < self.index:
             raise IndexError(f"batch {index}: counted from {self.index}")
         number, left = index - self.index, (self.windows - self.window) // self.together
@@ -52,11 +52,11 @@ class Course:
         return self.epoch + 1 + epochs, place * self.together
 
     def first_of(self, epoch: int) -> int:
-        """The window with which the batches of an epoch begin."""
+        """Returns the first window of the batches of an epoch."""
         return self.window if epoch == self.epoch else 0
 
     def after(self, count: int) -> tuple[int, int]:
-        """(epoch, windows of it) that were read with the first `count` batches."""
+        """Returns (epoch, windows of that epoch) that the first `count` batches have read."""
         if count == self.index:
             return self.epoch, self.window
         epoch, window = self.at(count - 1)
@@ -64,7 +64,7 @@ class Course:
 
 
 class Source(Protocol):
-    """Tokens that can be read as windows of S + 1, each of which makes one training sequence."""
+    """Reads tokens as windows of S + 1, each of which makes one training sequence."""
 
     def __len__(self) -> int:
         """Windows of an epoch."""
@@ -84,7 +84,7 @@ class TextSource:
         if len(stream) < width:
             fit = f"set model.seq_length to at most {len(stream) - 1} or " if len(stream) > 1 else ""
             raise UserError(
-                f"model.seq_length: {seq_length}; the training text has only {len(stream)} tokens, a block takes "
+                f"model.seq_length: {seq_length}; the training text has only {len(stream)} tokens, a block needs "
                 f"{width}; {fit}give more text in data.path"
             )
         self._stream, self._width = stream, width
@@ -101,7 +101,7 @@ class TextSource:
 
 
 class TrainBatches:
-    """Training batches by index: `at(i)` for any i >= 0, in any order, on any process.
+    """Returns training batches by index: `at(i)` for any i >= 0, in any order, on any process.
 
     An epoch moves the windows by an offset and permutes them, both drawn by (seed, epoch). Batch i of the world takes
     the next `batch_size * world` windows of the permutation and rank r the r-th slice of them: the ranks' batches,
@@ -136,14 +136,14 @@ class TrainBatches:
         self.start_at(0, 0, 0)
 
     def start_at(self, index: int, epoch: int, window: int) -> None:
-        """Batch `index` and those after it take the windows of `epoch` from number `window` on."""
+        """Moves batch `index` and the batches after it to the windows of `epoch` from number `window` on."""
         self.course = Course(len(self._source), self._batch_size * self._world, index, epoch, window)
         self._epoch = -1  # the permutation of one epoch is kept, for speed alone
         self._order = np.zeros(0, np.int64)
         self._offset = 0
 
     def at(self, index: int) -> Batch:
-        """Micro-batch `index` of the whole training."""
+        """Returns micro-batch `index` of the training."""
         epoch, first = self.course.at(index)
         if epoch != self._epoch:
             self._order, self._offset = self._shuffle(epoch)
@@ -154,17 +154,18 @@ class TrainBatches:
         return Batch(tokens, labels, np.ones(tokens.shape, np.float32))
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, int]:
-        """(window indices of this rank in the order of its batches, offset of all windows)."""
-        random = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
-        offset = int(random.integers(self._source.slack + 1))
-        order = random.permutation(len(self._source))[self.course.first_of(epoch) :]
+        """Returns (window indices of this rank in the order of its batches, offset of all windows)."""
+        rng = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
+        offset = int(rng.integers(self._source.slack + 1))
+        order = rng.permutation(len(self._source))[self.course.first_of(epoch) :]
         count = len(order) // self.course.together
         order = order[: count * self.course.together].reshape(count, self._world, self._batch_size)
         return order[:, self._rank].reshape(-1), offset
 
 
 class EvalBatches:
-    """The whole validation stream once, as consecutive windows: every token but the first is predicted exactly once.
+    """Reads the full validation stream once, as consecutive windows: every token but the first is predicted exactly
+    once.
 
     Iterating starts anew each time; `at(i)` reads any batch, `len` counts them. The last window and the last batch are
     filled up with token 0 and `valid` 0, so that all batches have one shape.
@@ -173,7 +174,8 @@ class EvalBatches:
     def __init__(self, stream: np.ndarray, batch_size: int, seq_length: int):
         if len(stream) < 2:
             raise UserError(
-                f"data.val_fraction: leaves {len(stream)} validation tokens, 2 is the least; raise it or give more text"
+                f"data.val_fraction: leaves {len(stream)} validation tokens, at least 2 are needed; "
+                "increase it or give more text"
             )
         self._stream, self._batch_size, self._seq_length = stream, batch_size, seq_length
 
@@ -184,7 +186,7 @@ class EvalBatches:
         return (self.at(index) for index in range(len(self)))
 
     def at(self, index: int) -> Batch:
-        """Batch `index`, 0 <= index < len."""
+        """Returns batch `index`, 0 <= index < len."""
         if not 0 <= index < len(self):
             raise IndexError(f"validation batch {index} of {len(self)}")
         shape = (self._batch_size, self._seq_length)

@@ -31,7 +31,7 @@ class Corpus:
 
 
 class Found(NamedTuple):
-    """The documents of a path, sorted by name, their files, and what they are in words."""
+    """Holds the documents of a path, sorted by name, their files, and their description."""
 
     documents: list[Document]
     files: list[Path]
@@ -58,7 +58,7 @@ def load_text(data: DataConfig) -> Corpus:
 def load_whole(data: DataConfig) -> Corpus:
     """Reads the text of `data.val_path`, or else of `data.path`, and holds out all of it (UserError as load_text)."""
     found = _find(data) if data.val_path is None else read_documents(data.val_path, "data.val_path")
-    return Corpus((), tuple(found.documents), f"{found.description}, scored whole")
+    return Corpus((), tuple(found.documents), f"{found.description}, evaluated in full")
 
 
 def read_documents(path: str, key: str = "data.path") -> Found:
@@ -74,7 +74,7 @@ def read_documents(path: str, key: str = "data.path") -> Found:
     kept = [(_text_document(document), file) for document, file in read if not is_binary(document.raw)]
     kept = sorted(kept, key=lambda pair: pair[0].name)
     if not any(document.raw for document, _ in kept):
-        raise UserError(f"{key}: '{path}' holds no text file with anything in it; name UTF-8 text files")
+        raise UserError(f"{key}: '{path}' contains no text file with content; give UTF-8 text files")
     documents = [document for document, _ in kept]
     skipped = len(read) - len(kept)
     note = f", {skipped:,} binary skipped" if skipped else ""
@@ -82,19 +82,19 @@ def read_documents(path: str, key: str = "data.path") -> Found:
 
 
 def _find(data: DataConfig) -> Found:
-    """The documents of data.path."""
+    """Returns the documents of data.path."""
     return _standard_library(data) if data.path is None else read_documents(data.path)
 
 
 def _with_validation(found: Found, data: DataConfig) -> Corpus:
-    """All documents of data.path for training and all of data.val_path for validation."""
+    """Returns all documents of data.path for training and all of data.val_path for validation."""
     held_out = read_documents(data.val_path, "data.val_path")
     known = {_identity(file) for file in found.files}
     for document, file in zip(held_out.documents, held_out.files, strict=True):
         if _identity(file) in known:
             raise UserError(
-                f"data.val_path: '{data.val_path}'; '{document.name}' is training text of data.path, too: name other "
-                "text, or leave data.val_path out to hold out a part of data.path"
+                f"data.val_path: '{data.val_path}'; '{document.name}' is also training text of data.path; give other "
+                "text, or remove data.val_path to hold out a part of data.path"
             )
     parts = Split(tuple(found.documents), tuple(held_out.documents), "data.val_path")
     description = f"{found.description}; validation {held_out.description}, {100 * parts.share:.3g} % of both"
@@ -102,7 +102,9 @@ def _with_validation(found: Found, data: DataConfig) -> Corpus:
 
 
 def _standard_library(data: DataConfig) -> Found:
-    """The running Python's own modules as they are; for a tokenizer of characters without those that are not UTF-8."""
+    """Returns the modules of the running Python as they are; for a tokenizer of characters, without those that are not
+    UTF-8.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in _files_below(root, skip=INSTALLED_PACKAGES) if path.suffix == ".py"]
     documents = [_read(path, path.relative_to(root).as_posix(), "data.path") for path in paths]
@@ -120,14 +122,14 @@ def _standard_library(data: DataConfig) -> Found:
 
 
 def _text_document(document: Document) -> Document:
-    """The document without a byte-order mark, checked to be UTF-8 whatever the tokenizer reads."""
+    """Returns the document without a byte-order mark, checked to be UTF-8 whatever the tokenizer reads."""
     checked = Document(document.name, text_bytes(document.raw, f"{document.key}: '{document.name}'"), document.key)
     checked.text()
     return checked
 
 
 def _files_below(root: Path, skip: frozenset[str] = frozenset()) -> list[Path]:
-    """All files below a folder, without hidden ones and without the folders named in `skip`."""
+    """Returns all files below a folder, without hidden ones and without the folders named in `skip`."""
     found = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in skip and not name.startswith(".")]
@@ -136,7 +138,7 @@ def _files_below(root: Path, skip: frozenset[str] = frozenset()) -> list[Path]:
 
 
 def _matches(pattern: str, key: str) -> tuple[Path, list[Path]]:
-    """(folder before the first wildcard, files that match); UserError if there are none."""
+    """Returns (folder before the first wildcard, files that match); UserError if there are none."""
     expanded = os.path.expanduser(pattern)
     paths = [Path(match) for match in set(glob.glob(expanded, recursive=True)) if os.path.isfile(match)]
     if not paths:
@@ -152,7 +154,7 @@ def _matches(pattern: str, key: str) -> tuple[Path, list[Path]]:
 
 
 def _read(path: Path, name: str, key: str) -> Document:
-    """One file whole; UserError if the system refuses."""
+    """Returns the content of one file; UserError if the system refuses."""
     try:
         return Document(name, path.read_bytes(), key)
     except OSError as error:
@@ -160,7 +162,7 @@ def _read(path: Path, name: str, key: str) -> Document:
 
 
 def _identity(file: Path) -> tuple[int, int]:
-    """What is equal for one file under several names."""
+    """Returns a key that is equal for one file under several names."""
     found = file.stat()
     return found.st_dev, found.st_ino
 
@@ -178,13 +180,13 @@ def _counted(what: str, documents: list[Document]) -> str:
 
 
 def _describe(parts: Split) -> str:
-    """The shares of a split in words; the real ones, which are not quite data.val_fraction."""
+    """Describes the real shares of a split, which differ slightly from data.val_fraction."""
     counts = f"{len(parts.train):,} train / {len(parts.validation):,} validation, " if "hash" in parts.rule else ""
     return f"{counts}validation {100 * parts.share:.3g} % of it ({parts.rule})"
 
 
 def _size(count: int) -> str:
-    """Bytes as people read them: powers of 1000."""
+    """Returns bytes in readable units, powers of 1000."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

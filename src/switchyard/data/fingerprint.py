@@ -1,4 +1,4 @@
-"""What a run reads, as a few numbers that a checkpoint can keep: another text is seen when the run goes on.
+"""Fingerprints the data of a run for the checkpoint, so that a resumed run detects other data.
 
     kind          text, MindRecord or images
     train         {count, bytes, sha256}: of the documents, blocks or images in their order; validation is the same
@@ -56,7 +56,7 @@ def _listed(documents: Iterable[tuple[Document, Any]]) -> list[list]:
 
 
 def of_records(manifest: Manifest) -> dict[str, Any]:
-    """The fingerprint of a prepared folder, from its manifest: no block is read."""
+    """Returns the fingerprint of a prepared folder, computed from the manifest without reading a block."""
     found: dict[str, Any] = {"kind": "MindRecord", "files": []}
     for name in ("train", "validation"):
         split = getattr(manifest, name)
@@ -66,7 +66,7 @@ def of_records(manifest: Manifest) -> dict[str, Any]:
 
 
 def of_images(train: tuple[np.ndarray, ...], validation: tuple[np.ndarray, ...]) -> dict[str, Any]:
-    """The fingerprint of (images, labels) for training and for validation."""
+    """Returns the fingerprint of (images, labels) for training and for validation."""
     found: dict[str, Any] = {"kind": "images", "files": []}
     for name, arrays in (("train", train), ("validation", validation)):
         digests = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays]
@@ -76,7 +76,7 @@ def of_images(train: tuple[np.ndarray, ...], validation: tuple[np.ndarray, ...])
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """In what two fingerprints differ, in words; None where the run reads the same."""
+    """Describes how two fingerprints differ; None where the run reads the same data."""
     if before["kind"] != now["kind"]:
         return f"{now['kind']} instead of {before['kind']}"
     splits = [name for name in ("train", "validation") if before[name]["sha256"] != now[name]["sha256"]]
@@ -86,7 +86,9 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def _of_files(before: list[list], now: list[list]) -> str | None:
-    """The first files that differ, and how many more do; None where they are not listed or only their roles changed."""
+    """Returns the first files that differ, and how many more do; None where they are not listed or only their roles
+    changed.
+    """
     if len(before) == len(now) == 1:
         before = [[now[0][0], *before[0][1:]]]  # one file under another name
     old, new = ({name: rest for name, *rest in files} for files in (before, now))
@@ -116,5 +118,5 @@ def _of_split(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _joined(digests: Iterable[str]) -> str:
-    """One digest of several, in their order."""
+    """Returns one digest of several, in their order."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()

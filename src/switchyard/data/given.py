@@ -19,7 +19,7 @@ PATHS = frozenset({"data.path", "data.val_path"})
 
 
 def keys_of(overrides: Sequence[str]) -> frozenset[str]:
-    """The keys that `section.key=value` overrides change."""
+    """Returns the keys that `section.key=value` overrides change."""
     return frozenset(override.partition("=")[0].strip() for override in overrides)
 
 
@@ -44,7 +44,9 @@ def load_scored(config: Config, tokenizer_json: str, overrides: Sequence[str]) -
     if config.data.val_path is None:
         keys -= {"data.val_path"}
     if keys >= PATHS:
-        raise UserError(f"data.val_path: '{config.data.val_path}'; one text is scored: leave it or data.path out")
+        raise UserError(
+            f"data.val_path: '{config.data.val_path}'; evaluation reads one text; remove data.val_path or data.path"
+        )
     if not keys & PATHS:
         return load_data(config, tokenizer_json)
     if config.model.type != "decoder":
@@ -60,7 +62,7 @@ def load_scored(config: Config, tokenizer_json: str, overrides: Sequence[str]) -
 
 
 def _text(config: Config, tokenizer: Tokenizer, whole: bool) -> "Data":
-    """The text of data.val_path, or else of data.path, or its validation part."""
+    """Returns the text of data.val_path, or else of data.path, or its validation part."""
     from switchyard.data import Data, eval_batches
 
     path, key = config.data.path, "data.path"
@@ -73,7 +75,7 @@ def _text(config: Config, tokenizer: Tokenizer, whole: bool) -> "Data":
         corpus = load_whole(config.data) if whole else load_text(config.data)
         stream, description = tokenizer.encode_documents(corpus.validation), corpus.description
     if len(stream) < 2:
-        raise UserError(f"{key}: '{path}'; gives {len(stream)} tokens, 2 is the least; give more text")
+        raise UserError(f"{key}: '{path}'; gives {len(stream)} tokens, at least 2 are needed; give more text")
     batch_size, seq_length = config.data.batch_size, config.model.seq_length
     return Data(
         tokenizer=tokenizer,
@@ -87,11 +89,12 @@ def _text(config: Config, tokenizer: Tokenizer, whole: bool) -> "Data":
 
 
 def _records(folder, tokenizer: Tokenizer, whole: bool, key: str) -> tuple[np.ndarray, str]:
-    """(stream [T], description) of a prepared folder: both parts with a separator between them, or the second."""
+    """Returns (stream [T], description) of a prepared folder: both parts with a separator between them, or the
+    second."""
     manifest, its_tokenizer = mindrecord.read_manifest(folder)
     if its_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"{key}: '{folder}' was prepared with another tokenizer than the checkpoint's; name the text itself, or "
+            f"{key}: '{folder}' was prepared with another tokenizer than the checkpoint's; give the text itself, or "
             "prepare it with --tokenizer and the tokenizer.json of the run"
         )
     description = f"MindRecord '{folder}' of {manifest.source}"
@@ -100,7 +103,7 @@ def _records(folder, tokenizer: Tokenizer, whole: bool, key: str) -> tuple[np.nd
         return stream, f"{description}, its validation part"
     mark = np.array([] if tokenizer.separator is None else [tokenizer.separator], stream.dtype)
     train = mindrecord.read_stream(folder, manifest, manifest.train)
-    return np.concatenate((train, mark, stream)), f"{description}, scored whole"
+    return np.concatenate((train, mark, stream)), f"{description}, evaluated in full"
 
 
 def _check_named(name: str, tokenizer: Tokenizer) -> None:
@@ -111,17 +114,19 @@ def _check_named(name: str, tokenizer: Tokenizer) -> None:
     elif not isinstance(tokenizer, kinds[name]):
         raise UserError(
             f"data.tokenizer: {name}; the checkpoint was trained with another ({tokenizer.kind} vocabulary of "
-            f"{tokenizer.vocab_size:,}), which is used without being named: leave the override out"
+            f"{tokenizer.vocab_size:,}), which is used automatically; leave the override out"
         )
 
 
 def _images(config: Config, classes_json: str) -> "Data":
-    """The images of data.path: its t10k files where it has some, otherwise all."""
+    """Returns the images of data.path: its t10k files where it has some, otherwise all."""
     from switchyard.data import Data
 
     vision, batch_size = config.vision, config.data.batch_size
     if config.data.val_path is not None:
-        raise UserError(f"data.val_path: '{config.data.val_path}'; names text, and images are read: give data.path")
+        raise UserError(
+            f"data.val_path: '{config.data.val_path}'; names text, but the model reads images; give data.path"
+        )
     classes = classes_of(vision, classes_json)
     images, labels, description = load_all(config)
     answers = classes.answers(labels)

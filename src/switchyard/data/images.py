@@ -28,7 +28,7 @@ LONGEST = 1 << 36  # bytes of a file
 
 
 class ImageBatch(NamedTuple):
-    """One micro-batch: predict `labels` from `images` where `valid` is 1; one task of each image is asked."""
+    """Holds one micro-batch: predict `labels` from `images` where `valid` is 1; each image is asked one task."""
 
     images: np.ndarray  # [B, C, H, W] float32, 0 to 1
     labels: np.ndarray  # [B, T] int32: right answers of every task
@@ -37,7 +37,7 @@ class ImageBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Classes:
-    """What a network that reads images predicts; stands where a text model has its tokenizer.
+    """Describes what an image network predicts; takes the place of the tokenizer of a text model.
 
     tasks: names. counts: classes of each. labels: classes of the images themselves.
     """
@@ -48,20 +48,20 @@ class Classes:
 
     @property
     def vocab_size(self) -> int:
-        """Classes of the task with the most."""
+        """Returns the classes of the task with the most."""
         return max(self.counts)
 
     def to_json(self) -> str:
-        """The same as text."""
+        """Returns the classes as JSON text."""
         return json.dumps({"kind": "classes", "tasks": self.tasks, "counts": self.counts, "labels": self.labels})
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the text."""
+        """Returns sha256 of the text."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def answers(self, labels: np.ndarray) -> np.ndarray:
-        """The right answer of each task: labels [B] -> [B, T] int32."""
+        """Returns the right answer of each task: labels [B] -> [B, T] int32."""
         rules = {"identity": labels, "parity": labels % 2, "half": (2 * labels >= self.labels).astype(labels.dtype)}
         return np.stack([rules[task] for task in self.tasks], -1).astype(np.int32)
 
@@ -83,7 +83,7 @@ def classes_of(vision: VisionConfig, held: str | None) -> Classes:
 
 
 class ImageBatches:
-    """Training batches by index: `at(i)` for any i >= 0, in any order, on any process; see data.TrainBatches.
+    """Returns training batches by index: `at(i)` for any i >= 0, in any order, on any process; see data.TrainBatches.
 
     An epoch permutes the images and draws the task of each, both by (seed, epoch). Images that do not fill a last batch
     wait for another epoch.
@@ -107,23 +107,24 @@ class ImageBatches:
         self.batches_per_epoch = len(images) // (batch_size * world)
         if not self.batches_per_epoch:
             raise UserError(
-                f"data.batch_size: {batch_size * world}; there are only {len(images)} training images: lower it"
+                f"data.batch_size: {batch_size * world}; there are only {len(images)} training images; reduce it"
             )
         self.start_at(0, 0, 0)
 
     def start_at(self, index: int, epoch: int, window: int) -> None:
-        """Batch `index` and those after it take the images of `epoch` from number `window` of its order on."""
+        """Moves batch `index` and the batches after it to the images of `epoch` from number `window` of its order
+        on."""
         self.course = Course(len(self._images), self._batch_size * self._world, index, epoch, window)
         self._epoch = -1  # the permutation of one epoch is kept, for speed alone
         self._order = self._tasks = np.zeros(0, np.int64)
 
     def at(self, index: int) -> ImageBatch:
-        """Micro-batch `index` of the whole training."""
+        """Returns micro-batch `index` of the training."""
         epoch, first = self.course.at(index)
         if epoch != self._epoch:
-            random = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
-            self._order = random.permutation(len(self._images))
-            self._tasks = random.integers(0, self._answers.shape[1], len(self._images))
+            rng = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
+            self._order = rng.permutation(len(self._images))
+            self._tasks = rng.integers(0, self._answers.shape[1], len(self._images))
             self._epoch = epoch
         start = first + self._rank * self._batch_size
         chosen = self._order[start : start + self._batch_size]  # [B]
@@ -132,7 +133,7 @@ class ImageBatches:
 
 
 class ImageEvalBatches:
-    """Every image once with every task, in order; the last batch is filled up with zeros and `valid` 0."""
+    """Reads every image once with every task, in order; zeros with `valid` 0 fill the last batch."""
 
     def __init__(self, images: np.ndarray, answers: np.ndarray, batch_size: int):
         self._images, self._answers, self._batch_size = images, answers, batch_size
@@ -144,7 +145,7 @@ class ImageEvalBatches:
         return (self.at(index) for index in range(len(self)))
 
     def at(self, index: int) -> ImageBatch:
-        """Batch `index`, 0 <= index < len."""
+        """Returns batch `index`, 0 <= index < len."""
         if not 0 <= index < len(self):
             raise IndexError(f"validation batch {index} of {len(self)}")
         size, tasks = self._batch_size, self._answers.shape[1]
@@ -157,7 +158,7 @@ class ImageEvalBatches:
 
 
 class Split(NamedTuple):
-    """Images [N, C, H, W] float32 from 0 to 1 and labels [N] int64, for training and for validation."""
+    """Holds images [N, C, H, W] float32 from 0 to 1 and labels [N] int64, for training and for validation."""
 
     train: tuple[np.ndarray, np.ndarray]
     validation: tuple[np.ndarray, np.ndarray]
@@ -165,7 +166,9 @@ class Split(NamedTuple):
 
 
 def load_split(config: Config) -> Split:
-    """The images that data.path names, or scikit-learn's digits (UserError where they cannot be read or do not fit)."""
+    """Returns the images that data.path names, or scikit-learn's digits (UserError where they cannot be read or do not
+    fit).
+    """
     path = config.data.path
     if path is None:
         images, labels, name = (*load_digits(), "scikit-learn's digits")
@@ -187,7 +190,8 @@ def load_split(config: Config) -> Split:
 
 
 def load_all(config: Config) -> tuple[np.ndarray, np.ndarray, str]:
-    """Images, labels and a description of data.path: of its t10k files where it has some, otherwise of all its images.
+    """Returns the images, labels and a description of data.path: of its t10k files where it has some, otherwise of all
+    its images.
 
     Raises:
         UserError: as load_split.
@@ -200,7 +204,7 @@ def load_all(config: Config) -> tuple[np.ndarray, np.ndarray, str]:
         part = TRAIN if find_file(folder, TEST, "images") is None else TEST
         images, labels, name = (*read_images(folder, part), f"'{path}' ({part} files)")
     check_fit(images, labels, config.vision)
-    return images, labels, f"{name}, {len(images):,} images, all scored"
+    return images, labels, f"{name}, {len(images):,} images, all evaluated"
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -212,7 +216,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_file(folder: Path, part: str, what: str) -> Path | None:
-    """PART-WHAT-idxN-ubyte or PART-WHAT.idxN-ubyte in a folder, plain or .gz; None where there is none."""
+    """Finds PART-WHAT-idxN-ubyte or PART-WHAT.idxN-ubyte in a folder, plain or .gz; None where there is none."""
     if not folder.is_dir():
         raise UserError(f"data.path: '{folder}'; give a folder with {TRAIN}-images-idx3-ubyte and its labels")
     found = sorted(folder.glob(f"{part}-{what}[-.]idx[0-9]-ubyte*"))
@@ -223,7 +227,7 @@ def find_file(folder: Path, part: str, what: str) -> Path | None:
 
 
 def read_images(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images [N, C, H, W] float32 and labels [N] of one part of a folder of IDX files (UserError)."""
+    """Reads images [N, C, H, W] float32 and labels [N] of one part of a folder of IDX files (UserError)."""
     files = [find_file(folder, part, what) for what in ("images", "labels")]
     for file, what in zip(files, ("images-idx3-ubyte", "labels-idx1-ubyte")):
         if file is None:
@@ -243,18 +247,22 @@ def read_images(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array of unsigned bytes in an IDX file, plain or gzip (UserError where it is damaged or something else)."""
+    """Returns the array of unsigned bytes in an IDX file, plain or gzip (UserError where it is damaged or something
+    else).
+    """
     try:
         data = read_regular(path, LONGEST)
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
     except (OSError, EOFError, UnfitError, zlib.error) as error:
         raise UserError(f"data.path: '{path}'; cannot be read: {' '.join(str(error).split())}") from None
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] != IDX_BYTES or not data[3]:
-        raise UserError(f"data.path: '{path}'; is no IDX file of bytes: it must begin with 0, 0, 8 and its axes")
+        raise UserError(f"data.path: '{path}'; is not an IDX file of bytes; it must begin with 0, 0, 8 and its axes")
     start = 4 + 4 * data[3]
     shape = [int.from_bytes(data[place : place + 4], "big") for place in range(4, start, 4)]
     if len(data) != start + int(np.prod(shape, dtype=np.int64)):
-        raise UserError(f"data.path: '{path}'; was cut: {len(data) - start} bytes do not make {shape}; fetch it again")
+        raise UserError(
+            f"data.path: '{path}'; is truncated: {len(data) - start} bytes do not make {shape}; download it again"
+        )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
@@ -262,7 +270,7 @@ def check_fit(images: np.ndarray, labels: np.ndarray, vision: VisionConfig) -> N
     """Refuses images [N, C, H, W] and labels that the configuration does not describe (UserError)."""
     _, channels, height, width = images.shape
     if height != width:
-        raise UserError(f"data.path: images of {height} x {width}; square ones are read: pad them")
+        raise UserError(f"data.path: images of {height} x {width}; only square images are supported, pad them")
     for key, wanted, found in (("image_size", vision.image_size, width), ("channels", vision.channels, channels)):
         if wanted != found:
             raise UserError(f"vision.{key}: {wanted}; the images have {found}; set vision.{key}={found}")

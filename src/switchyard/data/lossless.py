@@ -1,4 +1,4 @@
-"""What a tokenizer of the `tokenizers` library would lose of a text without a word, and where.
+"""Finds text that a tokenizer of the `tokenizers` library would silently lose, and its position.
 
 Where a file names no unknown token, its BPE model leaves out characters that the vocabulary lacks, and other models
 raise an exception. A text that spells a special token may get that token's id.
@@ -12,7 +12,7 @@ import numpy as np
 from switchyard.errors import UserError
 
 BYTES = 256
-REMEDY = "remove it, or take a tokenizer that covers all bytes"
+REMEDY = "remove it, or use a tokenizer that covers all bytes"
 
 
 def may_drop(tree: dict[str, Any], byte_letters: list[str]) -> bool:
@@ -34,7 +34,7 @@ def may_drop(tree: dict[str, Any], byte_letters: list[str]) -> bool:
 
 
 def unknown_token(tree: dict[str, Any]) -> str | None:
-    """The token that stands for what the vocabulary lacks, None where there is none."""
+    """Returns the token that stands for text outside the vocabulary, None where there is none."""
     model = tree["model"]
     if model.get("type") == "Unigram":
         index = model.get("unk_id")
@@ -44,7 +44,9 @@ def unknown_token(tree: dict[str, Any]) -> str | None:
 
 
 def reserved_ids(tree: dict[str, Any], vocabulary: dict[str, int], separator: int | None) -> dict[int, str]:
-    """Id -> token of those that no text may become: the separator and special tokens, but not the unknown token."""
+    """Returns id -> token for the tokens that text must not become: the separator and special tokens, without the
+    unknown token.
+    """
     reserved = {token["id"]: token["content"] for token in tree.get("added_tokens", []) if token["special"]}
     reserved.pop(vocabulary.get(unknown_token(tree)), None)
     if separator is not None:
@@ -59,8 +61,9 @@ def refuse_reserved(text: str, ids: np.ndarray, encoding: Any, reserved: dict[in
         return
     start, stop = encoding.offsets[int(found[0])]
     raise UserError(
-        f"text: {text[start:stop]!r} at position {start} becomes the special token {reserved[int(ids[found[0]])]!r} of "
-        "the tokenizer, which text may not become; remove it, or take another tokenizer"
+        f"text: {text[start:stop]!r} at position {start} is encoded as the special token "
+        f"{reserved[int(ids[found[0]])]!r} of the tokenizer, which is not allowed for text; remove it, or "
+        "use another tokenizer"
     )
 
 
@@ -88,7 +91,9 @@ def _represents(model: Any, piece: str) -> bool:
 
 
 def _first_lost(library: Any, span: str) -> int:
-    """The place of the first character of a span that is lost when it stands alone; 0 where only the whole is lost."""
+    """Returns the position of the first character of a span that is lost when it is encoded alone; 0 where only the
+    full span is lost.
+    """
     for place, character in enumerate(span):
         letters = character
         if library.pre_tokenizer:

@@ -34,7 +34,7 @@ PREPARE = "python -m switchyard.data.prepare"
 
 
 class Split(BaseModel):
-    """One MindRecord file."""
+    """Describes one MindRecord file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,7 +46,7 @@ class Split(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a prepared folder holds."""
+    """Describes what a prepared folder holds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,7 +60,8 @@ class Manifest(BaseModel):
 
 
 def locate(path: str | None, key: str = "data.path") -> Path | None:
-    """The prepared folder that the configuration names: the folder itself or a `*.mindrecord` in it; None for text.
+    """Returns the prepared folder that the configuration names: the folder itself or a `*.mindrecord` in it; None for
+    text.
 
     Raises:
         UserError: MindRecord without a manifest beside it.
@@ -71,18 +72,18 @@ def locate(path: str | None, key: str = "data.path") -> Path | None:
     if place.suffix == ".mindrecord":
         require_text(place, key)
         if not os.path.isfile(place.parent / MANIFEST):
-            raise UserError(f"{key}: '{path}'; no {MANIFEST} beside it; write the folder with {PREPARE}")
+            raise UserError(f"{key}: '{path}'; no {MANIFEST} beside it; create the folder with {PREPARE}")
         return place.parent
     if not os.path.isdir(place) or not any(place.glob("*.mindrecord")):
         return None
     require_text(place, key)
     if not os.path.isfile(place / MANIFEST):
-        raise UserError(f"{key}: '{path}'; MindRecord without {MANIFEST}; write the folder with {PREPARE}")
+        raise UserError(f"{key}: '{path}'; MindRecord without {MANIFEST}; create the folder with {PREPARE}")
     return place
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, Tokenizer]:
-    """The manifest and the tokenizer of a prepared folder, after a check that all files are there and whole.
+    """Returns the manifest and the tokenizer of a prepared folder, after a check that all files are there and complete.
 
     Sizes are compared, not checksums: hashing every byte at each start would cost minutes on large data.
 
@@ -95,9 +96,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, Tokenizer]:
         tokenizer = Tokenizer.from_json(text, str(folder / TOKENIZER))
     except ValidationError as error:
         where = ".".join(str(step) for step in error.errors()[0]["loc"]) or "JSON"
-        raise UserError(f"data.path: '{folder / MANIFEST}': broken at '{where}'; write the folder anew") from None
+        raise UserError(f"data.path: '{folder / MANIFEST}': damaged at '{where}'; create the folder again") from None
     except (OSError, UnfitError, UnicodeDecodeError) as error:
-        raise UserError(f"data.path: '{folder}': {error}; write the folder anew with {PREPARE}") from None
+        raise UserError(f"data.path: '{folder}': {error}; create the folder again with {PREPARE}") from None
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(f"data.path: '{folder / TOKENIZER}': is not the tokenizer that wrote the blocks; restore it")
     for split in (manifest.train, manifest.validation):
@@ -105,7 +106,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, Tokenizer]:
         size = file.stat().st_size if file.is_file() else None
         if size != split.size or not Path(f"{file}.db").is_file():
             found = "missing or without its .db" if size in (None, split.size) else f"{size} bytes, not {split.size}"
-            raise UserError(f"data.path: '{file}': {found}; copy it again or write the folder anew")
+            raise UserError(f"data.path: '{file}': {found}; copy it again or create the folder again")
     return manifest, tokenizer
 
 
@@ -153,7 +154,7 @@ def write_manifest(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> No
 
 
 def read_stream(folder: Path, manifest: Manifest, split: Split) -> np.ndarray:
-    """The whole stream [T] of a split."""
+    """Returns the full stream [T] of a split."""
     source = RecordSource(folder / split.file, split.blocks)
     blocks = source.read(np.arange(split.blocks), 0, split.blocks, 0)  # [n, S+1]
     return blocks.reshape(-1)[: split.tokens].astype(smallest_dtype(manifest.vocab_size))  # [n, S+1] -> [T]
@@ -184,7 +185,7 @@ class RecordSource:
         return np.stack([next(self._rows) for _ in range(start, stop)])
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """All blocks in order, WRITE_BLOCKS at a time: arrays [n, S + 1] int32."""
+        """Yields all blocks in order, WRITE_BLOCKS at a time: arrays [n, S + 1] int32."""
         order = np.arange(self._blocks)
         for start in range(0, self._blocks, WRITE_BLOCKS):
             yield self.read(order, start, min(start + WRITE_BLOCKS, self._blocks), 0)
@@ -203,7 +204,7 @@ class RecordSource:
 
 
 def _sha256(handle: Any) -> str:
-    """sha256 of an open file (`hashlib.file_digest` wants Python 3.11)."""
+    """Returns the sha256 of an open file (`hashlib.file_digest` needs Python 3.11)."""
     digest = hashlib.sha256()
     while piece := handle.read(1 << 20):
         digest.update(piece)

@@ -28,13 +28,13 @@ LONGEST_RUN = 256  # characters of one kind that may make one word: the trainer'
 
 
 def parser() -> cli.Parser:
-    """The arguments of the command line."""
+    """Returns the parser of the command line."""
     made = cli.Parser(
         prog="python -m switchyard.data.prepare",
         description="Trains a byte-level BPE tokenizer and writes text as MindRecord for data.path.",
     )
     made.add_argument("--input", required=True, help="text file, folder or glob, or the word stdlib")
-    made.add_argument("--out", required=True, help="folder to make; must not exist")
+    made.add_argument("--out", required=True, help="folder to create; must not exist")
     made.add_argument("--vocab-size", type=cli.whole, default=4096, help="tokens of the BPE vocabulary (%(default)s)")
     made.add_argument("--seq-length", type=cli.whole, default=256, help="tokens of a training sequence (%(default)s)")
     made.add_argument("--val-fraction", type=cli.finite, default=0.1, help="part held out for validation (%(default)s)")
@@ -92,7 +92,7 @@ def prepare(
 
     for option, path in (("--input", source), ("--val-path", val_path)):
         if path not in ("stdlib", None) and mindrecord.locate(path):
-            raise UserError(f"{option}: '{path}' is prepared already; name text")
+            raise UserError(f"{option}: '{path}' is already prepared; give text")
     # any word but `byte` makes load_text insist on characters, which BPE training needs too
     data = DataConfig(
         path=None if source == "stdlib" else source,
@@ -134,17 +134,17 @@ def prepare(
 
 @contextmanager
 def _partial(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; see files.unfinished (UserError: it cannot be made)."""
+    """Makes a folder beside `out` to write into; see files.unfinished (UserError: it cannot be created)."""
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(unfinished(out.absolute()))
         except OSError as error:
-            raise UserError(f"--out: '{out}'; {error.strerror}; name a folder that can be made") from None
+            raise UserError(f"--out: '{out}'; {error.strerror}; give a folder that can be created") from None
         yield folder
 
 
 def train_bpe(documents: Iterable["Document"], vocab_size: int) -> "LibraryTokenizer":
-    """A byte-level BPE tokenizer (arXiv 1508.07909, bytes as in GPT-2) learnt from the text of `documents`.
+    """Trains a byte-level BPE tokenizer (arXiv 1508.07909, bytes as in GPT-2) on the text of `documents`.
 
     The end-of-text token separates documents. The vocabulary is smaller than asked if the text has no more pairs.
     Runs of letters, digits, signs or white space are cut after every LONGEST_RUN characters, so that training takes
@@ -174,7 +174,7 @@ def train_bpe(documents: Iterable["Document"], vocab_size: int) -> "LibraryToken
 
 
 def _pieces(documents: Iterable["Document"]) -> Iterator[str]:
-    """The text in pieces that the trainer can count in parallel."""
+    """Yields the text in pieces that the trainer can count in parallel."""
     for document in documents:
         text = document.text()
         for start in range(0, len(text), TRAINING_PIECE):
@@ -185,7 +185,7 @@ def _check(out: Path, vocab_size: int, seq_length: int, val_fraction: float, tok
     """Refuses impossible arguments before any work (UserError)."""
     require_text(out, "--out")
     if out.exists() or out.is_symlink():
-        raise UserError(f"--out: '{out}' exists; remove it or name another folder")
+        raise UserError(f"--out: '{out}' already exists; remove it or give another folder")
     if not tokenizer and vocab_size < SMALLEST_VOCABULARY:
         raise UserError(f"--vocab-size: {vocab_size}; at least {SMALLEST_VOCABULARY}: 256 bytes and a separator")
     if seq_length < 1:
@@ -196,7 +196,7 @@ def _check(out: Path, vocab_size: int, seq_length: int, val_fraction: float, tok
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of blocks on a terminal, a line for each tenth elsewhere."""
+    """Shows a bar of blocks on a terminal, and a line for each tenth elsewhere."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Which part of a text validates: the last part of each file where files are few, whole files where they are many.
+"""Selects the validation part of a text: the last part of each file for few files, full files for many.
 
 Either way the split follows from the sorted names and from the bytes, and is the same on every machine.
 """
@@ -23,7 +23,7 @@ class Split:
 
     @property
     def share(self) -> float:
-        """Bytes of the validation documents / bytes of all."""
+        """Returns the bytes of the validation documents divided by the bytes of all."""
         held_out, kept = (sum(len(one.raw) for one in side) for side in (self.validation, self.train))
         return held_out / max(held_out + kept, 1)
 
@@ -80,12 +80,12 @@ def split_by_hash(documents: Sequence[Document], fraction: float) -> Split:
 
 
 def hash_fraction(name: str) -> float:
-    """A number in [0, 1) drawn from the sha256 of the name: the same on every machine."""
+    """Returns a number in [0, 1) drawn from the sha256 of the name: the same on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
 
 
 def _boundary(raw: bytes, cut: int) -> int:
-    """The nearest place at or before `cut` where a UTF-8 character begins."""
+    """Returns the nearest position at or before `cut` where a UTF-8 character begins."""
     cut = max(cut, 0)
     while 0 < cut < len(raw) and raw[cut] & 0xC0 == 0x80:
         cut -= 1

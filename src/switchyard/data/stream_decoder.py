@@ -26,11 +26,11 @@ class StreamDecoder:
             self._push = self._push_library
 
     def push(self, ids: Ids) -> str:
-        """The characters that are complete now."""
+        """Returns the characters that are now complete."""
         return self._push([int(i) for i in ids])
 
     def flush(self) -> str:
-        """What was held back, with U+FFFD for bytes that never became a character. Ends the stream."""
+        """Returns the characters held back, with U+FFFD for bytes that never became a character. Ends the stream."""
         if isinstance(self._tokenizer, ByteTokenizer):
             return self._utf8.decode(b"", final=True)
         if isinstance(self._tokenizer, LibraryTokenizer):

@@ -32,7 +32,7 @@ Ids = Sequence[int] | np.ndarray
 
 
 class Tokenizer(ABC):
-    """What the program asks of a tokenizer. Ids are 0 .. vocab_size - 1."""
+    """Defines what the program needs from a tokenizer. Ids are 0 .. vocab_size - 1."""
 
     kind: str
     vocab_size: int
@@ -49,25 +49,25 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Ids) -> str:
-        """The text of ids; bytes that are no character become U+FFFD."""
+        """Returns the text of ids; bytes that are not a character become U+FFFD."""
 
     @abstractmethod
     def byte_length(self, ids: Ids) -> int:
-        """UTF-8 bytes that the ids stand for; a separator is one byte."""
+        """Returns the number of UTF-8 bytes that the ids stand for; a separator is one byte."""
 
     @abstractmethod
     def to_json(self) -> str:
-        """The whole tokenizer as JSON, for checkpoints and exports; `Tokenizer.from_json` reads it."""
+        """Returns the tokenizer as JSON, for checkpoints and exports; `Tokenizer.from_json` reads it."""
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what the tokenizer does: equal fingerprints give equal ids."""
+        """Returns the sha256 of what the tokenizer does: equal fingerprints give equal ids."""
         canonical = json.dumps(json.loads(self.to_json()), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
     @staticmethod
     def from_json(text: str, name: str = "tokenizer.json") -> "Tokenizer":
-        """The tokenizer that `to_json` wrote, or any `tokenizer.json` of the `tokenizers` library.
+        """Returns the tokenizer that `to_json` wrote, or any `tokenizer.json` of the `tokenizers` library.
 
         Raises:
             UserError: not such a file; `name` says which in the message.
@@ -85,7 +85,7 @@ class Tokenizer(ABC):
         raise UserError(f"tokenizer '{name}': not a tokenizer.json; give byte, char, or a file that `tokenizers` wrote")
 
     def encode_documents(self, documents: Iterable[Document]) -> np.ndarray:
-        """One stream [T] of all documents with separators between them, in the smallest unsigned integer type.
+        """Returns one stream [T] of all documents with separators between them, in the smallest unsigned integer type.
 
         Empty documents leave no trace.
 
@@ -111,28 +111,28 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """Id = byte; 256 of them. NUL is the separator."""
+    """Maps each byte to the id of the same value: 256 ids. NUL is the separator."""
 
     kind = "byte"
     vocab_size = 256
     separator = 0
 
     def encode(self, text: str) -> np.ndarray:
-        """See Tokenizer.encode."""
+        """Implements Tokenizer.encode."""
         _refuse_nul(text)
         raw = text.encode("utf-8", "surrogateescape")  # command-line arguments may carry raw bytes so
         return np.frombuffer(raw, np.uint8).astype(np.int32)
 
     def decode(self, ids: Ids) -> str:
-        """See Tokenizer.decode."""
+        """Implements Tokenizer.decode."""
         return bytes(np.asarray(ids, np.uint8)).decode("utf-8", "replace")
 
     def byte_length(self, ids: Ids) -> int:
-        """See Tokenizer.byte_length."""
+        """Implements Tokenizer.byte_length."""
         return len(ids)
 
     def to_json(self) -> str:
-        """See Tokenizer.to_json."""
+        """Implements Tokenizer.to_json."""
         return json.dumps({"kind": self.kind})
 
     def _encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
@@ -141,7 +141,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """Id = place of the character in the sorted vocabulary (as nanoGPT's shakespeare_char).
+    """Maps each character to its position in the sorted vocabulary (as nanoGPT's shakespeare_char).
 
     `separated` says that documents were joined: then NUL is in the vocabulary and is the separator.
     """
@@ -159,14 +159,14 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def of(cls, documents: Sequence[Document], separated: bool) -> "CharTokenizer":
-        """The sorted set of characters of the documents."""
+        """Returns the tokenizer of the sorted set of characters of the documents."""
         found: set[str] = {"\0"} if separated else set()
         for document in documents:
             found.update(document.text())
         return cls("".join(sorted(found)), separated)
 
     def encode(self, text: str) -> np.ndarray:
-        """See Tokenizer.encode."""
+        """Implements Tokenizer.encode."""
         if self.separated:
             _refuse_nul(text)
         ids = self._id_of[_code_points(text)]
@@ -180,20 +180,20 @@ class CharTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Ids) -> str:
-        """See Tokenizer.decode."""
+        """Implements Tokenizer.decode."""
         return "".join(self.characters[int(i)] for i in ids)
 
     def byte_length(self, ids: Ids) -> int:
-        """See Tokenizer.byte_length."""
+        """Implements Tokenizer.byte_length."""
         return int(self._bytes[np.asarray(ids, np.int64)].sum())
 
     def to_json(self) -> str:
-        """See Tokenizer.to_json."""
+        """Implements Tokenizer.to_json."""
         return json.dumps({"kind": self.kind, "characters": self.characters, "separated": self.separated})
 
 
 class LibraryTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library; truncation, padding and dropout of merges are off."""
+    """Wraps a `tokenizer.json` of the `tokenizers` library; truncation, padding and dropout of merges are off."""
 
     kind = "tokenizer.json"
     _BATCH_SIZE = 4_000_000  # bytes handed to the library at a time: it holds about 100 bytes a token meanwhile
@@ -229,7 +229,7 @@ class LibraryTokenizer(Tokenizer):
         self._bytes = self._token_bytes(vocabulary)
 
     def encode(self, text: str) -> np.ndarray:
-        """See Tokenizer.encode."""
+        """Implements Tokenizer.encode."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # command-line arguments may carry raw bytes as lone surrogates
@@ -237,22 +237,24 @@ class LibraryTokenizer(Tokenizer):
         return next(self._encode_batch([text]))
 
     def decode(self, ids: Ids) -> str:
-        """See Tokenizer.decode."""
+        """Implements Tokenizer.decode."""
         return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def byte_length(self, ids: Ids) -> int:
-        """See Tokenizer.byte_length."""
+        """Implements Tokenizer.byte_length."""
         if self._bytes is not None:
             return int(self._bytes[np.asarray(ids, np.int64)].sum())
         separators = 0 if self.separator is None else int((np.asarray(ids) == self.separator).sum())
         return len(self.decode(ids).encode("utf-8")) + separators
 
     def to_json(self) -> str:
-        """See Tokenizer.to_json."""
+        """Implements Tokenizer.to_json."""
         return self._library.to_str()
 
     def _token_bytes(self, vocabulary: dict[str, int]) -> np.ndarray | None:
-        """Bytes of each id [V] of a byte-level tokenizer (one letter of a token = one byte); None for other kinds."""
+        """Returns the bytes of each id [V] of a byte-level tokenizer (one letter of a token = one byte); None for other
+        kinds.
+        """
         if '"ByteLevel"' not in json.dumps(json.loads(self.to_json()).get("decoder")):
             return None
         sizes = np.zeros(self.vocab_size, np.int64)
@@ -304,7 +306,7 @@ class LibraryTokenizer(Tokenizer):
             yield ids
 
     def _parts(self, text: str) -> Iterator[list[str]]:
-        """A long text as lists of pieces, cut after lone line ends where that leaves the ids as they are."""
+        """Yields a long text as lists of pieces, split after lone line ends where that does not change the ids."""
         if not self._may_be_cut():
             yield [text]
             return
@@ -330,7 +332,8 @@ class LibraryTokenizer(Tokenizer):
 
 
 def load_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names; `char` takes its vocabulary from train and validation text together.
+    """Returns the tokenizer that `data.tokenizer` names; `char` builds its vocabulary from train and validation text
+    together.
 
     Raises:
         UserError: no such file, not a tokenizer.json, or undecodable text for `char`.
@@ -344,7 +347,7 @@ def load_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file (UserError if there is none)."""
+    """Returns the tokenizer in a file (UserError if there is none)."""
     try:
         raw = read_regular(Path(path).expanduser(), LONGEST)
     except (OSError, UnfitError) as error:
@@ -361,7 +364,7 @@ def expected_vocabulary(data: DataConfig) -> int:
 
 
 def reconcile(tokenizer: Tokenizer, of_checkpoint: str) -> Tokenizer:
-    """The checkpoint's tokenizer, if the data's tokenizer gives the same ids.
+    """Returns the checkpoint's tokenizer, if the data's tokenizer gives the same ids.
 
     A char vocabulary is drawn from text, so text with fewer characters than the checkpoint knows is in order.
 
@@ -379,7 +382,7 @@ def reconcile(tokenizer: Tokenizer, of_checkpoint: str) -> Tokenizer:
         extra = f", which lacks {_show(unknown[0])}"
     raise UserError(
         f"data.tokenizer: {_label(tokenizer)}, but the checkpoint was trained with {_label(known)}{extra}; "
-        "use the checkpoint's tokenizer and text, or train anew"
+        "use the checkpoint's tokenizer and text, or train again"
     )
 
 
@@ -392,7 +395,7 @@ def unknown_note(tokenizer: Tokenizer, *streams: np.ndarray) -> str:
 
 
 def smallest_dtype(vocab_size: int) -> Any:
-    """The unsigned integer type that holds every id."""
+    """Returns the unsigned integer type that holds every id."""
     return np.min_scalar_type(vocab_size - 1)
 
 
@@ -400,7 +403,7 @@ def _refuse_nul(text: str) -> None:
     """Refuses a NUL in a text, because its id is the separator's."""
     place = text.find("\0")
     if place >= 0:
-        raise UserError(f"text: NUL at position {place}, which stands between documents; remove it")
+        raise UserError(f"text: NUL at position {place} is reserved as the separator of documents; remove it")
 
 
 def _label(tokenizer: Tokenizer) -> str:
@@ -412,12 +415,14 @@ def _show(character: str) -> str:
 
 
 def _code_points(text: str) -> np.ndarray:
-    """Unicode code points [T] uint32; sorted characters give sorted code points."""
+    """Returns the Unicode code points [T] uint32; sorted characters give sorted code points."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def _is_alphabet(tree: dict[str, Any]) -> bool:
-    """Whether `characters` are distinct and sorted, with the separator among them where `separated` asks for it."""
+    """Returns whether `characters` are distinct and sorted, with the separator among them where `separated` asks for
+    it.
+    """
     characters, separated = tree.get("characters"), tree.get("separated") is True
     if not (isinstance(characters, str) and list(characters) == sorted(set(characters))):
         return False

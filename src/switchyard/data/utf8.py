@@ -32,7 +32,7 @@ def text_bytes(raw: bytes, where: str) -> bytes:
         raise UserError(f"{where} is {wide} text; {REMEDY}")
     place = raw.find(b"\0")
     if place >= 0:
-        raise UserError(f"{where} holds a NUL at offset {place}, so it is no UTF-8 text; {REMEDY}, or leave it out")
+        raise UserError(f"{where} holds a NUL at offset {place}, so it is not UTF-8 text; {REMEDY}, or leave it out")
     return raw.removeprefix(codecs.BOM_UTF8)
 
 

@@ -34,12 +34,12 @@ LAYOUT_ATTRIBUTES = ("in_layout", "out_layout", "in_strategy", "out_strategy")
 
 
 class Monad:
-    """What orders side effects in a graph; it has no value."""
+    """Orders side effects in a graph; has no value."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One operation: `kind` with attributes, names of inputs and outputs, its place in the network.
+    """Describes one operation: `kind` with attributes, names of inputs and outputs, its place in the network.
 
     `shape` and `dtype` are what the compiler says of the output: None where it is no single tensor; -1 is a size that
     is known at run time only.
@@ -69,7 +69,7 @@ class Graph:
 
 
 def compiled_model(step) -> bytes:
-    """The MindIR of a Cell, as it was compiled last."""
+    """Returns the MindIR of a Cell, as it was compiled last."""
     from mindspore.graph.api import _cell_graph_executor
 
     phase = list(step.compile_cache)[-1]
@@ -92,7 +92,7 @@ def read_graph(blob: bytes) -> Graph:
 
 @cache
 def _format():
-    """The module that describes MindIR; loaded by its path, since importing MindSpore takes seconds."""
+    """Returns the module that describes MindIR; loaded by its path, since importing MindSpore takes seconds."""
     if "mindspore" in sys.modules:
         from mindspore.train import mind_ir_pb2
 
@@ -142,7 +142,7 @@ def _node(proto, primitives, attributes) -> Node:
 
 
 def value_of(proto):
-    """An attribute's value: number, text, numpy array, tuple of such, None or Monad."""
+    """Returns an attribute's value: number, text, numpy array, tuple of such, None or Monad."""
     kind = proto.type
     if proto.HasField("functor"):
         return proto.functor.name
@@ -177,7 +177,7 @@ def _array(tensor):
 
 @dataclass(frozen=True)
 class Collective:
-    """One communication operator of a rank's graph.
+    """Describes one communication operator of the graph of a rank.
 
     Attributes:
         kind: AllReduce, AlltoAll, AllGather, ReduceScatter, AlltoAllV, Send, Receive.
@@ -201,7 +201,8 @@ class Collective:
 
 
 def collectives(graph: Graph) -> list[Collective]:
-    """Every communication operator, in order of execution; those of called functions once for each call."""
+    """Returns every communication operator, in order of execution; operators of a called function once for each
+    call."""
     return list(_collectives(graph, graph.functions))
 
 
@@ -227,7 +228,7 @@ def _collectives(graph: Graph, functions: dict[str, Graph]) -> Iterator[Collecti
 
 
 def exchanged(graph: Graph) -> dict[str, tuple[int, int]]:
-    """Kind of collective -> (how many of them there are, their bytes together)."""
+    """Returns kind of collective -> (number of collectives, their bytes together)."""
     found = {}
     for one in collectives(graph):
         number, size = found.get(one.kind, (0, 0))
@@ -236,9 +237,10 @@ def exchanged(graph: Graph) -> dict[str, tuple[int, int]]:
 
 
 def sums_may_race(graph: Graph) -> bool:
-    """Whether MindSpore's GPU backend gives the AllReduce of a graph a stream of their own, on which they race with the
-    kernels that make and read them. It does where there are several and an operator reads each; where one is handed
-    out as it is, all stay with the kernels. (Source: AssignGpuStream of MindSpore; docs/gpu.md has what was seen.)
+    """Returns whether MindSpore's GPU backend gives the AllReduce of a graph a stream of their own, on which they race
+    with the kernels that make and read them. It does where there are several and an operator reads each; where one
+    is handed out as it is, all stay with the kernels. (Source: AssignGpuStream of MindSpore; docs/gpu.md has what
+    was seen.)
 
     `graph`: without functions.
     """
@@ -253,7 +255,7 @@ def sums_may_race(graph: Graph) -> bool:
 
 
 def called_by(node: Node, made: dict[str, Node], functions: dict[str, "Graph"]) -> str | None:
-    """The function that a call runs, where the graph says: one by its name, or the backward pass that came out of one.
+    """Returns the function that a call runs, if the graph says so: a function by its name, or the backward pass of one.
 
     `made`: name of a value -> the node of the caller that makes it.
     """
@@ -268,13 +270,13 @@ def called_by(node: Node, made: dict[str, Node], functions: dict[str, "Graph"]) 
 
 
 def partner_of(node: Node) -> int:
-    """The rank that a Send sends to, or that a Receive receives of."""
+    """Returns the rank to which a Send sends, or from which a Receive receives."""
     attributes = node.attributes
     return group_of(node)[attributes["dest_rank" if node.kind == "Send" else "src_rank"]]
 
 
 def group_of(node: Node) -> tuple[int, ...]:
-    """The ranks of a collective; () where the graph does not say.
+    """Returns the ranks of a collective; () where the graph does not say.
 
     Of groups that a network makes itself the graph lists all ranks, so those have their ranks in the name.
     """
@@ -297,7 +299,8 @@ def _cause(node: Node) -> str:
 
 
 def place_of(scope: str) -> tuple[str, str]:
-    """(direction, layer) of a node's scope, such as `Gradients/Default/../layers-CellList/0-Block/attention-Attention`.
+    """Returns (direction, layer) of a node's scope, such as
+    `Gradients/Default/../layers-CellList/0-Block/attention-Attention`.
 
     In scopes each part is `name-Class`; the class is left out, and so is what stands around the model.
     """

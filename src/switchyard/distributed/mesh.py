@@ -26,7 +26,7 @@ from switchyard.distributed.arity import fixed
 from switchyard.distributed.compiled_graph import Graph, compiled_model, read_graph
 from switchyard.distributed.gradients import GlobalNorm, ShardedNorm
 from switchyard.distributed.placement import Degrees, updates
-from switchyard.distributed.processes import ALONE, Processes
+from switchyard.distributed.processes import SINGLE, Processes
 
 SPEED_UP = "parallel_speed_up.json"  # name of the file that hands parallel.transformer_opt to the compiler
 AXES = ("outer", "expert", "model")  # slowest first, as ranks are numbered: see placement.py
@@ -49,7 +49,7 @@ class LocalMesh:
     dropless, noise, no_noise, sequence, evaluates = "blocks", None, None, False, True
     draws_full, draws_late = True, False
 
-    def __init__(self, processes: Processes = ALONE):
+    def __init__(self, processes: Processes = SINGLE):
         self.processes, self.degrees = processes, processes.degrees
 
     def cut(self, *axes: str | None) -> Layout | None:
@@ -136,7 +136,7 @@ class CompiledMesh(LocalMesh):
         sequence: tokens between two layers are sharded over the model shards too (arXiv 2205.05198, section 4.2.2).
     """
 
-    def __init__(self, config: Config, processes: Processes = ALONE):
+    def __init__(self, config: Config, processes: Processes = SINGLE):
         super().__init__(processes)
         self.full_config, self.degrees = config, Degrees.of(config.parallel)
         self.groups, self.length = config.groups, config.model.seq_length
@@ -239,7 +239,7 @@ class CompiledMesh(LocalMesh):
         path = folder / SPEED_UP
         if self.processes.is_first:
             path.write_text(json.dumps(options, indent=1, allow_nan=False), encoding="utf-8")
-        self.processes.wait()
+        self.processes.barrier()
         program.transformer_opt(str(path.resolve()))
 
     def updated(self, tensors: dict) -> dict:

@@ -1,7 +1,7 @@
 """The processes of one job that msrun started: how many, which one this is, and what they tell each other.
 
 Between steps they exchange NumPy arrays, which is all that evaluation, checkpoints and signals need; what a step
-itself exchanges stands in its graph (distributed.collectives). One process alone is the usual case, `ALONE`.
+itself exchanges stands in its graph (distributed.collectives). One process alone is the usual case, `SINGLE`.
 """
 
 import os
@@ -16,35 +16,38 @@ from switchyard.errors import UserError
 
 WORKER, SCHEDULER = "MS_WORKER", "MS_SCHED"  # what msrun writes into MS_ROLE
 BLOCKING = (
-    "launch: each kernel is waited for, which costs up to a third of the speed: on GPU MindSpore 2.9 lets several "
-    "AllReduce of one step race with its kernels (parallel.optimizer_shard=1 needs it not, without model slices)"
+    "launch: kernel launches are synchronous on this run (up to 33 % slower), because on GPU MindSpore 2.9 may run "
+    "several AllReduce of one step concurrently with its kernels. Set parallel.optimizer_shard=1 to avoid this "
+    "(not possible with model_parallel > 1)."
 )
 RACING = (
-    "warning: launch: the AllReduce of this step may race with its kernels, and nothing is waited for: set "
-    "context.launch_blocking=true; until then train.replica_check_every={every} is all that would notice"
+    "warning: launch: the AllReduce of this step may race with its kernels, and kernel launches are not synchronous. "
+    "Set context.launch_blocking=true. Without it, only the replica check (train.replica_check_every={every}) can "
+    "detect corrupted gradients."
 )
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> int:
-    """Processes of the job that this one belongs to: 1 where msrun did not start it."""
+def world_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Returns the number of processes of this job: 1 where msrun did not start the process."""
     if environment.get("MS_ROLE") not in (WORKER, SCHEDULER):
         return 1
     return int(environment.get("MS_WORKER_NUM", "1"))
 
 
 def is_scheduler(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether msrun started this process to bring the others together; it does no work."""
+    """Returns whether msrun started this process as the scheduler, which joins the others and does no work."""
     return environment.get("MS_ROLE") == SCHEDULER
 
 
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is the process that writes, asked before the processes have met: rank 0, or one alone."""
+    """Returns whether this process writes files (rank 0, or a single process); works before the process group
+    exists."""
     return not is_scheduler(environment) and own_rank(environment) == 0
 
 
 def own_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """The rank of this process, asked before the processes have met."""
-    return int(environment.get("RANK_ID", "0")) if launched(environment) > 1 else 0
+    """Returns the rank of this process; works before the process group exists."""
+    return int(environment.get("RANK_ID", "0")) if world_size(environment) > 1 else 0
 
 
 def require_one_device(config: Config) -> None:
@@ -57,7 +60,7 @@ def require_one_device(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Processes:
-    """What this process knows of the others.
+    """Describes the process group of the job, as this process sees it.
 
     Attributes:
         rank: which one this is, from 0.
@@ -71,16 +74,16 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this one writes the run folder."""
+        """Returns whether this process writes the run folder."""
         return self.rank == 0
 
     @property
     def data_slice(self) -> int:
-        """Which slice of the batch this process reads, from 0."""
+        """Returns the index, from 0, of the data-parallel shard that this process reads."""
         return self.degrees.data_slice(self.rank)
 
     def gather(self, array: np.ndarray) -> np.ndarray:
-        """The arrays of all processes, which have one shape and type, on each of them: [...] -> [size, ...]."""
+        """Gathers the arrays of all processes, which have one shape and type, on each process: [...] -> [size, ...]."""
         array = np.ascontiguousarray(array)
         if self.size == 1:
             return array[None]
@@ -93,16 +96,16 @@ class Processes:
         parts = [part.view(np.uint8)[: raw.size].view(array.dtype) for part in gathered]
         return np.stack(parts).reshape(self.size, *array.shape)
 
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so; all get the same answer."""
+    def any_rank(self, flag: bool) -> bool:
+        """Returns whether the flag is set on any process; all processes get the same answer."""
         return bool(self.gather(np.array([flag], np.int32)).any())
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when all processes have come here."""
         self.gather(np.zeros(1, np.int32))
 
     def part(self, array: np.ndarray, axis: int) -> np.ndarray:
-        """This process's slice of the batch: an even part of `axis`."""
+        """Returns the shard of the batch of this process: an even part of `axis`."""
         if self.size == 1:
             return array
         length, index = array.shape[axis] // self.degrees.data_parallel, self.data_slice
@@ -117,16 +120,16 @@ class Processes:
         return np.concatenate([parts[rank] for _, rank in sorted(ranks.items())], axis)
 
 
-ALONE = Processes()
+SINGLE = Processes()
 
 
-def meet(config: Config) -> Processes:
+def init_process_group(config: Config) -> Processes:
     """Joins the processes that msrun started; returns when all are there. The device has been chosen before.
 
     The scheduler's process does not return from here before the job has ended.
     """
-    if launched() == 1:
-        return ALONE
+    if world_size() == 1:
+        return SINGLE
     import mindspore as ms
     from mindspore.communication import get_group_size, get_rank, init
 
@@ -139,9 +142,10 @@ def meet(config: Config) -> Processes:
 
 
 def must_block(config: Config) -> bool:
-    """Whether several GPUs wait for each kernel: where the step sums gradients or activations by AllReduce, which
-    MindSpore 2.9 can let race with the kernels that make and read them. With ZeRO most are ReduceScatter and
-    AllGather; of the compiled graph `graph.sums_may_race` knows."""
+    """Returns whether several GPUs wait for each kernel: where the step sums gradients or activations by AllReduce,
+    which MindSpore 2.9 can let race with the kernels that make and read them. With ZeRO most are ReduceScatter and
+    AllGather; of the compiled graph `graph.sums_may_race` knows.
+    """
     if config.context.launch_blocking is not None:
         return config.context.launch_blocking
     cut = config.parallel
@@ -149,14 +153,14 @@ def must_block(config: Config) -> bool:
 
 
 def waits_for_nothing(config: Config, processes: Processes) -> bool:
-    """Whether this is one of several GPUs that do not wait for each kernel."""
+    """Returns whether this is one of several GPUs with asynchronous kernel launches."""
     import mindspore as ms
 
     return processes.size > 1 and ms.get_context("device_target") == "GPU" and not must_block(config)
 
 
 def local_config(config: Config, processes: Processes) -> Config:
-    """The configuration of one process's share: its part of the micro-batch, and its routing groups."""
+    """Returns the configuration of one process: its part of the micro-batch, and its routing groups."""
     if processes.size == 1:
         return config
     data = config.data.model_copy(update={"batch_size": config.data.batch_size // processes.size})
@@ -165,7 +169,8 @@ def local_config(config: Config, processes: Processes) -> Config:
 
 
 def on_one_device(config: Config) -> Config:
-    """The same model for evaluation on one device: no degrees, and the routing groups of before where groups matter.
+    """Returns the configuration for evaluation on one device: no degrees, and the same routing groups where groups
+    matter.
 
     They do where an expert has a capacity, or chooses its rows; a decoder without drops gives a row the same whatever
     stands beside it, and takes batches of any size as one group.

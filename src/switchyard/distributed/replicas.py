@@ -15,7 +15,7 @@ from switchyard.errors import UserError
 
 
 def checksum(array: np.ndarray) -> tuple[int, int]:
-    """(sum of the bytes' 32-bit words modulo 2^64, their exclusive or): differs where one bit does."""
+    """Returns (sum of the bytes' 32-bit words modulo 2^64, their exclusive or), which differs where one bit differs."""
     raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     if raw.size % 4:
         raw = np.concatenate((raw, np.zeros(-raw.size % 4, np.uint8)))
@@ -24,7 +24,7 @@ def checksum(array: np.ndarray) -> tuple[int, int]:
 
 
 def replica_groups(name: str, shape: tuple[int, ...], degrees: Degrees) -> Iterable[tuple[int, ...]]:
-    """The ranks that hold the same slice of a tensor, group by group; groups of one are left out.
+    """Yields each group of ranks that hold the same shard of a tensor; groups of one rank are left out.
 
     Args:
         name: of a parameter or of an optimizer's tensor.
@@ -67,13 +67,16 @@ def check_replicas(
             apart = odd_ones(group, gathered[list(group), index])
             if apart:
                 raise UserError(
-                    f"train.replica_check_every: '{name}' is not the same on ranks {listed(apart)} as on "
-                    f"{listed([rank for rank in group if rank not in apart])} after step {step}, and must be; {kept()}"
+                    f"train.replica_check_every: '{name}' differs between ranks {listed(apart)} and ranks "
+                    f"{listed([rank for rank in group if rank not in apart])} after step {step}, although "
+                    f"replicas must be equal; {kept()}"
                 )
 
 
 def odd_ones(group: tuple[int, ...], sums: np.ndarray) -> list[int]:
-    """Ranks whose sums [ranks of the group, 2] are not those of the largest party, the first of equal ones."""
+    """Returns the ranks whose sums [ranks of the group, 2] differ from those of the majority, the first one among equal
+    ones.
+    """
     values, party, sizes = np.unique(sums, axis=0, return_inverse=True, return_counts=True)
     if len(values) == 1:
         return []
@@ -83,6 +86,6 @@ def odd_ones(group: tuple[int, ...], sums: np.ndarray) -> list[int]:
 
 
 def listed(ranks: list[int]) -> str:
-    """Ranks in a few words."""
+    """Renders ranks in a few words."""
     text = ", ".join(map(str, ranks[:8]))
     return f"{text}, ..." if len(ranks) > 8 else text

@@ -10,7 +10,7 @@ from switchyard.distributed.placement import Degrees, stages_of
 
 
 def stages_of_layers(config: Config) -> list[int]:
-    """The stage of each layer, that of its parameters."""
+    """Returns the stage that holds the parameters of each layer."""
     degrees, layers = Degrees.of(config.parallel), config.model.num_layers
     return [stages_of(f"layers.{index}", layers, degrees)[0] for index in range(layers)]
 
@@ -22,7 +22,7 @@ def factors(config: Config, of_each: np.ndarray) -> np.ndarray:
 
 
 def stage_config(config: Config, stage: int) -> Config:
-    """One stage's layers as a configuration of its own, without a pipeline."""
+    """Returns the layers of one stage as a configuration without a pipeline."""
     own = [index for index, of in enumerate(stages_of_layers(config)) if of == stage]
     layers = tuple(index - own[0] for index in config.moe_layers if index in own)
     return config.model_copy(
@@ -35,8 +35,9 @@ def stage_config(config: Config, stage: int) -> Config:
 
 
 def ways(config: Config, stage: int) -> list[int]:
-    """What a stage exchanges with others for each micro-batch, one way forward and the other way backward: of each
-    exchange the conditional layers whose tallies it carries, or -1 for rows between two layers."""
+    """Returns what a stage exchanges with others for each micro-batch, one way forward and the other way backward: of
+    each exchange the conditional layers whose tallies it carries, or -1 for rows between two layers.
+    """
     stages, of = config.parallel.pipeline_stage, stages_of_layers(config)
     tallies = [
         sum(of[index] == one for index in config.moe_layers) for one in range(stages - 1)

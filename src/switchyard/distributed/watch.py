@@ -38,7 +38,7 @@ TRACEBACK_LINES, TAIL_LINES = 40, 5
 
 
 class Job:
-    """One run of msrun and everything that it starts.
+    """Runs msrun once, with everything that it starts.
 
     Args:
         command: msrun with its arguments.
@@ -69,7 +69,7 @@ class Job:
         return self.exit_code()
 
     def on_signal(self, number: int, _frame: object) -> None:
-        """The first goes to the workers, who save; the second ends the job, unless it is SIGHUP."""
+        """Passes the first signal to the workers, which save; the second signal ends the job, unless it is SIGHUP."""
         if number == signal.SIGHUP and self.signals:
             return
         self.signals += 1
@@ -80,7 +80,7 @@ class Job:
             self.signals = 2  # nothing has begun that could be saved
 
     def failure(self) -> tuple[int | None, int] | None:
-        """(rank, exit code) of the worker that failed first; None where msrun saw none. -9: killed by signal 9.
+        """Returns (rank, exit code) of the worker that failed first; None where msrun saw none. -9: killed by signal 9.
 
         The rank is None where the worker ended before it was seen and its log does not tell it from the others.
         """
@@ -88,14 +88,14 @@ class Job:
         return (self.ranks.get(int(found[1]), self._loudest()), int(found[2])) if found else None
 
     def _loudest(self) -> int | None:
-        """The lowest rank whose log holds an error."""
+        """Returns the lowest rank whose log holds an error."""
         for rank, log in sorted((int(log.stem.split("_")[1]), log) for log in self.log_dir.glob("worker_*.log")):
             if first_error(log)[:1] and first_error(log)[0].startswith((*SPOKEN, TRACEBACK)):
                 return rank
         return None
 
     def exit_code(self) -> int:
-        """What the whole job says."""
+        """Returns the exit code of the full job."""
         failure = self.failure()
         if failure is not None:
             if failure[1] < 0 and self.signals:
@@ -106,7 +106,7 @@ class Job:
         return min(abs(self.launcher.returncode), 1)
 
     def report(self) -> str:
-        """Which worker failed first and what it said; '' where none did."""
+        """Returns which worker failed first and its message; '' where none failed."""
         failure = self.failure()
         if self.exit_code() == EXIT_KILLED:
             return "interrupted: the job was ended before it could save"
@@ -135,7 +135,7 @@ class Job:
                 self.ranks[child.pid] = rank
 
     def _alive(self, pids) -> list[int]:
-        """Those of the processes that still run."""
+        """Returns the processes that still run."""
         return [pid for pid in pids if _runs(self._seen[pid])]
 
     def _kill_all(self) -> None:
@@ -156,7 +156,8 @@ class Job:
 
 
 def _rank_of(process: psutil.Process, launcher: int) -> int | None:
-    """The rank of a worker; None of anything else, such as the `tail` by which msrun follows a worker's log."""
+    """Returns the rank of a worker; None for other processes, such as the `tail` by which msrun follows a worker's
+    log."""
     try:
         environment = process.environ()
         if environment.get("MS_ROLE") != "MS_WORKER" or process.ppid() != launcher or process.name() == "tail":
@@ -174,7 +175,8 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def first_error(log: Path) -> list[str]:
-    """The first error in a worker's log: what the command line said, or a traceback, else the last lines."""
+    """Returns the first error in a worker's log: the message of the command line, or a traceback, else the last
+    lines."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

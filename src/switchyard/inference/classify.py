@@ -28,7 +28,7 @@ LARGEST = 2**31  # values of a batch
 
 
 class ImageParity(Part):
-    """How the reloaded graph compared with the training graph on the validation images."""
+    """Holds the comparison of the reloaded graph with the training graph on the validation images."""
 
     max_abs_difference: float
     bound: float
@@ -36,7 +36,7 @@ class ImageParity(Part):
 
 
 class ClassifierManifest(Signed):
-    """manifest.json. image: [C, H, W]. counts: classes of each task.
+    """Describes manifest.json of a classifier. image: [C, H, W]. counts: classes of each task.
 
     value_range: values that the graph takes. file_ranges: the values in a file that mean these two, by type; for other
     files --value-range declares them. batch_independent: the answer to an image does not depend on the other
@@ -59,7 +59,8 @@ class ClassifierManifest(Signed):
 
     @model_validator(mode="after")
     def _fits(self) -> "ClassifierManifest":
-        """The graph is among the files, each task has its classes, and a batch fits into memory."""
+        """Checks that the graph is among the files, that each task has its classes, and that a batch fits into
+        memory."""
         if GRAPH not in self.files or len(self.counts) != len(self.tasks) or self.value_range != (0.0, 1.0):
             raise ValueError("files, counts or value_range")
         if any(low >= high for low, high in self.file_ranges.values()):
@@ -70,7 +71,7 @@ class ClassifierManifest(Signed):
 
 
 def is_classifier(directory: str | Path) -> bool:
-    """Whether a directory says that it is an export of a network that reads images."""
+    """Returns whether a directory is an export of a network that reads images, by its manifest."""
     try:
         directory = present(Path(directory))
         tree = parse_json(read_regular(directory / manifests.MANIFEST, manifests.LONGEST, directory))
@@ -80,14 +81,14 @@ def is_classifier(directory: str | Path) -> bool:
 
 
 def read(directory: str | Path) -> ClassifierManifest:
-    """The manifest of such a directory, its files verified (UserError)."""
+    """Returns the manifest of an exported classifier, with its files verified (UserError)."""
     manifest = manifests.read(directory, ClassifierManifest)
     manifests.verify(directory, manifest)
     return manifest
 
 
 def classify(directory: str | Path, images: np.ndarray, task: str | None = None, key: bytes | None = None) -> list:
-    """What an exported classifier says of images [N, C, H, W]: N times the probabilities of the task's classes.
+    """Classifies images [N, C, H, W] with an exported classifier: N arrays of probabilities of the task's classes.
 
     Args:
         directory: what export.py made.
@@ -105,7 +106,7 @@ def classify(directory: str | Path, images: np.ndarray, task: str | None = None,
     if images.shape[1:] != manifest.image:
         raise UserError(f"--image: an array of {images.shape[1:]}; the model takes {manifest.image}")
     if not ((images >= 0.0) & (images <= 1.0)).all():  # false for what is no number
-        raise UserError("--image: a value that is not from 0 to 1; see switchyard.inference.images")
+        raise UserError("--image: a value outside 0 to 1; see switchyard.inference.images")
     if task is not None and task not in manifest.tasks:
         raise UserError(f"--task: {task}; the model's tasks: {', '.join(manifest.tasks)}")
     place = manifest.tasks.index(task) if task else 0
@@ -123,7 +124,7 @@ def classify(directory: str | Path, images: np.ndarray, task: str | None = None,
 
 
 def _logits(found, manifest: ClassifierManifest) -> np.ndarray:
-    """What the graph gave [B, V], if it is what the manifest says (UserError)."""
+    """Returns the logits [B, V] of the graph after a check against the manifest (UserError)."""
     shape = tuple(getattr(found, "shape", ()))
     if shape != (manifest.batch, max(manifest.counts)):
         raise UserError(f"--model: '{GRAPH}' does not fit {manifests.MANIFEST}; export the checkpoint again")

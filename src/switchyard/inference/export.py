@@ -96,14 +96,16 @@ def export(
 
 
 def inference_config(config: Config) -> Config:
-    """The configuration that generation runs with: one device, one group, no drops, operators that every device has."""
+    """Returns the configuration of generation: one device, one group, no drops, operators that every device has."""
     moe = config.moe.model_copy(update={"groups": 1, "eval_capacity_factor": None})
     context = config.context.model_copy(update={"fused_operators": False})
     return config.model_copy(update={"moe": moe, "parallel": ParallelConfig(), "context": context})
 
 
 def prefill_block(config: Config, max_length: int) -> int:
-    """Rows of an expert's block in prefill: what serves one prompt of full length, at most 32, or short ones suffer."""
+    """Returns the rows of an expert's block in prefill: enough for one prompt of full length, at most 32, which keeps
+    short prompts fast.
+    """
     moe = config.moe
     if not config.moe_layers:
         return 1
@@ -114,8 +116,8 @@ def check_causal(config: Config, decoder: Decoder) -> None:
     """Refuses routers with which a token's output depends on later tokens or on other sequences (UserError)."""
     if config.granularity == "slice" and config.moe_layers:
         raise UserError(
-            "moe.granularity: slice; a window follows its first token, which generation token by token does not keep: "
-            "export a model with moe.granularity 'token'"
+            "moe.granularity: slice; the first token of a window chooses its expert, which "
+            "generation token by token cannot do: export a model with moe.granularity 'token'"
         )
     for layer in decoder.layers:
         if layer.conditional and not (layer.feed_forward.router.causal and layer.feed_forward.router.batch_independent):
@@ -130,12 +132,14 @@ def check_free(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise UserError(f"--out: '{out}' is a file; name a folder that is to be made")
+        raise UserError(f"--out: '{out}' is a file; give a folder to create")
     if any(out.iterdir()) and not is_classifier(out):
         try:
             manifests.read(out)
         except UserError:
-            raise UserError(f"--out: '{out}' holds other files; name a new folder, or an export to replace") from None
+            raise UserError(
+                f"--out: '{out}' contains other files; give a new folder, or an export to replace"
+            ) from None
 
 
 def write_graphs(decoder: Decoder, directory: Path, max_length: int, block: int, key: bytes | None) -> dict[str, str]:
@@ -162,7 +166,7 @@ def report(out: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
     parity = manifest.parity
     say(
         f"parity: largest difference of a logit {parity.max_abs_difference:.1e} (bound {parity.bound:.0e}) at "
-        f"{parity.prefill_positions:,} prefill and {parity.decode_positions:,} decode places of validation text"
+        f"{parity.prefill_positions:,} prefill and {parity.decode_positions:,} decode positions of validation text"
     )
     if manifest.model.moe_layers:
         missing = ", ".join(f"{expert} of layer {layer} ({graph})" for layer, expert, graph in parity.not_reached)
@@ -177,7 +181,7 @@ def _write(cell: nn.Cell, path: Path, key: bytes | None, *inputs: ms.Tensor) -> 
 
 
 def _written_name(directory: Path, graph: str) -> str:
-    """NAME.mindir, or NAME_graph.mindir beside NAME_variables where the weights exceed 1 GB."""
+    """Returns NAME.mindir, or NAME_graph.mindir beside NAME_variables where the weights exceed 1 GB."""
     names = [name for name in (f"{graph}.mindir", f"{graph}_graph.mindir") if (directory / name).exists()]
     return names[0]
 
@@ -191,7 +195,7 @@ def _manifest(
     expected: Reference,
     directory: Path,
 ) -> Manifest:
-    """The manifest before the comparison."""
+    """Returns the manifest without the result of the comparison."""
     model = config.model
     figures = Figures(
         vocab_size=decoder.vocab_size,

@@ -26,7 +26,7 @@ from switchyard.nn.masks import keep_where
 
 
 class Classify(nn.Cell):
-    """What is exported: images [B, C, H, W] and tasks [B] -> logits [B, V]."""
+    """Computes the exported function: images [B, C, H, W] and tasks [B] -> logits [B, V]."""
 
     def __init__(self, model: nn.Cell, tasks: int):
         super().__init__(auto_prefix=False)
@@ -102,7 +102,7 @@ def write_graph(cell: nn.Cell, folder: Path, shape: tuple[int, ...], key: bytes 
 
 
 def is_batch_independent(model: nn.Cell) -> bool:
-    """Whether no router of a network lets the answer to an image depend on the others of its batch."""
+    """Returns whether the answer to an image never depends on the other images of its batch."""
     routers = [cell.feed_forward.router for _, cell in model.cells_and_names() if getattr(cell, "conditional", False)]
     return all(router.batch_independent for router in routers)
 
@@ -119,7 +119,7 @@ def report(out: Path, written: ClassifierManifest, say: Callable[[str], None]) -
 
 
 def inference_config(config: Config) -> Config:
-    """The configuration that the graph runs with: one device, and a block size that is a number already."""
+    """Returns the configuration of the exported graph: one device, and a fixed block size."""
     moe, rows = config.moe, config.rows // config.groups
     block = moe.dropless_block_size or block_size(rows, moe.expert_num, moe.choices)
     changes = {"dropless_block_size": block, "groups": config.groups, "eval_capacity_factor": None}
@@ -128,7 +128,7 @@ def inference_config(config: Config) -> Config:
 
 
 def answers(graph: nn.Cell, batches: ImageEvalBatches) -> np.ndarray:
-    """The logits of every real answer: [answers, V]."""
+    """Returns the logits of every real answer: [answers, V]."""
     found = []
     for batch in batches:
         logits = graph(Tensor(batch.images), Tensor(batch.valid.argmax(1).astype(np.int32))).asnumpy()
@@ -137,7 +137,7 @@ def answers(graph: nn.Cell, batches: ImageEvalBatches) -> np.ndarray:
 
 
 def compare(path: Path, key: bytes | None, expected: np.ndarray, batches: ImageEvalBatches, dtype: str) -> ImageParity:
-    """The graph in a file, loaded again, against the logits of the training graph (UserError where they differ)."""
+    """Compares the reloaded graph with the logits of the training graph (UserError where they differ)."""
     found = answers(load_graph(path, key), batches)
     difference, bound = float(np.abs(found - expected).max()), BOUNDS[dtype]
     if not difference <= bound:

@@ -22,7 +22,7 @@ ENDED, LENGTH, FULL = "end of document", "max new tokens", "max length"
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of one prompt.
+    """Holds the answer to one prompt.
 
     Attributes:
         prompt: the text that was given.
@@ -56,12 +56,12 @@ class Timing:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the decode steps; 0 where there was none."""
+        """Returns the tokens per second of the decode steps; 0 where there was none."""
         return self.decode_tokens / self.decode_seconds if self.decode_tokens else 0.0
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens read a second."""
+        """Returns the prompt tokens read per second."""
         return self.prompt_tokens / self.prefill_seconds
 
 
@@ -136,7 +136,7 @@ def generate(
 
 
 class _Rows:
-    """The answers as they grow. A row that has stopped goes on in the batch, and what it gets is not read."""
+    """Holds the growing answers. A row that has stopped stays in the batch, and its further tokens are not read."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class _Rows:
             self._on_text(piece)
 
     def results(self, prompts: Sequence[str], max_new_tokens: int) -> list[Generated]:
-        """One Generated a prompt."""
+        """Returns one Generated for each prompt."""
         found = []
         for row, prompt in enumerate(prompts):
             stopped = ENDED if self._ended[row] else LENGTH if self._room[row] == max_new_tokens else FULL
@@ -191,7 +191,7 @@ class _Rows:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """One prompt a line of a UTF-8 file; the last line end is optional (UserError)."""
+    """Reads a UTF-8 file with one prompt per line; the last line end is optional (UserError)."""
     try:
         raw = Path(path).expanduser().read_bytes()
     except OSError as error:
@@ -205,7 +205,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def to_dict(generated: Generated, timing: Timing) -> dict[str, Any]:
-    """What `infer.py --json` prints of one prompt; the seconds are those of the whole batch."""
+    """Returns what `infer.py --json` prints for one prompt; the seconds are those of the full batch."""
     rate = max(generated.tokens - 1, 0) / timing.decode_seconds if timing.decode_tokens else 0.0
     return {
         "prompt": generated.prompt,

@@ -23,7 +23,7 @@ RANGES = {"uint8": (0.0, 255.0), "float": (0.0, 1.0)}  # what types of values de
 
 
 def parse_range(text: str) -> Range:
-    """LOW,HIGH as two numbers (UserError)."""
+    """Parses LOW,HIGH as two numbers (UserError)."""
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
@@ -35,7 +35,7 @@ def parse_range(text: str) -> Range:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """What a file holds: an array as it was saved, or a picture as [C, H, W] (`is_picture`)."""
+    """Holds the content of a file: an array as it was saved, or a picture as [C, H, W] (`is_picture`)."""
 
     path: str
     values: np.ndarray
@@ -44,7 +44,7 @@ class ImageFile:
     def images(
         self, shape: tuple[int, int, int], declared: Range | None = None, ranges: Mapping[str, Range] = RANGES
     ) -> np.ndarray:
-        """The images as the model takes them: [N, C, H, W] float32 from 0 to 1.
+        """Returns the images in the form of the model: [N, C, H, W] float32 from 0 to 1.
 
         Args:
             shape: [C, H, W] of an image of the model.
@@ -65,7 +65,7 @@ class ImageFile:
         return ((images.astype(np.float64) - low) / (high - low)).astype(np.float32)
 
     def _one_channel(self) -> np.ndarray:
-        """A picture as [1, H, W] (UserError: it is in colour)."""
+        """Returns a picture as [1, H, W] (UserError: it is in colour)."""
         if (self.values != self.values[:1]).any():
             raise UserError(f"--image: '{self.path}'; is in colour, the model takes 1 channel: convert it to grey")
         return self.values[:1]
@@ -79,7 +79,7 @@ def read_file(path: str | Path) -> ImageFile:
 
 
 def _range_of(path: str, dtype: np.dtype, declared: Range | None, ranges: Mapping[str, Range]) -> Range:
-    """The values that mean 0 and 1 (UserError: neither the type nor the user says)."""
+    """Returns the values that mean 0 and 1 (UserError: neither the type nor the user gives them)."""
     name = "float" if dtype.kind == "f" else dtype.name
     if declared is not None or name in ranges:
         return declared or ranges[name]
@@ -102,7 +102,7 @@ def _check_values(path: str | Path, index: int, image: np.ndarray, allowed: Rang
 
 
 def _as_images(path: str | Path, values: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """An array as [N, C, H, W] (UserError: another shape than the model takes)."""
+    """Returns an array as [N, C, H, W] (UserError: the shape is not that of the model)."""
     images = values[None] if values.ndim == 2 and shape[0] == 1 else values  # [1, H, W]
     images = images[None] if images.ndim == 3 else images  # [1, C, H, W]
     if images.ndim != 4 or images.shape[1:] != tuple(shape) or not len(images):
@@ -112,7 +112,7 @@ def _as_images(path: str | Path, values: np.ndarray, shape: tuple[int, int, int]
 
 
 def _read_array(path: str | Path) -> np.ndarray:
-    """The array of a .npy file, mapped, so that a header that promises more than the file holds costs nothing."""
+    """Maps the array of a .npy file, so that a header that promises more than the file holds costs nothing."""
     try:
         with open_regular(Path(path)) as file:
             if not os.fstat(file.fileno()).st_size:
@@ -126,7 +126,7 @@ def _read_array(path: str | Path) -> np.ndarray:
 
 
 def _read_picture(path: str | Path) -> np.ndarray:
-    """A picture as [C, H, W]: floats from 0 to 1, or bytes."""
+    """Reads a picture as [C, H, W]: floats from 0 to 1, or bytes."""
     from matplotlib.image import imread
 
     try:
@@ -141,7 +141,7 @@ def _read_picture(path: str | Path) -> np.ndarray:
 
 
 def _opaque(path: str | Path, values: np.ndarray) -> np.ndarray:
-    """A picture [H, W, X] without its alpha channel (UserError: a part of it is transparent)."""
+    """Returns a picture [H, W, X] without its alpha channel (UserError: a part of it is transparent)."""
     if values.shape[2] not in (2, 4):
         return values
     full = 255 if values.dtype == np.uint8 else 1.0
@@ -151,6 +151,6 @@ def _opaque(path: str | Path, values: np.ndarray) -> np.ndarray:
 
 
 def _flat(error: Exception) -> str:
-    """An error as one line."""
+    """Returns an error as one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""What stands in an exported directory, and whether it still is what was written.
+"""Describes the contents of an exported directory, and verifies that they are unchanged.
 
 DIR/
     manifest.json     this file: figures, limits, parity, size and sha256 of every other file
@@ -48,20 +48,20 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-
 
 
 class Part(BaseModel):
-    """A part of the manifest: unknown keys are refused, values do not change."""
+    """Holds one part of the manifest. A part refuses unknown keys, and its values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class File(Part):
-    """One file: its size and checksum."""
+    """Holds the size and the checksum of one file."""
 
     bytes: Annotated[int, Field(ge=0, lt=2**63)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Figures(Part):
-    """The model in numbers."""
+    """Holds the sizes of the model."""
 
     vocab_size: Count
     num_layers: Count
@@ -77,7 +77,7 @@ class Figures(Part):
 
 
 class Limits(Part):
-    """What the graphs take.
+    """Holds the limits of the inputs of the graphs.
 
     max_length: longest prompt plus answer. prompt_multiple: prefill's S, with padding, is a multiple of it. Axes named
     in `dynamic` may have any size, lengths up to max_length.
@@ -89,7 +89,7 @@ class Limits(Part):
 
 
 class Parity(Part):
-    """How the reloaded files compared with the training graph on validation text.
+    """Holds the comparison of the reloaded files with the training graph on validation text.
 
     max_abs_difference: of a logit, under `bound`. Positions compared: `prefill_positions` and `decode_positions`.
     not_reached: (layer, expert, graph) that no compared position was routed to.
@@ -105,7 +105,7 @@ class Parity(Part):
 
 
 class Source(Part):
-    """Where the weights come from."""
+    """Holds the origin of the weights."""
 
     checkpoint: str
     step: int
@@ -114,7 +114,7 @@ class Source(Part):
 
 
 class Signed(Part):
-    """A manifest; `sha256` is that of all its other fields. Files are in the directory, or in one folder of it."""
+    """Holds a manifest; `sha256` covers all other fields. Files are in the directory, or in one folder of it."""
 
     format: str
     version: int
@@ -123,17 +123,17 @@ class Signed(Part):
     sha256: str = ""
 
     def digest(self) -> str:
-        """sha256 over every field but itself."""
+        """Returns the sha256 over every field except `sha256`."""
         text = json.dumps(self.model_dump(mode="json", exclude={"sha256"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def signed(self: "Kind") -> "Kind":
-        """The same with its checksum."""
+        """Returns the same manifest with its checksum."""
         return self.model_copy(update={"sha256": self.digest()})
 
 
 class Manifest(Signed):
-    """manifest.json of a language model."""
+    """Describes manifest.json of a language model."""
 
     format: Literal["switchyard export"] = FORMAT
     version: Literal[1] = VERSION
@@ -145,7 +145,7 @@ class Manifest(Signed):
 
     @model_validator(mode="after")
     def _graphs_are_files(self) -> "Manifest":
-        """Both graphs are among the files, so that nothing is read that was not verified."""
+        """Checks that both graphs are among the files, so that only verified files are read."""
         for graph in (PREFILL, DECODE):
             if self.graphs.get(graph) not in (f"{graph}.mindir", f"{graph}_graph.mindir"):
                 raise ValueError(f"graphs: {graph}")
@@ -158,7 +158,7 @@ Kind = TypeVar("Kind", bound=Signed)
 
 
 def read(directory: str | Path, kind: type[Kind] = Manifest) -> Kind:
-    """The manifest of an exported directory.
+    """Returns the manifest of an exported directory.
 
     Args:
         directory: what export.py made.
@@ -177,7 +177,7 @@ def read(directory: str | Path, kind: type[Kind] = Manifest) -> Kind:
     try:
         tree = parse_json(read_regular(path, LONGEST, directory))
         if not isinstance(tree, dict) or tree.get("format") != wanted["format"]:
-            raise UserError(f"--model: '{directory}' is no {wanted['format']}; give the folder that export.py made")
+            raise UserError(f"--model: '{directory}' is not a {wanted['format']}; give the folder that export.py made")
         if tree.get("version") != wanted["version"]:
             raise UserError(
                 f"--model: '{path}' has format version {repr(tree.get('version'))[:20]}, this Switchyard reads "
@@ -191,9 +191,9 @@ def read(directory: str | Path, kind: type[Kind] = Manifest) -> Kind:
     except OSError as error:
         raise UserError(f"--model: '{path}': {error.strerror}; make the file readable") from None
     except (ValueError, ValidationError):
-        raise UserError(f"--model: '{path}' was cut or altered; export the checkpoint again") from None
+        raise UserError(f"--model: '{path}' is truncated or altered; export the checkpoint again") from None
     if manifest.sha256 != manifest.digest():
-        raise UserError(f"--model: '{path}' was altered: its sha256 is another; export the checkpoint again")
+        raise UserError(f"--model: '{path}' was altered: its sha256 differs; export the checkpoint again")
     return manifest
 
 
@@ -215,18 +215,20 @@ def verify(directory: str | Path, manifest: Signed) -> None:
             raise UserError(f"--model: '{path}': {error.strerror}; make the file readable") from None
         if found.bytes != expected.bytes:
             raise UserError(
-                f"--model: '{path}' has {found.bytes} bytes instead of {expected.bytes}: it was cut or altered; "
+                f"--model: '{path}' has {found.bytes} bytes instead of {expected.bytes}: it is truncated or altered; "
                 "export the checkpoint again"
             )
         if found.sha256 != expected.sha256:
-            raise UserError(f"--model: '{path}' was altered: its sha256 is another; export the checkpoint again")
+            raise UserError(f"--model: '{path}' was altered: its sha256 differs; export the checkpoint again")
     for path in directory.glob("*_variables/*"):
         if path.relative_to(directory).as_posix() not in manifest.files:
             raise UserError(f"--model: '{path}' is not in {MANIFEST}; export the checkpoint again")
 
 
 def fingerprint(path: Path, folder: Path | None = None, size: int | None = None) -> File:
-    """Size and sha256 of a regular file; it is not read where its size is not `size` (UnfitError, OSError)."""
+    """Returns the size and sha256 of a regular file; a file of another size than `size` is not read (UnfitError,
+    OSError).
+    """
     with open_regular(path, folder=folder) as file:
         found = os.fstat(file.fileno()).st_size
         return File(bytes=found, sha256=sha256_of(file) if size in (None, found) else "0" * 64)
@@ -243,12 +245,12 @@ def publish(temporary: Path, manifest: Signed, out: Path) -> None:
 
 
 def checkpoint_name(path: Path) -> str:
-    """A path as text that JSON holds, whatever bytes are in it."""
+    """Returns a path as text that JSON can hold, whatever bytes are in the path."""
     return path.as_posix().encode("utf-8", "backslashreplace").decode()
 
 
 def read_tokenizer(directory: Path) -> str:
-    """The text of a directory's tokenizer (UserError)."""
+    """Returns the text of a directory's tokenizer (UserError)."""
     path = directory / TOKENIZER
     try:
         return read_regular(path, LONGEST_TOKENIZER, directory).decode("utf-8")
@@ -257,14 +259,14 @@ def read_tokenizer(directory: Path) -> str:
 
 
 def fingerprints(directory: Path) -> dict[str, File]:
-    """Every file under a directory but the manifest, by its path in it."""
+    """Returns the fingerprint of every file below a directory except the manifest, by its path in the directory."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     names = [path.relative_to(directory).as_posix() for path in paths]
     return {name: fingerprint(path) for name, path in zip(names, paths) if name != MANIFEST}
 
 
 def read_key(path: str | Path, field: str = "--key-file", say: Callable[[str], None] = lambda line: None) -> bytes:
-    """The key in a file: 16, 24 or 32 raw bytes, as `openssl rand -out FILE 32` writes them (UserError).
+    """Reads the key in a file: 16, 24 or 32 raw bytes, as `openssl rand -out FILE 32` writes them (UserError).
 
     `say` receives a warning where others than the owner can read the file.
     """
@@ -288,7 +290,9 @@ def key_of(
     key_file: str | Path | None,
     say: Callable[[str], None] = lambda line: None,
 ) -> bytes | None:
-    """The key that opens an export, None where it needs none (UserError: one is missing, or given for nothing)."""
+    """Returns the key that decrypts an export, None where the export is not encrypted (UserError: missing, or not
+    needed).
+    """
     if encryption is None and key_file is not None:
         raise UserError(f"--key-file: '{key_file}'; '{directory}' is not encrypted: leave it out")
     if encryption is not None and key_file is None:

@@ -19,7 +19,7 @@ SMALLEST_BUCKET = 16
 
 
 class ExportedModel:
-    """The two graphs of an exported directory. MindSpore's device and mode are set before one is made.
+    """Runs the two graphs of an exported directory. Set MindSpore's device and mode before making one.
 
     A graph is compiled for each new shape it meets, so lengths are rounded up to powers of two.
 
@@ -50,7 +50,7 @@ class ExportedModel:
         self._decode = load_graph(directory / manifest.graphs[DECODE], key)
 
     def bucket(self, length: int) -> int:
-        """The length that a prompt or a cache of `length` is filled up to."""
+        """Returns the length to which a prompt or a cache of `length` is padded."""
         size = min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), self.max_length)
         multiple = self.manifest.limits.prompt_multiple
         return -(-size // multiple) * multiple
@@ -74,7 +74,7 @@ class ExportedModel:
         return self._checked(PREFILL, found, len(prompts), tokens.shape[1])
 
     def grow(self, keys, values, length: int):
-        """Caches with room for at least `length` places: [L, B, J, T, h] -> [L, B, J, >= length, h]."""
+        """Pads caches to at least `length` positions: [L, B, J, T, h] -> [L, B, J, >= length, h]."""
         from mindspore import ops
 
         more = self.bucket(length) - keys.shape[3]
@@ -84,7 +84,7 @@ class ExportedModel:
         return ops.concat((keys, empty), 3), ops.concat((values, empty), 3)
 
     def decode(self, tokens: np.ndarray, positions: np.ndarray, keys, values):
-        """One step: ids [B] at their places [B], caches [L, B, J, T, h] -> (logits [B, V] float32, keys, values).
+        """Computes one step: ids [B] at positions [B], caches [L, B, J, T, h] -> (logits [B, V] float32, keys, values).
 
         Raises:
             UserError: shapes that do not belong together, a place behind the cache, an id outside the vocabulary.
@@ -171,7 +171,7 @@ def open_model(directory: str | Path, key_file: str | Path | None = None, say=pr
 
 
 def load_graph(path: Path, key: bytes | None):
-    """The callable graph in a MindIR file (UserError where MindSpore refuses it)."""
+    """Loads the callable graph of a MindIR file (UserError where MindSpore refuses it)."""
     import mindspore as ms
     from mindspore import nn
 
@@ -180,12 +180,12 @@ def load_graph(path: Path, key: bytes | None):
         return nn.GraphCell(ms.load(str(path), **options))
     except Exception as error:  # what MindSpore raises depends on where it stops reading
         if key:
-            raise UserError(f"--key-file: it does not open '{path}'; give the key of the export") from None
+            raise UserError(f"--key-file: the key does not decrypt '{path}'; give the key of the export") from None
         raise UserError(f"--model: MindSpore cannot load '{path}': {_first_line(error)}") from None
 
 
 def run_graph(name: str, graph, *inputs):
-    """What a loaded graph makes of its inputs (UserError: it takes others than its manifest says)."""
+    """Runs a loaded graph on its inputs (UserError: the graph takes other inputs than its manifest says)."""
     try:
         return graph(*inputs)
     except (RuntimeError, ValueError, TypeError) as error:

@@ -32,7 +32,7 @@ BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
 
 @dataclass(frozen=True)
 class Windows:
-    """One batch of windows and what the training graph makes of it.
+    """Holds one batch of windows and the results of the training graph on it.
 
     Attributes:
         tokens: [B, S] int32.
@@ -49,7 +49,9 @@ class Windows:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the exported files must compute: batches of windows, and (layer, expert, graph) that no window reached."""
+    """Holds what the exported files must compute: batches of windows, and (layer, expert, graph) that no window
+    reached.
+    """
 
     batches: tuple[Windows, ...]
     not_reached: tuple[tuple[int, int, str], ...]
@@ -66,11 +68,11 @@ def reference(decoder: nn.Cell, validation: EvalBatches, max_length: int, seed: 
         max_length: of the export.
         seed: of the places where windows are cut.
     """
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     kept: list[Windows] = []
     missing = {PREFILL: np.ones(0, bool), DECODE: np.ones(0, bool)}  # [M, E]
     for tokens in itertools.islice(_windows(validation, max_length, decoder.vocab_size), MOST_BATCHES):
-        windows = _run(decoder, tokens, random)
+        windows = _run(decoder, tokens, rng)
         still = {graph: windows.reached[graph] == 0 for graph in missing}
         if kept:
             still = {graph: missing[graph] & still[graph] for graph in missing}
@@ -119,7 +121,7 @@ def compare(model: ExportedModel, expected: Reference, dtype: str) -> Parity:
 
 
 def _exported(model: ExportedModel, windows: Windows) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(graph, its logits [B, V], those of the training graph [B, V]) of each compared place."""
+    """Yields (graph, its logits [B, V], those of the training graph [B, V]) of each compared position."""
     rows = np.arange(len(windows.tokens))
     prompts = [row[:length] for row, length in zip(windows.tokens, windows.lengths)]
     logits, keys, values = model.prefill(prompts)
@@ -146,11 +148,11 @@ def _windows(validation: EvalBatches, max_length: int, vocab_size: int) -> Itera
         yield windows[: max(1, LARGEST // (size * vocab_size))]
 
 
-def _run(decoder: nn.Cell, tokens: np.ndarray, random: np.random.Generator) -> Windows:
-    """The training graph on windows [B, S], each cut at a random place."""
+def _run(decoder: nn.Cell, tokens: np.ndarray, rng: np.random.Generator) -> Windows:
+    """Runs the training graph on windows [B, S], each split at a random position."""
     batch, size = tokens.shape
     steps = min(STEPS, size - 1)
-    lengths = random.integers(1, size - steps + 1, batch)
+    lengths = rng.integers(1, size - steps + 1, batch)
     lengths[0] = size - steps  # one reads all that it can
     loads = []
     for end in (lengths - 1, lengths, lengths + steps):

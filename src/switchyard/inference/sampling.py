@@ -12,7 +12,7 @@ from switchyard.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Describes how the next token is drawn.
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most probable token.
@@ -38,7 +38,7 @@ class Sampling:
 
 
 def probabilities(logits: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
-    """The distribution that is drawn from: logits [B, V] -> [B, V] float64, rows sum to 1.
+    """Returns the distribution to draw from: logits [B, V] -> [B, V] float64, rows sum to 1.
 
     First the temperature (> 0), then top-k, then top-p on what is left. Of equal logits the lower id goes first.
     """
@@ -63,7 +63,7 @@ def probabilities(logits: np.ndarray, temperature: float = 1.0, top_k: int = 0, 
 
 
 def choose(logits: np.ndarray, sampling: Sampling, draws: np.ndarray) -> np.ndarray:
-    """Next tokens: logits [B, V], draws [B] of U(0, 1) -> [B] int32. Greedy does not read the draws."""
+    """Chooses the next tokens: logits [B, V], draws [B] of U(0, 1) -> [B] int32. Greedy ignores the draws."""
     if sampling.temperature == 0 or sampling.top_k == 1:
         return logits.argmax(-1).astype(np.int32)
     mass = np.cumsum(probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p), -1)  # [B, V]
@@ -81,4 +81,4 @@ class Sampler:
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
         """Logits [B, V] -> [B] int32."""
-        return choose(logits, self._sampling, np.array([random.random() for random in self._random]))
+        return choose(logits, self._sampling, np.array([rng.random() for rng in self._random]))

@@ -46,7 +46,7 @@ class Stage(nn.Cell):
 
     @property
     def flops(self) -> int:
-        """Of one sample: two for a multiply-add; convolutions and exit."""
+        """Returns the FLOPs of one sample: two for a multiply-add; convolutions and exit."""
         hidden = WIDER * self.channels
         place = self.matrices * 9 * self.before * hidden + hidden * self.channels
         return 2 * (self.side**2 * place + self.exit.size * self.classes)
@@ -90,7 +90,7 @@ class Cascade(nn.Cell):
         return chosen, (), ()
 
     def all_exits(self, images: Tensor) -> tuple:
-        """The logits of every exit, X x [B, V]."""
+        """Returns the logits of every exit, X x [B, V]."""
         maps, found = self.turn(images, (0, 2, 3, 1)), ()  # [B, H, W, C]
         for stage in self.stages:
             maps, logits = stage(maps)
@@ -99,7 +99,7 @@ class Cascade(nn.Cell):
 
 
 class EarlyExit:
-    """Evaluation of a cascade where a stage works on the samples that are still there, and on nothing else.
+    """Evaluates a cascade where each stage computes only the samples that have not left yet.
 
     Each stage is a graph of its own that takes any number of samples; the host looks at its exit and sends on the
     rest. A stage that nobody reaches does not run.
@@ -117,7 +117,7 @@ class EarlyExit:
             stage.set_inputs(Tensor(shape=[None, stage.side, stage.side, stage.before], dtype=mstype.float32))
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images [B, C, H, W] -> (logits [B, V] of each sample's exit, its exit [B] from 0)."""
+        """Maps images [B, C, H, W] -> (logits [B, V] of the exit of each sample, its exit [B] from 0)."""
         maps = np.ascontiguousarray(images.transpose(0, 2, 3, 1))  # [B, H, W, C]
         count, last = len(images), len(self.stages) - 1
         there, exits = np.arange(count), np.full(count, last)
@@ -136,7 +136,7 @@ class EarlyExit:
 
 @dataclass(frozen=True)
 class Point:
-    """A cascade at one threshold.
+    """Holds the results of a cascade at one threshold.
 
     accuracy: share of right answers. mean_flops: of a sample. exits: share of the samples that leaves at each.
     """
@@ -153,7 +153,7 @@ def flops_to(stages) -> np.ndarray:
 
 
 def curve(logits: np.ndarray, labels: np.ndarray, flops: np.ndarray, thresholds) -> list[Point]:
-    """Accuracy against mean FLOPs by threshold.
+    """Computes accuracy against mean FLOPs by threshold.
 
     Args:
         logits: of all exits on a set of samples, [X, B, V].
@@ -175,6 +175,6 @@ def curve(logits: np.ndarray, labels: np.ndarray, flops: np.ndarray, thresholds)
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis."""
+    """Returns the softmax over the last axis."""
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)

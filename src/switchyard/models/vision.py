@@ -26,7 +26,7 @@ ABSENT = -1e9  # logit of a class that a task does not have
 
 
 class Summary(nn.Cell):
-    """A map as one vector: means over grid x grid squares, times a matrix: [M, h, w, c] -> [M, out].
+    """Summarises a map as one vector: means over grid x grid squares, times a matrix: [M, h, w, c] -> [M, out].
 
     Args:
         shape: (h, w, c).
@@ -50,7 +50,7 @@ class Summary(nn.Cell):
 
 
 class ConvolutionLayer(nn.Cell):
-    """A layer at one depth: maps [B, H, W, C] -> [B, H, W, D], dense or conditional.
+    """Applies a layer at one depth: maps [B, H, W, C] -> [B, H, W, D], dense or conditional.
 
     Layer 0 stands at the input and makes D channels of the image's; the others are residual: x + layer(norm(x)).
 
@@ -120,8 +120,8 @@ class ConvolutionLayer(nn.Cell):
         view = self.view(rows)  # [N, D]
         view = view.reshape(groups, -1, view.shape[1])  # [G, N / G, D]
         flat = rows.reshape(groups, view.shape[1], -1)  # [G, N / G, h * w * c]
-        tasks = self.fold.spread(tasks).reshape(groups, -1)  # [G, N / G]
-        valid = self.fold.spread(valid).reshape(groups, -1)
+        tasks = self.fold.repeat_per_row(tasks).reshape(groups, -1)  # [G, N / G]
+        valid = self.fold.repeat_per_row(valid).reshape(groups, -1)
         out, stats, choices = self.feed_forward(flat, valid, noise, None, tasks, None, view)
         return self.fold.back(out.reshape(-1, high, wide, self.out)), stats, choices
 
@@ -197,7 +197,7 @@ def stacked(choices: tuple):
 
 
 def class_offsets(task_classes: tuple[int, ...]) -> np.ndarray:
-    """What is added to the logits so that a task has only its own classes: [T * V] float32."""
+    """Returns the offsets that are added to the logits so that a task has only its own classes: [T * V] float32."""
     most = max(task_classes)
     offsets = [[0.0] * classes + [ABSENT] * (most - classes) for classes in task_classes]
     return np.array(offsets, np.float32).reshape(-1)

@@ -17,7 +17,8 @@ SIDE = 3  # of a convolution's window
 
 
 def neighbours(height: int, width: int) -> np.ndarray:
-    """The places under a 3 x 3 window around each place, reading order: [P, 9] int64; P, which is none, outside."""
+    """Returns the positions under a 3 x 3 window around each position, in reading order: [P, 9] int64; P means
+    outside."""
     found = np.full((height, width, SIDE * SIDE), height * width)
     rows, columns = np.mgrid[:height, :width]
     for tap in range(SIDE * SIDE):
@@ -28,7 +29,7 @@ def neighbours(height: int, width: int) -> np.ndarray:
 
 
 class Windows(nn.Cell):
-    """The 3 x 3 window around each place, zeros outside the map: [M, P, c] -> [M, P, 9 c].
+    """Gathers the 3 x 3 window around each position, with zeros outside the map: [M, P, c] -> [M, P, 9 c].
 
     A gather of whole channel vectors, whose gradient is a gather too. Conv2D with E groups is the plain twin of a
     convolution made of it; forward and backward on two busy CPU cores, 8 experts, 64 maps each, 8 x 8 x 16 to 32:
@@ -59,7 +60,7 @@ class Windows(nn.Cell):
 
 
 class ConvolutionExperts(nn.Cell):
-    """E networks of a 3 x 3 and a 1 x 1 convolution with an activation between: [E, S, P * c] -> [E, S, P * o].
+    """Applies E networks of a 3 x 3 and a 1 x 1 convolution with an activation between: [E, S, P * c] -> [E, S, P * o].
 
     One grouped convolution: all experts' windows are one matrix product over E (see Windows for why not Conv2D).
 
@@ -82,29 +83,29 @@ class ConvolutionExperts(nn.Cell):
         self.network = FeedForwardExperts(experts, fan_in, hidden, activation, std, random, dtype, out)
 
     def construct(self, rows: Tensor) -> Tensor:
-        """Rows [E, S, P * c], those of expert e in slice e."""
+        """Applies expert e to slice e of rows [E, S, P * c]."""
         return self.fold(self.network(self.unfold(rows)), rows)
 
     def blocks(self, rows: Tensor, block_expert: Tensor) -> Tensor:
-        """Rows [X, b, P * c], those of block x all of expert `block_expert` [X]."""
+        """Applies expert `block_expert` [X] to the rows of each block, [X, b, P * c]."""
         return self.fold(self.network.blocks(self.unfold(rows), block_expert), rows)
 
     def merged(self, rows: Tensor, gates: Tensor) -> Tensor:
-        """Rows [G, N, P * c] through one network a group, see FeedForwardExperts.merged."""
+        """Applies one network per group to rows [G, N, P * c], see FeedForwardExperts.merged."""
         return self.fold(self.network.merged(self.unfold(rows), gates), rows)
 
     def unfold(self, rows: Tensor) -> Tensor:
-        """[X, S, P * c] -> [X, S * P, 9 c]."""
+        """Unfolds rows into windows: [X, S, P * c] -> [X, S * P, 9 c]."""
         maps = rows.reshape(-1, self.places, self.channels)  # [X * S, P, c]
         return self.windows(maps).reshape(rows.shape[0], -1, SIDE * SIDE * self.channels)
 
     def fold(self, places: Tensor, rows: Tensor) -> Tensor:
-        """[X, S * P, o] -> [X, S, P * o]."""
+        """Folds positions back into rows: [X, S * P, o] -> [X, S, P * o]."""
         return places.reshape(rows.shape[0], -1, self.places * self.out)
 
 
 class SliceExperts(nn.Cell):
-    """E feed-forward networks over windows of tokens, each token by itself: [E, S, length * D] -> the same.
+    """Applies E feed-forward networks to windows of tokens, each token by itself: [E, S, length * D] -> the same shape.
 
     Args:
         network: FeedForwardExperts of width D.
@@ -116,17 +117,17 @@ class SliceExperts(nn.Cell):
         self.network, self.length = network, length
 
     def construct(self, rows: Tensor) -> Tensor:
-        """Rows [E, S, length * D]."""
+        """Applies expert e to slice e of rows [E, S, length * D]."""
         return self.network(self.unfold(rows)).reshape(rows.shape)
 
     def blocks(self, rows: Tensor, block_expert: Tensor) -> Tensor:
-        """Rows [X, b, length * D], see FeedForwardExperts.blocks."""
+        """Applies the expert of each block to rows [X, b, length * D], see FeedForwardExperts.blocks."""
         return self.network.blocks(self.unfold(rows), block_expert).reshape(rows.shape)
 
     def merged(self, rows: Tensor, gates: Tensor) -> Tensor:
-        """Rows [G, N, length * D], see FeedForwardExperts.merged."""
+        """Applies one network per group to rows [G, N, length * D], see FeedForwardExperts.merged."""
         return self.network.merged(self.unfold(rows), gates).reshape(rows.shape)
 
     def unfold(self, rows: Tensor) -> Tensor:
-        """[X, S, length * D] -> [X, S * length, D]."""
+        """Unfolds windows into tokens: [X, S, length * D] -> [X, S * length, D]."""
         return rows.reshape(rows.shape[0], -1, rows.shape[2] // self.length)

@@ -1,4 +1,4 @@
-"""What is routed as one: an image, a part of it, a group of its channels, a window of a sequence; to rows and back.
+"""Converts units of routing to rows and back: an image, a part of it, a group of its channels, a window of a sequence.
 
 Every function here only moves values; `back(fold(x)) == x` for each pair. Maps have their channels last.
 
@@ -22,7 +22,7 @@ def to_regions(maps: Tensor, parts: int) -> Tensor:
 
 
 def from_regions(rows: Tensor, parts: int) -> Tensor:
-    """The inverse of `to_regions`: [B * parts^2, h, w, C] -> [B, parts * h, parts * w, C]."""
+    """Returns the inverse of `to_regions`: [B * parts^2, h, w, C] -> [B, parts * h, parts * w, C]."""
     _, high, wide, channels = rows.shape
     rows = rows.reshape(-1, parts, parts, high, wide, channels)  # [B, parts, parts, h, w, C]
     return ops.transpose(rows, (0, 1, 3, 2, 4, 5)).reshape(-1, parts * high, parts * wide, channels)
@@ -36,7 +36,7 @@ def to_channel_groups(maps: Tensor, parts: int) -> Tensor:
 
 
 def from_channel_groups(rows: Tensor, parts: int) -> Tensor:
-    """The inverse of `to_channel_groups`: [B * parts, H, W, c] -> [B, H, W, parts * c]."""
+    """Returns the inverse of `to_channel_groups`: [B * parts, H, W, c] -> [B, H, W, parts * c]."""
     _, height, width, channels = rows.shape
     rows = rows.reshape(-1, parts, height, width, channels)  # [B, parts, H, W, c]
     return ops.transpose(rows, (0, 2, 3, 1, 4)).reshape(-1, height, width, parts * channels)
@@ -48,12 +48,12 @@ def to_slices(rows: Tensor, length: int) -> Tensor:
 
 
 def from_slices(rows: Tensor, length: int) -> Tensor:
-    """The inverse of `to_slices`: [N / length, length * D] -> [N, D]."""
+    """Returns the inverse of `to_slices`: [N / length, length * D] -> [N, D]."""
     return rows.reshape(-1, rows.shape[-1] // length)
 
 
 def first_of_slices(values: Tensor, length: int) -> Tensor:
-    """What stands at the first token of each window: [N, ...] -> [N / length, ...].
+    """Returns the values at the first token of each window: [N, ...] -> [N / length, ...].
 
     A window goes where its first token goes. That is causal: the first token has seen all before the window and every
     token of the window comes at or after it. The mean of the window would tell a token about later ones; the mean of
@@ -78,13 +78,13 @@ class ImageFold(nn.Cell):
         self.regions, self.channel_groups = config.vision.regions, config.vision.channel_groups
 
     def row_shape(self, height: int, width: int, channels: int) -> tuple[int, int, int]:
-        """(height, width, channels) of a row's map."""
+        """Returns (height, width, channels) of a row's map."""
         if self.kind == "region":
             return height // self.regions, width // self.regions, channels
         return height, width, channels // self.units
 
     def construct(self, maps: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B * U, h, w, c]."""
+        """Splits maps into rows: [B, H, W, C] -> [B * U, h, w, c]."""
         if self.kind == "region":
             return to_regions(maps, self.regions)
         if self.kind == "channel":
@@ -92,15 +92,15 @@ class ImageFold(nn.Cell):
         return maps
 
     def back(self, rows: Tensor) -> Tensor:
-        """[B * U, h, w, c] -> [B, H, W, C]."""
+        """Joins rows into maps: [B * U, h, w, c] -> [B, H, W, C]."""
         if self.kind == "region":
             return from_regions(rows, self.regions)
         if self.kind == "channel":
             return from_channel_groups(rows, self.channel_groups)
         return rows
 
-    def spread(self, values: Tensor) -> Tensor:
-        """What is known of an image, for each of its rows: [B] -> [B * U]."""
+    def repeat_per_row(self, values: Tensor) -> Tensor:
+        """Repeats a value of each image for each of its rows: [B] -> [B * U]."""
         if self.units == 1:
             return values
         return ops.tile(values.reshape(-1, 1), (1, self.units)).reshape(-1)

@@ -26,7 +26,7 @@ class RMSNorm(nn.Cell):
         self.ones = Tensor(np.ones((1, width), np.float32))
         self.mean = ops.ReduceMean(keep_dims=True)
         self.rsqrt = ops.Rsqrt()
-        self.spread = ops.MatMul()
+        self.broadcast = ops.MatMul()
         self.scale = ops.Mul()
         self.local = self.normalise
 
@@ -38,8 +38,8 @@ class RMSNorm(nn.Cell):
         if self.fused is not None:
             return self.fused(x, gain)[0]
         scale = self.rsqrt(self.mean(x * x, -1) + self.eps)  # [N, 1]
-        gains = self.spread(ops.ones_like(scale), ops.expand_dims(gain, 0))  # [N, D]; no Reshape: training.pipeline
-        return self.scale(x * self.spread(scale, self.ones), gains)
+        gains = self.broadcast(ops.ones_like(scale), ops.expand_dims(gain, 0))  # [N, D]; no Reshape: training.pipeline
+        return self.scale(x * self.broadcast(scale, self.ones), gains)
 
     def shard(self, mesh: Mesh) -> None:
         """Rows are cut as `mesh` cuts rows, the parameters as `axes_of` says."""
@@ -64,8 +64,8 @@ class LayerNorm(RMSNorm):
     def normalise(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         """The equation itself: x [N, D], gain and bias [D]."""
         mean = self.mean(x, -1)  # [N, 1]
-        gained = super().normalise(x - self.spread(mean, self.ones), gain)
-        return gained + self.spread(ops.ones_like(mean), bias.reshape(1, -1))
+        gained = super().normalise(x - self.broadcast(mean, self.ones), gain)
+        return gained + self.broadcast(ops.ones_like(mean), bias.reshape(1, -1))
 
 
 def create_norm(kind: str, width: int, eps: float, fused: frozenset[str] = NONE) -> nn.Cell:

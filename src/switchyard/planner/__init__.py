@@ -1,1 +1,1 @@
-"""What a configuration costs on a cluster, found without one."""
+"""Estimates the costs of a configuration on a cluster, without a cluster."""

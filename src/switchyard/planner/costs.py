@@ -1,4 +1,4 @@
-"""What a layout costs a device: what it holds, what it sends, what it computes. No MindSpore in here.
+"""Computes the costs of a layout per device: memory, bytes sent, and FLOPs. Nothing here imports MindSpore.
 
 Parameters, optimizer state and exchanges are those of the graph that the compiler makes of `training.parallel_step`, to
 the byte (tests/planner/test_costs.py); activations are an estimate.
@@ -47,7 +47,7 @@ class Exchange:
 
     @property
     def sent(self) -> float:
-        """Bytes that leave a device in all: ring algorithms, in which AllReduce passes its data twice."""
+        """Returns the bytes that leave a device in all: ring algorithms, in which AllReduce passes its data twice."""
         if self.kind in SENT:
             return float(self.number * self.bytes * (self.kind == "Send"))
         passes = 2 if self.kind == "AllReduce" else 1
@@ -56,7 +56,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one device and one step; bytes, and FLOPs of the matrix products.
+    """Holds the costs of one device and one step, in bytes, and in FLOPs of the matrix products.
 
     `gathered`: weights that ZeRO puts together, at their peak. `activations`: an estimate, see `activation_bytes`.
     """
@@ -71,16 +71,16 @@ class Costs:
 
     @property
     def memory(self) -> int:
-        """All that is held at once."""
+        """Returns the total bytes held at once."""
         return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
 
     @property
     def sent(self) -> float:
-        """Bytes that leave the device."""
+        """Returns the bytes that leave the device."""
         return sum(one.sent for one in self.exchanges)
 
     def exchanged(self, kind: str) -> int:
-        """Bytes of the collectives of a kind; AlltoAllV counts as AlltoAll."""
+        """Returns the bytes of the collectives of a kind; AlltoAllV counts as AlltoAll."""
         return sum(one.bytes * one.number for one in self.exchanges if one.kind.removesuffix("V") == kind)
 
 
@@ -94,7 +94,7 @@ def costs(config: Config, vocab: int) -> Costs:
 
 
 def heaviest(stages: list[Costs]) -> Costs:
-    """Those of the stage that holds most."""
+    """Returns the costs of the stage with the most memory."""
     return max(stages, key=lambda cost: cost.memory)
 
 
@@ -134,7 +134,7 @@ def check_counted(config: Config) -> None:
 
 
 def exchanges(config: Config, vocab: int, stage: int = 0) -> Iterator[Exchange]:
-    """The collectives of a step, forward, backward, clip and AdamW; of a pipeline those of a stage."""
+    """Yields the collectives of a step, forward, backward, clip and AdamW; for a pipeline, those of one stage."""
     degrees = Degrees.of(config.parallel)
     stages, micro = degrees.pipeline_stage, config.micro_batches
     if degrees.devices == 1:
@@ -161,7 +161,7 @@ def _figures(config):
 
 
 def _of_micro_batch(config, stage):
-    """Those that every micro-batch makes."""
+    """Yields the collectives of every micro-batch."""
     degrees, own, stages = Degrees.of(config.parallel), config, config.parallel.pipeline_stage
     if stages > 1:
         own = stage_config(config, stage)
@@ -183,7 +183,9 @@ def _of_micro_batch(config, stage):
 
 
 def _of_gradient(name, shape, config, degrees):
-    """A gradient's sum over those that hold the same slice; with ZeRO the slice is put together before it is used."""
+    """Yields the sum of a gradient over the ranks with the same shard; with ZeRO also the gather of the shard before
+    its use.
+    """
     cut = placement(name, shape, degrees)
     ranks, (size, kept) = degrees.replica(cut, 0)[1], held(name, shape, degrees)
     group = "replicas" if EXPERT in cut else "data" if MODEL in cut else "stage"
@@ -199,8 +201,9 @@ def _of_gradient(name, shape, config, degrees):
 
 
 def _read_again(name, config):
-    """Whether the backward pass reads a parameter: those of products and of fused norms, not gains and biases of others
-    nor tables that rows are taken of."""
+    """Returns whether the backward pass reads a parameter: true for products and fused norms, false for other gains and
+    biases and for lookup tables.
+    """
     kind, model = name.rsplit(".", 1)[1], config.model
     if kind == "gain":
         return model.norm == "rmsnorm" and _takes(config, "RmsNorm")
@@ -208,13 +211,13 @@ def _read_again(name, config):
 
 
 def _takes(config, name):
-    """Whether the graph has a fused operator; where no device is named it is the one for Ascend that is counted."""
+    """Returns whether the graph has a fused operator; without a named device, the graph for Ascend is counted."""
     target = config.context.device_target
     return name in fused_operators(config, "Ascend" if target == "auto" else target)
 
 
 def _of_experts(config, degrees, repeated):
-    """Rows to their experts and back, forward and backward."""
+    """Yields the exchanges of rows with their experts, forward and backward."""
     moe, ranks, again, layers = config.moe, degrees.expert_parallel, int(config.parallel.recompute), config.moe_layers
     row = config.model.hidden_size * product_bytes(config)
 
@@ -260,7 +263,8 @@ def _of_model_slices(config, degrees, repeated, last):
 
 
 def flops(config: Config, vocab: int, stage: int = 0) -> float:
-    """Of a device's matrix products in a step, 2 a multiply-add; backward counts twice forward, recompute once more.
+    """Returns the FLOPs of the matrix products of a device in a step, 2 for a multiply-add; backward counts twice
+    forward, recompute once more.
 
     Scores of attention count in full, as they are computed, and experts by `worked_rows`. Of a pipeline those of one
     stage.
@@ -284,7 +288,7 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
 
 
 def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage: int = 0) -> int:
-    """An estimate of what the forward pass leaves for the backward pass on a device.
+    """Estimates the bytes that the forward pass keeps for the backward pass on a device.
 
     Of each block: its residual rows, both norms' results and their copies in the type of the products, projections,
     attention weights (fused attention keeps 16 numbers of a row and head in their place), hidden rows, slots and what
@@ -311,7 +315,7 @@ def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage:
 
 
 def _block_bytes(config, index, rows, between):
-    """Of one block without recompute."""
+    """Returns the activation bytes of one block without recompute."""
     model, moe, cut = config.model, config.moe, config.parallel
     width, wide, tensor = model.hidden_size, product_bytes(config), cut.model_parallel
     hidden_copies = 3 if model.activation == "swiglu" else 2  # before and after the non-linearity, and the gate

@@ -1,4 +1,4 @@
-"""Which layouts fit N devices, what each costs, and why the others do not fit.
+"""Finds the layouts that fit N devices, the costs of each, and why the others do not fit.
 
 `python -m switchyard.planner --config config/NAME.yaml --devices 64 --memory 64GB` tries every combination of
 the degrees, prints what the configuration's own layout costs a device, then the feasible combinations, best first.
@@ -40,7 +40,7 @@ SHORT = {"data_parallel": "dp", "expert_parallel": "ep", "model_parallel": "tp",
 
 @dataclass(frozen=True)
 class Speed:
-    """What the ranking takes a device to do: FLOPs of products a second, and bytes that it sends a second."""
+    """Holds the speed of a device for the ranking: FLOPs of products per second, and bytes sent per second."""
 
     flops: float = 100e12
     bandwidth: float = 25e9
@@ -48,13 +48,13 @@ class Speed:
 
 @dataclass(frozen=True)
 class Load:
-    """How choices fall on experts: `shares` [M, E] or [E] of them, a `record` [.., N, K], or, with neither, evenly."""
+    """Describes how choices fall on experts: `shares` [M, E] or [E], a `record` [.., N, K], or evenly."""
 
     shares: np.ndarray | None = None
     record: np.ndarray | None = None
 
     def dropped(self, config: Config) -> float:
-        """Share of the choices that get no slot."""
+        """Returns the share of the choices that get no slot."""
         if config.moe.dispatch != "capacity":
             return 0.0
         if self.record is not None:
@@ -64,7 +64,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A combination of degrees.
+    """Holds one combination of degrees.
 
     Attributes:
         parallel: its keys of the section `parallel`.
@@ -80,7 +80,8 @@ class Candidate:
 
 
 def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, speed: Speed) -> list[Candidate]:
-    """Every combination of degrees for so many devices: the feasible ones first, best first, then the others.
+    """Returns every combination of degrees for a number of devices: the feasible ones first, best first, then the
+    others.
 
     Args:
         config: of the model; its own degrees play no part.
@@ -109,12 +110,12 @@ def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, sp
 
 
 def target_of(config: Config) -> str:
-    """The devices that are planned for: GPU where the configuration says so, else Ascend."""
+    """Returns the devices that are planned for: GPU where the configuration says so, else Ascend."""
     return "GPU" if config.context.device_target == "GPU" else "Ascend"
 
 
 def seconds_of(stages: list[Costs], micro: int, speed: Speed) -> float:
-    """Of one of `micro` micro-batches, by the costs of each stage: see the rule at the top."""
+    """Returns the seconds of one of `micro` micro-batches, from the costs of each stage: see the rule at the top."""
     slowest = max(cost.flops / speed.flops + cost.sent / speed.bandwidth for cost in stages)
     return slowest / micro * (micro + len(stages) - 1) / micro
 
@@ -148,12 +149,12 @@ def combinations(config: Config, devices: int) -> Iterator[dict]:
 
 
 def divisors(number: int) -> list[int]:
-    """All of them, ascending."""
+    """Returns all divisors of a number, ascending."""
     return [one for one in range(1, number + 1) if number % one == 0]
 
 
 def read_load(path: str, config: Config) -> Load:
-    """How choices fell on experts.
+    """Reads how choices fell on experts.
 
     Args:
         path: a JSON file of tokens per expert, E numbers or M lists of them; or a file that moe.record wrote.
@@ -187,7 +188,7 @@ def read_load(path: str, config: Config) -> Load:
 
 
 def read_size(text: str) -> float:
-    """Bytes of `64GB`, `40GiB` or a number of bytes (UserError: neither)."""
+    """Parses `64GB`, `40GiB` or a number of bytes (UserError: neither)."""
     parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if parts is None or parts[2].upper() not in UNITS:
         raise UserError(f"--memory: {shortened(text)}; a number and MB, GB, TB, MiB, GiB or TiB, such as 64GB")
@@ -195,7 +196,7 @@ def read_size(text: str) -> float:
 
 
 def render_own(config: Config, cost: Costs, dropped: float) -> list[str]:
-    """What the configuration's own layout costs a device."""
+    """Renders the costs per device of the layout in the configuration."""
     rows = [
         ["weights", giga(cost.weights)],
         ["gradients", giga(cost.gradients)],
@@ -205,7 +206,7 @@ def render_own(config: Config, cost: Costs, dropped: float) -> list[str]:
         ["together", giga(cost.memory)],
     ]
     lines = [f"the configuration's own layout: {describe(config.parallel.model_dump())}", ""]
-    lines += [*table(["held by a device", "GB"], rows), ""]
+    lines += [*table(["memory per device", "GB"], rows), ""]
     alike = {}
     for one in cost.exchanges:
         key = (one.kind, one.group, one.ranks)
@@ -216,14 +217,16 @@ def render_own(config: Config, cost: Costs, dropped: float) -> list[str]:
         for (kind, group, ranks), (number, size, sent) in alike.items()
     ]
     lines += table(["collective", "group", "ranks", "number", "bytes together", "GB sent"], rows)
-    work = f"{cost.flops / 1e12:.2f} TFLOP a device and step; expected share of dropped choices {dropped:.2%}"
+    work = f"{cost.flops / 1e12:.2f} TFLOP per device and step; expected share of dropped choices {dropped:.2%}"
     return [*lines, "", work]
 
 
 def render(found: list[Candidate], top: int) -> list[str]:
-    """The feasible combinations as a table, and why the others are not, the most frequent reason first."""
+    """Renders the feasible combinations as a table, and why the others are not feasible, the most frequent reason
+    first.
+    """
     feasible = [one for one in found if one.refusal is None]
-    unit = "of one device and step, of a pipeline of the stage that holds most"
+    unit = "per device and step; for a pipeline, the stage with the most memory"
     lines = [f"{len(feasible)} of {len(found)} combinations are feasible; GB, {unit}:", ""]
     lines += table(HEADS, [_row(one) for one in feasible[:top]])
     if len(feasible) > top:
@@ -232,7 +235,7 @@ def render(found: list[Candidate], top: int) -> list[str]:
 
 
 def _reasons(refused):
-    """Why combinations are not feasible: those that a key refuses for the same reason in one line."""
+    """Renders why combinations are not feasible: one line for each key and reason."""
     alike: dict[tuple[str, str], list[Candidate]] = {}
     for one in refused:
         key, rest = one.refusal.split(": ", 1)
@@ -245,7 +248,7 @@ def _reasons(refused):
             lines.append(f"  {len(held):4} x {key}: {', '.join(values)}; {reason}")
         else:
             near = f"{giga(least.costs.memory)} GB, with {describe(least.parallel)}"
-            lines.append(f"  {len(held):4} x {key}: {reason}; the least, {near}")
+            lines.append(f"  {len(held):4} x {key}: {reason}; the smallest needs {near}")
     return lines
 
 
@@ -258,7 +261,7 @@ def _row(one):
 
 
 def giga(size: float) -> str:
-    """Bytes in units of 10^9."""
+    """Returns bytes in units of 10^9, as text."""
     if size == 0:
         return "-"
     return "<0.001" if size < 1e6 else f"{size / 1e9:.3f}" if size < 1e9 else f"{size / 1e9:.1f}"
@@ -272,7 +275,7 @@ def describe(parallel: dict) -> str:
 
 
 def to_json(found: list[Candidate]) -> list[dict]:
-    """Everything that is known of each combination."""
+    """Returns all known figures of each combination."""
     return [
         {
             **one.parallel,
@@ -292,28 +295,30 @@ def _costs_json(cost):
 
 
 def create_parser() -> cli.Parser:
-    """The arguments."""
+    """Returns the parser of the command line."""
     parser = cli.create_parser("python -m switchyard.planner", (__doc__ or "").split("\n\n", 1)[1])
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see config/")
     parser.add_argument("--devices", required=True, type=cli.whole, metavar="N", help="devices of the cluster")
-    parser.add_argument("--memory", required=True, metavar="SIZE", help="of one device, such as 64GB")
-    parser.add_argument("--vocab", type=cli.whole, metavar="V", help="entries of the vocabulary; else the tokenizer's")
+    parser.add_argument("--memory", required=True, metavar="SIZE", help="memory of one device, such as 64GB")
+    parser.add_argument(
+        "--vocab", type=cli.whole, metavar="V", help="size of the vocabulary (default: that of the tokenizer)"
+    )
     parser.add_argument(
         "--tokens-per-expert", metavar="FILE", help="JSON of E numbers or one list a layer, or a file of moe.record"
     )
     parser.add_argument(
-        "--tflops", type=cli.finite, default=100.0, help="10^12 FLOPs a second of a device, for the ranking"
+        "--tflops", type=cli.finite, default=100.0, help="10^12 FLOPs per second of a device, for the ranking"
     )
-    parser.add_argument("--bandwidth", type=cli.finite, default=25.0, help="GB sent a second, for the ranking")
+    parser.add_argument("--bandwidth", type=cli.finite, default=25.0, help="GB sent per second, for the ranking")
     parser.add_argument(
         "--top", type=cli.whole, default=10, metavar="K", help="combinations to print; all are in --json"
     )
-    parser.add_argument("--json", metavar="FILE", help="write all combinations there too")
+    parser.add_argument("--json", metavar="FILE", help="also write all combinations to this file")
     return parser
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m switchyard.planner`: see its --help."""
+    """Runs `python -m switchyard.planner`; see its --help."""
     chosen = create_parser().parse_intermixed_args(arguments)
     for name in ("devices", "tflops", "bandwidth"):
         if getattr(chosen, name) <= 0:

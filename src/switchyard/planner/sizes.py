@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 
 
 def parameters(config: Config, vocab: int, stage: int = 0) -> dict[str, Shape]:
-    """Name -> whole shape of every parameter of the decoder, of a pipeline of those of a stage."""
+    """Returns name -> full shape of every parameter of the decoder; for a pipeline, of one stage."""
     degrees, layers = Degrees.of(config.parallel), config.model.num_layers
     found = _all_parameters(config, vocab)
     return {name: shape for name, shape in found.items() if stage in stages_of(name, layers, degrees)[:1]}
@@ -38,7 +38,7 @@ def _all_parameters(config, vocab):
 
 
 def projection(config: Config) -> int:
-    """Columns X of the matrix that makes queries, keys and values."""
+    """Returns the columns X of the matrix that makes queries, keys and values."""
     model = config.model
     return model.hidden_size + 2 * (model.n_kv_heads or model.num_heads) * (model.hidden_size // model.num_heads)
 
@@ -76,7 +76,7 @@ def held(name, shape, degrees):
 
 
 def worked_rows(config: Config) -> int:
-    """Rows that a device's experts work on in a conditional layer.
+    """Returns the rows that the experts of a device process in a conditional layer.
 
     With capacities their slots, filled or not; dropless what a balanced router sends, zero rows of each device besides.
     """
@@ -87,5 +87,5 @@ def worked_rows(config: Config) -> int:
 
 
 def product_bytes(config: Config) -> int:
-    """Bytes of a number in the matrix products."""
+    """Returns the bytes of a number in the matrix products."""
     return FLOAT if config.model.compute_dtype == "float32" else 2

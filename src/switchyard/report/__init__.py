@@ -1,1 +1,1 @@
-"""What a run looked like: tables and pictures made from its files. Nothing here imports MindSpore."""
+"""Makes tables and pictures from the files of a run. Nothing here imports MindSpore."""

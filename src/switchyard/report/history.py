@@ -1,4 +1,4 @@
-"""What a run wrote down while it went, read back: losses and expert loads by step. Nothing here imports MindSpore.
+"""Reads back the metrics of a run: losses and expert loads by step. Nothing here imports MindSpore.
 
 Legend: T logged steps, M conditional layers, E experts.
 """
@@ -20,7 +20,7 @@ LONGEST = 1 << 32  # bytes of the metrics
 
 @dataclass(frozen=True)
 class History:
-    """A run's figures by step.
+    """Holds the figures of a run by step.
 
     Attributes:
         steps, losses: [T] training cross-entropy, nats per token.
@@ -38,7 +38,7 @@ class History:
 
     @property
     def relative_load(self) -> np.ndarray:
-        """[T, M, E] load over the mean load of its layer and step."""
+        """Returns the load divided by the mean load of its layer and step: [T, M, E]."""
         return self.load / np.maximum(self.load.mean(2, keepdims=True), 1e-9)
 
 
@@ -69,7 +69,8 @@ def read_history(run: Path) -> History:
 
 
 def _history(train: list[dict[str, Any]], evaluations: list[dict[str, Any]], layers: tuple[int, ...]) -> History:
-    """The history of records whose kinds are known (KeyError, TypeError, ValueError: of other keys or types)."""
+    """Returns the history of records whose kinds are known (KeyError, TypeError, ValueError: of other keys or
+    types)."""
     load = np.array([record["load"] for record in train], float) if layers else np.zeros((len(train), 0, 0))
     return History(
         steps=np.array([record["step"] for record in train]),

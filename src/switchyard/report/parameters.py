@@ -15,7 +15,7 @@ HEADINGS = ("Key", "Values", "Default", "Meaning")
 
 
 class Row(NamedTuple):
-    """One key: its dotted name, what it may be, what it is when not given, and what it means."""
+    """Describes one key: its dotted name, its type, its default, and its meaning."""
 
     key: str
     values: str
@@ -49,7 +49,7 @@ def _row(key: str, schema: dict[str, Any], field: FieldInfo, meaning: str) -> Ro
 
 
 def table(headings: tuple[str, ...] = HEADINGS, meanings: dict[str, str] | None = None) -> str:
-    """The Markdown table; `meanings` replaces descriptions by key (with its backticks)."""
+    """Returns the Markdown table; `meanings` replaces descriptions by key (with its backticks)."""
     meanings = meanings or {}
     lines = [_line(headings), _line(["---"] * len(headings))]
     lines += [_line([*row[:3], meanings.get(row.key, row.meaning)]) for row in rows()]
@@ -61,7 +61,7 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 
 
 def _values(schema: dict[str, Any]) -> str:
-    """A JSON schema in words."""
+    """Describes a JSON schema in words."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_values(part) for part in schema["anyOf"]))
     if "enum" in schema:
@@ -82,7 +82,7 @@ def _number(value: float) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """The command line."""
+    """Runs the command line."""
     Parser(prog="python -m switchyard.report.parameters", description="Prints the table.").parse_args(arguments)
     print(table())
 

@@ -58,7 +58,7 @@ def _draw_losses(axes, history: History, title: str) -> None:
 
 
 def _draw_load(axes, history: History, layer: int):
-    """Heat map of a layer: steps to the right, experts upwards; white is the mean, red more, blue less."""
+    """Draws a heat map of a layer: steps to the right, experts upwards; white is the mean, red more, blue less."""
     load = history.relative_load[:, layer].T  # [E, T]
     experts = np.arange(len(load))
     image = axes.pcolormesh(history.steps, experts, load, cmap="RdBu_r", vmin=0, vmax=TOP_LOAD, shading="nearest")
@@ -78,7 +78,7 @@ def picture(run: Path, out: Path | None = None) -> Path:
 
 
 def main(arguments: list[str]) -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = Parser(prog="python -m switchyard.report.picture", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"the picture (default: RUN/{NAME})")

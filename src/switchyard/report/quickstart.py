@@ -25,7 +25,7 @@ EVALUATION, EXPORT, GENERATION = "evaluation.json", "export", "generation.json"
 
 
 def rows(run: Path, seconds: dict[str, float]) -> list[tuple[str, str]]:
-    """(what, figure) of each line.
+    """Returns (name, figure) of each line.
 
     Args:
         run: the run folder.
@@ -55,14 +55,14 @@ def rows(run: Path, seconds: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def text(table: list[tuple[str, str]]) -> str:
-    """The table as lines of text."""
+    """Returns the table as lines of text."""
     width = max(len(name) for name, _ in table)
     rule = "-" * (width + 2 + max(len(figure) for _, figure in table))
     return "\n".join([rule, *(f"{name:<{width}}  {figure}" for name, figure in table), rule])
 
 
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """A JSON object that has `keys` (UserError)."""
+    """Reads a JSON object that has `keys` (UserError)."""
     try:
         tree = json.loads(read_regular(path, LONGEST))
     except OSError as error:
@@ -84,7 +84,7 @@ def _seconds(word: str) -> tuple[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = Parser(prog="python -m switchyard.report.quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--seconds", nargs="*", type=_seconds, default=[], metavar="STEP=S", help="time of each step")

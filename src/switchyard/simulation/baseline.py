@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> None:
 
 
 def one_device(tree: dict) -> dict:
-    """The tree of a configuration without its degrees, with as many routing groups and micro-batches as before."""
+    """Returns a configuration as a tree without its degrees, with the same number of routing groups and
+    micro-batches."""
     groups = tree["moe"]["groups"] or tree["parallel"]["data_parallel"]
     context = tree["context"] | {"device_target": "CPU", "device_id": None}
     cut, train = tree["parallel"], tree["train"]

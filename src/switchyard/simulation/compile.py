@@ -38,7 +38,7 @@ ACCUMULATED = "accu_grads."  # gradients of a pipeline's micro-batches
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one rank's training step.
+    """Holds what the compiler made of the training step of one rank.
 
     Attributes:
         devices, rank: of the simulated cluster.
@@ -57,27 +57,29 @@ class Report:
 
     @cached_property
     def graph(self) -> Graph:
-        """The graph that `blob` holds."""
+        """Returns the graph that `blob` holds."""
         return read_graph(self.blob)
 
     @cached_property
     def collectives(self) -> list[Collective]:
-        """Communication operators in order of execution."""
+        """Returns the communication operators in order of execution."""
         return collectives(self.graph)
 
     @cached_property
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Local shape of everything that the rank keeps between steps: weights, moments, counters."""
+        """Returns the local shape of every tensor that the rank keeps between steps: weights, moments, counters."""
         return {name: shape for name, shape, _ in self.graph.parameters.values()}
 
     @cached_property
     def operators(self) -> Counter:
-        """How often each kind of operator stands in the graph."""
+        """Counts the operators of each kind in the graph."""
         return Counter(node.kind for part in (self.graph, *self.graph.functions.values()) for node in part.nodes)
 
     @property
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of weights and of optimizer state that the rank holds, of a pipeline of gradients too."""
+        """Returns the bytes of weights and of optimizer state that the rank holds; of a pipeline, those of gradients
+        too.
+        """
         held = Counter({"weights": 0, "optimizer state": 0})
         for name, shape, dtype in self.graph.parameters.values():
             kind = "optimizer state" if name.startswith(OPTIMIZER_STATE) else "weights"
@@ -121,7 +123,7 @@ def compile_ranks(
     timeout: float = 600,
     step: str = TRAINING_STEP,
 ) -> list[Report]:
-    """The same for several ranks, at most two at a time, in one process that imports MindSpore once.
+    """Compiles several ranks, at most two at a time, in one process that imports MindSpore once.
 
     `step`: `module:function` of (Config, vocab) that returns what to compile and its inputs, where it is not the
     training step.
@@ -143,7 +145,7 @@ def compile_ranks(
 
 
 def with_source(source: str, path: str | None) -> str:
-    """PYTHONPATH with the package's folder first; without empty entries, which mean the current folder."""
+    """Returns PYTHONPATH with the package's folder first, without empty entries, which mean the current folder."""
     return os.pathsep.join([source, *filter(None, (path or "").split(os.pathsep))])
 
 
@@ -164,7 +166,9 @@ def run_child(command: list[str], environment: dict, timeout: float, what: str) 
         os.killpg(child.pid, 9)
         child.wait()
         if isinstance(error, subprocess.TimeoutExpired):
-            raise UserError(f"{what}: not done after {timeout:.0f} s; try fewer layers or a smaller batch") from None
+            raise UserError(
+                f"{what}: not finished after {timeout:.0f} s; try fewer layers or a smaller batch"
+            ) from None
         raise
     return subprocess.CompletedProcess(command, child.returncode, output)
 
@@ -182,7 +186,7 @@ def check_devices(config: Config, devices: int, ranks: Sequence[int]) -> None:
 
 
 def _reason(folder: Path, done: subprocess.CompletedProcess) -> str:
-    """Why a compile failed, in one line."""
+    """Returns why a compile failed, in one line."""
     for path in sorted(folder.glob("rank*.error")):
         return f"rank {path.stem[4:]}: the step does not compile: {path.read_text()}"
     lines = [line for line in (done.stdout or "").splitlines() if line.strip()]
@@ -195,14 +199,14 @@ def _report(folder: Path, devices: int, rank: int) -> Report:
 
 
 def render(report: Report, config: Config, brief: bool = False) -> str:
-    """The report as text: collectives, parameters, what the rank holds, cost of the compile.
+    """Renders the report as text: collectives, parameters, memory of the rank, cost of the compile.
 
     `brief`: collectives of layers that are alike in one row, without the parameters.
     """
     place = Degrees.of(config.parallel).coordinates(report.rank)
     text = [
-        f"rank {report.rank} of {report.devices}: stage {place.stage}, outer data slice {place.outer}, "
-        f"expert slice {place.expert}, model slice {place.model}",
+        f"rank {report.rank} of {report.devices}: stage {place.stage}, outer data shard {place.outer}, "
+        f"expert shard {place.expert}, model shard {place.model}",
         "",
         *table(COLUMNS, collective_rows(report, brief)),
         "",
@@ -213,8 +217,8 @@ def render(report: Report, config: Config, brief: bool = False) -> str:
     sent = sum(one.bytes for one in report.collectives)
     text += [
         f"holds {held['weights']:,} bytes of weights and {held['optimizer state']:,} of optimizer state; "
-        f"{len(report.collectives)} collectives of {sent:,} bytes a step",
-        f"compiled in {report.seconds:.1f} s (network made in {report.build_seconds:.1f} s), "
+        f"{len(report.collectives)} collectives of {sent:,} bytes per step",
+        f"compiled in {report.seconds:.1f} s (network built in {report.build_seconds:.1f} s), "
         f"peak memory {report.megabytes:,.0f} MB, graph of {sum(report.operators.values()):,} nodes",
     ]
     return "\n".join(text)
@@ -240,7 +244,7 @@ def parameter_rows(report: Report) -> list[list[str]]:
 
 
 def whole_shape(layout: list | None, local: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a parameter before it was cut: (device matrix, tensor map, slice shape) as the compiler says."""
+    """Returns the full shape of a sharded parameter: (device matrix, tensor map, local shape) as the compiler says."""
     if layout is None:
         return tuple(local)
     matrix, axes, sliced = layout
@@ -253,7 +257,7 @@ def whole_shape(layout: list | None, local: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def ranks_text(group: tuple[int, ...], devices: int) -> str:
-    """Ranks in few characters: all, 0..7, or 0,8,..,56."""
+    """Renders ranks in few characters: all, 0..7, or 0,8,..,56."""
     if len(group) == devices:
         return f"all {devices}"
     steps = {second - first for first, second in itertools.pairwise(group)}
@@ -264,7 +268,7 @@ def ranks_text(group: tuple[int, ...], devices: int) -> str:
 
 
 def to_json(report: Report) -> dict:
-    """Everything of a report besides the graph itself."""
+    """Returns the fields of a report except the graph."""
     return {
         "devices": report.devices,
         "rank": report.rank,
@@ -279,25 +283,29 @@ def to_json(report: Report) -> dict:
 
 
 def create_parser(prog: str, description: str) -> cli.Parser:
-    """The arguments that simulation and virtual cluster share."""
+    """Returns the parser of the arguments that simulation and cluster emulation share."""
     parser = cli.create_parser(prog, description)
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see config/")
     parser.add_argument(
         "--devices", required=True, type=cli.whole, metavar="N", help="devices of the simulated cluster"
     )
-    parser.add_argument("--vocab", type=cli.whole, metavar="V", help="entries of the vocabulary; else the tokenizer's")
+    parser.add_argument(
+        "--vocab", type=cli.whole, metavar="V", help="size of the vocabulary (default: that of the tokenizer)"
+    )
     return parser
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m switchyard.simulation.compile`: see its --help."""
+    """Runs `python -m switchyard.simulation.compile`; see its --help."""
     parser = create_parser(
         "python -m switchyard.simulation.compile",
-        "Compiles the training step of one rank for N Ascend devices that need not be there.",
+        "Compiles the training step of one rank for N Ascend devices; no device is needed.",
     )
-    parser.add_argument("--rank", type=cli.whole, default=0, metavar="R", help="whose graph; 0 if not given")
-    parser.add_argument("--json", metavar="FILE", help="write the report there too, as JSON")
-    parser.add_argument("--brief", action="store_true", help="layers that are alike in one row, and no parameters")
+    parser.add_argument(
+        "--rank", type=cli.whole, default=0, metavar="R", help="rank whose graph is compiled (default 0)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the report to this file, as JSON")
+    parser.add_argument("--brief", action="store_true", help="print equal layers as one row, without parameters")
     chosen = parser.parse_intermixed_args(arguments)
     config = configuration.load(chosen.config, chosen.overrides, devices=chosen.devices)
     check_trusted(config.moe.router, consent=True, say=print)

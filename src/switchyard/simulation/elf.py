@@ -54,7 +54,7 @@ class Symbols:
 
 
 def read_symbols(path: Path) -> Symbols:
-    """The dynamic symbols of a shared object; nothing of a file that is none."""
+    """Returns the dynamic symbols of a shared object; empty for a file of another kind."""
     with open(path, "rb") as file:
         head = file.read(HEADER)
         if head[:6] != ELF64_LITTLE:
@@ -151,14 +151,14 @@ def write_library(path: Path, name: str, functions: set[str]) -> None:
 
 
 def _entry(name: str) -> int:
-    """Where in CODE a function begins."""
+    """Returns the offset in CODE at which a function begins."""
     if RETURNS_MAP in name:
         return RETURN_MAP
     return ZERO_OBJECT if CONSTRUCTOR.match(name) else RETURN_ZERO
 
 
 def _empty_map(place: int) -> tuple[bytes, bytes]:
-    """An empty std::map (libstdc++) at `place` and the relocations of its two pointers to itself.
+    """Returns an empty std::map (libstdc++) at `place` and the relocations of its two pointers to itself.
 
     Layout: comparison, then the header node of colour, parent, leftmost, rightmost, then the count.
     """
@@ -176,7 +176,7 @@ def _aligned(value: int, to: int = 16) -> int:
 
 
 def _hash_table(names: list[str]) -> bytes:
-    """DT_HASH: buckets and chains of the symbols, which are numbered from 1."""
+    """Returns DT_HASH: buckets and chains of the symbols, which are numbered from 1."""
     count = len(names) + 1
     size = max(1, count // 2)
     buckets, chain = [0] * size, [0] * count
@@ -187,7 +187,7 @@ def _hash_table(names: list[str]) -> bytes:
 
 
 def _hash(name: str) -> int:
-    """The hash of the System V ABI, figure 5-13."""
+    """Returns the hash of the System V ABI, figure 5-13."""
     value = 0
     for character in name.encode():
         value = (value << 4) + character

@@ -45,19 +45,19 @@ HEAD = 2  # figures of a micro-batch before those of its layers, see training.lo
 
 
 def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, draw: int = 0) -> Arrays:
-    """Random batches of all devices together, from train.seed + draw: [steps, A, B, S] each of A micro-batches, a part
-    of them padding.
+    """Draws random batches of all devices together, from train.seed + draw: [steps, A, B, S] each, A micro-batches, a
+    part of them padding.
 
     `rates` [steps] are the peak learning rate; `noise` [steps, A, max(J, 1), N, D] of U(0, 1).
     """
-    random, count = np.random.default_rng(config.train.seed + draw), config.micro_batches
+    rng, count = np.random.default_rng(config.train.seed + draw), config.micro_batches
     shape = (steps, count, config.data.batch_size, config.model.seq_length)
-    tokens = random.integers(0, vocab, (*shape[:3], shape[3] + 1)).astype(np.int32)
+    tokens = rng.integers(0, vocab, (*shape[:3], shape[3] + 1)).astype(np.int32)
     valid = np.ones(shape, np.float32)
     valid[:, -1, -1, shape[3] // 2 :] = 0  # the last sequence is half padding
     noise = np.zeros((steps, count, 1, 1, 1), np.float32)
     if noise_slices:
-        noise = random.random((steps, count, noise_slices, config.rows, config.model.hidden_size), np.float32)
+        noise = rng.random((steps, count, noise_slices, config.rows, config.model.hidden_size), np.float32)
     rates = np.full(steps, config.schedule.learning_rate, np.float32)
     return {"tokens": tokens[..., :-1], "labels": tokens[..., 1:], "valid": valid, "noise": noise, "rates": rates}
 
@@ -74,13 +74,13 @@ def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float 
         )
         if done.returncode:
             lines = [line for line in done.stdout.splitlines() if line.strip()]
-            raise UserError(f"the reference on one device failed: {lines[-1] if lines else 'it printed nothing'}")
+            raise UserError(f"the single-device baseline failed: {lines[-1] if lines else 'it printed nothing'}")
         with np.load(folder / RESULT) as found:
             return dict(found)
 
 
 def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: Degrees, rank: int) -> np.ndarray:
-    """The slice of a parameter that a rank holds, cut further along axis 0 where ZeRO does.
+    """Returns the shard of a parameter that a rank holds, sharded further along axis 0 where ZeRO does.
 
     Raises:
         ClusterError: the compiler's local shape is another one than `placement` says.
@@ -114,7 +114,7 @@ def inputs_of(config: Config, arrays: list[np.ndarray], weights: np.ndarray) -> 
 
 
 def shares_of(valid: np.ndarray) -> np.ndarray:
-    """The share of each micro-batch in a step's valid tokens [A, B, S]: [A]."""
+    """Returns the share of each micro-batch in a step's valid tokens [A, B, S]: [A]."""
     counts = valid.sum((1, 2))
     return counts / counts.sum()
 
@@ -214,7 +214,7 @@ def empty_sums(report: Report) -> Arrays:
 
 
 def _held_at_first(report: Report, before: Arrays, degrees: Degrees, rate: float, scale: float) -> Arrays:
-    """What a rank holds before a step: its slices of `before`, and what the host sets."""
+    """Returns the parameters of a rank before a step: its shards of `before`, and what the host sets."""
     names = report.parameters
     held = {
         name: held_by(name, _whole(before, name), shape, degrees, report.rank)
@@ -271,9 +271,11 @@ def _flat(value) -> list[float]:
 
 
 def prove(config: Config, devices: int, steps: int = 3, vocab: int | None = None) -> Comparison:
-    """Compiles, executes, trains on one device and compares (UserError as in `simulate.compile_step`)."""
+    """Compiles, executes, trains on one device and compares (UserError as in `compile.compile_step`)."""
     if config.model.compute_dtype != "float32":  # rounding would be larger than what the rule allows
-        raise UserError(f"model.compute_dtype: {config.model.compute_dtype}; a virtual cluster is compared in float32")
+        raise UserError(
+            f"model.compute_dtype: {config.model.compute_dtype}; the cluster emulation compares in float32, set float32"
+        )
     require_trainable(config)
     vocab = vocab or expected_vocabulary(config.data)
     reports = simulate.compile_ranks(config, devices, range(devices), vocab)
@@ -293,7 +295,7 @@ def noise_slices(config: Config, report: Report) -> int:
 
 
 def render(found: Comparison) -> str:
-    """Losses, the parameters that differ most, what is explained, what is different, and the verdict."""
+    """Renders losses, the parameters that differ most, what is explained, what is different, and the verdict."""
     steps = [[str(step), f"{one:.8f}", f"{cluster:.8f}"] for step, (one, cluster) in enumerate(found.losses, 1)]
     farthest = sorted(found.differences.items(), key=lambda item: -item[1][0])
     rows = []
@@ -301,8 +303,8 @@ def render(found: Comparison) -> str:
         gradient = f"{found.gradients[name]:.2e}" if name in found.gradients else ""
         rows.append([name, f"{far:.2e}", f"{moved:.2e}", gradient, _remark(found, name)])
     heads = ["parameter", "largest difference", "moved by", "of its gradient", ""]
-    count, strayed = sum(found.explained.values()), f"; {found.strayed} choices of experts fell otherwise"
-    explained = f"; {count} entries moved otherwise, explained by gradients near zero" if count else ""
+    count, strayed = sum(found.explained.values()), f"; {found.strayed} expert choices differ"
+    explained = f"; {count} entries differ, as gradients near zero explain" if count else ""
     return "\n".join(
         [
             *table(["step", "loss of one device", "of the cluster"], steps),
@@ -310,7 +312,7 @@ def render(found: Comparison) -> str:
             *table(heads, rows),
             "",
             *found.reasons,
-            f"{sum(found.met.values())} collectives a step over all ranks; largest difference of losses and "
+            f"{sum(found.met.values())} collectives per step over all ranks; largest difference of losses and "
             f"parameters {found.largest:.2e}, allowed {TOLERANCE:g}{explained}{strayed if found.strayed else ''}: "
             f"{'equal' if found.equal else 'DIFFERENT'}",
         ]
@@ -322,12 +324,12 @@ def _remark(found: Comparison, name: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m switchyard.simulation.emulate`: see its --help. Returns 1 where cluster and device differ."""
+    """Runs `python -m switchyard.simulation.emulate`; see its --help. Returns 1 where cluster and device differ."""
     parser = simulate.create_parser(
         "python -m switchyard.simulation.emulate",
         "Executes the compiled training steps of all ranks in numpy and compares them with one device.",
     )
-    parser.add_argument("--steps", type=cli.whole, default=3, metavar="N", help="training steps; 3 if not given")
+    parser.add_argument("--steps", type=cli.whole, default=3, metavar="N", help="training steps (default 3)")
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.steps < 1:
         raise UserError(f"--steps: {chosen.steps}; at least 1")
@@ -337,9 +339,9 @@ def main(arguments: list[str]) -> int:
         with cli.cleans_up():
             found = prove(config, chosen.devices, chosen.steps, chosen.vocab)
     except (NotExecutable, NotImplementedError) as error:
-        raise UserError(f"virtual cluster: {error}; nothing was compared, take another configuration") from None
+        raise UserError(f"cluster emulation: {error}; nothing was compared; use another configuration") from None
     except ClusterError as error:
-        print(f"virtual cluster: {error}: DIFFERENT")
+        print(f"cluster emulation: {error}: DIFFERENT")
         return 1
     print(render(found))
     return 0 if found.equal else 1

@@ -48,7 +48,7 @@ def simulation_environment() -> dict[str, str]:
 
 
 def has_cann() -> bool:
-    """Whether the CANN toolkit is installed and its environment set."""
+    """Returns whether the CANN toolkit is installed and its environment set."""
     home = os.environ.get("ASCEND_HOME_PATH", "")
     return bool(home and os.path.isdir(home)) or importlib.util.find_spec("acl") is not None
 
@@ -65,7 +65,8 @@ def check_machine(package: Path) -> None:
 
 
 def prepared(package: Path) -> Path:
-    """The folder of the stand-ins for this wheel; whole or absent, whoever else is writing it at the time."""
+    """Returns the folder of the stand-ins for this wheel; the folder is complete or absent, even with several
+    writers."""
     name = f"cann-stand-ins-{metadata.version('mindspore')}-{LAYOUT}"
     cache = _cache_folder()
     folder = cache / name
@@ -111,7 +112,7 @@ def wanted(package: Path) -> tuple[set[str], list[str]]:
 
 
 def _libraries(package: Path) -> tuple[list[Path], list[Path]]:
-    """Shared objects of the wheel: those of the Ascend plugin, and all others."""
+    """Returns the shared objects of the wheel: those of the Ascend plugin, and all others."""
     plugin = package / "lib" / "plugin"
     own = [plugin / "libmindspore_ascend.so.2", plugin / "libmindspore_ops_ascend.so"]
     own += [path for path in (plugin / "ascend").rglob("*") if ".so" in path.name]

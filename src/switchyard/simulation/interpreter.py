@@ -23,27 +23,27 @@ class ClusterError(Exception):
 
 
 class NotExecutable(ClusterError):
-    """An operator, or a form of one, that the interpreter does not know: nothing is said of the graph."""
+    """Reports an operator, or a form of one, that the interpreter does not know. The graph may still be correct."""
 
 
 # ---- operators that change parameters: -> (result, {position of an input: its new value})
 def assign(_, parameter, value, *rest):
-    """parameter <- value."""
+    """Computes parameter <- value."""
     return value, {0: value}
 
 
 def assign_add(_, parameter, value, *rest):
-    """parameter <- parameter + value."""
+    """Computes parameter <- parameter + value."""
     return parameter + value, {0: parameter + value}
 
 
 def assign_sub(_, parameter, value, *rest):
-    """parameter <- parameter - value."""
+    """Computes parameter <- parameter - value."""
     return parameter - value, {0: parameter - value}
 
 
 def adam(attributes, p, m, v, power1, power2, rate, beta1, beta2, eps, gradient, *rest):
-    """Adam (arXiv 1412.6980, algorithm 1); the powers are those of the betas."""
+    """Computes Adam (arXiv 1412.6980, algorithm 1); the powers are those of the betas."""
     assert not attributes.get("use_nesterov"), "Adam with Nesterov momentum"
     m = beta1 * m + (1 - beta1) * gradient
     v = beta2 * v + (1 - beta2) * gradient * gradient
@@ -52,7 +52,7 @@ def adam(attributes, p, m, v, power1, power2, rate, beta1, beta2, eps, gradient,
 
 
 def adam_weight_decay(_, p, m, v, rate, beta1, beta2, eps, decay, gradient, *rest):
-    """Adam without bias correction, p decays by rate * decay (ops.AdamWeightDecay)."""
+    """Computes Adam without bias correction, p decays by rate * decay (ops.AdamWeightDecay)."""
     m = beta1 * m + (1 - beta1) * gradient
     v = beta2 * v + (1 - beta2) * gradient * gradient
     p = p - rate * (m / (np.sqrt(v) + eps) + decay * p)
@@ -70,29 +70,29 @@ UPDATES = {
 
 # ---- collectives: (attributes, what each member holds, in order of the group) -> what each gets
 def all_reduce(attributes, held):
-    """Everyone gets the sum, or the largest or smallest."""
+    """Gives every member the sum, or the largest or smallest."""
     join = {"sum": sum, "max": np.maximum.reduce, "min": np.minimum.reduce}[attributes["op"]]
     return [join(held)] * len(held)
 
 
 def all_to_all(attributes, held):
-    """Part q of member r, cut along split_dim, goes to member q, who joins what comes along concat_dim."""
+    """Sends part q of member r, split along split_dim, to member q, which joins what it receives along concat_dim."""
     parts = [np.split(x, len(held), attributes["split_dim"]) for x in held]
     return [np.concatenate([part[r] for part in parts], attributes["concat_dim"]) for r in range(len(held))]
 
 
 def all_gather(_, held):
-    """Everyone gets all, along axis 0."""
+    """Gives every member the inputs of all members, joined along axis 0."""
     return [np.concatenate(held, 0)] * len(held)
 
 
 def reduce_scatter(_, held):
-    """Everyone gets its part of the sum, along axis 0."""
+    """Gives every member its part of the sum, along axis 0."""
     return np.split(sum(held), len(held), 0)
 
 
 def all_to_all_v(attributes, held):
-    """The same with parts of any size: (flat x, counts sent, counts received), in units of block_size."""
+    """Exchanges parts of any size: (flat x, counts sent, counts received), in units of block_size."""
     block, cuts = int(attributes["block_size"]), []
     for x, sent, _ in held:
         sizes = [int(count) * block for count in np.ravel(sent)]
@@ -111,7 +111,7 @@ def all_to_all_v(attributes, held):
 
 
 def all_to_all_vc(attributes, held):
-    """The same with one matrix [source, destination] for all members; `transpose` reads it transposed."""
+    """Exchanges parts by one matrix [source, destination] for all members; `transpose` reads it transposed."""
     matrices = [np.asarray(counts).reshape(len(held), len(held)) for _, counts in held]
     if not all(np.array_equal(matrices[0], matrix) for matrix in matrices):
         raise ClusterError("AlltoAllVC: members hold different matrices")
@@ -120,7 +120,7 @@ def all_to_all_vc(attributes, held):
 
 
 def hand_over(_, held):
-    """Of a Send: what it holds, to the one that receives."""
+    """Passes the value of a Send to the Receive."""
     return held
 
 
@@ -139,14 +139,15 @@ TRANSFERS = ("Send", "Receive")
 
 @dataclass(frozen=True)
 class Reference:
-    """A parameter: what it holds is read when an operator reads it, wherever it was handed to."""
+    """Refers to a parameter, whose value is read when an operator reads it."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Closure:
-    """A function with its first arguments: the backward pass of a call, with what the forward pass left for it."""
+    """Holds a function with its first arguments: the backward pass of a call, with the values kept by the forward
+    pass."""
 
     function: Graph
     held: tuple
@@ -168,7 +169,7 @@ def run_rank(graph: Graph, inputs: Sequence, weights: Arrays) -> Generator:
 
 
 def _run(graph, inputs, weights, functions, constants) -> Generator:
-    """The same for the graph or a function of it; of the outputs, those that are parameters stay References."""
+    """Runs the graph or a function of it; outputs that are parameters stay References."""
     values = dict(zip(graph.inputs, inputs, strict=True)) | constants
     for name, (parameter, _, _) in graph.parameters.items():
         values[name] = Reference(parameter)
@@ -200,7 +201,7 @@ def _run(graph, inputs, weights, functions, constants) -> Generator:
 
 
 def _computed(known, node, held):
-    """What an operator makes of its inputs (ClusterError: inputs that it does not allow; NotExecutable)."""
+    """Computes one operator (ClusterError: inputs that it does not allow; NotExecutable)."""
     if node.kind not in known:
         raise NotExecutable(f"operator {node.kind}: cannot be executed ({node.scope})")
     try:
@@ -214,14 +215,14 @@ def _computed(known, node, held):
 
 
 def _read(value, weights):
-    """A value without References."""
+    """Returns a value without References."""
     if isinstance(value, Reference):
         return weights[value.name]
     return tuple(_read(part, weights) for part in value) if isinstance(value, tuple) else value
 
 
 def checked(node: Node, out):
-    """The output in the type that the compiler says, if it has the shape that it says (ClusterError)."""
+    """Returns the output in the type that the compiler says, if it has the shape that it says (ClusterError)."""
     if node.shape is None or not isinstance(out, np.ndarray | np.generic):
         return out
     out = np.asarray(out)

@@ -12,7 +12,7 @@ from switchyard.simulation.interpreter_ops import operator, sigmoid
 
 @operator("RmsNorm")
 def rms_norm(_, x, gain, eps):
-    """x / sqrt(mean(x^2) + eps) * gain over the last axis, and 1 / sqrt(..) [N, 1] in float32."""
+    """Returns x / sqrt(mean(x^2) + eps) * gain over the last axis, and 1 / sqrt(..) [N, 1] in float32."""
     wide = x.astype(np.float32)
     scale = (1 / np.sqrt((wide * wide).mean(-1, keepdims=True) + np.float32(eps))).astype(np.float32)
     return (wide * scale * gain.astype(np.float32)).astype(x.dtype), scale
@@ -20,7 +20,7 @@ def rms_norm(_, x, gain, eps):
 
 @operator("RmsNormGrad")
 def rms_norm_grad(_, d_out, x, scale, gain):
-    """Gradients of the rows and, in float32, of the gain."""
+    """Returns the gradients of the rows and, in float32, of the gain."""
     normed, d_normed = x * scale, d_out * gain
     d_x = scale * (d_normed - normed * (d_normed * normed).mean(-1, keepdims=True))
     return d_x.astype(d_out.dtype), (d_out * normed).sum(0).astype(np.float32)
@@ -28,14 +28,14 @@ def rms_norm_grad(_, d_out, x, scale, gain):
 
 @operator("Swiglu")
 def swiglu(_, x, axis):
-    """a * sigmoid(a) * b of the halves a, b along an axis."""
+    """Returns a * sigmoid(a) * b of the halves a, b along an axis."""
     a, b = np.split(x, 2, int(axis))
     return a * sigmoid(None, a) * b
 
 
 @operator("SwigluGrad")
 def swiglu_grad(_, d_out, x, axis):
-    """Gradient of both halves."""
+    """Returns the gradient of both halves."""
     a, b = np.split(x, 2, int(axis))
     gate = sigmoid(None, a)
     return np.concatenate([d_out * b * gate * (1 + a * (1 - gate)), d_out * a * gate], int(axis))
@@ -43,7 +43,7 @@ def swiglu_grad(_, d_out, x, axis):
 
 # ---- attention, layout BNSD, without dropout; a mask of 1 hides
 def attention_weights(query, key, mask, heads, scale, before, after):
-    """Softmax of the scores [B, J, H / J, S, T] in float32, its largest scores and its sums [B, H, S, 1].
+    """Returns the softmax of the scores [B, J, H / J, S, T] in float32, its largest scores and its sums [B, H, S, 1].
 
     `before`, `after`: keys that far before and after a query are computed, others are not, whatever the mask says.
     """
@@ -83,7 +83,7 @@ def flash_attention(_, query, key, value, shift, drop, padding, mask, prefix, *r
 
 @operator("FlashAttentionScoreGrad")
 def flash_attention_grad(_, query, key, value, d_out, shift, drop, padding, mask, largest, total, *rest):
-    """Gradients of queries, keys, values, and of the shift that is not there."""
+    """Returns the gradients of queries, keys, values, and of the absent shift."""
     _, out, prefix, query_lengths, key_lengths, heads, keep, scale, before, after, _, layout, sparse = rest
     checked_settings(shift, drop, padding, prefix, (query_lengths, key_lengths), keep, layout, sparse)
     weights, *statistics = attention_weights(query, key, mask, heads, scale, before, after)
@@ -103,7 +103,7 @@ def flash_attention_grad(_, query, key, value, d_out, shift, drop, padding, mask
 # ---- fused permutation; sorted_indices[c] is the row of choice c
 @operator("MoeTokenPermute")
 def token_permute(_, x, index, count, padded):
-    """A copy of a row for each of its choices, sorted by expert; and the row of each choice."""
+    """Returns a copy of a row for each of its choices, sorted by expert; and the row of each choice."""
     assert count is None and not padded, "MoeTokenPermute with padding"
     choices = index.shape[1] if index.ndim == 2 else 1
     order = np.argsort(index.ravel(), kind="stable")
@@ -120,7 +120,7 @@ def token_permute_grad(_, d_out, place, choices, padded):
 
 @operator("InnerMoeTokenUnpermute", "MoeTokenUnpermute")
 def token_unpermute(_, y, place, probabilities, padded, restore):
-    """The rows of a token's choices, weighted and added."""
+    """Returns the rows of a token's choices, weighted and added."""
     y = y[place]
     if probabilities is None:
         return y
@@ -129,7 +129,7 @@ def token_unpermute(_, y, place, probabilities, padded, restore):
 
 @operator("MoeTokenUnpermuteGrad")
 def token_unpermute_grad(_, y, d_out, place, probabilities, padded, restore):
-    """Gradients of the rows and of the weights."""
+    """Returns the gradients of the rows and of the weights."""
     d_rows = np.zeros_like(y)
     if probabilities is None:
         d_rows[place] = d_out

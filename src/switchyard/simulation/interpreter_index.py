@@ -6,7 +6,7 @@ from switchyard.simulation.interpreter_ops import IllegalInput, axes_of, operato
 
 
 def legal(index: np.ndarray, size: int) -> np.ndarray:
-    """The index, if every entry is one (IllegalInput)."""
+    """Returns the index after a check that every entry is in range (IllegalInput)."""
     if index.size and (index.min() < 0 or index.max() >= size):
         raise IllegalInput("index out of range")
     return index
@@ -15,14 +15,14 @@ def legal(index: np.ndarray, size: int) -> np.ndarray:
 # ---- sort
 @operator("TopK")
 def top_k(_, x, count):
-    """The largest along the last axis, and where they are."""
+    """Returns the largest values along the last axis, and their indices."""
     index = np.argsort(-x, axis=-1, kind="stable")[..., : int(count)]
     return np.take_along_axis(x, index, -1), index.astype(np.int32)
 
 
 @operator("Sort")
 def sort(attributes, x):
-    """Sorted along an axis, and where each came from."""
+    """Returns x sorted along an axis, and the index of each value."""
     axis = attributes["axis"]
     index = np.argsort(-x if attributes["descending"] else x, axis=axis, kind="stable")
     return np.take_along_axis(x, index, axis), index.astype(np.int32)
@@ -30,14 +30,14 @@ def sort(attributes, x):
 
 @operator("SortExt")
 def sort_ext(_, x, axis, descending, stable):
-    """Sorted along an axis, and where each came from."""
+    """Returns x sorted along an axis, and the index of each value."""
     index = np.argsort(-x if descending else x, axis=int(axis), kind="stable")
     return np.take_along_axis(x, index, int(axis)), index.astype(np.int64)
 
 
 @operator("OneHot")
 def one_hot(_, index, depth, on, off, axis):
-    """`on` at the index along a new last axis, `off` elsewhere; an index out of range has none."""
+    """Returns `on` at the index along a new last axis, `off` elsewhere; an index out of range has none."""
     assert axis in (-1, index.ndim), "axis of OneHot"
     return np.where(index[..., None] == np.arange(int(depth)), on, off)
 
@@ -94,7 +94,7 @@ def scatter_nd(_, index, values, to):
 
 @operator("UnsortedSegmentSum")
 def segment_sum(_, x, index, count):
-    """Rows of x added up by segment."""
+    """Sums the rows of x by segment."""
     out = np.zeros((int(count), *x.shape[index.ndim :]), x.dtype)
     np.add.at(out, legal(index, int(count)), x)
     return out
@@ -102,7 +102,8 @@ def segment_sum(_, x, index, count):
 
 # ---- grouped experts; rows past the last group are undefined on a device, NaN here
 def grouped(x, weights, counts, group_type):
-    """Rows of each group times the group's matrix (type 0), or the gradient of the matrices (type 2)."""
+    """Returns the rows of each group times the matrix of the group (type 0), or the gradient of the matrices (type
+    2)."""
     counts = np.asarray(counts).astype(np.int64)
     if np.any(counts < 0):
         raise IllegalInput("group_list must not decrease")
@@ -120,7 +121,7 @@ def grouped(x, weights, counts, group_type):
 
 @operator("GroupedMatmul")
 def grouped_matmul(_, x, w, bias, scale, offset, aq_scale, aq_offset, group_list, split, kind, turn_a, turn_b):
-    """`group_list` holds where groups end."""
+    """Multiplies each group of rows by its matrix; `group_list` holds the ends of the groups."""
     assert all(part is None for part in (bias, scale, offset, aq_scale, aq_offset)), "GroupedMatmul with bias or scale"
     assert not turn_a and not turn_b and int(split) == 3, "GroupedMatmul"
     return grouped(x[0], w[0], np.diff(group_list, prepend=0), kind)
@@ -128,7 +129,9 @@ def grouped_matmul(_, x, w, bias, scale, offset, aq_scale, aq_offset, group_list
 
 @operator("GroupedMatmulV4")
 def grouped_matmul_v4(_, x, w, *rest):
-    """`group_list` holds counts (list type 1) or where groups end (0)."""
+    """Multiplies each group of rows by its matrix; `group_list` holds counts (list type 1) or the ends of the groups
+    (0).
+    """
     *unused, group_list, in_a, in_b, in_c, split, kind, list_type, act, _ = rest
     assert all(part is None for part in (*unused, in_a, in_b, in_c)), "GroupedMatmulV4 with bias or scale"
     assert int(split) == 3 and not int(act), "GroupedMatmulV4"

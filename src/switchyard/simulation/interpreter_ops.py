@@ -1,4 +1,4 @@
-"""What each operator of a compiled graph computes, in numpy: one function an operator, by family.
+"""Implements each operator of a compiled graph in numpy: one function per operator, by family.
 
 A function gets the operator's attributes and its inputs, and returns its output (a tuple where there are several). The
 order of inputs is that of MindSpore 2.9's primitives. Where a device would read garbage (an index out of range) an
@@ -22,7 +22,7 @@ class IllegalInput(AssertionError):
 
 
 def operator(*names: str):
-    """Decorator: the function computes the primitives of these names."""
+    """Registers the function as the implementation of the primitives of these names."""
 
     def enter(function):
         for name in names:
@@ -33,12 +33,12 @@ def operator(*names: str):
 
 
 def axes_of(value) -> tuple[int, ...]:
-    """A number, a tuple or an array as a tuple of whole numbers."""
+    """Returns a number, a tuple or an array as a tuple of whole numbers."""
     return tuple(int(part) for part in np.ravel(value)) if value is not None else ()
 
 
 def type_of(number, otherwise):
-    """The numpy type of a mindspore.dtype number."""
+    """Returns the numpy type of a mindspore.dtype number."""
     return otherwise if number is None else TYPE_NUMBERS[int(number)]
 
 
@@ -72,135 +72,135 @@ OPERATORS.update({name: _of_two(function) for name, function in BINARY.items()})
 
 @operator("Muls")
 def muls(_, x, scalar):
-    """x times a number, in x's type."""
+    """Returns x times a number, in x's type."""
     return x * np.asarray(scalar).astype(x.dtype)
 
 
 @operator("Divs")
 def divs(_, x, scalar):
-    """x divided by a number, in x's type."""
+    """Returns x divided by a number, in x's type."""
     return x / np.asarray(scalar).astype(x.dtype)
 
 
 @operator("AddScalar")
 def add_scalar(_, x, scalar, factor=1):
-    """x plus a number times a factor, in x's type."""
+    """Returns x plus a number times a factor, in x's type."""
     return x + np.asarray(scalar * factor).astype(x.dtype)
 
 
 @operator("SubScalar")
 def sub_scalar(_, x, scalar, factor=1):
-    """x minus a number times a factor, in x's type."""
+    """Returns x minus a number times a factor, in x's type."""
     return x - np.asarray(scalar * factor).astype(x.dtype)
 
 
 @operator("PowTensorScalar")
 def pow_scalar(_, x, scalar):
-    """x to the power of a number."""
+    """Returns x to the power of a number."""
     return x ** np.asarray(scalar).astype(x.dtype)
 
 
 @operator("ReLU")
 def relu(_, x):
-    """max(x, 0)."""
+    """Returns max(x, 0)."""
     return np.maximum(x, 0)
 
 
 @operator("ReluGrad")
 def relu_grad(_, d_out, out):
-    """Gradient of ReLU by its output."""
+    """Returns the gradient of ReLU by its output."""
     return d_out * (out > 0)
 
 
 @operator("Sigmoid")
 def sigmoid(_, x):
-    """1 / (1 + exp(-x))."""
+    """Returns 1 / (1 + exp(-x))."""
     return 1 / (1 + np.exp(-x))
 
 
 @operator("SigmoidGrad")
 def sigmoid_grad(_, out, d_out):
-    """Gradient of Sigmoid by its output."""
+    """Returns the gradient of Sigmoid by its output."""
     return d_out * out * (1 - out)
 
 
 @operator("Rsqrt")
 def rsqrt(_, x):
-    """1 / sqrt(x)."""
+    """Returns 1 / sqrt(x)."""
     return 1 / np.sqrt(x)
 
 
 @operator("RsqrtGrad")
 def rsqrt_grad(_, out, d_out):
-    """Gradient of Rsqrt by its output."""
+    """Returns the gradient of Rsqrt by its output."""
     return -0.5 * d_out * out**3
 
 
 @operator("SqrtGrad")
 def sqrt_grad(_, out, d_out):
-    """Gradient of Sqrt by its output."""
+    """Returns the gradient of Sqrt by its output."""
     return d_out * 0.5 / out
 
 
 @operator("ReciprocalGrad")
 def reciprocal_grad(_, out, d_out):
-    """Gradient of Reciprocal by its output."""
+    """Returns the gradient of Reciprocal by its output."""
     return -d_out * out * out
 
 
 @operator("TanhGrad")
 def tanh_grad(_, out, d_out):
-    """Gradient of Tanh by its output."""
+    """Returns the gradient of Tanh by its output."""
     return d_out * (1 - out * out)
 
 
 @operator("MaximumGrad", "MinimumGrad")
 def maximum_grad(attributes, x, y, d_out, *rest):
-    """Gradient of Maximum to whichever is larger (Minimum is differentiated by Select)."""
+    """Returns the gradient of Maximum to whichever is larger (Minimum is differentiated by Select)."""
     first = x >= y
     return d_out * first, d_out * ~first
 
 
 @operator("MulNoNan")
 def multiply_no_nan(_, x, y):
-    """x times y, and 0 where y is 0, whatever x is."""
+    """Returns x times y, and 0 where y is 0, whatever x is."""
     return np.where(y == 0, np.zeros_like(x), x * y)
 
 
 @operator("Select")
 def select(_, condition, x, y):
-    """x where the condition holds, else y."""
+    """Returns x where the condition holds, else y."""
     return np.where(condition, x, y)
 
 
 @operator("Cast")
 def cast(_, x, kind):
-    """x in another type."""
+    """Returns x in another type."""
     return np.asarray(x).astype(TYPE_NUMBERS[int(kind)])
 
 
 @operator("ScalarCast")
 def scalar_cast(_, x, kind):
-    """A number in another type."""
+    """Returns a number in another type."""
     return TYPE_NUMBERS[int(kind)](x)
 
 
 @operator("AddN")
 def add_n(_, parts):
-    """Sum of a tuple of tensors."""
+    """Returns the sum of a tuple of tensors."""
     return sum(parts[1:], parts[0])
 
 
 # ---- order and tuples: no arithmetic
 @operator("Load", "Depend", "MoveTo")
 def first_input(_, x, *rest):
-    """The first input as it is."""
+    """Returns the first input as it is."""
     return x
 
 
 @operator("TensorMove")
 def copy(_, x):
-    """A copy, so that a later update of x in place does not show."""
+    """Returns a copy, which a later update of x in place does not change."""
     return np.array(x)
 
 
@@ -212,20 +212,20 @@ def update_state(_, *inputs):
 
 @operator("MakeTuple", "MakeList")
 def make_tuple(_, *inputs):
-    """The inputs as a tuple."""
+    """Returns the inputs as a tuple."""
     return tuple(inputs)
 
 
 @operator("TupleGetItem", "ListGetItem")
 def tuple_item(_, parts, index):
-    """One entry of a tuple."""
+    """Returns one entry of a tuple."""
     return parts[int(index)]
 
 
 # ---- products and reductions
 @operator("MatMul", "BatchMatMul")
 def matmul(_, a, b, transpose_a, transpose_b):
-    """Matrix product over the last two axes; float16 is added up in float32."""
+    """Returns the matrix product over the last two axes; float16 is added up in float32."""
     wide = np.float32 if a.dtype == np.float16 else a.dtype
     a, b = (np.swapaxes(x, -1, -2) if turned else x for x, turned in ((a, transpose_a), (b, transpose_b)))
     return np.matmul(a.astype(wide), b.astype(wide)).astype(a.dtype)
@@ -238,49 +238,49 @@ def _reduced(function, x, axes, keep):
 
 @operator("ReduceSum")
 def reduce_sum(_, x, axes, keep, skip):
-    """Sum over axes."""
+    """Returns the sum over axes."""
     return x if skip and not axes_of(axes) else _reduced(np.sum, x, axes, keep)
 
 
 @operator("SumExt")
 def sum_ext(_, x, axes, keep, kind):
-    """Sum over axes, in another type if one is named."""
+    """Returns the sum over axes, in another type if one is named."""
     return _reduced(np.sum, x, axes, keep).astype(type_of(kind, x.dtype))
 
 
 @operator("ReduceMean")
 def reduce_mean(_, x, axes, keep):
-    """Mean over axes."""
+    """Returns the mean over axes."""
     return _reduced(np.mean, x, axes, keep)
 
 
 @operator("MeanExt")
 def mean_ext(_, x, axes, keep, kind):
-    """Mean over axes, in another type if one is named."""
+    """Returns the mean over axes, in another type if one is named."""
     return _reduced(np.mean, x, axes, keep).astype(type_of(kind, x.dtype))
 
 
 @operator("ReduceMax")
 def reduce_max(_, x, axes, keep):
-    """Largest over axes."""
+    """Returns the largest value over axes."""
     return _reduced(np.max, x, axes, keep)
 
 
 @operator("Max")
 def largest(_, x):
-    """Largest of all."""
+    """Returns the largest value."""
     return np.max(x)
 
 
 @operator("Argmax")
 def argmax(attributes, x, axis=None, *rest):
-    """Index of the largest along an axis, the first of equals."""
+    """Returns the index of the largest value along an axis, the first of equal ones."""
     return np.argmax(x, int(attributes.get("axis", -1) if axis is None else axis)).astype(np.int32)
 
 
 @operator("CumSum")
 def cumsum(_, x, axis, exclusive, reverse):
-    """Running sum along an axis; exclusive: without the entry itself."""
+    """Returns the running sum along an axis; exclusive: without the entry itself."""
     axis = int(axis)
     x = np.flip(x, axis) if reverse else x
     total = np.cumsum(x, axis, dtype=x.dtype)
@@ -290,14 +290,14 @@ def cumsum(_, x, axis, exclusive, reverse):
 
 @operator("CumsumExt")
 def cumsum_ext(_, x, axis, kind):
-    """Running sum along an axis."""
+    """Returns the running sum along an axis."""
     return np.cumsum(x, int(axis), dtype=type_of(kind, x.dtype))
 
 
 # ---- softmax
 @operator("Softmax")
 def softmax(_, x, axes):
-    """exp(x) / sum of exp(x) along an axis."""
+    """Returns exp(x) / sum of exp(x) along an axis."""
     axis = axes_of(axes)[0]
     raised = np.exp(x - x.max(axis, keepdims=True))
     return raised / raised.sum(axis, keepdims=True)
@@ -305,13 +305,13 @@ def softmax(_, x, axes):
 
 @operator("SoftmaxBackward")
 def softmax_backward(_, d_out, out, axis):
-    """Gradient of Softmax by its output."""
+    """Returns the gradient of Softmax by its output."""
     return out * (d_out - (d_out * out).sum(axes_of(axis)[0], keepdims=True))
 
 
 @operator("LogSoftmax")
 def log_softmax(attributes, x, axis=None):
-    """log of Softmax."""
+    """Returns the log of Softmax."""
     axis = int(attributes["axis"] if axis is None else axis)
     shifted = x - x.max(axis, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis, keepdims=True))
@@ -319,6 +319,6 @@ def log_softmax(attributes, x, axis=None):
 
 @operator("LogSoftmaxGrad")
 def log_softmax_grad(attributes, out, d_out, axis=None):
-    """Gradient of LogSoftmax by its output."""
+    """Returns the gradient of LogSoftmax by its output."""
     axis = int(attributes["axis"] if axis is None else axis)
     return d_out - np.exp(out) * d_out.sum(axis, keepdims=True)

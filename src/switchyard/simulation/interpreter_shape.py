@@ -8,13 +8,13 @@ from switchyard.simulation.interpreter_ops import TYPE_NUMBERS, axes_of, operato
 # ---- shape
 @operator("Shape")
 def shape(_, x):
-    """The local shape."""
+    """Returns the local shape."""
     return tuple(x.shape)
 
 
 @operator("Reshape")
 def reshape(_, x, to):
-    """The same values in another shape."""
+    """Returns the same values in another shape."""
     return np.reshape(x, axes_of(to))
 
 
@@ -26,31 +26,31 @@ def transpose(_, x, order):
 
 @operator("TransposeExtView")
 def swap_axes(_, x, first, second):
-    """Two axes exchanged; a view."""
+    """Exchanges two axes; a view."""
     return np.swapaxes(x, int(first), int(second))
 
 
 @operator("ExpandDims")
 def expand_dims(_, x, axis):
-    """A new axis of length 1."""
+    """Adds an axis of length 1."""
     return np.expand_dims(x, int(axis))
 
 
 @operator("Squeeze")
 def squeeze(attributes, x, axis=None):
-    """Without axes of length 1."""
+    """Removes axes of length 1."""
     return np.squeeze(x, axes_of(attributes["axis"] if axis is None else axis) or None)
 
 
 @operator("Tile")
 def tile(_, x, times):
-    """x repeated along each axis."""
+    """Returns x repeated along each axis."""
     return np.tile(x, axes_of(times))
 
 
 @operator("BroadcastTo")
 def broadcast_to(attributes, x, to=None):
-    """x repeated to a shape; -1 keeps an axis."""
+    """Returns x repeated to a shape; -1 keeps an axis."""
     to = axes_of(attributes["shape"] if to is None else to)
     kept = (1,) * (len(to) - x.ndim) + x.shape
     return np.broadcast_to(x, tuple(old if new == -1 else new for old, new in zip(kept, to))).copy()
@@ -70,13 +70,13 @@ def stack(attributes, parts):
 
 @operator("Unstack")
 def unstack(attributes, x):
-    """The tensors that stand along an axis."""
+    """Returns the tensors stacked along an axis."""
     return tuple(np.moveaxis(x, int(attributes["axis"]), 0))
 
 
 @operator("Split")
 def split(attributes, x, axis=None, number=None):
-    """Equal parts along an axis."""
+    """Splits x into equal parts along an axis."""
     number = attributes["output_num"] if number is None else number
     return tuple(np.split(x, int(number), int(attributes["axis"] if axis is None else axis)))
 
@@ -89,7 +89,7 @@ def split_with_size(_, x, sizes, axis):
 
 @operator("StridedSlice")
 def strided_slice(_, x, begin, end, step, begin_mask, end_mask, ellipsis, new_axis, shrink):
-    """x[begin:end:step] along each axis; bit d of a mask changes axis d."""
+    """Returns x[begin:end:step] along each axis; bit d of a mask changes axis d."""
     assert not int(ellipsis) and not int(new_axis), "masks of ellipsis and new axes"
     index = []
     for axis, (first, last, stride) in enumerate(zip(axes_of(begin), axes_of(end), axes_of(step))):
@@ -112,7 +112,7 @@ def strided_slice_grad(attributes, d_out, to, begin, end, step, *masks):
 
 @operator("Slice")
 def slice_from(_, x, begin, size):
-    """A block of given size."""
+    """Returns a block of given size."""
     begin = axes_of(begin)
     ends = [length if count == -1 else first + count for first, count, length in zip(begin, axes_of(size), x.shape)]
     return x[tuple(slice(first, last) for first, last in zip(begin, ends))]
@@ -120,13 +120,13 @@ def slice_from(_, x, begin, size):
 
 @operator("RepeatInterleaveTensor")
 def repeat_interleave(_, x, times, axis, size):
-    """Each entry as often as `times` says."""
+    """Returns each entry as often as `times` says."""
     return np.repeat(x, times, int(axis))
 
 
 # ---- what gradients ask of shapes that are known at run time only
 def concat_offsets(parts, axis):
-    """Where each of some tensors begins in what Concat makes of them."""
+    """Returns the offset of each tensor in the result of Concat."""
     ends = np.cumsum([part.shape[int(axis)] for part in parts])
     dimensions, place = parts[0].ndim, int(axis) % parts[0].ndim
     starts = [end - part.shape[place] for end, part in zip(ends, parts)]
@@ -134,7 +134,7 @@ def concat_offsets(parts, axis):
 
 
 def broadcast_axes(x, y):
-    """The axes over which the gradients of two operands are summed, each repeated to the shape of both."""
+    """Returns the axes over which the gradients of two operands are summed after a broadcast of both."""
     both = np.broadcast_shapes(x.shape, y.shape)
     return tuple(_repeated(shape, both) for shape in (x.shape, y.shape))
 
@@ -146,7 +146,7 @@ def _repeated(shape, both):
 
 
 def permuted_choices(index):
-    """What the gradient of MoeTokenPermute asks for: only K, the second, is read."""
+    """Returns the shapes that the gradient of MoeTokenPermute asks for: only K, the second, is read."""
     return None, (index.shape[1] if index.ndim == 2 else 1,)
 
 
@@ -159,7 +159,7 @@ SHAPES = {
 
 @operator("ShapeCalc")
 def shape_calc(attributes, *inputs):
-    """What a functor of the compiler makes of shapes; one that is not known is a KeyError."""
+    """Computes shapes by a functor of the compiler; an unknown functor is a KeyError."""
     return SHAPES[attributes["functor"]](*inputs)
 
 
@@ -178,7 +178,7 @@ def ones(_, to, kind):
 
 @operator("FillV2")
 def fill(_, to, value):
-    """One value in a shape."""
+    """Returns a tensor of one value."""
     return np.full(axes_of(to), value)
 
 
@@ -190,11 +190,11 @@ def zeros_like(_, x, *rest):
 
 @operator("Arange")
 def arange(_, first, last, step, kind):
-    """first, first + step, ... below last."""
+    """Returns first, first + step, ... below last."""
     return np.arange(int(first), int(last), int(step)).astype(TYPE_NUMBERS[int(kind)])
 
 
 @operator("Range")
 def range_of(_, first, last, step, *rest):
-    """first, first + step, ... below last, in their type."""
+    """Returns first, first + step, ... below last, in their type."""
     return np.arange(first, last, step, dtype=np.asarray(first).dtype)

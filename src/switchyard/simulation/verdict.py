@@ -1,4 +1,4 @@
-"""Whether a virtual cluster and one device agree, and why a parameter may differ all the same.
+"""Decides whether an emulated cluster and one device agree, and why a parameter may still differ.
 
 AdamW divides a gradient by its own size, so a gradient near zero, whose sign is rounding, moves a parameter by up to
 twice the learning rate. Therefore parameters alone do not decide. Every step begins from the state of one device, cut,
@@ -34,7 +34,7 @@ FIRST, SECOND = "moment1.", "moment2."
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a cluster and one device are apart.
+    """Holds the differences between a cluster and one device.
 
     Attributes:
         losses: of each step, (one device, first rank).
@@ -58,7 +58,8 @@ class Comparison:
 
     @property
     def largest(self) -> float:
-        """Largest difference of losses and of parameters that is not explained; moments have other units."""
+        """Returns the largest difference of losses and of parameters that is not explained; moments have other
+        units."""
         apart = [abs(one - cluster) for one, cluster in self.losses]
         return worst(apart + [far for name, (far, _) in self.differences.items() if self._counts(name)])
 
@@ -67,7 +68,7 @@ class Comparison:
 
     @property
     def reasons(self) -> list[str]:
-        """What is different, a line each; none where all is equal."""
+        """Returns one line for each difference; empty where all is equal."""
         lines = [
             f"loss of step {step}: {cluster:.8f}, one device {one:.8f}"
             for step, (one, cluster) in enumerate(self.losses, 1)
@@ -89,12 +90,12 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether they agree by the rule."""
+        """Returns whether the two agree by the rule."""
         return not self.reasons
 
 
 def worst(values: Iterable[float]) -> float:
-    """The largest, NaN above all; 0 of none."""
+    """Returns the largest value, NaN above all; 0 of none."""
     return max(values, key=lambda value: np.inf if np.isnan(value) else value, default=0.0)
 
 
@@ -114,7 +115,8 @@ class Judge:
         self.wrong: dict[str, float] = {}
 
     def judge(self, ranks: list[Arrays], before: Arrays, after: Arrays, rate: float) -> None:
-        """One step: what the ranks hold after it, and the whole state of one device before and after it."""
+        """Judges one step: the parameters of the ranks after it, and the full state of one device before and after
+        it."""
         sizes = self._sizes(before, after)
         floor = NOISE * max(sizes.values(), default=0.0)
         for rank, own in enumerate(ranks):
@@ -126,7 +128,7 @@ class Judge:
                     self._judge_parameter(name, own, (before, after), rank, max(size, floor), rate)
 
     def _sizes(self, before: Arrays, after: Arrays) -> dict[str, float]:
-        """Parameter -> largest entry of its gradient on one device, or of the moment that it goes into."""
+        """Returns parameter -> largest entry of its gradient on one device, or of the moment that it updates."""
         found, rest = {}, 1 - self.optimizer.beta1
         for moment in (name for name in after if name.startswith(FIRST)):
             gradient = (after[moment] - self.optimizer.beta1 * before[moment]) / rest
@@ -134,7 +136,7 @@ class Judge:
         return found
 
     def _judge_parameter(self, name: str, own: Arrays, states: tuple, rank: int, size: float, rate: float) -> None:
-        """Its gradient by the moments, and itself by what AdamW makes of them."""
+        """Judges the gradient by the moments, and the parameter by AdamW of these moments."""
         optimizer, (before, after) = self.optimizer, states
         held = [self._held(kind + name, own, after, rank) for kind in (FIRST, SECOND)]
         if None in (held[0], held[1]):
@@ -153,11 +155,11 @@ class Judge:
             self.explained[name] = max(self.explained[name], odd)
 
     def _held(self, name, own, after, rank):
-        """(what a rank holds, what it should hold), or None where it holds none."""
+        """Returns (the tensor of a rank, the expected tensor), or None where the rank holds none."""
         return (own[name], self.cut(name, after[name], own[name].shape, rank)) if name in own else None
 
     def _moved(self, name: str, start: np.ndarray, own: Arrays, after: Arrays, rate: float) -> np.ndarray:
-        """AdamW of the rank's own moments (nn.adamw), in float64."""
+        """Computes AdamW of the rank's own moments (nn.adamw), in float64."""
         decay = self.optimizer.weight_decay if start.ndim >= 2 else 0.0
         mean = own[FIRST + name].astype(np.float64) / float(after["correction1"])
         root = np.sqrt(own[SECOND + name].astype(np.float64) / float(after["correction2"]))
@@ -168,7 +170,7 @@ class Judge:
         where[name] = worst((where.get(name, 0.0), value))
 
     def found(self, losses, norms, moved: dict[str, float], met: Counter, strayed: int) -> Comparison:
-        """The whole; parameters whose gradient is not equal, or that AdamW did not make, are not explained."""
+        """Returns the comparison; a parameter is not explained if its gradient differs, or if AdamW did not make it."""
         explained = {
             name: count
             for name, count in self.explained.items()
@@ -179,10 +181,10 @@ class Judge:
 
 
 def _relative(difference: float, size: float) -> float:
-    """A difference by a size that may be 0, where nothing at all may differ."""
+    """Returns a difference divided by a size; where the size is 0, no difference is allowed."""
     return difference / size if size else np.inf if difference else 0.0
 
 
 def _beyond_rounding(own: np.ndarray, end: np.ndarray) -> float:
-    """Largest difference that float32 does not account for."""
+    """Returns the largest difference that float32 does not account for."""
     return float(np.maximum(np.abs(own - end) - ROUNDING * np.abs(end), 0.0).max(initial=0.0))  # NaN stays NaN

@@ -1,4 +1,4 @@
-"""What the routers did, layer by layer: arrays of a training step, TensorBoard scalars, lines of the log."""
+"""Renders router statistics by layer: arrays of a training step, TensorBoard scalars, lines of the log."""
 
 import math
 from collections.abc import Iterator

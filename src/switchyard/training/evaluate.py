@@ -320,7 +320,7 @@ def evaluate(
     found = evaluator(batches, lambda done: on_batch(done, len(batches)))
     if recorder:
         recorder.save()
-    check_evaluation(found.to_dict(), f"'{held.path}'", "evaluate an earlier checkpoint, or with float32")
+    check_evaluation(found.to_dict(), f"'{held.path}'", "evaluate an earlier checkpoint, or use float32")
     return found
 
 

@@ -15,7 +15,7 @@ BINS = "doane"  # the rule by which a histogram is divided
 
 
 class EventFile:
-    """The events of a run folder.
+    """Writes the TensorBoard events of a run folder.
 
     Args:
         run: the run folder.

@@ -20,8 +20,10 @@ def main(arguments: list[str]) -> None:
     parser = cli.create_parser("python -m switchyard.training.launch", "Checks keys and degrees of a job of N devices.")
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see config/")
     parser.add_argument("--devices", required=True, type=int, metavar="N", help="devices of all nodes together")
-    parser.add_argument("--target", required=True, choices=TARGETS, help="what the devices are")
-    parser.add_argument("--resume", action="store_true", help="as of train.py; the run folder is not looked at")
+    parser.add_argument("--target", required=True, choices=TARGETS, help="type of the devices")
+    parser.add_argument(
+        "--resume", action="store_true", help="overrides, as for train.py; the run folder is not checked"
+    )
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.devices < 1:
         raise UserError(f"--devices: {chosen.devices}; at least 1")

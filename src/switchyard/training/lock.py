@@ -26,7 +26,7 @@ TOLERANCE = 2.0  # seconds by which two readings of a process's start may differ
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that trains a run: `boot` and `space` say which pids it can be compared with."""
+    """Identifies the process that trains a run: `boot` and `space` say with which pids it can be compared."""
 
     host: str
     pid: int
@@ -36,24 +36,27 @@ class Holder:
 
     @classmethod
     def own(cls) -> "Holder":
-        """This process."""
+        """Returns the Holder of this process."""
         boot = BOOT.read_text().strip() if BOOT.exists() else ""
         space = os.readlink(SPACE) if SPACE.exists() else ""
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), boot, space)
 
     @classmethod
     def read(cls, path: Path) -> "Holder | None":
-        """The process that a lock names; None where it names none (UserError: no lock of this program)."""
+        """Reads the process that a lock names; None where the lock names none (UserError: not a lock of this
+        program)."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(**{field.name: field.type(content[field.name]) for field in fields(cls)})
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"'{path}': no lock of a training; remove it if nobody trains there") from None
+            raise UserError(
+                f"'{path}': is not the lock of a training; remove it if no training uses the folder"
+            ) from None
 
     def runs(self, own: "Holder", path: Path) -> bool | None:
-        """Whether the process still runs, which holds the lock `path`; None where `own` cannot know."""
+        """Returns whether the process that holds the lock `path` still runs; None where `own` cannot know."""
         if self.boot != own.boot or (not self.boot and self.host != own.host):
             return False if self.host == own.host else None  # this machine was started anew, or it is another one
         if self.space != own.space:  # another container of this machine
@@ -67,7 +70,7 @@ class Holder:
 
 
 def _is_open(path: Path) -> bool | None:
-    """Whether the process that made a lock has it open; None where the file system does not tell."""
+    """Returns whether the process that made a lock has it open; None where the file system does not tell."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -132,7 +135,7 @@ def _held(run: Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _turn(run: Path) -> Iterator[None]:
-    """One process at a time looks at a lock and replaces it, where the file system lets folders be locked."""
+    """Lets one process at a time inspect and replace a lock, where the file system can lock folders."""
     handle = os.open(run, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -149,12 +152,12 @@ def _refuse_unless_dead(holder: Holder, own: Holder, path: Path, name: str) -> N
     who = f"process {holder.pid} on host '{holder.host}'"
     if runs:
         raise UserError(
-            f"train.name: {name}; the run '{path.parent}' is being trained by {who}: wait for its end, or choose "
+            f"train.name: {name}; the run '{path.parent}' is being trained by {who}; wait until it ends, or choose "
             "another name"
         )
     raise UserError(
-        f"train.name: {name}; the run '{path.parent}' was taken by {who}, which cannot be asked from here: if it has "
-        f"ended, remove '{path}'"
+        f"train.name: {name}; the run '{path.parent}' is locked by {who}, whose state is unknown here; if "
+        f"that process has ended, remove '{path}'"
     )
 
 
@@ -168,7 +171,7 @@ def _make(path: Path, own: Holder, name: str) -> None:
                 os.link(temporary, path)
             except FileExistsError:
                 raise UserError(
-                    f"train.name: {name}; another training has just begun in '{path.parent}': wait for its end, or "
+                    f"train.name: {name}; another training has just started in '{path.parent}'; wait until it ends, or "
                     "choose another name"
                 ) from None
             except OSError:  # a file system without links
@@ -178,5 +181,5 @@ def _make(path: Path, own: Holder, name: str) -> None:
 
 
 def contents(run: Path) -> list[Path]:
-    """What a run folder holds besides locks."""
+    """Returns the entries of a run folder except locks."""
     return [path for path in run.iterdir() if not path.name.startswith(LOCK)]

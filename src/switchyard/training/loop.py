@@ -20,11 +20,11 @@ from switchyard.distributed.mesh import LocalMesh
 from switchyard.distributed.meshes import create_mesh
 from switchyard.distributed.processes import (
     RACING,
+    init_process_group,
     is_first,
     is_scheduler,
-    launched,
-    meet,
     waits_for_nothing,
+    world_size,
 )
 from switchyard.distributed.replicas import check_replicas
 from switchyard.errors import Interrupted
@@ -73,10 +73,10 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             weight or a figure of the evaluation that is not finite.
         Interrupted: SIGINT, SIGTERM or SIGHUP came and the run was saved.
     """
-    if is_scheduler() and launched() == 1:
+    if is_scheduler() and world_size() == 1:
         return {}  # one worker meets nobody, and is at work in the run folder already
     check_trusted(config.moe.router, consent=True, say=print if is_first() else lambda line: None)  # the user's own
-    config, by_hand = choose_way(config, launched())
+    config, by_hand = choose_way(config, world_size())
     run = Path(config.train.output_dir) / config.train.name
     with locked(run, config.train.name, wanted=is_first()) as existed:
         return train_locked(config, by_hand, run, resume, existed)
@@ -95,11 +95,14 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
     changes = changed_keys(held.config, keep_groups(held.config, config)) if held else {}
     config = resumed(held.config, config) if held else config
     if held and (result := finished(run, config)):
-        print(f"run: '{run}' has made its {config.train.steps} steps; raise train.steps to go on", flush=True)
+        print(
+            f"Run '{run}' already finished its {config.train.steps} steps; increase train.steps to continue.",
+            flush=True,
+        )
         return result
     set_context(config.context, config.train.seed, config.model.compute_dtype)
     with_options(config.moe)  # those of a router in the user's own file are known from here on
-    processes = meet(config)  # nothing was written before all have seen what is there
+    processes = init_process_group(config)  # nothing was written before all have seen what is there
     if is_scheduler():
         return {}
     held = agreed(held, run, config, processes)
@@ -124,7 +127,7 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
         checkpoint.write_whole(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
-    processes.wait()
+    processes.barrier()
     mesh.speed_up(step.program, run)
     if held:
         step.load(held.weights, held.optimizer)
@@ -152,7 +155,7 @@ def choose_way(config: Config, count: int) -> tuple[Config, str | None]:
             print(lost, flush=True)
         return with_defaults(config, target), None
     if target != "CPU" and is_first():
-        print(f"parallel: processes exchange by hand, for {by_hand}", flush=True)
+        print(f"parallel: the step uses explicit collectives, because of {by_hand}", flush=True)
     return config, by_hand
 
 
@@ -257,7 +260,7 @@ class Trainer:
         if self.compile_seconds is None:
             self.compile_seconds = seconds
             if self.config.context.mode == "graph":
-                self.progress.say(f"compiled, and made step {self.done}, in {seconds:.1f} s")
+                self.progress.say(f"compiled and ran step {self.done} in {seconds:.1f} s")
             self._say_what_travels()
         else:
             self.clock.add(seconds)
@@ -321,9 +324,9 @@ class Trainer:
         return bool(every) and self.done % every == 0
 
     def _stop_if_asked(self, stop: StopSignals) -> None:
-        if self.processes.any(stop.came):
+        if self.processes.any_rank(stop.came):
             self._save()
-            raise Interrupted(f"saved step {self.done} of '{self.run}'; go on with --resume")
+            raise Interrupted(f"saved step {self.done} of '{self.run}'; continue with --resume")
 
     def _evaluate_sample(self, stop: StopSignals) -> None:
         """Scores train.eval_batches batches, unless a run that was killed did; weights that are the best so far are

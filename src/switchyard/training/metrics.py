@@ -1,4 +1,4 @@
-"""What a run writes down: JSON lines, TensorBoard events, and lines or a progress bar for whoever watches."""
+"""Writes the metrics of a run: JSON lines, TensorBoard events, and lines or a progress bar on the terminal."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ EVALUATION, RESUMED = "evaluation", "resumed"  # kinds of lines
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events of a run folder.
+    """Writes metrics.jsonl and TensorBoard events of a run folder.
 
     Each line is one JSON object with `kind` ("train", "evaluation", "exchanges", "resumed") and `step`; see
     `train_figures`, `Evaluation.to_dict` and `Change.to_dict` for the rest. There is one line of a kind for a step, and
@@ -129,12 +129,12 @@ class Clock:
     mark_steps: int = 0
 
     def add(self, seconds: float) -> None:
-        """One more step."""
+        """Adds one step."""
         self.seconds += seconds
         self.mark_steps += 1
 
     def rate(self, tokens: int) -> float | None:
-        """Tokens a second since the last call, with `tokens` a step; None if there was no step."""
+        """Returns tokens per second since the last call, with `tokens` a step; None if there was no step."""
         seconds, steps = self.seconds - self.mark_seconds, self.mark_steps
         self.mark_seconds, self.mark_steps = self.seconds, 0
         return tokens * steps / seconds if steps else None
@@ -156,19 +156,19 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def advance(self) -> None:
-        """One step is done."""
+        """Advances the bar by one step."""
         if self._bar is not None:
             self._bar.update()
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Prints one line."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
 
     def say_layers(self, audits: list[dict[str, Any]]) -> None:
-        """One line for each conditional layer, see `audit.layer_line`."""
+        """Prints one line for each conditional layer, see `audit.layer_line`."""
         for audit in audits:
             self.say(layer_line(audit, MOST_SHOWN))
 
@@ -178,7 +178,7 @@ class Progress:
             self._bar.close()
 
     def train_line(self, figures: dict[str, Any]) -> str:
-        """The line of a logged step."""
+        """Returns the line of a logged step."""
         parts = [
             f"step {figures['step']}/{self._total}",
             f"loss {figures['loss']:.4f}",
@@ -199,7 +199,7 @@ class Progress:
 def train_figures(
     step: int, figures: dict[str, Any], learning_rate: float, tokens_per_second: float | None
 ) -> dict[str, Any]:
-    """The object of one logged step.
+    """Returns the object of one logged step.
 
     Args:
         step: number of the step, from 1.
@@ -228,19 +228,19 @@ def train_figures(
 
 
 def load_range(load: np.ndarray) -> tuple[float, float]:
-    """Least and largest load of an expert relative to the mean load of its layer: [M, E] -> (min, max)."""
+    """Returns the least and largest load of an expert relative to the mean load of its layer: [M, E] -> (min, max)."""
     relative = load / np.maximum(load.mean(1, keepdims=True), 1e-9)
     return float(relative.min()), float(relative.max())
 
 
 def exchange_line(exchanged: dict[str, tuple[int, int]]) -> str:
-    """What a device's step exchanges, in words."""
+    """Describes the communication of a device in one step."""
     parts = [f"{number} {kind} of {size:,} bytes" for kind, (number, size) in sorted(exchanged.items())]
-    return f"exchanges a step: {', '.join(parts) or 'nothing'}"
+    return f"communication per step: {', '.join(parts) or 'none'}"
 
 
 def _lines(path: Path) -> list[str]:
-    """The whole lines of a metrics file; the last may have been cut by a kill and is then left out."""
+    """Returns the complete lines of a metrics file; a last line truncated by a kill is left out."""
     if not path.exists():
         return []
     return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines(True) if line.endswith("\n")]

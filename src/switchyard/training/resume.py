@@ -1,4 +1,4 @@
-"""What a run goes on from: its newest whole checkpoint, and which keys may differ from those it was trained with."""
+"""Finds the checkpoint that a run resumes from, and checks which keys may differ from the earlier training."""
 
 import difflib
 import json
@@ -78,22 +78,23 @@ ANNOUNCED_ON_RESUME = (
 
 
 def find_start(run: Path, config: Config, resume: bool, existed: bool = True) -> Checkpoint | None:
-    """The checkpoint that training goes on from, None to begin anew (UserError as in `loop.train`).
+    """Returns the checkpoint to resume from, None to start at step 0 (UserError as in `loop.train`).
 
     `existed`: whether the run folder was there before this process has locked it."""
     if not resume:
         if run.exists() and (not run.is_dir() or contents(run)):
             raise UserError(
-                f"train.name: {config.train.name}; the run '{run}' exists: choose another name, or go on with --resume"
+                f"train.name: {config.train.name}; the run '{run}' already exists; choose another "
+                "name, or continue with --resume"
             )
         return None
     if not existed:
         raise UserError(f"--resume: train.name: {config.train.name}; {no_run(run)}; leave --resume out to start it")
     held = newest(run, config)
     if held is None and checkpoint.listed(run):
-        raise UserError(f"--resume: no checkpoint of '{run}' is whole; train again under another train.name")
+        raise UserError(f"--resume: no checkpoint of '{run}' is complete; train again under another train.name")
     if held is None:
-        print(f"resume: '{run}' holds no checkpoint yet: starting from step 0", flush=True)
+        print(f"resume: '{run}' contains no checkpoint yet; starting from step 0", flush=True)
         return None
     check_resumable(held.config, keep_groups(held.config, config))
     if held.step > config.train.steps:
@@ -161,7 +162,7 @@ def no_run(run: Path) -> str:
 
 
 def resumed(old: Config, new: Config) -> Config:
-    """The configuration that a run goes on with: `new`, with the routing groups that it had, where that can be.
+    """Returns the configuration of the resumed run: `new`, with the routing groups of `old` where possible.
 
     Prints what was changed, and what a change of layout means: weights and moments are the same numbers, cut otherwise.
     """
@@ -172,30 +173,31 @@ def resumed(old: Config, new: Config) -> Config:
         total = old.schedule.total_steps or old.train.steps
         if new.schedule.total_steps is None and new.train.steps != total:
             print(
-                f"resume: the learning-rate curve ends at step {new.train.steps} now, not {total}; "
-                f"schedule.total_steps={total} keeps it",
+                f"resume: the learning-rate curve now ends at step {new.train.steps} instead of {total}; "
+                f"set schedule.total_steps={total} to keep it",
                 flush=True,
             )
     if old.parallel != new.parallel and is_first():
         before, now = (changed_degrees(config) for config in (old, new))
-        print(f"resume: the checkpoint is re-cut from {before} to {now}", flush=True)
+        print(f"resume: the checkpoint is resharded from {before} to {now}", flush=True)
     if kept.moe_layers and kept.groups != old.groups and new.moe.groups is None and is_first():
         print(
-            f"resume: {kept.groups} routing groups from here on, not {old.groups}: each has a capacity of its own",
+            f"resume: {kept.groups} routing groups from now on instead of {old.groups}; "
+            "each group has its own capacity",
             flush=True,
         )
     return kept
 
 
 def changed_degrees(config: Config) -> str:
-    """The keys of the section `parallel` that differ from one device."""
+    """Returns the keys of the section `parallel` that differ from one device."""
     usual = type(config.parallel)()
     parts = [f"{key} {value}" for key, value in config.parallel if value != getattr(usual, key)]
     return ", ".join(parts) or "one device"
 
 
 def finished(run: Path, config: Config) -> dict[str, Any] | None:
-    """result.json, if it is that of train.steps steps."""
+    """Returns result.json if it belongs to train.steps steps."""
     try:
         result = json.loads((run / RESULT).read_text(encoding="utf-8"))
         steps, loss = result["steps"], result["validation_loss"]
@@ -213,12 +215,12 @@ def check_resumable(old: Config, new: Config) -> None:
 
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Key -> (value before, value now) of the changes that the losses will show."""
+    """Returns key -> (value before, value now) for the changes that affect the losses."""
     return {key: pair for key, pair in _differences(old, new).items() if key in ANNOUNCED_ON_RESUME}
 
 
 def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Key -> (value before, value now), where they mean something else."""
+    """Returns key -> (value before, value now), where the meaning differs."""
     before, now = old.model_dump(), new.model_dump()
     before.pop("parallel"), now.pop("parallel")  # free; so are routing groups that follow data_parallel, see `resumed`
     for config, tree in ((old, before), (new, now)):  # a pipeline's micro-batches are a device's, one after the other
@@ -244,12 +246,13 @@ def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _word(value: Any) -> str:
-    """A value as it is written in a configuration."""
+    """Returns a value as text, as written in a configuration."""
     return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
 
 
 def check_corpus(held: Checkpoint | None, marks: dict[str, Any], config: Config, processes: Processes) -> str | None:
-    """What the data, of which `marks` are the fingerprint, differ in from those of the run; None where they do not.
+    """Compares the data with those of the run and describes the difference, None where there is none; `marks` are the
+    fingerprints of the data.
 
     A checkpoint without a fingerprint, of an earlier version, is not compared.
 
@@ -260,22 +263,23 @@ def check_corpus(held: Checkpoint | None, marks: dict[str, Any], config: Config,
     read = processes.gather(np.frombuffer(bytes.fromhex(digest), np.uint8))  # [processes, bytes]
     for rank in np.flatnonzero((read != read[0]).any(1))[:1]:
         raise UserError(
-            f"data.path: {config.data.path}; rank {rank} reads other data than rank 0: copy the same to all"
+            f"data.path: {config.data.path}; rank {rank} reads different data from rank 0; "
+            "copy the same files to all hosts"
         )
     before = held.state.get("corpus") if held else None
     found = fingerprint.difference(before, marks) if before else None
     if found and not config.data.accept_changed:
         raise UserError(
-            f"data.path: {config.data.path}; not the data that the run was trained on: {found}; restore them, or set "
-            "data.accept_changed=true to go on with these"
+            f"data.path: {config.data.path}; not the data that the run was trained on: {found}; restore it, or set "
+            "data.accept_changed=true to continue with the new data"
         )
     if found and is_first():
-        print(f"resume: data.accept_changed: goes on with other data, from a new epoch on: {found}", flush=True)
+        print(f"resume: data.accept_changed: continues with the new data, from a new epoch: {found}", flush=True)
     return found
 
 
 def consent_used(config: Config) -> Config:
-    """The same without data.accept_changed, which is meant for one resumption: the next change is asked about again."""
+    """Returns the configuration without data.accept_changed, which is meant for one resumption only."""
     return config.model_copy(update={"data": config.data.model_copy(update={"accept_changed": False})})
 
 

@@ -15,7 +15,7 @@ WARM_UP_STREAM = 0x7761_726D  # sets these draws apart from other draws of the s
 
 
 class WarmUp:
-    """Even random choices for the first `moe.router_warmup_steps` steps, as Replayer hands out recorded ones.
+    """Gives even random choices for the first `moe.router_warmup_steps` steps, as Replayer gives recorded ones.
 
     In each group and layer the rows, in random order, take the experts in turn: every expert gets as many choices as
     any other (one more at most) and a row K different ones. The gates stay the router's own probabilities, so its
@@ -36,20 +36,20 @@ class WarmUp:
         """Choices of a step, counted from 0: [A, M, N, K] int32; None once the warm-up is over. No token is read."""
         if step >= self.steps:
             return None
-        random = np.random.default_rng((WARM_UP_STREAM, self.seed, step))
+        rng = np.random.default_rng((WARM_UP_STREAM, self.seed, step))
         shape = (self.micro_batches, self.layers, self.groups, self.rows // self.groups)
         copies = []
         for copy in range(self.copies):
             order = np.broadcast_to(np.arange(shape[-1]), shape)
-            order = random.permuted(order, axis=-1)[..., None]  # [A, M, G, N / G, 1]
-            first = random.integers(self.size, size=(*shape[:3], 1, 1))  # nobody is always the one with one more
+            order = rng.permuted(order, axis=-1)[..., None]  # [A, M, G, N / G, 1]
+            first = rng.integers(self.size, size=(*shape[:3], 1, 1))  # nobody is always the one with one more
             copies.append((first + order * self.each + np.arange(self.each)) % self.size + copy * self.size)
         experts = np.concatenate(copies, -1).astype(np.int32)  # [A, M, G, N / G, K]
         return experts.reshape(self.micro_batches, self.layers, self.rows, -1)
 
 
 def forced_choices(config: Config) -> Replayer | WarmUp | None:
-    """What hands out a training step's choices in the place of the routers: a record, the warm-up, or nothing.
+    """Returns the source of the choices that replace those of the routers: a record, the warm-up, or None.
 
     Raises:
         UserError: see Replayer.
@@ -62,6 +62,6 @@ def forced_choices(config: Config) -> Replayer | WarmUp | None:
 
 
 def routers_learn(config: Config, step: int) -> bool:
-    """Whether step `step`, from 0, updates the routers' parameters."""
+    """Returns whether step `step`, from 0, updates the parameters of the routers."""
     frozen_from = config.moe.router_freeze_step
     return frozen_from is None or step < frozen_from

@@ -6,10 +6,10 @@ from switchyard.config import Config
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Learning rate of update `step`, counted from 1.
+    """Returns the learning rate of update `step`, counted from 1.
 
     A line from 0 (at step 0) to the peak at `warmup_steps`; then the curve, which ends with `lr_end` at `total_steps`
-    (train.steps where null) and stays there. `constant` stays at the peak.
+    (train.steps where null) and stays there. `constant` keeps the peak learning rate.
     """
     schedule = config.schedule
     peak, end, warmup = schedule.learning_rate, schedule.lr_end, schedule.warmup_steps

@@ -151,8 +151,8 @@ def test_classifier_sends_no_gradient_to_the_rows(pynative):
 @pytest.mark.parametrize(
     ("moe", "message"),
     [
-        ({"expert_num": 4}, r"moe\.expert_num: 4; moe\.router 'mixture_of_depths' has one expert"),
-        ({"expert_num": 1, "capacity_factor": 1.25}, r"moe\.capacity_factor: 1\.25; the share of rows"),
+        ({"expert_num": 4}, r"moe\.expert_num: 4; moe\.router 'mixture_of_depths' needs 1 expert"),
+        ({"expert_num": 1, "capacity_factor": 1.25}, r"moe\.capacity_factor: 1\.25; at most 1: mixture_of_depths"),
     ],
 )
 def test_depths_need_one_expert_and_a_share(moe, message):
