@@ -9,7 +9,7 @@ import pytest
 
 from switchyard.config import load
 from switchyard.distributed.processes import must_block
-from switchyard.training.limits import check_way, lost_default, with_defaults
+from switchyard.training.limits import check_mesh, lost_default, with_defaults
 
 FOLDER = Path(__file__).parents[2] / "config"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -53,7 +53,7 @@ def resolved(name: str, program: str, count: int, overrides: list[str]):
     """(the configuration as training would run it, its devices), once nothing is refused."""
     target = "Ascend" if "ascend" in program else "GPU" if "gpu" in program else "CPU"
     config = load(FOLDER / f"{name}.yaml", overrides)
-    assert check_way(config, count, target) is None or target == "CPU"
+    assert check_mesh(config, count, target) is None or target == "CPU"
     return with_defaults(config, target), target
 
 

@@ -16,7 +16,7 @@ from switchyard.distributed.compiled_graph import sums_may_race
 from switchyard.distributed.placement import Degrees
 from switchyard.errors import UserError
 from switchyard.simulation import compile as simulate
-from switchyard.training.limits import check_offered, why_by_hand, with_defaults
+from switchyard.training.limits import check_offered, why_not_compiled, with_defaults
 from switchyard.training.step import GROWTH_INTERVAL, MAX_LOSS_SCALE
 
 EXPERTS = {"expert_num": 4}
@@ -43,7 +43,7 @@ VOCAB = 17
     ],
 )
 def test_the_compiler_cuts_what_it_can(tree, target, says):
-    why = why_by_hand(build(tree), target)
+    why = why_not_compiled(build(tree), target)
     assert why is None if says is None else says in why
 
 

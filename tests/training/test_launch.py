@@ -10,7 +10,7 @@ from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.simulation import compile as simulate
 from switchyard.training import launch
-from switchyard.training.limits import check_way, require_trainable
+from switchyard.training.limits import check_mesh, require_trainable
 
 EXPERTS = {"expert_num": 4}
 UNTIED = {"tie_word_embeddings": False}
@@ -43,10 +43,10 @@ REFUSED = [
 def test_training_and_planning_refuse_the_same(tree, target, says):
     config = build(tree)
     if says is None:
-        assert check_way(config, config.devices, target) is None or config.devices == 1
+        assert check_mesh(config, config.devices, target) is None or config.devices == 1
         require_trainable(config, target)
         return
-    for asked in (lambda: check_way(config, config.devices, target), lambda: require_trainable(config, target)):
+    for asked in (lambda: check_mesh(config, config.devices, target), lambda: require_trainable(config, target)):
         with pytest.raises(UserError) as caught:
             asked()
         assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
@@ -55,13 +55,13 @@ def test_training_and_planning_refuse_the_same(tree, target, says):
 def test_processes_do_by_hand_what_the_compiler_does_not_cut():
     """A router that is not cut trains with data and expert parallelism, and is not planned or compiled."""
     config = build({"moe": EXPERTS | {"router": "tree"}, "parallel": CUT})
-    assert "moe.router: tree; overrides `construct`" in check_way(config, 2, "Ascend")
+    assert "moe.router: tree; overrides `construct`" in check_mesh(config, 2, "Ascend")
     with pytest.raises(
         UserError, match=r"^moe\.router: tree; overrides `construct`, which a compiled cluster does not call"
     ):
         require_trainable(config, "Ascend")
     with pytest.raises(UserError, match=r"^parallel\.model_parallel: 2; .* \(moe\.router: tree; overrides `construct`"):
-        check_way(build({"moe": EXPERTS | {"router": "tree"}, "parallel": {"model_parallel": 2}}), 2, "GPU")
+        check_mesh(build({"moe": EXPERTS | {"router": "tree"}, "parallel": {"model_parallel": 2}}), 2, "GPU")
 
 
 def write(tmp_path, text):
@@ -106,6 +106,6 @@ def test_training_says_that_accumulation_costs_a_gpu_its_default(monkeypatch, ca
     monkeypatch.setattr(loop, "target_of", lambda context: "GPU")
     for count, level, says in ((1, 1, ""), (2, 0, "parallel: optimizer_shard stays 0, not 1 as by default on several")):
         tree = {"train": {"gradient_accumulation_steps": count}, "parallel": {"data_parallel": 2}}
-        config, by_hand = loop.choose_way(build(tree | {"data": {"batch_size": 4}}), 2)
-        assert by_hand is None and config.parallel.optimizer_shard == level
+        config, by_processes = loop.choose_mesh(build(tree | {"data": {"batch_size": 4}}), 2)
+        assert by_processes is None and config.parallel.optimizer_shard == level
         assert capsys.readouterr().out.startswith(says)

@@ -277,7 +277,7 @@ class Config(Section):
 
     @property
     def micro_batches(self) -> int:
-        """Returns the micro-batches of a step: those one after the other, times those that a pipeline works on at a time."""
+        """Returns the micro-batches of a step: those one after the other, times those in a pipeline at a time."""
         cut, each = self.parallel, self.train.gradient_accumulation_steps
         return each * cut.micro_batch_num if cut.pipeline_stage > 1 else each
 

@@ -10,7 +10,7 @@ import sys
 from switchyard import cli
 from switchyard import config as configuration
 from switchyard.errors import UserError
-from switchyard.training.limits import check_way, lost_default, of_sizes, refuse
+from switchyard.training.limits import check_mesh, of_sizes, refuse
 
 TARGETS = ("Ascend", "GPU", "CPU")
 
@@ -28,11 +28,8 @@ def main(arguments: list[str]) -> None:
     if chosen.devices < 1:
         raise UserError(f"--devices: {chosen.devices}; at least 1")
     config = configuration.load(chosen.config, chosen.overrides, devices=chosen.devices)
-    by_hand = check_way(config, chosen.devices, chosen.target)
+    check_mesh(config, chosen.devices, chosen.target)
     refuse(of_sizes(config, chosen.target))
-    lost = None if by_hand else lost_default(config, chosen.target)
-    if lost:
-        print(lost, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
 from switchyard.training.evaluate import Evaluation, create_evaluator, evenly_spaced
 from switchyard.training.finite import check_evaluation, check_step
-from switchyard.training.limits import check_way, lost_default, with_defaults
+from switchyard.training.limits import check_mesh, with_defaults
 from switchyard.training.lock import locked
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
 from switchyard.training.optimizer import forces_choices
@@ -76,17 +76,17 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     if is_scheduler() and world_size() == 1:
         return {}  # one worker meets nobody, and is at work in the run folder already
     check_trusted(config.moe.router, consent=True, say=print if is_first() else lambda line: None)  # the user's own
-    config, by_hand = choose_way(config, world_size())
+    config, compiled = choose_mesh(config, world_size())
     run = Path(config.train.output_dir) / config.train.name
     with locked(run, config.train.name, wanted=is_first()) as existed:
-        return train_locked(config, by_hand, run, resume, existed)
+        return train_locked(config, compiled, run, resume, existed)
 
 
-def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, existed: bool) -> dict[str, Any]:
+def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existed: bool) -> dict[str, Any]:
     """`train` in a run folder that no other job trains in.
 
     Args:
-        config, by_hand: see `choose_way`.
+        config, compiled: see `choose_mesh`.
         run: the folder.
         resume: see `train`.
         existed: whether the folder was there before it was locked.
@@ -119,7 +119,7 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
     if held:
         start_reading(held, data, changed=other_data is not None)
     config = consent_used(config)
-    mesh = create_mesh(config, processes, compiled=by_hand is None)
+    mesh = create_mesh(config, processes, compiled)
     step = create_step(config, data.tokenizer.vocab_size, mesh)
     if held is None:
         balance_tables(step.model, data.token_counts)
@@ -140,23 +140,20 @@ def train_locked(config: Config, by_hand: str | None, run: Path, resume: bool, e
         return trainer.run_to_end(stop)
 
 
-def choose_way(config: Config, count: int) -> tuple[Config, str | None]:
-    """How `count` processes train: (the configuration with the target's defaults, why not by the compiler's cut).
-
-    None for the reason means the compiler's cut, see ClusterStep. One process alone is not cut at all.
+def choose_mesh(config: Config, count: int) -> tuple[Config, bool]:
+    """Chooses how `count` processes train: (the configuration with the target's defaults, whether the compiler shards
+    the step).
 
     Raises:
         UserError: degrees that cannot be carried out.
     """
     target = target_of(config.context) if count > 1 else "CPU"
-    by_hand = check_way(config, count, target)
-    if by_hand is None:
-        if is_first() and (lost := lost_default(config, target)):
-            print(lost, flush=True)
-        return with_defaults(config, target), None
+    reason = check_mesh(config, count, target)
+    if reason is None:
+        return with_defaults(config, target), True
     if target != "CPU" and is_first():
-        print(f"parallel: the step uses explicit collectives, because of {by_hand}", flush=True)
-    return config, by_hand
+        print(f"parallel: the step uses explicit collectives, because of {reason}", flush=True)
+    return config, False
 
 
 class Trainer:

@@ -25,7 +25,7 @@ from switchyard.moe.routing.softmax import Switch, TopK
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 from switchyard.simulation import emulate as virtual
-from switchyard.training.limits import why_by_hand
+from switchyard.training.limits import why_not_compiled
 from switchyard.training.loop import train
 
 PAGE = Path(__file__).parents[3] / "docs" / "routing.md"
@@ -220,7 +220,7 @@ def test_every_mesh_runs_the_methods_of_the_class_and_not_of_its_parent(router, 
     gates = whole["gates"].asnumpy().sum(-1)
     assert (gates < 1).all() if router is Score else np.allclose(gates, 0.5 if router is Weighed else 1)
     assert not router.overrides_construct and why_not_sharded(router) is None
-    assert why_by_hand(config, "Ascend") is None
+    assert why_not_compiled(config, "Ascend") is None
 
 
 @pytest.mark.parametrize("router", [Construct, RouteUnderConstruct, ConstructAlone])
@@ -232,7 +232,7 @@ def test_a_construct_of_its_own_is_refused_by_name_on_a_cluster(router):
     assert router.overrides_construct and why_not_sharded(router).startswith(says)
     name = f"{__name__}.{router.__name__}"
     config = tiny_config(router=name, num_experts_chosen=2)
-    assert says in why_by_hand(config, "Ascend")
+    assert says in why_not_compiled(config, "Ascend")
     with pytest.raises(UserError) as caught:
         create_layer(config).shard(None)
     assert str(caught.value).startswith(f"moe.router: {name}; {says}") and "\n" not in str(caught.value)
