@@ -1,4 +1,4 @@
-"""Options of the layer: gated shared experts, copies, forced balance, re-routing, random priorities: against plain sums."""
+"""Options of the layer against plain sums: gated shared experts, copies, forced balance, rerouting, priorities."""
 
 import numpy as np
 import pytest

@@ -82,11 +82,10 @@ class CheckingMesh(CompiledMesh):
         return checked
 
     def check(self, layouts, tensors) -> None:
-        """One layout for each tensor, one name for each axis; only groups and flat tokens are sharded, parameters are
-        full."""
+        """One layout for each tensor, one name for each axis; of data, only groups and flat tokens are sharded."""
         assert [len(self.axes[id(layout)]) for layout in layouts] == [len(tensor.shape) for tensor in tensors]
         for layout, tensor in zip(layouts, tensors):
-            sharded = [size for axis, size in zip(self.axes[id(layout)], tensor.shape) if axis is not None]
+            sharded = [size for axis, size in zip(self.axes[id(layout)], tensor.shape) if axis == "data"]
             assert sharded in ([], [GROUPS], [GROUPS * ROWS])
 
 
