@@ -8,7 +8,7 @@ from mindspore import Tensor
 from mindspore import dtype as mstype
 from oracles.capacity_law import slots
 from oracles.moe_loop import Rules, moe_loop
-from oracles.tiny import layer_gradients, run_layer, tiny_config, tiny_layer, tiny_rows, weights_of
+from oracles.tiny import layer_gradients, run_both_ways, run_layer, tiny_config, tiny_layer, tiny_rows, weights_of
 
 from switchyard.errors import UserError
 from switchyard.moe.dispatch.capacity import check_sort_keys
@@ -64,7 +64,7 @@ def _rules(config, rows: int, factor: float | None) -> Rules:
 
 
 def _compare(case: dict, train: bool, factor_of):
-    """Layer and loop on the same rows: outputs, losses, audit, every gradient."""
+    """Layer and loop on the same rows: outputs, losses, metrics, every gradient."""
     config = tiny_config(case.get("activation", "relu"), **case["moe"])
     layer = tiny_layer(config, train=train)
     rows, valid = tiny_rows(case.get("groups", 1), 9, padded=case.get("padded", 0))
@@ -76,12 +76,11 @@ def _compare(case: dict, train: bool, factor_of):
 
     rules = _rules(config, 9, factor_of(config))
     wanted = moe_loop(rows.astype(np.float64), valid, weights_of(layer), rules, upstream, jitter)
-    out, balance, z, audit = run_layer(layer, rows, valid, noise)
+    (out, balance, z, audit), gradients = run_both_ways(layer, rows, valid, *upstream, noise)
     np.testing.assert_allclose(out, wanted.out, atol=1e-5, rtol=1e-5)
     assert (balance, z) == pytest.approx((wanted.balance, wanted.z), abs=1e-5)
     for name, value in wanted.audit.items():
         np.testing.assert_allclose(audit[name], value, atol=1e-5, err_msg=name)
-    gradients = layer_gradients(layer, rows, valid, *upstream, noise)
     assert gradients.keys() == wanted.gradients.keys()
     for name, value in wanted.gradients.items():
         np.testing.assert_allclose(gradients[name], value, atol=1e-5, rtol=1e-4, err_msg=name)
@@ -126,8 +125,8 @@ def test_dropless_training_serves_all_rows_at_one_expert(pynative):
     weights, rules = weights_of(layer), _rules(config, 9, None)
     wanted = moe_loop(rows.astype(np.float64), valid, weights, rules, (upstream, 0.0, 0.0), None)
     assert np.sort(wanted.audit["load"])[-2:].sum() == 18
-    np.testing.assert_allclose(run_layer(layer, rows, valid)[0], wanted.out, atol=1e-5)
-    gradients = layer_gradients(layer, rows, valid, upstream, 0.0, 0.0)
+    (out, *_), gradients = run_both_ways(layer, rows, valid, upstream, 0.0, 0.0)
+    np.testing.assert_allclose(out, wanted.out, atol=1e-5)
     for name, value in wanted.gradients.items():
         np.testing.assert_allclose(gradients[name], value, atol=2e-5, rtol=1e-4, err_msg=name)
     tight = moe_loop(rows.astype(np.float64), valid, weights, _rules(config, 9, 1.25), None, None)
@@ -156,8 +155,7 @@ def test_four_groups_equal_four_layers_of_one(pynative):
     rows, valid = tiny_rows(4, 6)
     valid[1, -2:] = 0
     d_out = np.random.default_rng(3).normal(0, 1, rows.shape).astype(np.float32)
-
-    out, balance, z, audit = run_layer(layer, rows, valid)
+    (out, balance, z, audit), together = run_both_ways(layer, rows, valid, d_out, 0.4, 0.4)
     apart = [run_layer(layer, rows[g : g + 1], valid[g : g + 1]) for g in range(4)]
     np.testing.assert_allclose(out, np.concatenate([part[0] for part in apart]), atol=1e-6)
     share = valid.sum(1) / valid.sum()  # a group counts by its real rows: 6, 4, 6 and 6
@@ -165,7 +163,6 @@ def test_four_groups_equal_four_layers_of_one(pynative):
     assert z == pytest.approx(share @ [part[2] for part in apart], abs=1e-6)
     np.testing.assert_array_equal(audit["load"], sum(part[3]["load"] for part in apart))
 
-    together = layer_gradients(layer, rows, valid, d_out, 0.4, 0.4)
     parts = [
         layer_gradients(layer, rows[g : g + 1], valid[g : g + 1], d_out[g : g + 1], 0.4 * share[g], 0.4 * share[g])
         for g in range(4)

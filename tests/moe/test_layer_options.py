@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 from mindspore import dtype as mstype
-from oracles.tiny import NO_NOISE, layer_gradients, run_layer, tiny_config, tiny_layer, tiny_rows, weights_of
+from oracles.tiny import (
+    NO_NOISE,
+    layer_gradients,
+    run_both_ways,
+    run_layer,
+    tiny_config,
+    tiny_layer,
+    tiny_rows,
+    weights_of,
+)
 
 from switchyard.errors import UserError
 from switchyard.moe.layer import MoELayer, RoundRobinRouting
@@ -137,20 +146,22 @@ def test_reroute_in_the_layer(mode, request):
     """Three alike rows, one slot each: with two rounds each gets an expert, weighted by that expert's probability."""
     request.getfixturevalue(mode)
     rows, valid = np.repeat(tiny_rows(rows=1)[0], 3, 1), np.ones((1, 3), np.float32)
-    dropping, moving = (
-        tiny_layer(tiny_config(router="switch", capacity_factor=1.0, reroute=rounds)) for rounds in (0, 2)
-    )
+    moving = tiny_layer(tiny_config(router="switch", capacity_factor=1.0, reroute=2))
     weights = weights_of(moving)
     logits = rows[0, 0] @ weights["router.weight"]
     p = np.exp(logits) / np.exp(logits).sum()
     best = np.argsort(-p)
-    out, _, _, audit = run_layer(moving, rows, valid)
+    (out, _, _, audit), gradients = run_both_ways(moving, rows, valid, np.ones_like(rows), 0.0, 0.0)
     wanted = [p[best[n]] * _work(rows[0, 0], weights, best[n]) for n in range(3)]
     np.testing.assert_allclose(out[0], wanted, atol=1e-5)
     assert (audit["dropped"], audit["load"].max()) == (0, 3)  # the load is that of the choices, as routed
-    assert run_layer(dropping, rows, valid)[3]["dropped"] == pytest.approx(2 / 3)
-    d_rows = layer_gradients(moving, rows, valid, np.ones_like(rows), 0.0, 0.0)
-    assert np.abs(d_rows["router.weight"]).max() > 1e-3
+    assert np.abs(gradients["router.weight"]).max() > 1e-3
+
+
+def test_without_rerouting_rows_are_dropped(pynative):
+    rows, valid = np.repeat(tiny_rows(rows=1)[0], 3, 1), np.ones((1, 3), np.float32)
+    layer = tiny_layer(tiny_config(router="switch", capacity_factor=1.0))
+    assert run_layer(layer, rows, valid)[3]["dropped"] == pytest.approx(2 / 3)
 
 
 def test_priorities_are_drawn_in_training_only(pynative):

@@ -1,5 +1,6 @@
 """Experts of a user's own, without anything but `construct`: trained, evaluated, generated with, cut over processes."""
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
@@ -128,10 +129,9 @@ class Louder(MoELayer):
         return out * 2.0, stats, choices
 
 
-@pytest.mark.parametrize(("layer", "mode"), [(MoELayer, "graph"), (Louder, "pynative")])
-def test_generation_says_what_the_decoder_says(layer, mode, request):
+@pytest.mark.parametrize(("layer", "mode"), [(MoELayer, ms.GRAPH_MODE), (Louder, ms.PYNATIVE_MODE)])
+def test_generation_says_what_the_decoder_says(layer, mode, pynative):
     """Prefill and decode of a decoder with experts, or a layer, of one's own against its forward pass."""
-    request.getfixturevalue(mode)
     model = {"num_layers": 1, "hidden_size": 6, "num_heads": 1, "seq_length": 8, "intermediate_size": 6}
     moe = {"router": "top_k", "expert_num": 4, "num_experts_chosen": 2, "layers": "all"}
     config = build({"model": model | {"init_method_std": 0.4}, "moe": moe})
@@ -143,6 +143,7 @@ def test_generation_says_what_the_decoder_says(layer, mode, request):
     tokens = np.random.default_rng(3).integers(0, 9, (2, 6)).astype(np.int32)
     valid, noise = np.ones((2, 6), np.float32), np.zeros((1, 1, 1), np.float32)
     whole = decoder(Tensor(tokens), Tensor(valid), Tensor(noise))[0].asnumpy().reshape(2, 6, -1)
+    ms.set_context(mode=mode)  # the fixture takes it back
     prefill, decode = Prefill(decoder, 8).set_train(False), Decode(decoder, 8).set_train(False)
     logits, keys, values = prefill(Tensor(tokens[:, :5]), Tensor(np.full(2, 5, np.int32)))
     np.testing.assert_allclose(logits.asnumpy(), whole[:, 4], atol=1e-4)
@@ -194,6 +195,10 @@ def test_a_compiled_cluster_runs_a_layer_of_ones_own(pynative):
 def test_a_compiled_cluster_refuses_shared_experts_of_ones_own():
     """Those of the layer are `SharedExperts`; a maker's are not sharded."""
     config = tiny_config(shared_expert_num=2)
-    layer = MoELayer(config, (0.7, 0.7), InitialWeights(0), mstype.float32, NoiseSlices(), make_experts=shifted_experts)
+
+    def make(experts: int, hidden: int) -> FeedForwardExperts:
+        return FeedForwardExperts(experts, 6, hidden, "relu", (0.7, 0.7), InitialWeights(0), mstype.float32)
+
+    layer = MoELayer(config, (0.7, 0.7), InitialWeights(0), mstype.float32, NoiseSlices(), make_experts=make)
     with pytest.raises(UserError, match=r"^moe\.shared_expert_num: 2; your own shared experts are not sharded"):
         layer.shard(checking_mesh(config))

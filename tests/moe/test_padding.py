@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor
 from mindspore import dtype as mstype
-from oracles.tiny import layer_gradients, run_layer, tiny_config, tiny_layer, tiny_rows
+from oracles.tiny import layer_gradients, run_both_ways, run_layer, tiny_config, tiny_layer, tiny_rows
 
 from switchyard.moe.layer import MoELayer
 from switchyard.moe.routing import known_routers
@@ -40,14 +40,8 @@ def _noise(rows):
 def _all(layer, rows, valid, d_out):
     """Everything that a step makes of a batch: outputs, losses, figures, gradients."""
     noise = _noise(rows)
-    out, balance, z, audit = run_layer(layer, rows, valid, noise)
-    return {
-        "out": out,
-        "balance": balance,
-        "z": z,
-        **audit,
-        **layer_gradients(layer, rows, valid, d_out, 0.5, 0.5, noise),
-    }
+    (out, balance, z, audit), gradients = run_both_ways(layer, rows, valid, d_out, 0.5, 0.5, noise)
+    return {"out": out, "balance": balance, "z_loss": z, **audit, **gradients}
 
 
 @pytest.mark.parametrize("router", ROUTERS)

@@ -48,20 +48,31 @@ def tiny_rows(groups: int = 1, rows: int = 9, width: int = 6, seed: int = 2, pad
 def run_layer(layer, rows, valid, noise=NO_NOISE):
     """Forward of a layer on arrays -> (out [G, N, D], balance loss, z-loss, metrics of the layer) as arrays."""
     out, stats, _ = layer(Tensor(rows), Tensor(valid), Tensor(noise))
-    summed, experts = stats.asnumpy().sum(0), layer.expert_num
-    figures = {name: value[0] for name, value in metrics(summed, experts).items()}
-    return out.asnumpy().reshape(rows.shape), *loss_metrics(summed, experts), figures
+    return _unpacked(layer, out, stats, rows.shape)
 
 
-def layer_gradients(layer, rows, valid, d_out, d_balance: float, d_z: float, noise=NO_NOISE) -> dict[str, np.ndarray]:
-    """Gradients of sum(out * d_out) + d_balance * balance + d_z * z, by parameter name and 'rows'."""
+def run_both_ways(layer, rows, valid, d_out, d_balance: float, d_z: float, noise=NO_NOISE):
+    """What `run_layer` returns and what `layer_gradients` returns, of one graph."""
     names, parameters = zip(*layer.parameters_and_names())
     weight, real, valid, noise = Tensor(d_out), max(float(valid.sum()), 1.0), Tensor(valid), Tensor(noise)
 
     def objective(rows):
         out, stats, _ = layer(rows, valid, noise)
         losses = stats[:, BALANCE].sum() * d_balance + stats[:, Z].sum() * d_z
-        return (out.reshape(rows.shape) * weight).sum() + losses / real
+        return (out.reshape(rows.shape) * weight).sum() + losses / real, out, stats
 
-    d_rows, d_parameters = ms.grad(objective, 0, ms.ParameterTuple(parameters))(Tensor(rows))
-    return {"rows": d_rows.asnumpy()} | {name: d.asnumpy() for name, d in zip(names, d_parameters)}
+    way = ms.value_and_grad(objective, 0, ms.ParameterTuple(parameters), has_aux=True)
+    (_, out, stats), (d_rows, d_parameters) = way(Tensor(rows))
+    gradients = {"rows": d_rows.asnumpy()} | {name: d.asnumpy() for name, d in zip(names, d_parameters)}
+    return _unpacked(layer, out, stats, rows.shape), gradients
+
+
+def layer_gradients(layer, rows, valid, d_out, d_balance: float, d_z: float, noise=NO_NOISE) -> dict[str, np.ndarray]:
+    """Gradients of sum(out * d_out) + d_balance * balance + d_z * z, by parameter name and 'rows'."""
+    return run_both_ways(layer, rows, valid, d_out, d_balance, d_z, noise)[1]
+
+
+def _unpacked(layer, out, stats, shape):
+    summed = stats.asnumpy().sum(0)
+    figures = {name: value[0] for name, value in metrics(summed, layer.expert_num).items()}
+    return out.asnumpy().reshape(shape), *loss_metrics(summed, layer.expert_num), figures

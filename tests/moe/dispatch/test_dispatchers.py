@@ -9,7 +9,16 @@ from mindspore import Tensor
 from mindspore import dtype as mstype
 from oracles.capacity_law import slots
 from oracles.moe_loop import Rules, Token, seat, work
-from oracles.tiny import NO_NOISE, layer_gradients, run_layer, tiny_config, tiny_layer, tiny_rows, weights_of
+from oracles.tiny import (
+    NO_NOISE,
+    layer_gradients,
+    run_both_ways,
+    run_layer,
+    tiny_config,
+    tiny_layer,
+    tiny_rows,
+    weights_of,
+)
 
 from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.moe.dispatch.dispatchers import (
@@ -93,9 +102,8 @@ def test_compiled_layer_is_the_same(form):
             ms.set_context(mode=mode)
             layer, (rows, valid) = _layer(form), tiny_rows(groups=2, padded=2)
             upstream = np.random.default_rng(3).normal(0, 1, rows.shape).astype(np.float32)
-            parts.append(
-                {"out": run_layer(layer, rows, valid)[0]} | layer_gradients(layer, rows, valid, upstream, 0, 0)
-            )
+            (out, *_), gradients = run_both_ways(layer, rows, valid, upstream, 0, 0)
+            parts.append({"out": out} | gradients)
     finally:
         ms.set_context(mode=before)
     for name, one in parts[0].items():

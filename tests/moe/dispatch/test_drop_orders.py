@@ -13,11 +13,13 @@ from switchyard.moe.dispatch.reroute import Reroute
 NOWHERE = 3  # with three experts
 
 
-def _seated(experts, gates, factor, order, lot=None, least=1):
+def _seated(experts, gates, factor, order, priority=None, least=1):
     """Choices n * K + k that got a slot, as a set."""
     experts, gates = np.array(experts, np.int32), np.array(gates, np.float32)
-    lot = None if lot is None else Tensor(np.array([lot], np.float32))
-    plan = CapacityPlan(3, experts.shape[-1], factor, order, least)(Tensor(experts[None]), Tensor(gates[None]), lot)
+    priority = None if priority is None else Tensor(np.array([priority], np.float32))
+    plan = CapacityPlan(3, experts.shape[-1], factor, order, least)(
+        Tensor(experts[None]), Tensor(gates[None]), priority
+    )
     return set(np.flatnonzero(plan["kept_mask"].asnumpy()[0]).tolist())
 
 
@@ -37,16 +39,16 @@ def test_batch_priority_serves_first_choices_first(pynative):
     assert _seated([[0, 1], [1, 0], [2, 0]], [[0.9, 0.8], [0.3, 0.2], [0.4, 0.3]], 0.5, "batch_priority") == {0, 2, 4}
 
 
-def test_random_goes_by_lot(pynative):
-    assert _seated(EXPERTS, GATES, 0.5, "random", lot=[0.9, 0.5, 0.1]) == {4, 5}
-    assert _seated(EXPERTS, GATES, 0.5, "random", lot=[0.2, 0.5, 0.9]) == {0, 1}
+def test_random_goes_by_priority(pynative):
+    assert _seated(EXPERTS, GATES, 0.5, "random", priority=[0.9, 0.5, 0.1]) == {4, 5}
+    assert _seated(EXPERTS, GATES, 0.5, "random", priority=[0.2, 0.5, 0.9]) == {0, 1}
     assert _seated(EXPERTS, GATES, 0.5, "random") == {0, 1}  # evaluation draws none: by position
 
 
 @pytest.mark.parametrize("order", ["batch_priority", "random"])
 def test_padding_takes_no_slot(order, pynative):
     experts = [[NOWHERE, NOWHERE], [0, 1], [0, 1]]
-    assert _seated(experts, [[0, 0], [0.6, 0.1], [0.5, 0.4]], 0.5, order, lot=[0.0, 0.1, 0.2]) == {2, 3}
+    assert _seated(experts, [[0, 0], [0.6, 0.1], [0.5, 0.4]], 0.5, order, priority=[0.0, 0.1, 0.2]) == {2, 3}
 
 
 def test_minimum_capacity(pynative):
@@ -106,8 +108,8 @@ def test_padding_is_not_moved(pynative):
     assert gates[0] == 0
 
 
-class _Compiled:
-    """One shape compiled once; ten rows, two choices of four experts, capacity 4."""
+class _Cells:
+    """Of one shape, so that kernels are made once: ten rows, two choices of four experts, capacity 4."""
 
     def __init__(self):
         self.plans = {order: CapacityPlan(4, 2, 0.8, order) for order in ("batch_priority", "random")}
@@ -116,7 +118,7 @@ class _Compiled:
 
 @st.composite
 def routings(draw):
-    """(experts [10, 2], gates, probabilities [10, 4], lot [10]) with ties and padding."""
+    """(experts [10, 2], gates, probabilities [10, 4], priority [10]) with ties and padding."""
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     scores = random.gumbel(size=(10, 4)) - draw(st.sampled_from([0.0, 1.0, 5.0])) * np.arange(4)
     probabilities = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
@@ -130,20 +132,20 @@ def routings(draw):
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    return _Compiled()
+def cells():
+    return _Cells()
 
 
 @pytest.mark.parametrize("order", ["batch_priority", "random"])
-def test_seats_equal_a_plain_queue(order, compiled, graph):
+def test_seats_equal_a_plain_queue(order, cells, pynative):
     room = fair_slots(20, 4, 0.8)
 
     @given(routings())
     @settings(max_examples=15)
     def holds(routing):
-        experts, gates, _, lot = routing
-        plan = compiled.plans[order](Tensor(experts[None]), Tensor(gates[None]), Tensor(lot[None]))
-        key = lot if order == "random" else -gates.max(-1)
+        experts, gates, _, priority = routing
+        plan = cells.plans[order](Tensor(experts[None]), Tensor(gates[None]), Tensor(priority[None]))
+        key = priority if order == "random" else -gates.max(-1)
         queue = sorted(((k, key[n], n) for n in range(10) for k in range(2)), key=lambda c: c)
         held, wanted = np.zeros(5, int), np.zeros((10, 2))
         for k, _, n in queue:
@@ -156,7 +158,7 @@ def test_seats_equal_a_plain_queue(order, compiled, graph):
     holds()
 
 
-def test_reroute_laws(compiled, graph):
+def test_reroute_laws(cells, graph):
     """Nobody is moved without need, no expert is overfull, no row has one twice, and who is left found no room."""
     room = fair_slots(20, 4, 0.8)
 
@@ -164,7 +166,7 @@ def test_reroute_laws(compiled, graph):
     @settings(max_examples=20)
     def holds(routing):
         experts, gates, probabilities, _ = routing
-        held, weights = compiled.reroute(Tensor(experts[None]), Tensor(gates[None]), Tensor(probabilities[None]))
+        held, weights = cells.reroute(Tensor(experts[None]), Tensor(gates[None]), Tensor(probabilities[None]))
         held, weights = held.asnumpy()[0], weights.asnumpy()[0]
         load = np.bincount(held.ravel(), minlength=5)[:4]
         asked = np.bincount(experts.ravel(), minlength=5)[:4]

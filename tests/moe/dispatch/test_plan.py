@@ -169,13 +169,13 @@ def test_block_size_is_a_power_of_two_in_range(rows, experts, choices):
     assert (block == 1) == (rows * choices <= experts)
 
 
-class _Compiled:
-    """Plans of one shape, compiled once, so that only the contents vary."""
+class _Plans:
+    """Plans of one shape, so that kernels are made once and only the contents vary."""
 
     groups, rows, experts, choices, block = 2, 10, 4, 2, 4
 
     def __init__(self):
-        self.plans = {
+        self.capacity = {
             order: CapacityPlan(self.experts, self.choices, 0.8, order) for order in ("position", "probability")
         }
         self.one_hot = {
@@ -186,8 +186,8 @@ class _Compiled:
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    return _Compiled()
+def plans():
+    return _Plans()
 
 
 @st.composite
@@ -213,22 +213,22 @@ def _check_inverse(plan, experts):
 
 
 @pytest.mark.parametrize("order", ["position", "probability"])
-def test_capacity_plan_laws(order, compiled, graph):
+def test_capacity_plan_laws(order, plans, pynative):
     """Kept = min(count, C) of each expert, in that expert's slots; the same seats as the one-hot form finds."""
 
     @given(routings())
     def holds(routing):
         experts, gates = routing
-        plan = _read(compiled.plans[order](Tensor(experts), Tensor(gates)))
+        plan = _read(plans.capacity[order](Tensor(experts), Tensor(gates)))
         _check_inverse(plan, experts)
         flat = experts.reshape(2, -1)
         for g in range(2):
             for expert in range(4):
-                seats = plan["slots"][g, expert * compiled.slots : (expert + 1) * compiled.slots]
+                seats = plan["slots"][g, expert * plans.slots : (expert + 1) * plans.slots]
                 asked = (flat[g] == expert).sum()
-                assert (seats >= 0).sum() == min(asked, compiled.slots)
+                assert (seats >= 0).sum() == min(asked, plans.slots)
                 assert all(flat[g, choice] == expert for choice in seats if choice >= 0)
-        dispatch = compiled.one_hot[order](Tensor(experts), Tensor(gates))[0].asnumpy()
+        dispatch = plans.one_hot[order](Tensor(experts), Tensor(gates))[0].asnumpy()
         wanted = np.zeros_like(dispatch).reshape(2, 10, -1)
         for g, slot in np.argwhere(plan["slots"] >= 0):
             wanted[g, plan["slots"][g, slot] // 2, slot] = 1
@@ -237,16 +237,16 @@ def test_capacity_plan_laws(order, compiled, graph):
     holds()
 
 
-def test_block_plan_laws(compiled, graph):
+def test_block_plan_laws(plans, pynative):
     """Every real choice has a slot, in a block of its expert."""
 
     @given(routings())
     def holds(routing):
         experts, gates = routing
-        plan = _read(compiled.blocks(Tensor(experts), Tensor(gates)))
+        plan = _read(plans.blocks(Tensor(experts), Tensor(gates)))
         _check_inverse(plan, experts)
         np.testing.assert_array_equal(plan["combine_index"] >= 0, experts.reshape(2, -1) < 4)
-        of_slot = np.repeat(plan["block_expert"], compiled.block, 1)
+        of_slot = np.repeat(plan["block_expert"], plans.block, 1)
         for g, slot in np.argwhere(plan["slots"] >= 0):
             assert experts.reshape(2, -1)[g, plan["slots"][g, slot]] == of_slot[g, slot]
 
