@@ -30,7 +30,7 @@ from switchyard.files import scratch
 from switchyard.moe import metrics
 from switchyard.simulation import compile as simulate
 from switchyard.simulation.baseline import AFTER, BATCHES, BEFORE, RESULT, STEP
-from switchyard.simulation.compile import ACCUMULATED, Report
+from switchyard.simulation.compile import CONTROLS, SUMS, Report
 from switchyard.simulation.compile_worker import JOB
 from switchyard.simulation.interpreter import EXCHANGES, Arrays, ClusterError, NotExecutable, run_cluster
 from switchyard.simulation.verdict import TOLERANCE, Comparison, Judge
@@ -39,8 +39,6 @@ from switchyard.training.limits import require_trainable
 from switchyard.trust import check_trusted
 
 DRAWS = 3  # of batches, where choices of experts fell otherwise
-CONTROLS = ("learning_rate", "unscale", "routers_learn", "begins", "ends")  # parameters that the host sets
-SUMS = (ACCUMULATED, "accumulated.")  # how the names of sums of gradients begin
 HEAD = 2  # figures of a micro-batch before those of its layers, see training.loss
 
 
@@ -186,14 +184,17 @@ def _control(own: Arrays, **values: float) -> None:
 
 
 def move_bias(config: Config, own: Arrays, figures: np.ndarray) -> None:
-    """Does what the host does behind a step: moves the bias of routers that balance by one; figures [A, W]."""
-    experts, rate = config.moe.expert_num, config.moe.topk_bias_update_rate
-    stats = metrics.by_layer(figures[:, HEAD:].sum(0), experts) if config.moe_layers else []
-    for layer, row in zip(config.moe_layers, stats):
-        name = f"layers.{layer}.feed_forward.router.bias"
-        if name in own:
-            load = row[len(metrics.SCALARS) :][:experts]
-            own[name] = own[name] + metrics.bias_step(load, rate)
+    """Does what the host does behind a step: moves the bias of `sigmoid`; figures [A, W]."""
+    moe = config.moe
+    if moe.router != "sigmoid" or not config.moe_layers:
+        return
+    names = ["bias"] if moe.copies == 1 else [f"routers.{index}.bias" for index in range(moe.copies)]
+    for layer, row in zip(config.moe_layers, metrics.by_layer(figures[:, HEAD:].sum(0), moe.expert_num)):
+        loads = row[len(metrics.SCALARS) :][: moe.expert_num].reshape(moe.copies, -1)
+        for last, load in zip(names, loads):
+            name = f"layers.{layer}.feed_forward.router.{last}"
+            if name in own:  # of a pipeline only the layers of the stage
+                own[name] = own[name] + metrics.bias_step(load, moe.router.options.topk_bias_update_rate)
 
 
 def states_of(reference: Arrays, steps: int) -> list[Arrays]:

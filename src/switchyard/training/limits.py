@@ -52,6 +52,8 @@ def refusals(config: Config, target: str = "Ascend") -> Iterator[Refusal]:
         yield Refusal("model.type", config.model.type, "only a decoder is sharded over devices", True)
     if target == "GPU" and config.moe_layers and moe.dispatch != "capacity":
         yield Refusal("moe.dispatch", moe.dispatch, "the compiler shards it for Ascend", True)
+    if config.moe_layers and moe.record:  # see mesh.LossAndGradients
+        yield Refusal("moe.record", moe.record, "null; a compiled program hands out no choices", True)
     if config.moe_layers and (reason := why_not_sharded(moe.router)):
         yield Refusal("moe.router", moe.router, reason, True)
     yield from _of_pipelines(config, target)
