@@ -25,12 +25,12 @@ ROUTERS = {
     "base": {},
     "cosine": TWO,
     "prototype": TWO,
-    "two_level": TWO,
+    "two_level": TWO | {"n_group": 2},
     "hash": {},
     "lsh": {},
     "random": {},
     "dense": {},
-    "mixture_of_depths": {"expert_num": 1, "expert_parallel": 1},
+    "mixture_of_depths": {"expert_num": 1, "expert_parallel": 1, "capacity_factor": 0.5},
     "copies of sigmoid": TWO | {"router": "sigmoid", "copies": 2},
 }
 NOT_OF_TEXT = ("expert_choice", "multi_gate", "random_in_group", "task")  # not causal, or choose by task

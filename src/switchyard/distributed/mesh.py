@@ -131,7 +131,7 @@ class CompiledMesh(LocalMesh):
     Attributes:
         groups: routing groups G in all; a device holds G / data_parallel of them.
         length: tokens S of a sequence.
-        noise, no_noise: layouts of the noise [J, N, D] in training, and of the constant that stands for it at evaluation.
+        noise, no_noise: layouts of the noise [J, N, D] in training, and of the constant in its place at evaluation.
         alone: a stage is one GPU, whose backend wants the graph of a pipeline without functions, and so no `local`.
         sequence: tokens between two layers are sharded over the model shards too (arXiv 2205.05198, section 4.2.2).
     """

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from switchyard.config import Config
 from switchyard.distributed.placement import EXPERT, MODEL, Degrees, placement
 from switchyard.distributed.stages import stage_config, ways
-from switchyard.moe.dispatch.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape
+from switchyard.moe.dispatch.capacity import buffer_slots, check_dropless, check_sort_keys, slot_shape
 from switchyard.moe.metrics import width
 from switchyard.nn.fused import fused_operators
 from switchyard.planner.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
@@ -132,11 +132,10 @@ def _scalars(config):
 
 def check_counted(config: Config) -> None:
     """Refuses what the compiler does not cut, and what is not counted here (UserError)."""
-    moe, layers = config.moe, bool(config.moe_layers)
     check_offered(config)
     check_sort_keys(config)
-    if layers and moe.dispatch != "capacity":
-        check_sorted_rows(config)
+    if config.devices > 1:
+        check_dropless(config)
 
 
 def exchanges(config: Config, vocab: int, stage: int = 0) -> Iterator[Exchange]:
@@ -188,7 +187,8 @@ def _of_micro_batch(config, stage):
         yield from _of_model_slices(own, degrees, repeated, last)
     if degrees.data_parallel > 1 and last:
         yield Exchange("AllReduce", "data", degrees.data_parallel, 2 * FLOAT)  # valid and real tokens
-        many, passes = (micro_batches_of_call(config), 2) if stages > 1 else (1, 1)  # of a pipeline backward too, and places
+        # of a pipeline there are places for all, and one backward too
+        many, passes = (micro_batches_of_call(config), 2) if stages > 1 else (1, 1)
         yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT * many * _figures(config), passes)
     groups = config.groups // degrees.data_parallel
     rows = config.rows // degrees.data_parallel * config.model.hidden_size
