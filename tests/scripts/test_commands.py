@@ -57,7 +57,7 @@ RULES = {
     r"python train\.py --config config/moe_1b_gpu\.yaml": "--print-config",  # of devices that are not here
     r"python train\.py --config config/digits_(cascade|channel|region|soft|task)_cpu\.yaml": "--print-config",
     r"python train\.py --config config/quickstart\.yaml": "--print-config",  # the README trains it under another name
-    r"python train\.py --config .*": PYNATIVE,
+    r"python train\.py --config config/quickstart\.yaml (?!--print-config).*": PYNATIVE,
     r"python (train|eval|export|infer)\.py": "--help",  # the name of a program
     r"python (train|eval|export|infer|scripts/renew_readmes)\.py.*": "",
     r"python -m switchyard\.(data\.prepare|planner|simulation\.\w+)": "--help",  # the name of a program
