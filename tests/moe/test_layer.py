@@ -13,6 +13,7 @@ from oracles.tiny import layer_gradients, run_layer, tiny_config, tiny_layer, ti
 from switchyard.errors import UserError
 from switchyard.moe.dispatch.capacity import check_sort_keys
 from switchyard.moe.layer import MoELayer
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
 CASES = {
@@ -340,7 +341,7 @@ def test_shared_experts_serve_every_row(pynative):
 
 def test_noise_slices_are_given_only_to_who_reads_them():
     slices = NoiseSlices()
-    random = np.random.default_rng(0)
+    random = InitialWeights(0)
     for jitter, count in ((0.0, 0), (0.1, 1), (0.1, 2)):
         layer = MoELayer(tiny_config(jitter=jitter), (0.1, 0.1), random, mstype.float32, slices)
         assert (slices.count, layer.slice) == (count, max(count - 1, 0))

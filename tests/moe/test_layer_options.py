@@ -1,4 +1,4 @@
-"""Options of the layer: gated shared experts, copies, forced balance, re-routing and lots, against plain sums."""
+"""Options of the layer against plain sums: gated shared experts, copies, forced balance, rerouting, priorities."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from mindspore import dtype as mstype
 from oracles.tiny import NO_NOISE, layer_gradients, run_layer, tiny_config, tiny_layer, tiny_rows, weights_of
 
 from switchyard.errors import UserError
-from switchyard.moe.layer import InTurn, MoELayer
+from switchyard.moe.layer import MoELayer, RoundRobinRouting
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
@@ -47,12 +47,12 @@ def test_gate_without_shared_experts():
         tiny_config(use_shared_expert_gating=True)
 
 
-def test_in_turn(pynative):
+def test_round_robin(pynative):
     """Choice k of row n is expert n * K + k modulo E; with two copies, of its own half."""
     valid = Tensor(np.ones((2, 3), np.float32))
-    plain = InTurn(tiny_config(num_experts_chosen=2).moe)(valid).asnumpy()
+    plain = RoundRobinRouting(tiny_config(num_experts_chosen=2).moe)(valid).asnumpy()
     np.testing.assert_array_equal(plain, [[[0, 1], [2, 3], [0, 1]]] * 2)
-    copies = InTurn(tiny_config(copies=2).moe)(valid).asnumpy()
+    copies = RoundRobinRouting(tiny_config(copies=2).moe)(valid).asnumpy()
     np.testing.assert_array_equal(copies, [[[0, 2], [1, 3], [0, 2]]] * 2)
 
 
@@ -153,9 +153,9 @@ def test_reroute_in_the_layer(mode, request):
     assert np.abs(d_rows["router.weight"]).max() > 1e-3
 
 
-def test_lots_are_drawn_in_training_only(pynative):
+def test_priorities_are_drawn_in_training_only(pynative):
     layer = tiny_layer(tiny_config(router="switch", expert_num=2, capacity_factor=0.5, drop_order="random"))
-    assert layer.lot is not None
+    assert layer.priority is not None
     rows, valid = np.repeat(tiny_rows(rows=1)[0], 4, 1), np.ones((1, 4), np.float32)
     noise = np.zeros((1, 4, 6), np.float32)
     noise[0, :, 0] = [0.8, 0.7, 0.1, 0.9]

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
+from oracles.routers import GROUPS, ROWS, checking_mesh
 from oracles.tiny import layer_gradients, run_layer, tiny_config, tiny_rows, weights_of
 
 from switchyard.config import build
-from switchyard.distributed.collectives import cut_model
+from switchyard.distributed.collectives import ProcessMesh
+from switchyard.distributed.mesh import LOCAL
 from switchyard.distributed.placement import Degrees
 from switchyard.distributed.processes import Processes
 from switchyard.errors import UserError
@@ -16,7 +18,7 @@ from switchyard.models import Decode, Decoder, Prefill
 from switchyard.moe.conv_experts import ConvolutionExperts, SliceExperts
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.layer import MoELayer
-from switchyard.moe.own_classes import require_cut_experts, require_partners
+from switchyard.moe.own_classes import require_cut_experts
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
@@ -42,11 +44,11 @@ class Shifted(FeedForwardExperts):
         return super().construct(rows) + 1.0
 
 
-def own_layer(make, train: bool, width: int = 6, **moe) -> MoELayer:
+def own_layer(make, train: bool, width: int = 6, mesh=LOCAL, **moe) -> MoELayer:
     """A layer of width 6 with experts of one's own."""
     config = tiny_config(width=width, **moe)
     random, slices = InitialWeights(0), NoiseSlices()
-    layer = MoELayer(config, (0.7, 0.7), random, mstype.float32, slices, make_experts=make)
+    layer = MoELayer(config, (0.7, 0.7), random, mstype.float32, slices, make_experts=make, mesh=mesh)
     weight = layer.router.weight
     weight.set_data(Tensor(np.random.default_rng(1).normal(0, 0.8, weight.shape).astype(np.float32)))
     return layer.set_train(train)
@@ -122,8 +124,8 @@ class Louder(MoELayer):
     """A layer of one's own, of which generation must not take the shipped one's shortcut."""
 
     def construct(self, rows, valid, noise, token_ids=None, task_ids=None, replay=None, view=None):
-        out, losses, audit = super().construct(rows, valid, noise, token_ids, task_ids, replay, view)
-        return out * 2.0, losses, audit
+        out, stats, choices = super().construct(rows, valid, noise, token_ids, task_ids, replay, view)
+        return out * 2.0, stats, choices
 
 
 @pytest.mark.parametrize(("layer", "mode"), [(MoELayer, "graph"), (Louder, "pynative")])
@@ -150,13 +152,13 @@ def test_generation_says_what_the_decoder_says(layer, mode, request):
     np.testing.assert_allclose(logits.asnumpy(), whole[:, 5], atol=1e-4)
 
 
-def test_experts_of_own_names_are_not_cut_over_processes():
+def test_experts_of_own_names_are_not_sharded_over_processes():
     """They would stay whole while their rows are exchanged: refused before anything runs."""
     processes = Processes(0, 2, Degrees(data_parallel=2, expert_parallel=2))
     with pytest.raises(
         UserError, match=r"^parallel\.expert_parallel: '.*matrix' \[4, 6, 6\] would not be cut"
     ) as caught:
-        cut_model(own_layer(tanh_experts, True), processes)
+        own_layer(tanh_experts, True, mesh=ProcessMesh(processes))
     assert "w_in, w_gate or w_out" in str(caught.value)
 
 
@@ -176,23 +178,22 @@ def test_a_compiled_cluster_refuses_experts_that_it_would_replace():
         require_cut_experts(cut, 4, "dropless")
 
 
-def test_a_compiled_cluster_refuses_models_and_layers_that_it_would_replace():
-    class Mine(Decoder):
-        def construct(self, tokens, valid, noise, replay=None):
-            return super().construct(tokens, valid, noise, replay)
+def test_a_compiled_cluster_runs_a_layer_of_ones_own(pynative):
+    """There is one forward pass, so what a subclass makes of it counts on every mesh."""
+    config = tiny_config(groups=GROUPS, num_experts_chosen=2)
+    mesh, (rows, valid) = checking_mesh(config), tiny_rows(GROUPS, ROWS, padded=2)
+    found = []
+    for kind in (MoELayer, Louder):
+        layer = kind(config, (0.7, 0.7), InitialWeights(0), mstype.float32, NoiseSlices(), mesh=mesh)
+        layer.shard(mesh)
+        found.append(run_layer(layer, rows, valid)[0])
+    assert np.abs(found[0]).max() > 0.1
+    np.testing.assert_array_equal(found[1], 2 * found[0])
 
-    class Whole(Mine):
-        def spread(self, tokens, valid, noise):
-            return super().spread(tokens, valid, noise)
 
-    model = {"num_layers": 1, "hidden_size": 4, "num_heads": 1, "seq_length": 4, "intermediate_size": 4}
-    config = build({"model": model})
-    with pytest.raises(UserError, match=r"Mine: changes `construct` of Decoder and not `spread`, which a compiled"):
-        Mine(config, 5).shard(None)
-    require_partners(Whole(config, 5), Decoder, {"construct": ("spread",)})
-    louder = Louder(tiny_config(), (0.1, 0.1), InitialWeights(0), mstype.float32, NoiseSlices())
-    with pytest.raises(UserError, match=r"\.Louder: changes `construct` of MoELayer and not `spread`"):
-        louder.shard(None)
-    copied = MoELayer(tiny_config(copies=2), (0.1, 0.1), InitialWeights(0), mstype.float32, NoiseSlices())
-    with pytest.raises(UserError, match=r"^moe\.copies: 2; 1 where parallel degrees cut the model"):
-        copied.shard(None)
+def test_a_compiled_cluster_refuses_shared_experts_of_ones_own():
+    """Those of the layer are `SharedExperts`; a maker's are not sharded."""
+    config = tiny_config(shared_expert_num=2)
+    layer = MoELayer(config, (0.7, 0.7), InitialWeights(0), mstype.float32, NoiseSlices(), make_experts=shifted_experts)
+    with pytest.raises(UserError, match=r"^moe\.shared_expert_num: 2; your own shared experts are not sharded"):
+        layer.shard(checking_mesh(config))

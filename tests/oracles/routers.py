@@ -5,8 +5,8 @@ from mindspore import Tensor
 from mindspore import dtype as mstype
 from oracles.tiny import tiny_config
 
-from switchyard.config import build
-from switchyard.distributed.mesh import Mesh
+from switchyard.config import Config, build
+from switchyard.distributed.mesh import CompiledMesh
 from switchyard.moe.routing import create_router
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
@@ -29,8 +29,8 @@ OPTIONS = {  # what a router cannot do without
 def any_router(name: str, training: bool, **moe):
     """A shipped router whose learned weights are large enough that every choice is sharp."""
     keys = {"router": name, "expert_num": EXPERTS, "task_num": TASKS} | OPTIONS.get(name, {}) | moe
-    random = np.random.default_rng(0)
-    router = create_router(tiny_config(width=WIDTH, **keys), random, NoiseSlices(), VOCABULARY, has_tasks=True)
+    config, random = tiny_config(width=WIDTH, **keys), np.random.default_rng(0)
+    router = create_router(config, InitialWeights(0), NoiseSlices(), VOCABULARY, has_tasks=True)
     for parameter in router.get_parameters():
         if parameter.dtype == mstype.float32 and "scale" not in parameter.name:
             parameter.set_data(Tensor(random.normal(0, 0.8, parameter.shape).astype(np.float32)))
@@ -50,8 +50,12 @@ def inputs_of(padded: int = 0):
     return Tensor(random.normal(0, 2, (*shape, WIDTH)).astype(np.float32)), context
 
 
-class CheckingMesh(Mesh):
-    """A mesh of one device that checks what a cluster's compiler is told of each function."""
+class CheckingMesh(CompiledMesh):
+    """A mesh of one device that checks, for GROUPS groups of ROWS tokens, what a compiler is told of each function."""
+
+    def __init__(self, config: Config):
+        self.axes, self.layouts = {}, []
+        super().__init__(config)
 
     def cut(self, *axes):
         """The layout, with the names of its axes."""
@@ -62,27 +66,32 @@ class CheckingMesh(Mesh):
 
     def local(self, work, inputs, outputs, shapes, types):
         """Work that is checked at each call."""
-        axes = self.axes
 
         def checked(*arguments):
-            assert [len(axes[id(layout)]) for layout in inputs] == [len(argument.shape) for argument in arguments]
-            sharded = [argument.shape[0] for layout, argument in zip(inputs, arguments) if "data" in axes[id(layout)]]
-            assert set(sharded) == {GROUPS * ROWS}  # tokens, along their first axis; parameters are full
-            result = work(*arguments)
-            assert [axes[id(layout)] for layout in outputs] == [("data", None)] and result.ndim == 2
-            assert list(shapes(*(list(argument.shape) for argument in arguments))) == list(result.shape)
-            assert types(*(argument.dtype for argument in arguments)) == result.dtype
-            return result
+            self.check(inputs, arguments)
+            results = work(*arguments)
+            several = isinstance(results, tuple)
+            parts = results if several else (results,)
+            self.check(outputs, parts)
+            promised = shapes(*(list(argument.shape) for argument in arguments))
+            assert [list(shape) for shape in (promised if several else (promised,))] == [list(p.shape) for p in parts]
+            promised = types(*(argument.dtype for argument in arguments))
+            assert list(promised if several else (promised,)) == [part.dtype for part in parts]
+            return results
 
         return checked
 
+    def check(self, layouts, tensors) -> None:
+        """One layout for each tensor, one name for each axis; of data, only groups and flat tokens are sharded."""
+        assert [len(self.axes[id(layout)]) for layout in layouts] == [len(tensor.shape) for tensor in tensors]
+        for layout, tensor in zip(layouts, tensors):
+            sharded = [size for axis, size in zip(self.axes[id(layout)], tensor.shape) if axis == "data"]
+            assert sharded in ([], [GROUPS], [GROUPS * ROWS])
 
-def shard_checked(router) -> None:
-    """Shards a router over a CheckingMesh."""
-    mesh = CheckingMesh.__new__(CheckingMesh)
-    mesh.axes, mesh.layouts = {}, []
-    mesh.__init__(build({}))
-    router.shard(mesh)
+
+def checking_mesh(config: Config | None = None) -> CheckingMesh:
+    """A CheckingMesh of a configuration; of the defaults where only the layouts of a router are asked for."""
+    return CheckingMesh(build({}) if config is None else config)
 
 
 def identity_router(name: str, choices: int, experts: int, train: bool = False, **moe):

@@ -7,6 +7,7 @@ from mindspore import dtype as mstype
 
 from switchyard.config import Config, build
 from switchyard.moe.layer import MoELayer
+from switchyard.moe.metrics import BALANCE, Z, loss_metrics, metrics
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
@@ -45,20 +46,22 @@ def tiny_rows(groups: int = 1, rows: int = 9, width: int = 6, seed: int = 2, pad
 
 
 def run_layer(layer, rows, valid, noise=NO_NOISE):
-    """Forward of a layer on arrays -> (out, balance loss, z-loss, audit) as arrays."""
-    out, losses, audit = layer(Tensor(rows), Tensor(valid), Tensor(noise))
-    figures = {name: value.asnumpy() for name, value in audit.items()}
-    return out.asnumpy(), float(losses[0].asnumpy()), float(losses[1].asnumpy()), figures
+    """Forward of a layer on arrays -> (out [G, N, D], balance loss, z-loss, metrics of the layer) as arrays."""
+    out, stats, _ = layer(Tensor(rows), Tensor(valid), Tensor(noise))
+    summed, experts = stats.asnumpy().sum(0), layer.expert_num
+    figures = {name: value[0] for name, value in metrics(summed, experts).items()}
+    return out.asnumpy().reshape(rows.shape), *loss_metrics(summed, experts), figures
 
 
 def layer_gradients(layer, rows, valid, d_out, d_balance: float, d_z: float, noise=NO_NOISE) -> dict[str, np.ndarray]:
     """Gradients of sum(out * d_out) + d_balance * balance + d_z * z, by parameter name and 'rows'."""
     names, parameters = zip(*layer.parameters_and_names())
-    weight, valid, noise = Tensor(d_out), Tensor(valid), Tensor(noise)
+    weight, real, valid, noise = Tensor(d_out), max(float(valid.sum()), 1.0), Tensor(valid), Tensor(noise)
 
     def objective(rows):
-        out, losses, _ = layer(rows, valid, noise)
-        return (out * weight).sum() + losses[0] * d_balance + losses[1] * d_z
+        out, stats, _ = layer(rows, valid, noise)
+        losses = stats[:, BALANCE].sum() * d_balance + stats[:, Z].sum() * d_z
+        return (out.reshape(rows.shape) * weight).sum() + losses / real
 
     d_rows, d_parameters = ms.grad(objective, 0, ms.ParameterTuple(parameters))(Tensor(rows))
     return {"rows": d_rows.asnumpy()} | {name: d.asnumpy() for name, d in zip(names, d_parameters)}

@@ -223,8 +223,8 @@ class DepthsOptions(OneChoice):
         """See RouterOptions.laws."""
         yield from super().laws(moe)
         experts, factor, name = moe.expert_num, moe.capacity_factor, "mixture_of_depths"
-        yield experts == 1, "moe.expert_num", experts, f"{KEY} '{name}' has one expert, or none, for a row"
-        yield factor <= 1, "moe.capacity_factor", factor, f"the share of rows that {name} works on: at most 1"
+        yield experts == 1, "moe.expert_num", experts, f"{KEY} '{name}' needs 1 expert"
+        yield factor <= 1, "moe.capacity_factor", factor, f"at most 1: {name} works on that share of the tokens"
 
 
 OPTIONS: dict[str, type[RouterOptions]] = {  # of the routers that ship

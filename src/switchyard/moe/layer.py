@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
+from mindspore.parallel import Layout
 
 from switchyard.config import Config, MoEConfig
 from switchyard.distributed.mesh import LOCAL, CompiledMesh, LocalMesh, first
@@ -24,18 +25,16 @@ from switchyard.moe.routing.own_routers import require_sharded_router
 from switchyard.moe.shared_experts import SharedExperts
 from switchyard.moe.statistics import statistics
 from switchyard.nn.fused import NONE
+from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.masks import keep_where
 from switchyard.nn.noise import NoiseSlices, UniformRows
 
 
 class MoELayer(nn.Cell):
-    """Tokens [F, D] -> (tokens [F, D], router statistics [G, 6 + 2 E], choices [F, K] or ()).
+    """Sends every token through the experts that its router chooses, and adds up what they make of it.
 
     A token without a slot comes back as zero, so that the residual carries it; padding too. Router, experts and shared
     experts see zeros in the place of padding, whose contents reach nothing: no output, no loss, no gradient.
-
-    The first three columns of the statistics carry gradients: the auxiliary losses, see moe.metrics. The choices are
-    those of the router, int32, where moe.record asks for them.
 
     In training an expert has ceil(N * K * capacity_factor / E) slots of each group, or room for all (`moe.dispatch`).
     At evaluation `eval_capacity_factor` counts, and null, the default, drops nothing: a token's output does not depend
@@ -49,18 +48,34 @@ class MoELayer(nn.Cell):
         slices: hands out the slices of noise that jitter and the router read.
         vocab_size: of the tokens whose ids come along, for routers that choose by token.
         has_tasks: whether task ids come along, for routers that choose by task.
-        make_experts: (experts E, hidden width F) -> the experts' cell, [E, S, D] -> [E, S, D], where they are not
+        make_experts: (experts E, hidden width) -> the experts' cell, [E, S, D] -> [E, S, D], where they are not
             feed-forward on D. It may have `blocks`, which spares work where nothing is dropped.
         fused: operators of the device, see nn.fused.
         mesh: the devices.
         place: which of the model's conditional layers this is, from 0.
+
+    Returns:
+        Tokens [F, D]; router statistics [G, 6 + 2 E], whose first three columns, the losses, carry gradients (see
+        moe.metrics); choices of the router [F, K] int32 where moe.record asks for them, else ().
+
+    Raises:
+        UserError: an option that the router or the experts cannot serve.
+
+    Examples:
+        >>> from switchyard.config import build
+        >>> config = build({"model": {"hidden_size": 8, "num_heads": 2}, "moe": {"expert_num": 4}})
+        >>> layer = MoELayer(config, (0.02, 0.02), InitialWeights(0), mstype.float32, NoiseSlices())
+        >>> tokens, valid, noise = ops.ones((6, 8)), ops.ones((1, 6)), ops.zeros((1, 1, 1))
+        >>> out, stats, choices = layer(tokens, valid, noise)
+        >>> out.shape, stats.shape, choices
+        ((6, 8), (1, 14), ())
     """
 
     def __init__(
         self,
         config: Config,
         std: tuple[float, float],
-        random,
+        random: InitialWeights,
         dtype,
         slices: NoiseSlices,
         vocab_size: int | None = None,
@@ -71,36 +86,23 @@ class MoELayer(nn.Cell):
         place: int = 0,
     ):
         super().__init__()
-        moe, size = config.moe, config.model.hidden_size
+        moe = config.moe
         self.config, self.place = config, place
         self.expert_num, self.choices, self.jitter = moe.expert_num, moe.choices, moe.jitter
         self.slice = slices.take(self.jitter > 0)
-        self.priority = UniformRows(slices, size, 1) if moe.drop_order == "random" else None
+        self.priority = UniformRows(slices, config.model.hidden_size, 1) if moe.drop_order == "random" else None
         self.router = create_router(config, random, slices, vocab_size, has_tasks)
         self.decides_whole, self.state_num = self.router.overrides_construct, len(self.router.state())
         self.takes_tokens = vocab_size is not None and "token_ids" in self.router.needs
         self.takes_tasks = has_tasks and "task_ids" in self.router.needs
-        hidden, own = config.expert_width, make_experts is not None
-        if own:
-            self.experts = make_experts(moe.expert_num, hidden)
-        else:
-            kind = config.model.activation
-            self.experts = FeedForwardExperts(moe.expert_num, size, hidden, kind, std, random, dtype, fused=fused)
-        self.shared = None
-        if moe.shared_expert_num and own:
-            self.shared = make_experts(1, hidden * moe.shared_expert_num)
-        elif moe.shared_expert_num:
-            self.shared = SharedExperts(config, std, random, dtype, fused)
+        self.experts, self.shared = create_experts(config, std, random, dtype, make_experts, fused)
         self.expand_dims, self.add = ops.ExpandDims(), ops.Add()
         self.round_robin = RoundRobinRouting(moe) if moe.force_balance else None
         self.train_dispatcher = create_dispatcher(self.router, config, True, self.experts, fused, mesh)
         self.eval_dispatcher = create_dispatcher(self.router, config, False, self.experts, fused, mesh)
         self.records = moe.record is not None
         self.rest_num = 1 + self.records  # of what `send` returns besides what travels
-        asked = self.records or moe.replay is not None or moe.force_balance or moe.router_warmup_steps
-        if asked or moe.dispatch != "capacity":
-            require_choices(moe)
-        require_learnable(moe)
+        require_able(moe)
         self.losses = WeightedLosses(moe, self.router, config.model.seq_length // config.row_tokens)
         self.local_hide, self.local_jitter = self.hide_padding, self.add_jitter
         self.local_train, self.local_eval = self.send, self.send
@@ -116,26 +118,29 @@ class MoELayer(nn.Cell):
         replay: Tensor = None,
         view: Tensor = None,
     ):
-        """Tokens [F, D] or [G, N, D], valid [G, N] (1 = real, 0 = padding), noise [.., F, D] of U(0, 1); ids [F] int32;
-        choices to force [M, F, K] int32 of all M conditional layers, -1 where the router's own stand; view [F, D], what
-        the router sees where it is not the tokens themselves, which may then be of any width."""
-        tokens = self.local_hide(flat(tokens), valid)
+        """Returns what the class says.
+
+        Args:
+            tokens: [F, D] or [G, N, D].
+            valid: [G, N]; 1 = real, 0 = padding.
+            noise: [.., F, D] of U(0, 1), read in training alone.
+            token_ids, task_ids: [F] int32, where the router reads them.
+            replay: [M, F, K] int32, forced choices of all M conditional layers, -1 where the router's own stand.
+            view: [F, D], what the router sees where it is not the tokens, which may then be of any width.
+        """
+        tokens = self.local_hide(flat(tokens), valid)  # [F, D]
         seen = tokens if view is None else self.local_hide(flat(view), valid)
         if self.training and self.jitter > 0:
             seen = self.local_jitter(seen, noise)
-        inputs = self.inputs(seen, token_ids, task_ids)
-        if self.training:
-            sent = self.sent(self.local_train, self.local_train_forced, tokens, valid, noise, replay, inputs)
-            out = self.train_dispatcher.apply(self.experts, sent[: -self.rest_num])
-        else:
-            sent = self.sent(self.local_eval, self.local_eval_forced, tokens, valid, noise, replay, inputs)
-            out = self.eval_dispatcher.apply(self.experts, sent[: -self.rest_num])
+        inputs = self.router_inputs(seen, token_ids, task_ids)  # here alone the router's parameters are read
+        sent = self.decide(tokens, valid, noise, replay, inputs)  # local to a device: routing, slots, statistics
+        out = self.serve(sent[: -self.rest_num])  # the experts, and all that crosses devices
         if self.shared is not None:
             out = self.add(out, self.shared(self.expand_dims(tokens, 0)).reshape(out.shape))
         return out, sent[-self.rest_num], sent[-1] if self.records else ()
 
-    def inputs(self, seen: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
-        """What the decision is made of: ids [F] where the router reads them, its state, its scores [F, X]."""
+    def router_inputs(self, seen: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
+        """Returns what the decision is made of: ids [F] where the router reads them, its state, its scores [F, X]."""
         ids = ()
         if self.takes_tokens:
             token_ids = flat_ids(token_ids)
@@ -147,42 +152,55 @@ class MoELayer(nn.Cell):
             return (*ids, seen)
         return (*ids, *self.router.state(), *self.router.scores(seen, token_ids, task_ids))
 
-    def sent(self, local: Callable, forced: Callable, tokens, valid, noise, replay, inputs) -> tuple:
-        """What one device sends to the experts, see `send`."""
+    def decide(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> tuple:
+        """Returns what `send` does: in training or not, forced or not, each an operator of its own on a cluster."""
+        if self.training:
+            if replay is None:
+                return self.local_train(tokens, valid, noise, *inputs)
+            return self.local_train_forced(tokens, valid, noise, replay, *inputs)
         if replay is None:
-            return local(tokens, valid, noise, *inputs)
-        return forced(tokens, valid, noise, replay, *inputs)
+            return self.local_eval(tokens, valid, noise, *inputs)
+        return self.local_eval_forced(tokens, valid, noise, replay, *inputs)
+
+    def serve(self, sent: tuple) -> Tensor:
+        """Returns tokens [F, D]: what was sent, through the experts and back."""
+        if self.training:
+            return self.train_dispatcher.apply(self.experts, sent)
+        return self.eval_dispatcher.apply(self.experts, sent)
 
     # ---- from here to `shard` everything is local to one device and reads no Parameter
     def hide_padding(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Tokens [F, D], zeros where valid [G, N] is 0."""
+        """Returns tokens [F, D], zeros where valid [G, N] is 0."""
         return keep_where(tokens, valid.reshape(-1))
 
     def add_jitter(self, tokens: Tensor, noise: Tensor) -> Tensor:
-        """Multiplies tokens [F, D] by a factor near 1 (arXiv 2101.03961, appendix C)."""
+        """Multiplies tokens [F, D] by factors near 1 (arXiv 2101.03961, appendix C)."""
         return tokens * (1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice])
 
     def send(self, tokens: Tensor, valid: Tensor, noise: Tensor, *inputs) -> tuple:
-        """Decides, and fills what travels: tokens [F, D] -> (what the dispatcher sends..., statistics [G, 6 + 2 E],
-        with moe.record choices [F, K])."""
+        """Routes tokens [F, D], and fills what travels.
+
+        Returns:
+            What the dispatcher sends..., statistics [G, 6 + 2 E], and with moe.record choices [F, K].
+        """
         replay = self.round_robin(valid) if self.round_robin is not None else None
-        return self.decided(tokens, valid, noise, replay, inputs)
+        return self.route_and_fill(tokens, valid, noise, replay, inputs)
 
     def send_forced(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, *inputs) -> tuple:
-        """`send` with choices that are forced: replay [M, F, K] int32."""
-        return self.decided(tokens, valid, noise, replay[self.place].reshape(*valid.shape, -1), inputs)
+        """Does what `send` does, with choices that are forced: replay [M, F, K] int32."""
+        return self.route_and_fill(tokens, valid, noise, replay[self.place].reshape(*valid.shape, -1), inputs)
 
-    def decided(self, tokens, valid, noise, replay, inputs) -> tuple:
-        """See `send`; replay [G, N, K] int32 or None."""
+    def route_and_fill(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> tuple:
+        """Does what `send` does; replay [G, N, K] int32 or None."""
         routing, tokens = self.route(valid, noise, replay, inputs), tokens.reshape(*valid.shape, -1)  # [G, N, D]
         if not self.training:
-            return self.filled(self.eval_dispatcher, tokens, valid, routing)
+            return self.fill(self.eval_dispatcher, tokens, valid, routing)
         if self.priority is not None:
             routing["priority"] = self.priority(noise).reshape(valid.shape)  # [G, N]
-        return self.filled(self.train_dispatcher, tokens, valid, routing)
+        return self.fill(self.train_dispatcher, tokens, valid, routing)
 
-    def filled(self, dispatcher: Dispatcher, tokens: Tensor, valid: Tensor, routing: dict) -> tuple:
-        """See `send`; tokens [G, N, D]."""
+    def fill(self, dispatcher: Dispatcher, tokens: Tensor, valid: Tensor, routing: dict) -> tuple:
+        """Returns what `send` does, of tokens [G, N, D] and the router's decision."""
         sent = dispatcher.send(tokens, routing)
         kept = dispatcher.num_kept(routing, sent)
         stats = statistics(routing, self.losses(routing, valid), kept, valid)
@@ -191,7 +209,7 @@ class MoELayer(nn.Cell):
         return (*sent, stats)
 
     def route(self, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> dict:
-        """Asks the router for its decision; inputs: see the method of that name."""
+        """Returns the router's decision; inputs: see `router_inputs`."""
         groups, context = valid.shape[0], {"valid": valid, "noise": noise, "token_ids": None, "task_ids": None}
         if self.takes_tokens:
             context["token_ids"] = inputs[0].reshape(valid.shape)
@@ -211,74 +229,102 @@ class MoELayer(nn.Cell):
 
     # ---- layouts
     def shard(self, mesh: CompiledMesh) -> None:
-        """Tokens and groups are sharded by data shards, experts by expert shards, see `moe.dispatch` for what lies
-        between.
+        """Declares the layouts: tokens and groups are sharded by data shards, experts by expert shards.
 
         Raises:
-            UserError: a router or a layer that cannot be sharded.
+            UserError: a router or experts that cannot be sharded.
         """
-        moe = self.config.moe
-        require_sharded_router(self.router, moe.router)
-        if self.shared is not None and not isinstance(self.shared, SharedExperts):
-            raise UserError(
-                f"moe.shared_expert_num: {moe.shared_expert_num}; your own shared experts are not sharded: set it to 0"
-            )
+        require_sharded_router(self.router, self.config.moe.router)
+        self._require_shards()
         self.router.shard(mesh)
-        self._shard_experts(mesh)
-        pair, data = mesh.cut("data", None), mesh.degrees.data_parallel
+        if self.train_dispatcher.runs_experts or self.eval_dispatcher.runs_experts:
+            self.experts.shard(mesh)
         if self.shared is not None:
             self.shared.shard(mesh)
-            self.expand_dims.shard(((data, 1),))
-            self.add.shard(((data, 1), (data, 1)))
+            self.expand_dims.shard(((mesh.degrees.data_parallel, 1),))
+            self.add.shard(((mesh.degrees.data_parallel, 1),) * 2)
+        pair = mesh.cut("data", None)
         self.local_hide = mesh.local(self.hide_padding, (pair, pair), (pair,), first, first)
         if self.jitter > 0:
             self.local_jitter = mesh.local(self.add_jitter, (pair, mesh.noise), (pair,), first, first)
         self.local_train, self.local_train_forced = self._sharded(mesh, self.train_dispatcher, mesh.noise)
         self.local_eval, self.local_eval_forced = self._sharded(mesh, self.eval_dispatcher, mesh.no_noise)
 
-    def _shard_experts(self, mesh: CompiledMesh) -> None:
-        """Raises UserError for experts of a user's own that cannot be sharded."""
-        run = [one.runs_experts for one in (self.train_dispatcher, self.eval_dispatcher)]
-        require_cut_experts(self.experts, self.expert_num, None if all(run) else self.config.moe.dispatch)
-        if any(run):
-            self.experts.shard(mesh)
+    def _require_shards(self) -> None:
+        """Refuses experts of a user's own that cannot be sharded (UserError)."""
+        moe, run = self.config.moe, self.train_dispatcher.runs_experts and self.eval_dispatcher.runs_experts
+        require_cut_experts(self.experts, self.expert_num, None if run else moe.dispatch)
+        if self.shared is not None and not isinstance(self.shared, SharedExperts):
+            raise UserError(
+                f"moe.shared_expert_num: {moe.shared_expert_num}; your own shared experts are not sharded: set it to 0"
+            )
 
-    def _sharded(self, mesh: CompiledMesh, dispatcher: Dispatcher, noise) -> tuple[Callable, Callable]:
-        """`send` and `send_forced` of a dispatcher, as operators of one device."""
+    def _sharded(self, mesh: CompiledMesh, dispatcher: Dispatcher, noise: Layout) -> tuple[Callable, Callable]:
+        """Returns `send` and `send_forced` of a dispatcher as operators of one device."""
         dispatcher.shard(mesh)
-        groups, columns, records = mesh.groups, width(self.expert_num), self.records
-        choices, pair, row = self.choices, mesh.cut("data", None), mesh.cut("data")
-
-        def shapes(tokens, *rest):
-            sent = dispatcher.shapes(groups, *tokens)
-            return (*sent, [groups, columns], *(([tokens[0], choices],) if records else ()))
-
-        def types(tokens, *rest):
-            return (*dispatcher.types(tokens), tokens, *((mstype.int32,) if records else ()))
-
+        pair, row, forced = mesh.cut("data", None), mesh.cut("data"), mesh.cut(None, "data", None)
         ids = (row,) * (self.takes_tokens + self.takes_tasks)
         state = tuple(mesh.cut(*(None,) * parameter.ndim) for parameter in self.router.state())
         inputs = (*ids, *state, *(pair,) * self.router.score_num)
-        outputs = tuple(mesh.cut("data", *(None,) * (len(shape) - 1)) for shape in shapes((groups, 1)))
-        forced = mesh.cut(None, "data", None)
+        shapes, types = self._results(dispatcher, mesh.groups)
+        outputs = tuple(mesh.cut("data", *(None,) * (len(shape) - 1)) for shape in shapes((mesh.groups, 1)))
         return (
             mesh.local(self.send, (pair, pair, noise, *inputs), outputs, shapes, types),
             mesh.local(self.send_forced, (pair, pair, noise, forced, *inputs), outputs, shapes, types),
         )
 
+    def _results(self, dispatcher: Dispatcher, groups: int) -> tuple[Callable, Callable]:
+        """Returns two functions: full shapes, and types, of the arguments of `send` -> those of its results."""
+        columns, choices, records = width(self.expert_num), self.choices, self.records
+
+        def shapes(tokens, *rest):
+            chosen = ([tokens[0], choices],) if records else ()
+            return (*dispatcher.shapes(groups, *tokens), [groups, columns], *chosen)
+
+        def types(tokens, *rest):
+            chosen = (mstype.int32,) if records else ()
+            return (*dispatcher.types(tokens), tokens, *chosen)
+
+        return shapes, types
+
+
+def create_experts(
+    config: Config, std: tuple[float, float], random: InitialWeights, dtype, make: Callable | None, fused: frozenset
+) -> tuple[nn.Cell, nn.Cell | None]:
+    """Returns the experts of a layer, and its shared experts or None; arguments: see MoELayer."""
+    moe, hidden, shared = config.moe, config.expert_width, None
+    if make is not None:
+        experts = make(moe.expert_num, hidden)
+    else:
+        size, kind = config.model.hidden_size, config.model.activation
+        experts = FeedForwardExperts(moe.expert_num, size, hidden, kind, std, random, dtype, fused=fused)
+    if moe.shared_expert_num and make is not None:
+        shared = make(1, hidden * moe.shared_expert_num)
+    elif moe.shared_expert_num:
+        shared = SharedExperts(config, std, random, dtype, fused)
+    return experts, shared
+
+
+def require_able(moe: MoEConfig) -> None:
+    """Refuses options that the router cannot serve (UserError)."""
+    asked = moe.record is not None or moe.replay is not None or moe.force_balance or moe.router_warmup_steps
+    if asked or moe.dispatch != "capacity":
+        require_choices(moe)
+    require_learnable(moe)
+
 
 def flat(tokens: Tensor) -> Tensor:
-    """[G, N, D] -> [F, D]; [F, D] stays as it is, without an operator."""
+    """Returns [F, D] of [G, N, D]; [F, D] stays as it is, without an operator."""
     return tokens.reshape(-1, tokens.shape[2]) if len(tokens.shape) == 3 else tokens
 
 
 def flat_ids(ids: Tensor) -> Tensor:
-    """[G, N] -> [F]; [F] stays as it is, without an operator."""
+    """Returns [F] of [G, N]; [F] stays as it is, without an operator."""
     return ids.reshape(-1) if len(ids.shape) == 2 else ids
 
 
 class RoundRobinRouting(nn.Cell):
-    """Choices that balance perfectly, to time what the best router could give: valid [G, N] -> experts [G, N, K] int32.
+    """Makes choices that balance perfectly, to time what the best router could give.
 
     Choice k of token n is expert n * K + k, modulo E; of each replica group where there are several.
     """
@@ -288,7 +334,7 @@ class RoundRobinRouting(nn.Cell):
         self.each, self.copies, self.size = moe.num_experts_chosen, moe.copies, moe.expert_num // moe.copies
 
     def construct(self, valid: Tensor) -> Tensor:
-        """valid [G, N] -> experts [G, N, K] int32."""
+        """Valid [G, N] -> experts [G, N, K] int32."""
         rows = ops.arange(valid.shape[1]) * self.each  # [N]
         experts = ()
         for choice in range(self.each * self.copies):

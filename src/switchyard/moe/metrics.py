@@ -1,4 +1,4 @@
-"""The named metrics that the host makes of router statistics. No MindSpore in here.
+"""Makes named metrics of router statistics, on the host. No MindSpore in here.
 
 Everything in the tensor adds up: over routing groups, devices and batches. So one sum over the devices is enough, and a
 mean over tokens is the same however the tokens are divided.

@@ -1,4 +1,4 @@
-"""Experts that every token visits.
+"""Shared experts, which every token visits.
 
 Legend: N tokens, D width.
 """
@@ -10,16 +10,26 @@ from switchyard.config import Config
 from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.nn.fused import NONE
+from switchyard.nn.initializers import InitialWeights
 
 
 class SharedExperts(FeedForwardExperts):
-    """Computes what every token gets besides its chosen experts: [1, N, D] -> [1, N, D].
+    """Computes what every token gets besides its chosen experts.
 
     `moe.shared_expert_num` experts that all tokens go to are one expert of as many times the width. With
     `moe.use_shared_expert_gating` its output is weighted by sigmoid(x w) (Qwen2-MoE, arXiv 2407.10671).
+
+    Args:
+        config: the whole configuration.
+        std: (first, last) initial standard deviation of the matrices.
+        random: hands out the initial weights.
+        dtype: of the matrix products.
+        fused: operators of the device, see nn.fused.
     """
 
-    def __init__(self, config: Config, std: tuple[float, float], random, dtype, fused: frozenset[str] = NONE):
+    def __init__(
+        self, config: Config, std: tuple[float, float], random: InitialWeights, dtype, fused: frozenset[str] = NONE
+    ):
         moe, width = config.moe, config.model.hidden_size
         hidden = config.expert_width * moe.shared_expert_num
         super().__init__(1, width, hidden, config.model.activation, std, random, dtype, fused=fused)
@@ -41,7 +51,7 @@ class SharedExperts(FeedForwardExperts):
         return out * self.sigmoid(scores)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Tokens are sharded by data shards, the hidden width by model shards."""
+        """Declares the layouts: tokens are sharded by data shards, the hidden width by model shards."""
         super().shard(mesh)
         rows = mesh.cut(None, "data", None)
         self.product.shard((rows, mesh.cut(None, None, None)), (rows,))

@@ -1,4 +1,4 @@
-"""Router statistics: the one tensor in which a layer tells what its router did.
+"""Makes router statistics: the one tensor in which a layer tells what its router did. See moe.metrics for its columns.
 
 Legend: G routing groups, N tokens of a group, E experts.
 """

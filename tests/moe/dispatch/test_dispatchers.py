@@ -3,11 +3,29 @@
 import mindspore as ms
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mindspore import Tensor
 from mindspore import dtype as mstype
+from oracles.capacity_law import slots
+from oracles.moe_loop import Rules, Token, seat, work
 from oracles.tiny import NO_NOISE, layer_gradients, run_layer, tiny_config, tiny_layer, tiny_rows, weights_of
 
-from switchyard.moe.dispatch.dispatchers import PATHS, create_path
+from switchyard.distributed.mesh import LOCAL, LocalMesh
+from switchyard.moe.dispatch.dispatchers import (
+    AlltoAllVDispatcher,
+    BlockDispatcher,
+    DenseDispatcher,
+    ExpertChoiceDispatcher,
+    MergedDispatcher,
+    SlotDispatcher,
+    SoftDispatcher,
+    create_dispatcher,
+)
+from switchyard.moe.experts import FeedForwardExperts
+from switchyard.moe.routing import create_router
+from switchyard.nn.fused import NONE
+from switchyard.nn.initializers import InitialWeights
 
 FORMS = {
     "dense": {"router": "dense"},
@@ -134,20 +152,119 @@ def test_one_merged_expert_is_that_expert(pynative):
 
 def test_expert_choice_adds_up_what_experts_made_of_a_row(pynative):
     """Three rows, two experts: row 1 is taken by both, row 0 by one, row 2 by none."""
-    path = create_path("expert_choice", tiny_config(expert_num=2).moe, True)
-    routing = {"token_index": [[[1, 0], [1, 1]]], "gates": [[[0.5, 0.25], [2.0, 0.0]]]}
+    dispatcher = ExpertChoiceDispatcher(tiny_config(expert_num=2).moe, lambda count: 2)
     routing = {
-        "token_index": Tensor(routing["token_index"], mstype.int32),
-        "gates": Tensor(routing["gates"], mstype.float32),
+        "token_index": Tensor([[[1, 0], [1, 1]]], mstype.int32),
+        "gates": Tensor([[[0.5, 0.25], [2.0, 0.0]]], mstype.float32),
+        "expert_mask": Tensor([[[1, 0], [1, 1], [0, 0]]], mstype.float32),
     }
-    routing["expert_mask"] = Tensor([[[1, 0], [1, 1], [0, 0]]], mstype.float32)
-    plan = path.plan(routing)
-    rows = Tensor([[[1, 2], [3, 4], [5, 6]]], mstype.float32)
-    slots = path.dispatch(rows, plan)
-    np.testing.assert_array_equal(slots.asnumpy(), [[[3, 4], [1, 2]], [[3, 4], [3, 4]]])
-    np.testing.assert_array_equal(path.combine(slots, plan).asnumpy(), [[[0.25, 0.5], [7.5, 10], [0, 0]]])
-    assert path.served(routing, plan) == 3
+    sent = dispatcher.send(Tensor([[[1, 2], [3, 4], [5, 6]]], mstype.float32), routing)
+    np.testing.assert_array_equal(sent[0].asnumpy(), [[[[3, 4], [1, 2]], [[3, 4], [3, 4]]]])
+    back = dispatcher.receive(*sent)
+    np.testing.assert_array_equal(back.asnumpy(), [[0.25, 0.5], [7.5, 10], [0, 0]])
+    assert dispatcher.num_kept(routing, sent).asnumpy() == [3]
 
 
-def test_every_form_has_a_path():
-    assert set(PATHS) == {"token_choice", "expert_choice", "dense", "soft", "merged"}
+CHOSEN = {  # keys -> dispatchers in training and at evaluation
+    "top_k": ({"router": "top_k"}, SlotDispatcher, BlockDispatcher),
+    "eval capacity": ({"router": "top_k", "eval_capacity_factor": 1.0}, SlotDispatcher, SlotDispatcher),
+    "dropless": ({"router": "top_k", "dispatch": "dropless"}, BlockDispatcher, BlockDispatcher),
+    "tree": (FORMS["tree"], DenseDispatcher, BlockDispatcher),
+    "mixture_of_depths": (FORMS["mixture_of_depths"], ExpertChoiceDispatcher, BlockDispatcher),
+    "expert_choice": (FORMS["expert_choice"], ExpertChoiceDispatcher, ExpertChoiceDispatcher),
+    "dense": (FORMS["dense"], DenseDispatcher, DenseDispatcher),
+    "soft": (FORMS["soft"], SoftDispatcher, SoftDispatcher),
+    "merged": (FORMS["merged"], MergedDispatcher, MergedDispatcher),
+}
+
+
+class Mesh(LocalMesh):
+    """A mesh that says how choices travel where nothing is dropped."""
+
+    def __init__(self, dropless: str):
+        super().__init__()
+        self.dropless = dropless
+
+
+def _dispatchers(keys, mesh):
+    config, weights = tiny_config(**keys), InitialWeights(0)
+    router = create_router(config, weights)
+    experts = FeedForwardExperts(config.moe.expert_num, 6, 5, "relu", (0.7, 0.7), weights, mstype.float32)
+    return [create_dispatcher(router, config, training, experts, NONE, mesh) for training in (True, False)]
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_every_form_has_its_dispatcher(name):
+    keys, *wanted = CHOSEN[name]
+    assert [type(dispatcher) for dispatcher in _dispatchers(keys, LOCAL)] == wanted
+
+
+def test_what_drops_nothing_is_the_choice_of_the_mesh():
+    """Evaluation without a capacity, and training where `moe.dispatch` asks for it; a capacity has slots everywhere."""
+    train, evaluation = _dispatchers({"dispatch": "dropless"}, Mesh("alltoallv"))
+    assert type(train) is type(evaluation) is AlltoAllVDispatcher and not train.static and not evaluation.static
+    train, evaluation = _dispatchers({}, Mesh("alltoallv"))
+    assert type(train) is SlotDispatcher and type(evaluation) is AlltoAllVDispatcher and evaluation.static
+    train, evaluation = _dispatchers({"dispatch": "dropless_static"}, Mesh("slots"))
+    assert type(train) is type(evaluation) is SlotDispatcher and train.factor is evaluation.factor is None
+
+
+EXPERTS, WIDTH, TOKENS = 4, 3, 12
+
+
+@st.composite
+def routings(draw):
+    """(expert_index [2, 6, K], valid [2, 6]): any different experts for each token, any tokens padding.
+
+    Two sizes alone, since every new one costs kernels.
+    """
+    choices, order = draw(st.sampled_from([1, 3])), st.permutations(range(EXPERTS))
+    index = [draw(order)[:choices] for _ in range(TOKENS)]
+    valid = [draw(st.integers(0, 3)) > 0 for _ in range(TOKENS)]
+    return np.array(index, np.int32).reshape(2, -1, choices), np.array(valid).reshape(2, -1)
+
+
+def _loop(tokens, index, gates, valid, weights, capacity):
+    """(outputs [G, N, D], choices served [G]): each token to its experts one by one, as far as they have room."""
+    out, kept = np.zeros(tokens.shape), np.zeros(len(tokens))
+    rules = Rules("relu", index.shape[2], capacity=capacity)
+    for group, rows in enumerate(tokens):
+        asked = [
+            Token(None, None, list(index[group, n]), gates[group, n], 1.0) if valid[group, n] else None
+            for n in range(len(rows))
+        ]
+        seated = seat(asked, rules, EXPERTS)
+        kept[group] = len(seated)
+        for n, k in seated:
+            out[group, n] += gates[group, n, k] * work(rows[n], weights, "experts", index[group, n, k], "relu")
+    return out, kept
+
+
+def test_dispatchers_of_choices_are_the_loop_for_any_routing(pynative):
+    """Slots for everyone, blocks by the chosen experts, blocks by all experts: the same; and slots up to a capacity."""
+    experts = FeedForwardExperts(EXPERTS, WIDTH, 5, "relu", (0.7, 0.7), InitialWeights(0), mstype.float32)
+    weights = {f"experts.{name}": value for name, value in weights_of(experts).items()}
+    moes = {choices: tiny_config(num_experts_chosen=choices, dropless_block_size=2).moe for choices in (1, 3)}
+
+    @given(routings(), st.integers(0, 99))
+    def holds(drawn, seed):
+        index, valid = drawn
+        random, moe = np.random.default_rng(seed), moes[index.shape[2]]
+        tokens = random.normal(0, 1, (*valid.shape, WIDTH)).astype(np.float32)
+        gates = random.random(index.shape).astype(np.float32) * valid[..., None]
+        masked = np.where(valid[..., None], index, EXPERTS)
+        routing = {"expert_index": Tensor(masked.astype(np.int32)), "gates": Tensor(gates)}
+        room = slots(valid.shape[1] * moe.num_experts_chosen, EXPERTS, 0.8)
+        for dispatcher, capacity in (
+            (SlotDispatcher(moe, None), None),
+            (BlockDispatcher(moe, True), None),
+            (BlockDispatcher(moe, False), None),
+            (SlotDispatcher(moe, 0.8), room),
+        ):
+            wanted, kept = _loop(tokens, index, gates, valid, weights, capacity)
+            sent = dispatcher.send(Tensor(tokens), routing)
+            got = dispatcher.apply(experts, sent).asnumpy().reshape(wanted.shape)
+            np.testing.assert_allclose(got, wanted, atol=1e-5)
+            np.testing.assert_array_equal(dispatcher.num_kept(routing, sent).asnumpy(), kept)
+
+    holds()

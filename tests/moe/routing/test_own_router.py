@@ -11,17 +11,20 @@ import pytest
 import yaml
 from mindspore import Parameter, Tensor
 from mindspore import dtype as mstype
-from oracles.tiny import tiny_config
+from oracles.routers import GROUPS, ROWS, checking_mesh
+from oracles.tiny import run_layer, tiny_config, tiny_rows, weights_of
 
 from switchyard.config import build
+from switchyard.distributed.mesh import LOCAL
 from switchyard.errors import UserError
-from switchyard.moe.dispatch.dispatchers import create_path
+from switchyard.moe.dispatch.dispatchers import create_dispatcher
 from switchyard.moe.layer import MoELayer
 from switchyard.moe.routing import Router, create_router
 from switchyard.moe.routing.base import why_not_sharded
 from switchyard.moe.routing.gshard import GShard
 from switchyard.moe.routing.own_routers import require_sharded_router
 from switchyard.moe.routing.softmax import Switch, TopK
+from switchyard.nn.fused import NONE
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 from switchyard.simulation import emulate as virtual
@@ -86,7 +89,7 @@ def test_documented_options_are_read(faint_module, pynative):
     ):
         config = tiny_config(router=router, num_experts_chosen=2)
         assert build(yaml.safe_load(config.to_yaml())) == config
-        made = create_router(config, np.random.default_rng(0)).set_train(False)
+        made = create_router(config, InitialWeights(0)).set_train(False)
         found[name] = made(rows, context)["gates"].asnumpy()
     np.testing.assert_allclose(found["half"], 0.5 * found["usual"], rtol=1e-6)
     np.testing.assert_allclose(found["fifth"].sum(-1), 0.2, rtol=1e-6)  # normalised to 1 by the parent's default
@@ -105,7 +108,7 @@ def test_documented_options_are_read(faint_module, pynative):
 def test_a_wrong_option_of_an_own_router_is_one_line(faint_module, options, message, tmp_path):
     router = {"name": f"{faint_module}.Faint", **options}
     with pytest.raises(UserError) as caught:
-        create_router(tiny_config(router=router), np.random.default_rng(0))
+        create_router(tiny_config(router=router), InitialWeights(0))
     assert str(caught.value).startswith(message) and str(caught.value).isprintable()
 
 
@@ -139,7 +142,7 @@ def test_options_may_be_a_dataclass(monkeypatch):
     monkeypatch.setattr("switchyard.moe.routing.base.import_class", {"my.Plain": Plain, "my.Strange": Strange}.get)
 
     def create(**router):
-        return create_router(tiny_config(router=router), np.random.default_rng(0))
+        return create_router(tiny_config(router=router), InitialWeights(0))
 
     assert create(name="my.Plain").depth == 1 and create(name="my.Plain", depth=3, names=["a"]).depth == 3
     for router, said in (
@@ -201,7 +204,7 @@ ON_EVERY_MESH = [Logits, Score, Scores, Route, Weighed]
 
 def create_own(router):
     config = tiny_config(router=f"{__name__}.{router.__name__}", num_experts_chosen=1 if router is Score else 2)
-    return config, create_router(config, np.random.default_rng(0)).set_train(False)
+    return config, create_router(config, InitialWeights(0)).set_train(False)
 
 
 @pytest.mark.parametrize("router", ON_EVERY_MESH)
@@ -238,16 +241,39 @@ def test_a_construct_of_its_own_is_refused_by_name_on_a_cluster(router):
     assert str(caught.value).startswith(f"moe.router: {name}; {says}") and "\n" not in str(caught.value)
 
 
-def test_hooks_of_one_device_and_of_processes_are_construct(pynative):
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("router", ON_EVERY_MESH)
+def test_the_layer_of_a_compiled_mesh_calls_the_methods_of_the_class(router, training, pynative):
+    """The sharded layer equals that of one device bit for bit; with the parent's router both would be others."""
+    keys = {"num_experts_chosen": 1 if router is Score else 2, "groups": GROUPS, "capacity_factor": 4.0}
+    (rows, valid), found = tiny_rows(GROUPS, ROWS, padded=2), []
+    for name in (f"{__name__}.{router.__name__}", router.__bases__[0].name):
+        config = tiny_config(router=name, **keys)
+        for mesh in (LOCAL, checking_mesh(config)):
+            layer = create_layer(config, mesh).set_train(training)
+            if mesh is not LOCAL:
+                layer.shard(mesh)
+            found.append(run_layer(layer, rows, valid))
+    own, own_sharded, parent, parent_sharded = found
+    for one, two in ((own, own_sharded), (parent, parent_sharded)):
+        np.testing.assert_array_equal(one[0], two[0])
+        assert one[1:3] == two[1:3] and all(np.array_equal(one[3][name], two[3][name]) for name in one[3])
+    assert np.abs(own[0] - parent[0]).max() > 1e-2
+
+
+def test_a_construct_of_its_own_decides_on_one_device_and_on_processes(pynative):
     """What is refused on a cluster works elsewhere: tokens twice as long have scores twice as large."""
-    _, own = create_own(Construct)
-    tokens = np.random.default_rng(1).normal(0, 1, (1, 5, 6)).astype(np.float32)
-    routing = own(Tensor(tokens), {"valid": Tensor(np.ones((1, 5), np.float32))})
-    np.testing.assert_allclose(routing["logits"].asnumpy()[0], 2 * tokens[0] @ own.weight.asnumpy(), rtol=1e-5)
+    layer = create_layer(tiny_config(router=f"{__name__}.Construct", num_experts_chosen=2))
+    tokens, valid = tiny_rows(1, 5)
+    routing = layer.router(Tensor(tokens), {"valid": Tensor(valid)})
+    logits = 2 * tokens[0] @ weights_of(layer)["router.weight"]
+    np.testing.assert_allclose(routing["logits"].asnumpy()[0], logits, rtol=1e-5)
+    z = (np.log(np.exp(logits).sum(-1)) ** 2).mean()
+    assert run_layer(layer, tokens, valid)[2] == pytest.approx(z, rel=1e-5)
 
 
-def create_layer(config):
-    return MoELayer(config, (0.1, 0.1), InitialWeights(0), mstype.float32, NoiseSlices(), 8)
+def create_layer(config, mesh=LOCAL):
+    return MoELayer(config, (0.7, 0.7), InitialWeights(0), mstype.float32, NoiseSlices(), 8, mesh=mesh)
 
 
 def test_a_construct_set_on_the_object_or_a_parameter_that_only_route_would_read_is_refused():
@@ -264,12 +290,13 @@ def test_a_construct_set_on_the_object_or_a_parameter_that_only_route_would_read
     require_sharded_router(copied.router, "top_k")
 
 
-def test_a_form_without_a_path_is_one_line():
+def test_a_form_without_a_dispatcher_is_one_line():
     class Strange(Router):
         form = "strange"
 
-    with pytest.raises(UserError, match=r"^moe\.router: top_k; its form 'strange' has no path; one of token_choice"):
-        create_path(Strange.form, tiny_config().moe, True)
+    says = r"^moe\.router: top_k; its form 'strange' has no dispatcher; one of token_choice, expert_choice, dense, "
+    with pytest.raises(UserError, match=says):
+        create_dispatcher(Strange, tiny_config(), True, None, NONE, LOCAL)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
-from oracles.routers import any_router, inputs_of, shard_checked
+from oracles.routers import any_router, checking_mesh, inputs_of
 from oracles.tiny import tiny_config, weights_of
 
 from switchyard.errors import UserError
@@ -267,7 +267,7 @@ def test_layouts_fit_what_scores_computes(every, pynative):
     name, training, moe = every
     router, (tokens, context) = any_router(name, training, **moe), inputs_of()
     before, _ = _scores(router, tokens, context)
-    shard_checked(router)
+    router.shard(checking_mesh())
     after, _ = _scores(router, tokens, context)
     for one, two in zip(before, after):
         np.testing.assert_array_equal(one.asnumpy(), two.asnumpy())

@@ -9,6 +9,7 @@ from oracles.tiny import tiny_config
 
 from switchyard.errors import UserError
 from switchyard.moe.routing import create_router
+from switchyard.nn.initializers import InitialWeights
 
 SCORES = np.array([[0.8, 0.6, 0.2], [0.1, 0.3, 0.5], [0.9, 0.4, 0.7]])
 LOGITS = np.log(SCORES / (1 - SCORES))
@@ -86,7 +87,7 @@ def test_bias_rests_at_rate_zero():
 def test_replica_groups_have_a_bias_each():
     """Loads (4, 0) of the first group's two experts, (1, 1) of the second's."""
     config = tiny_config(router="sigmoid", copies=2, topk_bias_update_rate=0.5)
-    router = create_router(config, np.random.default_rng(0))
+    router = create_router(config, InitialWeights(0))
     router.update(np.array([4, 0, 1, 1], np.float32))
     assert [bias.asnumpy().tolist() for bias in router.state()] == [[-0.5, 0.5], [0, 0]]
 

@@ -1,9 +1,9 @@
-"""From a Routing to the experts and back: one dispatcher for each form that a Routing can take.
+"""Brings tokens to the experts that a Routing names, and back: one dispatcher for each form of a Routing.
 
-A dispatcher is asked two things, and a layer does not know which one it holds:
+A layer asks two things, and does not know which dispatcher it holds:
     send(tokens, routing)   local to one device: a tuple, of which the first is what travels to the experts
-    apply(experts, sent)    the experts, what crosses devices before and after them, and the way back to tokens
-`num_kept(routing, sent)` counts the choices that got a slot.
+    apply(experts, sent)    the experts, all that crosses devices before and after them, and the way back to tokens
+and `num_kept(routing, sent)`, which counts the choices that got a slot.
 
 Legend: G routing groups, N tokens of a group, E experts, C capacity, K choices of a token, M slots of a group,
 P blocks, b rows of a block, D width, F = G * N tokens of all groups.
@@ -30,9 +30,9 @@ from switchyard.nn.masks import keep_where
 
 
 class Crossing(nn.Cell):
-    """Slots of groups to their experts, and back: the only transpose that crosses devices.
+    """Turns slots by group into rows by expert, and back: the only transpose that crosses devices.
 
-    A compiler turns each direction into one AlltoAll within an expert-parallel group.
+    A compiler makes one AlltoAll of each direction, within an expert-parallel group.
     """
 
     def __init__(self, experts: int):
@@ -42,12 +42,15 @@ class Crossing(nn.Cell):
         self.exchange_there, self.exchange_back = None, None
 
     def there(self, slots: Tensor) -> Tensor:
-        """[G, E, C, D] -> [E, G * C, D]; where processes shard the experts, the rows of all of them for this one's."""
+        """Turns slots [G, E, C, D] into rows [E, G * C, D].
+
+        Where processes shard the experts, the rows are those of all processes for the experts of this one.
+        """
         rows = self.turn_there(slots, (1, 0, 2, 3)).reshape(self.expert_num, -1, slots.shape[3])
         return rows if self.exchange_there is None else self.exchange_there(rows)
 
     def back(self, outputs: Tensor, groups: int) -> Tensor:
-        """[E, G * C, D] -> [G, E, C, D]."""
+        """Turns outputs [E, G * C, D] into [G, E, C, D]."""
         rows = outputs if self.exchange_back is None else self.exchange_back(outputs)
         rows = rows.reshape(self.expert_num, groups, -1, rows.shape[-1])  # [E, G, C, D]
         return self.turn_back(rows, (1, 0, 2, 3))
@@ -57,7 +60,7 @@ class Crossing(nn.Cell):
         self.exchange_there, self.exchange_back = there, back
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Both transposes change what is sharded, groups or experts."""
+        """Declares the layouts: a transpose changes what is sharded, groups or experts."""
         groups, experts = mesh.cut("data", None, None, None), mesh.cut(None, "data", None, None)
         self.turn_there.shard((groups,), (experts,))
         self.turn_back.shard((experts,), (groups,))
@@ -66,10 +69,23 @@ class Crossing(nn.Cell):
 class Dispatcher(nn.Cell):
     """Base: slots [G, E, C, D] travel to the experts, `receive` makes tokens [F, D] of what comes back.
 
+    A new dispatcher defines `send` and `receive`, both local to one device, and for a cluster `shapes`, `types` and
+    `received`, which say what the compiler cannot know. Where no slots travel it defines `apply` in place of `receive`.
+
     Args:
         moe: the section of the configuration.
 
-    runs_experts: whether the experts' cell computes; else the dispatcher reads their parameters.
+    Attributes:
+        runs_experts: whether the experts' cell computes; else the dispatcher reads their parameters.
+
+    Examples:
+        >>> from switchyard.config import build
+        >>> dispatcher = SlotDispatcher(build({"moe": {"router": "switch", "expert_num": 2}}).moe, factor=None)
+        >>> routing = {"expert_index": Tensor([[[1], [0], [1]]], mstype.int32)}  # [G, N, K]
+        >>> routing["gates"] = Tensor([[[0.5], [1.0], [2.0]]], mstype.float32)
+        >>> sent = dispatcher.send(ops.ones((1, 3, 1)), routing)
+        >>> dispatcher.apply(lambda rows: 10 * rows, sent).asnumpy().ravel().tolist()
+        [5.0, 10.0, 20.0]
     """
 
     runs_experts = True
@@ -81,32 +97,32 @@ class Dispatcher(nn.Cell):
         self.local_receive = self.receive
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
-        """Tokens [G, N, D] and a Routing -> (slots [G, E, C, D], what `receive` needs besides...)."""
+        """Fills slots: tokens [G, N, D] and a Routing -> (slots [G, E, C, D], what `receive` needs besides...)."""
         raise NotImplementedError
 
     def receive(self, outputs: Tensor, *plan) -> Tensor:
-        """Outputs [G, E, C, D] and the rest of what `send` returned -> tokens [F, D]."""
+        """Returns tokens [F, D], of outputs [G, E, C, D] and the rest of what `send` returned."""
         raise NotImplementedError
 
     def apply(self, experts: nn.Cell, sent: tuple) -> Tensor:
-        """What `send` returned -> tokens [F, D]."""
+        """Runs the experts: what `send` returned -> tokens [F, D]."""
         outputs = self.crossing.back(experts(self.crossing.there(sent[0])), sent[0].shape[0])  # [G, E, C, D]
         return self.local_receive(outputs, *sent[1:])
 
     def num_kept(self, routing: dict, sent: tuple) -> Tensor:
-        """Choices that got a slot: [G]; here all of them."""
+        """Returns the number of choices that got a slot, [G]: all of them, unless a dispatcher says otherwise."""
         return routing["expert_mask"].sum((1, 2))
 
     def shapes(self, groups: int, tokens: int, width: int) -> list:
-        """Full shapes of what `send` returns, of F tokens of some width in all groups."""
+        """Returns the full shapes of what `send` returns, of F tokens [F, width] in all groups."""
         raise NotImplementedError
 
     def types(self, float_type) -> tuple:
-        """Types of what `send` returns."""
+        """Returns the types of what `send` returns."""
         return (float_type,) * len(self.shapes(1, 1, 1))
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Groups are sharded by data shards."""
+        """Declares the layouts: groups are sharded by data shards."""
         self.crossing.shard(mesh)
         layouts = tuple(mesh.cut("data", *(None,) * (len(shape) - 1)) for shape in self.shapes(1, 1, 1))
 
@@ -116,12 +132,12 @@ class Dispatcher(nn.Cell):
         self.local_receive = mesh.local(self.receive, layouts, (mesh.cut("data", None),), tokens, first)
 
     def received(self, outputs: list, *plan: list) -> list:
-        """Full shape of what `receive` returns, of the full shapes of its arguments."""
+        """Returns the full shape of what `receive` returns, of the full shapes of its arguments."""
         raise NotImplementedError
 
 
 class SlotDispatcher(Dispatcher):
-    """Every token goes to the K experts it chose, as far as they have slots: C of each group for each expert.
+    """Sends every token to the K experts it chose, as far as they have slots: C of each group for each expert.
 
     Args:
         moe: drop policy, rerouting.
@@ -137,7 +153,7 @@ class SlotDispatcher(Dispatcher):
         self.to_slots, self.to_tokens = Dispatch(self.choices), Combine(self.choices)
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
-        """-> (slots [G, E, C, D], gates [G, N * K], dispatch_index, combine_index, slot_mask, kept_mask)."""
+        """Returns (slots [G, E, C, D], gates [G, N * K], dispatch_index, combine_index, slot_mask, kept_mask)."""
         index, gates, priority = routing["expert_index"], routing["gates"], None
         if "priority" in routing:  # the layer puts it there
             priority = routing["priority"]
@@ -150,13 +166,13 @@ class SlotDispatcher(Dispatcher):
         return (slots, gates.reshape(groups, -1), *parts)
 
     def receive(self, outputs: Tensor, gates, dispatch_index, combine_index, slot_mask, kept_mask) -> Tensor:
-        """Outputs [G, E, C, D], gates and plan -> [F, D]: y = sum over k of gates * outputs."""
+        """Returns tokens [F, D]: y = sum over k of gates * outputs [G, E, C, D]."""
         slots, width = outputs.reshape(gates.shape[0], -1, outputs.shape[-1]), outputs.shape[-1]  # [G, M, D]
         tokens = self.to_tokens(slots, gates, dispatch_index, combine_index, slot_mask, kept_mask)
         return tokens.reshape(-1, width)
 
     def num_kept(self, routing: dict, sent: tuple) -> Tensor:
-        """Choices that got a slot: [G]."""
+        """Returns the number of choices that got a slot, [G]."""
         return sent[5].sum(1)
 
     def shapes(self, groups: int, tokens: int, width: int) -> list:
@@ -182,7 +198,7 @@ class SlotDispatcher(Dispatcher):
 
 
 class BlockDispatcher(Dispatcher):
-    """Nothing is dropped: blocks [P, b, D] of rows of one expert each, where one device holds all experts.
+    """Drops nothing, where one device holds all experts: blocks [P, b, D] of rows of one expert each.
 
     Experts without `blocks` of their own do E times the work: all see every block, and one's result is kept.
     """
@@ -195,7 +211,7 @@ class BlockDispatcher(Dispatcher):
         self.numbers = Tensor(np.arange(moe.expert_num, dtype=np.int32).reshape(-1, 1, 1, 1))  # [E, 1, 1, 1]
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
-        """-> (blocks [G * P, b, D], block_expert [G * P], gates, and the parts of the plan as of SlotDispatcher)."""
+        """Returns (blocks [G * P, b, D], block_expert [G * P], gates, the parts of the plan as of SlotDispatcher)."""
         gates = routing["gates"]
         plan = self.plan(routing["expert_index"], gates)
         groups, _, width = tokens.shape
@@ -205,13 +221,13 @@ class BlockDispatcher(Dispatcher):
         return (blocks, plan["block_expert"].reshape(-1), gates.reshape(groups, -1), *parts)
 
     def apply(self, experts: nn.Cell, sent: tuple) -> Tensor:
-        """What `send` returned -> tokens [F, D]."""
+        """See Dispatcher."""
         outputs, groups = self.through(experts, sent[0], sent[1]), sent[2].shape[0]
         width = outputs.shape[-1]
         return self.to_tokens(outputs.reshape(groups, -1, width), *sent[2:]).reshape(-1, width)
 
     def through(self, experts: nn.Cell, blocks: Tensor, block_expert: Tensor) -> Tensor:
-        """Blocks [P, b, D], those of block p all of expert `block_expert` [P], through the experts."""
+        """Runs the experts on blocks [P, b, D], of which block p belongs to expert `block_expert` [P]."""
         if self.has_blocks:
             return experts.blocks(blocks, block_expert)
         size, width = blocks.shape[1], blocks.shape[2]
@@ -221,12 +237,12 @@ class BlockDispatcher(Dispatcher):
         return ops.select(ops.broadcast_to(own, out.shape), out, ops.zeros_like(out)).sum(0)  # [P, b, D]
 
     def num_kept(self, routing: dict, sent: tuple) -> Tensor:
-        """All choices: [G]."""
+        """Returns the number of all choices, [G]."""
         return sent[6].sum(1)
 
 
 class AlltoAllVDispatcher(Dispatcher):
-    """Nothing is dropped, over devices: each chosen row travels to the device that holds its expert, and back.
+    """Drops nothing, over devices: each chosen row travels to the device that holds its expert, and back.
 
     Args:
         config: the whole configuration.
@@ -242,13 +258,13 @@ class AlltoAllVDispatcher(Dispatcher):
         self.exchange = None
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
-        """-> (tokens [F, D], expert_index [G, N * K], gates [G, N * K])."""
+        """Returns (tokens [F, D], expert_index [G, N * K], gates [G, N * K])."""
         groups, _, width = tokens.shape
         index = ops.stop_gradient(routing["expert_index"]).reshape(groups, -1)
         return tokens.reshape(-1, width), index, routing["gates"].reshape(groups, -1)
 
     def apply(self, experts: nn.Cell, sent: tuple) -> Tensor:
-        """What `send` returned -> tokens [F, D]."""
+        """See Dispatcher."""
         return self.exchange(*sent, experts.w_in, experts.w_out, experts.w_gate)
 
     def shapes(self, groups: int, tokens: int, width: int) -> list:
@@ -266,9 +282,9 @@ class AlltoAllVDispatcher(Dispatcher):
 
 
 class ExpertChoiceDispatcher(Dispatcher):
-    """Each expert gets the tokens that it took (arXiv 2202.09368): a gather, and a sum of segments back.
+    """Sends each expert the tokens that it took (arXiv 2202.09368): a gather, and a sum of segments back.
 
-    The gradient of the one is the other. A slot that nobody fills holds a token of zeros.
+    The gradient of the gather is the sum, and of the sum the gather. A slot that nobody fills holds a token of zeros.
 
     Args:
         moe: the section of the configuration.
@@ -280,7 +296,7 @@ class ExpertChoiceDispatcher(Dispatcher):
         self.slots, self.take = slots, TakeSlicedRows()
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
-        """-> (slots [G, E, C, D], gates [G, E * C], index [G, E * C] int32, N for nobody, mask [G, N])."""
+        """Returns (slots [G, E, C, D], gates [G, E * C], index [G, E * C] int32, N for nobody, mask [G, N])."""
         groups, count, width = tokens.shape
         index = routing["token_index"].reshape(groups, -1)  # [G, E * C]
         if "slot_mask" in routing:
@@ -290,7 +306,7 @@ class ExpertChoiceDispatcher(Dispatcher):
         return slots, routing["gates"].reshape(groups, -1), index, routing["expert_mask"][:, :, 0]
 
     def receive(self, outputs: Tensor, gates: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-        """Outputs [G, E, C, D] -> [F, D]: y = sum of gates * outputs over the slots that hold the token."""
+        """Returns tokens [F, D]: y = sum of gates * outputs [G, E, C, D] over the slots that hold the token."""
         (groups, count), width = mask.shape, outputs.shape[-1]
         weighted = outputs.reshape(groups, -1, width) * ops.expand_dims(gates, -1)  # [G, E * C, D]
         place = index + (ops.arange(groups) * (count + 1)).astype(mstype.int32).reshape(-1, 1)  # in [G * (N + 1)]
@@ -314,14 +330,14 @@ class ExpertChoiceDispatcher(Dispatcher):
 
 
 class DenseDispatcher(Dispatcher):
-    """Every expert gets all tokens; the outputs are summed, weighted by the gates."""
+    """Sends all tokens to every expert; the outputs are summed, weighted by the gates."""
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
-        """-> (slots [G, E, N, D], gates [G, N, E])."""
+        """Returns (slots [G, E, N, D], gates [G, N, E])."""
         return ops.tile(ops.expand_dims(tokens, 1), (1, self.expert_num, 1, 1)), routing["gates"]
 
     def receive(self, outputs: Tensor, gates: Tensor) -> Tensor:
-        """Outputs [G, E, N, D] -> [F, D]."""
+        """Returns tokens [F, D], of outputs [G, E, N, D]."""
         gates = ops.expand_dims(ops.transpose(gates, (0, 2, 1)), -1)  # [G, E, N, 1]
         return (outputs * gates).sum(1).reshape(-1, outputs.shape[-1])
 
@@ -336,30 +352,30 @@ class DenseDispatcher(Dispatcher):
 
 
 class SoftDispatcher(Dispatcher):
-    """Slots are mixtures of tokens, tokens are mixtures of slots (arXiv 2308.00951)."""
+    """Fills slots with mixtures of tokens, and makes tokens of mixtures of slots (arXiv 2308.00951)."""
 
     def __init__(self, moe: MoEConfig):
         super().__init__(moe)
         self.to_slots, self.to_tokens = OneHotDispatch(), OneHotCombine()
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
-        """-> (slots [G, E, C, D], combine [G, N, E, C])."""
+        """Returns (slots [G, E, C, D], combine [G, N, E, C])."""
         return self.to_slots(tokens, routing["dispatch"]), routing["combine"]
 
     def receive(self, outputs: Tensor, combine: Tensor) -> Tensor:
-        """Outputs [G, E, C, D] -> [F, D]."""
+        """Returns tokens [F, D], of outputs [G, E, C, D]."""
         return self.to_tokens(outputs, combine).reshape(-1, outputs.shape[-1])
 
 
 class MergedDispatcher(Dispatcher):
-    """All tokens of a group go through one expert, whose parameters are the experts' mean weighted by the gates."""
+    """Sends a group's tokens through one expert, whose parameters are the experts' mean weighted by the gates."""
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
-        """-> (tokens [G, N, D], gates [G, E], mask [G, N, 1])."""
+        """Returns (tokens [G, N, D], gates [G, E], mask [G, N, 1])."""
         return tokens, routing["gates"], routing["expert_mask"][:, :, :1]
 
     def apply(self, experts: nn.Cell, sent: tuple) -> Tensor:
-        """What `send` returned -> tokens [F, D]; padding comes back as zero."""
+        """Runs the merged expert; padding comes back as zero."""
         out = keep_where(experts.merged(sent[0], sent[1]), sent[2])  # [G, N, D]
         return out.reshape(-1, out.shape[-1])
 
@@ -370,7 +386,9 @@ FORMS = {"dense": DenseDispatcher, "soft": SoftDispatcher, "merged": MergedDispa
 def create_dispatcher(
     router: nn.Cell, config: Config, training: bool, experts: nn.Cell, fused: frozenset[str], mesh: LocalMesh
 ) -> Dispatcher:
-    """Returns the dispatcher of a router's form: the one place that reads `moe.dispatch`.
+    """Returns the dispatcher of a router's form.
+
+    With `_token_choice` it is the one place that looks up `moe.dispatch`.
 
     Args:
         router: of the layer.
@@ -391,15 +409,21 @@ def create_dispatcher(
         return FORMS[form](moe)
     if form == "expert_choice":
         return ExpertChoiceDispatcher(moe, router.train_slots if training else router.eval_slots)
-    if form != "token_choice":
-        known = ", ".join(("token_choice", "expert_choice", *FORMS))
-        raise UserError(f"moe.router: {moe.router}; its form {form!r} has no dispatcher; one of {known}")
+    if form == "token_choice":
+        return _token_choice(config, training, experts, fused, mesh)
+    known = ", ".join(("token_choice", "expert_choice", *FORMS))
+    raise UserError(f"moe.router: {moe.router}; its form {form!r} has no dispatcher; one of {known}")
+
+
+def _token_choice(config: Config, training: bool, experts: nn.Cell, fused: frozenset[str], mesh: LocalMesh):
+    """Returns the dispatcher of tokens that choose: by slots where there is a capacity, else as the mesh can."""
+    moe = config.moe
     trained = moe.capacity_factor if moe.dispatch == "capacity" else None
     factor = trained if training else moe.eval_capacity_factor
     if factor is not None or mesh.dropless == "slots":
         return SlotDispatcher(moe, factor)
     if mesh.dropless == "alltoallv":
-        static = moe.dispatch == "dropless_static" or moe.dispatch == "capacity"
+        static = moe.dispatch != "dropless"
         return AlltoAllVDispatcher(config, static, getattr(experts, "dtype", mstype.float32), fused)
     return BlockDispatcher(moe, keeps(type(experts), "construct", "blocks"))
 

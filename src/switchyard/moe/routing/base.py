@@ -219,6 +219,17 @@ class Router(nn.Cell):
     give; `switch` and `z` also by aux_loss_factor and z_loss_factor.
 
     overrides_construct: set here: whether the class has a `construct` of its own.
+
+    Args:
+        setting: what the router is built from; `create_router` makes it.
+
+    Examples:
+        >>> from switchyard.config import build
+        >>> config = build({"model": {"hidden_size": 8, "num_heads": 2}, "moe": {"router": "top_k", "expert_num": 4}})
+        >>> router = create_router(config, InitialWeights(0)).set_train(False)
+        >>> routing = router(ops.ones((1, 6, 8)), {"valid": ops.ones((1, 6))})
+        >>> routing["expert_index"].shape, routing["gates"].shape, routing["probabilities"].shape
+        ((1, 6, 1), (1, 6, 1), (1, 6, 4))
     """
 
     name, paper, unit = "", "", "row"
