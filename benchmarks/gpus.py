@@ -85,7 +85,7 @@ GUARDED = {  # kernels are not waited for: what, keys, program
     "guard-read": ("the same, the sum of figures read by one more operator", DP | {ZERO: 0}, RACE),
     "guard-read-1": ("the same with `optimizer_shard: 1`", DP, RACE),
     "guard-slices": ("`model_parallel: 2`", {"parallel.model_parallel": 2}, TRAIN),
-    "guard-by-hand": ("explicit collectives (`moe.router: cosine`)", DP | {"moe.router": "cosine"}, TRAIN),
+    "guard-by-hand": ("explicit collectives (`moe.router: tree`)", DP | {"moe.router": "tree"}, TRAIN),
 }
 RESUMED = {  # what, then devices and keys of the first half, and of the second
     "two-one": ("dp 2, ep 2, then one GPU", (2, EP), (1, {})),

@@ -22,10 +22,12 @@ from switchyard.config import Config, build
 from switchyard.data import load_data
 from switchyard.json_text import to_json
 from switchyard.models import create_model
+from switchyard.moe import metrics
 from switchyard.moe.routing.fixed import balance_tables
 from switchyard.training.randomness import draw_noise
 from switchyard.training.schedule import learning_rate
-from switchyard.training.step import EvalStep, TrainStep, name_figures
+from switchyard.training.scores import EvalStep
+from switchyard.training.step import TrainStep
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "seq_length": 64, "intermediate_size": 256}
 DATA = {"batch_size": 16, "val_fraction": 0.02}
@@ -63,12 +65,11 @@ def measure(tree: dict) -> dict:
         noise = draw_noise(config.train.seed, number, 1, model.noise_slices, range(1), rows, width)
         start = time.perf_counter()
         parts = [part[None] for part in batch]
-        figures = step(*parts, noise, learning_rate(config, number + 1))
-        float(figures["loss"])
+        figures = step(*parts, noise, learning_rate(config, number + 1))  # waits for the step
         seconds.append(time.perf_counter() - start)
         if figures["audit"] and number >= 0.9 * config.train.steps:
-            dropped.append(float(figures["audit"]["dropped"].asnumpy().mean()))
-    result = evaluate(model, data)
+            dropped.append(float(figures["audit"]["dropped"].mean()))
+    result = evaluate(model, data, config)
     result["dropped"] = statistics.mean(dropped) if dropped else 0.0
     result["step_ms"] = statistics.median(seconds[5:] or seconds) * 1e3
     result["parameters"] = int(sum(parameter.size for parameter in model.trainable_params()))
@@ -76,25 +77,22 @@ def measure(tree: dict) -> dict:
     return result
 
 
-def evaluate(model, data) -> dict:
+def evaluate(model, data, config: Config) -> dict:
     """Loss and balance over evenly spaced validation batches."""
     graph = EvalStep(model)
     graph.set_train(False)
     batches = data.validation()
     places = np.unique(np.linspace(0, len(batches) - 1, EVAL_BATCHES).astype(int))
-    loss = tokens = 0.0
-    load = importance = entropy = 0.0
+    loss = tokens = stats = 0.0
     for place in places:
-        losses, counts, *flat = graph(*(ms.Tensor(part) for part in batches.at(int(place))))
-        loss, tokens = loss + float(losses.asnumpy().sum()), tokens + float(counts.asnumpy().sum())
-        audit = name_figures((0, 0, 0, *flat))["audit"]
-        if audit:
-            load = load + audit["load"].asnumpy()
-            importance = importance + audit["importance"].asnumpy()
-            entropy = entropy + float(counts.asnumpy().sum()) * float(audit["entropy"].asnumpy().mean())
+        scores, found, _ = graph(*(ms.Tensor(part) for part in batches.at(int(place))))
+        sums, counts, _ = scores.asnumpy().sum(0)
+        loss, tokens = loss + float(sums), tokens + float(counts)
+        stats = stats + found.asnumpy().astype(np.float64) if len(found) else stats
     result = {"loss": loss / tokens}
-    if audit:
-        result.update(balance(load, importance), entropy=entropy / tokens)
+    if config.moe_layers:
+        found = metrics.metrics(stats, config.moe.expert_num)
+        result.update(balance(found["load"], found["importance"]), entropy=float(found["entropy"].mean()))
     return result
 
 

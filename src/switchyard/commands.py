@@ -91,6 +91,27 @@ def export_main(arguments: list[str]) -> None:
 
 def infer_main(arguments: list[str]) -> None:
     """Runs `infer.py`; see its --help."""
+    chosen = _infer_parser().parse_args(arguments)
+    given = [chosen.prompt, chosen.prompts_file, chosen.image]
+    if given.count(None) != len(given) - 1:
+        raise UserError("--prompt: give one of --prompt TEXT, --prompts-file FILE and, for a classifier, --image FILE")
+    for option, value in (("--value-range", chosen.value_range), ("--task", chosen.task)):
+        if value is not None and chosen.image is None:
+            raise UserError(f"{option}: {value}; only valid with --image FILE of a classifier; leave it out")
+    _prepare()
+    with stdout_to_stderr() as out:
+        from switchyard.inference.classify import is_classifier
+
+        if chosen.image is not None:
+            _classify(chosen, out)
+        elif is_classifier(chosen.model):
+            raise UserError(f"--model: '{chosen.model}'; this export takes --image FILE")
+        else:
+            _infer(chosen, out)
+
+
+def _infer_parser() -> Parser:
+    """Returns the parser of `infer.py`."""
     parser = Parser(prog="infer.py", description="Continues text, or classifies images, with an exported model.")
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder that export.py made")
     parser.add_argument("--prompt", metavar="TEXT", help="the beginning of the text")
@@ -139,23 +160,7 @@ def infer_main(arguments: list[str]) -> None:
         action="store_true",
         help="print one JSON object; a list with --prompts-file, one object per line with --image",
     )
-    chosen = parser.parse_args(arguments)
-    given = [chosen.prompt, chosen.prompts_file, chosen.image]
-    if given.count(None) != len(given) - 1:
-        raise UserError("--prompt: give one of --prompt TEXT, --prompts-file FILE and, for a classifier, --image FILE")
-    for option, value in (("--value-range", chosen.value_range), ("--task", chosen.task)):
-        if value is not None and chosen.image is None:
-            raise UserError(f"{option}: {value}; only valid with --image FILE of a classifier; leave it out")
-    _prepare()
-    with stdout_to_stderr() as out:
-        from switchyard.inference.classify import is_classifier
-
-        if chosen.image is not None:
-            _classify(chosen, out)
-        elif is_classifier(chosen.model):
-            raise UserError(f"--model: '{chosen.model}'; this export takes --image FILE")
-        else:
-            _infer(chosen, out)
+    return parser
 
 
 def _classify(chosen, out) -> None:

@@ -1,9 +1,9 @@
 """export.py and infer.py as a user calls them, in processes of their own."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from oracles.tiny_export import save_run
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL_CODE = ("models", "moe", "routing", "training", "experts", "dispatch", "paths", "kernels")
+MODEL_CODE = ("models", "moe", "nn", "training", "checkpoint", "routing")
 
 
 def call(script: str, *arguments, folder=None) -> subprocess.CompletedProcess:
@@ -20,14 +20,16 @@ def call(script: str, *arguments, folder=None) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("script", ["export.py", "infer.py"])
-def test_help_in_less_than_a_second_without_mindspore(script):
+def test_help_is_quick_and_does_not_import_mindspore(script):
     code = f"import sys; sys.argv = [{script!r}, '--help']; import runpy\n"
     code += f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
     code += "except SystemExit: print('mindspore' in sys.modules)"
-    start = time.perf_counter()
+    before = os.times()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    after = os.times()
     assert done.stdout.startswith("usage: ") and done.stdout.endswith("False\n")
-    assert time.perf_counter() - start < 5  # a second, on a machine that does nothing else
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    assert spent < 3  # seconds of CPU, whatever else the machine does; about half a second
 
 
 def test_export_then_infer(tmp_path):

@@ -45,21 +45,24 @@ WORDS = {
 }
 
 TWO = "parallel.data_parallel=2 parallel.expert_parallel=2"  # the last of two overrides counts
+PYNATIVE = "context.mode=pynative"  # compiles nothing; the quickstart's script and two processes compile
 
 # what is added to a command that needs devices, takes long, or trains what another command here trains: it ends before
 # the long part, or is as small as can be
 RULES = {
     r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .*": "",
     r"bash scripts/run_distribute_train_(ascend|gpu)\.sh .*": "--dry-run",
+    r"bash scripts/run_standalone_train\.sh .*": PYNATIVE,
     r"bash scripts/run_\w+\.sh( .*)?": "",
     r"python train\.py --config config/moe_1b_gpu\.yaml": "--print-config",  # of devices that are not here
     r"python train\.py --config config/digits_(cascade|channel|region|soft|task)_cpu\.yaml": "--print-config",
     r"python train\.py --config config/quickstart\.yaml": "--print-config",  # the README trains it under another name
+    r"python train\.py --config config/quickstart\.yaml (?!--print-config).*": PYNATIVE,
     r"python (train|eval|export|infer)\.py": "--help",  # the name of a program
     r"python (train|eval|export|infer|scripts/renew_readmes)\.py.*": "",
-    r"python -m switchyard\.(data\.prepare|parallel\.\w+)": "--help",
-    r"python -m switchyard\.parallel\.simulate .*": "model.num_layers=1 moe.layers=all",
-    r"python -m switchyard\.parallel\.virtual .*": f"--steps 1 --devices 2 {TWO}",
+    r"python -m switchyard\.(data\.prepare|planner|simulation\.\w+)": "--help",  # the name of a program
+    r"python -m switchyard\.simulation\.compile .*": "model.num_layers=1 moe.layers=all",
+    r"python -m switchyard\.simulation\.emulate .*": f"--steps 1 --devices 2 {TWO}",
     r"python -m switchyard\.data\.prepare .* --seq-length 1024": "--out data/corpus-1024",  # data/corpus has 512
     r"python -m switchyard\..*": "",
     r"python benchmarks/moe_layer\.py": "--shapes 64,16,4,1 --rounds 1",

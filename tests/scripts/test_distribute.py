@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"ascend": "Ascend", "gpu": "GPU"}
+TWO_STAGES = ("parallel.pipeline_stage=2", "parallel.micro_batch_num=2", "model.tie_word_embeddings=false")
 
 
 def script(kind: str, *arguments, **environment):
@@ -161,7 +162,13 @@ def test_a_dry_run_can_be_pasted():
         ),
         ("gpu", ["--devices", 4, "parallel.model_parallel=3"], "parallel.model_parallel: 3; model_parallel * pipeline"),
         ("gpu", ["moe.lyers=2"], "moe.lyers: unknown key; did you mean 'layers'?"),
-        ("ascend", ["parallel.data_parallel=8", "moe.record=a"], "moe.record: a; choices are recorded and replayed by"),
+        ("ascend", [*TWO_STAGES, "moe.record=a"], "moe.record: a; null with parallel.pipeline_stage (2)"),
+        ("ascend", [*TWO_STAGES, "train.eval_every=10"], "train.eval_every: 10; 0 with parallel.pipeline_stage (2)"),
+        (
+            "ascend",
+            ["parallel.model_parallel=2", "moe.router=tree"],
+            "parallel.model_parallel: 2; training in processes",
+        ),
         (
             "gpu",
             ["--devices", 2, "parallel.data_parallel=2", "model.compute_dtype=bfloat16"],

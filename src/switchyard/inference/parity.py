@@ -20,6 +20,7 @@ from switchyard.data import EvalBatches
 from switchyard.errors import UserError
 from switchyard.inference.manifest import DECODE, PREFILL, Parity
 from switchyard.inference.mindir import ExportedModel
+from switchyard.moe import metrics
 
 STEPS = 4  # decode steps of a window
 LONG, SHORT = 2, 32  # windows of full length that are compared first, and the length of those after them
@@ -157,10 +158,18 @@ def _run(decoder: nn.Cell, tokens: np.ndarray, rng: np.random.Generator) -> Wind
     loads = []
     for end in (lengths - 1, lengths, lengths + steps):
         valid = (np.arange(size) < end[:, None]).astype(np.float32)  # [B, S]
-        logits, _, audit = decoder(Tensor(tokens), Tensor(valid), ops.zeros((1, 1, 1), mstype.float32))
-        loads.append(audit["load"].asnumpy() if audit else np.ones((0, 1)))  # [M, E]
+        logits, stats, _ = decoder(Tensor(tokens), Tensor(valid), ops.zeros((1, 1, 1), mstype.float32))
+        loads.append(loads_of(decoder, stats))
     places = (lengths - 1)[:, None] + np.arange(steps + 1)  # [B, 1 + steps]
     logits = logits.asnumpy().reshape(batch, size, -1)[np.arange(batch)[:, None], places]  # [B, 1 + steps, V]
     # causal and without drops: what later places choose does not touch earlier ones, so loads can be subtracted
     reached = {PREFILL: loads[1] - loads[0], DECODE: loads[2] - loads[1]}
     return Windows(tokens, lengths, logits, reached)
+
+
+def loads_of(decoder: nn.Cell, stats) -> np.ndarray:
+    """Returns the load of each expert [M, E], of statistics [G, M * (6 + 2 E)]; [0, 1] of a dense decoder."""
+    if not decoder.moe_layers:
+        return np.ones((0, 1))
+    experts = decoder.layers[decoder.moe_layers[0]].feed_forward.expert_num
+    return metrics.metrics(stats.asnumpy().sum(0), experts)["load"]

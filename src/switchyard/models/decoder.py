@@ -167,7 +167,7 @@ class Block(nn.Cell):
             return [whole[0] // window]
 
         def narrower(whole):
-            return [whole[0], whole[1] // window, *whole[2:]]
+            return [whole[0], -(-whole[1] // window), *whole[2:]]  # [1, 1, 1] stands for no noise
 
         def twice(kind):
             return kind, kind

@@ -15,9 +15,10 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.forms import keeps
 from switchyard.models.decoder import Decoder
+from switchyard.moe.dispatch.dispatchers import BlockDispatcher
 from switchyard.moe.experts import FeedForwardExperts
+from switchyard.moe.layer import MoELayer
 from switchyard.nn.layers import MASKED, Linear, Rotary
 from switchyard.nn.softmax import Softmax
 
@@ -80,12 +81,21 @@ class _Half(nn.Cell):
         moe = layer.feed_forward
         if not self.by_choice:
             return moe(rows, valid, self.nothing, tokens)[0].reshape(-1, self.width)
-        context = {"valid": valid, "noise": self.nothing, "token_ids": tokens, "task_ids": None}
-        routing = moe.router(rows, context)
+        routing = self.decide(moe.router, x, rows, tokens, valid)
         out = self.work(moe, x, routing["expert_index"].reshape(-1), routing["gates"].reshape(-1, moe.choices))
         if moe.shared is not None:
             out = out + moe.shared(rows).reshape(-1, self.width)
         return out
+
+    def decide(self, router: nn.Cell, x: Tensor, rows: Tensor, tokens: Tensor, valid: Tensor) -> dict:
+        """Rows [N, D] and the same [1, N, D], tokens and valid [1, N] -> the Routing of one group."""
+        if router.overrides_construct:
+            return router(rows, {"valid": valid, "noise": self.nothing, "token_ids": tokens, "task_ids": None})
+        state, scores = router.state(), ()
+        context = {"valid": valid, "noise": self.nothing, "token_ids": tokens, "task_ids": None, "state": state}
+        for part in router.scores(x, tokens.reshape(-1), None):
+            scores = (*scores, ops.expand_dims(part, 0))  # [1, N, X]
+        return router.route(scores, context)
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, D] -> [B, V] float32."""
@@ -152,7 +162,7 @@ class Prefill(_Half):
         """Rows [N, D], experts [N * K], gates [N, K] -> [N, D], by blocks of one expert each."""
         dispatch_index, combine_index, block_expert = self.plans[0](experts)
         slots = self.take(x, dispatch_index // moe.choices, 0).reshape(-1, self.block, self.width)  # [P, b, D]
-        slots = moe.in_blocks(slots, block_expert).reshape(-1, self.width)  # [P * b, D]
+        slots = moe.eval_dispatcher.through(moe.experts, slots, block_expert).reshape(-1, self.width)  # [P * b, D]
         out = self.take(slots, combine_index, 0)  # [N * K, D]; padding reads a slot of another prompt's row
         out = self.fill(out, experts.reshape(-1, 1) >= moe.expert_num, self.zero) * gates.reshape(-1, 1)
         if moe.choices > 1:
@@ -211,7 +221,7 @@ class Decode(_Half):
         rows = ops.expand_dims(x, 1)  # [B, 1, D]
         if moe.choices > 1:
             rows = ops.tile(rows, (1, moe.choices, 1)).reshape(-1, 1, self.width)  # [B * K, 1, D]
-        out = moe.in_blocks(rows, experts)  # [B * K, 1, D]
+        out = moe.eval_dispatcher.through(moe.experts, rows, experts)  # [B * K, 1, D]
         return self.mix(ops.expand_dims(gates, 1), out.reshape(-1, moe.choices, self.width)).reshape(-1, self.width)
 
 
@@ -287,10 +297,9 @@ def rotation_tables(rotary: Rotary | None, length: int, repeat: int, size: int, 
 
 
 def chooses_tokens(decoder: Decoder) -> bool:
-    """Whether rows choose experts at evaluation, in every conditional layer, and the layer is the shipped one."""
+    """Returns whether every conditional layer is the shipped one and its tokens choose experts without drops."""
     layers = [layer.feed_forward for layer in decoder.layers if layer.conditional]
-    forms = all((one.router.eval_form or one.router.form) == "token_choice" for one in layers)
-    return forms and all(keeps(type(one), name, "in_blocks") for one in layers for name in ("construct", "work"))
+    return all(type(one) is MoELayer and isinstance(one.eval_dispatcher, BlockDispatcher) for one in layers)
 
 
 def cast_products(decoder: Decoder) -> None:

@@ -40,10 +40,17 @@ def require_cut_experts(experts: nn.Cell, number: int, dropless: str | None = No
     shipped = isinstance(experts, FeedForwardExperts)
     if shipped:
         require_partners(experts, FeedForwardExperts, {"construct": ("shard",), "_work": ("shard",)})
-    methods = ("construct", "_work", "gate_hidden", "bend_hidden")
-    if dropless and (not shipped or any(changed(kind, method, FeedForwardExperts) for method in methods)):
+    if dropless and not made_of_matrices(experts):
         raise UserError(f"moe.dispatch: {dropless}; is made of w_in, w_gate and w_out, not of {name}: take 'capacity'")
     require_stacked(experts, number)
+
+
+def made_of_matrices(experts: nn.Cell) -> bool:
+    """Returns whether w_in, w_gate and w_out say all of some experts: the shipped ones, unchanged."""
+    kind, methods = type(experts), ("construct", "_work", "gate_hidden", "bend_hidden")
+    return isinstance(experts, FeedForwardExperts) and not any(
+        changed(kind, method, FeedForwardExperts) for method in methods
+    )
 
 
 def require_stacked(experts: nn.Cell, number: int) -> None:

@@ -217,6 +217,22 @@ def test_what_drops_nothing_is_the_choice_of_the_mesh():
     assert type(train) is type(evaluation) is SlotDispatcher and train.factor is evaluation.factor is None
 
 
+class Doubled(FeedForwardExperts):
+    """Experts of which their matrices do not say all."""
+
+    def construct(self, rows):
+        return 2 * super().construct(rows)
+
+
+def test_experts_that_compute_otherwise_are_called_at_evaluation():
+    """A slot for every token in the place of AlltoAllV, which reads their matrices; on one device blocks as ever."""
+    config, weights = tiny_config(), InitialWeights(0)
+    router, experts = create_router(config, weights), Doubled(4, 6, 5, "relu", (0.7, 0.7), weights, mstype.float32)
+    sent, local = (create_dispatcher(router, config, False, experts, NONE, mesh) for mesh in (Mesh("alltoallv"), LOCAL))
+    assert type(sent) is SlotDispatcher and sent.factor is None
+    assert type(local) is BlockDispatcher and not local.has_blocks
+
+
 EXPERTS, WIDTH, TOKENS = 4, 3, 12
 
 
