@@ -11,6 +11,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.distributed.mesh import CompiledMesh, first
+from switchyard.distributed.placement import EXPERT
 from switchyard.moe.experts import FeedForwardExperts
 
 SIDE = 3  # of a convolution's window
@@ -115,10 +117,11 @@ class SliceExperts(nn.Cell):
     def __init__(self, network: FeedForwardExperts, length: int):
         super().__init__()
         self.network, self.length = network, length
+        self.local_unfold, self.local_fold = self.unfold, self.fold
 
     def construct(self, rows: Tensor) -> Tensor:
         """Applies expert e to slice e of rows [E, S, length * D]."""
-        return self.network(self.unfold(rows)).reshape(rows.shape)
+        return self.local_fold(self.network(self.local_unfold(rows)))
 
     def blocks(self, rows: Tensor, block_expert: Tensor) -> Tensor:
         """Applies the expert of each block to rows [X, b, length * D], see FeedForwardExperts.blocks."""
@@ -131,3 +134,21 @@ class SliceExperts(nn.Cell):
     def unfold(self, rows: Tensor) -> Tensor:
         """Unfolds windows into tokens: [X, S, length * D] -> [X, S * length, D]."""
         return rows.reshape(rows.shape[0], -1, rows.shape[2] // self.length)
+
+    def fold(self, rows: Tensor) -> Tensor:
+        """The inverse: [X, S * length, D] -> [X, S, length * D]."""
+        return rows.reshape(rows.shape[0], -1, rows.shape[2] * self.length)
+
+    def shard(self, mesh: CompiledMesh) -> None:
+        """Windows are sharded as the network's rows are; a window lies within one device."""
+        self.network.shard(mesh)
+        layout, length = mesh.cut(EXPERT, "outer", None), self.length
+
+        def tokens(rows):
+            return [rows[0], rows[1] * length, rows[2] // length]
+
+        def windows(rows):
+            return [rows[0], rows[1] // length, rows[2] * length]
+
+        self.local_unfold = mesh.local(self.unfold, (layout,), (layout,), tokens, first)
+        self.local_fold = mesh.local(self.fold, (layout,), (layout,), windows, first)

@@ -37,13 +37,19 @@ def require_cut_experts(experts: nn.Cell, number: int, dropless: str | None = No
     name = f"{kind.__module__}.{kind.__name__}"
     if not changed(kind, "shard", nn.Cell):
         raise UserError(f"{name}: these experts have no `shard(mesh)`: define it, or train on one device")
-    shipped = isinstance(experts, FeedForwardExperts)
-    if shipped:
+    if isinstance(experts, FeedForwardExperts):
         require_partners(experts, FeedForwardExperts, {"construct": ("shard",), "_work": ("shard",)})
-    methods = ("construct", "_work", "gate_hidden", "bend_hidden")
-    if dropless and (not shipped or any(changed(kind, method, FeedForwardExperts) for method in methods)):
+    if dropless and not are_matrices(experts):
         raise UserError(f"moe.dispatch: {dropless}; is made of w_in, w_gate and w_out, not of {name}: take 'capacity'")
     require_stacked(experts, number)
+
+
+def are_matrices(experts: nn.Cell) -> bool:
+    """Returns whether what experts compute is all in w_in, w_gate and w_out, as of FeedForwardExperts."""
+    methods = ("construct", "_work", "gate_hidden", "bend_hidden")
+    return isinstance(experts, FeedForwardExperts) and not any(
+        changed(type(experts), method, FeedForwardExperts) for method in methods
+    )
 
 
 def require_stacked(experts: nn.Cell, number: int) -> None:

@@ -24,7 +24,7 @@ from switchyard.moe.dispatch.capacity import capacity
 from switchyard.moe.dispatch.onehot import OneHotCombine, OneHotDispatch
 from switchyard.moe.dispatch.plan import BlockPlan, CapacityPlan
 from switchyard.moe.dispatch.reroute import Reroute
-from switchyard.moe.own_classes import require_stacked
+from switchyard.moe.own_classes import are_matrices, require_stacked
 from switchyard.nn.gather import Combine, Dispatch, TakeSlicedRows, index_or_zero_row, with_zero_row
 from switchyard.nn.masks import keep_where
 
@@ -396,7 +396,10 @@ def create_dispatcher(
         raise UserError(f"moe.router: {moe.router}; its form {form!r} has no dispatcher; one of {known}")
     trained = moe.capacity_factor if moe.dispatch == "capacity" else None
     factor = trained if training else moe.eval_capacity_factor
-    if factor is not None or mesh.dropless == "slots":
+    by_slots = mesh.dropless == "slots" or (
+        mesh.dropless == "alltoallv" and moe.dispatch == "capacity" and not are_matrices(experts)
+    )
+    if factor is not None or by_slots:
         return SlotDispatcher(moe, factor)
     if mesh.dropless == "alltoallv":
         static = moe.dispatch == "dropless_static" or moe.dispatch == "capacity"
