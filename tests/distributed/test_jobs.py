@@ -11,7 +11,7 @@ from switchyard.checkpoint import store as checkpoint
 from switchyard.training.evaluate import evaluate
 from switchyard.training.loop import train
 
-STEPS = 10
+STEPS = 6
 SECTIONS = {  # noise, drops, two choices, a clip that bites, micro-batches, a further loss
     "model": {"dropout": 0.1},
     "data": {"batch_size": 8},
@@ -25,11 +25,11 @@ CONDITIONAL = {
     "jitter": 0.1,
     "losses": {"importance": 0.1},
 }
-TRAIN = {"steps": STEPS, "gradient_accumulation_steps": 2, "eval_every": 5, "eval_batches": 3}
+TRAIN = {"steps": STEPS, "gradient_accumulation_steps": 2, "eval_every": 3, "eval_batches": 3}
 
 
 def config_of(folder: Path, name: str, moe: dict, **parallel):
-    """Ten steps; without degrees one process with as many routing groups."""
+    """A few steps; without degrees one process with as many routing groups."""
     return run_config(folder, **SECTIONS, moe=moe, train=TRAIN | {"name": name}, parallel=parallel)
 
 
@@ -96,9 +96,9 @@ def test_expert_parallel_equals_one_process(folder, graph):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experts", [1, 2, 4])
+@pytest.mark.parametrize("experts", [2, 4])
 def test_four_processes_equal_one(folder, graph, experts):
     name = ran(folder, f"dp4ep{experts}", data_parallel=4, expert_parallel=experts)
     differences = compare(folder, alone(folder, 4), name)
     print(differences)
-    assert max(differences.values()) <= (1e-6 if experts == 1 else 1e-5), differences
+    assert max(differences.values()) <= 1e-5, differences

@@ -12,6 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.distributed.mesh import CompiledMesh, first
+from switchyard.distributed.placement import EXPERT
 from switchyard.moe.experts import FeedForwardExperts
 
 SIDE = 3  # of a convolution's window
@@ -134,20 +135,20 @@ class SliceExperts(nn.Cell):
         """Unfolds windows into tokens: [X, S, length * D] -> [X, S * length, D]."""
         return rows.reshape(rows.shape[0], -1, rows.shape[2] // self.length)
 
-    def fold(self, tokens: Tensor) -> Tensor:
-        """Folds tokens into windows: [X, S * length, D] -> [X, S, length * D]."""
-        return tokens.reshape(tokens.shape[0], -1, tokens.shape[2] * self.length)
+    def fold(self, rows: Tensor) -> Tensor:
+        """The inverse: [X, S * length, D] -> [X, S, length * D]."""
+        return rows.reshape(rows.shape[0], -1, rows.shape[2] * self.length)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Declares the layouts: those of the network; a window lies within one device."""
+        """Windows are sharded as the network's rows are; a window lies within one device."""
         self.network.shard(mesh)
-        rows = mesh.cut("expert", "outer", None)
+        layout, length = mesh.cut(EXPERT, "outer", None), self.length
 
-        def unfolded(rows):
-            return [rows[0], rows[1] * self.length, rows[2] // self.length]
+        def tokens(rows):
+            return [rows[0], rows[1] * length, rows[2] // length]
 
-        def folded(tokens):
-            return [tokens[0], tokens[1] // self.length, tokens[2] * self.length]
+        def windows(rows):
+            return [rows[0], rows[1] // length, rows[2] * length]
 
-        self.local_unfold = mesh.local(self.unfold, (rows,), (rows,), unfolded, first)
-        self.local_fold = mesh.local(self.fold, (rows,), (rows,), folded, first)
+        self.local_unfold = mesh.local(self.unfold, (layout,), (layout,), tokens, first)
+        self.local_fold = mesh.local(self.fold, (layout,), (layout,), windows, first)

@@ -37,19 +37,18 @@ def require_cut_experts(experts: nn.Cell, number: int, dropless: str | None = No
     name = f"{kind.__module__}.{kind.__name__}"
     if not changed(kind, "shard", nn.Cell):
         raise UserError(f"{name}: these experts have no `shard(mesh)`: define it, or train on one device")
-    shipped = isinstance(experts, FeedForwardExperts)
-    if shipped:
+    if isinstance(experts, FeedForwardExperts):
         require_partners(experts, FeedForwardExperts, {"construct": ("shard",), "_work": ("shard",)})
-    if dropless and not made_of_matrices(experts):
+    if dropless and not are_matrices(experts):
         raise UserError(f"moe.dispatch: {dropless}; is made of w_in, w_gate and w_out, not of {name}: take 'capacity'")
     require_stacked(experts, number)
 
 
-def made_of_matrices(experts: nn.Cell) -> bool:
-    """Returns whether w_in, w_gate and w_out say all of some experts: the shipped ones, unchanged."""
-    kind, methods = type(experts), ("construct", "_work", "gate_hidden", "bend_hidden")
+def are_matrices(experts: nn.Cell) -> bool:
+    """Returns whether what experts compute is all in w_in, w_gate and w_out, as of FeedForwardExperts."""
+    methods = ("construct", "_work", "gate_hidden", "bend_hidden")
     return isinstance(experts, FeedForwardExperts) and not any(
-        changed(kind, method, FeedForwardExperts) for method in methods
+        changed(type(experts), method, FeedForwardExperts) for method in methods
     )
 
 

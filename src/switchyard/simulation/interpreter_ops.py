@@ -124,6 +124,18 @@ def sigmoid_grad(_, out, d_out):
     return d_out * out * (1 - out)
 
 
+@operator("Softplus")
+def softplus(_, x):
+    """Returns log(1 + exp(x))."""
+    return np.logaddexp(np.zeros_like(x), x)
+
+
+@operator("SoftplusGrad")
+def softplus_grad(_, d_out, x):
+    """Returns the gradient of Softplus by its input."""
+    return d_out / (1 + np.exp(-x))
+
+
 @operator("Rsqrt")
 def rsqrt(_, x):
     """Returns 1 / sqrt(x)."""
@@ -264,6 +276,12 @@ def mean_ext(_, x, axes, keep, kind):
 def reduce_max(_, x, axes, keep):
     """Returns the largest value over axes."""
     return _reduced(np.max, x, axes, keep)
+
+
+@operator("ReduceMin")
+def reduce_min(_, x, axes, keep):
+    """Returns the smallest value over axes."""
+    return _reduced(np.min, x, axes, keep)
 
 
 @operator("Max")

@@ -152,7 +152,7 @@ class TrainLoss(nn.Cell):
 
 def places(config: Config) -> int:
     """Returns how many micro-batches the figures are of that come out of one call: of a pipeline all."""
-    return config.micro_batches if config.parallel.pipeline_stage > 1 else 1
+    return config.parallel.micro_batch_num if config.parallel.pipeline_stage > 1 else 1
 
 
 def z_loss_factor(config: Config) -> float:

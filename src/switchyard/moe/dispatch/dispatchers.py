@@ -24,7 +24,7 @@ from switchyard.moe.dispatch.capacity import capacity
 from switchyard.moe.dispatch.onehot import OneHotCombine, OneHotDispatch
 from switchyard.moe.dispatch.plan import BlockPlan, CapacityPlan
 from switchyard.moe.dispatch.reroute import Reroute
-from switchyard.moe.own_classes import made_of_matrices, require_stacked
+from switchyard.moe.own_classes import are_matrices, require_stacked
 from switchyard.nn.gather import Combine, Dispatch, TakeSlicedRows, index_or_zero_row, with_zero_row
 from switchyard.nn.masks import keep_where
 
@@ -420,8 +420,10 @@ def _token_choice(config: Config, training: bool, experts: nn.Cell, fused: froze
     moe = config.moe
     trained = moe.capacity_factor if moe.dispatch == "capacity" else None
     factor = trained if training else moe.eval_capacity_factor
-    called = not training and not made_of_matrices(experts)  # experts that only their own method knows
-    if factor is not None or mesh.dropless == "slots" or (mesh.dropless == "alltoallv" and called):
+    by_slots = mesh.dropless == "slots" or (
+        mesh.dropless == "alltoallv" and moe.dispatch == "capacity" and not are_matrices(experts)
+    )
+    if factor is not None or by_slots:
         return SlotDispatcher(moe, factor)
     if mesh.dropless == "alltoallv":
         static = moe.dispatch != "dropless"
