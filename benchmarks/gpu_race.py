@@ -12,15 +12,16 @@ from mindspore import Tensor, nn, ops
 
 from switchyard.cli import run
 from switchyard.commands import train_main
-from switchyard.distributed.mesh import Mesh
-from switchyard.training import parallel_step
+from switchyard.distributed.mesh import LocalMesh
+from switchyard.training import step
+from switchyard.training.loss import STATISTICS, TrainLoss
 
 
 class ReadSum(nn.Cell):
     """A sum over the devices, and an addition of next to nothing behind it.
 
     Args:
-        total: ReduceSum, cut.
+        total: the cell that sums over the devices.
         width: of what it gives.
     """
 
@@ -29,21 +30,21 @@ class ReadSum(nn.Cell):
         self.total, self.add = total, ops.Add().shard(((1,), (1,)))
         self.next_to_nothing = Tensor(np.full(width, 1e-30, np.float32))
 
-    def construct(self, rows: Tensor, axis: int) -> Tensor:
-        return self.add(self.total(rows, axis), self.next_to_nothing)
+    def construct(self, rows: Tensor) -> Tensor:
+        return self.add(self.total(rows), self.next_to_nothing)
 
 
-class FiguresAreRead(parallel_step.ParallelLoss):
-    """ParallelLoss whose sum of figures is read."""
+class FiguresAreRead(TrainLoss):
+    """TrainLoss whose sum of figures is read."""
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: LocalMesh) -> None:
         super().shard(mesh)
-        self.total = ReadSum(self.total, self.width)
+        self.total = ReadSum(self.total, STATISTICS + self.layers * self.columns)
 
 
 def main(arguments: list[str]) -> None:
     """As train.py."""
-    parallel_step.ParallelLoss = FiguresAreRead
+    step.TrainLoss = FiguresAreRead
     train_main(arguments)
 
 

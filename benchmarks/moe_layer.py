@@ -22,6 +22,7 @@ from switchyard.json_text import to_json
 from switchyard.moe.dispatch.capacity import capacity
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.layer import MoELayer
+from switchyard.moe.metrics import BALANCE, Z
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
@@ -54,8 +55,9 @@ class Conditional(nn.Cell):
         self.noise = ms.Tensor(np.zeros((1, 1, 1), np.float32))
 
     def construct(self, rows):
-        out, losses, _ = self.layer(rows, self.valid, self.noise)
-        return out, losses[0], losses[1]
+        out, stats, _ = self.layer(rows, self.valid, self.noise)
+        means = stats[0, : Z + 1] / self.valid.shape[1]  # balance and z-loss
+        return out, means[BALANCE], means[Z]
 
 
 def contenders(rows: int, width: int, experts: int, choices: int) -> dict:

