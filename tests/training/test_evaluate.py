@@ -76,9 +76,9 @@ def test_the_whole_set_once(tmp_path, graph):
     assert layer["max_violation"] == pytest.approx(max(layer["load"]) / (found.tokens / 4) - 1)
 
 
-def test_a_text_that_is_given_is_scored_whole_with_the_checkpoint_s_tokenizer(tmp_path, graph):
+def test_a_text_that_is_given_is_scored_whole_with_the_checkpoint_s_tokenizer(tmp_path, pynative):
     """200 characters are 199 predictions, whatever the batch size; the run's own set is its last tenth."""
-    run, _, data, _ = _saved(tmp_path)
+    run, _, data, _ = _saved(tmp_path, context={"mode": "pynative"})
     (tmp_path / "other.txt").write_text(TEXT[:200], encoding="utf-8")
     said = []
     found = evaluate(run, [f"data.path={tmp_path / 'other.txt'}"], say=said.append)
@@ -91,9 +91,9 @@ def test_a_text_that_is_given_is_scored_whole_with_the_checkpoint_s_tokenizer(tm
         evaluate(run, [f"data.path={tmp_path / 'other.txt'}"], say=said.append)
 
 
-def test_a_checkpoint_is_evaluated_with_overrides(tmp_path, graph):
+def test_a_checkpoint_is_evaluated_with_overrides(tmp_path, pynative):
     """Another batch size changes nothing; a capacity at evaluation drops choices."""
-    run, *_ = _saved(tmp_path, **MOE)
+    run, *_ = _saved(tmp_path, **MOE, context={"mode": "pynative"})
     said = []
     plain = evaluate(run, say=said.append)
     other = evaluate(run, ["data.batch_size=7"], say=said.append)
@@ -115,7 +115,7 @@ REFUSED = [
 ]
 
 
-def test_overrides_that_cannot_be(tmp_path, graph):
+def test_overrides_that_cannot_be(tmp_path, pynative):
     run, *_ = _saved(tmp_path, **MOE)
     for override, text in REFUSED:
         with pytest.raises(UserError) as caught:

@@ -8,10 +8,9 @@ import pytest
 from oracles.cluster_probe import OTHER, STEP
 
 from switchyard.checkpoint import store as checkpoint
-from switchyard.checkpoint.layout import updates
 from switchyard.config import build
 from switchyard.distributed.compiled_graph import sums_may_race
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import Degrees, updates
 from switchyard.models import create_model
 from switchyard.simulation import compile as simulate
 from switchyard.training.step import TrainStep
