@@ -52,7 +52,21 @@ def graph(frozen):
 
 
 @pytest.fixture(scope="session")
-def compile_layout(tmp_path_factory) -> Callable:
+def workers():
+    """Compiles and references run as forks of processes that have imported MindSpore, see oracles.workers."""
+    from oracles.workers import Workers
+
+    from switchyard.simulation import compile as simulate
+
+    ready = Workers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate, "run_child", ready.run_child)
+        yield
+    ready.end()
+
+
+@pytest.fixture(scope="session")
+def compile_layout(tmp_path_factory, workers) -> Callable:
     """Name of a layout -> what the compiler makes of the step of its rank; test processes share a folder for it."""
     from oracles.layouts import DROPLESS, FURTHER, LAYOUTS, rank_of
 

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from switchyard.distributed.collectives import ToExperts, ToRows, is_expert, own_arrays
+from switchyard.config import build
+from switchyard.distributed.collectives import ProcessMesh, ToExperts, ToTokens, is_expert
 from switchyard.distributed.placement import Degrees
 from switchyard.distributed.processes import Processes
+from switchyard.models import create_model
 
 EXPERTS, SLOTS, WIDTH = 4, 3, 2
 
@@ -39,7 +41,7 @@ def test_rows_reach_their_experts_and_come_back(pynative, degrees):
     )  # [W, e, g * S, D]
     for rank in range(size):
         processes = Processes(rank, size, degrees)
-        there, back = ToExperts(processes), ToRows(processes)
+        there, back = ToExperts(processes), ToTokens(processes)
         there.gather, back.gather = Told(sent, rank), Told(arrived, rank)
         assert (there(Tensor(sent[rank])).asnumpy() == arrived[rank]).all()
         assert (back(Tensor(arrived[rank])).asnumpy() == sent[rank]).all()
@@ -48,22 +50,29 @@ def test_rows_reach_their_experts_and_come_back(pynative, degrees):
         assert (back.bprop(None, None, Tensor(sent[rank]))[0].asnumpy() == arrived[rank]).all()
 
 
-def test_each_process_holds_its_experts():
-    degrees = Degrees(4, 2)
-    whole = {
-        "layers.0.feed_forward.experts.w_in": np.arange(4 * 3 * 5).reshape(4, 3, 5),
-        "moment1.layers.0.feed_forward.experts.w_out": np.arange(4 * 5 * 3).reshape(4, 5, 3),
-        "layers.0.feed_forward.router.weight": np.arange(12).reshape(3, 4),
-        "correction1": np.zeros(()),
-    }
-    assert [is_expert(name, array.shape) for name, array in whole.items()] == [True, True, False, False]
-    held = [own_arrays(whole, Processes(rank, 4, degrees)) for rank in range(4)]
-    for name, array in whole.items():
-        if is_expert(name, array.shape):
-            assert (np.concatenate([held[0][name], held[1][name]]) == array).all()
-            assert (held[0][name] == held[2][name]).all() and (held[1][name] == held[3][name]).all()
-        else:
-            assert all((part[name] == array).all() for part in held)
+@pytest.mark.parametrize("drawn", [True, False])
+def test_each_process_keeps_its_experts(drawn):
+    """Whether a model was built with all of its numbers or with none; the rest is full on every process."""
+    config = build(
+        {
+            "model": {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "seq_length": 4, "intermediate_size": 4},
+            "moe": {"router": "switch", "expert_num": 4, "layers": [0]},
+        }
+    )
+    full = {parameter.name: parameter.asnumpy() for parameter in create_model(config, 16).get_parameters()}
+    for rank, experts in enumerate([slice(0, 2), slice(2, 4)] * 2):
+        mesh = ProcessMesh(Processes(rank, 4, Degrees(4, 2)))
+        model = create_model(config, 16, drawn=drawn, mesh=mesh)
+        mesh.place(model)
+        cut = []
+        for parameter in model.get_parameters():
+            expected = full[parameter.name]
+            if is_expert(parameter.name, expected.shape):
+                cut.append(parameter.name.rsplit(".", 1)[1])
+                expected = expected[experts]
+            np.testing.assert_array_equal(parameter.asnumpy(), expected, parameter.name)
+        assert sorted(cut) == ["w_in", "w_out"]
+        assert mesh.full_shapes(model) == {name: array.shape for name, array in full.items()}
 
 
 def test_the_stand_in_notices_what_was_sent(pynative):

@@ -59,16 +59,10 @@ def test_what_msrun_says_of_a_process():
             2,
             r"moe.groups: 1; must be a multiple of parallel.data_parallel \(2\)",
         ),
-        ({"parallel": {"data_parallel": 2}, "moe": EXPERTS | {"record": "a"}}, 2, "moe.record: a; .*one process"),
         (
             {"parallel": {"data_parallel": 2, "expert_parallel": 2}, "moe": EXPERTS | {"router": "merged"}},
             2,
             "parallel.expert_parallel: 2; merged experts need all",
-        ),
-        (
-            {"parallel": {"data_parallel": 2, "expert_parallel": 2}, "moe": EXPERTS | {"dispatch": "dropless"}},
-            2,
-            "moe.dispatch: dropless; 'capacity' where processes on CPU or GPU cut the experts",
         ),
     ],
 )
@@ -96,7 +90,9 @@ def test_evaluation_works_alone():
 
 def test_accepted():
     check_degrees(build({}), 1)
-    check_degrees(build({"parallel": {"data_parallel": 4, "expert_parallel": 2}, "moe": EXPERTS}), 4)
+    for further in ({}, {"record": "a"}, {"replay": "a"}, {"copies": 2}, {"dispatch": "dropless"}):
+        tree = {"parallel": {"data_parallel": 4, "expert_parallel": 2}, "moe": EXPERTS | further}
+        check_degrees(build(tree), 4)
 
 
 def test_a_process_gets_its_share():

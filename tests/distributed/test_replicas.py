@@ -74,7 +74,7 @@ def test_random_state_is_compared_too(monkeypatch):
         trainer = SimpleNamespace(
             processes=Processes(0, 2, Degrees(2)), config=build({"train": {"seed": seed}}), compared=0, done=done
         )
-        trainer.is_cut, trainer._kept = False, lambda: ""
+        trainer.step, trainer._kept = SimpleNamespace(shapes={PLAIN: (3,)}), lambda: ""
         loop.Trainer._compare_replicas(trainer, {PLAIN: np.ones(3, np.float32)})
     sums = [checksum(arrays["random state"]) for arrays, _ in given]
     assert sums[0] == sums[1] and len(set(sums)) == 3

@@ -84,9 +84,7 @@ def test_a_slow_wire_prefers_other_degrees_than_slow_products():
 @pytest.mark.parametrize(
     ("tree", "devices", "says"),
     [
-        ({"moe": SMALL["moe"] | {"record": "a.safetensors"}}, 2, "moe.record: a.safetensors; choices are recorded"),
-        ({"moe": SMALL["moe"] | {"replay": "a.safetensors"}}, 2, "moe.replay: a.safetensors; choices are recorded"),
-        ({"moe": SMALL["moe"] | {"router_warmup_steps": 3}}, 2, "moe.router_warmup_steps: 3; "),
+        ({"moe": SMALL["moe"] | {"record": "a.safetensors"}}, 2, "moe.record: a.safetensors; null; a compiled"),
         ({"moe": SMALL["moe"] | {"router": "tree"}}, 2, "moe.router: tree; overrides `construct`"),
         ({"moe": SMALL["moe"] | {"dispatch": "dropless"}, "context": {"device_target": "GPU"}}, 2, "moe.dispatch: "),
         ({"model": {"compute_dtype": "bfloat16"}, "context": {"device_target": "GPU"}}, 2, "model.compute_dtype: bf"),
@@ -110,6 +108,11 @@ def test_a_pipeline_is_planned_without_evaluation_only():
 def test_what_one_device_can_do_is_planned_for_one_device():
     recorded = SMALL | {"moe": SMALL["moe"] | {"record": "a.safetensors"}}
     assert any(one.refusal is None for one in planned(recorded, devices=1))
+
+
+def test_choices_that_are_forced_are_planned_for_several_devices():
+    for key, value in (("replay", "a.safetensors"), ("router_warmup_steps", 3)):
+        assert any(one.refusal is None for one in planned(SMALL | {"moe": SMALL["moe"] | {key: value}}, devices=2))
 
 
 def test_reasons_are_the_lines_of_the_laws_and_of_memory():

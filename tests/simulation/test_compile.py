@@ -46,7 +46,7 @@ def test_the_vocabulary_is_known_without_the_corpus():
          ("backward", "layers.0.feed_forward")),
         ("recompute_Default/network-A/model-Decoder/layers-CellList/0-Block/AllReduce-op0", ("recompute", "layers.0")),
         ("Default/network-A/model-Decoder/embedding-Embedding/AllReduce-op0", ("forward", "embedding")),
-        ("Default/network-A/losses-CellList/0-ParallelLoss/AllReduce-op0", ("forward", "loss")),
+        ("Default/network-A/loss-TrainLoss/total-Total/AllReduce-op0", ("forward", "loss")),
         ("Default/network-A/optimizer-AdamW/AllGather-op0", ("optimizer", "optimizer")),
     ],
 )  # fmt: skip

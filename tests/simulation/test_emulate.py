@@ -1,15 +1,15 @@
-"""The virtual cluster: whole training steps of a decoder on several ranks equal those of one device, and faults show.
+"""The emulated cluster: whole training steps of a decoder on several ranks equal those of one device, and faults show.
 
-Compiles run in processes of their own; one layout is compiled for the tests of faults, the others are slow tests.
+One layout is compiled for the tests of faults, the others are slow tests; what routers add is in test_emulate_routers.
 """
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from oracles.workers import start_child
 
 from switchyard import cli
 from switchyard.config import build
@@ -20,6 +20,7 @@ from switchyard.simulation import compile as simulate
 from switchyard.simulation import emulate as virtual
 from switchyard.simulation.interpreter import EXCHANGES, ClusterError, NotExecutable, all_reduce, all_to_all
 
+pytestmark = pytest.mark.usefixtures("workers")
 VOCABULARY = 32
 MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "seq_length": 8, "intermediate_size": 16}
 MOE = {"expert_num": 4, "router": "top_k", "num_experts_chosen": 2, "layers": [1]}
@@ -40,7 +41,7 @@ def layout(model=None, moe=None, train=None, optimizer=None, batch_size=4, **deg
 
 
 @pytest.fixture(scope="module")
-def references():
+def references(workers):
     """(config) -> (batches, what one device made of them); each number of routing groups is trained once."""
     known = {}
 
@@ -56,9 +57,11 @@ def references():
 
 @pytest.fixture(scope="module")
 def four(references):
-    """(config, reports, batches, reference) of 4 ranks: 2 expert slices, 2 replicas of each."""
+    """(config, reports, batches, reference) of 4 ranks: 2 expert slices, 2 replicas of each; compiled as users do."""
     config = layout(data_parallel=4, expert_parallel=2)
-    return config, simulate.compile_ranks(config, 4, range(4), VOCABULARY), *references(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate, "run_child", start_child)
+        return config, simulate.compile_ranks(config, 4, range(4), VOCABULARY), *references(config)
 
 
 def test_four_ranks_equal_one_device(four):
@@ -211,7 +214,12 @@ LAYOUTS = {
             "losses": {"sequence": 0.1, "mutual_information": 0.1},
         },
     },
-    "accumulation": {"data_parallel": 2, "expert_parallel": 2, "train": {"gradient_accumulation_steps": 2}},
+    "accumulation, zero1": {
+        "data_parallel": 2,
+        "expert_parallel": 2,
+        "optimizer_shard": 1,
+        "train": {"gradient_accumulation_steps": 2},
+    },
 }
 
 
@@ -230,7 +238,7 @@ def test_eight_expert_slices_and_a_router_with_noise(references):
     moe = {"router": "gshard", "second_expert": "sampling", "jitter": 0.2, "expert_num": 8, "layers": [0]}
     config = layout({"num_layers": 1}, moe, batch_size=8, data_parallel=8, expert_parallel=8)
     reports = simulate.compile_ranks(config, 8, range(8), VOCABULARY)
-    assert virtual.noise_slices(reports[0]) == 2
+    assert virtual.noise_slices(config, reports[0]) == 2
     found = virtual.compare(config, reports, *references(config, 2))
     assert found.equal, virtual.render(found)
     assert found.met["AlltoAll", tuple(range(8))] == 4
@@ -269,9 +277,8 @@ def test_a_pipeline_equals_one_device(staged):
 
 
 @pytest.mark.slow
-def test_a_pipeline_written_out_for_gpus_equals_one_device(references, monkeypatch):
+def test_a_pipeline_written_out_for_gpus_equals_one_device(references):
     """Without a function that the micro-batches share, without operators of Ascend, a stage a device."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     config = layout({"tie_word_embeddings": False}, {"layers": "all"}, pipeline_stage=2, micro_batch_num=2)
     reports = simulate.compile_ranks(config, 2, range(2), VOCABULARY, step="oracles.written_out:step")
     assert not any(report.graph.functions or report.operators["RmsNorm"] for report in reports)
@@ -341,7 +348,7 @@ def test_a_tie_of_experts_is_drawn_again_and_a_fault_is_not_forgiven(monkeypatch
     """Loads that differ ask for other batches, as long as the verdict is DIFFERENT."""
     config, draws = layout(data_parallel=2), []
     monkeypatch.setattr(virtual.simulate, "compile_ranks", lambda *_: [None])
-    monkeypatch.setattr(virtual, "noise_slices", lambda _: 0)
+    monkeypatch.setattr(virtual, "noise_slices", lambda *_: 0)
     monkeypatch.setattr(virtual, "train_reference", lambda *_: {})
     monkeypatch.setattr(virtual, "compare", lambda config, reports, batches, _: draws.append(batches) or results.pop(0))
     wrong, right = [(3.0, 4.0)], [(3.0, 3.0)]

@@ -318,4 +318,4 @@ def place_of(scope: str) -> tuple[str, str]:
         return direction, ".".join(parts[parts.index("layers") :][:3])
     if "model" in parts:
         return direction, ".".join(parts[parts.index("model") + 1 :][:2]) or "model"
-    return direction, "loss" if "losses" in parts else parts[-1] if parts else "step"
+    return direction, "loss" if "loss" in parts else parts[-1] if parts else "step"

@@ -131,7 +131,7 @@ class CompiledMesh(LocalMesh):
     Attributes:
         groups: routing groups G in all; a device holds G / data_parallel of them.
         length: tokens S of a sequence.
-        noise: layout of the noise [J, N, D], or of the [1, 1, 1] that stands for it where a network reads none.
+        noise, no_noise: layouts of the noise [J, N, D] in training, and of the constant in its place at evaluation.
         alone: a stage is one GPU, whose backend wants the graph of a pipeline without functions, and so no `local`.
         sequence: tokens between two layers are sharded over the model shards too (arXiv 2205.05198, section 4.2.2).
     """
@@ -146,7 +146,7 @@ class CompiledMesh(LocalMesh):
         self.alone = self.degrees.stage_devices == 1 and target == "GPU"
         degrees = self.degrees
         self.layout = Layout((degrees.outer, degrees.expert_parallel, degrees.model_parallel), AXES)
-        self.noise = self.no_noise = self.cut(None, None, None)
+        self.noise, self.no_noise = self.cut(None, "data", None), self.cut(None, None, None)
         self.evaluates = self.degrees.pipeline_stage == 1
         self.draws_full, self.draws_late = False, True
         self.known: set[str] = set()  # names of groups that were made
@@ -174,7 +174,6 @@ class CompiledMesh(LocalMesh):
 
     def place(self, model: nn.Cell) -> None:
         """Declares the layouts of a model; the compiler shards the parameters."""
-        self.noise = self.cut(None, "data" if model.noise_slices else None, None)
         model.shard(self)
         if self.full_config.parallel.recompute:
             for layer in model.layers:
@@ -210,7 +209,7 @@ class CompiledMesh(LocalMesh):
         return ShardedNorm(parameters, self.degrees)
 
     def differentiate(self, loss: nn.Cell, parameters) -> nn.Cell:
-        """Returns a cell: the arguments of `loss` -> (what it returns, gradients of its first result)."""
+        """Returns a cell: the arguments of `loss` -> ((its first result, ()), the gradients of that)."""
         return LossAndGradients(loss, parameters)
 
     def program(self, graph: nn.Cell, inputs: tuple) -> AutoParallel:
@@ -265,7 +264,11 @@ class FirstResult(nn.Cell):
 
 
 class LossAndGradients(nn.Cell):
-    """What a loss returns, and the gradients of its first result; the compiler joins the two forward passes."""
+    """The first result of a loss, and its gradients.
+
+    The compiler joins the two forward passes because both call the same cell. It would not join the pass of a cell with
+    several results, and compute the layers twice.
+    """
 
     def __init__(self, loss: nn.Cell, parameters):
         super().__init__(auto_prefix=False)
@@ -274,8 +277,8 @@ class LossAndGradients(nn.Cell):
 
     def construct(self, *batch) -> tuple:
         """The arguments of the loss."""
-        results = self.loss.loss(*batch)
-        return results, self.gradient(self.loss, self.parameters)(*batch)
+        first_result = self.loss(*batch)
+        return (first_result, ()), self.gradient(self.loss, self.parameters)(*batch)
 
 
 def fused(size: int | str) -> dict:

@@ -87,7 +87,7 @@ class Block(nn.Cell):
         """Applies the conditional layer to windows of tokens [N, D], each sent where its first token goes."""
         seen, windows = self.local_windows(tokens)  # [N / w, D], [N / w, w * D]
         ids, valid = self.local_ids(ids), self.local_valid(valid)  # [N / w], [G, N / G / w]
-        if self.training:
+        if self.training and noise.shape[2] > 1:  # [.., 1, 1] stands for no noise
             noise = self.local_noise(noise)  # [.., N / w, D]
         out, stats, choices = self.feed_forward(windows, valid, noise, ids, None, replay, seen)
         return self.local_tokens(out), stats, choices

@@ -1,6 +1,6 @@
 """Computes the costs of a layout per device: memory, bytes sent, and FLOPs. Nothing here imports MindSpore.
 
-Parameters, optimizer state and exchanges are those of the graph that the compiler makes of `training.parallel_step`, to
+Parameters, optimizer state and exchanges are those of the graph that the compiler makes of `training.step`, to
 the byte (tests/planner/test_costs.py); activations are an estimate.
 
 Legend: N tokens and G groups of all devices together; n = N / data_parallel rows and g groups of a data slice; D width,
@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from switchyard.config import Config
 from switchyard.distributed.placement import EXPERT, MODEL, Degrees, placement
 from switchyard.distributed.stages import stage_config, ways
-from switchyard.moe.dispatch.capacity import buffer_slots, check_sort_keys, check_sorted_rows, slot_shape
+from switchyard.moe.dispatch.capacity import buffer_slots, check_dropless, check_sort_keys, slot_shape
 from switchyard.moe.metrics import width
 from switchyard.nn.fused import fused_operators
 from switchyard.planner.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
 from switchyard.training.limits import check_offered
 
-SCALARS = 3  # of the optimizer: two bias corrections and the learning rate; with float16 the loss scale's inverse
+SCALARS = 3  # of the optimizer: two bias corrections and the learning rate; further ones see `_scalars`
 IN_PRODUCT_TYPE = ("qkv.weight", "out.weight", "head.weight", "w_in", "w_gate", "w_out")  # model.compute_dtype
 SENT = ("Send", "Receive")
 
@@ -111,12 +111,11 @@ def _costs(config, vocab, stage):
     gathered = cut - weights
     if degrees.optimizer_shard == 3:
         gathered = max(FLOAT * (cut - kept) for cut, kept in sizes.values())
-    alone, half = degrees.pipeline_stage == 1, config.model.compute_dtype == "float16"
+    summed = weights * (config.train.gradient_accumulation_steps > 1)  # those of the calls before
     return Costs(
         weights=weights,
-        # those of a micro-batch, and the sum of the ones before; a pipeline adds them up in one place
-        gradients=weights * min(config.micro_batches, 2) if alone else cut,
-        optimizer=2 * weights + (SCALARS + half) * FLOAT,
+        gradients=summed + (weights if degrees.pipeline_stage == 1 else cut),
+        optimizer=2 * weights + _scalars(config) * FLOAT,
         gathered=gathered,
         activations=activation_bytes(config, vocab, whole, stage),
         exchanges=tuple(exchanges(config, vocab, stage)),
@@ -124,30 +123,46 @@ def _costs(config, vocab, stage):
     )
 
 
+def _scalars(config):
+    """Numbers of the optimizer that are no moments, see training.optimizer.OptimizerStep."""
+    half, freezes = config.model.compute_dtype == "float16", config.moe.router_freeze_step is not None
+    several = config.train.gradient_accumulation_steps > 1
+    return SCALARS + half + (freezes and bool(config.moe_layers)) + 2 * several
+
+
 def check_counted(config: Config) -> None:
     """Refuses what the compiler does not cut, and what is not counted here (UserError)."""
-    moe, layers = config.moe, bool(config.moe_layers)
     check_offered(config)
     check_sort_keys(config)
-    if layers and moe.dispatch != "capacity":
-        check_sorted_rows(config)
+    if config.devices > 1:
+        check_dropless(config)
 
 
 def exchanges(config: Config, vocab: int, stage: int = 0) -> Iterator[Exchange]:
     """Yields the collectives of a step, forward, backward, clip and AdamW; for a pipeline, those of one stage."""
+    calls = config.train.gradient_accumulation_steps
+    if config.devices > 1:
+        for one in _of_call(config, vocab, stage):
+            yield replace(one, number=one.number * calls)
+
+
+def _of_call(config, vocab, stage):
+    """Yields the collectives of one call of the step's program."""
     degrees = Degrees.of(config.parallel)
-    stages, micro = degrees.pipeline_stage, config.micro_batches
-    if degrees.devices == 1:
-        return
+    stages, micro = degrees.pipeline_stage, micro_batches_of_call(config)
     for name, shape in parameters(config, vocab, stage).items():
-        for one in _of_gradient(name, shape, config, degrees):  # of a pipeline once, else in each micro-batch
-            yield replace(one, number=one.number * (micro if stages == 1 else 1))
+        yield from _of_gradient(name, shape, config, degrees)
     for one in _of_micro_batch(config, stage):
         yield replace(one, number=one.number * micro)
     if stages == 1:
         yield Exchange("AllReduce", "stage", degrees.devices, FLOAT)  # norm of the gradients
     else:  # and all figures
         yield Exchange("AllReduce", "all", degrees.devices, FLOAT * (1 + micro * _figures(config)))
+
+
+def micro_batches_of_call(config: Config) -> int:
+    """Returns the micro-batches of one call of the step's program: 1, of a pipeline several."""
+    return config.micro_batches // config.train.gradient_accumulation_steps
 
 
 def _tally(config):
@@ -171,13 +186,15 @@ def _of_micro_batch(config, stage):
     if degrees.model_parallel > 1:
         yield from _of_model_slices(own, degrees, repeated, last)
     if degrees.data_parallel > 1 and last:
-        yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT)  # valid tokens
-        many, passes = (config.micro_batches, 2) if stages > 1 else (1, 1)  # of a pipeline backward too, and places
+        yield Exchange("AllReduce", "data", degrees.data_parallel, 2 * FLOAT)  # valid and real tokens
+        # of a pipeline there are places for all, and one backward too
+        many, passes = (micro_batches_of_call(config), 2) if stages > 1 else (1, 1)
         yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT * many * _figures(config), passes)
+    groups = config.groups // degrees.data_parallel
     rows = config.rows // degrees.data_parallel * config.model.hidden_size
     rows //= degrees.model_parallel if config.parallel.sequence_parallel else 1
     for tallies in ways(config, stage):
-        size = FLOAT * (rows if tallies < 0 else tallies * _tally(config))
+        size = FLOAT * (rows if tallies < 0 else groups * tallies * _tally(config))
         for kind in SENT:  # forward one of them, backward the other
             yield Exchange(kind, "pipeline", stages, size)
 
@@ -297,7 +314,7 @@ def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage:
     A stage of a pipeline keeps as many micro-batches as there are stages behind it, and one.
     What the device's memory pool wastes and what its kernels need as work space is not in it.
     """
-    stages, micro = config.parallel.pipeline_stage, config.micro_batches
+    stages, micro = config.parallel.pipeline_stage, micro_batches_of_call(config)
     if stages > 1:
         config = stage_config(config, stage)
     model, cut, degrees = config.model, config.parallel, Degrees.of(config.parallel)

@@ -83,7 +83,7 @@ def worked_rows(config: Config) -> int:
     moe, data = config.moe, config.parallel.data_parallel
     if moe.dispatch == "capacity":
         return math.prod(slot_shape(config)[:3]) // data
-    return config.rows // data * moe.choices + zero_rows(config)
+    return config.rows // data * moe.choices + zero_rows(config, moe.dispatch == "dropless_static")
 
 
 def product_bytes(config: Config) -> int:

@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> None:
         count = len(batches["tokens"])
         for index in range(count):
             parts = [batches[name][index] for name in ("tokens", "labels", "valid", "noise")]  # [A, ...]
-            made = step(*parts, float(batches["rates"][index]))
+            replay = batches["replay"][index] if "replay" in batches else None
+            made = step(*parts, float(batches["rates"][index]), replay)
             figures["losses"].append(made["loss"])
             figures["norms"].append(made["gradient_norm"])
             figures["loads"].append(made["audit"]["load"] if made["audit"] else np.zeros((0, 0)))  # [M, E]

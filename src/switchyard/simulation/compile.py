@@ -32,8 +32,9 @@ from switchyard.training.limits import require_trainable
 from switchyard.trust import check_trusted
 
 COLUMNS = ["collective", "direction", "where", "why", "ranks", "number", "bytes each"]
-OPTIMIZER_STATE = ("moment1.", "moment2.", "accumulated.", "accu_grads.", "correction", "learning_rate", "unscale")
-ACCUMULATED = "accu_grads."  # gradients of a pipeline's micro-batches
+CONTROLS = ("learning_rate", "unscale", "routers_learn", "begins", "ends")  # parameters that the host sets
+SUMS = ("accumulated.", "accu_grads.")  # of gradients: of several calls, of a pipeline's micro-batches
+OPTIMIZER_STATE = ("moment1.", "moment2.", "correction", *SUMS, *CONTROLS)
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,11 @@ class Report:
 
     @property
     def held_bytes(self) -> dict[str, int]:
-        """Returns the bytes of weights and of optimizer state that the rank holds; of a pipeline, those of gradients
-        too.
-        """
+        """Returns the bytes of weights, of optimizer state and of sums of gradients, if any, that the rank holds."""
         held = Counter({"weights": 0, "optimizer state": 0})
         for name, shape, dtype in self.graph.parameters.values():
             kind = "optimizer state" if name.startswith(OPTIMIZER_STATE) else "weights"
-            kind = "gradients" if name.startswith(ACCUMULATED) else kind
+            kind = "gradients" if name.startswith(SUMS) else kind
             size = dtype().itemsize
             for length in shape:
                 size *= length

@@ -30,7 +30,7 @@ from switchyard.files import scratch
 from switchyard.moe import metrics
 from switchyard.simulation import compile as simulate
 from switchyard.simulation.baseline import AFTER, BATCHES, BEFORE, RESULT, STEP
-from switchyard.simulation.compile import ACCUMULATED, Report
+from switchyard.simulation.compile import CONTROLS, SUMS, Report
 from switchyard.simulation.compile_worker import JOB
 from switchyard.simulation.interpreter import EXCHANGES, Arrays, ClusterError, NotExecutable, run_cluster
 from switchyard.simulation.verdict import TOLERANCE, Comparison, Judge
@@ -39,8 +39,6 @@ from switchyard.training.limits import require_trainable
 from switchyard.trust import check_trusted
 
 DRAWS = 3  # of batches, where choices of experts fell otherwise
-CONTROLS = ("learning_rate", "unscale", "routers_learn", "begins", "ends")  # parameters that the host sets
-SUMS = (ACCUMULATED, "accumulated.")  # how the names of sums of gradients begin
 HEAD = 2  # figures of a micro-batch before those of its layers, see training.loss
 
 
@@ -48,7 +46,8 @@ def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, 
     """Draws random batches of all devices together, from train.seed + draw: [steps, A, B, S] each, A micro-batches, a
     part of them padding.
 
-    `rates` [steps] are the peak learning rate; `noise` [steps, A, max(J, 1), N, D] of U(0, 1).
+    `rates` [steps] are the peak learning rate; `noise` [steps, A, max(J, 1), N, D] of U(0, 1). Where choices are
+    forced, `replay` [steps, A, M, N, K] has choices for every other token, and -1.
     """
     rng, count = np.random.default_rng(config.train.seed + draw), config.micro_batches
     shape = (steps, count, config.data.batch_size, config.model.seq_length)
@@ -59,7 +58,12 @@ def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, 
     if noise_slices:
         noise = rng.random((steps, count, noise_slices, config.rows, config.model.hidden_size), np.float32)
     rates = np.full(steps, config.schedule.learning_rate, np.float32)
-    return {"tokens": tokens[..., :-1], "labels": tokens[..., 1:], "valid": valid, "noise": noise, "rates": rates}
+    drawn = {"tokens": tokens[..., :-1], "labels": tokens[..., 1:], "valid": valid, "noise": noise, "rates": rates}
+    moe = config.moe
+    if config.moe_layers and (moe.replay is not None or moe.router_warmup_steps > 0):
+        order = rng.random((steps, count, len(config.moe_layers), config.rows, moe.expert_num)).argsort(-1)
+        drawn["replay"] = np.where(np.arange(config.rows)[:, None] % 2, order[..., : moe.choices], -1).astype(np.int32)
+    return drawn
 
 
 def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float = 600) -> Arrays:
@@ -96,19 +100,24 @@ def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: Degre
 
 
 def batch_of(batches: Arrays, step: int, degrees: Degrees, rank: int, noisy: bool) -> list[np.ndarray]:
-    """What a rank reads at a step: tokens, labels, valid [A, B, S] and noise [A, max(J, 1), N, D]."""
+    """What a rank reads at a step: tokens, labels, valid [A, B, S], noise [A, max(J, 1), N, D], and where choices are
+    forced replay [A, M, N, K]."""
     index, own = degrees.data_slice(rank), []
     for name in ("tokens", "labels", "valid"):
         own.append(np.split(batches[name][step], degrees.data_parallel, 1)[index])
     noise = batches["noise"][step]
-    return [*own, np.split(noise, degrees.data_parallel, 2)[index] if noisy else noise]
+    own.append(np.split(noise, degrees.data_parallel, 2)[index] if noisy else noise)
+    if "replay" in batches:
+        own.append(np.split(batches["replay"][step], degrees.data_parallel, 2)[index])
+    return own
 
 
 def inputs_of(config: Config, arrays: list[np.ndarray], weights: np.ndarray) -> list[np.ndarray]:
     """What a rank reads in one call: `arrays` [A, ..] of `batch_of` and weights [A] of the losses."""
     weights = np.asarray(weights, np.float32)
     if config.parallel.pipeline_stage == 1:
-        return [np.ascontiguousarray(part[0]) for part in arrays] + [weights.reshape(1, 1)]
+        parts = [np.ascontiguousarray(part[0]) for part in arrays]
+        return [*parts[:4], weights.reshape(1, 1), *parts[4:]]
     turned = (*arrays[:3], arrays[3].transpose(0, 2, 1, 3))  # noise [A, N, J, D]
     return [np.ascontiguousarray(part).reshape(-1, *part.shape[2:]) for part in turned] + [np.diag(weights)]
 
@@ -186,14 +195,17 @@ def _control(own: Arrays, **values: float) -> None:
 
 
 def move_bias(config: Config, own: Arrays, figures: np.ndarray) -> None:
-    """Does what the host does behind a step: moves the bias of routers that balance by one; figures [A, W]."""
-    experts, rate = config.moe.expert_num, config.moe.topk_bias_update_rate
-    stats = metrics.by_layer(figures[:, HEAD:].sum(0), experts) if config.moe_layers else []
-    for layer, row in zip(config.moe_layers, stats):
-        name = f"layers.{layer}.feed_forward.router.bias"
-        if name in own:
-            load = row[len(metrics.SCALARS) :][:experts]
-            own[name] = own[name] + metrics.bias_step(load, rate)
+    """Does what the host does behind a step: moves the bias of `sigmoid`; figures [A, W]."""
+    moe = config.moe
+    if moe.router != "sigmoid" or not config.moe_layers:
+        return
+    names = ["bias"] if moe.copies == 1 else [f"routers.{index}.bias" for index in range(moe.copies)]
+    for layer, row in zip(config.moe_layers, metrics.by_layer(figures[:, HEAD:].sum(0), moe.expert_num)):
+        loads = row[len(metrics.SCALARS) :][: moe.expert_num].reshape(moe.copies, -1)
+        for last, load in zip(names, loads):
+            name = f"layers.{layer}.feed_forward.router.{last}"
+            if name in own:  # of a pipeline only the layers of the stage
+                own[name] = own[name] + metrics.bias_step(load, moe.router.options.topk_bias_update_rate)
 
 
 def states_of(reference: Arrays, steps: int) -> list[Arrays]:

@@ -12,7 +12,7 @@ from typing import Any
 from switchyard.config import Config
 from switchyard.device import COMPUTE_DTYPES
 from switchyard.errors import UserError
-from switchyard.moe.dispatch.capacity import check_sort_keys, check_sorted_rows
+from switchyard.moe.dispatch.capacity import check_dropless, check_sort_keys
 
 WHOLE_ROUTERS = ("merged", "soft", "tree")  # that override `construct`; see moe.routing.base.why_not_sharded
 NEED_A_COMPILER = (
@@ -52,6 +52,8 @@ def refusals(config: Config, target: str = "Ascend") -> Iterator[Refusal]:
         yield Refusal("model.type", config.model.type, "only a decoder is sharded over devices", True)
     if target == "GPU" and config.moe_layers and moe.dispatch != "capacity":
         yield Refusal("moe.dispatch", moe.dispatch, "the compiler shards it for Ascend", True)
+    if config.moe_layers and moe.record and config.devices > 1:  # see mesh.LossAndGradients
+        yield Refusal("moe.record", moe.record, "null; a compiled program hands out no choices", True)
     if config.moe_layers and (reason := why_not_sharded(moe.router)):
         yield Refusal("moe.router", moe.router, reason, True)
     yield from _of_pipelines(config, target)
@@ -130,8 +132,8 @@ def of_sizes(config: Config, target: str) -> Iterator[Refusal]:
         allowed = " or ".join(COMPUTE_DTYPES[target])
         yield Refusal("model.compute_dtype", dtype, f"MindSpore cannot train with it on {target}; {allowed}", False)
     check_sort_keys(config)
-    if config.moe_layers and config.moe.dispatch != "capacity" and config.devices > 1 and target == "Ascend":
-        check_sorted_rows(config)
+    if config.devices > 1 and target == "Ascend":
+        check_dropless(config)
 
 
 def why_not_compiled(config: Config, target: str) -> str | None:

@@ -105,12 +105,16 @@ def calls_of(config: Config) -> int:
     return config.train.gradient_accumulation_steps
 
 
-def input_shards(config: Config, noise_slices: int) -> tuple:
-    """Returns how the arguments of a step's program are sharded, by axis."""
-    data, forced = config.parallel.data_parallel, forces_choices(config)
-    noise, replay = (1, data if noise_slices else 1, 1), ((1, data, 1),) if forced else ()
-    if config.parallel.pipeline_stage > 1:
-        noise, replay = (noise[1], 1, 1), ((data, 1, 1),) if forced else ()
+def input_shards(config: Config) -> tuple:
+    """Returns how the arguments of a step's program are sharded, by axis.
+
+    The noise is, even the [1, 1, 1] of each device where nobody reads it: the compiler wants the argument with most
+    axes to be sharded.
+    """
+    data, replay = config.parallel.data_parallel, ()
+    noise = (1, data, 1) if config.parallel.pipeline_stage == 1 else (data, 1, 1)
+    if forces_choices(config):
+        replay = ((1, data, 1),)
     return ((data, 1), (data, 1), (data, 1), noise, (1, 1), *replay)
 
 

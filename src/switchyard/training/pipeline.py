@@ -112,12 +112,11 @@ class MicroBatch(nn.Cell):
         self.runs = tuple(tuple(k for k, own in enumerate(of) if own == stage) for stage in sorted(set(of)))
         joined = [JoinedStatistics(model, mesh, stage) for stage in sorted(set(of))]
         self.joined = nn.CellList(joined, auto_prefix=False)
-        self.noisy, self.no_noise = model.noise_slices > 0, Tensor(np.zeros((1, 1, 1), np.float32))
         self.turn = ops.Transpose().shard(((mesh.degrees.data_parallel, 1, 1),))
 
     def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor, factors: Tensor) -> Tensor:
         """tokens, labels [B, S] int32, valid [B, S] float32, noise [N, J, D], factors [1, A] -> see LastCell."""
-        noise = self.turn(noise, (1, 0, 2)) if self.noisy else self.no_noise  # [J, N, D]
+        noise = self.turn(noise, (1, 0, 2))  # [J, N, D]
         x, stats, joined, read = self.first(tokens, valid, noise), (), (), ()
         for inputs in self.stage_inputs:
             read = (*read, inputs(tokens, valid))
@@ -190,7 +189,7 @@ class PipelineStepGraph(nn.Cell):
     def __init__(self, model: nn.Cell, config: Config, mesh: CompiledMesh):
         super().__init__(auto_prefix=False)
         os.environ[SLICES_STAY_SHARDED] = "1"  # read by the compiler
-        kind, shards = MicroBatch if mesh.alone else SharedMicroBatch, input_shards(config, model.noise_slices)
+        kind, shards = MicroBatch if mesh.alone else SharedMicroBatch, input_shards(config)
         self.optimizer = OptimizerStep(model.trainable_params(), config, mesh, calls_of(config))
         self.parameters = self.optimizer.adamw.parameters
         self.loss = Pipelined(kind(model, config, mesh), config.parallel.micro_batch_num, [axes[0] for axes in shards])
@@ -198,7 +197,6 @@ class PipelineStepGraph(nn.Cell):
         self.accumulated = self.parameters.clone("accu_grads", init="zeros")
         self.ends = SquaresAndFigures(self.parameters, mesh.degrees)
         self.clear, self.sharded = ops.Assign(), config.parallel.optimizer_shard > 0
-        self.noisy = model.noise_slices > 0
 
     def construct(self, *batch) -> tuple:
         """Takes the arguments of MicroBatch, of all micro-batches, and factors [A, A] with those of each on the

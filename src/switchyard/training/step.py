@@ -80,7 +80,7 @@ class TrainStep:
         self.size = sum(math.prod(self.shapes[parameter.name]) for parameter in model.trainable_params())
         self.graph = create_graph(model, config, mesh)
         self.graph.set_train(True)
-        self.program = mesh.program(self.graph, input_shards(config, model.noise_slices))
+        self.program = mesh.program(self.graph, input_shards(config))
         self.routers = balancing_routers(model)
 
     def __call__(self, tokens, labels, valid, noise, learning_rate: float, replay=None, routers_learn=True) -> dict:

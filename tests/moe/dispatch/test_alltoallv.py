@@ -4,8 +4,6 @@ Rows that an operator leaves undefined are NaN there, and a rank that receives n
 is in test_collectives.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -14,26 +12,19 @@ from switchyard.config import build
 from switchyard.distributed.placement import Degrees
 from switchyard.errors import UserError
 from switchyard.models import create_model
-from switchyard.moe.layer import TALLY
+from switchyard.moe import metrics
 from switchyard.simulation import compile as simulate
 from switchyard.simulation import emulate as virtual
 from switchyard.simulation.baseline import one_device
 from switchyard.simulation.interpreter import EXCHANGES, all_reduce, all_to_all, all_to_all_v, run_cluster
-from switchyard.training.step import EvalStep
+from switchyard.training.loss import STATISTICS
+from switchyard.training.scores import EvalStep
 
 VOCABULARY = 32
 MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "seq_length": 8, "intermediate_size": 16}
 NAMES = ("tokens", "labels", "valid")
 FORMS = ("dropless", "dropless_static")
-TESTS = str(Path(__file__).resolve().parents[2])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def oracles_are_found():
-    """By compiles and references too, which run in processes of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", TESTS)
-        yield
+pytestmark = pytest.mark.usefixtures("workers")
 
 
 def layout(dispatch, model=None, moe=None, context=None, **degrees):
@@ -64,7 +55,7 @@ def compiled(config):
 
 def trained(config, reports, steps=2):
     """(batches, what one device made of them)."""
-    batches = virtual.draw_batches(config, VOCABULARY, steps, virtual.noise_slices(reports[0]))
+    batches = virtual.draw_batches(config, VOCABULARY, steps, virtual.noise_slices(config, reports[0]))
     return batches, virtual.train_reference(config, VOCABULARY, batches)
 
 
@@ -79,7 +70,7 @@ def assert_equal(config, reports, batches, reference):
 
 
 @pytest.fixture(scope="module", params=FORMS)
-def four(request):
+def four(request, workers):
     """(form, reports of 4 ranks); the bias is a weight, so graphs serve balanced and skewed routing."""
     return request.param, compiled(skewed(request.param, 0.0))
 
@@ -150,13 +141,11 @@ CASES = {
 def test_further_layouts(name, monkeypatch):
     form, tree = CASES[name]
     figures, loss_of = [], virtual.loss_of
-    monkeypatch.setattr(
-        virtual, "loss_of", lambda outputs, *rest: figures.append(outputs[0][0][0]) or loss_of(outputs, *rest)
-    )
+    monkeypatch.setattr(virtual, "loss_of", lambda rows, *rest: figures.append(rows[0]) or loss_of(rows, *rest))
     config = layout(form, **{"data_parallel": 2, "expert_parallel": 2} | tree)
     reports = compiled(config)
     assert_equal(config, reports, *trained(config, reports))
-    load, real = figures[0][2 + TALLY :][: config.moe.expert_num], 28  # of 32 tokens
+    load, real = metrics.metrics(figures[0][STATISTICS:], config.moe.expert_num)["load"], 28  # of 32 tokens
     if "refused" in name:
         assert real < load.sum() < 2 * real
     else:
@@ -164,13 +153,17 @@ def test_further_layouts(name, monkeypatch):
 
 
 @pytest.mark.slow
-def test_evaluation_on_devices_is_that_of_one(graph):
-    """Losses of each sequence, loads and importances; one device works by blocks. Nothing is dropped."""
-    config = layout("dropless", data_parallel=2, expert_parallel=2)
+@pytest.mark.parametrize(
+    "dispatch, sent", [("dropless", {"AlltoAll": 1, "AlltoAllV": 3}), ("capacity", {"AlltoAll": 3})]
+)
+def test_evaluation_on_devices_is_that_of_one(workers, graph, dispatch, sent):
+    """Losses of each sequence, loads and importances. Nothing is dropped, whatever training drops: there a capacity
+    of half the rows, here buffers of a fixed size."""
+    config = layout(dispatch, moe={"capacity_factor": 0.5}, data_parallel=2, expert_parallel=2)
     reports = simulate.compile_ranks(config, 2, range(2), VOCABULARY, step="oracles.cluster_probe:scores")
     model = create_model(build(one_device(config.model_dump())), VOCABULARY).set_train(False)
     tokens, labels, valid = (virtual.draw_batches(config, VOCABULARY, 1)[name][0, 0] for name in NAMES)  # [B, S]
-    losses, count, *audit = EvalStep(model)(*map(Tensor, (tokens, labels, valid)))
+    scores, stats, _ = EvalStep(model)(*map(Tensor, (tokens, labels, valid)))
     whole, degrees = {each.name: each.asnumpy() for each in model.get_parameters()}, Degrees.of(config.parallel)
     weights = [
         {name: virtual.held_by(name, whole[name], shape, degrees, report.rank) for name, shape in held.items()}
@@ -178,12 +171,15 @@ def test_evaluation_on_devices_is_that_of_one(graph):
     ]
     inputs = [[np.split(part, 2)[rank] for part in (tokens, labels, valid)] for rank in range(2)]
     outputs, met = run_cluster([report.graph for report in reports], inputs, weights)
-    for ((scores, tally),) in outputs:
-        np.testing.assert_allclose(scores, np.stack([losses.asnumpy(), count.asnumpy()], 1), rtol=2e-6)
-        load, importance = tally[TALLY:].reshape(2, -1)
-        np.testing.assert_allclose([load, importance], [audit[at].asnumpy()[0] for at in (0, 1)], rtol=1e-5)
-        assert tally[4] == load.sum() == 2 * valid.sum()  # choices served
-    assert met["AlltoAllV", (0, 1)] == 3 and met["AlltoAll", (0, 1)] == 1
+    one = metrics.metrics(stats.asnumpy(), config.moe.expert_num)
+    assert one["load"].sum() == 2 * valid.sum() and one["dropped"] == 0
+    for ((found, summed, *_),) in outputs:
+        np.testing.assert_allclose(found, scores.asnumpy(), rtol=2e-6)
+        cluster = metrics.metrics(summed, config.moe.expert_num)
+        assert cluster.keys() == one.keys()
+        for name, figure in one.items():
+            np.testing.assert_allclose(cluster[name], figure, rtol=1e-5, atol=1e-7, err_msg=name)
+    assert {kind: number for (kind, _), number in met.items() if kind.startswith("AlltoAll")} == sent
 
 
 def test_static_buffers_beyond_exact_sort_keys_are_refused():

@@ -59,13 +59,12 @@ def zero_rows(config: Config, static: bool) -> int:
     return math.ceil(moe.expert_num / moe.choices) * moe.choices
 
 
-def check_sorted_rows(config: Config, static: bool | None = None) -> None:
+def check_sorted_rows(config: Config, static: bool) -> None:
     """Refuses dropless batches of which a device would sort more rows than float32 counts exactly (UserError).
 
-    `static`: by buffers; None: as moe.dispatch says.
+    `static`: by buffers.
     """
     cut, moe = config.parallel, config.moe
-    static = moe.dispatch == "dropless_static" if static is None else static
     rows = config.rows // cut.data_parallel * moe.choices + zero_rows(config, static)
     if static:
         rows = max(rows, cut.expert_parallel * buffer_slots(config))
@@ -74,6 +73,14 @@ def check_sorted_rows(config: Config, static: bool | None = None) -> None:
             f"data.batch_size: {config.data.batch_size}; {rows} rows of a device are sorted at once, must be below "
             f"{EXACT_FLOAT}: lower it and raise train.gradient_accumulation_steps"
         )
+
+
+def check_dropless(config: Config) -> None:
+    """Refuses batches that training, or evaluation, which drops nothing where moe.eval_capacity_factor is null, cannot
+    sort (UserError)."""
+    moe = config.moe
+    if config.moe_layers and (moe.dispatch != "capacity" or moe.eval_capacity_factor is None):
+        check_sorted_rows(config, moe.dispatch != "dropless")
 
 
 def dropped_share(config: Config, shares: np.ndarray | None = None) -> float:

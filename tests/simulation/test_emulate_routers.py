@@ -1,0 +1,70 @@
+"""Every router that a compiled cluster runs, on two emulated devices that share the experts, against one device.
+
+Three of them are tests; all of them, each way that choices travel, with the variable SWITCHYARD_ALL_ROUTERS=1.
+"""
+
+import os
+
+import pytest
+
+from switchyard.config import build
+from switchyard.moe.routing.base import known_routers
+from switchyard.simulation import emulate
+from switchyard.training.limits import WHOLE_ROUTERS
+
+VOCABULARY = 32
+MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "seq_length": 8, "intermediate_size": 16}
+TWO = {"num_experts_chosen": 2}
+ROUTERS = {
+    "switch": {},
+    "top_k": TWO,
+    "gshard": TWO,
+    "noisy_top_k": TWO,
+    "sigmoid": TWO,
+    "sinkhorn": {},
+    "base": {},
+    "cosine": TWO,
+    "prototype": TWO,
+    "two_level": TWO | {"n_group": 2},
+    "hash": {},
+    "lsh": {},
+    "random": {},
+    "dense": {},
+    "mixture_of_depths": {"expert_num": 1, "expert_parallel": 1, "capacity_factor": 0.5},
+    "copies of sigmoid": TWO | {"router": "sigmoid", "copies": 2},
+}
+NOT_OF_TEXT = ("expert_choice", "multi_gate", "random_in_group", "task")  # not causal, or choose by task
+WAYS = ("capacity", "dropless", "dropless_static")
+DROPS_BY_ITSELF = ("dense", "mixture_of_depths")  # whose rows do not choose experts
+TESTED = (("sigmoid", "capacity"), ("noisy_top_k", "dropless"), ("hash", "dropless_static"))
+ALL = tuple((name, way) for name in ROUTERS for way in WAYS if way == "capacity" or name not in DROPS_BY_ITSELF)
+
+
+def config_of(name: str, dispatch: str):
+    """A decoder of a dense and a conditional layer on two devices."""
+    moe = {"router": name, "expert_num": 4, "layers": [1], "dispatch": dispatch} | ROUTERS[name]
+    experts = moe.pop("expert_parallel", 2)
+    return build(
+        {
+            "model": MODEL | {"init_method_std": 0.2},
+            "moe": moe,
+            "data": {"batch_size": 4},
+            "train": {"eval_every": 0},
+            "parallel": {"data_parallel": 2, "expert_parallel": experts},
+        }
+    )
+
+
+def test_no_router_is_forgotten():
+    assert {*ROUTERS, *NOT_OF_TEXT, *WHOLE_ROUTERS} >= known_routers().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, dispatch", ALL if os.environ.get("SWITCHYARD_ALL_ROUTERS") else TESTED)
+def test_two_devices_equal_one(workers, name, dispatch):
+    """Losses, gradients and weights of three steps; a capacity drops, and every expert's weights move."""
+    found = emulate.prove(config_of(name, dispatch), 2, vocab=VOCABULARY)
+    print(name, dispatch, f"{found.largest:.1e}", f"{max(found.gradients.values()):.1e}")
+    assert found.equal, emulate.render(found)
+    assert len({one for one, _ in found.losses}) == 3
+    assert found.differences["layers.1.feed_forward.experts.w_in"][1] > 100 * emulate.TOLERANCE
