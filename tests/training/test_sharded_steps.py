@@ -1,6 +1,5 @@
 """A step that the compiler shards over devices goes on from a checkpoint, saves its shards and evaluates."""
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -57,14 +56,16 @@ def test_every_rank_goes_on_from_its_shards_saves_them_and_evaluates(tmp_path, m
     reports, again, again_state = resumed(tmp_path, config, monkeypatch)
     assert_same(weights, again)
     assert_same(state, again_state)
-    scores = reports[3]  # of evaluation: two AlltoAll, the sums of statistics, the scores; ZeRO's weights
-    own = [one for one in scores.collectives if one.cause != "parallel_optimizer"]
-    assert Counter((one.kind, one.group) for one in own)["AlltoAll", Degrees.of(config.parallel).expert_group(3)] == 2
-    # nothing is dropped: room for all 16 tokens of a device, of width 16, at every of the 4 experts
-    assert {one.bytes for one in own if one.kind == "AlltoAll"} == {4 * 16 * 16 * 4}
+    scores = reports[3]  # of evaluation; the rest are ZeRO's weights
+    own = [one for one in scores.collectives if one.cause != "parallel_optimizer" and one.kind == "AlltoAll"]
+    assert {one.group for one in own} == {Degrees.of(config.parallel).expert_group(3)}
+    # nothing is dropped: tokens travel there and back with room for all 16 of a device to either of 2 ranks, and counts
+    room = 2 * 16 * 16 * 2  # bytes of float16 of width 16
+    assert sorted(one.bytes >= room for one in own) == [False, True, True]
     shapes = {node.output: node.shape for node in scores.graph.nodes}
     handed_out = next(node for node in reversed(scores.graph.nodes) if node.kind == "MakeTuple")
-    assert [shapes[name] for name in handed_out.inputs] == [(8, 3), (6 + 2 * 4,)]  # of the whole batch, on every rank
+    found = [shapes[name] for name in handed_out.inputs]  # of the whole batch, on every rank; no choices
+    assert found[:2] == [(8, 3), (6 + 2 * 4,)]
     assert not [one for one in scores.collectives if one.direction == "backward"]
     assert not sums_may_race(scores.graph)  # on GPUs, which do not wait for kernels with these degrees
 
