@@ -21,7 +21,7 @@ class ReadSum(nn.Cell):
     """A sum over the devices, and an addition of next to nothing behind it.
 
     Args:
-        total: sums figures over the devices.
+        total: the cell that sums over the devices.
         width: of what it gives.
     """
 
@@ -30,8 +30,8 @@ class ReadSum(nn.Cell):
         self.total, self.add = total, ops.Add().shard(((1,), (1,)))
         self.next_to_nothing = Tensor(np.full(width, 1e-30, np.float32))
 
-    def construct(self, figures: Tensor) -> Tensor:
-        return self.add(self.total(figures), self.next_to_nothing)
+    def construct(self, rows: Tensor) -> Tensor:
+        return self.add(self.total(rows), self.next_to_nothing)
 
 
 class FiguresAreRead(TrainLoss):

@@ -22,6 +22,7 @@ from switchyard.json_text import to_json
 from switchyard.moe.dispatch.capacity import capacity
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.layer import MoELayer
+from switchyard.moe.metrics import BALANCE, Z
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 
@@ -45,7 +46,7 @@ class Gradients(nn.Cell):
 
 
 class Conditional(nn.Cell):
-    """The layer's output and its statistics, losses among them, so that the router's gradient is complete."""
+    """The layer's output and its losses, so that the router's gradient is complete."""
 
     def __init__(self, layer: MoELayer, rows: int):
         super().__init__()
@@ -55,7 +56,8 @@ class Conditional(nn.Cell):
 
     def construct(self, rows):
         out, stats, _ = self.layer(rows, self.valid, self.noise)
-        return out, stats
+        means = stats[0, : Z + 1] / self.valid.shape[1]  # balance and z-loss
+        return out, means[BALANCE], means[Z]
 
 
 def contenders(rows: int, width: int, experts: int, choices: int) -> dict:

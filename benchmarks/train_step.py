@@ -49,7 +49,7 @@ def mindspore_step(sections: dict):
     step = TrainStep(create_model(config, VOCABULARY), config)
     tokens, labels = batch()
     valid, noise = np.ones((1, *tokens.shape), np.float32), np.zeros((1, 1, 1, 1), np.float32)
-    return lambda: float(step(tokens[None], labels[None], valid, noise, RATE)["loss"])
+    return lambda: step(tokens[None], labels[None], valid, noise, RATE)["loss"]
 
 
 def torch_step():

@@ -22,11 +22,10 @@ from switchyard.config import Config, build
 from switchyard.data import load_data
 from switchyard.json_text import to_json
 from switchyard.models import create_model
-from switchyard.moe import metrics
 from switchyard.moe.routing.fixed import balance_tables
+from switchyard.training.evaluate import create_evaluator
 from switchyard.training.randomness import draw_noise
 from switchyard.training.schedule import learning_rate
-from switchyard.training.scores import EvalStep
 from switchyard.training.step import TrainStep
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "seq_length": 64, "intermediate_size": 256}
@@ -69,7 +68,7 @@ def measure(tree: dict) -> dict:
         seconds.append(time.perf_counter() - start)
         if figures["audit"] and number >= 0.9 * config.train.steps:
             dropped.append(float(figures["audit"]["dropped"].mean()))
-    result = evaluate(model, data, config)
+    result = evaluate(model, config, data)
     result["dropped"] = statistics.mean(dropped) if dropped else 0.0
     result["step_ms"] = statistics.median(seconds[5:] or seconds) * 1e3
     result["parameters"] = int(sum(parameter.size for parameter in model.trainable_params()))
@@ -77,22 +76,16 @@ def measure(tree: dict) -> dict:
     return result
 
 
-def evaluate(model, data, config: Config) -> dict:
+def evaluate(model, config: Config, data) -> dict:
     """Loss and balance over evenly spaced validation batches."""
-    graph = EvalStep(model)
-    graph.set_train(False)
     batches = data.validation()
     places = np.unique(np.linspace(0, len(batches) - 1, EVAL_BATCHES).astype(int))
-    loss = tokens = stats = 0.0
-    for place in places:
-        scores, found, _ = graph(*(ms.Tensor(part) for part in batches.at(int(place))))
-        sums, counts, _ = scores.asnumpy().sum(0)
-        loss, tokens = loss + float(sums), tokens + float(counts)
-        stats = stats + found.asnumpy().astype(np.float64) if len(found) else stats
-    result = {"loss": loss / tokens}
-    if config.moe_layers:
-        found = metrics.metrics(stats, config.moe.expert_num)
-        result.update(balance(found["load"], found["importance"]), entropy=float(found["entropy"].mean()))
+    found = create_evaluator(model, config, 1.0)(batches.at(int(place)) for place in places)
+    result = {"loss": found.loss}
+    if found.layers:
+        load, importance = (np.array([layer[name] for layer in found.layers]) for name in ("load", "importance"))
+        entropy = statistics.mean(layer["entropy"] for layer in found.layers)
+        result.update(balance(load, importance), entropy=entropy)
     return result
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from switchyard.config import load
 from switchyard.distributed.processes import must_block
-from switchyard.training.limits import check_mesh, lost_default, with_defaults
+from switchyard.training.limits import check_mesh, with_defaults
 
 FOLDER = Path(__file__).parents[2] / "config"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -62,8 +62,8 @@ def test_every_command_of_a_comment_trains(name):
     found = jobs(name)
     assert found or "run_quickstart" in comments(name)
     for program, count, overrides, _ in found:
-        config, target = resolved(name, program, count, overrides)
-        assert config.devices == count and lost_default(config, target) is None
+        config, _ = resolved(name, program, count, overrides)
+        assert config.devices == count
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -88,6 +88,4 @@ def test_eight_gpus_do_not_wait_for_kernels_and_one_keeps_its_step():
     assert not must_block(eight) and eight.parallel.optimizer_shard == 1
     assert one.data.batch_size * one.micro_batches == eight.data.batch_size * eight.micro_batches == 64
     slow = load(FOLDER / "moe_1b_gpu.yaml", ["parallel.data_parallel=8"])
-    said = lost_default(slow, "GPU")
-    assert "train.gradient_accumulation_steps is 4" in said and "data.batch_size to 4 times (64)" in said
-    assert lost_default(slow, "Ascend") is None and with_defaults(slow, "GPU").parallel.optimizer_shard == 0
+    assert with_defaults(slow, "GPU").parallel.optimizer_shard == 1  # although it accumulates

@@ -6,15 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mindspore import Tensor, ops
+from mindspore import dtype as mstype
 from oracles.tiny import tiny_config
 from oracles.tiny_run import run_config, write_text
 
 from switchyard.config import Config, Section, build, load, notes, notes_of_checkpoint, unread_keys
 from switchyard.config import unread as tables
 from switchyard.config.router_options import OPTIONS
+from switchyard.distributed.mesh import LOCAL
 from switchyard.errors import UserError
-from switchyard.moe.dispatch.dispatchers import create_path
+from switchyard.moe.dispatch.dispatchers import create_dispatcher
+from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.routing import create_router, known_routers
+from switchyard.nn.fused import NONE
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
 from switchyard.training.loop import train
@@ -147,10 +151,11 @@ def test_slots_and_blocks_are_read_as_the_table_says(name, eval_factor, dispatch
         return  # refused when the layer is built
     moe = {"dispatch": dispatch, "eval_capacity_factor": eval_factor, **USUAL.get(name, {})}
     config = tiny_config(router=name, **moe)
+    experts = FeedForwardExperts(config.moe.expert_num, WIDTH, 5, "relu", (0.1, 0.1), InitialWeights(0), mstype.float32)
     with recorded(monkeypatch) as found:
         router = create_router(config, InitialWeights(0), NoiseSlices())
-        create_path(router.form, config.moe, True)
-        create_path(router.eval_form or router.form, config.moe, False)
+        for training in (True, False):
+            create_dispatcher(router, config, training, experts, NONE, LOCAL)
     apart = {"moe.dropless_block_size"}  # an export has blocks even where evaluation here has slots
     if name == "tree":
         apart.add("moe.capacity_factor")  # looked at for a training that has no slots

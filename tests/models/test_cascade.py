@@ -12,9 +12,10 @@ from oracles.tiny import NO_NOISE
 from switchyard.cli import run
 from switchyard.commands import eval_main, train_main
 from switchyard.config import build
+from switchyard.distributed.mesh import LOCAL
 from switchyard.models import create_model
 from switchyard.models.cascade import EarlyExit, curve, flops_to, probabilities
-from switchyard.training.step import LossCell
+from switchyard.training.loss import LOSS, TrainLoss
 
 CONFIG = Path(__file__).resolve().parents[2] / "config" / "digits_cascade_cpu.yaml"
 
@@ -101,12 +102,10 @@ def test_training_is_the_mean_over_all_exits(graph):
     valid = np.array([[1], [1], [1], [1], [0], [0]], np.float32)
     logits = exits_of(model, images()).astype(np.float64)
     surprise = -np.log(probabilities(logits)[:, np.arange(6), labels[:, 0]])  # [X, B]
-    loss = LossCell(model, settings).set_train(True)
-    total, _ = loss(Tensor(images()), Tensor(labels), Tensor(valid), Tensor(NO_NOISE))
-    assert float(total.asnumpy()) == pytest.approx(surprise[:, :4].mean(), rel=1e-4)
-    weights = ms.ParameterTuple(model.trainable_params())
-    inputs = [Tensor(part) for part in (images(), labels, valid, NO_NOISE)]
-    _, gradients = ms.value_and_grad(loss, None, weights, has_aux=True)(*inputs)
+    loss, weights = TrainLoss(model, settings).set_train(True), ms.ParameterTuple(model.trainable_params())
+    inputs = [Tensor(part) for part in (images(), labels, valid, NO_NOISE, np.ones((1, 1), np.float32))]
+    (figures, _), gradients = LOCAL.differentiate(loss, weights)(*inputs)
+    assert figures.asnumpy()[LOSS] == pytest.approx(surprise[:, :4].mean(), rel=1e-4)
     assert all(np.abs(gradient.asnumpy()).max() > 0 for gradient in gradients)
 
 

@@ -12,8 +12,10 @@ from switchyard.commands import eval_main, export_main, infer_main, train_main
 from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.models import create_model
+from switchyard.moe import metrics
+from switchyard.training.loss import LOSS, TrainLoss
 from switchyard.training.randomness import draw_noise
-from switchyard.training.step import LossCell, TrainStep
+from switchyard.training.step import TrainStep
 
 UNITS = ["sample", "region", "channel", "task"]
 
@@ -41,49 +43,49 @@ def asked(config, batch=4):
 
 
 def forward(model, pictures, valid):
-    logits, losses, audit = model(Tensor(pictures), Tensor(valid), Tensor(NO_NOISE))
-    return logits.asnumpy(), losses, {name: value.asnumpy() for name, value in audit.items()}
+    """(logits [B * T, V], metrics of the conditional layer)."""
+    logits, stats, _ = model(Tensor(pictures), Tensor(valid), Tensor(NO_NOISE))
+    return logits.asnumpy(), metrics.metrics(stats.asnumpy().sum(0), 4)
 
 
 @pytest.mark.parametrize("granularity", UNITS)
 def test_shapes_and_loads(graph, granularity):
     settings = config(granularity)
     model, valid = create_model(settings, 10).set_train(False), asked(settings)
-    logits, losses, audit = forward(model, images(), valid)
+    logits, found = forward(model, images(), valid)
     assert logits.shape == (4 * len(settings.vision.tasks), 10)
-    assert [loss.shape for loss in losses] == [(1,)] * 3
-    assert audit["load"].sum() == 4 * settings.units and audit["dropped"] == 0
+    assert found["load"].shape == (1, 4) and found["load"].sum() == 4 * settings.units and found["dropped"] == 0
 
 
 @pytest.mark.parametrize("granularity", ["sample", "region", "channel"])
 def test_an_image_does_not_depend_on_its_batch_and_padding_goes_nowhere(graph, granularity):
     model = create_model(config(granularity), 10).set_train(False)
     pictures, valid = images(), np.array([[1], [1], [0], [0]], np.float32)
-    logits, _, audit = forward(model, pictures, valid)
+    logits, found = forward(model, pictures, valid)
     changed = pictures.copy()
     changed[2:] = 9
-    others, _, other_audit = forward(model, changed, valid)
+    others, other = forward(model, changed, valid)
     assert np.allclose(logits[:2], others[:2], atol=1e-5)
-    assert np.array_equal(audit["load"], other_audit["load"])
-    assert audit["load"].sum() == 2 * config(granularity).units
+    assert np.array_equal(found["load"], other["load"])
+    assert found["load"].sum() == 2 * config(granularity).units
 
 
 def test_a_task_goes_to_its_own_experts_and_has_its_own_classes(graph):
     settings = config("task", task_experts=[[1], [3]])
-    logits, _, audit = forward(create_model(settings, 10).set_train(False), images(), asked(settings))
-    assert audit["load"].tolist() == [[0, 2, 0, 2]]
+    logits, found = forward(create_model(settings, 10).set_train(False), images(), asked(settings))
+    assert found["load"].tolist() == [[0, 2, 0, 2]]
     assert (logits.reshape(4, 2, 10)[:, 1, 2:] < -1e8).all() and (logits.reshape(4, 2, 10)[:, 0] > -1e8).all()
 
 
 def test_routing_at_the_input(graph):
     settings = config("region", layers=[0])
-    _, _, audit = forward(create_model(settings, 10).set_train(False), images(), asked(settings))
-    assert audit["load"].sum() == 16
+    _, found = forward(create_model(settings, 10).set_train(False), images(), asked(settings))
+    assert found["load"].sum() == 16
 
 
 def test_pooling_after_the_input(graph):
     settings = config("region", vision={"image_size": 8, "pool": 2})
-    logits, _, _ = forward(create_model(settings, 10).set_train(False), images(side=8), asked(settings))
+    logits, _ = forward(create_model(settings, 10).set_train(False), images(side=8), asked(settings))
     assert logits.shape == (4, 10)
 
 
@@ -91,10 +93,10 @@ def test_pooling_after_the_input(graph):
 def test_other_forms_in_groups_of_one_image(graph, router):
     settings = config("region", router=router, groups=4, shared_expert_num=1)
     model = create_model(settings, 10).set_train(False)
-    logits, _, _ = forward(model, images(), asked(settings))
+    logits, _ = forward(model, images(), asked(settings))
     changed = images()
     changed[1:] = 0.5
-    others, _, _ = forward(model, changed, asked(settings))
+    others, _ = forward(model, changed, asked(settings))
     assert np.allclose(logits[0], others[0], atol=1e-5)
     assert not np.allclose(logits[1], others[1], atol=1e-3)
 
@@ -106,7 +108,7 @@ def test_a_step_moves_every_weight(graph):
     noise = draw_noise(1, 0, 1, model.noise_slices, range(1), settings.rows, settings.model.hidden_size)
     labels = np.arange(4, dtype=np.int32)[None, :, None]
     figures = TrainStep(model, settings)(images(16)[None, :4], labels, np.ones((1, 4, 1), np.float32), noise, 0.01)
-    assert np.isfinite(float(figures["loss"].asnumpy()))
+    assert np.isfinite(figures["loss"])
     still = [
         weight.name for weight in model.trainable_params() if np.array_equal(before[weight.name], weight.asnumpy())
     ]
@@ -117,12 +119,12 @@ def test_the_loss_is_that_of_the_asked_task(graph):
     settings = config("task", aux_loss_factor=0, z_loss_factor=0)
     model = create_model(settings, 10).set_train(False)
     valid, labels = asked(settings), np.array([[3, 1]] * 4, np.int32)
-    logits, _, _ = forward(model, images(), valid)
-    loss = LossCell(model, settings).set_train(False)
-    total, _ = loss(Tensor(images()), Tensor(labels), Tensor(valid), Tensor(NO_NOISE))
+    logits, _ = forward(model, images(), valid)
+    loss, factor = TrainLoss(model, settings).set_train(False), Tensor(np.ones((1, 1), np.float32))
+    figures, _ = loss(Tensor(images()), Tensor(labels), Tensor(valid), Tensor(NO_NOISE), factor)
     logits = logits.reshape(4, 2, 10).astype(np.float64)
     surprise = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, labels[:, :, None], 2)[..., 0]
-    assert float(total.asnumpy()) == pytest.approx((surprise * valid).sum() / valid.sum(), rel=1e-4)
+    assert figures.asnumpy()[LOSS] == pytest.approx((surprise * valid).sum() / valid.sum(), rel=1e-4)
 
 
 @pytest.mark.parametrize("router", ["hash", "task", "multi_gate"])

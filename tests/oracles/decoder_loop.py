@@ -40,7 +40,7 @@ def _feed_forward(x, weights, conditional, config):
     if not conditional:
         named = {f"dense.{name}": value for name, value in weights.items()}
         return np.stack([[work(row, named, "dense", 0, kind) for row in rows] for rows in x])
-    normalise = config.moe.router.given()["norm_topk_prob"] and config.moe.num_experts_chosen > 1
+    normalise = config.moe.router.given().get("norm_topk_prob") and config.moe.num_experts_chosen > 1
     rules = Rules(kind, config.moe.num_experts_chosen, normalise)
     return moe_loop(x, np.ones(x.shape[:2]), weights, rules).out
 

@@ -5,6 +5,7 @@ from mindspore import Tensor
 from oracles.tiny import NO_NOISE
 
 from switchyard.config import Config, build
+from switchyard.moe.metrics import SCALARS
 
 VOCABULARY = 13
 
@@ -24,10 +25,16 @@ def random_tokens(batch=2, length=8, seed=0) -> np.ndarray:
 
 
 def run_decoder(model, tokens, valid=None, noise=NO_NOISE):
-    """Forward on arrays -> (logits [B, S, V], losses, audit)."""
+    """Forward on arrays -> (logits [B, S, V], statistics [M, 6 + 2 E] of all groups together, see moe.metrics)."""
     valid = np.ones(tokens.shape, np.float32) if valid is None else valid
-    logits, losses, audit = model(Tensor(tokens), Tensor(valid), Tensor(noise))
-    return logits.asnumpy().reshape(*tokens.shape, -1), losses, audit
+    logits, stats, _ = model(Tensor(tokens), Tensor(valid), Tensor(noise))
+    stats = stats.asnumpy().sum(0).reshape(len(model.moe_layers), -1) if len(stats) else np.zeros((0, 0))
+    return logits.asnumpy().reshape(*tokens.shape, -1), stats
+
+
+def loads_of(stats: np.ndarray) -> np.ndarray:
+    """Statistics [M, 6 + 2 E] -> choices per expert [M, E]."""
+    return np.split(stats[:, len(SCALARS) :], 2, axis=1)[0]
 
 
 EXPERTS = {"expert_num": 4, "router": "top_k", "num_experts_chosen": 2}

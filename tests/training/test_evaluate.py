@@ -56,7 +56,7 @@ def test_batches_are_spread_over_the_set():
 def test_the_whole_set_once(tmp_path, graph):
     """Against logits of the plain model: every token but the first is scored once; loads count choices."""
     _, config, data, model = _saved(tmp_path, **MOE)
-    found = Evaluator(model, config.moe_layers, data.validation_tokens / data.validation_bytes)(data.validation())
+    found = Evaluator(model, config, data.validation_tokens / data.validation_bytes)(data.validation())
     losses = []
     for batch in data.validation():
         logits, _, _ = model(Tensor(batch.tokens), Tensor(batch.valid), Tensor(np.zeros((1, 1, 1), np.float32)))
@@ -76,9 +76,9 @@ def test_the_whole_set_once(tmp_path, graph):
     assert layer["max_violation"] == pytest.approx(max(layer["load"]) / (found.tokens / 4) - 1)
 
 
-def test_a_text_that_is_given_is_scored_whole_with_the_checkpoint_s_tokenizer(tmp_path, graph):
+def test_a_text_that_is_given_is_scored_whole_with_the_checkpoint_s_tokenizer(tmp_path, pynative):
     """200 characters are 199 predictions, whatever the batch size; the run's own set is its last tenth."""
-    run, _, data, _ = _saved(tmp_path)
+    run, _, data, _ = _saved(tmp_path, context={"mode": "pynative"})
     (tmp_path / "other.txt").write_text(TEXT[:200], encoding="utf-8")
     said = []
     found = evaluate(run, [f"data.path={tmp_path / 'other.txt'}"], say=said.append)
@@ -91,9 +91,9 @@ def test_a_text_that_is_given_is_scored_whole_with_the_checkpoint_s_tokenizer(tm
         evaluate(run, [f"data.path={tmp_path / 'other.txt'}"], say=said.append)
 
 
-def test_a_checkpoint_is_evaluated_with_overrides(tmp_path, graph):
+def test_a_checkpoint_is_evaluated_with_overrides(tmp_path, pynative):
     """Another batch size changes nothing; a capacity at evaluation drops choices."""
-    run, *_ = _saved(tmp_path, **MOE)
+    run, *_ = _saved(tmp_path, **MOE, context={"mode": "pynative"})
     said = []
     plain = evaluate(run, say=said.append)
     other = evaluate(run, ["data.batch_size=7"], say=said.append)
@@ -115,7 +115,7 @@ REFUSED = [
 ]
 
 
-def test_overrides_that_cannot_be(tmp_path, graph):
+def test_overrides_that_cannot_be(tmp_path, pynative):
     run, *_ = _saved(tmp_path, **MOE)
     for override, text in REFUSED:
         with pytest.raises(UserError) as caught:

@@ -15,16 +15,17 @@ from switchyard.training.limits import check_mesh, require_trainable
 EXPERTS = {"expert_num": 4}
 UNTIED = {"tie_word_embeddings": False}
 STAGES = {"pipeline_stage": 2, "micro_batch_num": 2}
+QUIET_STAGES = {"model": UNTIED, "parallel": STAGES, "train": {"eval_every": 0}}
 CUT = {"data_parallel": 2, "expert_parallel": 2}
 REFUSED = [
-    ({"moe": EXPERTS | {"record": "a"}, "parallel": CUT}, "Ascend", "moe.record: a; choices are recorded"),
-    ({"moe": EXPERTS | {"replay": "a"}, "parallel": CUT}, "GPU", "moe.replay: a; choices are recorded"),
-    ({"moe": EXPERTS | {"router_warmup_steps": 2}, "parallel": CUT}, "Ascend", "moe.router_warmup_steps: 2; "),
+    ({"moe": EXPERTS | {"record": "a"}, "parallel": CUT}, "Ascend", None),
+    ({"moe": EXPERTS | {"record": "a"}} | QUIET_STAGES, "Ascend", "moe.record: a; null with parallel.pipeline_stage"),
+    ({"moe": EXPERTS | {"replay": "a"}} | QUIET_STAGES, "GPU", "moe.replay: a; null with parallel.pipeline_stage"),
+    ({"moe": EXPERTS | {"router_warmup_steps": 2}} | QUIET_STAGES, "Ascend", "moe.router_warmup_steps: 2; 0 with"),
     ({"moe": EXPERTS | {"groups": 1}, "data": {"batch_size": 4}, "parallel": {}}, "GPU", None),
     ({"model": UNTIED, "parallel": STAGES}, "Ascend", "train.eval_every: 500; 0 with parallel.pipeline_stage (2)"),
     ({"model": UNTIED, "parallel": STAGES, "train": {"eval_every": 0}}, "Ascend", None),
     ({"parallel": STAGES, "train": {"eval_every": 0}}, "Ascend", "model.tie_word_embeddings: True; False with"),
-    ({"moe": EXPERTS | {"dispatch": "dropless"}, "parallel": CUT}, "GPU", "moe.dispatch: dropless; "),
     ({"moe": EXPERTS | {"dispatch": "dropless"}, "parallel": CUT}, "Ascend", None),
     (
         {"model": {"compute_dtype": "bfloat16"}, "parallel": {"data_parallel": 2}},
@@ -34,7 +35,7 @@ REFUSED = [
     (
         {"train": {"gradient_accumulation_steps": 2}, "parallel": {"data_parallel": 2, "optimizer_shard": 1}},
         "Ascend",
-        "train.gradient_accumulation_steps: 2; 1 with parallel.optimizer_shard (1)",
+        None,
     ),
 ]
 
@@ -52,8 +53,12 @@ def test_training_and_planning_refuse_the_same(tree, target, says):
         assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
 
 
-def test_processes_do_by_hand_what_the_compiler_does_not_cut():
-    """A router that is not cut trains with data and expert parallelism, and is not planned or compiled."""
+def test_processes_do_with_collectives_of_their_own_what_the_compiler_does_not_shard():
+    """A router that is not sharded trains with data and expert parallelism, and is not planned or compiled."""
+    dropless = build({"moe": EXPERTS | {"dispatch": "dropless"}, "parallel": CUT})
+    assert "moe.dispatch: dropless; the compiler shards it for Ascend" in check_mesh(dropless, 2, "GPU")
+    with pytest.raises(UserError, match=r"^moe\.dispatch: dropless; "):
+        require_trainable(dropless, "GPU")
     config = build({"moe": EXPERTS | {"router": "tree"}, "parallel": CUT})
     assert "moe.router: tree; overrides `construct`" in check_mesh(config, 2, "Ascend")
     with pytest.raises(
@@ -71,9 +76,10 @@ def write(tmp_path, text):
 
 
 def test_simulation_refuses_before_it_compiles(tmp_path, capsys):
-    text = "moe: {expert_num: 4, record: a}\nparallel: {data_parallel: 2}\ndata: {batch_size: 2}\n"
+    text = "moe: {expert_num: 4, record: a}\nparallel: {pipeline_stage: 2, micro_batch_num: 2}\n"
+    text += "model: {tie_word_embeddings: false}\ntrain: {eval_every: 0}\n"
     assert cli.run(simulate.main, ["--config", write(tmp_path, text), "--devices", "2"]) == 2
-    assert "error: moe.record: a; choices are recorded" in capsys.readouterr().err
+    assert "error: moe.record: a; null with parallel.pipeline_stage (2)" in capsys.readouterr().err
 
 
 def test_the_command_is_silent_or_one_line(tmp_path, capsys):
@@ -82,7 +88,7 @@ def test_the_command_is_silent_or_one_line(tmp_path, capsys):
     assert cli.run(launch.main, [*arguments, "Ascend", "parallel.data_parallel=2", "--resume"]) == 0
     assert capsys.readouterr() == ("", "")
     assert cli.run(launch.main, [*arguments, "GPU"]) == 0  # by default the batch is shared out
-    assert "optimizer_shard stays 0, not 1 as by default on several GPUs" in capsys.readouterr().err
+    assert capsys.readouterr() == ("", "")
     for wrong, says in (
         (
             ["CPU", "parallel.data_parallel=1"],
@@ -100,12 +106,12 @@ def test_no_mindspore_is_imported_for_shipped_routers():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_training_says_that_accumulation_costs_a_gpu_its_default(monkeypatch, capsys):
+def test_gpus_shard_the_optimizer_whether_they_accumulate_or_not(monkeypatch, capsys):
     from switchyard.training import loop
 
     monkeypatch.setattr(loop, "target_of", lambda context: "GPU")
-    for count, level, says in ((1, 1, ""), (2, 0, "parallel: optimizer_shard stays 0, not 1 as by default on several")):
+    for count in (1, 2):
         tree = {"train": {"gradient_accumulation_steps": count}, "parallel": {"data_parallel": 2}}
-        config, by_processes = loop.choose_mesh(build(tree | {"data": {"batch_size": 4}}), 2)
-        assert by_processes is None and config.parallel.optimizer_shard == level
-        assert capsys.readouterr().out.startswith(says)
+        config, compiled = loop.choose_mesh(build(tree | {"data": {"batch_size": 4}}), 2)
+        assert compiled and config.parallel.optimizer_shard == 1
+        assert capsys.readouterr().out == ""

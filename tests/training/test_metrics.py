@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from mindspore import Tensor
 
 from switchyard.training.metrics import MetricsLog, load_range, train_figures
 
@@ -59,15 +58,15 @@ def test_loads_are_relative_to_the_mean_of_their_layer():
 
 def test_figures_of_a_step():
     audit = {
-        "load": Tensor(np.array([[6.0, 2.0], [4.0, 4.0]], np.float32)),
-        "importance": Tensor(np.array([[5.0, 3.0], [3.5, 4.5]], np.float32)),
-        "dropped": Tensor(np.array([0.25, 0.0], np.float32)),
-        "entropy": Tensor(np.array([0.5, 0.25], np.float32)),
-        "max_violation": Tensor(np.array([0.75, 0.25], np.float32)),  # mean over micro-batches: not what is written
-        "z": Tensor(np.array([1.5, 2.5], np.float32)),
+        "load": np.array([[6.0, 2.0], [4.0, 4.0]]),
+        "importance": np.array([[5.0, 3.0], [3.5, 4.5]]),
+        "dropped": np.array([0.25, 0.0]),
+        "entropy": np.array([0.5, 0.25]),
+        "max_violation": np.array([0.75, 0.25]),  # mean over micro-batches: not what is written
+        "z": np.array([1.5, 2.5]),
     }
-    scalars = {name: Tensor(1.5) for name in ("loss", "balance_loss", "z_loss", "gradient_norm", "loss_scale")}
-    line = train_figures(9, {**scalars, "skipped": Tensor(0.0), "audit": audit}, 1e-3, None)
+    scalars = dict.fromkeys(("loss", "balance_loss", "z_loss", "gradient_norm", "loss_scale"), 1.5)
+    line = train_figures(9, {**scalars, "skipped": 0.0, "audit": audit}, 1e-3, None)
     assert line["load"] == [[6, 2], [4, 4]] and (line["load_min"], line["load_max"]) == (0.5, 1.5)
     assert line["dropped"] == pytest.approx(0.125) and line["entropy"] == [0.5, 0.25]
     assert line["step"] == 9 and line["loss"] == 1.5 and line["learning_rate"] == 1e-3

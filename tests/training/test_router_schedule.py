@@ -76,15 +76,22 @@ def _weights(model):
     return {parameter.name: parameter.asnumpy().copy() for parameter in model.get_parameters()}
 
 
-def test_a_run_with_warm_up_and_freezing_resumes_exactly(tmp_path, pynative):
-    """Warm for 2 steps, frozen from the third of 5: stopped in the warm-up, the run repeats the uninterrupted one."""
+def test_a_run_with_warm_up_and_freezing_resumes_exactly(tmp_path, monkeypatch, pynative):
+    """Warm for 2 steps, frozen from the third of 5: stopped in the warm-up, the run repeats the uninterrupted one.
+
+    Every step is handed choices to force, -1 once the routers decide: the program has one form and compiles once.
+    """
     write_text(tmp_path)
+    handed, call = [], TrainStep.__call__
+    monkeypatch.setattr(TrainStep, "__call__", lambda self, *inputs: handed.append(inputs[5]) or call(self, *inputs))
     moe = _moe(router_warmup_steps=2, router_freeze_step=3)
     keys = {"moe": moe, "context": {"mode": "pynative"}, "schedule": {"total_steps": 5}}
     train(run_config(tmp_path, **keys, train={"steps": 5}))
     train(run_config(tmp_path, **keys, train={"steps": 1, "name": "parts"}))
     train(run_config(tmp_path, **keys, train={"steps": 5, "name": "parts"}), resume=True)
     assert losses_of(tmp_path / "runs" / "parts") == losses_of(tmp_path / "runs" / "tiny")
+    assert [int(choices.min()) for choices in handed[:5]] == [0, 0, -1, -1, -1]
+    assert all(choices.shape == handed[0].shape for choices in handed) and len(handed) == 10
     whole, parts = (checkpoint.read(tmp_path / "runs" / run).weights for run in ("tiny", "parts"))
     for weight, value in whole.items():
         np.testing.assert_array_equal(parts[weight], value, err_msg=weight)
@@ -96,11 +103,14 @@ def test_loads_are_even_while_warm_and_the_router_learns(graph):
     step, inputs = TrainStep(model, config), token_batch(1, 4, 16, VOCABULARY)
     before = _weights(model)
     noise = draw_noise(1, 0, 1, model.noise_slices, range(1), 64, 16)
-    audit = step(*inputs, noise, 0.01, WarmUp(config).at(0, inputs[0]))["audit"]
-    np.testing.assert_array_equal(audit["load"].asnumpy(), np.full((len(config.moe_layers), 4), 16))
-    assert not audit["dropped"].asnumpy().any()
+    choices = WarmUp(config).at(0, inputs[0])
+    found = step(*inputs, noise, 0.01, choices)["audit"]
+    np.testing.assert_array_equal(found["load"], np.full((len(config.moe_layers), 4), 16))
+    assert not found["dropped"].any()
     after = _weights(model)
     assert all(np.any(after[name] != before[name]) for name in before if ".router." in name)
+    own = step(*inputs, noise, 0.01, np.full_like(choices, -1))["audit"]["load"]  # the routers decide
+    assert own.sum() == 64 and np.any(own != 16) and len(step.graph.compile_cache) == 1
 
 
 @pytest.mark.parametrize(

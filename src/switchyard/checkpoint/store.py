@@ -350,19 +350,28 @@ def set_parameters(parameters: "dict[str, Parameter]", arrays: dict[str, np.ndar
     """
     from mindspore import Tensor
 
-    for name in sorted(parameters.keys() ^ arrays.keys()):
-        problem = "missing in the checkpoint" if name in parameters else "unknown to this configuration"
-        raise UserError(f"{what} '{name}': {problem}; use the configuration of the checkpoint")
-    for name, parameter in parameters.items():
-        array = arrays[name]
-        if tuple(array.shape) != tuple(parameter.shape):
-            raise UserError(
-                f"{what} '{name}': shape {tuple(array.shape)} in the checkpoint, {tuple(parameter.shape)} by this "
-                "configuration; use the configuration of the checkpoint"
-            )
+    check_arrays({name: tuple(parameter.shape) for name, parameter in parameters.items()}, arrays, what)
     for name, parameter in parameters.items():
         # a slice stays known as one, or the next graph that is compiled would cut it again
         parameter.set_data(Tensor(arrays[name], parameter.dtype), slice_shape=bool(parameter.sliced))
+
+
+def check_arrays(shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray], what: str) -> None:
+    """Checks that arrays of a checkpoint have exactly these names and shapes.
+
+    Raises:
+        UserError: a name is missing or unknown, or a shape differs.
+    """
+    for name in sorted(shapes.keys() ^ arrays.keys()):
+        problem = "missing in the checkpoint" if name in shapes else "unknown to this configuration"
+        raise UserError(f"{what} '{name}': {problem}; use the configuration of the checkpoint")
+    for name, shape in shapes.items():
+        found = tuple(arrays[name].shape)
+        if found != shape:
+            raise UserError(
+                f"{what} '{name}': shape {found} in the checkpoint, {shape} by this configuration; use the "
+                "configuration of the checkpoint"
+            )
 
 
 def _drop_old(run: str | Path, keep: int, healthy: Healthy) -> None:

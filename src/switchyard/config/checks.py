@@ -25,7 +25,7 @@ def choice_laws(moe):
     if moe.record is not None:
         yield moe.record != moe.replay, "moe.record", moe.record, "must not be the file that moe.replay reads"
     steps, decided = moe.router_warmup_steps, moe.replay is not None or moe.force_balance
-    reason = "choices are forced already: no moe.replay, force_balance"
+    reason = "cannot be combined with moe.replay or moe.force_balance"
     yield not (steps and decided), "moe.router_warmup_steps", steps, reason
 
 

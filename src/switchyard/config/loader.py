@@ -40,7 +40,7 @@ def load(
         raise UserError(f"config file '{name}':{where} broken YAML: {error.reason}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise UserError(f"config file '{name}': holds a {type(tree).__name__}, wants sections such as 'model:'")
+        raise UserError(f"config file '{name}': holds a {type(tree).__name__}; expected sections such as 'model:'")
     return build(tree, overrides, inherited, devices)
 
 

@@ -30,13 +30,13 @@ DTYPES = {"float32": mstype.float32, "float16": mstype.float16, "bfloat16": msty
 
 
 class Block(nn.Cell):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward is dense or conditional.
+    """Computes x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward is dense or conditional.
 
     Args:
         config: the whole configuration.
         place: which of the conditional layers this one is, from 0; None: the feed-forward is dense.
         causal: mask of attention.
-        random: numpy generator of the initial weights.
+        random: hands out the initial weights.
         slices: hands out the slices of noise.
         vocab_size: V.
         fused: operators of the device, see nn.fused.
@@ -58,37 +58,12 @@ class Block(nn.Cell):
         model, dtype = config.model, DTYPES[config.model.compute_dtype]
         std = model.init_method_std
         std_out = std / math.sqrt(2 * model.num_layers)  # GPT-2: residual branches start small together
-        self.conditional, self.window = place is not None, 1
+        self.conditional = place is not None
         self.attention_norm = create_norm(model.norm, model.hidden_size, model.norm_eps, fused)
         self.attention = Attention(model, causal, std_out, random, dtype, fused)
         self.feed_forward_norm = create_norm(model.norm, model.hidden_size, model.norm_eps, fused)
-        width, make = model.hidden_size, None
-
-        def network(experts: int, hidden: int) -> FeedForwardExperts:
-            kind = model.activation
-            return FeedForwardExperts(experts, width, hidden, kind, (std, std_out), random, dtype, fused=fused)
-
-        def windows(experts: int, hidden: int) -> SliceExperts:
-            return SliceExperts(network(experts, hidden), config.moe.slice_length)
-
-        if self.conditional and config.granularity == "slice":
-            self.window, make = config.moe.slice_length, windows
-        if self.conditional:
-            stds = (std, std_out)
-            self.feed_forward = MoELayer(
-                config,
-                stds,
-                random,
-                dtype,
-                slices,
-                vocab_size,
-                make_experts=make,
-                fused=fused,
-                mesh=mesh,
-                place=place or 0,
-            )
-        else:
-            self.feed_forward = network(1, config.dense_width)
+        self.window = config.moe.slice_length if self.conditional and config.granularity == "slice" else 1
+        self.feed_forward = feed_forward(config, place, (std, std_out), random, slices, vocab_size, fused, mesh)
         self.attention_dropout = Dropout(model.dropout, slices)
         self.feed_forward_dropout = Dropout(model.dropout, slices)
         self.add, self.expand_dims = ops.Add(), ops.ExpandDims()
@@ -96,21 +71,21 @@ class Block(nn.Cell):
         self.local_ids, self.local_valid, self.local_noise = self.first_ids, self.first_valid, self.first_noise
 
     def construct(self, x: Tensor, ids: Tensor, valid: Tensor, noise: Tensor, batch: int, replay: Tensor = None):
-        """x [N, D], ids [N], valid [G, N / G], noise [.., N, D], replay [M, N, K] -> (x, statistics, choices), the last
-        two as of MoELayer, () where the feed-forward is dense."""
+        """Takes x [N, D], ids [N], valid [G, N / G], noise [.., N, D], replay [M, N, K]; returns (x, statistics,
+        choices), the last two as of MoELayer, () where the feed-forward is dense."""
         x = self.add(x, self.attention_dropout(self.attention(self.attention_norm(x), batch), noise))
-        rows, stats, choices = self.feed_forward_norm(x), (), ()
+        tokens, stats, choices = self.feed_forward_norm(x), (), ()
         if not self.conditional:
-            out = self.feed_forward(self.expand_dims(rows, 0)).reshape(x.shape)  # [1, N, D]: one expert
+            out = self.feed_forward(self.expand_dims(tokens, 0)).reshape(x.shape)  # [1, N, D]: one expert
         elif self.window > 1:
-            out, stats, choices = self.feed_windows(rows, ids, valid, noise, replay)
+            out, stats, choices = self.feed_windows(tokens, ids, valid, noise, replay)
         else:
-            out, stats, choices = self.feed_forward(rows, valid, noise, ids, None, replay)
+            out, stats, choices = self.feed_forward(tokens, valid, noise, ids, None, replay)
         return self.add(x, self.feed_forward_dropout(out, noise)), stats, choices
 
-    def feed_windows(self, rows: Tensor, ids: Tensor, valid: Tensor, noise: Tensor, replay: Tensor):
-        """The conditional layer over windows of tokens, each sent where its first token goes: rows [N, D]."""
-        seen, windows = self.local_windows(rows)  # [N / w, D], [N / w, w * D]
+    def feed_windows(self, tokens: Tensor, ids: Tensor, valid: Tensor, noise: Tensor, replay: Tensor):
+        """Applies the conditional layer to windows of tokens [N, D], each sent where its first token goes."""
+        seen, windows = self.local_windows(tokens)  # [N / w, D], [N / w, w * D]
         ids, valid = self.local_ids(ids), self.local_valid(valid)  # [N / w], [G, N / G / w]
         if self.training and noise.shape[2] > 1:  # [.., 1, 1] stands for no noise
             noise = self.local_noise(noise)  # [.., N / w, D]
@@ -118,12 +93,12 @@ class Block(nn.Cell):
         return self.local_tokens(out), stats, choices
 
     # ---- local to one device
-    def to_windows(self, rows: Tensor) -> tuple:
+    def to_windows(self, tokens: Tensor) -> tuple:
         """Tokens [N, D] -> (the first token of each window [N / w, D], the windows [N / w, w * D])."""
-        return first_of_slices(rows, self.window), to_slices(rows, self.window)
+        return first_of_slices(tokens, self.window), to_slices(tokens, self.window)
 
     def to_tokens(self, windows: Tensor) -> Tensor:
-        """The inverse: [N / w, w * D] -> [N, D]."""
+        """Takes windows apart: [N / w, w * D] -> [N, D]."""
         return from_slices(windows, self.window)
 
     def first_ids(self, ids: Tensor) -> Tensor:
@@ -139,7 +114,7 @@ class Block(nn.Cell):
         return noise[:, :: self.window]
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Tokens between the parts are sharded by data shards, and by model shards too with sequence_parallel."""
+        """Shards tokens between the parts by data shards, and with sequence_parallel by model shards too."""
         data = mesh.degrees.data_parallel
         rows = data * mesh.degrees.model_parallel if mesh.sequence else data
         self.add.shard(((rows, 1), (rows, 1)))
@@ -154,7 +129,7 @@ class Block(nn.Cell):
             self._shard_windows(mesh)
 
     def _shard_windows(self, mesh: CompiledMesh) -> None:
-        """A window lies within one device."""
+        """Keeps each window within one device."""
         window, pair, row = self.window, mesh.cut("data", None), mesh.cut("data")
 
         def windows(rows):
@@ -179,8 +154,42 @@ class Block(nn.Cell):
         self.local_noise = mesh.local(self.first_noise, (mesh.noise,), (mesh.noise,), narrower, first)
 
 
+def feed_forward(
+    config: Config,
+    place: int | None,
+    std: tuple[float, float],
+    random: InitialWeights,
+    slices: NoiseSlices,
+    vocab_size: int,
+    fused: frozenset[str],
+    mesh: LocalMesh,
+) -> nn.Cell:
+    """Returns the feed-forward of a block: one dense expert, or a conditional layer.
+
+    Args:
+        config, place, random, slices, vocab_size, fused, mesh: see Block.
+        std: (first, last) initial standard deviation of the matrices.
+    """
+    model, dtype, make = config.model, DTYPES[config.model.compute_dtype], None
+
+    def network(experts: int, hidden: int) -> FeedForwardExperts:
+        width, kind = model.hidden_size, model.activation
+        return FeedForwardExperts(experts, width, hidden, kind, std, random, dtype, fused=fused)
+
+    def windows(experts: int, hidden: int) -> SliceExperts:
+        return SliceExperts(network(experts, hidden), config.moe.slice_length)
+
+    if place is None:
+        return network(1, config.dense_width)
+    if config.granularity == "slice":
+        make = windows
+    return MoELayer(
+        config, std, random, dtype, slices, vocab_size, make_experts=make, fused=fused, mesh=mesh, place=place
+    )
+
+
 class Decoder(nn.Cell):
-    """Tokens [B, S] -> (logits [N, V] float32, statistics [G, M * (6 + 2 E)], choices [N, M, K]).
+    """Maps tokens [B, S] to (logits [N, V] float32, statistics [G, M * (6 + 2 E)], choices [N, M, K]).
 
     The statistics are those of the M conditional layers side by side, see moe.metrics, () where there are none; the
     choices are those of the routers where moe.record asks for them, else ().
@@ -257,21 +266,21 @@ class Decoder(nn.Cell):
         return self.logits(x), self.beside(stats), self.stacked(choices)
 
     def embed(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Tokens and valid [B, S] -> [N, D]; what padding holds reaches nothing."""
+        """Embeds tokens [B, S], valid [B, S] -> [N, D]; what padding holds reaches nothing."""
         x = self.embedding(tokens)  # [N, D]
         if self.position is not None:
             x = self.local_places(x, tokens, self.position.table)
         return self.local_hide(x, valid)
 
     def logits(self, x: Tensor) -> Tensor:
-        """[N, D] -> [N, V] float32."""
+        """Projects x [N, D] on the vocabulary: [N, V] float32."""
         x = self.norm(x)
         if self.tied:
             return self.to_float32(self.tied_product(self.cast_x(x), self.cast_table(self.embedding.table)))
         return self.to_float32(self.head(x))
 
     def beside(self, stats: tuple):
-        """Statistics of conditional layers, [G, 6 + 2 E] each -> [G, M * (6 + 2 E)], () where there are none."""
+        """Puts statistics of conditional layers side by side: [G, 6 + 2 E] each -> [G, M * (6 + 2 E)], () of none."""
         if len(stats) == 0:
             return ()
         joined = stats[0]
@@ -280,19 +289,19 @@ class Decoder(nn.Cell):
         return joined
 
     def stacked(self, choices: tuple):
-        """Choices of conditional layers, [N, K] each -> [N, M, K], () where nobody asks for them."""
+        """Stacks choices of conditional layers: [N, K] each -> [N, M, K], () where moe.record asks for none."""
         if len(choices) == 0 or len(choices[0]) == 0:
             return ()
         return self.stack(choices)
 
     # ---- local to one device
     def add_positions(self, x: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
-        """Adds to x [N, D] what stands for the position of each token, of the table [S, D]; tokens [B, S]."""
+        """Adds to x [N, D] the entry of each token's position in the table [S, D]; tokens [B, S]."""
         places = table[: tokens.shape[1]]
         return (x.reshape(-1, *places.shape) + places).reshape(x.shape)
 
     def hide_padding(self, x: Tensor, valid: Tensor) -> Tensor:
-        """x [N, D], zeros where valid [B, S] is 0."""
+        """Sets x [N, D] to zero where valid [B, S] is 0."""
         return keep_where(x, valid.reshape(-1))
 
     def to_groups(self, valid: Tensor) -> Tensor:
@@ -308,7 +317,7 @@ class Decoder(nn.Cell):
         return ops.concat((left, right), 1)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Tables are full everywhere, and every model shard makes all logits of its tokens.
+        """Leaves tables full everywhere; every model shard makes all logits of its tokens.
 
         Raises:
             UserError: what cannot be sharded.

@@ -1,4 +1,4 @@
-"""Evaluation: losses with a confidence interval, and what the routers did."""
+"""Evaluates a model: losses with a confidence interval, and what the routers did."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -56,7 +56,7 @@ SHAPE_KEYS = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over a validation set.
+    """Holds the figures over a validation set.
 
     Attributes:
         loss: mean cross-entropy of a token, nats.
@@ -78,11 +78,11 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Returns exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `eval.py --json` prints: loss, loss_ci95, perplexity, bits_per_byte, tokens, layers."""
+        """Returns what `eval.py --json` prints: loss, loss_ci95, perplexity, bits_per_byte, tokens, layers."""
         return {
             "loss": self.loss,
             "loss_ci95": list(self.loss_ci95),
@@ -94,11 +94,11 @@ class Evaluation:
 
     @property
     def headline(self) -> str:
-        """The figures besides the loss that people look at."""
+        """Returns the figures besides the loss that people look at."""
         return f"perplexity {self.perplexity:.3f}  {self.bits_per_byte:.4f} bits/byte"
 
     def to_text(self) -> str:
-        """The same for people: a line, and one for each conditional layer."""
+        """Returns the figures for people: a line, and one for each conditional layer."""
         lines = [
             f"loss {self.loss:.4f} ({self.loss_ci95[0]:.4f}..{self.loss_ci95[1]:.4f} at 95 %)  "
             f"{self.headline}  {self.tokens:,} {self.unit}"
@@ -108,7 +108,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ImageEvaluation(Evaluation):
-    """Figures over validation images, each asked every task; bits are those of an answer.
+    """Holds the figures over validation images, each asked every task; bits are those of an answer.
 
     Attributes:
         accuracy: share of right answers.
@@ -120,14 +120,14 @@ class ImageEvaluation(Evaluation):
     unit = "answers"
 
     def to_dict(self) -> dict[str, Any]:
-        """What `eval.py --json` prints: loss, loss_ci95, accuracy, tokens (answers), layers, and the cascade's."""
+        """Returns what `eval.py --json` prints: loss, loss_ci95, accuracy, tokens (answers), layers, the cascade's."""
         kept = ("loss", "loss_ci95", "tokens", "layers")
         figures = {name: figure for name, figure in super().to_dict().items() if name in kept}
         return {**figures, "accuracy": self.accuracy, **(self.cascade or {})}
 
     @property
     def headline(self) -> str:
-        """Accuracy, and of a cascade what it cost."""
+        """Returns the accuracy, and of a cascade what it cost."""
         if not self.cascade:
             return f"accuracy {100 * self.accuracy:.2f} %"
         shares = " ".join(f"{100 * share:.0f}" for share in self.cascade["exits"])
@@ -176,7 +176,7 @@ class Evaluator:
         return self._evaluation(np.concatenate(scores).astype(np.float64), summed)
 
     def _inputs(self, index: int, batch: Batch) -> list[Tensor]:
-        """This device's part of a batch, and the choices that are replayed in it."""
+        """Returns this device's part of a batch, and the choices that are replayed in it."""
         part = self._mesh.processes.part
         inputs = [Tensor(np.ascontiguousarray(part(array, 0))) for array in batch]
         if self._replayer:
@@ -184,7 +184,7 @@ class Evaluator:
         return inputs
 
     def _evaluation(self, scores: np.ndarray, summed: np.ndarray | float) -> Evaluation:
-        """Of scores [sequences, 3] and statistics that were summed over the set."""
+        """Computes the figures of scores [sequences, 3] and statistics that were summed over the set."""
         sums, counts, right = scores.T
         loss, interval = mean_with_interval(sums, counts)
         tokens, layers = int(counts.sum()), self._layers(summed)
@@ -194,7 +194,7 @@ class Evaluator:
         return Evaluation(loss, interval, bits, tokens, layers)
 
     def _layers(self, summed: np.ndarray | float) -> list[dict[str, Any]]:
-        """The metrics of each conditional layer."""
+        """Returns the metrics of each conditional layer."""
         if not self._config.moe_layers:
             return []
         found = metrics.metrics(summed, self._config.moe.expert_num)
@@ -257,7 +257,7 @@ def create_evaluator(
 
 
 def mean_with_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Mean loss of a token and its 95 % interval, from the sums of losses and the token counts of n sequences.
+    """Returns the mean loss of a token and its 95 % interval, of the losses and token counts of n sequences.
 
     The sequences' mean losses, weighted by their tokens, are taken as independent (ratio estimator, Cochran, Sampling
     Techniques, 1977, eq. 6.13). Consecutive sequences of one text are not quite, so the true interval is wider.
@@ -273,7 +273,7 @@ def mean_with_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tup
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:
-    """`wanted` indices evenly over range(count), all of them where `wanted` is 0 or more than there are."""
+    """Returns `wanted` indices evenly over range(count), all where `wanted` is 0 or more than there are."""
     if not wanted or wanted >= count:
         return list(range(count))
     return [index * count // wanted for index in range(wanted)]
@@ -325,7 +325,7 @@ def evaluate(
 
 
 def overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
-    """The configuration of a checkpoint with overrides that keep the weights' shapes (UserError)."""
+    """Returns the configuration of a checkpoint with overrides that keep the weights' shapes (UserError)."""
     tree = on_one_device(config).model_dump()
     tree["moe"] |= {"record": None, "replay": None}  # those of the training run
     changed = configuration.build(tree, overrides, inherited=True)

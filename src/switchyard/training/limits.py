@@ -1,8 +1,8 @@
-"""What several devices do not train here, in one list. No MindSpore in here.
+"""Lists what several devices do not train here, and why. No MindSpore in here.
 
-Training, the planner, the simulated compile, the virtual cluster and the launch scripts' --dry-run all read it
-(`check_mesh`, `require_trainable`). What MindSpore's compiler does not cut, and processes can do by exchanging by hand,
-`train.py` lets them do.
+Training, the planner, the simulated compile, the cluster emulation and the launch scripts' --dry-run all read the list
+(`check_mesh`, `require_trainable`). What MindSpore's compiler does not shard, and processes can do with explicit
+collectives, `train.py` lets them do.
 """
 
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ LAUNCH = "bash scripts/run_distribute_train_ascend.sh --devices {count} starts t
 
 @dataclass(frozen=True)
 class Refusal:
-    """A key whose value the compiler does not cut.
+    """Names a key whose value the compiler does not shard.
 
     Attributes:
         key, value: of the configuration.
-        allowed: what it cuts, or what to do.
-        by_processes: whether processes that exchange by hand may do it.
+        allowed: what the compiler shards, or what to do.
+        by_processes: whether processes with explicit collectives do it.
     """
 
     key: str
@@ -94,7 +94,7 @@ def why_not_sharded(router: str) -> str | None:
 
 
 def of_evaluation(config: Config) -> Iterator[Refusal]:
-    """What stands against evaluation while a compiled step trains."""
+    """Yields what stands against evaluation while a compiled step trains."""
     stages, every = config.parallel.pipeline_stage, config.train.eval_every
     if stages > 1 and every:
         beside = f"0 with parallel.pipeline_stage ({stages}): eval.py scores its checkpoints"
@@ -102,9 +102,9 @@ def of_evaluation(config: Config) -> Iterator[Refusal]:
 
 
 def of_processes(config: Config, why: str = "") -> Iterator[Refusal]:
-    """What processes that exchange by hand do not train.
+    """Yields what processes with explicit collectives do not train.
 
-    `why`: what the compiler cannot cut, where it would be asked otherwise.
+    `why`: what the compiler cannot shard, where it would be asked otherwise.
     """
     cut, moe, only = config.parallel, config.moe, "training in processes cuts data_parallel and expert_parallel only"
     for name in NEED_A_COMPILER:
@@ -118,7 +118,7 @@ def of_processes(config: Config, why: str = "") -> Iterator[Refusal]:
 
 
 def of_several(config: Config) -> Iterator[Refusal]:
-    """What several processes do not train, by the compiler's cut or by hand."""
+    """Yields what several processes do not train, whether the compiler shards the step or not."""
     count, moe = config.parallel.data_parallel, config.moe
     if config.groups % count:
         reason = f"must be a multiple of parallel.data_parallel ({count}), or null for as many"
@@ -126,7 +126,7 @@ def of_several(config: Config) -> Iterator[Refusal]:
 
 
 def of_sizes(config: Config, target: str) -> Iterator[Refusal]:
-    """What a device does not compute, whatever the degrees (UserError: sizes that sorting cannot hold)."""
+    """Yields what a device does not compute, whatever the degrees (UserError: sizes that sorting cannot hold)."""
     dtype = config.model.compute_dtype
     if dtype not in COMPUTE_DTYPES[target]:
         allowed = " or ".join(COMPUTE_DTYPES[target])
@@ -137,21 +137,18 @@ def of_sizes(config: Config, target: str) -> Iterator[Refusal]:
 
 
 def why_not_compiled(config: Config, target: str) -> str | None:
-    """Why the compiler does not cut the step of this configuration, and processes can do it by hand; None where it
-    does, or nobody can."""
+    """Says why the compiler does not shard the step of this configuration, and processes do it with explicit
+    collectives; None where the compiler does, or nothing can."""
     reasons = (
-        (target == "CPU", "MindSpore's compiler cuts graphs for Ascend and GPU only"),
-        (config.context.mode != "graph", f"context.mode: {config.context.mode}; the compiler cuts graphs"),
+        (target == "CPU", "MindSpore's compiler shards graphs for Ascend and GPU only"),
+        (config.context.mode != "graph", f"context.mode: {config.context.mode}; the compiler shards graphs"),
         *((refusal.by_processes, str(refusal)) for refusal in refusals(config, target)),
     )
     return next((reason for holds, reason in reasons if holds), None)
 
 
 def check_mesh(config: Config, count: int, target: str) -> str | None:
-    """Refuses what `count` processes do not train on devices of a kind (UserError); returns `why_not_compiled`.
-
-    One process alone trains by hand what it holds, which is all of it.
-    """
+    """Refuses what `count` processes do not train on devices of a kind (UserError); returns `why_not_compiled`."""
     by_processes = why_not_compiled(config, target if count > 1 else "CPU")
     check_degrees(config, count, by_processes is None, by_processes if count > 1 and target != "CPU" else "")
     if count > 1:
@@ -168,7 +165,7 @@ def check_degrees(config: Config, count: int, compiled: bool = False, why: str =
     Args:
         config: the degrees.
         count: of processes.
-        compiled: whether MindSpore's compiler cuts the step (Ascend, GPU), not `exchange`.
+        compiled: whether MindSpore's compiler shards the step (Ascend, GPU).
         why: see `of_processes`.
     """
     by_processes = () if compiled else list(of_processes(config, why))
@@ -184,8 +181,8 @@ def check_degrees(config: Config, count: int, compiled: bool = False, why: str =
 
 
 def require_trainable(config: Config, target: str = "Ascend") -> None:
-    """Refuses degrees that the compiler's cut does not train on devices of a kind (UserError, one line): what is
-    planned, compiled or emulated is what train.py would run. One device is not cut."""
+    """Refuses degrees that the compiler does not shard for devices of a kind (UserError, one line): what is planned,
+    compiled or emulated is what train.py would run. On one device nothing is sharded."""
     if config.devices > 1:
         refuse(of_several(config))
         refuse(refusals(config, target))
@@ -194,7 +191,7 @@ def require_trainable(config: Config, target: str = "Ascend") -> None:
 
 
 def check_offered(config: Config, target: str = "Ascend") -> None:
-    """Refuses what the compiler does not cut for a device (UserError, one line)."""
+    """Refuses what the compiler does not shard for a device (UserError, one line)."""
     refuse(refusals(config, target))
 
 

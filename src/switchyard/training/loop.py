@@ -1,4 +1,4 @@
-"""The training loop: a run folder, exact resume, evaluation, checkpoints and a clean stop on a signal."""
+"""Trains a run: its folder, exact resume, evaluation, checkpoints and a clean stop on a signal."""
 
 import contextlib
 import math
@@ -120,24 +120,38 @@ def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existe
         start_reading(held, data, changed=other_data is not None)
     config = consent_used(config)
     mesh = create_mesh(config, processes, compiled)
-    step = create_step(config, data.tokenizer.vocab_size, mesh)
-    if held is None:
-        balance_tables(step.model, data.token_counts)
-    if processes.is_first:
-        run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
-        checkpoint.write_whole(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
-    processes.barrier()
-    mesh.speed_up(step.program, run)
-    if held:
-        step.load(held.weights, held.optimizer)
-    else:
-        step.initialise()
+    step = start_step(config, run, data, held, mesh)
     with StopSignals() as stop:
         state = held.state if held else None
         trainer = Trainer(config, run, data, step, state, mesh, resume)
         trainer.note_changes(changes, other_data)
         return trainer.run_to_end(stop)
+
+
+def start_step(config: Config, run: Path, data: Data, held: checkpoint.Checkpoint | None, mesh: LocalMesh) -> TrainStep:
+    """Returns the step of a model that starts anew, or goes on from a checkpoint; the run folder is there from then on.
+
+    Args:
+        config: the whole configuration.
+        run: the folder.
+        data: its tokenizer and how often each token occurs.
+        held: the checkpoint, if any.
+        mesh: the devices.
+    """
+    step = create_step(config, data.tokenizer.vocab_size, mesh)
+    if held is None:
+        balance_tables(step.model, data.token_counts)
+    if mesh.processes.is_first:
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
+        checkpoint.write_whole(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
+    mesh.processes.barrier()
+    mesh.speed_up(step.program, run)
+    if held:
+        step.load(held.weights, held.optimizer)
+    else:
+        step.initialise()
+    return step
 
 
 def choose_mesh(config: Config, count: int) -> tuple[Config, bool]:
@@ -157,7 +171,7 @@ def choose_mesh(config: Config, count: int) -> tuple[Config, bool]:
 
 
 class Trainer:
-    """One run in progress.
+    """Trains one run from where it stands to its end.
 
     Args:
         config: the whole configuration.
@@ -244,7 +258,7 @@ class Trainer:
             say(f"compiling the training step: takes about {expected_compile_seconds(config):.0f} s on two CPU cores")
 
     def _advance(self) -> None:
-        """One optimizer step, and its line where one is due."""
+        """Makes one optimizer step, and writes its line where one is due."""
         started = time.perf_counter()
         rate, (tokens, *inputs) = learning_rate(self.config, self.done + 1), self._inputs()
         replay = self._forced(tokens)
@@ -269,8 +283,8 @@ class Trainer:
             self.progress.say(self.progress.train_line(line))
 
     def _forced(self, tokens: np.ndarray) -> np.ndarray | None:
-        """This process's part of the choices that are forced in the next step, [A, M, N, K] int32 of tokens [A, B, S];
-        -1 where the routers decide, None in a run that forces none."""
+        """Returns this process's part of the choices that are forced in the next step, [A, M, N, K] int32 of tokens
+        [A, B, S]; -1 where the routers decide, None in a run that forces none."""
         if not forces_choices(self.config):
             return None
         replay = self.forced.at(self.done, self.processes.full(tokens, 1))
@@ -288,7 +302,7 @@ class Trainer:
                 self.recorder.add(self.done, tokens, figures["choices"])
 
     def _say_what_travels(self) -> None:
-        """What the compiled step exchanges, and whether it does so safely."""
+        """Says what the compiled step exchanges, and whether it does so safely."""
         races = waits_for_nothing(self.config, self.processes)
         if graph := self.mesh.compiled_graph(self.step.program):
             travels, races = exchanged(graph), races and sums_may_race(graph)
@@ -298,7 +312,7 @@ class Trainer:
             self.progress.say(RACING.format(every=self.config.train.replica_check_every))
 
     def _inputs(self) -> tuple[np.ndarray, ...]:
-        """tokens [A, B, S], labels [A, B, S], valid [A, B, S] and noise [A, max(J, 1), N, D] of the next step."""
+        """Returns tokens, labels, valid [A, B, S] and noise [A, max(J, 1), N, D] of the next step."""
         count, seed = self.config.micro_batches, self.config.train.seed
         first = self._read()
         batches = [self.data.train.at(first + micro) for micro in range(count)]
@@ -310,11 +324,11 @@ class Trainer:
         return tokens, labels, valid, noise
 
     def _read(self) -> int:
-        """Micro-batches that the run has read."""
+        """Returns the number of micro-batches that the run has read."""
         return self.start_index + (self.done - self.start) * self.config.micro_batches
 
     def _tokens(self) -> int:
-        """Predictions that the run has made in training."""
+        """Returns the number of predictions that the run has made in training."""
         return self.start_tokens + (self.done - self.start) * self.tokens_per_step
 
     def _is_due(self, every: int) -> bool:
@@ -382,7 +396,7 @@ class Trainer:
         self.saved = self.done
 
     def _arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """(weights, optimizer's state) by name, as this process holds them."""
+        """Returns (weights, optimizer's state) by name, as this process holds them."""
         weights = {parameter.name: parameter.asnumpy() for parameter in self.model.get_parameters()}
         return weights, {name: parameter.asnumpy() for name, parameter in self.step.optimizer_state().items()}
 
@@ -401,7 +415,7 @@ class Trainer:
         self.compared = self.done
 
     def _kept(self) -> str:
-        """The newest good checkpoint, for a message."""
+        """Names the newest good checkpoint, for a message."""
         return self.healthy.kept(self.run)
 
     def _mark_best(self, loss: float) -> None:
@@ -410,7 +424,7 @@ class Trainer:
             checkpoint.mark_best(self.run, self.done, loss)
 
     def _finish(self, stop: StopSignals) -> dict[str, Any]:
-        """The whole validation set, the best checkpoint, result.json."""
+        """Evaluates, marks the best checkpoint and writes result.json."""
         result = self._result(self._validate(stop) if self.evaluator else None)
         if self.processes.is_first:
             checkpoint.write_whole(self.run / RESULT, to_json(result, indent=1))
@@ -418,7 +432,7 @@ class Trainer:
         return result
 
     def _validate(self, stop: StopSignals) -> Evaluation:
-        """The whole validation set, and the best checkpoint."""
+        """Scores the whole validation set, and marks the best checkpoint."""
         whole = len(self.sample) == len(self.validation)
         if self.config.train.eval_every and not whole:
             self._evaluate_sample(stop)  # comparable with those before it
@@ -429,7 +443,7 @@ class Trainer:
         return found
 
     def _result(self, found: Evaluation | None) -> dict[str, Any]:
-        """What result.json holds: the run in figures; seconds are those of steps alone, over all resumptions."""
+        """Returns what result.json holds: the run in figures; seconds are of steps alone, over all resumptions."""
         best, layers = checkpoint.best(self.run), found.layers if found else ()
         figures = found.to_dict() if found else {"loss": None, "tokens": 0}
         low, high = load_range(np.array([layer["load"] for layer in layers])) if layers else (None, None)  # of [M, E]
@@ -451,6 +465,6 @@ class Trainer:
 
 
 def expected_compile_seconds(config: Config) -> float:
-    """About how long the training step compiles on two CPU cores; it does not depend on the model's width."""
+    """Estimates how long the training step compiles on two CPU cores; the model's width is of no consequence."""
     conditional = len(config.moe_layers)
     return 1.0 + 0.7 * (config.model.num_layers - conditional) + 2.0 * conditional

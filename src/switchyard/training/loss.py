@@ -1,4 +1,4 @@
-"""The loss that training minimises, and the figures of a step, on any mesh.
+"""Computes the loss that training minimises, and the figures of a step, on any mesh.
 
 Legend: B batch, S sequence, N = B * S tokens, D width, V vocabulary, M conditional layers, E experts, J noise slices,
 G routing groups, W = 2 + M * (6 + 2 E) figures.
@@ -53,8 +53,8 @@ class TrainLoss(nn.Cell):
         self.shard(mesh)
 
     def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor, factor: Tensor, replay=None):
-        """tokens, labels [B, S] int32, valid [B, S] float32, noise [max(J, 1), N, D], factor [1, 1] of the loss, replay
-        [M, N, K] int32: see models.Decoder -> (figures [W] of all devices, choices).
+        """Returns (figures [W] of all devices, choices) of tokens, labels [B, S] int32, valid [B, S] float32, noise
+        [max(J, 1), N, D], factor [1, 1] of the loss and replay [M, N, K] int32; see models.Decoder.
 
         The first figure is the loss times the factor, the only one that carries a gradient; the second the
         cross-entropy; then come the router statistics, summed over groups, see moe.metrics. No operator reads the
@@ -69,13 +69,13 @@ class TrainLoss(nn.Cell):
         return self.figures(logits, other, labels, valid, factor, stats), choices
 
     def read(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor):
-        """What the model makes of a batch; only a run that forces choices hands it some."""
+        """Runs the model on a batch; only a run that forces choices hands it some."""
         if replay is None:
             return self.model(tokens, valid, noise)
         return self.model(tokens, valid, noise, replay)
 
     def figures(self, logits: Tensor, other: Tensor, labels: Tensor, valid: Tensor, factor: Tensor, stats) -> Tensor:
-        """Logits [N, V] of one pass and of the other, labels and valid [B, S] -> [W]."""
+        """Sums figures over the devices: logits [N, V] of one pass and of the other, labels and valid [B, S] -> [W]."""
         counts = self.total_counts(self.local_counts(valid))  # [2]
         if self.layers == 0:
             return self.total(self.local_part(logits, other, labels, valid, counts, factor))
@@ -83,17 +83,17 @@ class TrainLoss(nn.Cell):
 
     # ---- local to one device
     def second_half(self, noise: Tensor) -> Tensor:
-        """The noise of the second pass: [J, N, D] -> [J / 2, N, D]."""
+        """Returns the noise of the second pass: [J, N, D] -> [J / 2, N, D]."""
         return noise[noise.shape[0] // 2 :]
 
     def counts(self, valid: Tensor) -> Tensor:
-        """(valid predictions, real routed tokens) of a device: [1, 2]."""
+        """Counts the valid predictions and the real routed tokens of a device: valid [B, S] -> [1, 2]."""
         routed = valid.reshape(-1)[:: self.window].sum() * self.units
         return ops.stack((valid.sum(), routed)).reshape(1, 2)
 
     def part(self, logits, other, labels, valid, counts, factor, *stats) -> Tensor:
-        """What a device adds to the figures: [1, W], or at its micro-batch's place in [1, A * W]; counts [2] of all
-        devices, factor [1, 1] or [1, A], stats [G, M * (6 + 2 E)] where there are conditional layers."""
+        """Computes what a device adds to the figures: [1, W], or at its micro-batch's place in [1, A * W]; counts [2]
+        of all devices, factor [1, 1] or [1, A], stats [G, M * (6 + 2 E)] where there are conditional layers."""
         labels, weights = labels.reshape(-1), valid.reshape(-1)  # [N] each
         if self.exits > 1:  # of a cascade: the mean over all exits (BranchyNet, arXiv 1709.01686, section III-B)
             labels, weights = ops.tile(labels, (self.exits,)), ops.tile(weights, (self.exits,))
@@ -113,25 +113,25 @@ class TrainLoss(nn.Cell):
         return self.placed(ops.concat((scaled, ops.stop_gradient(loss).reshape(1), *summed)).reshape(1, -1), factor)
 
     def auxiliary(self, layers: Tensor, count: Tensor) -> Tensor:
-        """The losses that statistics [M, 6 + 2 E] carry, of `count` real tokens on all devices: []."""
+        """Weighs the losses that statistics [M, 6 + 2 E] carry, of `count` real tokens on all devices: []."""
         means = layers[:, : metrics.ENTROPY] / ops.maximum(count, 1.0)  # [M, 3]
         balance, z = means[:, metrics.BALANCE].sum(), means[:, metrics.Z].sum()
         return self.balance_factor * balance + self.z_factor * z + means[:, metrics.AUXILIARY].sum()
 
     def divergence(self, one: Tensor, other: Tensor) -> Tensor:
-        """(KL(p || q) + KL(q || p)) / 2 of the distributions of two logits [N, V] -> [N]."""
+        """Computes (KL(p || q) + KL(q || p)) / 2 of the distributions of two logits [N, V] -> [N]."""
         one, other = self.log_softmax(one), self.log_softmax(other)
         return ((ops.exp(one) - ops.exp(other)) * (one - other)).sum(-1) / 2
 
     def placed(self, figures: Tensor, factor: Tensor) -> Tensor:
-        """Figures [1, W], of a pipeline at the place of the factor that is not 0, of [1, A] -> [1, A * W]."""
+        """Puts figures [1, W] of a pipeline at the place of the factor [1, A] that is not 0: [1, A * W]."""
         if self.places == 1:
             return figures
         place = ops.stop_gradient((factor != 0).astype(mstype.float32)).reshape(-1, 1)  # [A, 1]
         return (place * figures).reshape(1, -1)
 
     def shard(self, mesh: LocalMesh) -> None:
-        """Tokens are sharded by data shards; the figures are summed over them."""
+        """Shards tokens by data shards, over which the figures are summed."""
         data, pair, full = mesh.degrees.data_parallel, mesh.cut("data", None), mesh.cut(None, None)
         width = self.places * (STATISTICS + self.layers * self.columns)
 
@@ -151,15 +151,13 @@ class TrainLoss(nn.Cell):
 
 
 def places(config: Config) -> int:
-    """Returns how many micro-batches the figures are of that come out of one call: of a pipeline all."""
+    """Returns how many micro-batches one call returns figures of: all of a pipeline, else one."""
     return config.parallel.micro_batch_num if config.parallel.pipeline_stage > 1 else 1
 
 
 def z_loss_factor(config: Config) -> float:
     """Returns moe.z_loss_factor, or 0 where the router gives no z-loss."""
-    if not config.moe_layers or "z" not in find_router(config.moe.router).losses:
-        return 0.0
-    return config.moe.z_loss_factor
+    return config.moe.z_loss_factor if z_loss_given(config) else 0.0
 
 
 def name_figures(figures: np.ndarray, config: Config, shares: np.ndarray) -> dict:
@@ -171,13 +169,13 @@ def name_figures(figures: np.ndarray, config: Config, shares: np.ndarray) -> dic
         shares: of each micro-batch in the valid tokens of the step, [A]; means count by them.
     """
     experts, rows = config.moe.expert_num, np.asarray(figures, np.float64)
-    pairs = [metrics.loss_metrics(row[STATISTICS:], experts) for row in rows]
+    balance, z = shares @ [metrics.loss_metrics(row[STATISTICS:], experts) for row in rows]
     parts = [metrics.metrics(row[STATISTICS:], experts) for row in rows]
     weights = {name: np.ones(len(shares)) if name in metrics.SUMS else shares for name in parts[0]}
     return {
         "loss": float(shares @ rows[:, CROSS_ENTROPY]),
-        "balance_loss": float(sum(share * pair[0] for share, pair in zip(shares, pairs))),
-        "z_loss": float(sum(share * pair[1] for share, pair in zip(shares, pairs))) if z_loss_given(config) else 0.0,
+        "balance_loss": float(balance),
+        "z_loss": float(z) if z_loss_given(config) else 0.0,
         "audit": {name: sum(w * part[name] for w, part in zip(weights[name], parts)) for name in parts[0]},
     }
 

@@ -1,4 +1,4 @@
-"""What follows the gradients of a step, and how a step calls its program.
+"""Updates the weights by gradients, and says how a step calls its program.
 
 Legend: A micro-batches, B batch, S sequence, N = B * S tokens, D width, M conditional layers, J noise slices.
 """
@@ -14,7 +14,7 @@ from switchyard.nn.masks import keep_where
 
 
 class OptimizerStep(nn.Cell):
-    """Clip and AdamW, of gradients that are summed over the devices.
+    """Adds up gradients over calls and devices, clips them and updates the weights by AdamW.
 
     What changes from step to step is a parameter that the host sets, see `set`: learning_rate; with float16 `unscale`,
     the inverse of the loss scale; `routers_learn`, 0 once moe.router_freeze_step has come; with several calls a step
@@ -33,11 +33,8 @@ class OptimizerStep(nn.Cell):
         decay = (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay)
         self.of_router = tuple(".router." in parameter.name for parameter in parameters)
         self.adamw = AdamW(parameters, *decay, apart=self.of_router)
-        self.sum, self.norm, self.is_finite = (
-            mesh.gradient_sum(parameters),
-            mesh.gradient_norm(parameters),
-            ops.IsFinite(),
-        )
+        self.sum, self.norm = mesh.gradient_sum(parameters), mesh.gradient_norm(parameters)
+        self.is_finite = ops.IsFinite()
         self.scaled, self.several = config.model.compute_dtype == "float16", calls > 1
         self.freezes = config.moe.router_freeze_step is not None and bool(config.moe_layers)
         self.learning_rate = control("learning_rate")
@@ -48,9 +45,9 @@ class OptimizerStep(nn.Cell):
         self.assign = ops.Assign()
 
     def construct(self, gradients: tuple) -> Tensor:
-        """Gradients of a device, times the loss scale -> their global norm without it: [].
+        """Takes gradients of a device, times the loss scale, and returns their global norm without it: [].
 
-        Nothing changes where the norm is not finite, nor in a call that is not the last of its step.
+        No weight changes where the norm is not finite, nor in a call that is not the last of its step.
         """
         if self.several:
             gradients = self.accumulate(gradients)
@@ -61,7 +58,7 @@ class OptimizerStep(nn.Cell):
         return self.update(gradients, self.norm(gradients))
 
     def update(self, gradients: tuple, norm: Tensor) -> Tensor:
-        """The step by gradients and their global norm, both times the loss scale -> the norm without it."""
+        """Updates by gradients and their global norm, both times the loss scale, and returns the norm without it."""
         if self.scaled:
             norm = norm * self.unscale
         alive = self.is_finite(norm)
@@ -72,7 +69,7 @@ class OptimizerStep(nn.Cell):
         return norm
 
     def accumulate(self, gradients: tuple) -> tuple:
-        """Adds gradients to those of the calls before, of the same step."""
+        """Returns the sums of gradients and those of the calls before, of the same step, and keeps them."""
         sums = ()
         for total, gradient in zip(self.accumulated, gradients):
             gradient = ops.select(self.begins > 0, gradient, gradient + total)

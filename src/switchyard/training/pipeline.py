@@ -1,7 +1,7 @@
-"""The training step cut into pipeline stages: 1F1B, as MindSpore's compiler makes it of one network.
+"""Trains in pipeline stages: 1F1B, as MindSpore's compiler makes it of one network.
 
 Every device compiles the whole network and keeps the cells of its stage; between stages the compiler puts Send and
-Receive. It asks for much, and hangs or fails with words of its own otherwise:
+Receive. It has these conditions, and otherwise hangs or fails with words of its own:
     - one lazily inlined cell that holds a micro-batch's whole forward pass, called for every micro-batch. GPUs refuse
       it; there a stage is one device, and without `local` operators the cell is inlined at once;
     - whatever is not of one stage alone inside a cell with `pipeline_stage`, every `local` operator above all;
@@ -27,23 +27,25 @@ from switchyard.distributed.stages import stages_of_layers
 from switchyard.training.loss import TrainLoss
 from switchyard.training.optimizer import OptimizerStep, calls_of, input_shards
 
-SLICES_STAY_CUT = "PIPELINE_SLICE_SKIP_REDISTRIBUTION"  # else the compiler gathers a batch before it takes a part of it
+SLICES_STAY_SHARDED = (
+    "PIPELINE_SLICE_SKIP_REDISTRIBUTION"  # else the compiler gathers a batch before it takes a part of it
+)
 
 
 class FirstCell(nn.Cell):
-    """Tokens to rows, on the first stage."""
+    """Embeds tokens, on the first stage."""
 
     def __init__(self, model: nn.Cell):
         super().__init__(auto_prefix=False)
         self.model, self.pipeline_stage = model, 0
 
     def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor) -> Tensor:
-        """Tokens [B, S] int32, valid [B, S], noise [J, N, D] -> rows [N, D]."""
+        """Tokens [B, S] int32, valid [B, S], noise [J, N, D] -> x [N, D]."""
         return self.model.dropout(self.model.embed(tokens, valid), noise)
 
 
 class StageInputs(nn.Cell):
-    """What the layers of a stage read besides the rows."""
+    """Makes what the layers of a stage read besides x."""
 
     def __init__(self, model: nn.Cell, stage: int):
         super().__init__(auto_prefix=False)
@@ -55,7 +57,7 @@ class StageInputs(nn.Cell):
 
 
 class JoinedStatistics(nn.Cell):
-    """The statistics of a stage's conditional layers, side by side, to be sent to the last stage."""
+    """Puts the statistics of a stage's conditional layers side by side, to be sent to the last stage."""
 
     def __init__(self, model: nn.Cell, mesh: CompiledMesh, stage: int):
         super().__init__(auto_prefix=False)
@@ -69,7 +71,7 @@ class JoinedStatistics(nn.Cell):
 
 
 class LastCell(TrainLoss):
-    """Rows to loss and figures, on the last stage.
+    """Computes loss and figures, on the last stage.
 
     Args:
         model, config, mesh: as of TrainLoss.
@@ -90,7 +92,7 @@ class LastCell(TrainLoss):
 
 
 class MicroBatch(nn.Cell):
-    """Forward pass of one micro-batch through all stages, written out for each: the graph grows with their number.
+    """Runs one micro-batch through all stages, written out for each: the graph grows with their number.
 
     Args:
         model: a Decoder on which `shard` was called.
@@ -132,7 +134,7 @@ class MicroBatch(nn.Cell):
 
 
 class SharedMicroBatch(MicroBatch):
-    """The same, as one function of the graph that all micro-batches call: compiled once. Not on GPU."""
+    """Is MicroBatch as one function of the graph that all micro-batches call: compiled once. Not on GPU."""
 
     @lazy_inline
     def __init__(self, model: nn.Cell, config: Config, mesh: CompiledMesh):
@@ -140,20 +142,20 @@ class SharedMicroBatch(MicroBatch):
 
 
 class Pipelined(nn.Cell):
-    """The micro-batches of a step, one after the other: what mindspore.parallel.nn.Pipeline does, and slices that know
-    how the inputs are cut.
+    """Runs the micro-batches of a step one after the other, as mindspore.parallel.nn.Pipeline does, by slices that
+    know how the inputs are sharded.
 
     Args:
         network: of one micro-batch.
         micro_batches: A.
-        cuts: into how many slices axis 0 of each input is cut.
+        shards: into how many shards axis 0 of each input is divided.
     """
 
-    def __init__(self, network: nn.Cell, micro_batches: int, cuts: list[int]):
+    def __init__(self, network: nn.Cell, micro_batches: int, shards: list[int]):
         super().__init__(auto_prefix=False)
         self.network, self.micro_size = network, micro_batches
-        slices = [ops.StridedSlice().add_prim_attr("out_shard_size", cut) for cut in cuts * micro_batches]
-        self.slices, self.inputs = slices, len(cuts)
+        slices = [ops.StridedSlice().add_prim_attr("out_shard_size", count) for count in shards * micro_batches]
+        self.slices, self.inputs = slices, len(shards)
         sums = [ops.Add().add_prim_attr("pipeline_end", micro) for micro in range(micro_batches)]
         self.adds = [add.shard(((1,), (1,))) for add in sums]
 
@@ -174,7 +176,7 @@ class Pipelined(nn.Cell):
 
 
 class PipelineStepGraph(nn.Cell):
-    """Forward, backward, clip and AdamW of one device of a pipeline.
+    """Does forward, backward, clip and AdamW of one device of a pipeline.
 
     A gradient is added up in `accumulated` over the micro-batches and summed over the devices once.
 
@@ -186,19 +188,19 @@ class PipelineStepGraph(nn.Cell):
 
     def __init__(self, model: nn.Cell, config: Config, mesh: CompiledMesh):
         super().__init__(auto_prefix=False)
-        os.environ[SLICES_STAY_CUT] = "1"  # read by the compiler
-        kind, cuts = MicroBatch if mesh.alone else SharedMicroBatch, input_shards(config)
+        os.environ[SLICES_STAY_SHARDED] = "1"  # read by the compiler
+        kind, shards = MicroBatch if mesh.alone else SharedMicroBatch, input_shards(config)
         self.optimizer = OptimizerStep(model.trainable_params(), config, mesh, calls_of(config))
         self.parameters = self.optimizer.adamw.parameters
-        self.loss = Pipelined(kind(model, config, mesh), config.parallel.micro_batch_num, [cut[0] for cut in cuts])
+        self.loss = Pipelined(kind(model, config, mesh), config.parallel.micro_batch_num, [axes[0] for axes in shards])
         self.gradient = ops.GradOperation(get_by_list=True)
         self.accumulated = self.parameters.clone("accu_grads", init="zeros")
         self.ends = SquaresAndFigures(self.parameters, mesh.degrees)
         self.clear, self.sharded = ops.Assign(), config.parallel.optimizer_shard > 0
 
     def construct(self, *batch) -> tuple:
-        """The arguments of MicroBatch, of all micro-batches, factors [A, A] with those of each on the diagonal ->
-        (figures [A * W], the global norm of the gradients before the clip [], ())."""
+        """Takes the arguments of MicroBatch, of all micro-batches, and factors [A, A] with those of each on the
+        diagonal; returns (figures [A * W], global norm of the gradients before the clip [], ())."""
         figures = self.loss(*batch)
         sums = self.gradient(self.loss, self.parameters)(*batch)
         gradients = sums if self.sharded else ops.depend(self.accumulated, sums)
@@ -222,11 +224,11 @@ class PipelineStepGraph(nn.Cell):
 
 
 class SquaresAndFigures(nn.Cell):
-    """Global norm of gradients, and the last stage's figures for all, by one AllReduce behind both passes.
+    """Gives all stages the global norm of gradients and the last stage's figures, by one AllReduce behind both passes.
 
     Args:
         parameters: those that the gradients are of; each is on one stage.
-        degrees: how they are cut; a slice that several devices hold counts once.
+        degrees: how they are sharded; a shard that several devices hold counts once.
     """
 
     def __init__(self, parameters, degrees: Degrees):

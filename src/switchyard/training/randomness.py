@@ -1,4 +1,4 @@
-"""The random numbers of training steps: each device draws those of its own sequences.
+"""Draws the random numbers of training steps: each device draws those of its own sequences.
 
 Legend: A micro-batches, J noise slices, B sequences of a micro-batch, N rows of the sequences that are drawn, D width.
 """
@@ -10,14 +10,14 @@ NOISE_STREAM = 0x4E4F4953  # keeps these keys apart from those of initial weight
 
 
 def random_state(seed: int, step: int) -> np.ndarray:
-    """The number that all randomness of a step follows from, see `draw_noise`: [] uint64."""
+    """Returns the number that all randomness of a step follows from, see `draw_noise`: [] uint64."""
     return np.array(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
 
 
 def draw_noise(
     seed: int, step: int, micro_batches: int, slices: int, sequences: range, length: int, width: int
 ) -> np.ndarray:
-    """The noise of some sequences of one step: [A, J, N, D] float32 of U(0, 1), or zeros [A, 1, 1, 1] where J is 0.
+    """Draws the noise of some sequences of one step: [A, J, N, D] float32 of U(0, 1), zeros [A, 1, 1, 1] where J is 0.
 
     A pure function of its arguments (NOISE_RULE). The numbers of a sequence do not depend on which other sequences
     are drawn, so every layout of the devices trains with the same noise, and a resumed run repeats it.
@@ -45,7 +45,7 @@ def draw_noise(
 
 
 def stream_states(seed: int, step: int, micro: int, sequences: range) -> np.ndarray:
-    """States of SFC64 in which the streams of sequences begin: [len(sequences), 4] uint64.
+    """Returns the states of SFC64 in which the streams of sequences begin: [len(sequences), 4] uint64.
 
     A state is three random words and a counter. Philox makes four words of each number of a sequence, whichever are
     asked for. NumPy's own seeding of SFC64 gives streams as independent, and takes seven times as long.

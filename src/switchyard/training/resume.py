@@ -98,7 +98,9 @@ def find_start(run: Path, config: Config, resume: bool, existed: bool = True) ->
         return None
     check_resumable(held.config, keep_groups(held.config, config))
     if held.step > config.train.steps:
-        raise UserError(f"train.steps: {config.train.steps}; the run '{run}' is at step {held.step} already: raise it")
+        raise UserError(
+            f"train.steps: {config.train.steps}; the run '{run}' is already at step {held.step}; increase it"
+        )
     say_noise(held.state)
     return held
 

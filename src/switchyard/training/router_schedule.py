@@ -1,4 +1,4 @@
-"""When routers decide and when they learn: choices at random in the first steps, no updates from some step on.
+"""Says when routers decide and when they learn: random choices in the first steps, no updates from some step on.
 
 Both are pure functions of the step's number, so a resumed run goes on as the uninterrupted one would have.
 
@@ -24,16 +24,14 @@ class WarmUp:
 
     def __init__(self, config: Config):
         moe, train = config.moe, config.train
-        self.steps, self.seed, self.micro_batches = (
-            moe.router_warmup_steps,
-            train.seed,
-            train.gradient_accumulation_steps,
-        )
+        self.steps, self.seed, self.micro_batches = moe.router_warmup_steps, train.seed, config.micro_batches
         self.layers, self.groups, self.rows = len(config.moe_layers), config.groups, config.rows
         self.copies, self.each, self.size = moe.copies, moe.num_experts_chosen, moe.expert_num // moe.copies
 
     def at(self, step: int, tokens: np.ndarray) -> np.ndarray | None:
-        """Choices of a step, counted from 0: [A, M, N, K] int32; None once the warm-up is over. No token is read."""
+        """Draws the choices of a step, counted from 0: [A, M, N, K] int32; None once the warm-up is over.
+
+        No token is read."""
         if step >= self.steps:
             return None
         rng = np.random.default_rng((WARM_UP_STREAM, self.seed, step))

@@ -1,4 +1,4 @@
-"""The program of evaluation.
+"""Scores batches: the program of evaluation.
 
 Legend: B batch, S sequence, N = B * S tokens, V vocabulary, M conditional layers, E experts, G routing groups.
 """
@@ -35,8 +35,9 @@ class EvalStep(nn.Cell):
         self.shard(mesh)
 
     def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, replay: Tensor = None):
-        """tokens, labels [B, S] int32, valid [B, S] float32, replay [M, N, K] int32: see models.Decoder -> (scores
-        [B, 3] of all devices: sum of losses, valid tokens, right answers; statistics [M * (6 + 2 E)]; choices)."""
+        """Returns (scores [B, 3] of all devices: sum of losses, valid tokens, right answers; statistics
+        [M * (6 + 2 E)]; choices) of tokens, labels [B, S] int32, valid [B, S] float32 and replay [M, N, K] int32, see
+        models.Decoder."""
         if replay is None:
             logits, stats, choices = self.model(tokens, valid, self.no_noise)  # [N, V]
         else:
@@ -49,7 +50,7 @@ class EvalStep(nn.Cell):
         return scores, self.total(self.local_groups(stats)), choices
 
     def scores(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """Of a device: [B, 3]."""
+        """Scores the sequences of one device: [B, 3]."""
         losses = self.token_losses(logits, labels.reshape(-1)).reshape(valid.shape)  # [N] -> [B, S]
         right = ops.zeros_like(valid)
         if self.classifies:
@@ -57,11 +58,11 @@ class EvalStep(nn.Cell):
         return ops.stack((keep_where(losses, valid).sum(1), valid.sum(1), (right * valid).sum(1)), 1)
 
     def sum_groups(self, stats: Tensor) -> Tensor:
-        """[G, X] -> [1, X]."""
+        """Sums statistics over the groups of one device: [G, X] -> [1, X]."""
         return stats.sum(0, keepdims=True)
 
     def shard(self, mesh: LocalMesh) -> None:
-        """Sequences are sharded by data shards; scores are gathered, statistics summed."""
+        """Shards sequences by data shards; scores are gathered, statistics summed."""
         pair, data = mesh.cut("data", None), mesh.degrees.data_parallel
 
         def scored(logits, labels, valid):
@@ -76,10 +77,7 @@ class EvalStep(nn.Cell):
 
 def eval_program(model: nn.Cell, config: Config, mesh: LocalMesh) -> Callable:
     """Returns the program that scores batches with the weights where they lie."""
-    data, forced = (
-        config.parallel.data_parallel,
-        ((1, config.parallel.data_parallel, 1),) * (config.moe.replay is not None),
-    )
-    graph = EvalStep(model, mesh)
+    data, graph = config.parallel.data_parallel, EvalStep(model, mesh)
+    forced = () if config.moe.replay is None else ((1, data, 1),)
     graph.set_train(False)
-    return mesh.program(graph, (((data, 1),) * 3) + forced)
+    return mesh.program(graph, ((data, 1), (data, 1), (data, 1), *forced))

@@ -1,4 +1,4 @@
-"""One optimizer step: a compiled program of a micro-batch, called for each, and what the host does around it.
+"""Makes an optimizer step: a compiled program of a micro-batch, called for each, and what the host does around it.
 
 Legend: A micro-batches, B batch, S sequence, N = B * S tokens, D width, V vocabulary, M conditional layers, J noise
 slices, W figures of a micro-batch (see training.loss).
@@ -24,11 +24,9 @@ from switchyard.training.loss_scale import LossScale
 from switchyard.training.optimizer import OptimizerStep, calls_of, forces_choices, input_shards
 from switchyard.training.pipeline import PipelineStepGraph
 
-SCALE_STATE = ("loss_scale", "good_steps")
-
 
 class StepGraph(nn.Cell):
-    """Forward, backward, clip and AdamW of one micro-batch.
+    """Does forward, backward, clip and AdamW of one micro-batch.
 
     Args:
         model: see training.loss.TrainLoss; its trainable parameters are float32.
@@ -43,7 +41,8 @@ class StepGraph(nn.Cell):
         self.differentiate = mesh.differentiate(self.loss, self.optimizer.adamw.parameters)
 
     def construct(self, *batch) -> tuple:
-        """The arguments of TrainLoss -> (figures [W], the global norm of the gradients before the clip [], choices)."""
+        """Takes the arguments of TrainLoss, returns (figures [W], global norm of the gradients before the clip [],
+        choices)."""
         (figures, choices), gradients = self.differentiate(*batch)
         return figures, self.optimizer(gradients), choices
 
@@ -54,7 +53,7 @@ class StepGraph(nn.Cell):
 
 
 class TrainStep:
-    """One optimizer step on all devices together; each process calls it with its own shards.
+    """Makes one optimizer step on all devices together; each process calls it with its own shards.
 
     With more than one micro-batch the program adds up gradients, each weighted by its share of the valid tokens: the
     cross-entropy's gradient is that of the joined batch. Auxiliary losses are those of each micro-batch, weighted
@@ -85,12 +84,19 @@ class TrainStep:
         self.routers = balancing_routers(model)
 
     def __call__(self, tokens, labels, valid, noise, learning_rate: float, replay=None, routers_learn=True) -> dict:
-        """tokens, labels [A, B, S] int32, valid [A, B, S] float32, noise [A, max(J, 1), N, D]: NumPy arrays, this
-        device's shards; replay, if any, [A, M, N, K] int32. routers_learn: read where moe.router_freeze_step is set;
-        false leaves the routers' own parameters, and what they keep besides, as they are.
+        """Makes the step, and waits for it.
 
-        Returns metrics of the whole step: those of `loss.name_figures`; gradient_norm before the clip; loss_scale and
-        skipped (1 where the update was refused); with moe.record `choices` [A, M, N, K].
+        Args:
+            tokens, labels: [A, B, S] int32, NumPy arrays, as are the others: this device's shards.
+            valid: [A, B, S] float32.
+            noise: [A, max(J, 1), N, D] float32.
+            learning_rate: of this step.
+            replay: choices to force [A, M, N, K] int32, see models.Decoder; None in a run that forces none.
+            routers_learn: read where moe.router_freeze_step is set; false leaves the routers' parameters and bias.
+
+        Returns:
+            Metrics of the whole step: those of `loss.name_figures`; gradient_norm before the clip; loss_scale and
+            skipped (1 where the update was refused); with moe.record `choices` [A, M, N, K].
         """
         self.graph.set_train(True)  # evaluation switches the same model over
         shares, scale = self.shares(valid), self.scale.factor
@@ -161,11 +167,11 @@ class TrainStep:
         """Sets the model's parameters and the optimizer's state, strictly by name and shape (UserError)."""
         self.compile()
         own = {parameter.name: parameter for parameter in self.model.get_parameters()}
-        updated = self.mesh.updated
+        updated, of_scale = self.mesh.updated, self.scale.state().keys()
         set_parameters(updated(own), updated(weights), "weight")
-        kept = {name: array for name, array in optimizer.items() if name not in SCALE_STATE}
+        kept = {name: array for name, array in optimizer.items() if name not in of_scale}
         set_parameters(updated(self.graph.optimizer.state()), updated(kept), "optimizer state")
-        self.scale.load(optimizer)
+        self.scale.load({name: array for name, array in optimizer.items() if name in of_scale})
 
 
 def create_step(config: Config, vocab_size: int, mesh: LocalMesh = LOCAL) -> TrainStep:
