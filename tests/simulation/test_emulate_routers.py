@@ -32,7 +32,7 @@ ROUTERS = {
     "dense": {},
     "mixture_of_depths": {"expert_num": 1, "expert_parallel": 1, "capacity_factor": 0.5},
     "copies of sigmoid": TWO | {"router": "sigmoid", "copies": 2},
-    "windows of switch": {"router": "switch", "granularity": "slice", "slice_length": 4},
+    "windows of switch": {"router": "switch", "granularity": "slice", "slice_length": 4, "jitter": 0.01},
 }
 NOT_OF_TEXT = ("expert_choice", "multi_gate", "random_in_group", "task")  # not causal, or choose by task
 WAYS = ("capacity", "dropless", "dropless_static")
