@@ -101,6 +101,8 @@ def _behaviour(name: str, **moe) -> list[np.ndarray]:
     for training in (True, True, False):
         routing = router.set_train(training)(rows, context)
         found += [routing[key].asnumpy() for key in sorted(routing)]
+        if training and router.state():  # a bias moves between steps
+            router.update(routing["expert_mask"].asnumpy().sum((0, 1)))
     return found + [parameter.asnumpy() for parameter in router.get_parameters()]
 
 
@@ -211,7 +213,7 @@ def test_a_run_reads_every_key_that_the_tables_do_not_name(network, tmp_path, mo
             "moe.slots_per_expert: 2; moe.router 'switch' has no such option: take one of soft",
         ),
         (["moe.router=hash", "moe.jitter=0.1"], "moe.jitter: 0.1; moe.router 'hash' does not read it: take none of"),
-        (["moe.slice_length=4"], "moe.slice_length: 4; moe.granularity 'slice' reads it"),
+        (["moe.slice_length=4"], "moe.slice_length: 4; only moe.granularity 'slice' reads it"),
         (["moe.expert_num=1", "moe.record=a"], "moe.record: 'a'; no layer is conditional"),
         (["moe.layers=[]", "moe.replay=a"], "moe.replay: 'a'; no layer is conditional"),
         (

@@ -18,8 +18,7 @@ STAGES = {"pipeline_stage": 2, "micro_batch_num": 2}
 QUIET_STAGES = {"model": UNTIED, "parallel": STAGES, "train": {"eval_every": 0}}
 CUT = {"data_parallel": 2, "expert_parallel": 2}
 REFUSED = [
-    ({"moe": EXPERTS | {"record": "a"}, "parallel": CUT}, "Ascend", None),
-    ({"moe": EXPERTS | {"record": "a"}} | QUIET_STAGES, "Ascend", "moe.record: a; null with parallel.pipeline_stage"),
+    ({"moe": EXPERTS | {"replay": "a"}, "parallel": CUT}, "Ascend", None),
     ({"moe": EXPERTS | {"replay": "a"}} | QUIET_STAGES, "GPU", "moe.replay: a; null with parallel.pipeline_stage"),
     ({"moe": EXPERTS | {"router_warmup_steps": 2}} | QUIET_STAGES, "Ascend", "moe.router_warmup_steps: 2; 0 with"),
     ({"moe": EXPERTS | {"groups": 1}, "data": {"batch_size": 4}, "parallel": {}}, "GPU", None),
@@ -55,10 +54,14 @@ def test_training_and_planning_refuse_the_same(tree, target, says):
 
 def test_processes_do_with_collectives_of_their_own_what_the_compiler_does_not_shard():
     """A router that is not sharded trains with data and expert parallelism, and is not planned or compiled."""
-    dropless = build({"moe": EXPERTS | {"dispatch": "dropless"}, "parallel": CUT})
-    assert "moe.dispatch: dropless; the compiler shards it for Ascend" in check_mesh(dropless, 2, "GPU")
-    with pytest.raises(UserError, match=r"^moe\.dispatch: dropless; "):
-        require_trainable(dropless, "GPU")
+    for moe, says in (
+        ({"dispatch": "dropless"}, "moe.dispatch: dropless; the compiler shards it for Ascend"),
+        ({"record": "a"}, "moe.record: a; null; a compiled program hands out no choices"),
+    ):
+        config = build({"moe": EXPERTS | moe, "parallel": CUT})
+        assert check_mesh(config, 2, "GPU") == says
+        with pytest.raises(UserError, match=f"^{says}$"):
+            require_trainable(config, "GPU")
     config = build({"moe": EXPERTS | {"router": "tree"}, "parallel": CUT})
     assert "moe.router: tree; overrides `construct`" in check_mesh(config, 2, "Ascend")
     with pytest.raises(
@@ -79,7 +82,7 @@ def test_simulation_refuses_before_it_compiles(tmp_path, capsys):
     text = "moe: {expert_num: 4, record: a}\nparallel: {pipeline_stage: 2, micro_batch_num: 2}\n"
     text += "model: {tie_word_embeddings: false}\ntrain: {eval_every: 0}\n"
     assert cli.run(simulate.main, ["--config", write(tmp_path, text), "--devices", "2"]) == 2
-    assert "error: moe.record: a; null with parallel.pipeline_stage (2)" in capsys.readouterr().err
+    assert "error: moe.record: a; null; a compiled program hands out no choices" in capsys.readouterr().err
 
 
 def test_the_command_is_silent_or_one_line(tmp_path, capsys):

@@ -32,6 +32,7 @@ NO_EVALUATION = {"eval_every": 0}
         ({"moe": EXPERTS | {"dispatch": "dropless"}}, "GPU", "moe.dispatch: dropless; the compiler shards it for"),
         ({"moe": EXPERTS | {"dispatch": "dropless"}}, "Ascend", None),
         ({"moe": {"dispatch": "dropless"}}, "GPU", None),  # one expert
+        ({"moe": EXPERTS | {"record": "a"}, "parallel": {"data_parallel": 2}}, "Ascend", "moe.record: a; null"),
     ],
 )
 def test_the_compiler_shards_what_it_can(tree, target, says):
@@ -46,7 +47,6 @@ def test_the_compiler_shards_what_it_can(tree, target, says):
         ({"router_warmup_steps": 1}, {}),
         ({"granularity": "slice"}, {}),
         ({"router": "top_k", "copies": 2}, {}),
-        ({"record": "choices.safetensors"}, {}),
         ({"replay": "choices.safetensors"}, {}),
         ({}, {"gradient_accumulation_steps": 2}),
     ],
@@ -90,7 +90,7 @@ def test_a_gpu_is_a_whole_stage(beside):
             {"moe": EXPERTS | {"router_warmup_steps": 3}},
             "moe.router_warmup_steps: 3; 0 with parallel.pipeline_stage (2)",
         ),
-        ({"moe": EXPERTS | {"record": "a"}}, "moe.record: a; null with parallel.pipeline_stage (2)"),
+        ({"moe": EXPERTS | {"record": "a"}}, "moe.record: a; null; a compiled program hands out no choices"),
         ({"moe": EXPERTS | {"replay": "a"}}, "moe.replay: a; null with parallel.pipeline_stage (2)"),
         ({"train": {"eval_every": 500}}, "train.eval_every: 500; 0 with parallel.pipeline_stage (2)"),
     ],
