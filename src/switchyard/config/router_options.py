@@ -36,7 +36,8 @@ class OneChoice(RouterOptions):
     def laws(self, moe) -> Laws:
         """See RouterOptions.laws."""
         chosen = moe.num_experts_chosen
-        yield chosen == 1, "moe.num_experts_chosen", chosen, f"{KEY} '{moe.router}' chooses 1; take 'top_k' for more"
+        reason = f"{KEY} '{moe.router}' chooses 1 expert; use 'top_k' for more"
+        yield chosen == 1, "moe.num_experts_chosen", chosen, reason
 
 
 class OneCell(OneChoice):
@@ -223,8 +224,10 @@ class DepthsOptions(OneChoice):
         """See RouterOptions.laws."""
         yield from super().laws(moe)
         experts, factor, name = moe.expert_num, moe.capacity_factor, "mixture_of_depths"
-        yield experts == 1, "moe.expert_num", experts, f"{KEY} '{name}' needs 1 expert"
-        yield factor <= 1, "moe.capacity_factor", factor, f"at most 1: {name} works on that share of the tokens"
+        reason = f"{KEY} '{name}' needs 1 expert, which a row visits or skips"
+        yield experts == 1, "moe.expert_num", experts, reason
+        reason = f"at most 1: {name} processes this fraction of the rows"
+        yield factor <= 1, "moe.capacity_factor", factor, reason
 
 
 OPTIONS: dict[str, type[RouterOptions]] = {  # of the routers that ship
