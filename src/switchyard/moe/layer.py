@@ -133,8 +133,12 @@ class MoELayer(nn.Cell):
         if self.training and self.jitter > 0:
             seen = self.local_jitter(seen, noise)
         inputs = self.router_inputs(seen, token_ids, task_ids)  # here alone the router's parameters are read
-        sent = self.decide(tokens, valid, noise, replay, inputs)  # local to a device: routing, slots, statistics
-        out = self.serve(sent[: -self.rest_num])  # the experts, and all that crosses devices
+        if self.training:  # what is decided and sent is local to a device; all that crosses devices is in `apply`
+            sent = self.decide(self.local_train, self.local_train_forced, tokens, valid, noise, replay, inputs)
+            out = self.train_dispatcher.apply(self.experts, sent[: -self.rest_num])
+        else:
+            sent = self.decide(self.local_eval, self.local_eval_forced, tokens, valid, noise, replay, inputs)
+            out = self.eval_dispatcher.apply(self.experts, sent[: -self.rest_num])
         if self.shared is not None:
             out = self.add(out, self.shared(self.expand_dims(tokens, 0)).reshape(out.shape))
         return out, sent[-self.rest_num], sent[-1] if self.records else ()
@@ -152,21 +156,14 @@ class MoELayer(nn.Cell):
             return (*ids, seen)
         return (*ids, *self.router.state(), *self.router.scores(seen, token_ids, task_ids))
 
-    def decide(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> tuple:
-        """Returns what `send` does: in training or not, forced or not, each an operator of its own on a cluster."""
-        if self.training:
-            if replay is None:
-                return self.local_train(tokens, valid, noise, *inputs)
-            return self.local_train_forced(tokens, valid, noise, replay, *inputs)
-        if replay is None:
-            return self.local_eval(tokens, valid, noise, *inputs)
-        return self.local_eval_forced(tokens, valid, noise, replay, *inputs)
+    def decide(self, send: Callable, send_forced: Callable, tokens, valid, noise, replay, inputs: tuple) -> tuple:
+        """Returns what `send` does, with choices that are forced where `replay` is not None.
 
-    def serve(self, sent: tuple) -> Tensor:
-        """Returns tokens [F, D]: what was sent, through the experts and back."""
-        if self.training:
-            return self.train_dispatcher.apply(self.experts, sent)
-        return self.eval_dispatcher.apply(self.experts, sent)
+        Both functions are arguments: the compiler loses the shapes of what a branch on `self.training` returns here.
+        """
+        if replay is None:
+            return send(tokens, valid, noise, *inputs)
+        return send_forced(tokens, valid, noise, replay, *inputs)
 
     # ---- from here to `shard` everything is local to one device and reads no Parameter
     def hide_padding(self, tokens: Tensor, valid: Tensor) -> Tensor:

@@ -247,13 +247,14 @@ def test_the_layer_of_a_compiled_mesh_calls_the_methods_of_the_class(router, tra
     """The sharded layer equals that of one device bit for bit; with the parent's router both would be others."""
     keys = {"num_experts_chosen": 1 if router is Score else 2, "groups": GROUPS, "capacity_factor": 4.0}
     (rows, valid), found = tiny_rows(GROUPS, ROWS, padded=2), []
+    noise = np.zeros((1, GROUPS * ROWS, rows.shape[2]), np.float32)  # sharded with the tokens, though nobody reads it
     for name in (f"{__name__}.{router.__name__}", router.__bases__[0].name):
         config = tiny_config(router=name, **keys)
         for mesh in (LOCAL, checking_mesh(config)):
             layer = create_layer(config, mesh).set_train(training)
             if mesh is not LOCAL:
                 layer.shard(mesh)
-            found.append(run_layer(layer, rows, valid))
+            found.append(run_layer(layer, rows, valid, noise))
     own, own_sharded, parent, parent_sharded = found
     for one, two in ((own, own_sharded), (parent, parent_sharded)):
         np.testing.assert_array_equal(one[0], two[0])
