@@ -120,19 +120,32 @@ class MoELayer(nn.Cell):
         choices to force [M, F, K] int32 of all M conditional layers, -1 where the router's own stand; view [F, D], what
         the router sees where it is not the tokens themselves, which may then be of any width."""
         tokens = self.local_hide(flat(tokens), valid)
+        inputs = self.inputs(self.seen(tokens, valid, noise, view), token_ids, task_ids)
+        sent = self.dispatched(tokens, valid, noise, replay, inputs)
+        # Branches stand in methods of their own: behind one, the compiler of a recomputed layer knows no shape of `sent`
+        stats, out = sent[-self.rest_num], self.through_experts(sent[: -self.rest_num], tokens)
+        return out, stats, sent[-1] if self.records else ()
+
+    def seen(self, tokens: Tensor, valid: Tensor, noise: Tensor, view: Tensor) -> Tensor:
+        """What the router sees: [F, D]."""
         seen = tokens if view is None else self.local_hide(flat(view), valid)
-        if self.training and self.jitter > 0:
-            seen = self.local_jitter(seen, noise)
-        inputs = self.inputs(seen, token_ids, task_ids)
+        return self.local_jitter(seen, noise) if self.training and self.jitter > 0 else seen
+
+    def dispatched(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> tuple:
+        """What is sent to the experts in training or at evaluation, see `send`."""
         if self.training:
-            sent = self.sent(self.local_train, self.local_train_forced, tokens, valid, noise, replay, inputs)
-            out = self.train_dispatcher.apply(self.experts, sent[: -self.rest_num])
+            return self.sent(self.local_train, self.local_train_forced, tokens, valid, noise, replay, inputs)
+        return self.sent(self.local_eval, self.local_eval_forced, tokens, valid, noise, replay, inputs)
+
+    def through_experts(self, sent: tuple, tokens: Tensor) -> Tensor:
+        """What the experts make of what was sent, and the shared experts of all tokens: [F, D]."""
+        if self.training:
+            out = self.train_dispatcher.apply(self.experts, sent)
         else:
-            sent = self.sent(self.local_eval, self.local_eval_forced, tokens, valid, noise, replay, inputs)
-            out = self.eval_dispatcher.apply(self.experts, sent[: -self.rest_num])
+            out = self.eval_dispatcher.apply(self.experts, sent)
         if self.shared is not None:
             out = self.add(out, self.shared(self.expand_dims(tokens, 0)).reshape(out.shape))
-        return out, sent[-self.rest_num], sent[-1] if self.records else ()
+        return out
 
     def inputs(self, seen: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
         """What the decision is made of: ids [F] where the router reads them, its state, its scores [F, X]."""
