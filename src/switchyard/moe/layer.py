@@ -122,7 +122,7 @@ class MoELayer(nn.Cell):
         tokens = self.local_hide(flat(tokens), valid)
         inputs = self.inputs(self.seen(tokens, valid, noise, view), token_ids, task_ids)
         sent = self.dispatched(tokens, valid, noise, replay, inputs)
-        # Branches stand in methods of their own: behind one, the compiler of a recomputed layer knows no shape of `sent`
+        # branches stand in methods: behind one, the compiler of a recomputed layer knows no shape of what is in `sent`
         stats, out = sent[-self.rest_num], self.through_experts(sent[: -self.rest_num], tokens)
         return out, stats, sent[-1] if self.records else ()
 
