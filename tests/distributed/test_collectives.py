@@ -153,7 +153,8 @@ def test_communication_settings_order_the_graph_and_change_no_collective(compile
 def test_rows_are_sliced_only_where_the_sequence_is_cut(compiled):
     """A StridedSlice of a redistribution: of the embedding's rows and of what each feed-forward brings back."""
     name, _, report, _ = compiled
-    made = [node for node in report.graph.nodes if node.kind == "StridedSlice" and "redistribution" in node.instance]
+    slices = [node for node in report.graph.nodes if node.kind == "StridedSlice" and node.shape]  # of rows
+    made = [node for node in slices if "redistribution" in node.instance]
     assert len(made) == (3 if "sequence" in name else 0)
 
 

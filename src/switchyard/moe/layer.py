@@ -129,19 +129,32 @@ class MoELayer(nn.Cell):
             view: [F, D], what the router sees where it is not the tokens, which may then be of any width.
         """
         tokens = self.local_hide(flat(tokens), valid)  # [F, D]
+        inputs = self.router_inputs(self.seen(tokens, valid, noise, view), token_ids, task_ids)
+        sent = self.dispatched(tokens, valid, noise, replay, inputs)  # local to a device
+        # Branches stand in methods: behind one, the compiler of a recomputed layer knows no shape of what is in `sent`
+        stats, out = sent[-self.rest_num], self.through_experts(sent[: -self.rest_num], tokens)
+        return out, stats, sent[-1] if self.records else ()
+
+    def seen(self, tokens: Tensor, valid: Tensor, noise: Tensor, view: Tensor) -> Tensor:
+        """Returns what the router sees: [F, D]."""
         seen = tokens if view is None else self.local_hide(flat(view), valid)
-        if self.training and self.jitter > 0:
-            seen = self.local_jitter(seen, noise)
-        inputs = self.router_inputs(seen, token_ids, task_ids)  # here alone the router's parameters are read
-        if self.training:  # what is decided and sent is local to a device; all that crosses devices is in `apply`
-            sent = self.decide(self.local_train, self.local_train_forced, tokens, valid, noise, replay, inputs)
-            out = self.train_dispatcher.apply(self.experts, sent[: -self.rest_num])
+        return self.local_jitter(seen, noise) if self.training and self.jitter > 0 else seen
+
+    def dispatched(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> tuple:
+        """Returns what is sent to the experts in training or at evaluation, see `send`."""
+        if self.training:
+            return self.decide(self.local_train, self.local_train_forced, tokens, valid, noise, replay, inputs)
+        return self.decide(self.local_eval, self.local_eval_forced, tokens, valid, noise, replay, inputs)
+
+    def through_experts(self, sent: tuple, tokens: Tensor) -> Tensor:
+        """Returns what the experts make of what was sent, and the shared experts of all tokens: [F, D]."""
+        if self.training:
+            out = self.train_dispatcher.apply(self.experts, sent)
         else:
-            sent = self.decide(self.local_eval, self.local_eval_forced, tokens, valid, noise, replay, inputs)
-            out = self.eval_dispatcher.apply(self.experts, sent[: -self.rest_num])
+            out = self.eval_dispatcher.apply(self.experts, sent)
         if self.shared is not None:
             out = self.add(out, self.shared(self.expand_dims(tokens, 0)).reshape(out.shape))
-        return out, sent[-self.rest_num], sent[-1] if self.records else ()
+        return out
 
     def router_inputs(self, seen: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
         """Returns what the decision is made of: ids [F] where the router reads them, its state, its scores [F, X]."""
@@ -157,10 +170,7 @@ class MoELayer(nn.Cell):
         return (*ids, *self.router.state(), *self.router.scores(seen, token_ids, task_ids))
 
     def decide(self, send: Callable, send_forced: Callable, tokens, valid, noise, replay, inputs: tuple) -> tuple:
-        """Returns what `send` does, with choices that are forced where `replay` is not None.
-
-        Both functions are arguments: the compiler loses the shapes of what a branch on `self.training` returns here.
-        """
+        """Returns what `send` does, with choices that are forced where `replay` is not None."""
         if replay is None:
             return send(tokens, valid, noise, *inputs)
         return send_forced(tokens, valid, noise, replay, *inputs)

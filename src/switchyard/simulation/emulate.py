@@ -164,8 +164,8 @@ def compare(
         losses.append((float(reference["losses"][step]), loss_of(figures, shares)))
         norms.append(norms_of(float(reference["norms"][step]), outputs))
         strayed += strayed_of(config, reference["loads"][step], figures)
-        for own in weights:
-            move_bias(config, own, figures)
+        for report, own in zip(reports, weights):
+            move_bias(config, own, figures, report.rank)
         held = [{name: array for name, array in own.items() if _is_state(name)} for own in weights]
         judge.judge(held, states[step], states[step + 1], float(rate))
     moved = {name: float(np.abs(end - states[0][name]).max()) for name, end in states[-1].items()}
@@ -194,8 +194,8 @@ def _control(own: Arrays, **values: float) -> None:
     own |= {name: np.float32(value) for name, value in values.items() if name in own}
 
 
-def move_bias(config: Config, own: Arrays, figures: np.ndarray) -> None:
-    """Does what the host does behind a step: moves the bias of `sigmoid`; figures [A, W]."""
+def move_bias(config: Config, own: Arrays, figures: np.ndarray, rank: int) -> None:
+    """Does what the host does behind a step: moves a rank's part of the bias of `sigmoid`; figures [A, W]."""
     moe = config.moe
     if moe.router != "sigmoid" or not config.moe_layers:
         return
@@ -205,7 +205,8 @@ def move_bias(config: Config, own: Arrays, figures: np.ndarray) -> None:
         for last, load in zip(names, loads):
             name = f"layers.{layer}.feed_forward.router.{last}"
             if name in own:  # of a pipeline only the layers of the stage
-                own[name] = own[name] + metrics.bias_step(load, moe.router.options.topk_bias_update_rate)
+                moved = metrics.bias_step(load, moe.router.options.topk_bias_update_rate)
+                own[name] = own[name] + held_by(name, moved, own[name].shape, Degrees.of(config.parallel), rank)
 
 
 def states_of(reference: Arrays, steps: int) -> list[Arrays]:

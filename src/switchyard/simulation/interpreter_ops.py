@@ -53,8 +53,9 @@ BINARY = {
 }  # fmt: skip
 UNARY = {
     "Neg": np.negative, "Square": np.square, "Exp": np.exp, "Log": np.log, "Sqrt": np.sqrt, "Tanh": np.tanh,
-    "Abs": np.abs, "LogicalNot": np.logical_not, "Cos": np.cos, "Sin": np.sin, "IsFinite": np.isfinite,
-    "ZerosLike": np.zeros_like, "OnesLike": np.ones_like, "Reciprocal": np.reciprocal, "StopGradient": np.asarray,
+    "Abs": np.abs, "Floor": np.floor, "LogicalNot": np.logical_not, "Cos": np.cos, "Sin": np.sin,
+    "IsFinite": np.isfinite, "ZerosLike": np.zeros_like, "OnesLike": np.ones_like, "Reciprocal": np.reciprocal,
+    "StopGradient": np.asarray,
 }  # fmt: skip
 
 

@@ -143,7 +143,23 @@ class TrainStep:
         stats = metrics.by_layer(rows[:, STATISTICS:].sum(0), self.config.moe.expert_num)
         loads = stats[:, len(metrics.SCALARS) :][:, : self.config.moe.expert_num]  # [M, E]
         for router, load in zip(self.routers, loads):
+            parts = self.widened(router)
             router.update(load)
+            for parameter, box in parts:
+                parameter.set_data(Tensor(np.ascontiguousarray(parameter.asnumpy()[box])), slice_shape=True)
+
+    def widened(self, router: nn.Cell) -> list[tuple[Parameter, tuple]]:
+        """Gives the state of a router that ZeRO shards its full shape, zeros where other devices hold it; returns
+        (parameter, this device's part) of each."""
+        parts, degrees, rank = [], self.mesh.degrees, self.mesh.processes.rank
+        for parameter in router.state():
+            name, shape = parameter.name, self.shapes[parameter.name]
+            if tuple(parameter.shape) != tuple(shape):
+                full, box = np.zeros(shape, np.float32), held(name, shape, degrees, rank, self.config.model.num_layers)
+                full[box] = parameter.asnumpy()
+                parameter.set_data(Tensor(full), slice_shape=True)
+                parts.append((parameter, box))
+        return parts
 
     def optimizer_state(self) -> dict[str, Parameter | Tensor]:
         """Returns everything besides the weights that the next step reads, by name: this device's shards."""

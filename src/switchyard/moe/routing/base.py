@@ -280,7 +280,11 @@ class Router(nn.Cell):
         return ()
 
     def update(self, load: np.ndarray) -> None:
-        """Adapts the state on the host after a training step; load [E]: choices that each expert got on all devices."""
+        """Adapts the state on the host after a training step; load [E]: choices that each expert got on all devices.
+
+        Where ZeRO shards the state, the entries that other devices hold are zeros here: an entry may depend on the load
+        and on itself only.
+        """
 
     def shard(self, mesh: Mesh) -> None:
         """Declares the layouts of what `scores` computes; nothing where it has no operator of its own."""
