@@ -56,7 +56,7 @@ def test_processes_do_with_collectives_of_their_own_what_the_compiler_does_not_s
     """A router that is not sharded trains with data and expert parallelism, and is not planned or compiled."""
     for moe, says in (
         ({"dispatch": "dropless"}, "moe.dispatch: dropless; the compiler shards it for Ascend"),
-        ({"record": "a"}, "moe.record: a; null; a compiled program hands out no choices"),
+        ({"record": "a"}, "moe.record: a; a compiled program hands out no choices: set it to null"),
     ):
         config = build({"moe": EXPERTS | moe, "parallel": CUT})
         assert check_mesh(config, 2, "GPU") == says
@@ -82,7 +82,7 @@ def test_simulation_refuses_before_it_compiles(tmp_path, capsys):
     text = "moe: {expert_num: 4, record: a}\nparallel: {pipeline_stage: 2, micro_batch_num: 2}\n"
     text += "model: {tie_word_embeddings: false}\ntrain: {eval_every: 0}\n"
     assert cli.run(simulate.main, ["--config", write(tmp_path, text), "--devices", "2"]) == 2
-    assert "error: moe.record: a; null; a compiled program hands out no choices" in capsys.readouterr().err
+    assert "error: moe.record: a; a compiled program hands out no choices: set it to null" in capsys.readouterr().err
 
 
 def test_the_command_is_silent_or_one_line(tmp_path, capsys):
