@@ -32,7 +32,7 @@ NO_EVALUATION = {"eval_every": 0}
         ({"moe": EXPERTS | {"dispatch": "dropless"}}, "GPU", "moe.dispatch: dropless; the compiler shards it for"),
         ({"moe": EXPERTS | {"dispatch": "dropless"}}, "Ascend", None),
         ({"moe": {"dispatch": "dropless"}}, "GPU", None),  # one expert
-        ({"moe": EXPERTS | {"record": "a"}, "parallel": {"data_parallel": 2}}, "Ascend", "moe.record: a; null"),
+        ({"moe": EXPERTS | {"record": "a"}, "parallel": {"data_parallel": 2}}, "Ascend", "moe.record: a; a compiled"),
     ],
 )
 def test_the_compiler_shards_what_it_can(tree, target, says):
