@@ -7,7 +7,7 @@ from oracles.tiny_checkpoint import config_of
 
 from switchyard.checkpoint.layout import held, writes
 from switchyard.checkpoint.tensors import size_of
-from switchyard.distributed.placement import Degrees, placement
+from switchyard.distributed.placement import ParallelDims, placement
 from switchyard.models import create_model
 from switchyard.simulation.compile import compile_step
 
@@ -24,7 +24,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 @pytest.mark.slow
 def test_slices_are_those_of_the_compiler(shapes):
     """Experts, tensor parallel and ZeRO at once: shapes of weights and moments, and ZeRO's groups in rank order."""
-    degrees, layers = Degrees(**DEGREES), config_of().model.num_layers
+    degrees, layers = ParallelDims(**DEGREES), config_of().model.num_layers
     report = compile_step(config_of(**DEGREES), degrees.devices, RANK, VOCABULARY)
     moments = {f"{moment}.{name}": shape for moment in ("moment1", "moment2") for name, shape in shapes.items()}
     whole = shapes | moments
@@ -40,7 +40,7 @@ def test_slices_are_those_of_the_compiler(shapes):
 @pytest.mark.parametrize("zero", [0, 1])
 def test_every_slice_has_one_writer(shapes, zero):
     """Over all ranks the parts that are written are each element once."""
-    degrees, layers = Degrees(4, 2, 2, 2, zero), config_of().model.num_layers
+    degrees, layers = ParallelDims(4, 2, 2, 2, zero), config_of().model.num_layers
     for name, shape in shapes.items():
         boxes = [
             held(name, shape, degrees, rank, layers)

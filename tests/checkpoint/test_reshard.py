@@ -15,7 +15,7 @@ from switchyard.checkpoint import reshard as recut
 from switchyard.checkpoint import store as checkpoint
 from switchyard.checkpoint import writer as sharded
 from switchyard.checkpoint.store import DamagedError
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
 
 LAYOUTS = {
@@ -38,8 +38,8 @@ LAYOUTS = {
 }
 
 
-def _degrees(parallel: dict) -> Degrees:
-    return Degrees.of(config_of(**parallel).parallel)
+def _degrees(parallel: dict) -> ParallelDims:
+    return ParallelDims.of(config_of(**parallel).parallel)
 
 
 def _expected(whole: dict, parallel: dict, rank: int) -> dict:
@@ -151,7 +151,7 @@ def test_replicas_write_nothing(tmp_path):
     listed = manifest.read_manifest(tmp_path / "ep4/checkpoints/step-00000003")
     slices = listed.files["weights-00001-of-00004.safetensors"]["slices"]
     assert slices["layers.1.feed_forward.experts.w_in"] == {"offsets": [2, 0, 0], "shape": [2, 8, 16]}
-    assert listed.degrees == Degrees(data_parallel=4, expert_parallel=4)
+    assert listed.degrees == ParallelDims(data_parallel=4, expert_parallel=4)
 
 
 def test_whole_arrays_are_cut_when_they_are_saved(tmp_path):

@@ -1,4 +1,4 @@
-"""Degrees that do not fit the model, the batch or each other are refused in one line, before anything is built."""
+"""ParallelDims that do not fit the model, the batch or each other are refused in one line, before anything is built."""
 
 import pytest
 

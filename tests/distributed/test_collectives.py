@@ -11,7 +11,7 @@ from oracles.layouts import DEVICES, DROPLESS, LAYOUTS, RANK, VOCAB
 
 from switchyard.config import build
 from switchyard.distributed.compiled_graph import sums_may_race
-from switchyard.distributed.placement import Degrees, optimizer_slices, placement, slice_of, stages_of
+from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement, slice_of, stages_of
 from switchyard.simulation.compile import compile_step
 
 ALL = tuple(range(8))
@@ -95,7 +95,7 @@ GOLDEN = {
 def compiled(request, compile_layout):
     """(name, degrees, report, golden counts) of a layout."""
     name = request.param
-    return name, Degrees.of(build((LAYOUTS | DROPLESS)[name]).parallel), compile_layout(name), GOLDEN[name]
+    return name, ParallelDims.of(build((LAYOUTS | DROPLESS)[name]).parallel), compile_layout(name), GOLDEN[name]
 
 
 def test_every_layout_has_golden_counts():

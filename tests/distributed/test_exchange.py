@@ -7,7 +7,7 @@ from mindspore import Tensor, nn
 
 from switchyard.config import build
 from switchyard.distributed.collectives import ProcessMesh, ToExperts, ToTokens, is_expert
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.processes import Processes
 from switchyard.models import create_model
 
@@ -27,7 +27,7 @@ class Told(nn.Cell):
         return self.answer
 
 
-@pytest.mark.parametrize("degrees", [Degrees(2, 2), Degrees(4, 2), Degrees(4, 4)], ids=str)
+@pytest.mark.parametrize("degrees", [ParallelDims(2, 2), ParallelDims(4, 2), ParallelDims(4, 4)], ids=str)
 def test_rows_reach_their_experts_and_come_back(pynative, degrees):
     """[E, S, D] of every process: expert e of process p gets the rows of its group, in the order of the group."""
     size, own = degrees.data_parallel, EXPERTS // degrees.expert_parallel
@@ -61,7 +61,7 @@ def test_each_process_keeps_its_experts(drawn):
     )
     full = {parameter.name: parameter.asnumpy() for parameter in create_model(config, 16).get_parameters()}
     for rank, experts in enumerate([slice(0, 2), slice(2, 4)] * 2):
-        mesh = ProcessMesh(Processes(rank, 4, Degrees(4, 2)))
+        mesh = ProcessMesh(Processes(rank, 4, ParallelDims(4, 2)))
         model = create_model(config, 16, drawn=drawn, mesh=mesh)
         mesh.place(model)
         cut = []
@@ -76,7 +76,7 @@ def test_each_process_keeps_its_experts(drawn):
 
 
 def test_the_stand_in_notices_what_was_sent(pynative):
-    degrees = Degrees(2, 2)
+    degrees = ParallelDims(2, 2)
     there = ToExperts(Processes(0, 2, degrees))
     there.gather = Told(np.ones((2, EXPERTS, SLOTS, WIDTH), np.float32), 0)
     with pytest.raises(AssertionError):

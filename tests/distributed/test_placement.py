@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from switchyard.distributed.placement import Coordinates, Degrees, optimizer_slices, placement, slice_of, stages_of
+from switchyard.distributed.placement import Coordinates, ParallelDims, optimizer_slices, placement, slice_of, stages_of
 from switchyard.errors import UserError
 
-CUBE = Degrees(data_parallel=4, expert_parallel=2, model_parallel=2, pipeline_stage=2)
+CUBE = ParallelDims(data_parallel=4, expert_parallel=2, model_parallel=2, pipeline_stage=2)
 
 
 def test_ranks_are_numbered_stage_by_stage_and_model_slices_are_neighbours():
@@ -20,7 +20,7 @@ def test_groups():
     assert CUBE.expert_group(13) == (13, 15) and CUBE.expert_replicas(13) == (9, 13)
     assert CUBE.data_group(13) == (9, 11, 13, 15) and CUBE.model_group(13) == (12, 13)
     assert CUBE.stage_group(13) == tuple(range(8, 16))
-    flat = Degrees(data_parallel=8, expert_parallel=4)
+    flat = ParallelDims(data_parallel=8, expert_parallel=4)
     assert flat.expert_group(5) == (4, 5, 6, 7) and flat.expert_replicas(5) == (1, 5)
 
 
@@ -66,7 +66,7 @@ def test_slices_of_a_stage_make_up_the_whole_once_per_replica():
 
 
 def test_zero_cuts_what_its_replicas_divide():
-    zero = Degrees(data_parallel=8, expert_parallel=4, optimizer_shard=1)
+    zero = ParallelDims(data_parallel=8, expert_parallel=4, optimizer_shard=1)
     assert optimizer_slices((8, 6), (None, None), zero, 0) == 8
     assert optimizer_slices((13, 6), (None, None), zero, 0) == 1
     assert optimizer_slices((8, 6, 5), ("expert", None, "model"), zero, 0) == 2
@@ -76,4 +76,4 @@ def test_zero_cuts_what_its_replicas_divide():
 def test_stages():
     names = ("embedding.table", "layers.1.attention.qkv.weight", "layers.2.feed_forward.w_in", "norm.gain")
     assert [stages_of(name, 4, CUBE) for name in names] == [(0, 1), (0,), (1,), (1,)]
-    assert stages_of("embedding.table", 4, Degrees()) == (0,)
+    assert stages_of("embedding.table", 4, ParallelDims()) == (0,)

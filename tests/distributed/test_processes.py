@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from switchyard.config import build
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.processes import (
     SINGLE,
     Processes,
@@ -97,7 +97,7 @@ def test_accepted():
 
 def test_a_process_gets_its_share():
     config = build({"data": {"batch_size": 12}, "parallel": {"data_parallel": 2}, "moe": EXPERTS | {"groups": 4}})
-    own = local_config(config, Processes(1, 2, Degrees.of(config.parallel)))
+    own = local_config(config, Processes(1, 2, ParallelDims.of(config.parallel)))
     assert (own.data.batch_size, own.groups, own.rows * 2) == (6, 2, config.rows)
     assert local_config(config, SINGLE) is config
 
@@ -118,9 +118,9 @@ def test_the_same_model_on_one_device():
 
 def test_parts_make_up_the_whole():
     whole = np.arange(24).reshape(2, 6, 2)
-    parts = [Processes(rank, 3, Degrees(3)).part(whole, 1) for rank in range(3)]
+    parts = [Processes(rank, 3, ParallelDims(3)).part(whole, 1) for rank in range(3)]
     assert (np.concatenate(parts, 1) == whole).all() and parts[0].shape == (2, 2, 2)
-    halves = [Processes(rank, 4, Degrees(2, model_parallel=2)).part(whole, 1) for rank in range(4)]
+    halves = [Processes(rank, 4, ParallelDims(2, model_parallel=2)).part(whole, 1) for rank in range(4)]
     assert all((halves[rank] == whole[:, rank // 2 * 3 :][:, :3]).all() for rank in range(4))  # model slices read alike
 
 

@@ -11,7 +11,7 @@ from oracles.tiny_run import run_config, write_text
 
 from switchyard.checkpoint import store as checkpoint
 from switchyard.config import build
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.processes import Processes
 from switchyard.distributed.replicas import check_replicas, checksum, odd_ones, replica_groups
 from switchyard.errors import UserError
@@ -31,13 +31,13 @@ def test_checksum_sees_one_bit_and_a_sign_of_zero(dtype):
 
 
 def test_groups_are_those_that_hold_the_same():
-    degrees = Degrees(4, 2)
+    degrees = ParallelDims(4, 2)
     assert list(replica_groups(PLAIN, (16,), degrees)) == [(0, 1, 2, 3)]
     assert list(replica_groups("moment1." + EXPERT, (4, 16, 8), degrees)) == [(0, 2), (1, 3)]
-    assert list(replica_groups(EXPERT, (4, 16, 8), Degrees(4, 4))) == []
-    assert list(replica_groups(PLAIN, (16,), Degrees(4, 2, optimizer_shard=1))) == []  # every rank its own part
-    assert list(replica_groups(PLAIN, (3,), Degrees(4, 2, optimizer_shard=1))) == [(0, 1, 2, 3)]
-    assert list(replica_groups(PLAIN, (16,), Degrees(2, 1, 1, 2))) == [(0, 1), (2, 3)]
+    assert list(replica_groups(EXPERT, (4, 16, 8), ParallelDims(4, 4))) == []
+    assert list(replica_groups(PLAIN, (16,), ParallelDims(4, 2, optimizer_shard=1))) == []  # every rank its own part
+    assert list(replica_groups(PLAIN, (3,), ParallelDims(4, 2, optimizer_shard=1))) == [(0, 1, 2, 3)]
+    assert list(replica_groups(PLAIN, (16,), ParallelDims(2, 1, 1, 2))) == [(0, 1), (2, 3)]
 
 
 def test_the_odd_ones_are_those_outside_the_largest_party():
@@ -56,7 +56,7 @@ class Together(Processes):
 
 
 def test_what_differs_is_named():
-    processes, arrays = Together(0, 2, Degrees(2, 2)), {PLAIN: np.ones(4, np.float32)}
+    processes, arrays = Together(0, 2, ParallelDims(2, 2)), {PLAIN: np.ones(4, np.float32)}
     said = "'norm.gain' differs between ranks 1 and ranks 0 after step 7, although replicas must be equal; kept"
     with pytest.raises(UserError, match=said) as caught:
         check_replicas(arrays, {PLAIN: (4,)}, processes, 7, lambda: "kept")
@@ -72,14 +72,14 @@ def test_random_state_is_compared_too(monkeypatch):
     monkeypatch.setattr(loop, "check_replicas", lambda arrays, shapes, *_: given.append((arrays, shapes)))
     for seed, done in ((1, 5), (1, 5), (2, 5), (1, 6)):
         trainer = SimpleNamespace(
-            processes=Processes(0, 2, Degrees(2)), config=build({"train": {"seed": seed}}), compared=0, done=done
+            processes=Processes(0, 2, ParallelDims(2)), config=build({"train": {"seed": seed}}), compared=0, done=done
         )
         trainer.step, trainer._kept = SimpleNamespace(shapes={PLAIN: (3,)}), lambda: ""
         loop.Trainer._compare_replicas(trainer, {PLAIN: np.ones(3, np.float32)})
     sums = [checksum(arrays["random state"]) for arrays, _ in given]
     assert sums[0] == sums[1] and len(set(sums)) == 3
-    assert given[0][1]["random state"] == () and list(replica_groups("random state", (), Degrees(2))) == [(0, 1)]
-    assert list(replica_groups("random state", (), Degrees(2, 2, 3, optimizer_shard=1))) == [tuple(range(6))]
+    assert given[0][1]["random state"] == () and list(replica_groups("random state", (), ParallelDims(2))) == [(0, 1)]
+    assert list(replica_groups("random state", (), ParallelDims(2, 2, 3, optimizer_shard=1))) == [tuple(range(6))]
 
 
 def job(folder: Path, config, *corrupted: str):

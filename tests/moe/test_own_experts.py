@@ -11,7 +11,7 @@ from oracles.tiny import layer_gradients, run_layer, tiny_config, tiny_rows, wei
 from switchyard.config import build
 from switchyard.distributed.collectives import ProcessMesh
 from switchyard.distributed.mesh import LOCAL
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.processes import Processes
 from switchyard.errors import UserError
 from switchyard.forms import keeps
@@ -155,7 +155,7 @@ def test_generation_says_what_the_decoder_says(layer, mode, pynative):
 
 def test_experts_of_own_names_are_not_sharded_over_processes():
     """They would stay whole while their rows are exchanged: refused before anything runs."""
-    processes = Processes(0, 2, Degrees(data_parallel=2, expert_parallel=2))
+    processes = Processes(0, 2, ParallelDims(data_parallel=2, expert_parallel=2))
     with pytest.raises(
         UserError, match=r"^parallel\.expert_parallel: '.*matrix' \[4, 6, 6\] would not be cut"
     ) as caught:

@@ -8,7 +8,7 @@ import pytest
 from oracles.tiny import tiny_config
 
 from switchyard.checkpoint.layout import held
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.models import create_model
 from switchyard.nn import initializers
 from switchyard.nn.adamw import AdamW
@@ -69,7 +69,7 @@ def test_a_seed_repeats_and_tables_are_drawn_from_streams_of_their_own():
 @pytest.mark.parametrize("degrees", [{"expert_parallel": 2}, {"model_parallel": 2}, {"optimizer_shard": 1}])
 def test_parts_set_in_a_model_built_without_numbers_are_those_of_one_device(degrees):
     config = tiny_config(hidden=4, router="hash", expert_num=2, layers="all")
-    degrees, layers = Degrees(data_parallel=2, **degrees), config.model.num_layers
+    degrees, layers = ParallelDims(data_parallel=2, **degrees), config.model.num_layers
     whole = {parameter.name: parameter.asnumpy() for parameter in create_model(config, 7).get_parameters()}
     for rank in range(degrees.devices):
         with shapes_only():

@@ -4,7 +4,7 @@ from mindspore.communication import get_group_size, get_rank
 
 from switchyard.checkpoint import store as checkpoint
 from switchyard.distributed.mesh import CompiledMesh
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.processes import Processes
 from switchyard.training.scores import eval_program
 from switchyard.training.step import TrainStep, create_step, sample_inputs
@@ -14,7 +14,7 @@ OTHER, STEP = "again", 3  # the run that is written
 
 def resumed_and_saved(config, vocab: int) -> tuple:
     """Goes on from the newest checkpoint of the run, writes this rank's shards into another; evaluation is compiled."""
-    processes = Processes(get_rank(), get_group_size(), Degrees.of(config.parallel))
+    processes = Processes(get_rank(), get_group_size(), ParallelDims.of(config.parallel))
     run = f"{config.train.output_dir}/{config.train.name}"
     held = checkpoint.read(run, degrees=processes.degrees, rank=processes.rank)
     step = create_step(config, vocab, CompiledMesh(config, processes))

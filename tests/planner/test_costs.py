@@ -6,7 +6,7 @@ import pytest
 from oracles.layouts import DROPLESS, FURTHER, LAYOUTS, VOCAB
 
 from switchyard.config import build
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
 from switchyard.planner.costs import Exchange, costs, exchanges, parameters, stage_costs
 from switchyard.simulation.compile import OPTIMIZER_STATE, whole_shape
@@ -29,7 +29,7 @@ def test_exchanges_are_those_of_the_graph(both):
     """Kind, ranks and bytes of every collective, and how many there are of each in the calls of a step."""
     config, report = both
     calls = config.train.gradient_accumulation_steps
-    degrees, rank = Degrees.of(config.parallel), report.rank
+    degrees, rank = ParallelDims.of(config.parallel), report.rank
     stage = degrees.coordinates(rank).stage
     groups = {
         "expert": degrees.expert_group,
@@ -58,7 +58,7 @@ def test_what_is_held_is_what_the_graph_holds(both):
     """Parameters by name and whole shape, bytes of weights and of the optimizer's state."""
     config, report = both
     held = {name: shape for name, shape in report.parameters.items() if not name.startswith(OPTIMIZER_STATE)}
-    stage = Degrees.of(config.parallel).coordinates(report.rank).stage
+    stage = ParallelDims.of(config.parallel).coordinates(report.rank).stage
     whole = {name: whole_shape(report.layouts[name], shape) for name, shape in held.items()}
     if not config.parallel.optimizer_shard:  # whose cut the compiler's layouts do not tell
         assert parameters(config, VOCAB, stage) == whole

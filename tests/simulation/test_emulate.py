@@ -14,7 +14,7 @@ from oracles.workers import start_child
 from switchyard import cli
 from switchyard.config import build
 from switchyard.distributed.compiled_graph import CONSTANT, Node
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
 from switchyard.simulation import compile as simulate
 from switchyard.simulation import emulate as virtual
@@ -177,7 +177,7 @@ def with_constant(report, valid):
 def test_a_constant_inside_a_graph_that_was_not_cut_shows(four):
     """Of what is real of the batch every rank has its own part as a constant, then every rank the first rank's."""
     config, reports, batches, reference = four
-    own = [virtual.batch_of(batches, 0, Degrees.of(config.parallel), rank, False)[2][0] for rank in range(4)]
+    own = [virtual.batch_of(batches, 0, ParallelDims.of(config.parallel), rank, False)[2][0] for rank in range(4)]
     assert (own[0] != own[3]).any()
     right = [with_constant(report, valid) for report, valid in zip(reports, own)]
     assert virtual.compare(config, right, batches, reference).equal

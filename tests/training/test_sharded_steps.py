@@ -9,7 +9,7 @@ from oracles.cluster_probe import OTHER, STEP
 from switchyard.checkpoint import store as checkpoint
 from switchyard.config import build
 from switchyard.distributed.compiled_graph import sums_may_race
-from switchyard.distributed.placement import Degrees, updates
+from switchyard.distributed.placement import ParallelDims, updates
 from switchyard.models import create_model
 from switchyard.simulation import compile as simulate
 from switchyard.training.step import TrainStep
@@ -58,7 +58,7 @@ def test_every_rank_goes_on_from_its_shards_saves_them_and_evaluates(tmp_path, m
     assert_same(state, again_state)
     scores = reports[3]  # of evaluation; the rest are ZeRO's weights
     own = [one for one in scores.collectives if one.cause != "parallel_optimizer" and one.kind == "AlltoAll"]
-    assert {one.group for one in own} == {Degrees.of(config.parallel).expert_group(3)}
+    assert {one.group for one in own} == {ParallelDims.of(config.parallel).expert_group(3)}
     # nothing is dropped: tokens travel there and back with room for all 16 of a device to either of 2 ranks, and counts
     room = 2 * 16 * 16 * 2  # bytes of float16 of width 16
     assert sorted(one.bytes >= room for one in own) == [False, True, True]
@@ -83,4 +83,4 @@ def test_stages_go_on_from_their_layers_and_save_them(tmp_path, monkeypatch):
     assert_same(state, again_state)
     own = [{name for name in report.parameters if name in weights} for report in reports]
     assert own[0] | own[1] == set(weights) and not own[0] & own[1]
-    assert {name for name in weights if updates(name, Degrees.of(config.parallel), 0, 2)} == own[0]
+    assert {name for name in weights if updates(name, ParallelDims.of(config.parallel), 0, 2)} == own[0]

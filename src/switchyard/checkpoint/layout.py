@@ -6,13 +6,13 @@ replicas of a slice is added, and the one rank of those that hold the same slice
 
 from switchyard.checkpoint.tensors import Box
 from switchyard.config import Config
-from switchyard.distributed.placement import Degrees, full_shape, optimizer_slices, placement, slice_of, stages_of
+from switchyard.distributed.placement import ParallelDims, full_shape, optimizer_slices, placement, slice_of, stages_of
 from switchyard.errors import UserError
 
 Shape = tuple[int, ...]
 
 
-def held(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> Box | None:
+def held(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int) -> Box | None:
     """Returns the part of a tensor that a rank holds.
 
     Args:
@@ -39,7 +39,7 @@ def held(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> B
     return (slice(start, start + length), *box[1:])
 
 
-def writes(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) -> bool:
+def writes(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int) -> bool:
     """Returns whether a rank is the first of the ranks that hold its shard; arguments as in `held`."""
     if degrees.coordinates(rank).stage != _stages(name, layers, degrees)[0]:
         return False
@@ -47,7 +47,7 @@ def writes(name: str, shape: Shape, degrees: Degrees, rank: int, layers: int) ->
     return optimizer_slices(shape, cut, degrees, rank) > 1 or degrees.replica(cut, rank)[0] == 0
 
 
-def whole_shape(name: str, shape: Shape, degrees: Degrees) -> Shape:
+def whole_shape(name: str, shape: Shape, degrees: ParallelDims) -> Shape:
     """Returns the full shape of a tensor of which a rank holds a shard of `shape`.
 
     Raises:
@@ -72,7 +72,7 @@ def keep_groups(old: Config, new: Config) -> Config:
     return new.model_copy(update={"moe": new.moe.model_copy(update={"groups": old.groups})})
 
 
-def _stages(name: str, layers: int, degrees: Degrees) -> tuple[int, ...]:
+def _stages(name: str, layers: int, degrees: ParallelDims) -> tuple[int, ...]:
     """Stages that hold a tensor; counters of the optimizer, which belong to no parameter, are on all."""
     if "." not in name:
         return tuple(range(degrees.pipeline_stage))

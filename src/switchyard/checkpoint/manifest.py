@@ -23,7 +23,7 @@ from switchyard import config as configuration
 from switchyard.checkpoint.tensors import TYPES, Entry, fits_memory
 from switchyard.config import Config
 from switchyard.config.reader import parse_json
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
 from switchyard.file_errors import writing
 from switchyard.files import UnfitError, flush, open_regular, read_regular, sha256_of
@@ -82,7 +82,7 @@ class Manifest:
     path: Path
     step: int
     files: dict[str, dict[str, Any]]
-    degrees: Degrees
+    degrees: ParallelDims
     tensors: dict[str, dict[str, Entry]] | None
 
 
@@ -220,9 +220,9 @@ def _checked(path: Path, content: dict[str, Any]) -> Manifest:
     """Returns the manifest of content with the right types (ValueError, KeyError, TypeError: its parts contradict each
     other).
     """
-    files, degrees, tensors = content["files"], Degrees(), None
+    files, degrees, tensors = content["files"], ParallelDims(), None
     if content["version"] == CUT_VERSION:
-        degrees, tensors = Degrees(**content["degrees"]), _tensors(content["tensors"])
+        degrees, tensors = ParallelDims(**content["degrees"]), _tensors(content["tensors"])
         if degrees.devices > MOST_DEVICES or degrees.data_parallel % degrees.expert_parallel:
             raise ValueError("degrees")
         _check_sizes(files, tensors)

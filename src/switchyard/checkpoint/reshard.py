@@ -9,7 +9,7 @@ from switchyard.checkpoint.reader import Tensors
 from switchyard.checkpoint.writer import assemble, publish, write_slices
 from switchyard.config import Config
 from switchyard.config.reader import UnreadableError, parse_yaml
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError, represented
 from switchyard.files import unfinished
 
@@ -37,7 +37,7 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
     manifest = read_manifest(path)
     old, tokenizer_json, state = read_texts(manifest)
     new = keep_groups(old, configuration.build(old.model_dump() | {"parallel": _section(to)}, inherited=True))
-    degrees, layers = Degrees.of(new.parallel), new.model.num_layers
+    degrees, layers = ParallelDims.of(new.parallel), new.model.num_layers
     sources = {kind: Tensors(manifest, kind) for kind in KINDS}
     entries = {kind: source.entries for kind, source in sources.items()}
     if bar is not None:

@@ -59,7 +59,7 @@ from switchyard.checkpoint.writer import (
 )
 from switchyard.config import Config
 from switchyard.config.reader import parse_json
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.processes import Processes
 from switchyard.errors import UserError
 from switchyard.files import TEMPORARY, read_regular, remove
@@ -170,8 +170,8 @@ def save(
     refuse(run, state["step"], first_not_finite({**weights, **optimizer}), healthy)
     begin(run, state["step"])
     with _cleared_on_error(run, state["step"]):
-        _save_slice(run, state["step"], Degrees(), 0, config.model.num_layers, weights, optimizer)
-        return _finish(run, config, tokenizer_json, state, Degrees(), 0, healthy)
+        _save_slice(run, state["step"], ParallelDims(), 0, config.model.num_layers, weights, optimizer)
+        return _finish(run, config, tokenizer_json, state, ParallelDims(), 0, healthy)
 
 
 def refuse(run: str | Path, step: int, name: str | None, healthy: Healthy) -> None:
@@ -219,7 +219,7 @@ def save_slice(
         UserError: an array that is neither the slice of this rank nor the whole, or a number that is not finite.
     """
     refuse(run, step, first_not_finite({**weights, **optimizer}), Healthy())
-    _save_slice(run, step, Degrees.of(config.parallel), rank, config.model.num_layers, weights, optimizer, shapes)
+    _save_slice(run, step, ParallelDims.of(config.parallel), rank, config.model.num_layers, weights, optimizer, shapes)
 
 
 def finish(run: str | Path, config: Config, tokenizer_json: str, state: dict[str, Any], wait: float = PATIENCE) -> Path:
@@ -235,7 +235,7 @@ def finish(run: str | Path, config: Config, tokenizer_json: str, state: dict[str
     Raises:
         UserError: a slice is missing, doubled or foreign; names it. There is no checkpoint then.
     """
-    return _finish(run, config, tokenizer_json, state, Degrees.of(config.parallel), wait, Healthy())
+    return _finish(run, config, tokenizer_json, state, ParallelDims.of(config.parallel), wait, Healthy())
 
 
 def save_together(
@@ -263,7 +263,7 @@ def save_together(
     if processes.is_first:
         begin(run, step)
     processes.barrier()
-    degrees, layers = Degrees.of(config.parallel), config.model.num_layers
+    degrees, layers = ParallelDims.of(config.parallel), config.model.num_layers
     with _cleared_on_error(run, step):
         _save_slice(run, step, degrees, processes.rank, layers, weights, optimizer, shapes)
         if processes.is_first:
@@ -286,7 +286,7 @@ def _temporary(run: str | Path, step: int) -> Path:
     return Path(run) / FOLDER / f"{TEMPORARY}{name_of(step)}"
 
 
-def _save_slice(run, step: int, degrees: Degrees, rank: int, layers: int, weights, optimizer, shapes=None) -> None:
+def _save_slice(run, step: int, degrees: ParallelDims, rank: int, layers: int, weights, optimizer, shapes=None) -> None:
     entries, read = {}, {}
     for kind, arrays in zip(KINDS, (weights, optimizer)):
         entries[kind], read[kind] = from_arrays(arrays, degrees, rank, layers, shapes)
@@ -294,7 +294,7 @@ def _save_slice(run, step: int, degrees: Degrees, rank: int, layers: int, weight
 
 
 def _finish(
-    run, config: Config, tokenizer_json: str, state: dict, degrees: Degrees, wait: float, healthy: Healthy
+    run, config: Config, tokenizer_json: str, state: dict, degrees: ParallelDims, wait: float, healthy: Healthy
 ) -> Path:
     folder = _temporary(run, state["step"])
     place = folder.with_name(name_of(state["step"]))
@@ -310,7 +310,9 @@ def mark_best(run: str | Path, step: int, loss: float) -> None:
     write_whole(Path(run) / FOLDER / BEST, to_json({"checkpoint": name_of(step), "loss": loss}))
 
 
-def read(path: str | Path, with_optimizer: bool = True, degrees: Degrees | None = None, rank: int = 0) -> Checkpoint:
+def read(
+    path: str | Path, with_optimizer: bool = True, degrees: ParallelDims | None = None, rank: int = 0
+) -> Checkpoint:
     """Reads what a rank needs of one checkpoint, whatever layout it was written in, and verifies every file it reads.
 
     Args:
@@ -324,7 +326,7 @@ def read(path: str | Path, with_optimizer: bool = True, degrees: Degrees | None 
             not finite; names the good checkpoint before it.
         UserError: no checkpoint, one of another format, or degrees that do not divide a tensor.
     """
-    path, degrees = resolve(path), degrees or Degrees()
+    path, degrees = resolve(path), degrees or ParallelDims()
     manifest = read_manifest(path)
     config, tokenizer_json, state = read_texts(manifest)
     arrays: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
@@ -406,7 +408,7 @@ def main(arguments: list[str]) -> None:
     show = {"unit": "B", "unit_scale": True, "desc": "writing", "disable": None, "leave": False}  # None: on a terminal
     with cli.cleans_up(), tqdm(**show) as bar:
         old, new = convert(resolve(chosen.checkpoint), chosen.to, out, bar)
-    print(f"checkpoint: '{out}' for {Degrees.of(new.parallel).devices} device(s)", flush=True)
+    print(f"checkpoint: '{out}' for {ParallelDims.of(new.parallel).devices} device(s)", flush=True)
     if new.moe_layers and new.groups != old.groups:
         print(
             f"routing groups: {new.groups} from now on instead of {old.groups}; each group has its own capacity",

@@ -29,7 +29,7 @@ from switchyard.checkpoint.manifest import (
 from switchyard.checkpoint.reader import joined
 from switchyard.checkpoint.tensors import Box, Entry, size_of, type_of, whole, within, write_file
 from switchyard.config import Config
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
 from switchyard.file_errors import writing
 from switchyard.files import TEMPORARY, flush, remove, replace
@@ -43,7 +43,7 @@ Read = Callable[[str, Box], np.ndarray]  # (tensor, part of the whole tensor) ->
 
 def write_slices(
     folder: Path,
-    degrees: Degrees,
+    degrees: ParallelDims,
     layers: int,
     rank: int,
     entries: Mapping[str, Mapping[str, Entry]],
@@ -94,7 +94,7 @@ def _shifted(read: Read, boxes: Mapping[str, Box]) -> Read:
 
 def from_arrays(
     arrays: Mapping[str, np.ndarray],
-    degrees: Degrees,
+    degrees: ParallelDims,
     rank: int,
     layers: int,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
@@ -131,7 +131,9 @@ def from_arrays(
     return entries, read
 
 
-def assemble(folder: Path, config: Config, tokenizer_json: str, state: dict, degrees: Degrees, wait: float) -> None:
+def assemble(
+    folder: Path, config: Config, tokenizer_json: str, state: dict, degrees: ParallelDims, wait: float
+) -> None:
     """Makes a checkpoint of the files in a temporary directory: texts, manifest, everything on the disk.
 
     Raises:
@@ -164,7 +166,7 @@ def assemble(folder: Path, config: Config, tokenizer_json: str, state: dict, deg
     flush(folder)
 
 
-def _notes(folder: Path, degrees: Degrees, wait: float) -> list[dict]:
+def _notes(folder: Path, degrees: ParallelDims, wait: float) -> list[dict]:
     """Waits for the notes of all ranks and returns them in order (UserError names the missing ranks)."""
     end = time.monotonic() + wait
     while True:

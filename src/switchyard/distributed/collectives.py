@@ -81,7 +81,7 @@ class _Swap(nn.Cell):
 
     def __init__(self, processes: Processes):
         super().__init__()
-        group = processes.degrees.expert_group(processes.rank)  # neighbours: see Degrees
+        group = processes.degrees.expert_group(processes.rank)  # neighbours: see ParallelDims
         self.all, self.first, self.size = processes.size, group[0], len(group)
         self.place = group.index(processes.rank)
         self.gather, self.turn = ops.AllGather(), ops.Transpose()

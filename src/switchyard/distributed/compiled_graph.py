@@ -20,7 +20,7 @@ from switchyard.errors import UserError
 
 COLLECTIVES = ("AllReduce", "AlltoAll", "AlltoAllV", "AlltoAllVC", "AllGather", "ReduceScatter", "Send", "Receive")
 CONSTANT, CALL = "Constant", "call "
-OWN_GROUP = re.compile(r"ranks_(\d+)_to_(\d+)_by_(\d+)")  # see Mesh.group
+OWN_GROUP = re.compile(r"ranks_(\d+)_to_(\d+)_by_(\d+)")  # see CompiledMesh.group
 
 # TensorProto.DataType -> numpy; bfloat16 (16) has no counterpart and is read by its bits
 TENSOR_TYPES = {

@@ -2,7 +2,7 @@
 
 from mindspore import Tensor, nn, ops
 
-from switchyard.distributed.placement import Degrees, optimizer_slices, placement
+from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement
 
 
 class GlobalNorm(nn.Cell):
@@ -31,7 +31,7 @@ class ShardedNorm(nn.Cell):
         degrees: how they are sharded; a shard that several devices hold counts once.
     """
 
-    def __init__(self, parameters, degrees: Degrees):
+    def __init__(self, parameters, degrees: ParallelDims):
         super().__init__()
         self.shares = tuple(share_of(p.name, p.shape, degrees) for p in parameters)
         self.square, self.sum, self.sqrt, self.over_devices = ops.Square(), ops.ReduceSum(), ops.Sqrt(), ops.AllReduce()
@@ -43,7 +43,7 @@ class ShardedNorm(nn.Cell):
         return self.sqrt(self.over_devices(total))
 
 
-def share_of(name: str, shape: tuple[int, ...], degrees: Degrees) -> float:
+def share_of(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> float:
     """Returns one by the devices of a stage that hold the same shard of a parameter's gradient."""
     axes = placement(name, shape, degrees)
     return optimizer_slices(shape, axes, degrees, 0) / len(degrees.replicas(axes, 0))

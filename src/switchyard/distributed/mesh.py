@@ -25,7 +25,7 @@ from switchyard.config import Config
 from switchyard.distributed.arity import fixed
 from switchyard.distributed.compiled_graph import Graph, compiled_model, read_graph
 from switchyard.distributed.gradients import GlobalNorm, ShardedNorm
-from switchyard.distributed.placement import Degrees, updates
+from switchyard.distributed.placement import ParallelDims, updates
 from switchyard.distributed.processes import SINGLE, Processes
 
 SPEED_UP = "parallel_speed_up.json"  # name of the file that hands parallel.transformer_opt to the compiler
@@ -138,7 +138,7 @@ class CompiledMesh(LocalMesh):
 
     def __init__(self, config: Config, processes: Processes = SINGLE):
         super().__init__(processes)
-        self.full_config, self.degrees = config, Degrees.of(config.parallel)
+        self.full_config, self.degrees = config, ParallelDims.of(config.parallel)
         self.groups, self.length = config.groups, config.model.seq_length
         self.sequence = config.parallel.sequence_parallel
         target = get_context("device_target")
@@ -294,6 +294,3 @@ def first(*arguments):
 def unchanged(rows: Tensor) -> Tensor:
     """Returns the rows; what comes in in full leaves in full."""
     return rows * 1
-
-
-Mesh = CompiledMesh

@@ -33,7 +33,7 @@ class Coordinates(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Degrees:
+class ParallelDims:
     """Into how many slices each axis is cut; the words are those of the section `parallel`."""
 
     data_parallel: int = 1
@@ -43,7 +43,7 @@ class Degrees:
     optimizer_shard: int = 0
 
     @classmethod
-    def of(cls, parallel: ParallelConfig) -> "Degrees":
+    def of(cls, parallel: ParallelConfig) -> "ParallelDims":
         """The degrees of a configuration."""
         return cls(**{name: getattr(parallel, name) for name in cls.__dataclass_fields__})
 
@@ -141,7 +141,7 @@ def axes_of(name: str, dimensions: int) -> Placement:
     return next(found, (None,) * dimensions)
 
 
-def placement(name: str, shape: tuple[int, ...], degrees: Degrees) -> Placement:
+def placement(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> Placement:
     """Returns `axes_of` a parameter of that shape.
 
     Raises:
@@ -154,12 +154,12 @@ def placement(name: str, shape: tuple[int, ...], degrees: Degrees) -> Placement:
     return cut
 
 
-def slices(axis: str | None, degrees: Degrees) -> int:
+def slices(axis: str | None, degrees: ParallelDims) -> int:
     """Into how many an axis of a placement is cut."""
     return {EXPERT: degrees.expert_parallel, MODEL: degrees.model_parallel, None: 1}[axis]
 
 
-def slice_of(shape: tuple[int, ...], cut: Placement, degrees: Degrees, rank: int) -> tuple[slice, ...]:
+def slice_of(shape: tuple[int, ...], cut: Placement, degrees: ParallelDims, rank: int) -> tuple[slice, ...]:
     """The part of an array of that shape that a rank holds, before any cut of the optimizer."""
     place = degrees.coordinates(rank)
     where = {EXPERT: place.expert, MODEL: place.model, None: 0}
@@ -170,7 +170,7 @@ def slice_of(shape: tuple[int, ...], cut: Placement, degrees: Degrees, rank: int
     return tuple(parts)
 
 
-def optimizer_slices(shape: tuple[int, ...], cut: Placement, degrees: Degrees, rank: int) -> int:
+def optimizer_slices(shape: tuple[int, ...], cut: Placement, degrees: ParallelDims, rank: int) -> int:
     """Into how many parts along axis 0 ZeRO cuts a rank's slice: its replicas, or 1 where they do not divide it."""
     if degrees.optimizer_shard == 0 or not shape:
         return 1
@@ -178,7 +178,7 @@ def optimizer_slices(shape: tuple[int, ...], cut: Placement, degrees: Degrees, r
     return count if (shape[0] // slices(cut[0], degrees)) % count == 0 else 1
 
 
-def stages_of(name: str, layers: int, degrees: Degrees) -> tuple[int, ...]:
+def stages_of(name: str, layers: int, degrees: ParallelDims) -> tuple[int, ...]:
     """The pipeline stages that hold a parameter: layers in equal runs, embedding first, final norm and head last.
 
     The table of a tied head is on the first stage and on the last; whether a table is tied is not seen in its name, so
@@ -195,11 +195,11 @@ def stages_of(name: str, layers: int, degrees: Degrees) -> tuple[int, ...]:
     return (stages - 1,)
 
 
-def updates(name: str, degrees: Degrees, rank: int, layers: int) -> bool:
+def updates(name: str, degrees: ParallelDims, rank: int, layers: int) -> bool:
     """Returns whether a rank's stage updates a tensor of the model or the optimizer; counters are of all stages."""
     return "." not in name or degrees.coordinates(rank).stage == stages_of(name, layers, degrees)[0]
 
 
-def full_shape(name: str, shape: tuple[int, ...], degrees: Degrees) -> tuple[int, ...]:
+def full_shape(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> tuple[int, ...]:
     """Returns the shape of the full tensor of which a rank holds a shard of `shape`, without ZeRO's."""
-    return tuple(size * slices(axis, degrees) for size, axis in zip(shape, placement(name, shape, Degrees())))
+    return tuple(size * slices(axis, degrees) for size, axis in zip(shape, placement(name, shape, ParallelDims())))

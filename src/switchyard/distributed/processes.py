@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from switchyard.config import Config
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
 
 WORKER, SCHEDULER = "MS_WORKER", "MS_SCHED"  # what msrun writes into MS_ROLE
@@ -70,7 +70,7 @@ class Processes:
 
     rank: int = 0
     size: int = 1
-    degrees: Degrees = field(default_factory=Degrees)
+    degrees: ParallelDims = field(default_factory=ParallelDims)
 
     @property
     def is_first(self) -> bool:
@@ -138,7 +138,7 @@ def init_process_group(config: Config) -> Processes:
         if own_rank() == 0:
             print(BLOCKING, flush=True)
     init()
-    return Processes(get_rank(), get_group_size(), Degrees.of(config.parallel))
+    return Processes(get_rank(), get_group_size(), ParallelDims.of(config.parallel))
 
 
 def must_block(config: Config) -> bool:

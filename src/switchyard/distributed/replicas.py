@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from switchyard.distributed.placement import Degrees, optimizer_slices, placement
+from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement
 from switchyard.distributed.processes import Processes
 from switchyard.errors import UserError
 
@@ -23,7 +23,7 @@ def checksum(array: np.ndarray) -> tuple[int, int]:
     return int(words.sum(dtype=np.uint64)), int(np.bitwise_xor.reduce(words)) if words.size else 0
 
 
-def replica_groups(name: str, shape: tuple[int, ...], degrees: Degrees) -> Iterable[tuple[int, ...]]:
+def replica_groups(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> Iterable[tuple[int, ...]]:
     """Yields each group of ranks that hold the same shard of a tensor; groups of one rank are left out.
 
     Args:

@@ -6,12 +6,12 @@ Legend: A micro-batches.
 import numpy as np
 
 from switchyard.config import Config
-from switchyard.distributed.placement import Degrees, stages_of
+from switchyard.distributed.placement import ParallelDims, stages_of
 
 
 def stages_of_layers(config: Config) -> list[int]:
     """Returns the stage that holds the parameters of each layer."""
-    degrees, layers = Degrees.of(config.parallel), config.model.num_layers
+    degrees, layers = ParallelDims.of(config.parallel), config.model.num_layers
     return [stages_of(f"layers.{index}", layers, degrees)[0] for index in range(layers)]
 
 

@@ -6,7 +6,7 @@ Legend: E experts, S rows of an expert, D width, F hidden width, P blocks, b row
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.distributed.placement import axes_of
 from switchyard.nn.activation import SwiGLU, create_activation
 from switchyard.nn.cast import Cast
@@ -95,7 +95,7 @@ class FeedForwardExperts(nn.Cell):
         """The non-linearity of hidden [E, S, F]."""
         return self.activation(hidden)
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Parameters are cut as `axes_of` says: E by experts, F by the model slices, over which the second product's
         result is summed. Where E is whole, as of a dense feed-forward, all data slices cut the rows.
         """

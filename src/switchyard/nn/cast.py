@@ -2,7 +2,7 @@
 
 from mindspore import Tensor, nn
 
-from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.mesh import CompiledMesh, first
 
 
 class Cast(nn.Cell):
@@ -20,7 +20,7 @@ class Cast(nn.Cell):
         """The cast itself."""
         return x.astype(self.dtype)
 
-    def shard(self, mesh: Mesh, *axes: str | None) -> None:
+    def shard(self, mesh: CompiledMesh, *axes: str | None) -> None:
         """x is cut along `axes`, before and after."""
         dtype, cut = self.dtype, mesh.cut(*axes)
 

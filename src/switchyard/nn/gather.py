@@ -11,7 +11,7 @@ gathering and multiplying (forward, 2,048 rows of 256 on two CPU cores: 0.96 and
 
 from mindspore import Tensor, nn, ops
 
-from switchyard.distributed.mesh import Mesh
+from switchyard.distributed.mesh import CompiledMesh
 
 
 def with_zero_row(table: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class Dispatch(nn.Cell):
         nothing = ops.zeros_like
         return d_rows, nothing(dispatch_index), nothing(combine_index), nothing(filled), nothing(kept)
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Works on the groups of one device, whatever their number."""
         self.take = TakeSlicedRows()
 
@@ -135,6 +135,6 @@ class Combine(nn.Cell):
         width = rows.shape[-1]
         return self.sum(rows.reshape(-1, width), ops.ones((width, 1), rows.dtype))
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Works on the groups of one device, whatever their number."""
         self.take, self.take_gates = TakeSlicedRows(), TakeSlicedRows()

@@ -10,7 +10,7 @@ from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import FlashAttentionScore
 
 from switchyard.config import ModelConfig
-from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.distributed.placement import axes_of
 from switchyard.nn.cast import Cast
 from switchyard.nn.fused import NONE
@@ -37,7 +37,7 @@ class Embedding(nn.Cell):
         """Table [V, D], tokens [...] -> [N, D]."""
         return self.take(table, tokens.reshape(-1), 0)
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Tokens [B, S] are cut along B, the rows too; the table as `axes_of` says."""
         cuts = (mesh.cut(*axes_of(self.table.name, 2)), mesh.cut("data", None))
         self.local = mesh.local(self.look_up, cuts, (mesh.cut("data", None),), row_shape, first)
@@ -61,7 +61,7 @@ class Linear(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         return self.product(self.cast_x(x), self.cast_weight(self.weight))
 
-    def shard(self, mesh: Mesh, out: str = "data") -> None:
+    def shard(self, mesh: CompiledMesh, out: str = "data") -> None:
         """The weight [I, O] is cut as `axes_of` says, x by rows and as I, the result by `out` and as O.
 
         Where I is cut the result is a sum over the model slices: AllReduce, or ReduceScatter where `out` is "rows".
@@ -93,7 +93,7 @@ class Dropout(nn.Cell):
         """What is left of x."""
         return x * ((noise[self.slice] >= self.rate).astype(mstype.float32) * (1.0 / (1.0 - self.rate)))
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Rows are cut, and the noise with them."""
         rows = mesh.cut("rows", None)
         self.local = mesh.local(self.drop, (rows, mesh.cut(None, "rows", None)), (rows,), first, first)
@@ -190,7 +190,7 @@ class Attention(nn.Cell):
             return self._attend_fused(query, key, value, self.causal[:length, :length])
         return self._attend(query, key, value, self.causal[:length, :length])
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Heads are cut over the model slices, sequences over the data slices (arXiv 1909.08053, section 3)."""
         self.qkv.shard(mesh)
         self.out.shard(mesh, "rows")

@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops.auto_generate import RmsNorm
 
-from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.distributed.placement import axes_of
 from switchyard.nn.fused import NONE
 
@@ -41,7 +41,7 @@ class RMSNorm(nn.Cell):
         gains = self.broadcast(ops.ones_like(scale), ops.expand_dims(gain, 0))  # [N, D]; no Reshape: training.pipeline
         return self.scale(x * self.broadcast(scale, self.ones), gains)
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Rows are cut as `mesh` cuts rows, the parameters as `axes_of` says."""
         rows = mesh.cut("rows", None)
         weights = [mesh.cut(*axes_of(parameter.name, 1)) for parameter in self.get_parameters()]  # gain, then bias

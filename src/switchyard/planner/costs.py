@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from switchyard.config import Config
-from switchyard.distributed.placement import EXPERT, MODEL, Degrees, placement
+from switchyard.distributed.placement import EXPERT, MODEL, ParallelDims, placement
 from switchyard.distributed.stages import stage_config, ways
 from switchyard.moe.dispatch.capacity import buffer_slots, check_dropless, check_sort_keys, slot_shape
 from switchyard.moe.metrics import width
@@ -31,7 +31,7 @@ class Exchange:
 
     Attributes:
         kind: AllReduce, AlltoAll, AlltoAllV, AllGather, ReduceScatter, Send, Receive.
-        group: expert, replicas (of an expert slice), data, model or stage, see `Degrees`; of a pipeline also all
+        group: expert, replicas (of an expert slice), data, model or stage, see `ParallelDims`; of a pipeline also all
             devices, and pipeline, the devices at the same place in each stage.
         ranks: size of the group.
         bytes: of one of them, as `graph.Collective` counts: what goes in, of AllGather what comes out. Of AlltoAllV
@@ -105,7 +105,7 @@ def stage_costs(config: Config, vocab: int) -> list[Costs]:
 
 
 def _costs(config, vocab, stage):
-    degrees, whole = Degrees.of(config.parallel), parameters(config, vocab, stage)
+    degrees, whole = ParallelDims.of(config.parallel), parameters(config, vocab, stage)
     sizes = {name: held(name, shape, degrees) for name, shape in whole.items()}  # (slice, of it with ZeRO)
     weights, cut = (FLOAT * sum(each[part] for each in sizes.values()) for part in (1, 0))
     gathered = cut - weights
@@ -148,7 +148,7 @@ def exchanges(config: Config, vocab: int, stage: int = 0) -> Iterator[Exchange]:
 
 def _of_call(config, vocab, stage):
     """Yields the collectives of one call of the step's program."""
-    degrees = Degrees.of(config.parallel)
+    degrees = ParallelDims.of(config.parallel)
     stages, micro = degrees.pipeline_stage, micro_batches_of_call(config)
     for name, shape in parameters(config, vocab, stage).items():
         yield from _of_gradient(name, shape, config, degrees)
@@ -177,7 +177,7 @@ def _figures(config):
 
 def _of_micro_batch(config, stage):
     """Yields the collectives of every micro-batch."""
-    degrees, own, stages = Degrees.of(config.parallel), config, config.parallel.pipeline_stage
+    degrees, own, stages = ParallelDims.of(config.parallel), config, config.parallel.pipeline_stage
     if stages > 1:
         own = stage_config(config, stage)
     last, repeated = stage == stages - 1, int(config.parallel.recompute and stages > 1)
@@ -317,7 +317,7 @@ def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage:
     stages, micro = config.parallel.pipeline_stage, micro_batches_of_call(config)
     if stages > 1:
         config = stage_config(config, stage)
-    model, cut, degrees = config.model, config.parallel, Degrees.of(config.parallel)
+    model, cut, degrees = config.model, config.parallel, ParallelDims.of(config.parallel)
     rows, width, wide = config.rows // cut.data_parallel, model.hidden_size, product_bytes(config)
     between = rows * width * FLOAT // (cut.model_parallel if cut.sequence_parallel else 1)  # rows between the parts
     blocks = [_block_bytes(config, index, rows, between) for index in range(model.num_layers)]

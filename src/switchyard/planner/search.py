@@ -127,7 +127,7 @@ def _order(candidate):
 
 
 def combinations(config: Config, devices: int) -> Iterator[dict]:
-    """Degrees whose product is `devices`; ZeRO, recompute and the cut of the sequence where they change anything."""
+    """Yields degrees whose product is `devices`; ZeRO, recompute and the cut of the sequence where they change anything."""
     for stages, tensor in itertools.product(divisors(devices), repeat=2):
         if devices % (stages * tensor):
             continue
@@ -268,7 +268,7 @@ def giga(size: float) -> str:
 
 
 def describe(parallel: dict) -> str:
-    """Degrees in few words."""
+    """ParallelDims in few words."""
     words = [f"{short} {parallel[name]}" for name, short in SHORT.items() if parallel[name] > 1] or ["one device"]
     words += [f"ZeRO {parallel['optimizer_shard']}"] if parallel["optimizer_shard"] else []
     return ", ".join(words + [name for name in ("sequence_parallel", "recompute") if parallel[name]])

@@ -6,7 +6,7 @@ Legend: D width, E experts, V vocabulary, X columns of the projection to queries
 import math
 
 from switchyard.config import Config
-from switchyard.distributed.placement import Degrees, optimizer_slices, placement, slices, stages_of
+from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement, slices, stages_of
 from switchyard.moe.dispatch.capacity import slot_shape, zero_rows
 
 FLOAT = 4  # bytes of float32: parameters, gradients, moments, rows between the parts of a layer
@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 def parameters(config: Config, vocab: int, stage: int = 0) -> dict[str, Shape]:
     """Returns name -> full shape of every parameter of the decoder; for a pipeline, of one stage."""
-    degrees, layers = Degrees.of(config.parallel), config.model.num_layers
+    degrees, layers = ParallelDims.of(config.parallel), config.model.num_layers
     found = _all_parameters(config, vocab)
     return {name: shape for name, shape in found.items() if stage in stages_of(name, layers, degrees)[:1]}
 

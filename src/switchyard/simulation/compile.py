@@ -21,7 +21,7 @@ from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.data.tokenizer import expected_vocabulary
 from switchyard.distributed.compiled_graph import Collective, Graph, collectives, read_graph
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
 from switchyard.file_errors import writing
 from switchyard.files import scratch
@@ -181,7 +181,7 @@ def check_devices(config: Config, devices: int, ranks: Sequence[int]) -> None:
             f"{cut.model_parallel} * {cut.pipeline_stage} = {config.devices}: they must be equal"
         )
     for rank in ranks:
-        Degrees.of(cut).coordinates(rank)  # refuses ranks that are not there
+        ParallelDims.of(cut).coordinates(rank)  # refuses ranks that are not there
 
 
 def _reason(folder: Path, done: subprocess.CompletedProcess) -> str:
@@ -202,7 +202,7 @@ def render(report: Report, config: Config, brief: bool = False) -> str:
 
     `brief`: collectives of layers that are alike in one row, without the parameters.
     """
-    place = Degrees.of(config.parallel).coordinates(report.rank)
+    place = ParallelDims.of(config.parallel).coordinates(report.rank)
     text = [
         f"rank {report.rank} of {report.devices}: stage {place.stage}, outer data shard {place.outer}, "
         f"expert shard {place.expert}, model shard {place.model}",

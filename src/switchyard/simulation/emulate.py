@@ -24,7 +24,7 @@ from switchyard import cli
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.data.tokenizer import expected_vocabulary
-from switchyard.distributed.placement import Degrees, optimizer_slices, placement, slice_of
+from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement, slice_of
 from switchyard.errors import UserError
 from switchyard.files import scratch
 from switchyard.moe import metrics
@@ -83,7 +83,7 @@ def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float 
             return dict(found)
 
 
-def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: Degrees, rank: int) -> np.ndarray:
+def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: ParallelDims, rank: int) -> np.ndarray:
     """Returns the shard of a parameter that a rank holds, sharded further along axis 0 where ZeRO does.
 
     Raises:
@@ -99,7 +99,7 @@ def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: Degre
     return part.copy()
 
 
-def batch_of(batches: Arrays, step: int, degrees: Degrees, rank: int, noisy: bool) -> list[np.ndarray]:
+def batch_of(batches: Arrays, step: int, degrees: ParallelDims, rank: int, noisy: bool) -> list[np.ndarray]:
     """What a rank reads at a step: tokens, labels, valid [A, B, S], noise [A, max(J, 1), N, D], and where choices are
     forced replay [A, M, N, K]."""
     index, own = degrees.data_slice(rank), []
@@ -148,7 +148,7 @@ def compare(
     Raises:
         ClusterError: graphs that cannot be executed together.
     """
-    degrees, graphs = Degrees.of(config.parallel), [report.graph for report in reports]
+    degrees, graphs = ParallelDims.of(config.parallel), [report.graph for report in reports]
     scale = config.train.init_loss_scale if config.model.compute_dtype == "float16" else 1.0
     states, losses, norms, met, strayed = states_of(reference, len(batches["rates"])), [], [], Counter(), 0
     judge = Judge(config.optimizer, lambda name, whole, shape, rank: held_by(name, whole, shape, degrees, rank))
@@ -174,7 +174,7 @@ def compare(
 
 def run_step(config, batches, step: int, graphs, weights, exchanges, scale: float) -> tuple[list[list], Counter]:
     """Calls the program of all ranks as often as a step does: (outputs of each rank in each call, collectives met)."""
-    degrees, calls = Degrees.of(config.parallel), config.train.gradient_accumulation_steps
+    degrees, calls = ParallelDims.of(config.parallel), config.train.gradient_accumulation_steps
     noisy, factors, met = batches["noise"].shape[-1] > 1, scale * shares_of(batches["valid"][step]), Counter()
     arrays = [batch_of(batches, step, degrees, rank, noisy) for rank in range(len(graphs))]
     outputs, each = [], len(factors) // calls
@@ -206,7 +206,7 @@ def move_bias(config: Config, own: Arrays, figures: np.ndarray, rank: int) -> No
             name = f"layers.{layer}.feed_forward.router.{last}"
             if name in own:  # of a pipeline only the layers of the stage
                 moved = metrics.bias_step(load, moe.router.options.topk_bias_update_rate)
-                own[name] = own[name] + held_by(name, moved, own[name].shape, Degrees.of(config.parallel), rank)
+                own[name] = own[name] + held_by(name, moved, own[name].shape, ParallelDims.of(config.parallel), rank)
 
 
 def states_of(reference: Arrays, steps: int) -> list[Arrays]:
@@ -226,7 +226,7 @@ def empty_sums(report: Report) -> Arrays:
     return {name: np.zeros(shape, np.float32) for name, shape in shapes if name.startswith(SUMS)}
 
 
-def _held_at_first(report: Report, before: Arrays, degrees: Degrees, rate: float, scale: float) -> Arrays:
+def _held_at_first(report: Report, before: Arrays, degrees: ParallelDims, rate: float, scale: float) -> Arrays:
     """Returns the parameters of a rank before a step: its shards of `before`, and what the host sets."""
     names = report.parameters
     held = {

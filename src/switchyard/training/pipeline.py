@@ -22,7 +22,7 @@ from mindspore import Tensor, lazy_inline, nn, ops
 from switchyard.config import Config
 from switchyard.distributed.gradients import share_of
 from switchyard.distributed.mesh import CompiledMesh
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.stages import stages_of_layers
 from switchyard.training.loss import TrainLoss
 from switchyard.training.optimizer import OptimizerStep, calls_of, input_shards
@@ -231,7 +231,7 @@ class SquaresAndFigures(nn.Cell):
         degrees: how they are sharded; a shard that several devices hold counts once.
     """
 
-    def __init__(self, parameters, degrees: Degrees):
+    def __init__(self, parameters, degrees: ParallelDims):
         super().__init__()
         self.shares = tuple(share_of(parameter.name, parameter.shape, degrees) for parameter in parameters)
         self.devices = degrees.stage_devices

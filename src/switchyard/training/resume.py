@@ -15,7 +15,7 @@ from switchyard.checkpoint.layout import keep_groups
 from switchyard.checkpoint.store import Checkpoint
 from switchyard.config import Config
 from switchyard.data import Data, fingerprint
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.processes import Processes, is_first, own_rank
 from switchyard.errors import UserError
 from switchyard.training.lock import contents
@@ -121,7 +121,7 @@ def newest(run: Path, config: Config, limit: float = math.inf) -> Checkpoint | N
         if checkpoint.step_of(path) > limit:
             continue
         try:
-            return checkpoint.read(path, degrees=Degrees.of(config.parallel), rank=own_rank())
+            return checkpoint.read(path, degrees=ParallelDims.of(config.parallel), rank=own_rank())
         except checkpoint.DamagedError as error:
             print(f"warning: {error}", flush=True)
     return None

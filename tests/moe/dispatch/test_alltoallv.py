@@ -9,7 +9,7 @@ import pytest
 from mindspore import Tensor
 
 from switchyard.config import build
-from switchyard.distributed.placement import Degrees
+from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
 from switchyard.models import create_model
 from switchyard.moe import metrics
@@ -164,7 +164,7 @@ def test_evaluation_on_devices_is_that_of_one(workers, graph, dispatch, sent):
     model = create_model(build(one_device(config.model_dump())), VOCABULARY).set_train(False)
     tokens, labels, valid = (virtual.draw_batches(config, VOCABULARY, 1)[name][0, 0] for name in NAMES)  # [B, S]
     scores, stats, _ = EvalStep(model)(*map(Tensor, (tokens, labels, valid)))
-    whole, degrees = {each.name: each.asnumpy() for each in model.get_parameters()}, Degrees.of(config.parallel)
+    whole, degrees = {each.name: each.asnumpy() for each in model.get_parameters()}, ParallelDims.of(config.parallel)
     weights = [
         {name: virtual.held_by(name, whole[name], shape, degrees, report.rank) for name, shape in held.items()}
         for report, held in ((report, report.parameters) for report in reports)

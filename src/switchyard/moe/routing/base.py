@@ -12,7 +12,7 @@ from mindspore import dtype as mstype
 
 from switchyard.config import MoEConfig
 from switchyard.config.router_options import RouterChoice, RouterOptions, typed
-from switchyard.distributed.mesh import Mesh
+from switchyard.distributed.mesh import CompiledMesh
 from switchyard.errors import UserError, shortened
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.masks import keep_where
@@ -286,7 +286,7 @@ class Router(nn.Cell):
         and on itself only.
         """
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Declares the layouts of what `scores` computes; nothing where it has no operator of its own."""
 
 
@@ -384,7 +384,7 @@ class ReplicaGroups(Router):
         for index, router in enumerate(self.routers):
             router.update(load[index * self.size : (index + 1) * self.size])
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """See Router.shard."""
         for router in self.routers:
             router.shard(mesh)
@@ -461,7 +461,7 @@ class LinearRouter(Router):
         scores = self.product(to_float32(tokens).reshape(groups * count, width), weight)  # [G * N, X]
         return scores.reshape(groups, count, -1)
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Tokens are sharded, the matrix is full everywhere."""
         self.product.shard((mesh.cut("data", None), mesh.cut(None, None)), (mesh.cut("data", None),))
 

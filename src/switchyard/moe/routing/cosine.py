@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 
 from switchyard.config.router_options import PrototypeOptions
-from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, by_rows, register
 from switchyard.moe.routing.softmax import NormalisedRouter
 
@@ -47,7 +47,7 @@ class Cosine(NormalisedRouter):
         cosine = self.inner(directions(projected, -1), directions(embeddings, 0))
         return cosine * ops.exp(ops.minimum(scale, math.log(1.0 / LOWEST_TEMPERATURE)))
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Tokens are sharded, the experts' directions and the temperature are full everywhere."""
         super().shard(mesh)
         tokens, experts = mesh.cut("data", None), self.expert_num

@@ -8,7 +8,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config.router_options import DepthsOptions
-from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.moe.dispatch.capacity import capacity
 from switchyard.moe.routing.base import LinearRouter, RouterSetting, register, to_float32
 from switchyard.moe.routing.losses import sum_over_rows
@@ -175,7 +175,7 @@ class MixtureOfDepths(LinearRouter):
         inside = self.relu(self.predict_in(to_float32(ops.stop_gradient(tokens)), hidden))  # [N, H]
         return self.predict_out(inside, out) + bias
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Tokens are sharded, all parameters are full everywhere."""
         super().shard(mesh)
         tokens, full = mesh.cut("data", None), mesh.cut(None, None)

@@ -14,7 +14,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config.router_options import HashOptions, OneCell, RandomInGroupOptions, RandomOptions, TaskOptions
-from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.moe.routing.base import Router, RouterSetting, register, replay_choices, to_float32
 from switchyard.nn.initializers import InitialWeights
 
@@ -106,7 +106,7 @@ class FixedRouter(Router):
         return scores
 
 
-def place_look_up(router: Router, mesh: Mesh, ids: int, axes: int = 1) -> None:
+def place_look_up(router: Router, mesh: CompiledMesh, ids: int, axes: int = 1) -> None:
     """Shards `look_up` of a router: a table of so many axes is full everywhere, ids [N] and choices are sharded."""
     choices = router.choices
 
@@ -132,7 +132,7 @@ class TableRouter(FixedRouter):
         """Table [V], ids [N] -> experts [N, 1] int32."""
         return ops.expand_dims(self.take(table, ids, 0), -1)
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """The table is full everywhere, ids are sharded."""
         place_look_up(self, mesh, 1)
 
@@ -196,7 +196,7 @@ class HyperplaneHash(FixedRouter):
         experts = ((scores > 0).astype(mstype.int32) * self.place).sum(-1, keepdims=True)
         return ops.stop_gradient(experts.astype(mstype.int32))
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Tokens are sharded, the hyperplanes are full everywhere."""
         self.product.shard((mesh.cut("data", None), mesh.cut(None, None)), (mesh.cut("data", None),))
 
@@ -260,7 +260,7 @@ class RandomInGroup(TableRouter):
         group = task_ids % self.group_num  # [N]
         return ops.expand_dims(self.take(table, group * self.vocab_size + token_ids, 0), -1)
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """The table is full everywhere, ids are sharded."""
         place_look_up(self, mesh, 2)
 
@@ -294,6 +294,6 @@ class Task(TableRouter):
         """Table [T, K], task ids [N] -> experts [N, K] int32."""
         return self.take(table, ids, 0)
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """The table is full everywhere, ids are sharded."""
         place_look_up(self, mesh, 1, axes=2)

@@ -8,7 +8,7 @@ from mindspore import Tensor, ops
 from mindspore import dtype as mstype
 
 from switchyard.config.router_options import MultiGateOptions
-from switchyard.distributed.mesh import Mesh, first
+from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.moe.routing.base import Choosing, Router, RouterSetting, by_rows, register, shares, to_float32
 from switchyard.nn.masks import keep_where
 
@@ -46,7 +46,7 @@ class MultiGate(Router):
         own = self.one_hot(task_ids, self.task_num, self.on, self.off)  # [N, T]
         return keep_where(logits.reshape(-1, self.task_num, self.expert_num), own).sum(1)
 
-    def shard(self, mesh: Mesh) -> None:
+    def shard(self, mesh: CompiledMesh) -> None:
         """Tokens are sharded, the gates are full everywhere."""
         tokens, experts = mesh.cut("data", None), self.expert_num
         self.product.shard((tokens, mesh.cut(None, None)), (tokens,))
