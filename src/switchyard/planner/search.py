@@ -127,7 +127,7 @@ def _order(candidate):
 
 
 def combinations(config: Config, devices: int) -> Iterator[dict]:
-    """Yields degrees whose product is `devices`; ZeRO, recompute and the cut of the sequence where they change anything."""
+    """Yields degrees whose product is `devices`; ZeRO, recompute, sequence parallelism where they change anything."""
     for stages, tensor in itertools.product(divisors(devices), repeat=2):
         if devices % (stages * tensor):
             continue
