@@ -96,7 +96,7 @@ def test_expert_parallel_equals_one_process(folder, graph):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experts", [2, 4])
+@pytest.mark.parametrize("experts", [2])  # 4 shards of the experts: as 2 of 2 processes, without replicas
 def test_four_processes_equal_one(folder, graph, experts):
     name = ran(folder, f"dp4ep{experts}", data_parallel=4, expert_parallel=experts)
     differences = compare(folder, alone(folder, 4), name)
