@@ -39,7 +39,7 @@ CASES = {
 
 # float16 rounds a matrix's gradient once for all rows, or once for each process's: a relative 5e-4, which Adam turns
 # into a part of a step of 0.01 where the gradient is next to nothing
-TOLERANCE = {(HALF, "weights"): 5e-3, (HALF, "optimizer"): 1e-4, (HALF, "loss"): 1e-4, (HALF, "evaluation"): 1e-4}
+TOLERANCE = {(HALF, "weights"): 5e-3, (HALF, "optimizer"): 1e-4, (HALF, "loss"): 1e-4, (HALF, "evaluation"): 3e-4}
 
 
 def config_of(folder: Path, name: str, case: str, **parallel):

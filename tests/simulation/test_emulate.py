@@ -247,9 +247,11 @@ def test_eight_expert_slices_and_a_router_with_noise(references):
 @pytest.mark.slow
 def test_float16_equals_one_device_but_for_rounding(references):
     """With a loss scale, and fused attention for heads of 16 columns. The large eps makes AdamW's step follow the
-    gradient's size: of a tiny one it would else make a whole step of the rounding error."""
+    gradient's size: of a tiny one it would else make a whole step of the rounding error. Of six seeds three have a ReLU
+    so near its kink that rounding decides; this is one of the others."""
     model = {"compute_dtype": "float16", "hidden_size": 32, "init_method_std": 0.1}
-    config = layout(model, train={"init_loss_scale": 64.0}, optimizer={"eps": 1e-2}, data_parallel=2, expert_parallel=2)
+    train = {"init_loss_scale": 64.0, "seed": 3}
+    config = layout(model, train=train, optimizer={"eps": 1e-2}, data_parallel=2, expert_parallel=2)
     reports = simulate.compile_ranks(config, 2, range(2), VOCABULARY)
     assert reports[0].operators["FlashAttentionScore"] == 2
     found = virtual.compare(config, reports, *references(config))

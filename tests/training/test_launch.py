@@ -82,7 +82,7 @@ def test_simulation_refuses_before_it_compiles(tmp_path, capsys):
     text = "moe: {expert_num: 4, record: a}\nparallel: {pipeline_stage: 2, micro_batch_num: 2}\n"
     text += "model: {tie_word_embeddings: false}\ntrain: {eval_every: 0}\n"
     assert cli.run(simulate.main, ["--config", write(tmp_path, text), "--devices", "2"]) == 2
-    assert "error: moe.record: a; a compiled program hands out no choices: set it to null" in capsys.readouterr().err
+    assert "error: moe.record: a; null with parallel.pipeline_stage (2)" in capsys.readouterr().err
 
 
 def test_the_command_is_silent_or_one_line(tmp_path, capsys):

@@ -90,7 +90,7 @@ def test_a_gpu_is_a_whole_stage(beside):
             {"moe": EXPERTS | {"router_warmup_steps": 3}},
             "moe.router_warmup_steps: 3; 0 with parallel.pipeline_stage (2)",
         ),
-        ({"moe": EXPERTS | {"record": "a"}}, "moe.record: a; a compiled program hands out no choices: set it to null"),
+        ({"moe": EXPERTS | {"record": "a"}}, "moe.record: a; null with parallel.pipeline_stage (2)"),
         ({"moe": EXPERTS | {"replay": "a"}}, "moe.replay: a; null with parallel.pipeline_stage (2)"),
         ({"train": {"eval_every": 500}}, "train.eval_every: 500; 0 with parallel.pipeline_stage (2)"),
     ],

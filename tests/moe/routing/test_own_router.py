@@ -13,6 +13,7 @@ from mindspore import Parameter, Tensor
 from mindspore import dtype as mstype
 from oracles.routers import GROUPS, ROWS, checking_mesh
 from oracles.tiny import run_layer, tiny_config, tiny_rows, weights_of
+from oracles.workers import start_child
 
 from switchyard.config import build
 from switchyard.distributed.mesh import LOCAL
@@ -27,6 +28,7 @@ from switchyard.moe.routing.softmax import Switch, TopK
 from switchyard.nn.fused import NONE
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
+from switchyard.simulation import compile as compile_steps
 from switchyard.simulation import emulate as virtual
 from switchyard.training.limits import why_not_compiled
 from switchyard.training.loop import train
@@ -308,6 +310,7 @@ def test_a_router_with_a_hook_of_its_own_is_what_a_cluster_runs(name, tmp_path, 
     (tmp_path / "my_hook.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(compile_steps, "run_child", start_child)  # a process that stands ready knows no such folder
     model = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "seq_length": 8, "intermediate_size": 16}
     tree = {"model": model | {"init_method_std": 0.2}, "data": {"batch_size": 4}}
     tree["parallel"] = {"data_parallel": 2, "expert_parallel": 2}
