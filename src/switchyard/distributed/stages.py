@@ -3,8 +3,6 @@
 Legend: A micro-batches.
 """
 
-import numpy as np
-
 from switchyard.config import Config
 from switchyard.distributed.placement import ParallelDims, stages_of
 
@@ -13,12 +11,6 @@ def stages_of_layers(config: Config) -> list[int]:
     """Returns the stage that holds the parameters of each layer."""
     degrees, layers = ParallelDims.of(config.parallel), config.model.num_layers
     return [stages_of(f"layers.{index}", layers, degrees)[0] for index in range(layers)]
-
-
-def factors(config: Config, of_each: np.ndarray) -> np.ndarray:
-    """Factors [A] of the losses of the micro-batches as the step reads them: [1, A], of a pipeline [A, A] diagonal."""
-    of_each = np.asarray(of_each, np.float32)
-    return of_each[None] if config.parallel.pipeline_stage == 1 else np.diag(of_each)
 
 
 def stage_config(config: Config, stage: int) -> Config:

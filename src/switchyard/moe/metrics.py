@@ -25,6 +25,12 @@ def by_layer(stats: np.ndarray, experts: int) -> np.ndarray:
     return np.asarray(stats, np.float64).reshape(-1, width(experts))
 
 
+def loads(stats: np.ndarray, experts: int) -> np.ndarray:
+    """Returns the choices per expert in summed statistics [M * (6 + 2 E)]: [M, E]."""
+    first = len(SCALARS)
+    return by_layer(stats, experts)[:, first : first + experts]
+
+
 def max_violation(loads: np.ndarray) -> np.ndarray:
     """Returns MaxVio, the largest load / the mean load - 1 (arXiv 2408.15664, eq. 4): [M, E] -> [M]."""
     return loads.max(-1) / np.maximum(loads.mean(-1), 1e-9) - 1.0

@@ -200,9 +200,8 @@ def move_bias(config: Config, own: Arrays, figures: np.ndarray, rank: int) -> No
     if moe.router != "sigmoid" or not config.moe_layers:
         return
     names = ["bias"] if moe.copies == 1 else [f"routers.{index}.bias" for index in range(moe.copies)]
-    for layer, row in zip(config.moe_layers, metrics.by_layer(figures[:, HEAD:].sum(0), moe.expert_num)):
-        loads = row[len(metrics.SCALARS) :][: moe.expert_num].reshape(moe.copies, -1)
-        for last, load in zip(names, loads):
+    for layer, loads in zip(config.moe_layers, metrics.loads(figures[:, HEAD:].sum(0), moe.expert_num)):
+        for last, load in zip(names, loads.reshape(moe.copies, -1)):
             name = f"layers.{layer}.feed_forward.router.{last}"
             if name in own:  # of a pipeline only the layers of the stage
                 moved = metrics.bias_step(load, moe.router.options.topk_bias_update_rate)
@@ -273,7 +272,7 @@ def strayed_of(config: Config, loads: np.ndarray, figures: np.ndarray) -> int:
     """Choices of experts that fell otherwise than on one device, whose loads are [M, E]; figures [A, W]."""
     if not loads.size:
         return 0
-    found = metrics.by_layer(figures[:, HEAD:].sum(0), loads.shape[1])[:, len(metrics.SCALARS) :][:, : loads.shape[1]]
+    found = metrics.loads(figures[:, HEAD:].sum(0), loads.shape[1])
     return int(np.abs(found - loads).sum() / 2)
 
 

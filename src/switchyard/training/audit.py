@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from switchyard.moe.metrics import max_violation
+
 LAYER_FIGURES = ("dropped", "entropy", "max_violation", "z")  # one number of each conditional layer
 EXPERT_FIGURES = ("load", "importance")  # one number of each expert
 MOST_SCALARS = 256  # experts of a layer that get a TensorBoard scalar each; more get one histogram
@@ -26,7 +28,7 @@ def step_arrays(audit: dict[str, np.ndarray]) -> dict[str, list]:
         "importance": audit["importance"],
         "layer_dropped": audit["dropped"],  # `dropped` of a line is their mean
         "entropy": audit["entropy"],
-        "max_violation": load.max(1) / np.maximum(load.mean(1), 1e-9) - 1,
+        "max_violation": max_violation(load),
         "z": audit["z"],
     }
     counts = [whole_numbers(of_layer) for of_layer in load]

@@ -140,8 +140,7 @@ class TrainStep:
 
     def update_routers(self, rows: np.ndarray) -> None:
         """Moves the bias of routers that balance by one, by the load of the whole step; rows [A, W]."""
-        stats = metrics.by_layer(rows[:, STATISTICS:].sum(0), self.config.moe.expert_num)
-        loads = stats[:, len(metrics.SCALARS) :][:, : self.config.moe.expert_num]  # [M, E]
+        loads = metrics.loads(rows[:, STATISTICS:].sum(0), self.config.moe.expert_num)  # [M, E]
         for router, load in zip(self.routers, loads):
             parts = self.widened(router)
             router.update(load)

@@ -96,11 +96,6 @@ def entropy(probabilities: Tensor, valid: Tensor) -> Tensor:
     return mean(entropy_sums(probabilities, valid), valid)
 
 
-def max_violation(loads: Tensor) -> Tensor:
-    """MaxVio = largest load / mean load - 1 (arXiv 2408.15664, eq. 4): [.., E] -> [..]."""
-    return ops.amax(loads, -1) / ops.maximum(loads.mean(-1), 1e-9) - 1.0
-
-
 def squared_variation(amounts: Tensor, valid: Tensor) -> Tensor:
     """Squared coefficient of variation over the experts (arXiv 1701.06538, eq. 7 and 11), times rows: [G, E] -> [G]."""
     average = amounts.mean(-1, keep_dims=True)  # [G, 1]
