@@ -76,12 +76,12 @@ def put_in(tree: dict[str, Any], old: dict[str, Any], told: Iterable[str], lenie
 
 
 def _has(router: str, key: str, value: Any) -> bool:
-    """Whether an old key becomes an option; of a router in a user's own file any that was changed."""
+    """Returns whether an old key becomes an option; of a router in a user's own file any that was changed."""
     return key in OPTIONS[router].model_fields if router in OPTIONS else value != MOVED[key]
 
 
 def _harmless(router: str, key: str, value: Any, moe: dict[str, Any]) -> bool:
-    """Whether a key asks for nothing that a router without such an option contradicts."""
+    """Returns whether a key asks for nothing that a router without such an option contradicts."""
     if value == MOVED[key] or key == "task_num" or (key == "topk_bias_update_rate" and value == 0):
         return True
     return key == "norm_topk_prob" and (router not in NORMALISED or moe.get("num_experts_chosen", 1) == 1)

@@ -31,7 +31,7 @@ class RouterOptions(Section):
 
 
 class OneChoice(RouterOptions):
-    """Of routers that send a row to one expert."""
+    """Holds the options of routers that send a row to one expert."""
 
     def laws(self, moe) -> Laws:
         """See RouterOptions.laws."""
@@ -41,7 +41,7 @@ class OneChoice(RouterOptions):
 
 
 class OneCell(OneChoice):
-    """Of routers that cut the experts in halves: lsh and tree."""
+    """Holds the options of routers that halve the experts: lsh and tree."""
 
     def laws(self, moe) -> Laws:
         """See RouterOptions.laws."""
@@ -51,13 +51,13 @@ class OneCell(OneChoice):
 
 
 class Scaled(RouterOptions):
-    """Of routers that multiply their gates."""
+    """Holds the options of routers that multiply their gates."""
 
     routed_scaling_factor: Annotated[float, Field(gt=0)] = Field(1.0, description="factor of the gates")
 
 
 class Normalised(RouterOptions):
-    """Of routers that may divide gates by their sum."""
+    """Holds the options of routers that may divide gates by their sum."""
 
     norm_topk_prob: bool = Field(True, description="gates of a row sum to 1 where K >= 2")
 
@@ -111,13 +111,13 @@ class PrototypeOptions(RouterOptions):
 
 
 class InGroups(RouterOptions):
-    """Of routers whose experts stand in groups."""
+    """Holds the options of routers whose experts stand in groups."""
 
     n_group: Positive = Field(1, description="groups of experts, one beside the other")
 
 
 class BestGroupOptions(InGroups):
-    """Of routers that keep a row within its best groups."""
+    """Holds the options of routers that keep a row within its best groups."""
 
     topk_group: Positive = Field(1, description="groups that a row may choose experts from")
 

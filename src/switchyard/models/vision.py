@@ -187,12 +187,12 @@ class Vision(nn.Cell):
 
 
 def beside(stats: tuple):
-    """Statistics of conditional layers, [G, 6 + 2 E] each -> [G, M * (6 + 2 E)], () where there are none."""
+    """Puts statistics of conditional layers side by side: [G, 6 + 2 E] each -> [G, M * (6 + 2 E)], () of none."""
     return ops.concat(stats, 1) if len(stats) > 0 else ()
 
 
 def stacked(choices: tuple):
-    """Choices of conditional layers, [N, K] each -> [N, M, K], () where nobody asks for them."""
+    """Stacks choices of conditional layers: [N, K] each -> [N, M, K], () where moe.record asks for none."""
     return ops.stack(choices, 1) if len(choices) > 0 and len(choices[0]) > 0 else ()
 
 
