@@ -27,21 +27,6 @@ class NotExecutable(ClusterError):
 
 
 # ---- operators that change parameters: -> (result, {position of an input: its new value})
-def assign(_, parameter, value, *rest):
-    """Computes parameter <- value."""
-    return value, {0: value}
-
-
-def assign_add(_, parameter, value, *rest):
-    """Computes parameter <- parameter + value."""
-    return parameter + value, {0: parameter + value}
-
-
-def assign_sub(_, parameter, value, *rest):
-    """Computes parameter <- parameter - value."""
-    return parameter - value, {0: parameter - value}
-
-
 def adam(attributes, p, m, v, power1, power2, rate, beta1, beta2, eps, gradient, *rest):
     """Computes Adam (arXiv 1412.6980, algorithm 1); the powers are those of the betas."""
     assert not attributes.get("use_nesterov"), "Adam with Nesterov momentum"
@@ -60,9 +45,9 @@ def adam_weight_decay(_, p, m, v, rate, beta1, beta2, eps, decay, gradient, *res
 
 
 UPDATES = {
-    "Assign": assign,
-    "AssignAdd": assign_add,
-    "AssignSub": assign_sub,
+    "Assign": lambda _, parameter, value, *rest: (value, {0: value}),
+    "AssignAdd": lambda _, parameter, value, *rest: (parameter + value, {0: parameter + value}),
+    "AssignSub": lambda _, parameter, value, *rest: (parameter - value, {0: parameter - value}),
     "Adam": adam,
     "AdamWeightDecay": adam_weight_decay,
 }
@@ -79,16 +64,6 @@ def all_to_all(attributes, held):
     """Sends part q of member r, split along split_dim, to member q, which joins what it receives along concat_dim."""
     parts = [np.split(x, len(held), attributes["split_dim"]) for x in held]
     return [np.concatenate([part[r] for part in parts], attributes["concat_dim"]) for r in range(len(held))]
-
-
-def all_gather(_, held):
-    """Gives every member the inputs of all members, joined along axis 0."""
-    return [np.concatenate(held, 0)] * len(held)
-
-
-def reduce_scatter(_, held):
-    """Gives every member its part of the sum, along axis 0."""
-    return np.split(sum(held), len(held), 0)
 
 
 def all_to_all_v(attributes, held):
@@ -119,19 +94,14 @@ def all_to_all_vc(attributes, held):
     return all_to_all_v(attributes, [(x, counts[r], counts[:, r]) for r, (x, _) in enumerate(held)])
 
 
-def hand_over(_, held):
-    """Passes the value of a Send to the Receive."""
-    return held
-
-
 EXCHANGES = {
     "AllReduce": all_reduce,
     "AlltoAll": all_to_all,
     "AlltoAllV": all_to_all_v,
     "AlltoAllVC": all_to_all_vc,
-    "AllGather": all_gather,
-    "ReduceScatter": reduce_scatter,
-    "Send": hand_over,
+    "AllGather": lambda _, held: [np.concatenate(held, 0)] * len(held),
+    "ReduceScatter": lambda _, held: np.split(sum(held), len(held), 0),
+    "Send": lambda _, held: held,  # to the Receive
 }
 WITH_COUNTS = ("AlltoAllV", "AlltoAllVC")
 TRANSFERS = ("Send", "Receive")
