@@ -52,7 +52,9 @@ def load_text(data: DataConfig) -> Corpus:
         return _with_validation(found, data)
     divide = split.split_by_hash if data.path is None else split.split
     parts = divide(found.documents, data.val_fraction)
-    return Corpus(parts.train, parts.validation, f"{found.description}, {_describe(parts)}")
+    counts = f"{len(parts.train):,} train / {len(parts.validation):,} validation, " if "hash" in parts.rule else ""
+    share = f"validation {100 * parts.share:.3g} % of it ({parts.rule})"  # close to data.val_fraction
+    return Corpus(parts.train, parts.validation, f"{found.description}, {counts}{share}")
 
 
 def load_whole(data: DataConfig) -> Corpus:
@@ -177,12 +179,6 @@ def _is_utf8(raw: bytes) -> bool:
 
 def _counted(what: str, documents: list[Document]) -> str:
     return f"{what}: {len(documents):,} files, {_size(sum(len(document.raw) for document in documents))}"
-
-
-def _describe(parts: Split) -> str:
-    """Describes the real shares of a split, which differ slightly from data.val_fraction."""
-    counts = f"{len(parts.train):,} train / {len(parts.validation):,} validation, " if "hash" in parts.rule else ""
-    return f"{counts}validation {100 * parts.share:.3g} % of it ({parts.rule})"
 
 
 def _size(count: int) -> str:

@@ -96,14 +96,14 @@ def _of_files(before: list[list], now: list[list]) -> str | None:
         return None
     words = [f"'{name}' is missing" for name in old if name not in new]
     words += [f"'{name}' is new" for name in new if name not in old]
-    words = [_of_file(name, old[name], new[name]) for name in new if name in old and old[name] != new[name]] + words
+    changed = []
+    for name, (size, digest) in new.items():
+        if old.get(name, [size, digest]) != [size, digest]:
+            what = f"has {size:,} bytes instead of {old[name][0]:,}" if size != old[name][0] else "has other content"
+            changed.append(f"'{name}' {what}")
+    words = changed + words
     further = f" and {len(words) - 3} more" if len(words) > 3 else ""
     return ", ".join(words[:3]) + further or None
-
-
-def _of_file(name: str, before: list, now: list) -> str:
-    what = f"has {now[0]:,} bytes instead of {before[0]:,}" if now[0] != before[0] else "has other content"
-    return f"'{name}' {what}"
 
 
 def _of_split(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
