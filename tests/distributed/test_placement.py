@@ -12,16 +12,16 @@ CUBE = ParallelDims(data_parallel=4, expert_parallel=2, model_parallel=2, pipeli
 def test_ranks_are_numbered_stage_by_stage_and_model_slices_are_neighbours():
     assert CUBE.devices == 16 and CUBE.outer == 2 and CUBE.stage_devices == 8
     assert CUBE.coordinates(13) == Coordinates(stage=1, outer=1, expert=0, model=1)
-    assert [CUBE.rank_of(CUBE.coordinates(rank)) for rank in range(16)] == list(range(16))
+    assert [CUBE.along(rank) for rank in range(16)] == [(rank,) for rank in range(16)]
     assert [CUBE.data_slice(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_groups():
-    assert CUBE.expert_group(13) == (13, 15) and CUBE.expert_replicas(13) == (9, 13)
-    assert CUBE.data_group(13) == (9, 11, 13, 15) and CUBE.model_group(13) == (12, 13)
-    assert CUBE.stage_group(13) == tuple(range(8, 16))
+    assert CUBE.expert_group(13) == (13, 15) and CUBE.along(13, "outer") == (9, 13)
+    assert CUBE.along(13, "outer", "expert") == (9, 11, 13, 15) and CUBE.model_group(13) == (12, 13)
+    assert CUBE.along(13, "outer", "expert", "model") == tuple(range(8, 16))
     flat = ParallelDims(data_parallel=8, expert_parallel=4)
-    assert flat.expert_group(5) == (4, 5, 6, 7) and flat.expert_replicas(5) == (1, 5)
+    assert flat.expert_group(5) == (4, 5, 6, 7) and flat.along(5, "outer") == (1, 5)
 
 
 def test_a_rank_that_is_not_there():

@@ -222,7 +222,10 @@ def _checked(path: Path, content: dict[str, Any]) -> Manifest:
     """
     files, degrees, tensors = content["files"], ParallelDims(), None
     if content["version"] == CUT_VERSION:
-        degrees, tensors = ParallelDims(**content["degrees"]), _tensors(content["tensors"])
+        degrees, tensors = ParallelDims(**content["degrees"]), {}
+        for kind in KINDS:
+            fields = content["tensors"][kind].items()
+            tensors[kind] = {name: Entry(entry["dtype"], tuple(entry["shape"])) for name, entry in fields}
         if degrees.devices > MOST_DEVICES or degrees.data_parallel % degrees.expert_parallel:
             raise ValueError("degrees")
         _check_sizes(files, tensors)
@@ -232,13 +235,6 @@ def _checked(path: Path, content: dict[str, Any]) -> Manifest:
     if NAME.fullmatch(path.name) and int(path.name.rpartition("-")[2]) != content["step"]:
         raise ValueError("step")
     return Manifest(path, content["step"], files, degrees, tensors)
-
-
-def _tensors(content: dict) -> dict[str, dict[str, Entry]]:
-    return {
-        kind: {name: Entry(fields["dtype"], tuple(fields["shape"])) for name, fields in content[kind].items()}
-        for kind in KINDS
-    }
 
 
 def _check_sizes(files: dict[str, dict], tensors: dict[str, dict[str, Entry]]) -> None:
@@ -262,7 +258,7 @@ def verify(manifest: Manifest, name: str) -> None:
     """
     path, expected = manifest.path, manifest.files[name]
     with readable(path, name):
-        found = _fingerprint(path / name, path, expected["bytes"])
+        found = fingerprint(path / name, path, expected["bytes"])
     if found["bytes"] != expected["bytes"]:
         raise DamagedError(path, f"{name} has {found['bytes']} bytes instead of {expected['bytes']}: it is truncated")
     if found["sha256"] != expected["sha256"]:
@@ -290,12 +286,7 @@ def read_texts(manifest: Manifest) -> tuple[Config, str, dict[str, Any]]:
     return configuration.load(path / CONFIG, inherited=True), texts[TOKENIZER], state
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Returns {"sha256", "bytes"} of a file."""
-    return _fingerprint(path)
-
-
-def _fingerprint(path: Path, folder: Path | None = None, size: int | None = None) -> dict[str, Any]:
+def fingerprint(path: Path, folder: Path | None = None, size: int | None = None) -> dict[str, Any]:
     """Returns {"sha256", "bytes"} of a regular file in a folder; a file of another size than `size` is not read
     (UnfitError).
     """

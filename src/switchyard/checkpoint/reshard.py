@@ -6,7 +6,7 @@ from switchyard import config as configuration
 from switchyard.checkpoint.layout import keep_groups
 from switchyard.checkpoint.manifest import KINDS, read_manifest, read_texts
 from switchyard.checkpoint.reader import Tensors
-from switchyard.checkpoint.writer import assemble, publish, write_slices
+from switchyard.checkpoint.writer import assemble, publish, write_shards
 from switchyard.config import Config
 from switchyard.config.reader import UnreadableError, parse_yaml
 from switchyard.distributed.placement import ParallelDims
@@ -46,7 +46,7 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
     with unfinished(out.absolute()) as folder:
         read = {kind: source.read_finite for kind, source in sources.items()}
         for rank in range(degrees.devices):
-            write_slices(folder, degrees, layers, rank, entries, read, advance)
+            write_shards(folder, degrees, layers, rank, entries, read, advance)
         assemble(folder, new, tokenizer_json, state, degrees, wait=0)
         publish(folder, out.absolute())
     return old, new

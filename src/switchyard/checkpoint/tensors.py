@@ -25,19 +25,9 @@ Box = tuple[slice, ...]  # a part of an array: start and stop for each axis
 
 # in the library's order, the last first
 TYPES = {
-    "BOOL": "?",
-    "U8": "u1",
-    "I8": "i1",
-    "I16": "<i2",
-    "U16": "<u2",
-    "F16": "<f2",
-    "I32": "<i4",
-    "U32": "<u4",
-    "F32": "<f4",
-    "F64": "<f8",
-    "I64": "<i8",
-    "U64": "<u8",
-}
+    "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2",
+    "I32": "<i4", "U32": "<u4", "F32": "<f4", "F64": "<f8", "I64": "<i8", "U64": "<u8",
+}  # fmt: skip
 LONGEST_NAME, MOST_AXES = 500, 16
 LONGEST_HEADER = 100_000_000  # bytes, as in the library
 PIECE = 1 << 20  # bytes that are read, or made ready to be written, at a time

@@ -41,7 +41,7 @@ POLL = 0.1  # seconds between two looks for notes
 Read = Callable[[str, Box], np.ndarray]  # (tensor, part of the whole tensor) -> that part
 
 
-def write_slices(
+def write_shards(
     folder: Path,
     degrees: ParallelDims,
     layers: int,
@@ -72,7 +72,12 @@ def write_slices(
             continue
         file = file_of(kind, rank, devices)
         parts = {name: Entry(entries[kind][name].dtype, size_of(box)) for name, box in mine.items()}
-        files[file] = write_file(folder / file, parts, _shifted(read[kind], mine), advance)
+
+        def read_shard(name: str, box: Box, source=read[kind], mine=mine) -> np.ndarray:
+            shifted = (slice(a.start + b.start, a.stop + b.start) for a, b in zip(box, mine[name]))
+            return source(name, tuple(shifted))  # of the full tensor
+
+        files[file] = write_file(folder / file, parts, read_shard, advance)
         if devices > 1:
             files[file]["slices"] = {
                 name: {"offsets": [part.start for part in box], "shape": list(size_of(box))}
@@ -82,16 +87,6 @@ def write_slices(
     write_whole(folder / NOTE.format(rank=rank), to_json(note))
 
 
-def _shifted(read: Read, boxes: Mapping[str, Box]) -> Read:
-    """Reads parts of slices where `read` reads parts of whole tensors."""
-
-    def part(name: str, box: Box) -> np.ndarray:
-        outer = boxes[name]
-        return read(name, tuple(slice(a.start + b.start, a.stop + b.start) for a, b in zip(box, outer)))
-
-    return part
-
-
 def from_arrays(
     arrays: Mapping[str, np.ndarray],
     degrees: ParallelDims,
@@ -99,7 +94,7 @@ def from_arrays(
     layers: int,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[dict[str, Entry], Read]:
-    """(types and shapes of whole tensors, reader of their parts) of a rank's arrays.
+    """Returns (types and shapes of full tensors, reader of their parts) of a rank's arrays.
 
     Args:
         arrays: name -> the rank's slice, or the whole tensor.
