@@ -78,7 +78,7 @@ def test_four_ranks_equal_one_device(four):
 def test_what_a_rank_holds_is_said(four):
     report = four[1][3]
     assert report.parameters["layers.1.feed_forward.experts.w_in"] == (2, 16, 16)
-    assert simulate.whole_shape(report.layouts["layers.1.feed_forward.experts.w_in"], (2, 16, 16)) == (4, 16, 16)
+    assert simulate.full_shape(report.layouts["layers.1.feed_forward.experts.w_in"], (2, 16, 16)) == (4, 16, 16)
     assert (
         report.count("AlltoAll", "forward", "layers.1") == 2 and report.count("AlltoAll", "backward", "layers.1") == 2
     )

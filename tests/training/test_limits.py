@@ -6,8 +6,8 @@ from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.training.limits import (
     check_mesh,
-    check_offered,
     refusals,
+    refuse,
     require_trainable,
     why_not_compiled,
     with_defaults,
@@ -71,11 +71,11 @@ def test_gpus_shard_the_optimizer_unless_told():
 @pytest.mark.parametrize("beside", [{"data_parallel": 2}, {"model_parallel": 2}])
 def test_a_gpu_is_a_whole_stage(beside):
     config = build({"model": UNTIED, "parallel": STAGES | beside})
-    check_offered(config, "Ascend")
-    check_offered(build({"model": UNTIED, "parallel": STAGES}), "GPU")
-    check_offered(build({"parallel": beside}), "GPU")
+    refuse(refusals(config, "Ascend"))
+    refuse(refusals(build({"model": UNTIED, "parallel": STAGES}), "GPU"))
+    refuse(refusals(build({"parallel": beside}), "GPU"))
     with pytest.raises(UserError, match=r"^parallel\.pipeline_stage: 2; on GPU a stage is one device.*lazy_inline"):
-        check_offered(config, "GPU")
+        refuse(refusals(config, "GPU"))
 
 
 @pytest.mark.parametrize(

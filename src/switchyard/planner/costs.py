@@ -18,7 +18,7 @@ from switchyard.moe.dispatch.capacity import buffer_slots, check_dropless, check
 from switchyard.moe.metrics import width
 from switchyard.nn.fused import fused_operators
 from switchyard.planner.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
-from switchyard.training.limits import check_offered
+from switchyard.training.limits import refusals, refuse
 
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate; further ones see `_scalars`
 IN_PRODUCT_TYPE = ("qkv.weight", "out.weight", "head.weight", "w_in", "w_gate", "w_out")  # model.compute_dtype
@@ -132,7 +132,7 @@ def _scalars(config):
 
 def check_counted(config: Config) -> None:
     """Refuses what the compiler does not cut, and what is not counted here (UserError)."""
-    check_offered(config)
+    refuse(refusals(config))
     check_sort_keys(config)
     if config.devices > 1:
         check_dropless(config)

@@ -6,6 +6,7 @@ layer and bytes, and what the rank holds. The compile runs in a process of its o
 
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -83,14 +84,11 @@ class Report:
         for name, shape, dtype in self.graph.parameters.values():
             kind = "optimizer state" if name.startswith(OPTIMIZER_STATE) else "weights"
             kind = "gradients" if name.startswith(SUMS) else kind
-            size = dtype().itemsize
-            for length in shape:
-                size *= length
-            held[kind] += size
+            held[kind] += math.prod(shape) * dtype().itemsize
         return dict(held)
 
     def count(self, kind: str, direction: str | None = None, layer: str = "") -> int:
-        """Collectives of a kind, of one direction if given, in layers that begin so."""
+        """Counts the collectives of a kind, of one direction if given, in layers that begin so."""
         found = [one for one in self.collectives if one.kind == kind and one.layer.startswith(layer)]
         return sum(direction in (None, one.direction) for one in found)
 
@@ -140,7 +138,9 @@ def compile_ranks(
         done = run_child(command, environment, timeout, f"compile for {devices} devices")
         if done.returncode:
             raise UserError(_reason(folder, done))
-        return [_report(folder, devices, rank) for rank in ranks]
+        found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]
+        blobs = [(folder / f"rank{rank}.mindir").read_bytes() for rank in ranks]
+        return [Report(devices, *parts, **more) for *parts, more in zip(ranks, blobs, found)]
 
 
 def with_source(source: str, path: str | None) -> str:
@@ -192,11 +192,6 @@ def _reason(folder: Path, done: subprocess.CompletedProcess) -> str:
     return f"the compile ended with code {done.returncode}: {lines[-1] if lines else 'it printed nothing'}"
 
 
-def _report(folder: Path, devices: int, rank: int) -> Report:
-    found = json.loads((folder / f"rank{rank}.json").read_text())
-    return Report(devices, rank, (folder / f"rank{rank}.mindir").read_bytes(), **found)
-
-
 def render(report: Report, config: Config, brief: bool = False) -> str:
     """Renders the report as text: collectives, parameters, memory of the rank, cost of the compile.
 
@@ -211,7 +206,11 @@ def render(report: Report, config: Config, brief: bool = False) -> str:
         "",
     ]
     if not brief:
-        text += [*table(["parameter", "whole", "this rank's"], parameter_rows(report)), ""]
+        rows = []
+        for name, shape in sorted(report.parameters.items()):
+            if not name.startswith(OPTIMIZER_STATE):
+                rows.append([name, str(list(full_shape(report.layouts.get(name), shape))), str(list(shape))])
+        text += [*table(["parameter", "full", "this rank's"], rows), ""]
     held = report.held_bytes
     sent = sum(one.bytes for one in report.collectives)
     text += [
@@ -224,7 +223,7 @@ def render(report: Report, config: Config, brief: bool = False) -> str:
 
 
 def collective_rows(report: Report, brief: bool = False) -> list[list[str]]:
-    """Collectives that are alike in one row, in order of first appearance; `brief`: whatever layer they are of."""
+    """Returns equal collectives as one row, in order of first appearance; `brief`: whatever layer they are of."""
     alike = Counter()
     for one in report.collectives:
         layer = re.sub(r"^layers\.\d+", "layers.*", one.layer) if brief else one.layer
@@ -232,27 +231,17 @@ def collective_rows(report: Report, brief: bool = False) -> list[list[str]]:
     return [[*map(str, key[:5]), str(number), f"{key[5]:,}"] for key, number in alike.items()]
 
 
-def parameter_rows(report: Report) -> list[list[str]]:
-    """Weights with whole and local shape."""
-    rows = []
-    for name, shape in sorted(report.parameters.items()):
-        if not name.startswith(OPTIMIZER_STATE):
-            whole = whole_shape(report.layouts.get(name), shape)
-            rows.append([name, str(list(whole)), str(list(shape))])
-    return rows
-
-
-def whole_shape(layout: list | None, local: tuple[int, ...]) -> tuple[int, ...]:
+def full_shape(layout: list | None, local: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the full shape of a sharded parameter: (device matrix, tensor map, local shape) as the compiler says."""
     if layout is None:
         return tuple(local)
-    matrix, axes, sliced = layout
-    whole = []
-    for axis, length in zip(axes, sliced):
+    matrix, axes, shard = layout
+    full = []
+    for axis, length in zip(axes, shard):
         for part in axis if isinstance(axis, list | tuple) else [axis]:
             length *= 1 if part < 0 else matrix[len(matrix) - 1 - part]
-        whole.append(length)
-    return tuple(whole)
+        full.append(length)
+    return tuple(full)
 
 
 def ranks_text(group: tuple[int, ...], devices: int) -> str:
@@ -268,16 +257,11 @@ def ranks_text(group: tuple[int, ...], devices: int) -> str:
 
 def to_json(report: Report) -> dict:
     """Returns the fields of a report except the graph."""
-    return {
-        "devices": report.devices,
-        "rank": report.rank,
+    names = ("devices", "rank", "held_bytes", "build_seconds", "seconds", "megabytes")
+    return {name: getattr(report, name) for name in names} | {
         "collectives": [asdict(one) for one in report.collectives],
         "parameters": {name: list(shape) for name, shape in report.parameters.items()},
-        "held_bytes": report.held_bytes,
         "operators": dict(report.operators),
-        "build_seconds": report.build_seconds,
-        "seconds": report.seconds,
-        "megabytes": report.megabytes,
     }
 
 

@@ -63,14 +63,14 @@ def _fork(folder: Path, job: dict, rank: int) -> int:
 def training_step(config, vocab: int) -> tuple:
     """Returns what is compiled if the job names nothing else: (the training step, its inputs on one device)."""
     from switchyard.distributed.mesh import CompiledMesh
-    from switchyard.training.limits import check_offered
+    from switchyard.training.limits import refusals, refuse
     from switchyard.training.step import create_step, sample_inputs
 
-    check_offered(config)
+    refuse(refusals(config))
     mesh = CompiledMesh(config)
     step = create_step(config, vocab, mesh)
     mesh.speed_up(step.program, Path())
-    return step.program, sample_inputs(config, step.model, step.graph)
+    return step.program, sample_inputs(config, step.model)
 
 
 def compile_rank(folder: Path, job: dict, rank: int) -> None:

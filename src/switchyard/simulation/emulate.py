@@ -36,6 +36,7 @@ from switchyard.simulation.interpreter import EXCHANGES, Arrays, ClusterError, N
 from switchyard.simulation.verdict import TOLERANCE, Comparison, Judge
 from switchyard.text_table import table
 from switchyard.training.limits import require_trainable
+from switchyard.training.micro_batches import call_inputs, forces_choices
 from switchyard.trust import check_trusted
 
 DRAWS = 3  # of batches, where choices of experts fell otherwise
@@ -59,8 +60,8 @@ def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, 
         noise = rng.random((steps, count, noise_slices, config.rows, config.model.hidden_size), np.float32)
     rates = np.full(steps, config.schedule.learning_rate, np.float32)
     drawn = {"tokens": tokens[..., :-1], "labels": tokens[..., 1:], "valid": valid, "noise": noise, "rates": rates}
-    moe = config.moe
-    if config.moe_layers and (moe.replay is not None or moe.router_warmup_steps > 0):
+    if forces_choices(config):
+        moe = config.moe
         order = rng.random((steps, count, len(config.moe_layers), config.rows, moe.expert_num)).argsort(-1)
         drawn["replay"] = np.where(np.arange(config.rows)[:, None] % 2, order[..., : moe.choices], -1).astype(np.int32)
     return drawn
@@ -100,8 +101,8 @@ def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: Paral
 
 
 def batch_of(batches: Arrays, step: int, degrees: ParallelDims, rank: int, noisy: bool) -> list[np.ndarray]:
-    """What a rank reads at a step: tokens, labels, valid [A, B, S], noise [A, max(J, 1), N, D], and where choices are
-    forced replay [A, M, N, K]."""
+    """Returns what a rank reads at a step: tokens, labels, valid [A, B, S], noise [A, max(J, 1), N, D], and where
+    choices are forced replay [A, M, N, K]."""
     index, own = degrees.data_slice(rank), []
     for name in ("tokens", "labels", "valid"):
         own.append(np.split(batches[name][step], degrees.data_parallel, 1)[index])
@@ -110,16 +111,6 @@ def batch_of(batches: Arrays, step: int, degrees: ParallelDims, rank: int, noisy
     if "replay" in batches:
         own.append(np.split(batches["replay"][step], degrees.data_parallel, 2)[index])
     return own
-
-
-def inputs_of(config: Config, arrays: list[np.ndarray], weights: np.ndarray) -> list[np.ndarray]:
-    """What a rank reads in one call: `arrays` [A, ..] of `batch_of` and weights [A] of the losses."""
-    weights = np.asarray(weights, np.float32)
-    if config.parallel.pipeline_stage == 1:
-        parts = [np.ascontiguousarray(part[0]) for part in arrays]
-        return [*parts[:4], weights.reshape(1, 1), *parts[4:]]
-    turned = (*arrays[:3], arrays[3].transpose(0, 2, 1, 3))  # noise [A, N, J, D]
-    return [np.ascontiguousarray(part).reshape(-1, *part.shape[2:]) for part in turned] + [np.diag(weights)]
 
 
 def shares_of(valid: np.ndarray) -> np.ndarray:
@@ -150,9 +141,12 @@ def compare(
     """
     degrees, graphs = ParallelDims.of(config.parallel), [report.graph for report in reports]
     scale = config.train.init_loss_scale if config.model.compute_dtype == "float16" else 1.0
-    states, losses, norms, met, strayed = states_of(reference, len(batches["rates"])), [], [], Counter(), 0
+    losses, norms, met, strayed = [], [], Counter(), 0
+    marks = [BEFORE, *(STEP.format(step) for step in range(1, len(batches["rates"]))), AFTER]
+    states = [{name.removeprefix(mark): a for name, a in reference.items() if name.startswith(mark)} for mark in marks]
     judge = Judge(config.optimizer, lambda name, whole, shape, rank: held_by(name, whole, shape, degrees, rank))
-    weights = [empty_sums(report) for report in reports]
+    shapes = [report.parameters.items() for report in reports]
+    weights = [{name: np.zeros(shape, np.float32) for name, shape in own if name.startswith(SUMS)} for own in shapes]
     for step, rate in enumerate(batches["rates"]):
         for report, own in zip(reports, weights):
             own |= _held_at_first(report, states[step], degrees, float(rate), scale)
@@ -161,8 +155,8 @@ def compare(
         shares = shares_of(batches["valid"][step])
         outputs, met = run_step(config, batches, step, graphs, weights, exchanges, scale)
         figures = figures_of(config, outputs)
-        losses.append((float(reference["losses"][step]), loss_of(figures, shares)))
-        norms.append(norms_of(float(reference["norms"][step]), outputs))
+        losses.append((float(reference["losses"][step]), float(shares @ figures[:, 1])))
+        norms.append(farthest(float(reference["norms"][step]), [_flat(out)[-1] for out in outputs[-1]]))
         strayed += strayed_of(config, reference["loads"][step], figures)
         for report, own in zip(reports, weights):
             move_bias(config, own, figures, report.rank)
@@ -180,18 +174,14 @@ def run_step(config, batches, step: int, graphs, weights, exchanges, scale: floa
     outputs, each = [], len(factors) // calls
     for call in range(calls):
         part = slice(call * each, (call + 1) * each)
+        controls = {"begins": np.float32(call == 0), "ends": np.float32(call == calls - 1)}
         for own in weights:
-            _control(own, begins=float(call == 0), ends=float(call == calls - 1))
-        inputs = [inputs_of(config, [array[part] for array in own], factors[part]) for own in arrays]
+            own |= {name: value for name, value in controls.items() if name in own}
+        inputs = [call_inputs(config, [array[part] for array in own], factors[part]) for own in arrays]
         made, found = run_cluster(graphs, inputs, weights, exchanges)
         outputs.append(made)
         met += found
     return outputs, met
-
-
-def _control(own: Arrays, **values: float) -> None:
-    """Sets those of the named controls that a rank's graph reads."""
-    own |= {name: np.float32(value) for name, value in values.items() if name in own}
 
 
 def move_bias(config: Config, own: Arrays, figures: np.ndarray, rank: int) -> None:
@@ -208,44 +198,26 @@ def move_bias(config: Config, own: Arrays, figures: np.ndarray, rank: int) -> No
                 own[name] = own[name] + held_by(name, moved, own[name].shape, ParallelDims.of(config.parallel), rank)
 
 
-def states_of(reference: Arrays, steps: int) -> list[Arrays]:
-    """Parameters and moments of one device before the first step and after each."""
-    marks = [BEFORE, *(STEP.format(step) for step in range(1, steps)), AFTER]
-    return [{name.removeprefix(mark): a for name, a in reference.items() if name.startswith(mark)} for mark in marks]
-
-
 def _is_state(name: str) -> bool:
-    """Whether one device has it too: not what the host sets, nor sums of gradients."""
+    """Returns whether one device has it too: not what the host sets, nor sums of gradients."""
     return name not in CONTROLS and not name.startswith(SUMS)
-
-
-def empty_sums(report: Report) -> Arrays:
-    """Sums of gradients of a pipeline's micro-batches before the first step; each step leaves them as it must."""
-    shapes = report.parameters.items()
-    return {name: np.zeros(shape, np.float32) for name, shape in shapes if name.startswith(SUMS)}
 
 
 def _held_at_first(report: Report, before: Arrays, degrees: ParallelDims, rate: float, scale: float) -> Arrays:
     """Returns the parameters of a rank before a step: its shards of `before`, and what the host sets."""
-    names = report.parameters
-    held = {
-        name: held_by(name, _whole(before, name), shape, degrees, report.rank)
-        for name, shape in names.items()
-        if _is_state(name)
-    }
+    names, held = report.parameters, {}
+    for name, shape in names.items():
+        if _is_state(name):
+            if name not in before:
+                raise ClusterError(f"{name}: one device has no such parameter")
+            held[name] = held_by(name, np.asarray(before[name]), shape, degrees, report.rank)
     by_host = dict.fromkeys(CONTROLS, np.float32(1)) | {"learning_rate": np.float32(rate)}
     by_host["unscale"] = np.float32(1 / scale)
     return held | {name: value for name, value in by_host.items() if name in names}
 
 
-def _whole(arrays: Arrays, name: str) -> np.ndarray:
-    if name not in arrays:
-        raise ClusterError(f"{name}: one device has no such parameter")
-    return np.asarray(arrays[name])
-
-
 def figures_of(config: Config, outputs: Sequence[Sequence[tuple]]) -> np.ndarray:
-    """The figures of each micro-batch in the outputs of all calls, equal on all ranks that have them: [A, W]."""
+    """Returns the figures of each micro-batch in all calls, equal on all ranks that have them: [A, W]."""
     width = HEAD + len(config.moe_layers) * metrics.width(config.moe.expert_num)
     rows = []
     for ranks in outputs:
@@ -257,19 +229,13 @@ def figures_of(config: Config, outputs: Sequence[Sequence[tuple]]) -> np.ndarray
     return np.concatenate(rows)
 
 
-def loss_of(figures: np.ndarray, shares: Sequence[float] = (1.0,)) -> float:
-    """The cross-entropy of a step: figures [A, W], shares [A] of its micro-batches."""
-    return float(np.asarray(shares) @ figures[:, 1])
-
-
-def norms_of(one: float, outputs: Sequence[Sequence[tuple]]) -> tuple[float, float]:
-    """(one device's norm of the gradients, that of the rank which is farthest from it), of the last call."""
-    norms = [_flat(out)[-1] for out in outputs[-1]]
+def farthest(one: float, norms: list[float]) -> tuple[float, float]:
+    """Returns (one device's norm of the gradients, the rank's norm that is farthest from it)."""
     return one, max(norms, key=lambda norm: np.inf if np.isnan(norm) else abs(norm - one))
 
 
 def strayed_of(config: Config, loads: np.ndarray, figures: np.ndarray) -> int:
-    """Choices of experts that fell otherwise than on one device, whose loads are [M, E]; figures [A, W]."""
+    """Counts the choices of experts that fell otherwise than on one device, whose loads are [M, E]; figures [A, W]."""
     if not loads.size:
         return 0
     found = metrics.loads(figures[:, HEAD:].sum(0), loads.shape[1])
@@ -300,7 +266,7 @@ def prove(config: Config, devices: int, steps: int = 3, vocab: int | None = None
 
 
 def noise_slices(config: Config, report: Report) -> int:
-    """Slices J of noise that the step reads, as [J, N, D], of a pipeline as [A * N, J, D]; 0: none."""
+    """Returns the slices J of noise that the step reads, as [J, N, D], of a pipeline as [A * N, J, D]; 0: none."""
     shape = report.graph.input_shapes[3]
     axis = 0 if config.parallel.pipeline_stage == 1 else 1
     return shape[axis] if shape[-1] > 1 else 0
@@ -312,8 +278,9 @@ def render(found: Comparison) -> str:
     farthest = sorted(found.differences.items(), key=lambda item: -item[1][0])
     rows = []
     for name, (far, moved) in farthest:
+        remark = f"explained ({found.explained[name]})" if name in found.explained else ""
         gradient = f"{found.gradients[name]:.2e}" if name in found.gradients else ""
-        rows.append([name, f"{far:.2e}", f"{moved:.2e}", gradient, _remark(found, name)])
+        rows.append([name, f"{far:.2e}", f"{moved:.2e}", gradient, remark])
     heads = ["parameter", "largest difference", "moved by", "of its gradient", ""]
     count, strayed = sum(found.explained.values()), f"; {found.strayed} expert choices differ"
     explained = f"; {count} entries differ, as gradients near zero explain" if count else ""
@@ -329,10 +296,6 @@ def render(found: Comparison) -> str:
             f"{'equal' if found.equal else 'DIFFERENT'}",
         ]
     )
-
-
-def _remark(found: Comparison, name: str) -> str:
-    return f"explained ({found.explained[name]})" if name in found.explained else ""
 
 
 def main(arguments: list[str]) -> int:

@@ -117,7 +117,10 @@ class Judge:
     def judge(self, ranks: list[Arrays], before: Arrays, after: Arrays, rate: float) -> None:
         """Judges one step: the parameters of the ranks after it, and the full state of one device before and after
         it."""
-        sizes = self._sizes(before, after)
+        sizes, beta1 = {}, self.optimizer.beta1  # of gradients: the largest entry, or that of the moment it updates
+        for moment in (name for name in after if name.startswith(FIRST)):
+            gradient = (after[moment] - beta1 * before[moment]) / (1 - beta1)
+            sizes[moment.removeprefix(FIRST)] = float(max(np.abs(gradient).max(), np.abs(after[moment]).max()))
         floor = NOISE * max(sizes.values(), default=0.0)
         for rank, own in enumerate(ranks):
             for name in sorted(own):
@@ -127,43 +130,31 @@ class Judge:
                 if name in own:
                     self._judge_parameter(name, own, (before, after), rank, max(size, floor), rate)
 
-    def _sizes(self, before: Arrays, after: Arrays) -> dict[str, float]:
-        """Returns parameter -> largest entry of its gradient on one device, or of the moment that it updates."""
-        found, rest = {}, 1 - self.optimizer.beta1
-        for moment in (name for name in after if name.startswith(FIRST)):
-            gradient = (after[moment] - self.optimizer.beta1 * before[moment]) / rest
-            found[moment.removeprefix(FIRST)] = float(max(np.abs(gradient).max(), np.abs(after[moment]).max()))
-        return found
-
     def _judge_parameter(self, name: str, own: Arrays, states: tuple, rank: int, size: float, rate: float) -> None:
         """Judges the gradient by the moments, and the parameter by AdamW of these moments."""
         optimizer, (before, after) = self.optimizer, states
-        held = [self._held(kind + name, own, after, rank) for kind in (FIRST, SECOND)]
-        if None in (held[0], held[1]):
+        mean, square = FIRST + name, SECOND + name
+        if mean not in own or square not in own:
             return
-        first = _beyond_rounding(*held[0]) / (1 - optimizer.beta1)  # of g
-        second = _beyond_rounding(*held[1]) / (1 - optimizer.beta2)  # of g^2
+        first, second = (
+            _beyond_rounding(own[moment], self.cut(moment, after[moment], own[moment].shape, rank)) / (1 - beta)
+            for moment, beta in ((mean, optimizer.beta1), (square, optimizer.beta2))  # of g and of g^2
+        )
         self._note(self.gradients, name, worst((_relative(first, size), _relative(second, 2 * size**2))))
         start = self.cut(name, before[name], own[name].shape, rank)
         end = self.cut(name, after[name], own[name].shape, rank)
-        made = self._moved(name, start, own, after, rate)
+        decay = optimizer.weight_decay if start.ndim >= 2 else 0.0
+        first_moment = own[mean].astype(np.float64) / float(after["correction1"])
+        root = np.sqrt(own[square].astype(np.float64) / float(after["correction2"]))
+        made = start * (1 - rate * decay) - rate * first_moment / (
+            root + optimizer.eps
+        )  # AdamW as nn.adamw, in float64
         far = np.abs(own[name] - made)
         if not (far <= 1e-3 * rate + 1e-6 * np.abs(start) + 1e-9).all():
             self._note(self.wrong, name, float(far.max()))
         odd = int((~(np.abs(own[name] - end) <= TOLERANCE)).sum())
         if odd:
             self.explained[name] = max(self.explained[name], odd)
-
-    def _held(self, name, own, after, rank):
-        """Returns (the tensor of a rank, the expected tensor), or None where the rank holds none."""
-        return (own[name], self.cut(name, after[name], own[name].shape, rank)) if name in own else None
-
-    def _moved(self, name: str, start: np.ndarray, own: Arrays, after: Arrays, rate: float) -> np.ndarray:
-        """Computes AdamW of the rank's own moments (nn.adamw), in float64."""
-        decay = self.optimizer.weight_decay if start.ndim >= 2 else 0.0
-        mean = own[FIRST + name].astype(np.float64) / float(after["correction1"])
-        root = np.sqrt(own[SECOND + name].astype(np.float64) / float(after["correction2"]))
-        return start * (1 - rate * decay) - rate * mean / (root + self.optimizer.eps)
 
     @staticmethod
     def _note(where: dict, name: str, value: float) -> None:

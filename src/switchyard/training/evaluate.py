@@ -28,30 +28,12 @@ from switchyard.trust import check_trusted, names_router
 
 # what an override may not change: these decide names and shapes of the weights
 SHAPE_KEYS = (
-    "model.type",
-    "model.num_layers",
-    "model.hidden_size",
-    "model.num_heads",
-    "model.n_kv_heads",
-    "model.intermediate_size",
-    "model.norm",
-    "model.position",
-    "model.activation",
-    "model.tie_word_embeddings",
-    "moe.expert_num",
-    "moe.layers",
-    "moe.moe_intermediate_size",
-    "moe.shared_expert_num",
-    "moe.granularity",
-    "vision.image_size",
-    "vision.channels",
-    "vision.classes",
-    "vision.tasks",
-    "vision.pool",
-    "vision.regions",
-    "vision.channel_groups",
-    "cascade.stages",
-)
+    "model.type", "model.num_layers", "model.hidden_size", "model.num_heads", "model.n_kv_heads",
+    "model.intermediate_size", "model.norm", "model.position", "model.activation", "model.tie_word_embeddings",
+    "moe.expert_num", "moe.layers", "moe.moe_intermediate_size", "moe.shared_expert_num", "moe.granularity",
+    "vision.image_size", "vision.channels", "vision.classes", "vision.tasks", "vision.pool", "vision.regions",
+    "vision.channel_groups", "cascade.stages",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,14 +65,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what `eval.py --json` prints: loss, loss_ci95, perplexity, bits_per_byte, tokens, layers."""
-        return {
-            "loss": self.loss,
-            "loss_ci95": list(self.loss_ci95),
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-            "layers": self.layers,
-        }
+        figures = {name: getattr(self, name) for name in ("perplexity", "bits_per_byte", "tokens", "layers")}
+        return {"loss": self.loss, "loss_ci95": list(self.loss_ci95), **figures}
 
     @property
     def headline(self) -> str:
@@ -99,11 +75,9 @@ class Evaluation:
 
     def to_text(self) -> str:
         """Returns the figures for people: a line, and one for each conditional layer."""
-        lines = [
-            f"loss {self.loss:.4f} ({self.loss_ci95[0]:.4f}..{self.loss_ci95[1]:.4f} at 95 %)  "
-            f"{self.headline}  {self.tokens:,} {self.unit}"
-        ]
-        return "\n".join([*lines, *map(layer_line, self.layers)])
+        low, high = self.loss_ci95
+        line = f"loss {self.loss:.4f} ({low:.4f}..{high:.4f} at 95 %)  {self.headline}  {self.tokens:,} {self.unit}"
+        return "\n".join([line, *map(layer_line, self.layers)])
 
 
 @dataclass(frozen=True)
@@ -242,18 +216,11 @@ class CascadeEvaluator:
         return ImageEvaluation(loss, interval, loss / math.log(2), len(losses), [], accuracy, cascade)
 
 
-def create_evaluator(
-    model: nn.Cell,
-    config: Config,
-    tokens_per_byte: float,
-    recorder: Recorder | None = None,
-    replayer: Replayer | None = None,
-    mesh: LocalMesh = LOCAL,
-) -> Evaluator | CascadeEvaluator:
-    """Returns the evaluator of a model, see Evaluator and CascadeEvaluator."""
+def create_evaluator(model: nn.Cell, config: Config, tokens_per_byte: float, **more) -> Evaluator | CascadeEvaluator:
+    """Returns the evaluator of a model; arguments as of Evaluator."""
     if config.model.type == "cascade":
         return CascadeEvaluator(model)
-    return Evaluator(model, config, tokens_per_byte, recorder, replayer, mesh)
+    return Evaluator(model, config, tokens_per_byte, **more)
 
 
 def mean_with_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -316,7 +283,7 @@ def evaluate(
     recorder = Recorder(moe.record, config, "evaluation") if moe.record else None
     replayer = Replayer(moe.replay, config, "evaluation") if moe.replay else None
     tokens_per_byte = data.validation_tokens / data.validation_bytes
-    evaluator = create_evaluator(model, config, tokens_per_byte, recorder, replayer)
+    evaluator = create_evaluator(model, config, tokens_per_byte, recorder=recorder, replayer=replayer)
     found = evaluator(batches, lambda done: on_batch(done, len(batches)))
     if recorder:
         recorder.save()
@@ -329,10 +296,8 @@ def overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config
     tree = on_one_device(config).model_dump()
     tree["moe"] |= {"record": None, "replay": None}  # those of the training run
     changed = configuration.build(tree, overrides, inherited=True)
-    keys = SHAPE_KEYS
-    if config.model.position == "learned":
-        keys = (*keys, "model.seq_length")
-    for key in keys:
+    learned = config.model.position == "learned"
+    for key in (*SHAPE_KEYS, "model.seq_length") if learned else SHAPE_KEYS:
         section, name = key.split(".")
         old, new = getattr(getattr(config, section), name), getattr(getattr(changed, section), name)
         if old != new:

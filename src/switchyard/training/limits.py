@@ -16,13 +16,9 @@ from switchyard.moe.dispatch.capacity import check_dropless, check_sort_keys
 
 WHOLE_ROUTERS = ("merged", "soft", "tree")  # that override `construct`; see moe.routing.base.why_not_sharded
 NEED_A_COMPILER = (
-    "model_parallel",
-    "pipeline_stage",
-    "micro_batch_num",
-    "optimizer_shard",
-    "sequence_parallel",
+    "model_parallel", "pipeline_stage", "micro_batch_num", "optimizer_shard", "sequence_parallel",
     "recompute",
-)
+)  # fmt: skip
 LAUNCH = "bash scripts/run_distribute_train_ascend.sh --devices {count} starts them, with DEVICE=cpu on this machine"
 
 
@@ -52,9 +48,8 @@ def refusals(config: Config, target: str = "Ascend") -> Iterator[Refusal]:
         yield Refusal("model.type", config.model.type, "only a decoder is sharded over devices", True)
     if target == "GPU" and config.moe_layers and moe.dispatch != "capacity":
         yield Refusal("moe.dispatch", moe.dispatch, "the compiler shards it for Ascend", True)
-    if (
-        config.moe_layers and moe.record and config.devices > config.parallel.pipeline_stage == 1
-    ):  # see mesh.LossAndGradients
+    if config.moe_layers and moe.record and config.devices > config.parallel.pipeline_stage == 1:
+        # see mesh.LossAndGradients
         yield Refusal("moe.record", moe.record, "a compiled program hands out no choices: set it to null", True)
     if config.moe_layers and config.granularity == "slice" and moe.shared_expert_num:
         why = "shared experts of windows are not sharded: set it to 0"
@@ -87,11 +82,8 @@ def _of_pipelines(config: Config, target: str) -> Iterator[Refusal]:
 def why_not_sharded(router: str) -> str | None:
     """Says why a compiled cluster cannot run a router, by its YAML name (UserError: there is no such); None: it can."""
     if "." not in router:
-        return (
-            "overrides `construct`, which a compiled cluster does not call: take another router"
-            if router in WHOLE_ROUTERS
-            else None
-        )
+        why = "overrides `construct`, which a compiled cluster does not call: take another router"
+        return why if router in WHOLE_ROUTERS else None
     from switchyard.moe.routing.base import find_router
     from switchyard.moe.routing.base import why_not_sharded as why_class_is_not
 
@@ -193,11 +185,6 @@ def require_trainable(config: Config, target: str = "Ascend") -> None:
         refuse(refusals(config, target))
         refuse(of_evaluation(config))
     refuse(of_sizes(config, target))
-
-
-def check_offered(config: Config, target: str = "Ascend") -> None:
-    """Refuses what the compiler does not shard for a device (UserError, one line)."""
-    refuse(refusals(config, target))
 
 
 def refuse(found: Iterator[Refusal] | list[Refusal] | tuple) -> None:

@@ -32,19 +32,19 @@ from switchyard.json_text import to_json
 from switchyard.moe.routing.base import with_options
 from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
+from switchyard.training.audit import MOST_SHOWN, layer_line
 from switchyard.training.evaluate import Evaluation, create_evaluator, evenly_spaced
 from switchyard.training.finite import check_evaluation, check_step
 from switchyard.training.limits import check_mesh, with_defaults
 from switchyard.training.lock import locked
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
-from switchyard.training.optimizer import forces_choices
+from switchyard.training.micro_batches import forces_choices
 from switchyard.training.randomness import NOISE_RULE, draw_noise, random_state
 from switchyard.training.resume import (
     RESULT,
     agreed,
     changed_keys,
     check_corpus,
-    consent_used,
     find_start,
     finished,
     resumed,
@@ -118,7 +118,8 @@ def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existe
     other_data = compared[0]
     if held:
         start_reading(held, data, changed=other_data is not None)
-    config = consent_used(config)
+    consent = {"accept_changed": False}  # which is meant for one resumption only
+    config = config.model_copy(update={"data": config.data.model_copy(update=consent)})
     mesh = create_mesh(config, processes, compiled)
     step = start_step(config, run, data, held, mesh)
     with StopSignals() as stop:
@@ -255,7 +256,9 @@ class Trainer:
         pace = f"{self.tokens_per_step:,} {config.unit} a step, {config.train.steps:,} steps"
         say(f"model: {self.parameters:,} parameters; {pace}")
         if config.context.mode == "graph" and self.done < config.train.steps:
-            say(f"compiling the training step: takes about {expected_compile_seconds(config):.0f} s on two CPU cores")
+            conditional = len(config.moe_layers)  # the model's width is of no consequence
+            seconds = 1.0 + 0.7 * (config.model.num_layers - conditional) + 2.0 * conditional
+            say(f"compiling the training step: takes about {seconds:.0f} s on two CPU cores")
 
     def _advance(self) -> None:
         """Makes one optimizer step, and writes its line where one is due."""
@@ -362,7 +365,8 @@ class Trainer:
             f"step {self.done}/{self.config.train.steps}  validation loss {found.loss:.4f} "
             f"({found.loss_ci95[0]:.4f}..{found.loss_ci95[1]:.4f})  {found.headline}{part}"
         )
-        self.progress.say_layers(found.layers)
+        for layer in found.layers:
+            self.progress.say(layer_line(layer, MOST_SHOWN))
         self.metrics.write({"kind": "evaluation", "step": self.done, "whole": not part, **found.to_dict()})
         self.metrics.flush()
         return found
@@ -390,9 +394,8 @@ class Trainer:
         weights, optimizer = self._arrays()
         self._compare_replicas(weights | optimizer)  # what is saved has been seen to be right
         self.metrics.flush()
-        texts, shapes = self.data.tokenizer.to_json(), self.step.shapes
-        parts = (texts, weights, optimizer, state, shapes, self.healthy)
-        checkpoint.save_together(self.processes, self.run, config, *parts)
+        parts = (self.data.tokenizer.to_json(), weights, optimizer, state, self.healthy, self.step.shapes)
+        checkpoint.save(self.run, config, *parts, processes=self.processes)
         self.saved = self.done
 
     def _arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -462,9 +465,3 @@ class Trainer:
             "checkpoint": checkpoint.name_of(self.done),
             "best_checkpoint": best[0].name if best else None,
         }
-
-
-def expected_compile_seconds(config: Config) -> float:
-    """Estimates how long the training step compiles on two CPU cores; the model's width is of no consequence."""
-    conditional = len(config.moe_layers)
-    return 1.0 + 0.7 * (config.model.num_layers - conditional) + 2.0 * conditional

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from switchyard.errors import UserError
 from switchyard.file_errors import append, writing
 from switchyard.json_text import to_json
-from switchyard.training.audit import MOST_SHOWN, histograms, layer_audits, layer_line, scalars, step_arrays
+from switchyard.training.audit import histograms, layer_audits, scalars, step_arrays
 from switchyard.training.events import EventFile
 
 METRICS = "metrics.jsonl"
@@ -81,17 +81,12 @@ class MetricsLog:
             self._begin(other for other in _lines(self._path) if other != before)
         with writing(self._path):
             append(self._file, line)
-        for name, value in figures.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._events.add_scalar(f"{figures['kind']}/{name}", value, figures["step"])
-        self._write_audits(figures)
-
-    def _write_audits(self, figures: dict[str, Any]) -> None:
-        """Writes the audit of every conditional layer as TensorBoard events."""
-        kind, step, audits = figures["kind"], figures["step"], layer_audits(figures, self._layers)
-        for tag, value in scalars(kind, audits):
-            self._events.add_scalar(tag, value, step)
-        for tag, values in histograms(kind, audits):
+        kind, step, layers = figures["kind"], figures["step"], layer_audits(figures, self._layers)
+        numbers = {f"{kind}/{name}": value for name, value in figures.items() if isinstance(value, (int, float))}
+        for tag, value in (*numbers.items(), *scalars(kind, layers)):
+            if tag != f"{kind}/step":
+                self._events.add_scalar(tag, value, step)
+        for tag, values in histograms(kind, layers):
             self._events.add_histogram(tag, values, step)
 
     def evaluated(self, step: int, whole: bool) -> float | None:
@@ -116,7 +111,7 @@ class MetricsLog:
 
 @dataclass
 class Clock:
-    """Seconds of training steps alone: compiling, evaluations and checkpoints are not counted.
+    """Counts the seconds of training steps alone: compiling, evaluations and checkpoints are not counted.
 
     Attributes:
         seconds: in all.
@@ -166,11 +161,6 @@ class Progress:
             self._bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
-
-    def say_layers(self, audits: list[dict[str, Any]]) -> None:
-        """Prints one line for each conditional layer, see `audit.layer_line`."""
-        for audit in audits:
-            self.say(layer_line(audit, MOST_SHOWN))
 
     def close(self) -> None:
         """Ends the bar."""

@@ -16,7 +16,6 @@ E experts, J noise slices, G routing groups; W = 2 + M * (6 + 2 E) figures of a 
 
 import os
 
-import numpy as np
 from mindspore import Tensor, lazy_inline, nn, ops
 
 from switchyard.config import Config
@@ -25,11 +24,11 @@ from switchyard.distributed.mesh import CompiledMesh
 from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.stages import stages_of_layers
 from switchyard.training.loss import TrainLoss
-from switchyard.training.optimizer import OptimizerStep, calls_of, input_shards
+from switchyard.training.micro_batches import calls_of, input_shards
+from switchyard.training.optimizer import OptimizerStep
 
-SLICES_STAY_SHARDED = (
-    "PIPELINE_SLICE_SKIP_REDISTRIBUTION"  # else the compiler gathers a batch before it takes a part of it
-)
+# else the compiler gathers a batch before it takes a part of it
+SLICES_STAY_SHARDED = "PIPELINE_SLICE_SKIP_REDISTRIBUTION"
 
 
 class FirstCell(nn.Cell):
@@ -213,14 +212,6 @@ class PipelineStepGraph(nn.Cell):
         for total in self.accumulated:
             cleared = (*cleared, self.clear(total, ops.zeros_like(total)))
         return ops.depend(figures, cleared), norm, ()
-
-    def inputs(self, arrays: list[np.ndarray], weights: np.ndarray) -> tuple[Tensor, ...]:
-        """Returns the inputs of one call: tokens, labels, valid [A, B, S], noise [A, max(J, 1), N, D] and weights [A]
-        of the losses; micro-batches stand one after the other."""
-        tokens, labels, valid, noise = arrays
-        noise = noise.transpose(0, 2, 1, 3)  # [A, N, J, D]
-        parts = [np.ascontiguousarray(part).reshape(-1, *part.shape[2:]) for part in (tokens, labels, valid, noise)]
-        return tuple(Tensor(part) for part in (*parts, np.diag(np.asarray(weights, np.float32))))
 
 
 class SquaresAndFigures(nn.Cell):

@@ -26,55 +26,22 @@ MOST_NAMES = 5  # of other runs, in a message
 
 # keys that a resumed run may change: they do not touch the sequence of losses (schedule.total_steps=null follows steps)
 FREE_ON_RESUME = (
-    "train.name",
-    "train.output_dir",
-    "train.steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.replica_check_every",
-    "moe.record",
-    "moe.eval_capacity_factor",
-    "moe.dropless_block_size",
-    "cascade.threshold",
-    "data.path",
-    "data.accept_changed",
-    "context.device_target",
-    "context.device_id",
-    "context.mode",
-    "context.launch_blocking",
-    "export.max_length",
-    "export.key_file",
-)
+    "train.name", "train.output_dir", "train.steps", "train.log_every", "train.eval_every",
+    "train.eval_batches", "train.checkpoint_every", "train.keep_checkpoints", "train.replica_check_every",
+    "moe.record", "moe.eval_capacity_factor", "moe.dropless_block_size", "cascade.threshold",
+    "data.path", "data.accept_changed", "context.device_target", "context.device_id", "context.mode",
+    "context.launch_blocking", "export.max_length", "export.key_file",
+)  # fmt: skip
 
 # keys that change the losses to come but not what weights and moments mean: allowed, and said
 ANNOUNCED_ON_RESUME = (
-    "model.dropout",
-    "moe.dispatch",
-    "moe.capacity_factor",
-    "moe.drop_order",
-    "moe.min_capacity",
-    "moe.reroute",
-    "moe.aux_loss_factor",
-    "moe.z_loss_factor",
-    "moe.losses",
-    "moe.router.consistency_loss_factor",
-    "moe.router.topk_bias_update_rate",
-    "moe.jitter",
-    "moe.router_warmup_steps",
-    "moe.router_freeze_step",
-    "data.batch_size",
-    "optimizer.weight_decay",
-    "optimizer.clip_grad",
-    "schedule.type",
-    "schedule.learning_rate",
-    "schedule.lr_end",
-    "schedule.warmup_steps",
-    "schedule.total_steps",
+    "model.dropout", "moe.dispatch", "moe.capacity_factor", "moe.drop_order", "moe.min_capacity", "moe.reroute",
+    "moe.aux_loss_factor", "moe.z_loss_factor", "moe.losses", "moe.router.consistency_loss_factor",
+    "moe.router.topk_bias_update_rate", "moe.jitter", "moe.router_warmup_steps", "moe.router_freeze_step",
+    "data.batch_size", "optimizer.weight_decay", "optimizer.clip_grad", "schedule.type",
+    "schedule.learning_rate", "schedule.lr_end", "schedule.warmup_steps", "schedule.total_steps",
     "train.gradient_accumulation_steps",
-)
+)  # fmt: skip
 
 
 def find_start(run: Path, config: Config, resume: bool, existed: bool = True) -> Checkpoint | None:
@@ -180,7 +147,11 @@ def resumed(old: Config, new: Config) -> Config:
                 flush=True,
             )
     if old.parallel != new.parallel and is_first():
-        before, now = (changed_degrees(config) for config in (old, new))
+        usual, layouts = type(new.parallel)(), []
+        for config in (old, new):
+            parts = [f"{key} {value}" for key, value in config.parallel if value != getattr(usual, key)]
+            layouts.append(", ".join(parts) or "one device")
+        before, now = layouts
         print(f"resume: the checkpoint is resharded from {before} to {now}", flush=True)
     if kept.moe_layers and kept.groups != old.groups and new.moe.groups is None and is_first():
         print(
@@ -189,13 +160,6 @@ def resumed(old: Config, new: Config) -> Config:
             flush=True,
         )
     return kept
-
-
-def changed_degrees(config: Config) -> str:
-    """Returns the keys of the section `parallel` that differ from one device."""
-    usual = type(config.parallel)()
-    parts = [f"{key} {value}" for key, value in config.parallel if value != getattr(usual, key)]
-    return ", ".join(parts) or "one device"
 
 
 def finished(run: Path, config: Config) -> dict[str, Any] | None:
@@ -278,11 +242,6 @@ def check_corpus(held: Checkpoint | None, marks: dict[str, Any], config: Config,
     if found and is_first():
         print(f"resume: data.accept_changed: continues with the new data, from a new epoch: {found}", flush=True)
     return found
-
-
-def consent_used(config: Config) -> Config:
-    """Returns the configuration without data.accept_changed, which is meant for one resumption only."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"accept_changed": False})})
 
 
 def start_reading(held: Checkpoint, data: Data, changed: bool) -> None:
