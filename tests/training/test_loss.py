@@ -45,14 +45,14 @@ def test_figures_of_micro_batches_count_by_their_tokens():
     second = [9.0, 3.0, 4.0 * 12, 0.0, 0.0, 0.25 * 12, 12, 12, 6, 6, 5.0, 7.0]
     found = name_figures(np.array([first, second]), config, np.array([0.25, 0.75]))
     assert (found["loss"], found["balance_loss"], found["z_loss"]) == (2.5, 3.5, 1.0)
-    audit = {name: value.tolist() for name, value in found["audit"].items()}
-    assert audit["load"] == [[9, 7]] and audit["importance"] == [[7.5, 8.5]]
-    assert audit["dropped"] == [0.25] and audit["entropy"] == [0.3125] and audit["z"] == [1.0]
+    routers = {name: value.tolist() for name, value in found["routers"].items()}
+    assert routers["load"] == [[9, 7]] and routers["importance"] == [[7.5, 8.5]]
+    assert routers["dropped"] == [0.25] and routers["entropy"] == [0.3125] and routers["z"] == [1.0]
     alone = name_figures(np.array([second]), config, np.ones(1))
-    assert (alone["loss"], alone["balance_loss"], alone["audit"]["dropped"]) == (second[CROSS_ENTROPY], 4.0, [0.0])
+    assert (alone["loss"], alone["balance_loss"], alone["routers"]["dropped"]) == (second[CROSS_ENTROPY], 4.0, [0.0])
     assert name_figures(np.array([[9.0, 2.0]]), run_config(), np.ones(1)) == {
         "loss": 2.0,
         "balance_loss": 0.0,
         "z_loss": 0.0,
-        "audit": {},
+        "routers": {},
     }

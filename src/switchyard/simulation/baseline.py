@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
             made = step(*parts, float(batches["rates"][index]), replay)
             figures["losses"].append(made["loss"])
             figures["norms"].append(made["gradient_norm"])
-            figures["loads"].append(made["audit"]["load"] if made["audit"] else np.zeros((0, 0)))  # [M, E]
+            figures["loads"].append(made["routers"]["load"] if made["routers"] else np.zeros((0, 0)))  # [M, E]
             mark = AFTER if index == count - 1 else STEP.format(index + 1)
             found |= {mark + name: parameter.asnumpy().copy() for name, parameter in held.items()}
     np.savez(folder / RESULT, **{name: np.array(values) for name, values in figures.items()}, **found)

@@ -21,8 +21,8 @@ from switchyard.models import create_model
 from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilities
 from switchyard.moe import metrics
 from switchyard.moe.routing.replay import Recorder, Replayer
-from switchyard.training.audit import layer_line, whole_numbers
 from switchyard.training.finite import check_evaluation
+from switchyard.training.router_metrics import layer_line, whole_numbers
 from switchyard.training.scores import eval_program
 from switchyard.trust import check_trusted, names_router
 
@@ -45,10 +45,10 @@ class Evaluation:
         loss_ci95: 95 % confidence interval of it: (low, high).
         bits_per_byte: loss in bits over the UTF-8 bytes that the tokens stand for.
         tokens: predictions that were scored.
-        layers: audits of the conditional layers, [] when dense: {layer (index from 0), load [E], importance [E],
+        layers: metrics of the conditional layers, [] when dense: {layer (index from 0), load [E], importance [E],
             dropped, entropy, max_violation, z}. load and importance are sums over the set, max_violation is that of
             the summed load, dropped a share of all choices, entropy and z are means over the real rows: the same
-            however the set is cut into batches and groups.
+            however the set is divided into batches and groups.
     """
 
     loss: float

@@ -32,7 +32,6 @@ from switchyard.json_text import to_json
 from switchyard.moe.routing.base import with_options
 from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
-from switchyard.training.audit import MOST_SHOWN, layer_line
 from switchyard.training.evaluate import Evaluation, create_evaluator, evenly_spaced
 from switchyard.training.finite import check_evaluation, check_step
 from switchyard.training.limits import check_mesh, with_defaults
@@ -50,6 +49,7 @@ from switchyard.training.resume import (
     resumed,
     start_reading,
 )
+from switchyard.training.router_metrics import MOST_SHOWN, layer_line
 from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals

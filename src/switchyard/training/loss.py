@@ -161,7 +161,7 @@ def z_loss_factor(config: Config) -> float:
 
 
 def name_figures(figures: np.ndarray, config: Config, shares: np.ndarray) -> dict:
-    """Returns the metrics of a step: {loss, balance_loss, z_loss, audit: {...} of moe.metrics, {} when dense}.
+    """Returns the metrics of a step: {loss, balance_loss, z_loss, routers: {...} of moe.metrics, {} when dense}.
 
     Args:
         figures: of each micro-batch, [A, W].
@@ -176,7 +176,7 @@ def name_figures(figures: np.ndarray, config: Config, shares: np.ndarray) -> dic
         "loss": float(shares @ rows[:, CROSS_ENTROPY]),
         "balance_loss": float(balance),
         "z_loss": float(z) if z_loss_given(config) else 0.0,
-        "audit": {name: sum(w * part[name] for w, part in zip(weights[name], parts)) for name in parts[0]},
+        "routers": {name: sum(w * part[name] for w, part in zip(weights[name], parts)) for name in parts[0]},
     }
 
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from switchyard.errors import UserError
 from switchyard.file_errors import append, writing
 from switchyard.json_text import to_json
-from switchyard.training.audit import histograms, layer_audits, scalars, step_arrays
 from switchyard.training.events import EventFile
+from switchyard.training.router_metrics import histograms, layer_metrics, scalars, step_arrays
 
 METRICS = "metrics.jsonl"
 EVALUATION, RESUMED = "evaluation", "resumed"  # kinds of lines
@@ -34,7 +34,7 @@ class MetricsLog:
         run: the run folder.
         resume_step: lines and events after this step are dropped; 0 starts anew.
         writes: False leaves both to another process, and only knows what they hold.
-        layers: indices of the conditional layers, which the events of their audits are named by.
+        layers: indices of the conditional layers, which the events of their metrics are named by.
 
     Raises:
         UserError: from any of its methods, where a file cannot be written; metrics.jsonl keeps whole lines.
@@ -66,7 +66,7 @@ class MetricsLog:
             self.close()
 
     def write(self, figures: dict[str, Any]) -> None:
-        """Appends one object; its numbers become TensorBoard scalars named kind/key, see also `audit.scalars`.
+        """Appends one object; its numbers become TensorBoard scalars named kind/key, see also `router_metrics.scalars`.
 
         An evaluation that is there already, made again by a resumed run, takes the place of the first.
         """
@@ -81,7 +81,7 @@ class MetricsLog:
             self._begin(other for other in _lines(self._path) if other != before)
         with writing(self._path):
             append(self._file, line)
-        kind, step, layers = figures["kind"], figures["step"], layer_audits(figures, self._layers)
+        kind, step, layers = figures["kind"], figures["step"], layer_metrics(figures, self._layers)
         numbers = {f"{kind}/{name}": value for name, value in figures.items() if isinstance(value, (int, float))}
         for tag, value in (*numbers.items(), *scalars(kind, layers)):
             if tag != f"{kind}/step":
@@ -200,7 +200,7 @@ def train_figures(
     Returns:
         kind, step, loss, balance_loss, z_loss, gradient_norm, learning_rate, tokens_per_second; of a conditional model
         also load_min and load_max (over layers and experts, relative to the mean load of the layer), dropped (mean
-        over layers, a fraction) and the lists of `audit.step_arrays`; with float16 also loss_scale and skipped.
+        over layers, a fraction) and the lists of `step_arrays`; with float16 also loss_scale and skipped.
     """
     out = {"kind": "train", "step": step}
     for name in ("loss", "balance_loss", "z_loss", "gradient_norm"):
@@ -209,11 +209,10 @@ def train_figures(
     if "loss_scale" in figures:
         out["loss_scale"] = float(figures["loss_scale"])
         out["skipped"] = int(figures["skipped"])
-    if figures["audit"]:
-        audit = figures["audit"]
-        low, high = load_range(audit["load"])
-        out |= {"load_min": low, "load_max": high, "dropped": float(audit["dropped"].mean())}
-        out |= step_arrays(audit)
+    if routers := figures["routers"]:
+        low, high = load_range(routers["load"])
+        out |= {"load_min": low, "load_max": high, "dropped": float(routers["dropped"].mean())}
+        out |= step_arrays(routers)
     return out
 
 

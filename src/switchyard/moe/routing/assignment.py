@@ -73,7 +73,7 @@ class Base(LinearRouter):
     The assignment maximises the sum of the scores x w_e by an auction. Without padding and with E a divisor of
     N an expert gets exactly N / E rows, else at most ceil(N / E); so there is no balance loss to weigh, and a capacity
     factor of 1 drops nothing. At evaluation a row goes to its best expert. The gate is sigmoid(x w_e).
-    The probabilities, of which the audit's entropy is made, are the softmax of the scores.
+    The probabilities, of which the entropy of the metrics is made, are the softmax of the scores.
     """
 
     paper = "arXiv 2103.16716"
