@@ -12,7 +12,7 @@ from switchyard.errors import UserError
 Shape = tuple[int, ...]
 
 
-def held(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int) -> Box | None:
+def shard_of(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int) -> Box | None:
     """Returns the part of a tensor that a rank holds.
 
     Args:
@@ -39,8 +39,8 @@ def held(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int)
     return (slice(start, start + length), *box[1:])
 
 
-def writes(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int) -> bool:
-    """Returns whether a rank is the first of the ranks that hold its shard; arguments as in `held`."""
+def is_writer(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int) -> bool:
+    """Returns whether a rank is the first of the ranks that hold its shard; arguments as in `shard_of`."""
     if degrees.coordinates(rank).stage != _stages(name, layers, degrees)[0]:
         return False
     cut = placement(name, shape, degrees)

@@ -61,9 +61,9 @@ class Slices:
             count[tuple(cells)] += 1
         ends = all(edge[0] == 0 and edge[-1] == size for edge, size in zip(edges, shape))
         if not ends or not count.all():
-            held = int((self.stops - self.starts).prod(1).sum())
+            stored = int((self.stops - self.starts).prod(1).sum())
             raise UserError(
-                f"missing shard of '{name}': the files hold {held:,} of its {int(np.prod(shape)):,} elements {shape}"
+                f"missing shard of '{name}': the files hold {stored:,} of its {int(np.prod(shape)):,} elements {shape}"
             )
 
     def _text(self, index: int) -> str:
@@ -122,12 +122,12 @@ class Tensors:
         for index in found.meeting(box) if out.size else ():
             file, place = found.files[index], found.box(index)
             common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, place))
-            held = self._header(file).get(name)
-            if held is None or held.dtype != entry.dtype or held.shape != size_of(place):
+            stored = self._header(file).get(name)
+            if stored is None or stored.dtype != entry.dtype or stored.shape != size_of(place):
                 raise DamagedError(self._manifest.path, f"{file} does not contain the shard of '{name}'")
             target = out[within(common, box)] if box else out
             with readable(self._manifest.path, file):
-                read_part(self._manifest.path / file, held, within(common, place), target)
+                read_part(self._manifest.path / file, stored, within(common, place), target)
         return out
 
     def read_finite(self, name: str, box: Box | None = None) -> np.ndarray:

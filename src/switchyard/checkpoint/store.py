@@ -32,7 +32,7 @@ import numpy as np
 from switchyard import cli
 from switchyard.checkpoint.finite import REMEDY, first_not_finite
 from switchyard.checkpoint.health import Healthy
-from switchyard.checkpoint.layout import held
+from switchyard.checkpoint.layout import shard_of
 from switchyard.checkpoint.manifest import (
     CONFIG,
     FOLDER,
@@ -301,7 +301,7 @@ def read(
     for kind in KINDS if with_optimizer else KINDS[:1]:
         tensors = Tensors(manifest, kind)
         for name, entry in tensors.entries.items():
-            box = held(name, entry.shape, degrees, rank, config.model.num_layers)
+            box = shard_of(name, entry.shape, degrees, rank, config.model.num_layers)
             if box is not None:
                 arrays[kind][name] = tensors.read_finite(name, box)
     return Checkpoint(path, config, tokenizer_json, *arrays.values(), state)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from switchyard.checkpoint.layout import held, whole_shape, writes
+from switchyard.checkpoint.layout import is_writer, shard_of, whole_shape
 from switchyard.checkpoint.manifest import (
     CONFIG,
     KINDS,
@@ -62,12 +62,11 @@ def write_shards(
     """
     files, known, devices = {}, {}, degrees.devices
     for kind in KINDS:
-        boxes = {name: held(name, entry.shape, degrees, rank, layers) for name, entry in entries[kind].items()}
+        boxes = {name: shard_of(name, entry.shape, degrees, rank, layers) for name, entry in entries[kind].items()}
         boxes = {name: box for name, box in boxes.items() if box is not None}
         known[kind] = {name: [entries[kind][name].dtype, list(entries[kind][name].shape)] for name in boxes}
-        mine = {
-            name: box for name, box in boxes.items() if writes(name, entries[kind][name].shape, degrees, rank, layers)
-        }
+        shapes = {name: entry.shape for name, entry in entries[kind].items()}
+        mine = {name: box for name, box in boxes.items() if is_writer(name, shapes[name], degrees, rank, layers)}
         if not mine and devices > 1:
             continue
         file = file_of(kind, rank, devices)
@@ -107,7 +106,7 @@ def from_arrays(
     for name, array in arrays.items():
         parameter = name.partition(".")[2]  # of a moment
         shape = shapes.get(name) or shapes.get(parameter) or whole_shape(name, array.shape, degrees)
-        box = held(name, tuple(shape), degrees, rank, layers)
+        box = shard_of(name, tuple(shape), degrees, rank, layers)
         if box is None:  # of another pipeline stage
             continue
         if array.shape == size_of(box):

@@ -25,7 +25,7 @@ from switchyard.config import Config
 from switchyard.distributed.arity import fixed
 from switchyard.distributed.compiled_graph import Graph, compiled_model, read_graph
 from switchyard.distributed.gradients import GlobalNorm, ShardedNorm
-from switchyard.distributed.placement import ParallelDims, updates
+from switchyard.distributed.placement import ParallelDims, is_updater
 from switchyard.distributed.processes import SINGLE, Processes
 
 SPEED_UP = "parallel_speed_up.json"  # name of the file that hands parallel.transformer_opt to the compiler
@@ -244,7 +244,7 @@ class CompiledMesh(LocalMesh):
     def updated(self, tensors: dict) -> dict:
         """Returns those of named tensors that this device's stage of the pipeline updates."""
         rank, layers = self.processes.rank, self.full_config.model.num_layers
-        return {name: one for name, one in tensors.items() if updates(name, self.degrees, rank, layers)}
+        return {name: one for name, one in tensors.items() if is_updater(name, self.degrees, rank, layers)}
 
     def compiled_graph(self, program: AutoParallel) -> Graph:
         """Returns this device's graph of a program that was compiled."""

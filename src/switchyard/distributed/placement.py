@@ -182,7 +182,7 @@ def stages_of(name: str, layers: int, degrees: ParallelDims) -> tuple[int, ...]:
     return (stages - 1,)
 
 
-def updates(name: str, degrees: ParallelDims, rank: int, layers: int) -> bool:
+def is_updater(name: str, degrees: ParallelDims, rank: int, layers: int) -> bool:
     """Returns whether a rank's stage updates a tensor of the model or the optimizer; counters are of all stages."""
     return "." not in name or degrees.coordinates(rank).stage == stages_of(name, layers, degrees)[0]
 

@@ -17,7 +17,7 @@ from switchyard.distributed.stages import stage_config, ways
 from switchyard.moe.dispatch.capacity import buffer_slots, check_dropless, check_sort_keys, slot_shape
 from switchyard.moe.metrics import width
 from switchyard.nn.fused import fused_operators
-from switchyard.planner.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
+from switchyard.planner.sizes import FLOAT, Shape, parameters, product_bytes, projection, shard_sizes, worked_rows
 from switchyard.training.limits import refusals, refuse
 
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate; further ones see `_scalars`
@@ -106,7 +106,7 @@ def stage_costs(config: Config, vocab: int) -> list[Costs]:
 
 def _costs(config, vocab, stage):
     degrees, whole = ParallelDims.of(config.parallel), parameters(config, vocab, stage)
-    sizes = {name: held(name, shape, degrees) for name, shape in whole.items()}  # (slice, of it with ZeRO)
+    sizes = {name: shard_sizes(name, shape, degrees) for name, shape in whole.items()}  # (slice, of it with ZeRO)
     weights, cut = (FLOAT * sum(each[part] for each in sizes.values()) for part in (1, 0))
     gathered = cut - weights
     if degrees.optimizer_shard == 3:
@@ -204,7 +204,7 @@ def _of_gradient(name, shape, config, degrees):
     its use.
     """
     cut = placement(name, shape, degrees)
-    ranks, (size, kept) = degrees.replica(cut, 0)[1], held(name, shape, degrees)
+    ranks, (size, kept) = degrees.replica(cut, 0)[1], shard_sizes(name, shape, degrees)
     group = "replicas" if EXPERT in cut else "data" if MODEL in cut else "stage"
     if ranks == 1:
         return
@@ -323,7 +323,7 @@ def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage:
     blocks = [_block_bytes(config, index, rows, between) for index in range(model.num_layers)]
     kept = model.num_layers * between + max(blocks) if cut.recompute else sum(blocks)
     kept *= min(micro, stages - stage)
-    copies = sum(held(name, shape, degrees)[0] for name, shape in whole.items() if len(shape) > 1)
+    copies = sum(shard_sizes(name, shape, degrees)[0] for name, shape in whole.items() if len(shape) > 1)
     kept += copies * wide if wide != FLOAT else 0
     noise = (1 + 2 * model.num_layers) * (model.dropout > 0)
     noise += len(config.moe_layers) * ((config.moe.jitter > 0) + (config.moe.drop_order == "random"))

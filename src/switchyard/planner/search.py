@@ -241,14 +241,14 @@ def _reasons(refused):
         key, rest = one.refusal.split(": ", 1)
         alike.setdefault((key, rest.split("; ", 1)[-1]), []).append(one)
     lines = ["", "not feasible:"] if alike else []
-    for (key, reason), held in sorted(alike.items(), key=lambda item: -len(item[1])):
-        values = dict.fromkeys(one.refusal.split(": ", 1)[1].split("; ", 1)[0] for one in held)
-        least = min((one for one in held if one.costs), key=lambda one: one.costs.memory, default=None)
+    for (key, reason), group in sorted(alike.items(), key=lambda item: -len(item[1])):
+        values = dict.fromkeys(one.refusal.split(": ", 1)[1].split("; ", 1)[0] for one in group)
+        least = min((one for one in group if one.costs), key=lambda one: one.costs.memory, default=None)
         if least is None:
-            lines.append(f"  {len(held):4} x {key}: {', '.join(values)}; {reason}")
+            lines.append(f"  {len(group):4} x {key}: {', '.join(values)}; {reason}")
         else:
             near = f"{giga(least.costs.memory)} GB, with {describe(least.parallel)}"
-            lines.append(f"  {len(held):4} x {key}: {reason}; the smallest needs {near}")
+            lines.append(f"  {len(group):4} x {key}: {reason}; the smallest needs {near}")
     return lines
 
 

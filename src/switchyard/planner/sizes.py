@@ -68,7 +68,7 @@ def _feed_forward(config, index, prefix):
     return found
 
 
-def held(name, shape, degrees):
+def shard_sizes(name, shape, degrees):
     """(numbers of a rank's slice, numbers of it that the rank keeps between steps)."""
     cut = placement(name, shape, degrees)
     size = math.prod(shape) // math.prod(slices(axis, degrees) for axis in cut)

@@ -31,8 +31,8 @@ def main(arguments: list[str]) -> None:
 
     model = create_model(config, job["vocab"])
     step = TrainStep(model, config)
-    held = {parameter.name: parameter for parameter in model.get_parameters()} | step.optimizer_state()
-    found = {BEFORE + name: parameter.asnumpy().copy() for name, parameter in held.items()}
+    tensors = {parameter.name: parameter for parameter in model.get_parameters()} | step.optimizer_state()
+    found = {BEFORE + name: parameter.asnumpy().copy() for name, parameter in tensors.items()}
     figures = {"losses": [], "norms": [], "loads": []}
     with np.load(folder / BATCHES) as batches:
         count = len(batches["tokens"])
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
             figures["norms"].append(made["gradient_norm"])
             figures["loads"].append(made["routers"]["load"] if made["routers"] else np.zeros((0, 0)))  # [M, E]
             mark = AFTER if index == count - 1 else STEP.format(index + 1)
-            found |= {mark + name: parameter.asnumpy().copy() for name, parameter in held.items()}
+            found |= {mark + name: parameter.asnumpy().copy() for name, parameter in tensors.items()}
     np.savez(folder / RESULT, **{name: np.array(values) for name, values in figures.items()}, **found)
 
 

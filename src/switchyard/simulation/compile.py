@@ -80,12 +80,12 @@ class Report:
     @property
     def held_bytes(self) -> dict[str, int]:
         """Returns the bytes of weights, of optimizer state and of sums of gradients, if any, that the rank holds."""
-        held = Counter({"weights": 0, "optimizer state": 0})
+        sizes = Counter({"weights": 0, "optimizer state": 0})
         for name, shape, dtype in self.graph.parameters.values():
             kind = "optimizer state" if name.startswith(OPTIMIZER_STATE) else "weights"
             kind = "gradients" if name.startswith(SUMS) else kind
-            held[kind] += math.prod(shape) * dtype().itemsize
-        return dict(held)
+            sizes[kind] += math.prod(shape) * dtype().itemsize
+        return dict(sizes)
 
     def count(self, kind: str, direction: str | None = None, layer: str = "") -> int:
         """Counts the collectives of a kind, of one direction if given, in layers that begin so."""
@@ -211,10 +211,10 @@ def render(report: Report, config: Config, brief: bool = False) -> str:
             if not name.startswith(OPTIMIZER_STATE):
                 rows.append([name, str(list(full_shape(report.layouts.get(name), shape))), str(list(shape))])
         text += [*table(["parameter", "full", "this rank's"], rows), ""]
-    held = report.held_bytes
+    sizes = report.held_bytes
     sent = sum(one.bytes for one in report.collectives)
     text += [
-        f"holds {held['weights']:,} bytes of weights and {held['optimizer state']:,} of optimizer state; "
+        f"holds {sizes['weights']:,} bytes of weights and {sizes['optimizer state']:,} of optimizer state; "
         f"{len(report.collectives)} collectives of {sent:,} bytes per step",
         f"compiled in {report.seconds:.1f} s (network built in {report.build_seconds:.1f} s), "
         f"peak memory {report.megabytes:,.0f} MB, graph of {sum(report.operators.values()):,} nodes",

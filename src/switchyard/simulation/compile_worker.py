@@ -94,7 +94,7 @@ def compile_rank(folder: Path, job: dict, rank: int) -> None:
     parallel.compile(*inputs)
     seconds = time.perf_counter() - built
     (folder / f"rank{rank}.mindir").write_bytes(compiled_model(parallel))
-    layouts = {name: [list(part) for part in held[:3]] for name, held in parallel.parameter_layout_dict.items()}
+    layouts = {name: [list(part) for part in layout[:3]] for name, layout in parallel.parameter_layout_dict.items()}
     found = {
         "build_seconds": built - began,
         "seconds": seconds,

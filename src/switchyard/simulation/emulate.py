@@ -84,7 +84,7 @@ def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float 
             return dict(found)
 
 
-def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: ParallelDims, rank: int) -> np.ndarray:
+def shard_of_rank(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: ParallelDims, rank: int) -> np.ndarray:
     """Returns the shard of a parameter that a rank holds, sharded further along axis 0 where ZeRO does.
 
     Raises:
@@ -144,12 +144,12 @@ def compare(
     losses, norms, met, strayed = [], [], Counter(), 0
     marks = [BEFORE, *(STEP.format(step) for step in range(1, len(batches["rates"]))), AFTER]
     states = [{name.removeprefix(mark): a for name, a in reference.items() if name.startswith(mark)} for mark in marks]
-    judge = Judge(config.optimizer, lambda name, whole, shape, rank: held_by(name, whole, shape, degrees, rank))
+    judge = Judge(config.optimizer, lambda name, whole, shape, rank: shard_of_rank(name, whole, shape, degrees, rank))
     shapes = [report.parameters.items() for report in reports]
     weights = [{name: np.zeros(shape, np.float32) for name, shape in own if name.startswith(SUMS)} for own in shapes]
     for step, rate in enumerate(batches["rates"]):
         for report, own in zip(reports, weights):
-            own |= _held_at_first(report, states[step], degrees, float(rate), scale)
+            own |= _first_tensors(report, states[step], degrees, float(rate), scale)
             if spoil is not None and step == 0:
                 spoil(report.rank, own)
         shares = shares_of(batches["valid"][step])
@@ -160,8 +160,8 @@ def compare(
         strayed += strayed_of(config, reference["loads"][step], figures)
         for report, own in zip(reports, weights):
             move_bias(config, own, figures, report.rank)
-        held = [{name: array for name, array in own.items() if _is_state(name)} for own in weights]
-        judge.judge(held, states[step], states[step + 1], float(rate))
+        states_of_ranks = [{name: array for name, array in own.items() if _is_state(name)} for own in weights]
+        judge.judge(states_of_ranks, states[step], states[step + 1], float(rate))
     moved = {name: float(np.abs(end - states[0][name]).max()) for name, end in states[-1].items()}
     return judge.found(losses, norms, moved, met, strayed)
 
@@ -186,7 +186,7 @@ def run_step(config, batches, step: int, graphs, weights, exchanges, scale: floa
 
 def move_bias(config: Config, own: Arrays, figures: np.ndarray, rank: int) -> None:
     """Does what the host does behind a step: moves a rank's part of the bias of `sigmoid`; figures [A, W]."""
-    moe = config.moe
+    moe, degrees = config.moe, ParallelDims.of(config.parallel)
     if moe.router != "sigmoid" or not config.moe_layers:
         return
     names = ["bias"] if moe.copies == 1 else [f"routers.{index}.bias" for index in range(moe.copies)]
@@ -195,7 +195,7 @@ def move_bias(config: Config, own: Arrays, figures: np.ndarray, rank: int) -> No
             name = f"layers.{layer}.feed_forward.router.{last}"
             if name in own:  # of a pipeline only the layers of the stage
                 moved = metrics.bias_step(load, moe.router.options.topk_bias_update_rate)
-                own[name] = own[name] + held_by(name, moved, own[name].shape, ParallelDims.of(config.parallel), rank)
+                own[name] = own[name] + shard_of_rank(name, moved, own[name].shape, degrees, rank)
 
 
 def _is_state(name: str) -> bool:
@@ -203,17 +203,17 @@ def _is_state(name: str) -> bool:
     return name not in CONTROLS and not name.startswith(SUMS)
 
 
-def _held_at_first(report: Report, before: Arrays, degrees: ParallelDims, rate: float, scale: float) -> Arrays:
+def _first_tensors(report: Report, before: Arrays, degrees: ParallelDims, rate: float, scale: float) -> Arrays:
     """Returns the parameters of a rank before a step: its shards of `before`, and what the host sets."""
-    names, held = report.parameters, {}
+    names, tensors = report.parameters, {}
     for name, shape in names.items():
         if _is_state(name):
             if name not in before:
                 raise ClusterError(f"{name}: one device has no such parameter")
-            held[name] = held_by(name, np.asarray(before[name]), shape, degrees, report.rank)
+            tensors[name] = shard_of_rank(name, np.asarray(before[name]), shape, degrees, report.rank)
     by_host = dict.fromkeys(CONTROLS, np.float32(1)) | {"learning_rate": np.float32(rate)}
     by_host["unscale"] = np.float32(1 / scale)
-    return held | {name: value for name, value in by_host.items() if name in names}
+    return tensors | {name: value for name, value in by_host.items() if name in names}
 
 
 def figures_of(config: Config, outputs: Sequence[Sequence[tuple]]) -> np.ndarray:

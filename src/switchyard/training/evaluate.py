@@ -267,18 +267,18 @@ def evaluate(
         UserError: a damaged checkpoint, data that cannot be read, an override that would change the weights' shapes, a
             figure that is not finite, a router that is not trusted.
     """
-    held = checkpoint.read(path, with_optimizer=False)
-    config = overridden(held.config, overrides)
+    loaded = checkpoint.read(path, with_optimizer=False)
+    config = overridden(loaded.config, overrides)
     check_trusted(config.moe.router, trust_code or names_router(overrides), say)
     for line in configuration.notes_of_checkpoint(config, overrides):
         say(line)
     require_one_device(config)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
-    data = load_scored(config, held.tokenizer_json, overrides)
-    say(f"checkpoint: {held.path}")
+    data = load_scored(config, loaded.tokenizer_json, overrides)
+    say(f"checkpoint: {loaded.path}")
     say(f"data: {data.description}")
     model = create_model(config, data.tokenizer.vocab_size)
-    checkpoint.load_weights(model, held.weights)
+    checkpoint.load_weights(model, loaded.weights)
     batches, moe = data.validation(), config.moe
     recorder = Recorder(moe.record, config, "evaluation") if moe.record else None
     replayer = Replayer(moe.replay, config, "evaluation") if moe.replay else None
@@ -287,7 +287,7 @@ def evaluate(
     found = evaluator(batches, lambda done: on_batch(done, len(batches)))
     if recorder:
         recorder.save()
-    check_evaluation(found.to_dict(), f"'{held.path}'", "evaluate an earlier checkpoint, or use float32")
+    check_evaluation(found.to_dict(), f"'{loaded.path}'", "evaluate an earlier checkpoint, or use float32")
     return found
 
 

@@ -12,6 +12,7 @@ from switchyard.checkpoint import store as checkpoint
 from switchyard.checkpoint.finite import REMEDY
 from switchyard.checkpoint.health import Healthy
 from switchyard.checkpoint.layout import keep_groups, whole_shape
+from switchyard.checkpoint.store import Checkpoint
 from switchyard.config import Config
 from switchyard.data import Data, load_data
 from switchyard.device import set_context, target_of
@@ -91,10 +92,10 @@ def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existe
         resume: see `train`.
         existed: whether the folder was there before it was locked.
     """
-    held = find_start(run, config, resume, existed)
-    changes = changed_keys(held.config, keep_groups(held.config, config)) if held else {}
-    config = resumed(held.config, config) if held else config
-    if held and (result := finished(run, config)):
+    loaded = find_start(run, config, resume, existed)
+    changes = changed_keys(loaded.config, keep_groups(loaded.config, config)) if loaded else {}
+    config = resumed(loaded.config, config) if loaded else config
+    if loaded and (result := finished(run, config)):
         print(
             f"Run '{run}' already finished its {config.train.steps} steps; increase train.steps to continue.",
             flush=True,
@@ -105,42 +106,42 @@ def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existe
     processes = init_process_group(config)  # nothing was written before all have seen what is there
     if is_scheduler():
         return {}
-    held = agreed(held, run, config, processes)
+    loaded = agreed(loaded, run, config, processes)
     slices = config.parallel.data_parallel if processes.size > 1 else 1
     compared: list[str | None] = []
     data = load_data(
         config,
-        held.tokenizer_json if held else None,
+        loaded.tokenizer_json if loaded else None,
         processes.data_slice,
         slices,
-        seen=lambda marks: compared.append(check_corpus(held, marks, config, processes)),
+        seen=lambda marks: compared.append(check_corpus(loaded, marks, config, processes)),
     )
     other_data = compared[0]
-    if held:
-        start_reading(held, data, changed=other_data is not None)
+    if loaded:
+        start_reading(loaded, data, changed=other_data is not None)
     consent = {"accept_changed": False}  # which is meant for one resumption only
     config = config.model_copy(update={"data": config.data.model_copy(update=consent)})
     mesh = create_mesh(config, processes, compiled)
-    step = start_step(config, run, data, held, mesh)
+    step = start_step(config, run, data, loaded, mesh)
     with StopSignals() as stop:
-        state = held.state if held else None
+        state = loaded.state if loaded else None
         trainer = Trainer(config, run, data, step, state, mesh, resume)
         trainer.note_changes(changes, other_data)
         return trainer.run_to_end(stop)
 
 
-def start_step(config: Config, run: Path, data: Data, held: checkpoint.Checkpoint | None, mesh: LocalMesh) -> TrainStep:
+def start_step(config: Config, run: Path, data: Data, loaded: Checkpoint | None, mesh: LocalMesh) -> TrainStep:
     """Returns the step of a model that starts anew, or goes on from a checkpoint; the run folder is there from then on.
 
     Args:
         config: the whole configuration.
         run: the folder.
         data: its tokenizer and how often each token occurs.
-        held: the checkpoint, if any.
+        loaded: the checkpoint, if any.
         mesh: the devices.
     """
     step = create_step(config, data.tokenizer.vocab_size, mesh)
-    if held is None:
+    if loaded is None:
         balance_tables(step.model, data.token_counts)
     if mesh.processes.is_first:
         run.mkdir(parents=True, exist_ok=True)
@@ -148,8 +149,8 @@ def start_step(config: Config, run: Path, data: Data, held: checkpoint.Checkpoin
         checkpoint.write_whole(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
     mesh.processes.barrier()
     mesh.speed_up(step.program, run)
-    if held:
-        step.load(held.weights, held.optimizer)
+    if loaded:
+        step.load(loaded.weights, loaded.optimizer)
     else:
         step.initialise()
     return step

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from switchyard.checkpoint.layout import held
+from switchyard.checkpoint.layout import shard_of
 from switchyard.checkpoint.store import set_parameters
 from switchyard.config import Config
 from switchyard.distributed.mesh import LOCAL, LocalMesh
@@ -147,7 +147,7 @@ class TrainStep:
 
     def box(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
         """Returns the part of a full tensor that this device holds, see checkpoint.layout."""
-        return held(name, shape, self.mesh.degrees, self.mesh.processes.rank, self.config.model.num_layers)
+        return shard_of(name, shape, self.mesh.degrees, self.mesh.processes.rank, self.config.model.num_layers)
 
     def optimizer_state(self) -> dict[str, Parameter | Tensor]:
         """Returns everything besides the weights that the next step reads, by name: this device's shards."""

@@ -166,7 +166,7 @@ def test_evaluation_on_devices_is_that_of_one(workers, graph, dispatch, sent):
     scores, stats, _ = EvalStep(model)(*map(Tensor, (tokens, labels, valid)))
     whole, degrees = {each.name: each.asnumpy() for each in model.get_parameters()}, ParallelDims.of(config.parallel)
     weights = [
-        {name: virtual.held_by(name, whole[name], shape, degrees, report.rank) for name, shape in held.items()}
+        {name: virtual.shard_of_rank(name, whole[name], shape, degrees, report.rank) for name, shape in held.items()}
         for report, held in ((report, report.parameters) for report in reports)
     ]
     inputs = [[np.split(part, 2)[rank] for part in (tokens, labels, valid)] for rank in range(2)]
