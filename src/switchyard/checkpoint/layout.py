@@ -1,12 +1,19 @@
 """Computes which rank holds and which rank writes each shard of every tensor of a checkpoint.
 
 Where an axis is cut is said by `switchyard.distributed.placement`; here ZeRO's further cut along axis 0 over the
-replicas of a slice is added, and the one rank of those that hold the same slice that writes it.
+replicas of a shard is added, and the one rank of those that hold the same shard that writes it.
 """
 
 from switchyard.checkpoint.tensors import Box
 from switchyard.config import Config
-from switchyard.distributed.placement import ParallelDims, full_shape, optimizer_slices, placement, slice_of, stages_of
+from switchyard.distributed.placement import (
+    ParallelDims,
+    full_shape,
+    optimizer_shards,
+    placement,
+    shard_slices,
+    stages_of,
+)
 from switchyard.errors import UserError
 
 Shape = tuple[int, ...]
@@ -29,8 +36,8 @@ def shard_of(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: 
     if degrees.coordinates(rank).stage not in _stages(name, layers, degrees):
         return None
     cut = placement(name, shape, degrees)
-    box = slice_of(shape, cut, degrees, rank)
-    count = optimizer_slices(shape, cut, degrees, rank)
+    box = shard_slices(shape, cut, degrees, rank)
+    count = optimizer_shards(shape, cut, degrees, rank)
     if count == 1:
         return box
     index, _ = degrees.replica(cut, rank)
@@ -44,14 +51,14 @@ def is_writer(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers:
     if degrees.coordinates(rank).stage != _stages(name, layers, degrees)[0]:
         return False
     cut = placement(name, shape, degrees)
-    return optimizer_slices(shape, cut, degrees, rank) > 1 or degrees.replica(cut, rank)[0] == 0
+    return optimizer_shards(shape, cut, degrees, rank) > 1 or degrees.replica(cut, rank)[0] == 0
 
 
 def whole_shape(name: str, shape: Shape, degrees: ParallelDims) -> Shape:
     """Returns the full shape of a tensor of which a rank holds a shard of `shape`.
 
     Raises:
-        UserError: with ZeRO, where it cannot be told from the slice.
+        UserError: with ZeRO, where it cannot be told from the shard.
     """
     if degrees.optimizer_shard and shape:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: its files with their sha256, and where in which tensor every slice belongs.
+"""The manifest of a checkpoint: its files with their sha256, and where in which tensor every shard belongs.
 
 Version 1 is a checkpoint of one device, whose two tensor files hold whole tensors. Version 2 is one of several:
 
@@ -238,7 +238,7 @@ def _checked(path: Path, content: dict[str, Any]) -> Manifest:
 
 
 def _check_sizes(files: dict[str, dict], tensors: dict[str, dict[str, Entry]]) -> None:
-    """Refuses slices that their file has no room for, before any memory is taken for them (ValueError, KeyError)."""
+    """Refuses shards that their file has no room for, before any memory is taken for them (ValueError, KeyError)."""
     for name, fields in files.items():
         kind = name.partition("-")[0]
         if kind not in KINDS:

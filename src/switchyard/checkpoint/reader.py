@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint of any layout: each part of each of them, put together from the slices in its files."""
+"""The tensors of a checkpoint of any layout: each part of each of them, put together from the shards in its files."""
 
 import math
 from collections.abc import Iterable
@@ -11,11 +11,11 @@ from switchyard.checkpoint.manifest import MANIFEST, DamagedError, Manifest, fil
 from switchyard.checkpoint.tensors import TYPES, Box, Entry, pieces, read_header, read_part, size_of, whole, within
 from switchyard.errors import UserError
 
-MOST_CELLS = 1_000_000  # between the edges of a tensor's slices
+MOST_CELLS = 1_000_000  # between the edges of a tensor's shards
 
 
 @dataclass(frozen=True)
-class Slices:
+class Shards:
     """Locates the shards of one tensor: P shards of a tensor with n axes.
 
     Attributes:
@@ -28,14 +28,14 @@ class Slices:
     stops: np.ndarray
 
     @classmethod
-    def of(cls, places: Iterable[tuple[str, list[int], list[int]]]) -> "Slices":
-        """Makes Slices from (file, offsets, shape) of each shard."""
+    def of(cls, places: Iterable[tuple[str, list[int], list[int]]]) -> "Shards":
+        """Makes Shards from (file, offsets, shape) of each shard."""
         files, offsets, shapes = zip(*places)
         starts = np.array(offsets, np.int64).reshape(len(files), -1)
         return cls(files, starts, starts + np.array(shapes, np.int64).reshape(len(files), -1))
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuses slices that do not make up the whole tensor, each element once (UserError)."""
+        """Refuses shards that do not make up the whole tensor, each element once (UserError)."""
         if 0 in shape:
             return
         outside = ((self.starts < 0) | (self.starts >= self.stops) | (self.stops > np.array(shape, np.int64))).any(1)
@@ -46,9 +46,9 @@ class Slices:
             )
         edges = [np.unique([starts, stops]) for starts, stops in zip(self.starts.T, self.stops.T)]
         cells = [len(edge) - 1 for edge in edges]
-        if math.prod(cells) > MOST_CELLS + 16 * len(self.files):  # slices that make up a tensor are cut alike
+        if math.prod(cells) > MOST_CELLS + 16 * len(self.files):  # shards that make up a tensor are cut alike
             raise UserError(f"inconsistent shards of '{name}': {len(self.files)} shards that do not fit together")
-        count = np.zeros(cells, np.int32)  # slices over each cell between all edges
+        count = np.zeros(cells, np.int32)  # shards over each cell between all edges
         for index in range(len(self.files)):
             cells = [
                 slice(*np.searchsorted(edge, (self.starts[index, axis], self.stops[index, axis])))
@@ -82,7 +82,7 @@ class Slices:
 class Tensors:
     """Reads the tensors of one kind, weights or optimizer, of a checkpoint.
 
-    Every file is verified before anything of it is used, and the slices of every tensor are counted at once.
+    Every file is verified before anything of it is used, and the shards of every tensor are counted at once.
 
     Args:
         manifest: of the checkpoint.
@@ -92,7 +92,7 @@ class Tensors:
         entries: name -> type and shape of the whole tensor.
 
     Raises:
-        DamagedError: a file is missing, cut or altered; a slice is missing, doubled or foreign.
+        DamagedError: a file is missing, cut or altered; a shard is missing, doubled or foreign.
     """
 
     def __init__(self, manifest: Manifest, kind: str):
@@ -100,8 +100,8 @@ class Tensors:
         if manifest.tensors is None:
             file = file_of(kind)
             self.entries = self._header(file)
-            self._slices = {
-                name: Slices.of([(file, [0] * len(entry.shape), list(entry.shape))])
+            self._shards = {
+                name: Shards.of([(file, [0] * len(entry.shape), list(entry.shape))])
                 for name, entry in self.entries.items()
             }
             return
@@ -110,7 +110,7 @@ class Tensors:
             for path in sorted(manifest.path.glob(f"{kind}*.safetensors")):
                 if path.name not in manifest.files:
                     raise UserError(f"unexpected shards in {path.name}: {MANIFEST} does not list the file")
-            self._slices = joined(kind, self.entries, manifest.files, manifest.degrees.devices)
+            self._shards = joined(kind, self.entries, manifest.files, manifest.degrees.devices)
         except UserError as error:
             raise DamagedError(manifest.path, str(error)) from None
 
@@ -118,7 +118,7 @@ class Tensors:
         """Reads a part of a tensor, or all of it, into a new array."""
         entry = self.entries[name]
         box = whole(entry.shape) if box is None else box
-        out, found = np.empty(size_of(box), TYPES[entry.dtype]), self._slices[name]
+        out, found = np.empty(size_of(box), TYPES[entry.dtype]), self._shards[name]
         for index in found.meeting(box) if out.size else ():
             file, place = found.files[index], found.box(index)
             common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, place))
@@ -155,7 +155,7 @@ class Tensors:
         return self._headers[file]
 
 
-def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices: int) -> dict[str, Slices]:
+def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices: int) -> dict[str, Shards]:
     """Collects the shards of each tensor from the files of all ranks.
 
     Args:
@@ -165,7 +165,7 @@ def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices
         devices: ranks that there may be.
 
     Raises:
-        UserError: a slice is missing, doubled or foreign.
+        UserError: a shard is missing, doubled or foreign.
     """
     places: dict[str, list] = {name: [] for name in entries}
     for file, fields in files.items():
@@ -178,13 +178,13 @@ def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices
             if not axes == len(place["offsets"]) == len(place["shape"]):
                 raise UserError(f"unexpected shard of '{name}' in {file}: the checkpoint has no such tensor")
             places[name].append((file, place["offsets"], place["shape"]))
-    slices = {}
+    shards = {}
     for name, found in places.items():
         if not found:
             raise UserError(f"missing shard of '{name}': no file contains any part of it")
-        slices[name] = Slices.of(found)
-        slices[name].check(name, entries[name].shape)
-    return slices
+        shards[name] = Shards.of(found)
+        shards[name].check(name, entries[name].shape)
+    return shards
 
 
 def _is_of(file: str, kind: str, devices: int) -> bool:

@@ -17,7 +17,7 @@ from switchyard.files import unfinished
 def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
     """Writes the checkpoint `path`, of whatever layout, as one of other degrees; values are copied bit for bit.
 
-    Memory: a few pieces of 1 MiB and the names of all slices, whatever the size of the tensors.
+    Memory: a few pieces of 1 MiB and the names of all shards, whatever the size of the tensors.
 
     Args:
         path: the checkpoint's directory.
@@ -29,7 +29,7 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
         The configurations before and after.
 
     Raises:
-        DamagedError: a file is missing, cut or altered; a slice is missing, doubled or foreign; a number is not finite.
+        DamagedError: a file is missing, cut or altered; a shard is missing, doubled or foreign; a number is not finite.
         UserError: `out` exists; degrees that do not fit each other or the model.
     """
     if out.exists() or out.is_symlink():

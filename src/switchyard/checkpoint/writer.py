@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks write: each its slices and a note about them, one of them the manifest.
+"""Checkpoints that several ranks write: each its shards and a note about them, one of them the manifest.
 
 All write into one temporary directory. A rank's files come first, its note last, so a note stands for files that are
 whole; when the notes of all ranks are there, they become the manifest and the directory is renamed.
@@ -55,7 +55,7 @@ def write_shards(
     Args:
         folder: the temporary directory.
         degrees, layers: how the checkpoint is cut; model.num_layers.
-        rank: whose slices; one that holds nothing but copies writes its note only.
+        rank: whose shards; one that holds nothing but copies writes its note only.
         entries: kind -> name -> type and shape of whole tensors.
         read: kind -> where parts come from.
         advance: told the bytes of each piece.
@@ -96,11 +96,11 @@ def from_arrays(
     """Returns (types and shapes of full tensors, reader of their parts) of a rank's arrays.
 
     Args:
-        arrays: name -> the rank's slice, or the whole tensor.
-        shapes: name of a parameter -> shape of the whole; what is not named is told from the slice.
+        arrays: name -> the rank's shard, or the whole tensor.
+        shapes: name of a parameter -> shape of the whole; what is not named is told from the shard.
 
     Raises:
-        UserError: an array is neither the slice nor the whole.
+        UserError: an array is neither the shard nor the whole.
     """
     shapes, entries, origins = shapes or {}, {}, {}
     for name, array in arrays.items():
@@ -131,11 +131,11 @@ def assemble(
     """Makes a checkpoint of the files in a temporary directory: texts, manifest, everything on the disk.
 
     Raises:
-        UserError: the notes of some ranks did not come within `wait` seconds, are of other degrees, or their slices do
+        UserError: the notes of some ranks did not come within `wait` seconds, are of other degrees, or their shards do
             not make up every tensor.
     """
     notes, tensors = _notes(folder, degrees, wait), {kind: {} for kind in KINDS}
-    slices: dict[str, dict] = {}
+    files: dict[str, dict] = {}
     for note in notes:
         if note["degrees"] != asdict(degrees):
             raise UserError(
@@ -146,16 +146,16 @@ def assemble(
                 entry = Entry(dtype, tuple(shape))
                 if tensors[kind].setdefault(name, entry) != entry:
                     raise UserError(f"unexpected shard of '{name}' of rank {note['rank']}: of {dtype} {shape}")
-        slices |= note["files"]
+        files |= note["files"]
     if degrees.devices > 1:
         for kind in KINDS:
-            joined(kind, tensors[kind], slices, degrees.devices)
+            joined(kind, tensors[kind], files, degrees.devices)
     texts = {CONFIG: config.to_yaml(), TOKENIZER: tokenizer_json, STATE: to_json(state, indent=1)}
     for name in TEXTS:
         write_text(folder / name, texts[name])
     for note in notes:
         (folder / NOTE.format(rank=note["rank"])).unlink()
-    files = {name: fingerprint(folder / name) for name in TEXTS} | slices
+    files = {name: fingerprint(folder / name) for name in TEXTS} | files
     write_manifest(Manifest(folder, state["step"], files, degrees, tensors if degrees.devices > 1 else None))
     flush(folder)
 

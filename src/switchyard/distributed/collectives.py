@@ -15,7 +15,7 @@ from mindspore import Tensor, nn, ops
 from switchyard.config import Config
 from switchyard.distributed.gradients import GlobalNorm
 from switchyard.distributed.mesh import LocalMesh, Total
-from switchyard.distributed.placement import EXPERT, full_shape, placement, slice_of
+from switchyard.distributed.placement import EXPERT, full_shape, placement, shard_slices
 from switchyard.distributed.processes import Processes, local_config
 
 
@@ -48,7 +48,7 @@ class ProcessMesh(LocalMesh):
                 cell.exchange_over(ToExperts(self.processes), ToTokens(self.processes))
         for parameter in model.get_parameters():
             shape = tuple(parameter.shape)
-            box = slice_of(shape, placement(parameter.name, shape, self.degrees), self.degrees, self.processes.rank)
+            box = shard_slices(shape, placement(parameter.name, shape, self.degrees), self.degrees, self.processes.rank)
             if parameter.has_init:  # its numbers were not drawn
                 parameter.set_data(Tensor(parameter.initial.draw(box)), slice_shape=True)
             elif any(part.stop - part.start != size for part, size in zip(box, shape)):

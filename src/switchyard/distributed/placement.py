@@ -1,6 +1,6 @@
-"""Who holds what: the coordinates of a rank, its groups, and the slice of every parameter. No MindSpore in here.
+"""Who holds what: the coordinates of a rank, its groups, and the shard of every parameter. No MindSpore in here.
 
-Ranks are numbered stage by stage; within a stage outer data slices, expert slices, then model slices, the fastest:
+Ranks are numbered stage by stage; within a stage outer data shards, expert shards, then model shards, the fastest:
 
     rank = ((stage * outer + o) * expert_parallel + e) * model_parallel + t,   data_parallel = outer * expert_parallel
 
@@ -71,7 +71,7 @@ class ParallelDims:
         stage, outer = divmod(rest, self.outer)
         return Coordinates(stage, outer, expert, model)
 
-    def data_slice(self, rank: int) -> int:
+    def data_shard(self, rank: int) -> int:
         """Returns which part of the batch a rank reads, from 0 below data_parallel."""
         place = self.coordinates(rank)
         return place.outer * self.expert_parallel + place.expert
@@ -136,33 +136,33 @@ def placement(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> Place
     """
     cut = axes_of(name, len(shape))
     for size, axis in zip(shape, cut):
-        if axis is not None and size % slices(axis, degrees):
-            raise UserError(f"{name}: {tuple(shape)}; {axis}_parallel ({slices(axis, degrees)}) must divide {size}")
+        if axis is not None and size % degree_of(axis, degrees):
+            raise UserError(f"{name}: {tuple(shape)}; {axis}_parallel ({degree_of(axis, degrees)}) must divide {size}")
     return cut
 
 
-def slices(axis: str | None, degrees: ParallelDims) -> int:
+def degree_of(axis: str | None, degrees: ParallelDims) -> int:
     """Returns into how many shards an axis of a placement is divided."""
     return {EXPERT: degrees.expert_parallel, MODEL: degrees.model_parallel, None: 1}[axis]
 
 
-def slice_of(shape: tuple[int, ...], cut: Placement, degrees: ParallelDims, rank: int) -> tuple[slice, ...]:
+def shard_slices(shape: tuple[int, ...], cut: Placement, degrees: ParallelDims, rank: int) -> tuple[slice, ...]:
     """Returns the part of an array of that shape that a rank holds, before any shard of the optimizer."""
     place = degrees.coordinates(rank)
     where = {EXPERT: place.expert, MODEL: place.model, None: 0}
     parts = []
     for size, axis in zip(shape, cut):
-        length = size // slices(axis, degrees)
+        length = size // degree_of(axis, degrees)
         parts.append(slice(where[axis] * length, (where[axis] + 1) * length))
     return tuple(parts)
 
 
-def optimizer_slices(shape: tuple[int, ...], cut: Placement, degrees: ParallelDims, rank: int) -> int:
+def optimizer_shards(shape: tuple[int, ...], cut: Placement, degrees: ParallelDims, rank: int) -> int:
     """Returns into how many parts along axis 0 ZeRO divides a rank's shard: its replicas, or 1 where they cannot."""
     if degrees.optimizer_shard == 0 or not shape:
         return 1
     _, count = degrees.replica(cut, rank)
-    return count if (shape[0] // slices(cut[0], degrees)) % count == 0 else 1
+    return count if (shape[0] // degree_of(cut[0], degrees)) % count == 0 else 1
 
 
 def stages_of(name: str, layers: int, degrees: ParallelDims) -> tuple[int, ...]:
@@ -189,4 +189,4 @@ def is_updater(name: str, degrees: ParallelDims, rank: int, layers: int) -> bool
 
 def full_shape(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> tuple[int, ...]:
     """Returns the shape of the full tensor of which a rank holds a shard of `shape`, without ZeRO's."""
-    return tuple(size * slices(axis, degrees) for size, axis in zip(shape, placement(name, shape, ParallelDims())))
+    return tuple(size * degree_of(axis, degrees) for size, axis in zip(shape, placement(name, shape, ParallelDims())))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement
+from switchyard.distributed.placement import ParallelDims, optimizer_shards, placement
 from switchyard.distributed.processes import Processes
 from switchyard.errors import UserError
 
@@ -32,7 +32,7 @@ def replica_groups(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> 
     """
     cut, seen = placement(name, shape, degrees), set()
     for rank in range(degrees.devices):
-        if rank in seen or optimizer_slices(shape, cut, degrees, rank) > 1:
+        if rank in seen or optimizer_shards(shape, cut, degrees, rank) > 1:
             continue
         group = degrees.replicas(cut, rank)
         seen.update(group)
@@ -50,7 +50,7 @@ def check_replicas(
     """Compares what the ranks hold; all of them call it at the same step and come to the same end.
 
     Args:
-        arrays: name -> this rank's slice; every rank of a stage has the same names.
+        arrays: name -> this rank's shard; every rank of a stage has the same names.
         shapes: name -> shape of the whole tensor.
         processes: this one and the others.
         step: optimizer steps taken.

@@ -3,7 +3,7 @@
 Parameters, optimizer state and exchanges are those of the graph that the compiler makes of `training.step`, to
 the byte (tests/planner/test_costs.py); activations are an estimate.
 
-Legend: N tokens and G groups of all devices together; n = N / data_parallel rows and g groups of a data slice; D width,
+Legend: N tokens and G groups of all devices together; n = N / data_parallel rows and g groups of a data shard; D width,
 F hidden width, E experts, C slots, V vocabulary, X columns of the projection to queries, keys and values.
 """
 
@@ -31,7 +31,7 @@ class Exchange:
 
     Attributes:
         kind: AllReduce, AlltoAll, AlltoAllV, AllGather, ReduceScatter, Send, Receive.
-        group: expert, replicas (of an expert slice), data, model or stage, see `ParallelDims`; of a pipeline also all
+        group: expert, replicas (of an expert shard), data, model or stage, see `ParallelDims`; of a pipeline also all
             devices, and pipeline, the devices at the same place in each stage.
         ranks: size of the group.
         bytes: of one of them, as `graph.Collective` counts: what goes in, of AllGather what comes out. Of AlltoAllV
@@ -254,7 +254,7 @@ def _of_experts(config, degrees, repeated):
 
 
 def _of_model_slices(config, degrees, repeated, last):
-    """Sums of what the model slices of a network make, and rows put together again where they are cut."""
+    """Sums of what the model shards of a network make, and rows put together again where they are cut."""
     model, moe, cut = config.model, config.moe, config.parallel
     tensor, layers, conditional = degrees.model_parallel, model.num_layers, len(config.moe_layers)
     rows, wide = config.rows // degrees.data_parallel * model.hidden_size, product_bytes(config)

@@ -5,7 +5,7 @@ the degrees, prints what the configuration's own layout costs a device, then the
 
 Rank: seconds of a micro-batch = FLOPs of a device / --tflops + bytes that leave it / --bandwidth, the lowest first;
 equal ones by memory. Of a pipeline it is the slowest stage's, times (A + stages - 1) / A for A micro-batches: stages
-wait for the first rows and for the last gradients. Nothing is said to overlap, nor products to be slow where slices are
+wait for the first rows and for the last gradients. Nothing is said to overlap, nor products to be slow where shards are
 thin: it is an order, not a forecast.
 """
 

@@ -6,7 +6,7 @@ Legend: D width, E experts, V vocabulary, X columns of the projection to queries
 import math
 
 from switchyard.config import Config
-from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement, slices, stages_of
+from switchyard.distributed.placement import ParallelDims, degree_of, optimizer_shards, placement, stages_of
 from switchyard.moe.dispatch.capacity import slot_shape, zero_rows
 
 FLOAT = 4  # bytes of float32: parameters, gradients, moments, rows between the parts of a layer
@@ -71,8 +71,8 @@ def _feed_forward(config, index, prefix):
 def shard_sizes(name, shape, degrees):
     """(numbers of a rank's slice, numbers of it that the rank keeps between steps)."""
     cut = placement(name, shape, degrees)
-    size = math.prod(shape) // math.prod(slices(axis, degrees) for axis in cut)
-    return size, size // optimizer_slices(shape, cut, degrees, 0)
+    size = math.prod(shape) // math.prod(degree_of(axis, degrees) for axis in cut)
+    return size, size // optimizer_shards(shape, cut, degrees, 0)
 
 
 def worked_rows(config: Config) -> int:

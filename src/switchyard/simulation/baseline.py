@@ -3,7 +3,7 @@
 `python -m switchyard.simulation.baseline FOLDER` reads FOLDER/job.json and FOLDER/batches.npz and writes
 FOLDER/reference.npz: losses, norms of the gradients and loads of experts of each step; parameters and moments before
 the first step, after each (`step1:NAME`, ...) and after the last. It runs on CPU, with the kernels of MindSpore, and
-routes in as many groups as the cluster has data slices.
+routes in as many groups as the cluster has data shards.
 """
 
 import json

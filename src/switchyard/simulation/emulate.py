@@ -24,7 +24,7 @@ from switchyard import cli
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.data.tokenizer import expected_vocabulary
-from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement, slice_of
+from switchyard.distributed.placement import ParallelDims, optimizer_shards, placement, shard_slices
 from switchyard.errors import UserError
 from switchyard.files import scratch
 from switchyard.moe import metrics
@@ -91,8 +91,8 @@ def shard_of_rank(name: str, whole: np.ndarray, local: tuple[int, ...], degrees:
         ClusterError: the compiler's local shape is another one than `placement` says.
     """
     cut = placement(name, whole.shape, degrees)
-    part = whole[slice_of(whole.shape, cut, degrees, rank)]
-    if part.shape != local and optimizer_slices(whole.shape, cut, degrees, rank) > 1:
+    part = whole[shard_slices(whole.shape, cut, degrees, rank)]
+    if part.shape != local and optimizer_shards(whole.shape, cut, degrees, rank) > 1:
         replicas = degrees.replicas(cut, rank)
         part = np.split(part, len(replicas))[replicas.index(rank)]
     if part.shape != local:
@@ -103,7 +103,7 @@ def shard_of_rank(name: str, whole: np.ndarray, local: tuple[int, ...], degrees:
 def batch_of(batches: Arrays, step: int, degrees: ParallelDims, rank: int, noisy: bool) -> list[np.ndarray]:
     """Returns what a rank reads at a step: tokens, labels, valid [A, B, S], noise [A, max(J, 1), N, D], and where
     choices are forced replay [A, M, N, K]."""
-    index, own = degrees.data_slice(rank), []
+    index, own = degrees.data_shard(rank), []
     for name in ("tokens", "labels", "valid"):
         own.append(np.split(batches[name][step], degrees.data_parallel, 1)[index])
     noise = batches["noise"][step]
@@ -266,7 +266,7 @@ def prove(config: Config, devices: int, steps: int = 3, vocab: int | None = None
 
 
 def noise_slices(config: Config, report: Report) -> int:
-    """Returns the slices J of noise that the step reads, as [J, N, D], of a pipeline as [A * N, J, D]; 0: none."""
+    """Returns the shards J of noise that the step reads, as [J, N, D], of a pipeline as [A * N, J, D]; 0: none."""
     shape = report.graph.input_shapes[3]
     axis = 0 if config.parallel.pipeline_stage == 1 else 1
     return shape[axis] if shape[-1] > 1 else 0

@@ -12,7 +12,7 @@ and is judged by itself:
                 their gradients are equal by the rule above, and AdamW alone has set them apart
     the rest    (bias corrections) by at most TOLERANCE
 
-Whatever breaks one of these makes the verdict DIFFERENT. A sum that is missing, a factor or a wrong slice changes
+Whatever breaks one of these makes the verdict DIFFERENT. A sum that is missing, a factor or a wrong shard changes
 gradients by their own size, a thousand times more than what is allowed.
 """
 
@@ -104,7 +104,7 @@ class Judge:
 
     Args:
         optimizer: betas, eps, decay.
-        cut: (name, whole array, local shape, rank) -> the slice that the rank should hold.
+        cut: (name, whole array, local shape, rank) -> the shard that the rank should hold.
     """
 
     def __init__(self, optimizer: OptimizerConfig, cut: Callable):

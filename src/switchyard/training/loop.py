@@ -107,13 +107,13 @@ def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existe
     if is_scheduler():
         return {}
     loaded = agreed(loaded, run, config, processes)
-    slices = config.parallel.data_parallel if processes.size > 1 else 1
+    shards = config.parallel.data_parallel if processes.size > 1 else 1
     compared: list[str | None] = []
     data = load_data(
         config,
         loaded.tokenizer_json if loaded else None,
-        processes.data_slice,
-        slices,
+        processes.data_shard,
+        shards,
         seen=lambda marks: compared.append(check_corpus(loaded, marks, config, processes)),
     )
     other_data = compared[0]

@@ -97,7 +97,7 @@ def newest(run: Path, config: Config, limit: float = math.inf) -> Checkpoint | N
 def agreed(loaded: Checkpoint | None, run: Path, config: Config, processes: Processes) -> Checkpoint | None:
     """Returns the checkpoint that all processes start from, and puts newer ones, which are damaged, out of the way.
 
-    Each process reads its own slices, so one may find damage that the others do not see: all take the oldest choice.
+    Each process reads its own shards, so one may find damage that the others do not see: all take the oldest choice.
     A damaged one must neither be counted nor be read as the newest.
 
     Raises:
