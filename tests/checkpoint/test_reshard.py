@@ -199,7 +199,7 @@ def test_files_are_those_of_the_library(tmp_path):
 def test_pieces_are_all_of_an_array_in_the_order_of_its_bytes(shape):
     array = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
     for limit in (4, 8, 20, 1000):
-        boxes = list(tensors.pieces(tensors.whole(shape), 4, limit))
+        boxes = list(tensors.pieces(tensors.full_box(shape), 4, limit))
         assert b"".join(array[box].tobytes() for box in boxes) == array.tobytes()
         assert max(array[box].nbytes for box in boxes) <= limit
 

@@ -10,7 +10,7 @@ from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
 from switchyard.planner.costs import Exchange, costs, exchanges, parameters, stage_costs
 from switchyard.simulation.compile import OPTIMIZER_STATE, full_shape
-from switchyard.training.limits import WHOLE_ROUTERS
+from switchyard.training.limits import UNSHARDED_ROUTERS
 
 DENSE = {"model": {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "seq_length": 4, "intermediate_size": 16}}
 
@@ -141,4 +141,4 @@ def test_what_the_step_refuses_is_refused(tree, line):
 def test_the_routers_that_are_refused_are_those_that_override_construct():
     from switchyard.moe.routing.base import known_routers
 
-    assert tuple(name for name, router in known_routers().items() if router.overrides_construct) == WHOLE_ROUTERS
+    assert tuple(name for name, router in known_routers().items() if router.overrides_construct) == UNSHARDED_ROUTERS

@@ -24,7 +24,7 @@ def shard_of(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: 
 
     Args:
         name: of a parameter or of an optimizer's tensor.
-        shape: of the whole tensor.
+        shape: of the full tensor.
         layers: model.num_layers.
 
     Returns:
@@ -54,7 +54,7 @@ def is_writer(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers:
     return optimizer_shards(shape, cut, degrees, rank) > 1 or degrees.replica(cut, rank)[0] == 0
 
 
-def whole_shape(name: str, shape: Shape, degrees: ParallelDims) -> Shape:
+def full_shape_of(name: str, shape: Shape, degrees: ParallelDims) -> Shape:
     """Returns the full shape of a tensor of which a rank holds a shard of `shape`.
 
     Raises:

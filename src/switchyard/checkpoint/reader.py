@@ -8,7 +8,7 @@ import numpy as np
 
 from switchyard.checkpoint.finite import is_finite
 from switchyard.checkpoint.manifest import MANIFEST, DamagedError, Manifest, file_of, readable, verify
-from switchyard.checkpoint.tensors import TYPES, Box, Entry, pieces, read_header, read_part, size_of, whole, within
+from switchyard.checkpoint.tensors import TYPES, Box, Entry, full_box, pieces, read_header, read_part, size_of, within
 from switchyard.errors import UserError
 
 MOST_CELLS = 1_000_000  # between the edges of a tensor's shards
@@ -20,7 +20,7 @@ class Shards:
 
     Attributes:
         files: P names.
-        starts, stops: [P, n] of the places in the whole tensor.
+        starts, stops: [P, n] of the places in the full tensor.
     """
 
     files: tuple[str, ...]
@@ -35,7 +35,7 @@ class Shards:
         return cls(files, starts, starts + np.array(shapes, np.int64).reshape(len(files), -1))
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuses shards that do not make up the whole tensor, each element once (UserError)."""
+        """Refuses shards that do not make up the full tensor, each element once (UserError)."""
         if 0 in shape:
             return
         outside = ((self.starts < 0) | (self.starts >= self.stops) | (self.stops > np.array(shape, np.int64))).any(1)
@@ -89,7 +89,7 @@ class Tensors:
         kind: weights or optimizer.
 
     Attributes:
-        entries: name -> type and shape of the whole tensor.
+        entries: name -> type and shape of the full tensor.
 
     Raises:
         DamagedError: a file is missing, cut or altered; a shard is missing, doubled or foreign.
@@ -117,7 +117,7 @@ class Tensors:
     def read(self, name: str, box: Box | None = None) -> np.ndarray:
         """Reads a part of a tensor, or all of it, into a new array."""
         entry = self.entries[name]
-        box = whole(entry.shape) if box is None else box
+        box = full_box(entry.shape) if box is None else box
         out, found = np.empty(size_of(box), TYPES[entry.dtype]), self._shards[name]
         for index in found.meeting(box) if out.size else ():
             file, place = found.files[index], found.box(index)
@@ -140,7 +140,7 @@ class Tensors:
     def check_finite(self) -> None:
         """Reads every tensor, piece by piece, and refuses numbers that are not finite (DamagedError)."""
         for name, entry in self.entries.items():
-            for box in pieces(whole(entry.shape), np.dtype(TYPES[entry.dtype]).itemsize):
+            for box in pieces(full_box(entry.shape), np.dtype(TYPES[entry.dtype]).itemsize):
                 self.read_finite(name, box)
 
     def _header(self, file: str) -> dict[str, Entry]:
@@ -160,7 +160,7 @@ def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices
 
     Args:
         kind: weights or optimizer.
-        entries: name -> type and shape of the whole tensor.
+        entries: name -> type and shape of the full tensor.
         files: name -> {slices: {name: {offsets, shape}}}; those of other kinds are left alone.
         devices: ranks that there may be.
 

@@ -22,7 +22,7 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
     Args:
         path: the checkpoint's directory.
         to: the new section `parallel` as YAML, such as '{data_parallel: 8, expert_parallel: 4}'; '{}' is one device.
-        out: the new directory, which appears whole or not at all.
+        out: the new directory, which appears in full or not at all.
         bar: a tqdm bar, which counts the bytes written.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Checkpoints: directories that appear whole or not at all, and are verified before they are read.
+"""Checkpoints: directories that appear in full or not at all, and are verified before they are read.
 
 RUN/checkpoints/step-00000100/
     manifest.json           format version, step, sha256 and size of every other file
@@ -53,8 +53,8 @@ from switchyard.checkpoint.writer import (
     from_arrays,
     publish,
     set_aside,
+    write_atomically,
     write_shards,
-    write_whole,
 )
 from switchyard.config import Config
 from switchyard.config.reader import parse_json
@@ -67,7 +67,7 @@ from switchyard.json_text import to_json
 if TYPE_CHECKING:  # resharding needs no MindSpore
     from mindspore import Parameter
 
-__all__ = ["CONFIG", "MANIFEST", "STATE", "TOKENIZER", "DamagedError", "listed", "write_whole"]
+__all__ = ["CONFIG", "MANIFEST", "STATE", "TOKENIZER", "DamagedError", "listed", "write_atomically"]
 
 FILES = (CONFIG, TOKENIZER, *map(file_of, KINDS), STATE)
 BEST = "best.json"
@@ -275,7 +275,7 @@ def _temporary(run: str | Path, step: int) -> Path:
 
 def mark_best(run: str | Path, step: int, loss: float) -> None:
     """Names the checkpoint of `step`, which exists, as the best: it is kept until another is named."""
-    write_whole(Path(run) / FOLDER / BEST, to_json({"checkpoint": name_of(step), "loss": loss}))
+    write_atomically(Path(run) / FOLDER / BEST, to_json({"checkpoint": name_of(step), "loss": loss}))
 
 
 def read(

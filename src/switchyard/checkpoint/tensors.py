@@ -1,6 +1,6 @@
 """Safetensors files read and written piece by piece, so that no file need ever be in memory as a whole.
 
-The library writes a file from a dict of whole arrays and maps whole files; here a header is written first and then the
+The library writes a file from a dict of full arrays and maps full files; here a header is written first and then the
 bytes as they come, and a part of one tensor is read at a time. Files are byte for byte those of the library
 (https://github.com/huggingface/safetensors#format): eight bytes with the header's length, the header as JSON with
 `data_offsets` into what follows, the bytes of the tensors; widest types first, then by name.
@@ -57,7 +57,7 @@ def type_of(array: np.ndarray) -> str:
     raise UserError(f"tensor type: {array.dtype}; one of {', '.join(TYPES)}")
 
 
-def whole(shape: tuple[int, ...]) -> Box:
+def full_box(shape: tuple[int, ...]) -> Box:
     """Returns the box that covers a full array."""
     return tuple(slice(0, size) for size in shape)
 
@@ -182,7 +182,7 @@ def write_file(
             digest.update(content)
         for name in names:
             code = np.dtype(TYPES[entries[name].dtype])
-            for box in pieces(whole(entries[name].shape), code.itemsize):
+            for box in pieces(full_box(entries[name].shape), code.itemsize):
                 content = np.ascontiguousarray(read(name, box), code).reshape(-1).view(np.uint8)
                 file.write(content)
                 digest.update(content)

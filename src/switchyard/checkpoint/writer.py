@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from switchyard.checkpoint.layout import is_writer, shard_of, whole_shape
+from switchyard.checkpoint.layout import full_shape_of, is_writer, shard_of
 from switchyard.checkpoint.manifest import (
     CONFIG,
     KINDS,
@@ -27,7 +27,7 @@ from switchyard.checkpoint.manifest import (
     write_text,
 )
 from switchyard.checkpoint.reader import joined
-from switchyard.checkpoint.tensors import Box, Entry, size_of, type_of, whole, within, write_file
+from switchyard.checkpoint.tensors import Box, Entry, full_box, size_of, type_of, within, write_file
 from switchyard.config import Config
 from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
@@ -38,7 +38,7 @@ from switchyard.json_text import to_json
 NOTE = ".rank-{rank:05d}.json"
 POLL = 0.1  # seconds between two looks for notes
 
-Read = Callable[[str, Box], np.ndarray]  # (tensor, part of the whole tensor) -> that part
+Read = Callable[[str, Box], np.ndarray]  # (tensor, part of the full tensor) -> that part
 
 
 def write_shards(
@@ -56,7 +56,7 @@ def write_shards(
         folder: the temporary directory.
         degrees, layers: how the checkpoint is cut; model.num_layers.
         rank: whose shards; one that holds nothing but copies writes its note only.
-        entries: kind -> name -> type and shape of whole tensors.
+        entries: kind -> name -> type and shape of full tensors.
         read: kind -> where parts come from.
         advance: told the bytes of each piece.
     """
@@ -83,7 +83,7 @@ def write_shards(
                 for name, box in sorted(mine.items())
             }
     note = {"rank": rank, "degrees": asdict(degrees), "tensors": known, "files": files}
-    write_whole(folder / NOTE.format(rank=rank), to_json(note))
+    write_atomically(folder / NOTE.format(rank=rank), to_json(note))
 
 
 def from_arrays(
@@ -96,23 +96,23 @@ def from_arrays(
     """Returns (types and shapes of full tensors, reader of their parts) of a rank's arrays.
 
     Args:
-        arrays: name -> the rank's shard, or the whole tensor.
-        shapes: name of a parameter -> shape of the whole; what is not named is told from the shard.
+        arrays: name -> the rank's shard, or the full tensor.
+        shapes: name of a parameter -> full shape; what is not named is told from the shard.
 
     Raises:
-        UserError: an array is neither the shard nor the whole.
+        UserError: an array is neither the shard nor the full tensor.
     """
     shapes, entries, origins = shapes or {}, {}, {}
     for name, array in arrays.items():
         parameter = name.partition(".")[2]  # of a moment
-        shape = shapes.get(name) or shapes.get(parameter) or whole_shape(name, array.shape, degrees)
+        shape = shapes.get(name) or shapes.get(parameter) or full_shape_of(name, array.shape, degrees)
         box = shard_of(name, tuple(shape), degrees, rank, layers)
         if box is None:  # of another pipeline stage
             continue
         if array.shape == size_of(box):
             origins[name] = box
         elif array.shape == tuple(shape):
-            origins[name] = whole(array.shape)
+            origins[name] = full_box(array.shape)
         else:
             raise UserError(
                 f"shard of '{name}': {array.shape}; rank {rank} of {degrees.devices} holds {size_of(box)} of {shape}"
@@ -191,8 +191,8 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole, new or old, whenever the process dies."""
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that it is complete, new or old, whenever the process dies."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         with writing(path):

@@ -57,7 +57,7 @@ def load_text(data: DataConfig) -> Corpus:
     return Corpus(parts.train, parts.validation, f"{found.description}, {counts}{share}")
 
 
-def load_whole(data: DataConfig) -> Corpus:
+def load_full(data: DataConfig) -> Corpus:
     """Reads the text of `data.val_path`, or else of `data.path`, and holds out all of it (UserError as load_text)."""
     found = _find(data) if data.val_path is None else read_documents(data.val_path, "data.val_path")
     return Corpus((), tuple(found.documents), f"{found.description}, evaluated in full")

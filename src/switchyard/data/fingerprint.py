@@ -44,15 +44,15 @@ def _listed(documents: Iterable[tuple[Document, Any]]) -> list[list]:
         documents: (document, hash object of its bytes), those for training first.
     """
     sizes: dict[str, int] = {}
-    whole: dict[str, Any] = {}
+    digests: dict[str, Any] = {}
     for document, made in documents:
         name = document.name
         sizes[name] = sizes.get(name, 0) + len(document.raw)
-        if name in whole:
-            whole[name].update(document.raw)  # the part that validates, behind the part that trains
+        if name in digests:
+            digests[name].update(document.raw)  # the part that validates, behind the part that trains
         else:
-            whole[name] = made.copy()
-    return [[name, size, whole[name].hexdigest()[:DIGITS]] for name, size in sizes.items()]
+            digests[name] = made.copy()
+    return [[name, size, digests[name].hexdigest()[:DIGITS]] for name, size in sizes.items()]
 
 
 def of_records(manifest: Manifest) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from switchyard.config import Config
 from switchyard.data import mindrecord
-from switchyard.data.corpus import load_text, load_whole
+from switchyard.data.corpus import load_full, load_text
 from switchyard.data.images import classes_of, load_all
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, read_tokenizer, reconcile, unknown_note
 from switchyard.errors import UserError
@@ -53,10 +53,10 @@ def load_scored(config: Config, tokenizer_json: str, overrides: Sequence[str]) -
     if "data.val_path" not in keys:
         changed["val_path"] = None
     config = config.model_copy(update={"data": config.data.model_copy(update=changed)})
-    return _text(config, tokenizer, whole="data.val_fraction" not in keys)
+    return _text(config, tokenizer, full="data.val_fraction" not in keys)
 
 
-def _text(config: Config, tokenizer: Tokenizer, whole: bool) -> "Data":
+def _text(config: Config, tokenizer: Tokenizer, full: bool) -> "Data":
     """Returns the text of data.val_path, or else of data.path, or its validation part."""
     from switchyard.data import text_data
 
@@ -65,9 +65,9 @@ def _text(config: Config, tokenizer: Tokenizer, whole: bool) -> "Data":
         path, key = config.data.val_path, "data.val_path"
     folder = mindrecord.locate(path, key)
     if folder is not None:
-        stream, description = _records(folder, tokenizer, whole, key)
+        stream, description = _records(folder, tokenizer, full, key)
     else:
-        corpus = load_whole(config.data) if whole else load_text(config.data)
+        corpus = load_full(config.data) if full else load_text(config.data)
         stream, description = tokenizer.encode_documents(corpus.validation), corpus.description
     if len(stream) < 2:
         raise UserError(f"{key}: '{path}'; gives {len(stream)} tokens, at least 2 are needed; give more text")
@@ -76,7 +76,7 @@ def _text(config: Config, tokenizer: Tokenizer, whole: bool) -> "Data":
     return text_data(config, tokenizer, stream, description)
 
 
-def _records(folder, tokenizer: Tokenizer, whole: bool, key: str) -> tuple[np.ndarray, str]:
+def _records(folder, tokenizer: Tokenizer, full: bool, key: str) -> tuple[np.ndarray, str]:
     """Returns (stream [T], description) of a prepared folder: both parts with a separator between them, or the
     second."""
     manifest, its_tokenizer = mindrecord.read_manifest(folder)
@@ -87,7 +87,7 @@ def _records(folder, tokenizer: Tokenizer, whole: bool, key: str) -> tuple[np.nd
         )
     description = f"MindRecord '{folder}' of {manifest.source}"
     stream = mindrecord.read_stream(folder, manifest, manifest.validation)
-    if not whole:
+    if not full:
         return stream, f"{description}, its validation part"
     mark = np.array([] if tokenizer.separator is None else [tokenizer.separator], stream.dtype)
     train = mindrecord.read_stream(folder, manifest, manifest.train)

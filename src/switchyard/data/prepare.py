@@ -1,6 +1,6 @@
 """`python -m switchyard.data.prepare`: text to a folder of MindRecord files, with a byte-level BPE trained on the way.
 
-The folder appears whole or not at all; `data.path` takes it.
+The folder appears in full or not at all; `data.path` takes it.
 """
 
 import os

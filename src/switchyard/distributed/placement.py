@@ -16,7 +16,7 @@ from switchyard.errors import UserError
 
 EXPERT, MODEL = "expert", "model"
 Placement = tuple[str | None, ...]  # for each axis of a parameter: what cuts it, or None
-# The layout of each parameter, by the end of its name. What is not listed is whole on every rank of its stage. Matrices
+# The layout of each parameter, by the end of its name. What is not listed is full on every rank of its stage. Matrices
 # of attention and feed-forward are cut along heads and hidden width, the first along its columns and the second along
 # its rows, so that one sum joins them (Megatron-LM, arXiv 1909.08053, section 3).
 MATRICES: dict[str, Placement] = {"qkv.weight": (None, MODEL), "attention.out.weight": (MODEL, None)}

@@ -28,7 +28,7 @@ def replica_groups(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> 
 
     Args:
         name: of a parameter or of an optimizer's tensor.
-        shape: of the whole tensor.
+        shape: of the full tensor.
     """
     cut, seen = placement(name, shape, degrees), set()
     for rank in range(degrees.devices):
@@ -51,7 +51,7 @@ def check_replicas(
 
     Args:
         arrays: name -> this rank's shard; every rank of a stage has the same names.
-        shapes: name -> shape of the whole tensor.
+        shapes: name -> shape of the full tensor.
         processes: this one and the others.
         step: optimizer steps taken.
         kept: returns the newest good checkpoint in words, for the message.

@@ -105,8 +105,8 @@ def stage_costs(config: Config, vocab: int) -> list[Costs]:
 
 
 def _costs(config, vocab, stage):
-    degrees, whole = ParallelDims.of(config.parallel), parameters(config, vocab, stage)
-    sizes = {name: shard_sizes(name, shape, degrees) for name, shape in whole.items()}  # (slice, of it with ZeRO)
+    degrees, shapes = ParallelDims.of(config.parallel), parameters(config, vocab, stage)
+    sizes = {name: shard_sizes(name, shape, degrees) for name, shape in shapes.items()}  # (slice, of it with ZeRO)
     weights, cut = (FLOAT * sum(each[part] for each in sizes.values()) for part in (1, 0))
     gathered = cut - weights
     if degrees.optimizer_shard == 3:
@@ -117,7 +117,7 @@ def _costs(config, vocab, stage):
         gradients=summed + (weights if degrees.pipeline_stage == 1 else cut),
         optimizer=2 * weights + _scalars(config) * FLOAT,
         gathered=gathered,
-        activations=activation_bytes(config, vocab, whole, stage),
+        activations=activation_bytes(config, vocab, shapes, stage),
         exchanges=tuple(exchanges(config, vocab, stage)),
         flops=flops(config, vocab, stage),
     )
@@ -304,7 +304,7 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
     return 2.0 * micro * (passes * blocks + head)
 
 
-def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage: int = 0) -> int:
+def activation_bytes(config: Config, vocab: int, shapes: dict[str, Shape], stage: int = 0) -> int:
     """Estimates the bytes that the forward pass keeps for the backward pass on a device.
 
     Of each block: its residual rows, both norms' results and their copies in the type of the products, projections,
@@ -323,7 +323,7 @@ def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage:
     blocks = [_block_bytes(config, index, rows, between) for index in range(model.num_layers)]
     kept = model.num_layers * between + max(blocks) if cut.recompute else sum(blocks)
     kept *= min(micro, stages - stage)
-    copies = sum(shard_sizes(name, shape, degrees)[0] for name, shape in whole.items() if len(shape) > 1)
+    copies = sum(shard_sizes(name, shape, degrees)[0] for name, shape in shapes.items() if len(shape) > 1)
     kept += copies * wide if wide != FLOAT else 0
     noise = (1 + 2 * model.num_layers) * (model.dropout > 0)
     noise += len(config.moe_layers) * ((config.moe.jitter > 0) + (config.moe.drop_order == "random"))

@@ -84,19 +84,19 @@ def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float 
             return dict(found)
 
 
-def shard_of_rank(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: ParallelDims, rank: int) -> np.ndarray:
+def shard_of_rank(name: str, full: np.ndarray, local: tuple[int, ...], degrees: ParallelDims, rank: int) -> np.ndarray:
     """Returns the shard of a parameter that a rank holds, sharded further along axis 0 where ZeRO does.
 
     Raises:
         ClusterError: the compiler's local shape is another one than `placement` says.
     """
-    cut = placement(name, whole.shape, degrees)
-    part = whole[shard_slices(whole.shape, cut, degrees, rank)]
-    if part.shape != local and optimizer_shards(whole.shape, cut, degrees, rank) > 1:
+    cut = placement(name, full.shape, degrees)
+    part = full[shard_slices(full.shape, cut, degrees, rank)]
+    if part.shape != local and optimizer_shards(full.shape, cut, degrees, rank) > 1:
         replicas = degrees.replicas(cut, rank)
         part = np.split(part, len(replicas))[replicas.index(rank)]
     if part.shape != local:
-        raise ClusterError(f"{name}: the compiler says {local}, the placement {part.shape} of {whole.shape}")
+        raise ClusterError(f"{name}: the compiler says {local}, the placement {part.shape} of {full.shape}")
     return part.copy()
 
 
@@ -144,7 +144,7 @@ def compare(
     losses, norms, met, strayed = [], [], Counter(), 0
     marks = [BEFORE, *(STEP.format(step) for step in range(1, len(batches["rates"]))), AFTER]
     states = [{name.removeprefix(mark): a for name, a in reference.items() if name.startswith(mark)} for mark in marks]
-    judge = Judge(config.optimizer, lambda name, whole, shape, rank: shard_of_rank(name, whole, shape, degrees, rank))
+    judge = Judge(config.optimizer, lambda name, full, shape, rank: shard_of_rank(name, full, shape, degrees, rank))
     shapes = [report.parameters.items() for report in reports]
     weights = [{name: np.zeros(shape, np.float32) for name, shape in own if name.startswith(SUMS)} for own in shapes]
     for step, rate in enumerate(batches["rates"]):

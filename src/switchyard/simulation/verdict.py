@@ -104,7 +104,7 @@ class Judge:
 
     Args:
         optimizer: betas, eps, decay.
-        cut: (name, whole array, local shape, rank) -> the shard that the rank should hold.
+        cut: (name, full array, local shape, rank) -> the shard that the rank should hold.
     """
 
     def __init__(self, optimizer: OptimizerConfig, cut: Callable):

@@ -22,7 +22,7 @@ from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilitie
 from switchyard.moe import metrics
 from switchyard.moe.routing.replay import Recorder, Replayer
 from switchyard.training.finite import check_evaluation
-from switchyard.training.router_metrics import layer_line, whole_numbers
+from switchyard.training.router_metrics import integers, layer_line
 from switchyard.training.scores import eval_program
 from switchyard.trust import check_trusted, names_router
 
@@ -175,7 +175,7 @@ class Evaluator:
         return [
             {
                 "layer": layer,
-                "load": whole_numbers(found["load"][place]),
+                "load": integers(found["load"][place]),
                 "importance": [float(mass) for mass in found["importance"][place]],
                 **{name: float(found[name][place]) for name in metrics.MEANS},
             }

@@ -14,7 +14,7 @@ from switchyard.device import COMPUTE_DTYPES
 from switchyard.errors import UserError
 from switchyard.moe.dispatch.capacity import check_dropless, check_sort_keys
 
-WHOLE_ROUTERS = ("merged", "soft", "tree")  # that override `construct`; see moe.routing.base.why_not_sharded
+UNSHARDED_ROUTERS = ("merged", "soft", "tree")  # that override `construct`; see moe.routing.base.why_not_sharded
 NEED_A_COMPILER = (
     "model_parallel", "pipeline_stage", "micro_batch_num", "optimizer_shard", "sequence_parallel",
     "recompute",
@@ -83,7 +83,7 @@ def why_not_sharded(router: str) -> str | None:
     """Says why a compiled cluster cannot run a router, by its YAML name (UserError: there is no such); None: it can."""
     if "." not in router:
         why = "overrides `construct`, which a compiled cluster does not call: take another router"
-        return why if router in WHOLE_ROUTERS else None
+        return why if router in UNSHARDED_ROUTERS else None
     from switchyard.moe.routing.base import find_router
     from switchyard.moe.routing.base import why_not_sharded as why_class_is_not
 

@@ -11,7 +11,7 @@ import numpy as np
 from switchyard.checkpoint import store as checkpoint
 from switchyard.checkpoint.finite import REMEDY
 from switchyard.checkpoint.health import Healthy
-from switchyard.checkpoint.layout import keep_groups, whole_shape
+from switchyard.checkpoint.layout import full_shape_of, keep_groups
 from switchyard.checkpoint.store import Checkpoint
 from switchyard.config import Config
 from switchyard.data import Data, load_data
@@ -145,8 +145,8 @@ def start_step(config: Config, run: Path, data: Data, loaded: Checkpoint | None,
         balance_tables(step.model, data.token_counts)
     if mesh.processes.is_first:
         run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
-        checkpoint.write_whole(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
+        checkpoint.write_atomically(run / checkpoint.CONFIG, config.to_yaml())
+        checkpoint.write_atomically(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
     mesh.processes.barrier()
     mesh.speed_up(step.program, run)
     if loaded:
@@ -414,7 +414,7 @@ class Trainer:
         arrays = arrays | {"random state": random_state(self.config.train.seed, self.done)}
         known, degrees = self.step.shapes, self.processes.degrees
         shapes = {name: known.get(name) or known.get(name.partition(".")[2]) for name in arrays}
-        shapes = {name: shape or whole_shape(name, arrays[name].shape, degrees) for name, shape in shapes.items()}
+        shapes = {name: shape or full_shape_of(name, arrays[name].shape, degrees) for name, shape in shapes.items()}
         check_replicas(arrays, shapes, self.processes, self.done, self._kept)
         self.compared = self.done
 
@@ -431,18 +431,18 @@ class Trainer:
         """Evaluates, marks the best checkpoint and writes result.json."""
         result = self._result(self._validate(stop) if self.evaluator else None)
         if self.processes.is_first:
-            checkpoint.write_whole(self.run / RESULT, to_json(result, indent=1))
+            checkpoint.write_atomically(self.run / RESULT, to_json(result, indent=1))
         self.progress.say(f"done: {self.run / RESULT}")
         return result
 
     def _validate(self, stop: StopSignals) -> Evaluation:
         """Scores the whole validation set, and marks the best checkpoint."""
-        whole = len(self.sample) == len(self.validation)
-        if self.config.train.eval_every and not whole:
+        full = len(self.sample) == len(self.validation)
+        if self.config.train.eval_every and not full:
             self._evaluate_sample(stop)  # comparable with those before it
         found = self._evaluate(evenly_spaced(len(self.validation), 0), stop)
         check_evaluation(found.to_dict(), f"step {self.done} of '{self.run}'", REMEDY)
-        if (whole or not self.config.train.eval_every) and found.loss < self.best_loss:
+        if (full or not self.config.train.eval_every) and found.loss < self.best_loss:
             self._mark_best(found.loss)
         return found
 

@@ -164,11 +164,11 @@ class Pipelined(nn.Cell):
         for micro in range(self.micro_size):
             parts = ()
             for index in range(self.inputs):
-                whole = inputs[index].shape
-                length, rest = whole[0] // self.micro_size, len(whole) - 1
-                begin, end = (micro * length, *(0,) * rest), ((micro + 1) * length, *whole[1:])
+                shape = inputs[index].shape
+                length, rest = shape[0] // self.micro_size, len(shape) - 1
+                begin, end = (micro * length, *(0,) * rest), ((micro + 1) * length, *shape[1:])
                 take = self.slices[micro * self.inputs + index]
-                parts = (*parts, take(inputs[index], begin, end, (1,) * len(whole)))
+                parts = (*parts, take(inputs[index], begin, end, (1,) * len(shape)))
             figures = self.network(*parts)
             total = figures if total is None else self.adds[micro](total, figures)
         return total

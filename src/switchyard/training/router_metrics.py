@@ -31,11 +31,11 @@ def step_arrays(found: dict[str, np.ndarray]) -> dict[str, list]:
         "max_violation": max_violation(load),
         "z": found["z"],
     }
-    counts = [whole_numbers(of_layer) for of_layer in load]
+    counts = [integers(of_layer) for of_layer in load]
     return {"load": counts, **{name: array.astype(float).tolist() for name, array in lists.items()}}
 
 
-def whole_numbers(counts: np.ndarray) -> list[int | float]:
+def integers(counts: np.ndarray) -> list[int | float]:
     """Returns counts [E] as whole numbers; one that is not finite, out of a broken model, stays as it is."""
     return [int(count) if math.isfinite(count) else float(count) for count in counts]
 
