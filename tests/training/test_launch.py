@@ -97,7 +97,7 @@ def test_the_command_is_silent_or_one_line(tmp_path, capsys):
             ["CPU", "parallel.data_parallel=1"],
             "error: parallel.data_parallel: 1; the degrees need 1 processes, 2 processes run",
         ),
-        (["CPU", "parallel.model_parallel=2"], "error: parallel.model_parallel: 2; training in processes cuts"),
+        (["CPU", "parallel.model_parallel=2"], "error: parallel.model_parallel: 2; training in processes shards"),
         (["TPU"], "error: argument --target: invalid choice"),
     ):
         assert cli.run(launch.main, [*arguments, *wrong]) == 2

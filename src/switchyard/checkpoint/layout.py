@@ -1,6 +1,6 @@
 """Computes which rank holds and which rank writes each shard of every tensor of a checkpoint.
 
-Where an axis is cut is said by `switchyard.distributed.placement`; here ZeRO's further cut along axis 0 over the
+`switchyard.distributed.placement` says which axes are sharded; here ZeRO's further shards along axis 0 over the
 replicas of a shard is added, and the one rank of those that hold the same shard that writes it.
 """
 
@@ -35,12 +35,12 @@ def shard_of(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: 
     """
     if degrees.coordinates(rank).stage not in _stages(name, layers, degrees):
         return None
-    cut = placement(name, shape, degrees)
-    box = shard_slices(shape, cut, degrees, rank)
-    count = optimizer_shards(shape, cut, degrees, rank)
+    axes = placement(name, shape, degrees)
+    box = shard_slices(shape, axes, degrees, rank)
+    count = optimizer_shards(shape, axes, degrees, rank)
     if count == 1:
         return box
-    index, _ = degrees.replica(cut, rank)
+    index, _ = degrees.replica(axes, rank)
     length = (box[0].stop - box[0].start) // count
     start = box[0].start + index * length
     return (slice(start, start + length), *box[1:])
@@ -50,8 +50,8 @@ def is_writer(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers:
     """Returns whether a rank is the first of the ranks that hold its shard; arguments as in `shard_of`."""
     if degrees.coordinates(rank).stage != _stages(name, layers, degrees)[0]:
         return False
-    cut = placement(name, shape, degrees)
-    return optimizer_shards(shape, cut, degrees, rank) > 1 or degrees.replica(cut, rank)[0] == 0
+    axes = placement(name, shape, degrees)
+    return optimizer_shards(shape, axes, degrees, rank) > 1 or degrees.replica(axes, rank)[0] == 0
 
 
 def full_shape_of(name: str, shape: Shape, degrees: ParallelDims) -> Shape:

@@ -2,7 +2,7 @@
 
 Version 1 is a checkpoint of one device, whose two tensor files hold full tensors. Version 2 is one of several:
 
-    degrees     how the run was cut: data_parallel, expert_parallel, ...
+    degrees     how the run was sharded: data_parallel, expert_parallel, ...
     tensors     {weights | optimizer: {name: {dtype, shape}}}, shapes of full tensors
     files       {file: {sha256, bytes}}, those with tensors also {slices: {name: {offsets, shape}}}
 """
@@ -75,7 +75,7 @@ class Manifest:
         path: the directory.
         step: optimizer steps taken.
         files: see above.
-        degrees: how the run was cut.
+        degrees: how the run was sharded.
         tensors: kind -> name -> type and shape of the full tensor; None where the files hold full tensors.
     """
 

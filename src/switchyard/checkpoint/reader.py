@@ -46,7 +46,7 @@ class Shards:
             )
         edges = [np.unique([starts, stops]) for starts, stops in zip(self.starts.T, self.stops.T)]
         cells = [len(edge) - 1 for edge in edges]
-        if math.prod(cells) > MOST_CELLS + 16 * len(self.files):  # shards that make up a tensor are cut alike
+        if math.prod(cells) > MOST_CELLS + 16 * len(self.files):  # shards that make up a tensor are divided alike
             raise UserError(f"inconsistent shards of '{name}': {len(self.files)} shards that do not fit together")
         count = np.zeros(cells, np.int32)  # shards over each cell between all edges
         for index in range(len(self.files)):
@@ -92,7 +92,7 @@ class Tensors:
         entries: name -> type and shape of the full tensor.
 
     Raises:
-        DamagedError: a file is missing, cut or altered; a shard is missing, doubled or foreign.
+        DamagedError: a file is missing, truncated or altered; a shard is missing, doubled or foreign.
     """
 
     def __init__(self, manifest: Manifest, kind: str):

@@ -1,4 +1,4 @@
-"""Re-cuts a checkpoint for other degrees, piece by piece: `python -m switchyard.checkpoint convert`."""
+"""Reshards a checkpoint for other degrees, piece by piece: `python -m switchyard.checkpoint convert`."""
 
 from pathlib import Path
 
@@ -29,7 +29,8 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
         The configurations before and after.
 
     Raises:
-        DamagedError: a file is missing, cut or altered; a shard is missing, doubled or foreign; a number is not finite.
+        DamagedError: a file is missing, truncated or altered; a shard is missing, doubled or foreign; a number is not
+            finite.
         UserError: `out` exists; degrees that do not fit each other or the model.
     """
     if out.exists() or out.is_symlink():

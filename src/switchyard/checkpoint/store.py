@@ -290,8 +290,8 @@ def read(
         rank: of the reader.
 
     Raises:
-        DamagedError: a file is missing, cut, altered or unreadable, a shard missing, doubled or foreign, or a number
-            not finite; names the good checkpoint before it.
+        DamagedError: a file is missing, truncated, altered or unreadable, a shard missing, doubled or foreign, or a
+            number not finite; names the good checkpoint before it.
         UserError: no checkpoint, one of another format, or degrees that do not divide a tensor.
     """
     path, degrees = resolve(path), degrees or ParallelDims()

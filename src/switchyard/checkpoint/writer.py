@@ -54,7 +54,7 @@ def write_shards(
 
     Args:
         folder: the temporary directory.
-        degrees, layers: how the checkpoint is cut; model.num_layers.
+        degrees, layers: how the checkpoint is sharded; model.num_layers.
         rank: whose shards; one that holds nothing but copies writes its note only.
         entries: kind -> name -> type and shape of full tensors.
         read: kind -> where parts come from.

@@ -38,7 +38,7 @@ def of_corpus(corpus: Corpus) -> dict[str, Any]:
 
 
 def _listed(documents: Iterable[tuple[Document, Any]]) -> list[list]:
-    """Returns the files by name, each with the digest of the whole file, wherever it was cut to train and validate.
+    """Returns the files by name, each with the digest of the whole file, wherever it was divided to train and validate.
 
     Args:
         documents: (document, hash object of its bytes), those for training first.

@@ -87,7 +87,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, Tokenizer]:
     Sizes are compared, not checksums: hashing every byte at each start would cost minutes on large data.
 
     Raises:
-        UserError: a file is missing, cut or altered.
+        UserError: a file is missing, truncated or altered.
     """
     try:
         manifest = Manifest.model_validate_json(read_regular(folder / MANIFEST, LONGEST, folder))

@@ -148,7 +148,7 @@ def train_bpe(documents: Iterable["Document"], vocab_size: int) -> "LibraryToken
     """Trains a byte-level BPE tokenizer (arXiv 1508.07909, bytes as in GPT-2) on the text of `documents`.
 
     The end-of-text token separates documents. The vocabulary is smaller than asked if the text has no more pairs.
-    Runs of letters, digits, signs or white space are cut after every LONGEST_RUN characters, so that training takes
+    Runs of letters, digits, signs or white space are divided after every LONGEST_RUN characters, so that training takes
     seconds on text without spaces, too. The vocabulary of other text does not depend on that rule.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -33,7 +33,7 @@ def split(documents: Sequence[Document], fraction: float) -> Split:
 
     From MANY_FILES documents on, those whose name hashes below the fraction validate, so a file keeps its side when
     others come and go. Fewer documents, or sizes so uneven that the share would be off by more than TOLERANCE of the
-    fraction, are each cut in two: the last part validates.
+    fraction, are each divided in two: the last part validates.
     """
     if len(documents) == 1:
         text = documents[0].text()  # between two characters, as nanoGPT does

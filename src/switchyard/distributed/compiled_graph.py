@@ -184,8 +184,8 @@ class Collective:
         group: the ranks that take part.
         direction: forward, recompute (forward again in the backward pass), backward or optimizer.
         layer: where in the network: `layers.0.feed_forward`, `embedding`, `loss`, ...
-        cause: why the compiler put it there: forward (a sum or such of a cut axis), redistribution, mirror (gradients
-            summed over replicas), optimizer (shards of ZeRO), own (written in the network).
+        cause: why the compiler put it there: forward (a sum or such of a sharded axis), redistribution, mirror
+            (gradients summed over replicas), optimizer (shards of ZeRO), own (written in the network).
         parameter: whose gradient it sums, for mirrors.
         shape, bytes: of the rank's tensor: what goes in; of AllGather what comes out. Unknown sizes count as 0.
     """

@@ -214,16 +214,16 @@ class CompiledMesh(LocalMesh):
 
     def program(self, graph: nn.Cell, inputs: tuple) -> AutoParallel:
         """Returns the network to compile; its parts know their layouts, `inputs` how its arguments are sharded."""
-        cut = self.full_config.parallel
+        parallel = self.full_config.parallel
         step = AutoParallel(graph, parallel_mode="semi_auto")
         step.dataset_strategy(inputs)
         step.no_init_parameters_in_compile()  # a parameter without numbers takes no memory, however large the full one
-        if cut.pipeline_stage > 1:
-            step.pipeline(stages=cut.pipeline_stage, scheduler="1f1b")
-        if cut.optimizer_shard:
-            step.hsdp(shard_size=-1, threshold=0, optimizer_level=f"level{cut.optimizer_shard}")
-        if cut.comm_fusion:
-            step.comm_fusion({"openstate": True} | {kind: fused(size) for kind, size in cut.comm_fusion.items()})
+        if parallel.pipeline_stage > 1:
+            step.pipeline(stages=parallel.pipeline_stage, scheduler="1f1b")
+        if parallel.optimizer_shard:
+            step.hsdp(shard_size=-1, threshold=0, optimizer_level=f"level{parallel.optimizer_shard}")
+        if parallel.comm_fusion:
+            step.comm_fusion({"openstate": True} | {kind: fused(size) for kind, size in parallel.comm_fusion.items()})
         return step
 
     def compile(self, program: AutoParallel, inputs: Callable[[], tuple]) -> None:

@@ -15,10 +15,10 @@ from switchyard.config import ParallelConfig
 from switchyard.errors import UserError
 
 EXPERT, MODEL = "expert", "model"
-Placement = tuple[str | None, ...]  # for each axis of a parameter: what cuts it, or None
+Placement = tuple[str | None, ...]  # for each axis of a parameter: what shards it, or None
 # The layout of each parameter, by the end of its name. What is not listed is full on every rank of its stage. Matrices
-# of attention and feed-forward are cut along heads and hidden width, the first along its columns and the second along
-# its rows, so that one sum joins them (Megatron-LM, arXiv 1909.08053, section 3).
+# of attention and feed-forward are sharded along heads and hidden width, the first along its columns and the second
+# along its rows, so that one sum joins them (Megatron-LM, arXiv 1909.08053, section 3).
 MATRICES: dict[str, Placement] = {"qkv.weight": (None, MODEL), "attention.out.weight": (MODEL, None)}
 STACKED: dict[str, Placement] = {"w_in": (None, MODEL), "w_gate": (None, MODEL), "w_out": (MODEL, None)}  # of [E, ., .]
 
@@ -100,24 +100,24 @@ class ParallelDims:
         """Returns the ranks that hold the shards of one network (tensor parallel)."""
         return self.along(rank, "model")
 
-    def replicas(self, cut: Placement, rank: int) -> tuple[int, ...]:
+    def replicas(self, axes: Placement, rank: int) -> tuple[int, ...]:
         """Returns the ranks that hold the same shard of a parameter placed so."""
-        axes = ["outer"] + ([] if EXPERT in cut else ["expert"]) + ([] if MODEL in cut else ["model"])
-        return self.along(rank, *axes)
+        other = ["outer"] + ([] if EXPERT in axes else ["expert"]) + ([] if MODEL in axes else ["model"])
+        return self.along(rank, *other)
 
-    def replica(self, cut: Placement, rank: int) -> tuple[int, int]:
+    def replica(self, axes: Placement, rank: int) -> tuple[int, int]:
         """Returns (which of `replicas` a rank is, from 0; how many there are), without listing them."""
         place = self.coordinates(rank)
         index, count = place.outer, self.outer
-        if EXPERT not in cut:
+        if EXPERT not in axes:
             index, count = index * self.expert_parallel + place.expert, count * self.expert_parallel
-        if MODEL not in cut:
+        if MODEL not in axes:
             index, count = index * self.model_parallel + place.model, count * self.model_parallel
         return index, count
 
 
 def axes_of(name: str, dimensions: int) -> Placement:
-    """Returns what cuts each axis of a parameter, by its name (also of its moments: `moment1.NAME`).
+    """Returns what shards each axis of a parameter, by its name (also of its moments: `moment1.NAME`).
 
     This is the only place that knows. Every Cell asks it in `shard(mesh)`; checkpoint and planner ask `placement`.
     """
@@ -132,13 +132,13 @@ def placement(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> Place
     """Returns `axes_of` a parameter of that shape.
 
     Raises:
-        UserError: an axis that is to be cut does not divide by its degree.
+        UserError: an axis that is to be sharded does not divide by its degree.
     """
-    cut = axes_of(name, len(shape))
-    for size, axis in zip(shape, cut):
+    axes = axes_of(name, len(shape))
+    for size, axis in zip(shape, axes):
         if axis is not None and size % degree_of(axis, degrees):
             raise UserError(f"{name}: {tuple(shape)}; {axis}_parallel ({degree_of(axis, degrees)}) must divide {size}")
-    return cut
+    return axes
 
 
 def degree_of(axis: str | None, degrees: ParallelDims) -> int:
@@ -146,23 +146,23 @@ def degree_of(axis: str | None, degrees: ParallelDims) -> int:
     return {EXPERT: degrees.expert_parallel, MODEL: degrees.model_parallel, None: 1}[axis]
 
 
-def shard_slices(shape: tuple[int, ...], cut: Placement, degrees: ParallelDims, rank: int) -> tuple[slice, ...]:
+def shard_slices(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims, rank: int) -> tuple[slice, ...]:
     """Returns the part of an array of that shape that a rank holds, before any shard of the optimizer."""
     place = degrees.coordinates(rank)
     where = {EXPERT: place.expert, MODEL: place.model, None: 0}
     parts = []
-    for size, axis in zip(shape, cut):
+    for size, axis in zip(shape, axes):
         length = size // degree_of(axis, degrees)
         parts.append(slice(where[axis] * length, (where[axis] + 1) * length))
     return tuple(parts)
 
 
-def optimizer_shards(shape: tuple[int, ...], cut: Placement, degrees: ParallelDims, rank: int) -> int:
+def optimizer_shards(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims, rank: int) -> int:
     """Returns into how many parts along axis 0 ZeRO divides a rank's shard: its replicas, or 1 where they cannot."""
     if degrees.optimizer_shard == 0 or not shape:
         return 1
-    _, count = degrees.replica(cut, rank)
-    return count if (shape[0] // degree_of(cut[0], degrees)) % count == 0 else 1
+    _, count = degrees.replica(axes, rank)
+    return count if (shape[0] // degree_of(axes[0], degrees)) % count == 0 else 1
 
 
 def stages_of(name: str, layers: int, degrees: ParallelDims) -> tuple[int, ...]:

@@ -65,7 +65,7 @@ class Processes:
     Attributes:
         rank: which one this is, from 0.
         size: how many there are.
-        degrees: how the model is cut over them.
+        degrees: how the model is sharded over them.
     """
 
     rank: int = 0
@@ -148,8 +148,8 @@ def must_block(config: Config) -> bool:
     """
     if config.context.launch_blocking is not None:
         return config.context.launch_blocking
-    cut = config.parallel
-    return (cut.data_parallel > 1 and cut.optimizer_shard == 0) or cut.model_parallel > 1
+    parallel = config.parallel
+    return (parallel.data_parallel > 1 and parallel.optimizer_shard == 0) or parallel.model_parallel > 1
 
 
 def waits_for_nothing(config: Config, processes: Processes) -> bool:

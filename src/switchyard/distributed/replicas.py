@@ -30,11 +30,11 @@ def replica_groups(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> 
         name: of a parameter or of an optimizer's tensor.
         shape: of the full tensor.
     """
-    cut, seen = placement(name, shape, degrees), set()
+    axes, seen = placement(name, shape, degrees), set()
     for rank in range(degrees.devices):
-        if rank in seen or optimizer_shards(shape, cut, degrees, rank) > 1:
+        if rank in seen or optimizer_shards(shape, axes, degrees, rank) > 1:
             continue
-        group = degrees.replicas(cut, rank)
+        group = degrees.replicas(axes, rank)
         seen.update(group)
         if len(group) > 1:
             yield group

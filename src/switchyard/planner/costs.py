@@ -88,7 +88,7 @@ def costs(config: Config, vocab: int) -> Costs:
     """Costs of a configuration's layout, of a pipeline those of the stage that holds most; vocab: entries V.
 
     Raises:
-        UserError: the training step cannot be cut so.
+        UserError: the training step cannot be sharded so.
     """
     return heaviest(stage_costs(config, vocab))
 
@@ -107,14 +107,14 @@ def stage_costs(config: Config, vocab: int) -> list[Costs]:
 def _costs(config, vocab, stage):
     degrees, shapes = ParallelDims.of(config.parallel), parameters(config, vocab, stage)
     sizes = {name: shard_sizes(name, shape, degrees) for name, shape in shapes.items()}  # (slice, of it with ZeRO)
-    weights, cut = (FLOAT * sum(each[part] for each in sizes.values()) for part in (1, 0))
-    gathered = cut - weights
+    weights, sharded = (FLOAT * sum(each[part] for each in sizes.values()) for part in (1, 0))
+    gathered = sharded - weights
     if degrees.optimizer_shard == 3:
-        gathered = max(FLOAT * (cut - kept) for cut, kept in sizes.values())
+        gathered = max(FLOAT * (sharded - kept) for sharded, kept in sizes.values())
     summed = weights * (config.train.gradient_accumulation_steps > 1)  # those of the calls before
     return Costs(
         weights=weights,
-        gradients=summed + (weights if degrees.pipeline_stage == 1 else cut),
+        gradients=summed + (weights if degrees.pipeline_stage == 1 else sharded),
         optimizer=2 * weights + _scalars(config) * FLOAT,
         gathered=gathered,
         activations=activation_bytes(config, vocab, shapes, stage),
@@ -131,7 +131,7 @@ def _scalars(config):
 
 
 def check_counted(config: Config) -> None:
-    """Refuses what the compiler does not cut, and what is not counted here (UserError)."""
+    """Refuses what the compiler does not shard, and what is not counted here (UserError)."""
     refuse(refusals(config))
     check_sort_keys(config)
     if config.devices > 1:
@@ -203,9 +203,9 @@ def _of_gradient(name, shape, config, degrees):
     """Yields the sum of a gradient over the ranks with the same shard; with ZeRO also the gather of the shard before
     its use.
     """
-    cut = placement(name, shape, degrees)
-    ranks, (size, kept) = degrees.replica(cut, 0)[1], shard_sizes(name, shape, degrees)
-    group = "replicas" if EXPERT in cut else "data" if MODEL in cut else "stage"
+    axes = placement(name, shape, degrees)
+    ranks, (size, kept) = degrees.replica(axes, 0)[1], shard_sizes(name, shape, degrees)
+    group = "replicas" if EXPERT in axes else "data" if MODEL in axes else "stage"
     if ranks == 1:
         return
     if kept == size:
@@ -254,11 +254,11 @@ def _of_experts(config, degrees, repeated):
 
 
 def _of_model_slices(config, degrees, repeated, last):
-    """Sums of what the model shards of a network make, and rows put together again where they are cut."""
-    model, moe, cut = config.model, config.moe, config.parallel
+    """Sums of what the model shards of a network make, and rows put together again where they are sharded."""
+    model, moe, parallel = config.model, config.moe, config.parallel
     tensor, layers, conditional = degrees.model_parallel, model.num_layers, len(config.moe_layers)
     rows, wide = config.rows // degrees.data_parallel * model.hidden_size, product_bytes(config)
-    shared, again = conditional if moe.shared_expert_num else 0, int(cut.recompute)
+    shared, again = conditional if moe.shared_expert_num else 0, int(parallel.recompute)
 
     def reduce(numbers, count):
         return Exchange("AllReduce", "model", tensor, wide * numbers, count)
@@ -270,7 +270,7 @@ def _of_model_slices(config, degrees, repeated, last):
         yield Exchange("AllReduce", "model", tensor, FLOAT * rows, (2 + repeated) * conditional)
     if moe.use_shared_expert_gating:
         yield reduce(rows, again * shared)  # the gate's gradient reads the sum
-    if not cut.sequence_parallel:
+    if not parallel.sequence_parallel:
         yield reduce(rows, layers * (2 + again))
         return
     yield Exchange("AllGather", "model", tensor, FLOAT * rows, layers * (2 + 2 * again) + last)
@@ -289,8 +289,8 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
     stages, micro = config.parallel.pipeline_stage, config.micro_batches
     if stages > 1:
         config = stage_config(config, stage)
-    model, moe, cut = config.model, config.moe, config.parallel
-    rows, tensor, width = config.rows // cut.data_parallel, cut.model_parallel, model.hidden_size
+    model, moe, parallel = config.model, config.moe, config.parallel
+    rows, tensor, width = config.rows // parallel.data_parallel, parallel.model_parallel, model.hidden_size
     conditional, matrices = len(config.moe_layers), 3 if model.activation == "swiglu" else 2
     attention = width * (projection(config) + width) + 2 * model.seq_length * width
     blocks = model.num_layers * rows * attention / tensor
@@ -299,7 +299,7 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
         slots = worked_rows(config) + moe.shared_expert_num * rows
         blocks += conditional * slots * matrices * width * config.expert_width / tensor
         blocks += conditional * rows * width * moe.expert_num
-    passes = 4 if cut.recompute else 3
+    passes = 4 if parallel.recompute else 3
     head = 3 * rows * width * vocab if stage == stages - 1 else 0
     return 2.0 * micro * (passes * blocks + head)
 
@@ -317,11 +317,12 @@ def activation_bytes(config: Config, vocab: int, shapes: dict[str, Shape], stage
     stages, micro = config.parallel.pipeline_stage, micro_batches_of_call(config)
     if stages > 1:
         config = stage_config(config, stage)
-    model, cut, degrees = config.model, config.parallel, ParallelDims.of(config.parallel)
-    rows, width, wide = config.rows // cut.data_parallel, model.hidden_size, product_bytes(config)
-    between = rows * width * FLOAT // (cut.model_parallel if cut.sequence_parallel else 1)  # rows between the parts
+    model, parallel, degrees = config.model, config.parallel, ParallelDims.of(config.parallel)
+    rows, width, wide = config.rows // parallel.data_parallel, model.hidden_size, product_bytes(config)
+    between = rows * width * FLOAT  # rows between the parts
+    between //= parallel.model_parallel if parallel.sequence_parallel else 1
     blocks = [_block_bytes(config, index, rows, between) for index in range(model.num_layers)]
-    kept = model.num_layers * between + max(blocks) if cut.recompute else sum(blocks)
+    kept = model.num_layers * between + max(blocks) if parallel.recompute else sum(blocks)
     kept *= min(micro, stages - stage)
     copies = sum(shard_sizes(name, shape, degrees)[0] for name, shape in shapes.items() if len(shape) > 1)
     kept += copies * wide if wide != FLOAT else 0
@@ -333,8 +334,8 @@ def activation_bytes(config: Config, vocab: int, shapes: dict[str, Shape], stage
 
 def _block_bytes(config, index, rows, between):
     """Returns the activation bytes of one block without recompute."""
-    model, moe, cut = config.model, config.moe, config.parallel
-    width, wide, tensor = model.hidden_size, product_bytes(config), cut.model_parallel
+    model, moe, parallel = config.model, config.moe, config.parallel
+    width, wide, tensor = model.hidden_size, product_bytes(config), parallel.model_parallel
     hidden_copies = 3 if model.activation == "swiglu" else 2  # before and after the non-linearity, and the gate
     weights = model.seq_length * (FLOAT + (wide if wide != FLOAT else 0))  # [S] of a row and head, before the product
     if _takes(config, "FlashAttentionScore"):
@@ -348,7 +349,7 @@ def _block_bytes(config, index, rows, between):
     slots = worked_rows(config)
     kept += slots * hidden_copies * config.expert_width * wide // tensor
     if moe.dispatch == "dropless_static":
-        slots = cut.expert_parallel * buffer_slots(config)
+        slots = parallel.expert_parallel * buffer_slots(config)
     kept += slots * width * (2 * FLOAT + wide if moe.dispatch == "capacity" else 3 * wide)
     kept += rows * moe.shared_expert_num * hidden_copies * config.expert_width * wide // tensor
     return kept + 4 * rows * moe.expert_num * FLOAT  # logits, probabilities, choices of the router

@@ -68,7 +68,7 @@ class Candidate:
 
     Attributes:
         parallel: its keys of the section `parallel`.
-        costs, dropped, seconds: None where it cannot be cut so.
+        costs, dropped, seconds: None where it cannot be sharded so.
         refusal: why it is not feasible, one line; None where it is.
     """
 
@@ -135,7 +135,7 @@ def combinations(config: Config, devices: int) -> Iterator[dict]:
         experts = divisors(data) if config.moe_layers else [1]
         sequence = [False, True] if tensor > 1 else [False]
         zero = [0, 1, 3] if data > 1 else [0]
-        for expert, cut, level, recompute in itertools.product(experts, sequence, zero, [False, True]):
+        for expert, sharded, level, recompute in itertools.product(experts, sequence, zero, [False, True]):
             yield {
                 "data_parallel": data,
                 "expert_parallel": expert,
@@ -143,7 +143,7 @@ def combinations(config: Config, devices: int) -> Iterator[dict]:
                 "pipeline_stage": stages,
                 "micro_batch_num": stages,
                 "optimizer_shard": level,
-                "sequence_parallel": cut,
+                "sequence_parallel": sharded,
                 "recompute": recompute,
             }
 
@@ -253,9 +253,9 @@ def _reasons(refused):
 
 
 def _row(one):
-    cut, cost = one.parallel, one.costs
-    flags = ["yes" if cut[name] else "-" for name in ("sequence_parallel", "recompute")]
-    degrees = [str(cut[name]) for name in (*SHORT, "optimizer_shard")]
+    parallel, cost = one.parallel, one.costs
+    flags = ["yes" if parallel[name] else "-" for name in ("sequence_parallel", "recompute")]
+    degrees = [str(parallel[name]) for name in (*SHORT, "optimizer_shard")]
     sizes = [giga(size) for size in (cost.memory, *map(cost.exchanged, KINDS), cost.sent)]
     return [*degrees, *flags, *sizes, f"{cost.flops / 1e12:.2f}", f"{one.dropped:.2%}", f"{one.seconds:.3f}"]
 

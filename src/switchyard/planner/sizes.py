@@ -70,9 +70,9 @@ def _feed_forward(config, index, prefix):
 
 def shard_sizes(name, shape, degrees):
     """(numbers of a rank's slice, numbers of it that the rank keeps between steps)."""
-    cut = placement(name, shape, degrees)
-    size = math.prod(shape) // math.prod(degree_of(axis, degrees) for axis in cut)
-    return size, size // optimizer_shards(shape, cut, degrees, 0)
+    axes = placement(name, shape, degrees)
+    size = math.prod(shape) // math.prod(degree_of(axis, degrees) for axis in axes)
+    return size, size // optimizer_shards(shape, axes, degrees, 0)
 
 
 def worked_rows(config: Config) -> int:

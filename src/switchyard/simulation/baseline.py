@@ -53,10 +53,10 @@ def one_device(tree: dict) -> dict:
     micro-batches."""
     groups = tree["moe"]["groups"] or tree["parallel"]["data_parallel"]
     context = tree["context"] | {"device_target": "CPU", "device_id": None}
-    cut, train = tree["parallel"], tree["train"]
-    if cut["pipeline_stage"] > 1:
+    parallel, train = tree["parallel"], tree["train"]
+    if parallel["pipeline_stage"] > 1:
         each = train["gradient_accumulation_steps"]
-        train = train | {"gradient_accumulation_steps": each * cut["micro_batch_num"]}
+        train = train | {"gradient_accumulation_steps": each * parallel["micro_batch_num"]}
     return {**tree, "train": train, "parallel": {}, "moe": tree["moe"] | {"groups": groups}, "context": context}
 
 

@@ -174,14 +174,15 @@ def run_child(command: list[str], environment: dict, timeout: float, what: str) 
 
 def check_devices(config: Config, devices: int, ranks: Sequence[int]) -> None:
     """Refuses numbers of devices and ranks that the degrees do not have (UserError)."""
-    cut = config.parallel
+    degrees = ParallelDims.of(config.parallel)
     if config.devices != devices:
         raise UserError(
-            f"--devices: {devices}; parallel.data_parallel * model_parallel * pipeline_stage is {cut.data_parallel} * "
-            f"{cut.model_parallel} * {cut.pipeline_stage} = {config.devices}: they must be equal"
+            f"--devices: {devices}; parallel.data_parallel * model_parallel * pipeline_stage is "
+            f"{degrees.data_parallel} * {degrees.model_parallel} * {degrees.pipeline_stage} = {config.devices}: "
+            "they must be equal"
         )
     for rank in ranks:
-        ParallelDims.of(cut).coordinates(rank)  # refuses ranks that are not there
+        degrees.coordinates(rank)  # refuses ranks that are not there
 
 
 def _reason(folder: Path, done: subprocess.CompletedProcess) -> str:

@@ -90,10 +90,10 @@ def shard_of_rank(name: str, full: np.ndarray, local: tuple[int, ...], degrees: 
     Raises:
         ClusterError: the compiler's local shape is another one than `placement` says.
     """
-    cut = placement(name, full.shape, degrees)
-    part = full[shard_slices(full.shape, cut, degrees, rank)]
-    if part.shape != local and optimizer_shards(full.shape, cut, degrees, rank) > 1:
-        replicas = degrees.replicas(cut, rank)
+    axes = placement(name, full.shape, degrees)
+    part = full[shard_slices(full.shape, axes, degrees, rank)]
+    if part.shape != local and optimizer_shards(full.shape, axes, degrees, rank) > 1:
+        replicas = degrees.replicas(axes, rank)
         part = np.split(part, len(replicas))[replicas.index(rank)]
     if part.shape != local:
         raise ClusterError(f"{name}: the compiler says {local}, the placement {part.shape} of {full.shape}")

@@ -68,20 +68,20 @@ def all_to_all(attributes, inputs):
 
 def all_to_all_v(attributes, inputs):
     """Exchanges parts of any size: (flat x, counts sent, counts received), in units of block_size."""
-    block, cuts = int(attributes["block_size"]), []
+    block, parts = int(attributes["block_size"]), []
     for x, sent, _ in inputs:
         sizes = [int(count) * block for count in np.ravel(sent)]
         if x.ndim != 1 or len(sizes) != len(inputs) or sum(sizes) != x.size:
             raise ClusterError(f"AlltoAllV: {x.shape} does not hold what is sent, {sizes}")
-        cuts.append(np.split(x, np.cumsum(sizes)[:-1]))
+        parts.append(np.split(x, np.cumsum(sizes)[:-1]))
     out = []
     for r, (_, _, received) in enumerate(inputs):
         sizes = [int(count) * block for count in np.ravel(received)]
-        if sizes != [cut[r].size for cut in cuts]:
-            raise ClusterError(f"AlltoAllV: a member expects {sizes}, others send {[cut[r].size for cut in cuts]}")
+        if sizes != [part[r].size for part in parts]:
+            raise ClusterError(f"AlltoAllV: a member expects {sizes}, others send {[part[r].size for part in parts]}")
         if not sum(sizes):
             raise ClusterError("AlltoAllV: a rank receives nothing; its output is undefined on the device")
-        out.append(np.concatenate([cut[r] for cut in cuts]))
+        out.append(np.concatenate([part[r] for part in parts]))
     return out
 
 

@@ -1,8 +1,8 @@
 """Decides whether an emulated cluster and one device agree, and why a parameter may still differ.
 
 AdamW divides a gradient by its own size, so a gradient near zero, whose sign is rounding, moves a parameter by up to
-twice the learning rate. Therefore parameters alone do not decide. Every step begins from the state of one device, cut,
-and is judged by itself:
+twice the learning rate. Therefore parameters alone do not decide. Every step begins from the state of one device, in
+shards, and is judged by itself:
 
     loss        differs by at most TOLERANCE, relative to its size (at least 1)
     norm        of the gradients: by at most GRADIENTS, relative to its size
@@ -104,11 +104,11 @@ class Judge:
 
     Args:
         optimizer: betas, eps, decay.
-        cut: (name, full array, local shape, rank) -> the shard that the rank should hold.
+        shard: (name, full array, local shape, rank) -> the shard that the rank should hold.
     """
 
-    def __init__(self, optimizer: OptimizerConfig, cut: Callable):
-        self.optimizer, self.cut = optimizer, cut
+    def __init__(self, optimizer: OptimizerConfig, shard: Callable):
+        self.optimizer, self.shard = optimizer, shard
         self.differences: dict[str, float] = {}
         self.gradients: dict[str, float] = {}
         self.explained: Counter = Counter()
@@ -124,7 +124,7 @@ class Judge:
         floor = NOISE * max(sizes.values(), default=0.0)
         for rank, own in enumerate(ranks):
             for name in sorted(own):
-                end = self.cut(name, after[name], own[name].shape, rank)
+                end = self.shard(name, after[name], own[name].shape, rank)
                 self._note(self.differences, name, float(np.abs(own[name] - end).max(initial=0.0)))
             for name, size in sizes.items():
                 if name in own:
@@ -137,12 +137,12 @@ class Judge:
         if mean not in own or square not in own:
             return
         first, second = (
-            _beyond_rounding(own[moment], self.cut(moment, after[moment], own[moment].shape, rank)) / (1 - beta)
+            _beyond_rounding(own[moment], self.shard(moment, after[moment], own[moment].shape, rank)) / (1 - beta)
             for moment, beta in ((mean, optimizer.beta1), (square, optimizer.beta2))  # of g and of g^2
         )
         self._note(self.gradients, name, worst((_relative(first, size), _relative(second, 2 * size**2))))
-        start = self.cut(name, before[name], own[name].shape, rank)
-        end = self.cut(name, after[name], own[name].shape, rank)
+        start = self.shard(name, before[name], own[name].shape, rank)
+        end = self.shard(name, after[name], own[name].shape, rank)
         decay = optimizer.weight_decay if start.ndim >= 2 else 0.0
         first_moment = own[mean].astype(np.float64) / float(after["correction1"])
         root = np.sqrt(own[square].astype(np.float64) / float(after["correction2"]))

@@ -103,15 +103,16 @@ def of_processes(config: Config, why: str = "") -> Iterator[Refusal]:
 
     `why`: what the compiler cannot shard, where it would be asked otherwise.
     """
-    cut, moe, only = config.parallel, config.moe, "training in processes cuts data_parallel and expert_parallel only"
+    parallel, moe = config.parallel, config.moe
+    only = "training in processes shards data_parallel and expert_parallel only"
     for name in NEED_A_COMPILER:
-        value = getattr(cut, name)
-        if value != type(cut).model_fields[name].default:
+        value = getattr(parallel, name)
+        if value != type(parallel).model_fields[name].default:
             rest = f"; leave it at its default{f' ({why})' if why else ''}"
             yield Refusal(f"parallel.{name}", value, only + rest, False)
-    if cut.expert_parallel > 1 and moe.router == "merged":
+    if parallel.expert_parallel > 1 and moe.router == "merged":
         reason = "merged experts need all their parameters in one place; set it to 1"
-        yield Refusal("parallel.expert_parallel", cut.expert_parallel, reason, False)
+        yield Refusal("parallel.expert_parallel", parallel.expert_parallel, reason, False)
 
 
 def of_several(config: Config) -> Iterator[Refusal]:

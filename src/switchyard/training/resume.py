@@ -133,7 +133,7 @@ def no_run(run: Path) -> str:
 def resumed(old: Config, new: Config) -> Config:
     """Returns the configuration of the resumed run: `new`, with the routing groups of `old` where possible.
 
-    Prints what was changed, and what a change of layout means: weights and moments are the same numbers, cut otherwise.
+    Prints what was changed, and what a change of layout means: the shards of weights and moments change.
     """
     kept = keep_groups(old, new)
     if is_first():
