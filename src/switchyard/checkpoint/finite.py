@@ -1,4 +1,4 @@
-"""Which tensors are finite: a checkpoint with another number in it is neither written nor read."""
+"""Finds tensors that are not finite: a checkpoint with another number in it is neither written nor read."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: its files with their sha256, and where in which tensor every shard belongs.
+"""Reads and writes the manifest of a checkpoint: its files with their sha256, and the place of every shard.
 
 Version 1 is a checkpoint of one device, whose two tensor files hold full tensors. Version 2 is one of several:
 

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint of any layout: each part of each of them, put together from the shards in its files."""
+"""Reads tensors of a checkpoint of any layout: any part of a tensor, put together from the shards in its files."""
 
 import math
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Checkpoints: directories that appear in full or not at all, and are verified before they are read.
+"""Saves and reads checkpoints: directories that appear in full or not at all, and are verified before they are read.
 
 RUN/checkpoints/step-00000100/
     manifest.json           format version, step, sha256 and size of every other file

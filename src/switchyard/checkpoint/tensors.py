@@ -1,4 +1,4 @@
-"""Safetensors files read and written piece by piece, so that no file need ever be in memory as a whole.
+"""Reads and writes safetensors files piece by piece, so that no file need ever be in memory as a whole.
 
 The library writes a file from a dict of full arrays and maps full files; here a header is written first and then the
 bytes as they come, and a part of one tensor is read at a time. Files are byte for byte those of the library

@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks write: each its shards and a note about them, one of them the manifest.
+"""Writes checkpoints of several ranks: each rank its shards and a note about them, one rank the manifest.
 
 All write into one temporary directory. A rank's files come first, its note last, so a note stands for files that are
 whole; when the notes of all ranks are there, they become the manifest and the directory is renamed.

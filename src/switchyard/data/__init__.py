@@ -1,4 +1,4 @@
-"""Data: text, MindRecord or images in, a tokenizer and resumable batches out. `load_data` is the way in."""
+"""Reads text, MindRecord or images, and gives a tokenizer and resumable batches. `load_data` is the entry."""
 
 import os
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""Tokens to batches: training batches by index, a pure function of (seed, index); validation batches in order.
+"""Makes batches of tokens: training batches by index, a pure function of (seed, index); validation batches in order.
 
 Nothing is remembered between two batches, so a run resumes by asking for the next index.
 """

@@ -1,4 +1,4 @@
-"""Text in: one file, a folder, a glob or the standard library becomes two lists of documents.
+"""Reads one file, a folder, a glob or the standard library as two lists of documents.
 
 Documents stay raw bytes until a tokenizer asks for characters, so that the byte tokenizer never decodes.
 """
@@ -23,7 +23,7 @@ BINARY_PROBE = 8192  # bytes of a library source that are searched for a NUL
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to learn from and documents held out; `description` is one line for logs."""
+    """Holds documents to learn from and documents held out; `description` is one line for logs."""
 
     train: tuple[Document, ...]
     validation: tuple[Document, ...]

@@ -1,4 +1,4 @@
-"""Data that `eval.py` or `export.py` was given for a checkpoint: scored whole, with the checkpoint's own tokenizer."""
+"""Reads the data that `eval.py` or `export.py` scores in full, with the tokenizer of the checkpoint."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,8 +22,8 @@ def load_scored(config: Config, tokenizer_json: str, overrides: Sequence[str]) -
     """Reads what a checkpoint is to be scored on.
 
     Without data.path and data.val_path among the overrides this is the run's own validation set. A text, a prepared
-    folder or images that they name are scored whole, with the checkpoint's tokenizer; with data.val_fraction among the
-    overrides, too, the validation part of the text.
+    folder or images that they name are scored in full, with the checkpoint's tokenizer; with data.val_fraction among
+    the overrides, too, the validation part of the text.
 
     Args:
         config: with the overrides in it.

@@ -1,4 +1,4 @@
-"""Images to batches: scikit-learn's digits, which come with it, or IDX files as those of MNIST, by path.
+"""Makes batches of images: scikit-learn's digits, which come with it, or IDX files as those of MNIST, by path.
 
 Training batches are read by index, a pure function of (seed, index), as those of text.
 

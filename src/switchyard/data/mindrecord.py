@@ -1,4 +1,4 @@
-"""Prepared data: a folder of two MindRecord files, the tokenizer and a manifest. MindSpore is imported on use.
+"""Reads and writes a folder of two MindRecord files, the tokenizer and a manifest. MindSpore is imported on use.
 
     DIR/train.mindrecord       blocks of seq_length + 1 tokens, read by index through `mindspore.dataset`
     DIR/validation.mindrecord  the same blocks; read whole and joined to a stream

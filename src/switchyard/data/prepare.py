@@ -1,4 +1,4 @@
-"""`python -m switchyard.data.prepare`: text to a folder of MindRecord files, with a byte-level BPE trained on the way.
+"""Prepares text as a folder of MindRecord files, with a byte-level BPE: `python -m switchyard.data.prepare`.
 
 The folder appears in full or not at all; `data.path` takes it.
 """

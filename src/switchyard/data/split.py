@@ -15,7 +15,7 @@ TOLERANCE = 0.5  # of the fraction: a split by hash that is further off gives wa
 
 @dataclass(frozen=True)
 class Split:
-    """Documents to learn from, documents held out, and the rule in words."""
+    """Holds documents to learn from, documents held out, and the rule in words."""
 
     train: tuple[Document, ...]
     validation: tuple[Document, ...]

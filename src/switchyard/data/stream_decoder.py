@@ -1,4 +1,4 @@
-"""Text of ids that come one after the other, as generation needs it."""
+"""Decodes ids that come one after the other, as generation needs it."""
 
 import codecs
 

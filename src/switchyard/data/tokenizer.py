@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, characters, or a `tokenizer.json` of the `tokenizers` library.
+"""Converts text to token ids and back: bytes, characters, or a `tokenizer.json` of the `tokenizers` library.
 
 Documents are joined by one separator token. It stands for one NUL byte, which text does not hold, in every tokenizer:
 bits per byte of different tokenizers then have the same denominator. A byte model needs no 257th token for it.

@@ -1,4 +1,4 @@
-"""Bytes of a user's text file to UTF-8 text: the byte-order mark is dropped, other encodings and binary are refused."""
+"""Reads a user's text file as UTF-8: drops the byte-order mark, refuses other encodings and binary files."""
 
 import codecs
 import unicodedata

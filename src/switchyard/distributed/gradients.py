@@ -1,4 +1,4 @@
-"""Global norm of gradients, also where every device holds a shard of them."""
+"""Computes the global norm of gradients, also where every device holds a shard of them."""
 
 from mindspore import Tensor, nn, ops
 
@@ -6,7 +6,7 @@ from switchyard.distributed.placement import ParallelDims, optimizer_shards, pla
 
 
 class GlobalNorm(nn.Cell):
-    """Root of the sum of squares over all gradients: tuple of float32 tensors -> [] float32.
+    """Computes the root of the sum of squares over all gradients: tuple of float32 tensors -> [] float32.
 
     It is not finite when any gradient is not.
     """
@@ -24,7 +24,7 @@ class GlobalNorm(nn.Cell):
 
 
 class ShardedNorm(nn.Cell):
-    """Global norm of gradients of which every device holds a shard: one AllReduce of a scalar.
+    """Computes the global norm of gradients of which every device holds a shard: one AllReduce of a scalar.
 
     Args:
         parameters: those that the gradients are of.

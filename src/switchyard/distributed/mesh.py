@@ -1,4 +1,4 @@
-"""The one object in which devices differ: what is local to a device, and what devices send each other.
+"""Defines the one object in which devices differ: what is local to a device, and what devices send each other.
 
 There are three meshes, and the rest of the program asks them the same questions:
     LocalMesh     one device: every collective is the identity.
@@ -35,7 +35,7 @@ NAMES = {None: "None", "data": ("outer", "expert"), "outer": "outer", "expert": 
 
 
 class LocalMesh:
-    """One device.
+    """Is one device.
 
     Attributes:
         processes: the processes of the job; a mesh on the host talks to them between steps.
@@ -118,7 +118,7 @@ class Total(nn.Cell):
         self.sum = ops.ReduceSum()
 
     def construct(self, figures: Tensor) -> Tensor:
-        """Figures [devices, X] -> [X]."""
+        """Takes figures [devices, X] -> [X]."""
         return self.sum(figures, 0)
 
 
@@ -126,7 +126,7 @@ LOCAL = LocalMesh()
 
 
 class CompiledMesh(LocalMesh):
-    """The devices of one pipeline stage, by outer data shard, expert shard and model shard.
+    """Shards a graph over the devices of one pipeline stage, by outer data shard, expert shard and model shard.
 
     Attributes:
         groups: routing groups G in all; a device holds G / data_parallel of them.
@@ -252,19 +252,19 @@ class CompiledMesh(LocalMesh):
 
 
 class FirstResult(nn.Cell):
-    """The first result of a loss, by itself: the parallel compiler differentiates a cell with one result only."""
+    """Returns the first result of a loss alone: the parallel compiler differentiates a cell with one result only."""
 
     def __init__(self, loss: nn.Cell):
         super().__init__(auto_prefix=False)
         self.loss = loss
 
     def construct(self, *batch) -> Tensor:
-        """The arguments of the loss."""
+        """Takes the arguments of the loss."""
         return self.loss(*batch)[0]
 
 
 class LossAndGradients(nn.Cell):
-    """The first result of a loss, and its gradients.
+    """Returns the first result of a loss, and its gradients.
 
     The compiler joins the two forward passes because both call the same cell. It would not join the pass of a cell with
     several results, and compute the layers twice.
@@ -276,7 +276,7 @@ class LossAndGradients(nn.Cell):
         self.gradient = ops.GradOperation(get_by_list=True)
 
     def construct(self, *batch) -> tuple:
-        """The arguments of the loss."""
+        """Takes the arguments of the loss."""
         first_result = self.loss(*batch)
         return (first_result, ()), self.gradient(self.loss, self.parameters)(*batch)
 

@@ -1,4 +1,4 @@
-"""Who holds what: the coordinates of a rank, its groups, and the shard of every parameter. No MindSpore in here.
+"""Computes what a rank holds: its coordinates, its groups, the shard of every parameter. No MindSpore in here.
 
 Ranks are numbered stage by stage; within a stage outer data shards, expert shards, then model shards, the fastest:
 

@@ -1,4 +1,4 @@
-"""The processes of one job that msrun started: how many, which one this is, and what they tell each other.
+"""Joins the processes of one job that msrun started: how many, which one this is, what they tell each other.
 
 Between steps they exchange NumPy arrays, which is all that evaluation, checkpoints and signals need; what a step
 itself exchanges stands in its graph (distributed.collectives). One process alone is the usual case, `SINGLE`.

@@ -1,4 +1,4 @@
-"""The guard of replicas: what several devices hold alike must be bit-equal on all of them.
+"""Checks replicas: what several devices hold alike must be bit-equal on all of them.
 
 Data-parallel training is right only while every replica makes the same update; a lost or doubled sum goes on without a
 word. So now and then each rank takes two numbers of every tensor that it holds, all ranks see those of all, and a run

@@ -13,21 +13,21 @@ from dataclasses import dataclass, replace
 
 from switchyard.config import Config
 from switchyard.distributed.placement import EXPERT, MODEL, ParallelDims, placement
-from switchyard.distributed.stages import stage_config, ways
+from switchyard.distributed.stages import stage_config, stage_exchanges
 from switchyard.moe.dispatch.capacity import buffer_slots, check_dropless, check_sort_keys, slot_shape
 from switchyard.moe.metrics import width
 from switchyard.nn.fused import fused_operators
 from switchyard.planner.sizes import FLOAT, Shape, parameters, product_bytes, projection, shard_sizes, worked_rows
 from switchyard.training.limits import refusals, refuse
 
-SCALARS = 3  # of the optimizer: two bias corrections and the learning rate; further ones see `_scalars`
+SCALARS = 3  # of the optimizer: two bias corrections and the learning rate
 IN_PRODUCT_TYPE = ("qkv.weight", "out.weight", "head.weight", "w_in", "w_gate", "w_out")  # model.compute_dtype
 SENT = ("Send", "Receive")
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Collectives that are alike.
+    """Describes collectives that are alike.
 
     Attributes:
         kind: AllReduce, AlltoAll, AlltoAllV, AllGather, ReduceScatter, Send, Receive.
@@ -85,10 +85,10 @@ class Costs:
 
 
 def costs(config: Config, vocab: int) -> Costs:
-    """Costs of a configuration's layout, of a pipeline those of the stage that holds most; vocab: entries V.
+    """Returns the costs of a layout, of a pipeline those of the stage that holds most; vocab: entries V.
 
     Raises:
-        UserError: the training step cannot be sharded so.
+        UserError: the training step cannot be sharded so, or is not counted here.
     """
     return heaviest(stage_costs(config, vocab))
 
@@ -99,8 +99,11 @@ def heaviest(stages: list[Costs]) -> Costs:
 
 
 def stage_costs(config: Config, vocab: int) -> list[Costs]:
-    """Costs of a device of each stage (UserError as in `costs`)."""
-    check_counted(config)
+    """Returns the costs of a device of each stage (UserError as in `costs`)."""
+    refuse(refusals(config))
+    check_sort_keys(config)
+    if config.devices > 1:
+        check_dropless(config)
     return [_costs(config, vocab, stage) for stage in range(config.parallel.pipeline_stage)]
 
 
@@ -111,31 +114,20 @@ def _costs(config, vocab, stage):
     gathered = sharded - weights
     if degrees.optimizer_shard == 3:
         gathered = max(FLOAT * (sharded - kept) for sharded, kept in sizes.values())
-    summed = weights * (config.train.gradient_accumulation_steps > 1)  # those of the calls before
+    several = config.train.gradient_accumulation_steps > 1
+    half, freezes = config.model.compute_dtype == "float16", config.moe.router_freeze_step is not None
+    # numbers of the optimizer that are no moments, see training.optimizer.OptimizerStep
+    scalars = SCALARS + half + (freezes and bool(config.moe_layers)) + 2 * several
+    summed = weights * several  # gradients of the calls before
     return Costs(
         weights=weights,
         gradients=summed + (weights if degrees.pipeline_stage == 1 else sharded),
-        optimizer=2 * weights + _scalars(config) * FLOAT,
+        optimizer=2 * weights + scalars * FLOAT,
         gathered=gathered,
         activations=activation_bytes(config, vocab, shapes, stage),
         exchanges=tuple(exchanges(config, vocab, stage)),
         flops=flops(config, vocab, stage),
     )
-
-
-def _scalars(config):
-    """Numbers of the optimizer that are no moments, see training.optimizer.OptimizerStep."""
-    half, freezes = config.model.compute_dtype == "float16", config.moe.router_freeze_step is not None
-    several = config.train.gradient_accumulation_steps > 1
-    return SCALARS + half + (freezes and bool(config.moe_layers)) + 2 * several
-
-
-def check_counted(config: Config) -> None:
-    """Refuses what the compiler does not shard, and what is not counted here (UserError)."""
-    refuse(refusals(config))
-    check_sort_keys(config)
-    if config.devices > 1:
-        check_dropless(config)
 
 
 def exchanges(config: Config, vocab: int, stage: int = 0) -> Iterator[Exchange]:
@@ -165,14 +157,9 @@ def micro_batches_of_call(config: Config) -> int:
     return config.micro_batches // config.train.gradient_accumulation_steps
 
 
-def _tally(config):
-    """Figures of a conditional layer."""
-    return width(config.moe.expert_num)
-
-
 def _figures(config):
-    """Figures of a micro-batch: the loss, the cross-entropy, and those of the layers."""
-    return 2 + len(config.moe_layers) * _tally(config)
+    """Returns the number of figures of a micro-batch: the loss, the cross-entropy, and those of the layers."""
+    return 2 + len(config.moe_layers) * width(config.moe.expert_num)
 
 
 def _of_micro_batch(config, stage):
@@ -193,8 +180,8 @@ def _of_micro_batch(config, stage):
     groups = config.groups // degrees.data_parallel
     rows = config.rows // degrees.data_parallel * config.model.hidden_size
     rows //= degrees.model_parallel if config.parallel.sequence_parallel else 1
-    for tallies in ways(config, stage):
-        size = FLOAT * (rows if tallies < 0 else groups * tallies * _tally(config))
+    for layers in stage_exchanges(config, stage):
+        size = FLOAT * (rows if layers < 0 else groups * layers * width(config.moe.expert_num))
         for kind in SENT:  # forward one of them, backward the other
             yield Exchange(kind, "pipeline", stages, size)
 
@@ -211,20 +198,14 @@ def _of_gradient(name, shape, config, degrees):
     if kept == size:
         yield Exchange("AllReduce", group, ranks, FLOAT * size)
         return
-    again = degrees.optimizer_shard == 3 and _read_again(name, config)
+    kind = name.rsplit(".", 1)[1]  # the backward pass reads products and fused norms again, other gains and tables not
+    again = kind not in ("bias", "table") or (name == "embedding.table" and config.model.tie_word_embeddings)
+    if kind == "gain":
+        again = config.model.norm == "rmsnorm" and _takes(config, "RmsNorm")
+    again = degrees.optimizer_shard == 3 and again
     wide = product_bytes(config) if name.endswith(IN_PRODUCT_TYPE) else FLOAT  # cast before they are gathered
     yield Exchange("AllGather", group, ranks, wide * size, 2 if again else 1)
     yield Exchange("ReduceScatter", group, ranks, FLOAT * size)
-
-
-def _read_again(name, config):
-    """Returns whether the backward pass reads a parameter: true for products and fused norms, false for other gains and
-    biases and for lookup tables.
-    """
-    kind, model = name.rsplit(".", 1)[1], config.model
-    if kind == "gain":
-        return model.norm == "rmsnorm" and _takes(config, "RmsNorm")
-    return kind not in ("bias", "table") or (name == "embedding.table" and model.tie_word_embeddings)
 
 
 def _takes(config, name):
@@ -254,7 +235,7 @@ def _of_experts(config, degrees, repeated):
 
 
 def _of_model_slices(config, degrees, repeated, last):
-    """Sums of what the model shards of a network make, and rows put together again where they are sharded."""
+    """Yields the sums of what model shards make, and the gathers of rows that are sharded between two layers."""
     model, moe, parallel = config.model, config.moe, config.parallel
     tensor, layers, conditional = degrees.model_parallel, model.num_layers, len(config.moe_layers)
     rows, wide = config.rows // degrees.data_parallel * model.hidden_size, product_bytes(config)

@@ -103,27 +103,19 @@ def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, sp
             continue
         if own.groups not in drops:
             drops[own.groups] = load.dropped(own)
-        cost, seconds = heaviest(stages), seconds_of(stages, own.micro_batches, speed)
+        cost, micro = heaviest(stages), own.micro_batches
+        slowest = max(one.flops / speed.flops + one.sent / speed.bandwidth for one in stages)
+        seconds = slowest / micro * (micro + len(stages) - 1) / micro  # of a micro-batch, see the rule at the top
         over = None if cost.memory <= memory else f"memory: more than the {memory / 1e9:g} GB of a device"
         found.append(Candidate(parallel, cost, drops[own.groups], seconds, over))
-    return sorted(found, key=_order)
+    known = (one for one in found if one.costs)
+    known = sorted(known, key=lambda one: (one.refusal is not None, one.seconds, one.costs.memory))
+    return known + [one for one in found if not one.costs]
 
 
 def target_of(config: Config) -> str:
     """Returns the devices that are planned for: GPU where the configuration says so, else Ascend."""
     return "GPU" if config.context.device_target == "GPU" else "Ascend"
-
-
-def seconds_of(stages: list[Costs], micro: int, speed: Speed) -> float:
-    """Returns the seconds of one of `micro` micro-batches, from the costs of each stage: see the rule at the top."""
-    slowest = max(cost.flops / speed.flops + cost.sent / speed.bandwidth for cost in stages)
-    return slowest / micro * (micro + len(stages) - 1) / micro
-
-
-def _order(candidate):
-    if candidate.costs is None:
-        return 2, 0.0, 0
-    return int(candidate.refusal is not None), candidate.seconds, candidate.costs.memory
 
 
 def combinations(config: Config, devices: int) -> Iterator[dict]:
@@ -197,14 +189,9 @@ def read_size(text: str) -> float:
 
 def render_own(config: Config, cost: Costs, dropped: float) -> list[str]:
     """Renders the costs per device of the layout in the configuration."""
-    rows = [
-        ["weights", giga(cost.weights)],
-        ["gradients", giga(cost.gradients)],
-        ["optimizer state", giga(cost.optimizer)],
-        ["weights that ZeRO gathers", giga(cost.gathered)],
-        ["activations (estimate)", giga(cost.activations)],
-        ["together", giga(cost.memory)],
-    ]
+    parts = {"weights": cost.weights, "gradients": cost.gradients, "optimizer state": cost.optimizer}
+    parts |= {"weights that ZeRO gathers": cost.gathered, "activations (estimate)": cost.activations}
+    rows = [[name, giga(size)] for name, size in (parts | {"together": cost.memory}).items()]
     lines = [f"the configuration's own layout: {describe(config.parallel.model_dump())}", ""]
     lines += [*table(["memory per device", "GB"], rows), ""]
     alike = {}
@@ -268,7 +255,7 @@ def giga(size: float) -> str:
 
 
 def describe(parallel: dict) -> str:
-    """ParallelDims in few words."""
+    """Describes degrees in few words."""
     words = [f"{short} {parallel[name]}" for name, short in SHORT.items() if parallel[name] > 1] or ["one device"]
     words += [f"ZeRO {parallel['optimizer_shard']}"] if parallel["optimizer_shard"] else []
     return ", ".join(words + [name for name in ("sequence_parallel", "recompute") if parallel[name]])
@@ -276,22 +263,15 @@ def describe(parallel: dict) -> str:
 
 def to_json(found: list[Candidate]) -> list[dict]:
     """Returns all known figures of each combination."""
-    return [
-        {
-            **one.parallel,
-            "refusal": one.refusal,
-            "dropped": one.dropped,
-            "seconds": one.seconds,
-            "costs": one.costs and _costs_json(one.costs),
-        }
-        for one in found
-    ]
-
-
-def _costs_json(cost):
     names = ("weights", "gradients", "optimizer", "gathered", "activations", "memory", "flops", "sent")
-    exchanges = [vars(one) for one in cost.exchanges]
-    return {name: getattr(cost, name) for name in names} | {"exchanges": exchanges}
+    trees = []
+    for one in found:
+        tree = {**one.parallel, "refusal": one.refusal, "dropped": one.dropped, "seconds": one.seconds, "costs": None}
+        if one.costs:
+            exchanges = [vars(exchange) for exchange in one.costs.exchanges]
+            tree["costs"] = {name: getattr(one.costs, name) for name in names} | {"exchanges": exchanges}
+        trees.append(tree)
+    return trees
 
 
 def create_parser() -> cli.Parser:

@@ -1,4 +1,4 @@
-"""Sizes of a decoder: its parameters, and the rows that its experts work on. No MindSpore in here.
+"""Computes sizes of a decoder: its parameters, and the rows that its experts work on. No MindSpore in here.
 
 Legend: D width, E experts, V vocabulary, X columns of the projection to queries, keys and values.
 """
@@ -69,7 +69,7 @@ def _feed_forward(config, index, prefix):
 
 
 def shard_sizes(name, shape, degrees):
-    """(numbers of a rank's slice, numbers of it that the rank keeps between steps)."""
+    """Returns (numbers of a rank's shard, numbers of it that the rank keeps between steps)."""
     axes = placement(name, shape, degrees)
     size = math.prod(shape) // math.prod(degree_of(axis, degrees) for axis in axes)
     return size, size // optimizer_shards(shape, axes, degrees, 0)

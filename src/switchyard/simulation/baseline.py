@@ -1,4 +1,4 @@
-"""The process that trains on one device what a virtual cluster is compared with.
+"""Trains on one device, in a process of its own, what an emulated cluster is compared with.
 
 `python -m switchyard.simulation.baseline FOLDER` reads FOLDER/job.json and FOLDER/batches.npz and writes
 FOLDER/reference.npz: losses, norms of the gradients and loads of experts of each step; parameters and moments before

@@ -1,4 +1,4 @@
-"""The process that compiles some ranks.
+"""Compiles some ranks, in a process of its own.
 
 It is started in the environment of `fake_cann`. `python -m switchyard.simulation.compile_worker FOLDER` reads
 FOLDER/job.json and writes, of each rank, the final graph (rank3.mindir) and what is known of it (rank3.json).

@@ -1,4 +1,4 @@
-"""Shared objects read and written byte by byte.
+"""Reads and writes shared objects byte by byte.
 
 What an Ascend plugin asks of its libraries is read, and libraries that stand in for them are written. Structures and
 constants are those of the System V ABI, chapters 4 and 5, and of its x86-64 supplement: ELF64, little endian. Pure

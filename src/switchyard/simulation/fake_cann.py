@@ -1,4 +1,4 @@
-"""Stand-in CANN libraries, to compile without Ascend.
+"""Writes stand-in CANN libraries, to compile without Ascend.
 
 MindSpore's wheel for Linux carries the Ascend plugin, which loads the CANN toolkit's libraries. Those that stand in
 for them define every symbol that the plugin asks for and compute nothing: they serve the graph compiler of a

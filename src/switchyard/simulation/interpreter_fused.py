@@ -1,4 +1,4 @@
-"""Fused operators of Ascend in numpy.
+"""Implements fused operators of Ascend in numpy.
 
 They do what MindSpore 2.9 documents of them; see interpreter_ops.
 

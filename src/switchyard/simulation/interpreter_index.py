@@ -1,4 +1,4 @@
-"""Operators that go by index (sort, gather, scatter) and those of grouped experts, in numpy; see interpreter_ops."""
+"""Implements operators by index (sort, gather, scatter) and grouped experts, in numpy; see interpreter_ops."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Operators that move or make values without arithmetic, in numpy; see interpreter_ops."""
+"""Implements operators that move or make values without arithmetic, in numpy; see interpreter_ops."""
 
 import numpy as np
 

@@ -84,7 +84,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
 
 def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existed: bool) -> dict[str, Any]:
-    """`train` in a run folder that no other job trains in.
+    """Does `train` in a run folder that no other job trains in.
 
     Args:
         config, compiled: see `choose_mesh`.

@@ -73,11 +73,12 @@ def find_start(run: Path, config: Config, resume: bool, existed: bool = True) ->
 
 
 def say_noise(state: dict[str, Any]) -> None:
-    """Says where dropout, jitter and draws by lot have other numbers than in the run so far: its rule was another."""
+    """Says that dropout, jitter and random priorities have other numbers than so far, if the rule of noise differs."""
     rule = state.get("noise_rule")
     if rule and rule != NOISE_RULE and is_first():
         print(
-            f"resume: noise (dropout, jitter, lots) has other numbers from here on: {NOISE_RULE}; so far {rule}",
+            f"resume: noise (dropout, jitter, random priorities) has other numbers from here on: {NOISE_RULE}; "
+            f"so far {rule}",
             flush=True,
         )
 
