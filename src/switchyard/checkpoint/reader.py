@@ -69,11 +69,6 @@ class Shards:
     def _text(self, index: int) -> str:
         return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.starts[index], self.stops[index])) + "]"
 
-    def meeting(self, box: Box) -> np.ndarray:
-        """Returns the indices of the shards that overlap `box`."""
-        low, high = np.array([[part.start, part.stop] for part in box], np.int64).reshape(-1, 2).T
-        return np.flatnonzero(((self.starts < high) & (self.stops > low)).all(1))
-
     def box(self, index: int) -> Box:
         """Returns the place of one shard in the tensor."""
         return tuple(slice(int(a), int(b)) for a, b in zip(self.starts[index], self.stops[index]))
@@ -119,7 +114,9 @@ class Tensors:
         entry = self.entries[name]
         box = full_box(entry.shape) if box is None else box
         out, found = np.empty(size_of(box), TYPES[entry.dtype]), self._shards[name]
-        for index in found.meeting(box) if out.size else ():
+        low, high = np.array([[part.start, part.stop] for part in box], np.int64).reshape(-1, 2).T
+        overlap = ((found.starts < high) & (found.stops > low)).all(1)
+        for index in np.flatnonzero(overlap) if out.size else ():
             file, place = found.files[index], found.box(index)
             common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, place))
             stored = self._header(file).get(name)
@@ -171,7 +168,9 @@ def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices
     for file, fields in files.items():
         if not file.startswith(f"{kind}-"):
             continue
-        if not _is_of(file, kind, devices):
+        rank = file.removeprefix(f"{kind}-").partition("-")[0]
+        known = rank.isascii() and rank.isdigit() and int(rank) < devices
+        if not known or file != file_of(kind, int(rank), devices):
             raise UserError(f"unexpected shards in {file}: the checkpoint was written by {devices} devices")
         for name, place in (fields.get("slices") or {}).items():
             axes = len(entries[name].shape) if name in places else -1
@@ -185,9 +184,3 @@ def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices
         shards[name] = Shards.of(found)
         shards[name].check(name, entries[name].shape)
     return shards
-
-
-def _is_of(file: str, kind: str, devices: int) -> bool:
-    """Returns whether a name is that of a file of a rank."""
-    rank = file.removeprefix(f"{kind}-").partition("-")[0]
-    return rank.isascii() and rank.isdigit() and int(rank) < devices and file == file_of(kind, int(rank), devices)

@@ -149,8 +149,13 @@ def value_of(proto):
     if kind in (TUPLE, LIST):
         return tuple(value_of(part) for part in proto.values)
     if kind in (TENSORS, TENSOR):
-        arrays = tuple(_array(tensor) for tensor in (proto.tensors or [proto.t]))
-        return arrays[0] if len(arrays) == 1 else arrays
+        arrays = []
+        for tensor in proto.tensors or [proto.t]:
+            array = TENSOR_TYPES.get(tensor.data_type)  # a type alone, such as that of what a Receive waits for
+            if tensor.raw_data or 0 in tensor.dims:
+                array = np.frombuffer(tensor.raw_data, TENSOR_TYPES[tensor.data_type]).reshape(tuple(tensor.dims))
+            arrays.append(array)
+        return arrays[0] if len(arrays) == 1 else tuple(arrays)
     if kind == STRING:
         text = proto.s or (proto.strings[0] if proto.strings else b"")
         return text.decode() if isinstance(text, bytes) else text
@@ -166,13 +171,6 @@ def value_of(proto):
     if kind == NONE:
         return None
     raise NotImplementedError(f"MindIR attribute '{proto.name}' of type {kind}")
-
-
-def _array(tensor):
-    if not tensor.raw_data and 0 not in tensor.dims:  # a type, such as that of what a Receive waits for
-        return TENSOR_TYPES.get(tensor.data_type)
-    array = np.frombuffer(tensor.raw_data, TENSOR_TYPES[tensor.data_type])
-    return array.reshape(tuple(tensor.dims))
 
 
 @dataclass(frozen=True)

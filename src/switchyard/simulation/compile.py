@@ -35,6 +35,7 @@ from switchyard.trust import check_trusted
 COLUMNS = ["collective", "direction", "where", "why", "ranks", "number", "bytes each"]
 CONTROLS = ("learning_rate", "unscale", "routers_learn", "begins", "ends")  # parameters that the host sets
 SUMS = ("accumulated.", "accu_grads.")  # of gradients: of several calls, of a pipeline's micro-batches
+TIMEOUT = 600.0  # seconds that a process may take
 OPTIMIZER_STATE = ("moment1.", "moment2.", "correction", *SUMS, *CONTROLS)
 
 
@@ -93,9 +94,7 @@ class Report:
         return sum(direction in (None, one.direction) for one in found)
 
 
-def compile_step(
-    config: Config | dict, devices: int, rank: int = 0, vocab: int | None = None, timeout: float = 600
-) -> Report:
+def compile_step(config: Config | dict, devices: int, rank: int = 0, vocab: int | None = None) -> Report:
     """Compiles the training step of one rank for `devices` simulated Ascend devices.
 
     Args:
@@ -103,13 +102,12 @@ def compile_step(
         devices: must be what the degrees of `parallel` ask for.
         rank: whose graph.
         vocab: entries of the vocabulary; None asks `data.tokenizer`.
-        timeout: seconds that the compile may take.
 
     Raises:
         UserError: devices or rank that do not fit, a machine on which this does not work, a graph that the compiler
             refuses.
     """
-    return compile_ranks(config, devices, [rank], vocab, timeout)[0]
+    return compile_ranks(config, devices, [rank], vocab)[0]
 
 
 def compile_ranks(
@@ -117,7 +115,6 @@ def compile_ranks(
     devices: int,
     ranks: Sequence[int],
     vocab: int | None = None,
-    timeout: float = 600,
     step: str = TRAINING_STEP,
 ) -> list[Report]:
     """Compiles several ranks, at most two at a time, in one process that imports MindSpore once.
@@ -135,7 +132,7 @@ def compile_ranks(
         job = {"config": config.model_dump(), "vocab": vocab, "devices": devices, "ranks": list(ranks), "step": step}
         (folder / JOB).write_text(json.dumps(job | {"jobs": min(2, os.cpu_count() or 1)}, allow_nan=False))
         command = [sys.executable, "-m", "switchyard.simulation.compile_worker", str(folder)]
-        done = run_child(command, environment, timeout, f"compile for {devices} devices")
+        done = run_child(command, environment, TIMEOUT, f"compile for {devices} devices")
         if done.returncode:
             raise UserError(_reason(folder, done))
         found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]

@@ -67,7 +67,7 @@ def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, 
     return drawn
 
 
-def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float = 600) -> Arrays:
+def train_reference(config: Config, vocab: int, batches: Arrays) -> Arrays:
     """Trains on one CPU device in a process of its own: see `reference` for what comes back."""
     with scratch("reference") as folder:
         (folder / JOB).write_text(json.dumps({"config": config.model_dump(), "vocab": vocab}, allow_nan=False))
@@ -75,7 +75,10 @@ def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float 
         source = str(Path(__file__).resolve().parents[2])
         environment = {**os.environ, "PYTHONPATH": simulate.with_source(source, os.environ.get("PYTHONPATH"))}
         done = simulate.run_child(
-            [sys.executable, "-m", "switchyard.simulation.baseline", str(folder)], environment, timeout, "the reference"
+            [sys.executable, "-m", "switchyard.simulation.baseline", str(folder)],
+            environment,
+            simulate.TIMEOUT,
+            "the reference",
         )
         if done.returncode:
             lines = [line for line in done.stdout.splitlines() if line.strip()]

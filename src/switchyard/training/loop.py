@@ -240,7 +240,11 @@ class Trainer:
                 if self._is_due(train.checkpoint_every):
                     self._save()
             self._save()
-            return self._finish(stop)
+            result = self._result(self._validate(stop) if self.evaluator else None)
+            if self.processes.is_first:
+                checkpoint.write_atomically(self.run / RESULT, to_json(result, indent=1))
+            self.progress.say(f"done: {self.run / RESULT}")
+            return result
 
     def note_changes(self, changes: dict[str, tuple[Any, Any]], other_data: str | None) -> None:
         """Records what a resumed run does otherwise from here on; nothing where nothing changed."""
@@ -426,14 +430,6 @@ class Trainer:
         """Names the checkpoint of this step as the best."""
         if self.processes.is_first:
             checkpoint.mark_best(self.run, self.done, loss)
-
-    def _finish(self, stop: StopSignals) -> dict[str, Any]:
-        """Evaluates, marks the best checkpoint and writes result.json."""
-        result = self._result(self._validate(stop) if self.evaluator else None)
-        if self.processes.is_first:
-            checkpoint.write_atomically(self.run / RESULT, to_json(result, indent=1))
-        self.progress.say(f"done: {self.run / RESULT}")
-        return result
 
     def _validate(self, stop: StopSignals) -> Evaluation:
         """Scores the whole validation set, and marks the best checkpoint."""
