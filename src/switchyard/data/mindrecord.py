@@ -69,11 +69,8 @@ def locate(path: str | None, key: str = "data.path") -> Path | None:
         return None
     place = Path(os.path.expanduser(path))
     if place.suffix == ".mindrecord":
-        require_text(place, key)
-        if not os.path.isfile(place.parent / MANIFEST):
-            raise UserError(f"{key}: '{path}'; no {MANIFEST} beside it; create the folder with {PREPARE}")
-        return place.parent
-    if not os.path.isdir(place) or not any(place.glob("*.mindrecord")):
+        place = place.parent
+    elif not os.path.isdir(place) or not any(place.glob("*.mindrecord")):
         return None
     require_text(place, key)
     if not os.path.isfile(place / MANIFEST):

@@ -75,13 +75,14 @@ class Tokenizer(ABC):
         try:
             tree = parse_json(text)
         except ValueError:
-            tree = None
-        if isinstance(tree, dict) and tree.get("kind") == "byte":
-            return ByteTokenizer()
-        if isinstance(tree, dict) and tree.get("kind") == "char" and _is_alphabet(tree):
-            return CharTokenizer(tree["characters"], separated=tree.get("separated") is True)
-        if isinstance(tree, dict) and "model" in tree:
-            return LibraryTokenizer(text, name)
+            tree = {}
+        if isinstance(tree, dict):
+            if tree.get("kind") == "byte":
+                return ByteTokenizer()
+            if tree.get("kind") == "char" and _is_alphabet(tree):
+                return CharTokenizer(tree["characters"], separated=tree.get("separated") is True)
+            if "model" in tree:
+                return LibraryTokenizer(text, name)
         raise UserError(f"tokenizer '{name}': not a tokenizer.json; give byte, char, or a file that `tokenizers` wrote")
 
     def encode_documents(self, documents: Iterable[Document]) -> np.ndarray:

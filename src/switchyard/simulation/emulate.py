@@ -116,12 +116,6 @@ def batch_of(batches: Arrays, step: int, degrees: ParallelDims, rank: int, noisy
     return own
 
 
-def shares_of(valid: np.ndarray) -> np.ndarray:
-    """Returns the share of each micro-batch in a step's valid tokens [A, B, S]: [A]."""
-    counts = valid.sum((1, 2))
-    return counts / counts.sum()
-
-
 def compare(
     config: Config,
     reports: Sequence[Report],
@@ -155,8 +149,9 @@ def compare(
             own |= _first_tensors(report, states[step], degrees, float(rate), scale)
             if spoil is not None and step == 0:
                 spoil(report.rank, own)
-        shares = shares_of(batches["valid"][step])
-        outputs, met = run_step(config, batches, step, graphs, weights, exchanges, scale)
+        counts = batches["valid"][step].sum((1, 2))
+        shares = counts / counts.sum()  # of each micro-batch in the valid tokens, [A]
+        outputs, met = run_step(config, batches, step, graphs, weights, exchanges, scale * shares)
         figures = figures_of(config, outputs)
         losses.append((float(reference["losses"][step]), float(shares @ figures[:, 1])))
         norms.append(farthest(float(reference["norms"][step]), [_flat(out)[-1] for out in outputs[-1]]))
@@ -169,10 +164,10 @@ def compare(
     return judge.found(losses, norms, moved, met, strayed)
 
 
-def run_step(config, batches, step: int, graphs, weights, exchanges, scale: float) -> tuple[list[list], Counter]:
+def run_step(config, batches, step: int, graphs, weights, exchanges, factors: np.ndarray) -> tuple[list[list], Counter]:
     """Calls the program of all ranks as often as a step does: (outputs of each rank in each call, collectives met)."""
     degrees, calls = ParallelDims.of(config.parallel), config.train.gradient_accumulation_steps
-    noisy, factors, met = batches["noise"].shape[-1] > 1, scale * shares_of(batches["valid"][step]), Counter()
+    noisy, met = batches["noise"].shape[-1] > 1, Counter()
     arrays = [batch_of(batches, step, degrees, rank, noisy) for rank in range(len(graphs))]
     outputs, each = [], len(factors) // calls
     for call in range(calls):
