@@ -1,3 +1,3 @@
 """Switchyard: conditional computation for MindSpore."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
