@@ -39,7 +39,9 @@ CALLED = ("windows of switch",)  # dropless dispatch reads the experts' matrices
 TESTED = ("noisy_top_k", "capacity")
 ALL = tuple(
     pytest.param(name, way, marks=() if (name, way) == TESTED else pytest.mark.long)
-    for name in ROUTERS for way in WAYS if way == "capacity" or name not in DROPS_BY_ITSELF + CALLED
+    for name in ROUTERS
+    for way in WAYS
+    if way == "capacity" or name not in DROPS_BY_ITSELF + CALLED
 )
 
 
