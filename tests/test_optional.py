@@ -13,8 +13,8 @@ def test_a_module_that_is_there_is_imported():
 
 
 def test_a_missing_package_gets_its_remedy():
-    with pytest.raises(UserError, match=r"^a\.key: needs the package some-package; pip install some-package$"):
-        require("no_such_module.part", "some-package", "a.key")
+    with pytest.raises(UserError, match=r"^a\.key: 1; needs the package some-package; pip install some-package$"):
+        require("no_such_module.part", "some-package", "a.key: 1")
 
 
 def test_a_package_that_lacks_another_names_it(tmp_path, monkeypatch):

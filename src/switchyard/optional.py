@@ -21,7 +21,7 @@ def require(module: str, package: str, purpose: str) -> ModuleType:
     Args:
         module: the name to import, such as "sklearn.datasets".
         package: what `pip install` takes, such as "scikit-learn".
-        purpose: the key, option or file that needs the package; the beginning of the message.
+        purpose: the key or option with its value that needs the package; the beginning of the message.
 
     Returns:
         The module.
@@ -37,7 +37,7 @@ def require(module: str, package: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and module.partition(".")[0] == error.name.partition(".")[0]:
-            raise UserError(f"{purpose}: needs the package {package}; pip install {package}") from None
-        raise UserError(f"{purpose}: {package} needs the module {error.name}; pip install {package}") from None
+            raise UserError(f"{purpose}; needs the package {package}; pip install {package}") from None
+        raise UserError(f"{purpose}; {package} needs the module {error.name}; pip install {package}") from None
     except ImportError as error:
-        raise UserError(f"{purpose}: {package} cannot be imported: {' '.join(str(error).split())}") from None
+        raise UserError(f"{purpose}; {package} cannot be imported: {' '.join(str(error).split())}") from None

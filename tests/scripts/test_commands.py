@@ -1,8 +1,8 @@
 """Every command of the documents is run as it is written, in a copy of the repository.
 
 What is cut down is declared here: the configurations of the copy (`CUTS`), words that stand for something (`WORDS`),
-and options that are added to long commands (`RULES`; and `SHORTER`, unless `scripts/run_tests.sh --long` asks for the
-whole). Commands that are not run at all stand in `NOT_RUN`, with a reason each. A command that neither list knows fails.
+and options that are added to long commands (`RULES`; and `SHORTER`, unless --long asks for the whole).
+Commands that are not run at all stand in `NOT_RUN`, with a reason each. A command that neither list knows fails.
 The commands of one document run in order and in one folder, so
 that what one makes is there for the next.
 """
