@@ -19,13 +19,21 @@ def test_a_command_gets_its_arguments(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "error: switchyard: needs a command; one of train, eval, export, infer"),
-        (["trian"], "error: switchyard: 'trian'; unknown command; one of train, eval, export, infer"),
+        ([], "error: switchyard: needs a command; one of train, eval, export, infer, sweep"),
+        (["trian"], "error: switchyard: 'trian'; unknown command; one of train, eval, export, infer, sweep"),
     ],
 )
 def test_no_command_is_one_line(arguments, says, capsys):
     assert cli.run(program.dispatch, arguments) == 2
     assert capsys.readouterr().err.splitlines() == [says]
+
+
+def test_every_command_has_a_help(capsys):
+    """Modules are imported by their names, so a name that is wrong shows only here."""
+    for name in program.COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            program.dispatch([name, "--help"])
+        assert ended.value.code == 0 and capsys.readouterr().out.startswith("usage: ")
 
 
 def test_help_and_version(capsys):

@@ -1,19 +1,34 @@
 """Runs a command of an installed package: `switchyard train --config quickstart`, or `python -m switchyard train ...`.
 
-The commands `train`, `eval`, `export` and `infer` are those of train.py, eval.py, export.py and infer.py.
+The commands `train`, `eval`, `export` and `infer` are those of train.py, eval.py, export.py and infer.py; the others
+are modules, `switchyard sweep` is `python -m switchyard.sweep`.
 """
 
+import importlib
 import sys
+from collections.abc import Callable
 
 from switchyard import __version__, commands
 from switchyard.cli import run
 from switchyard.errors import UserError, represented
 
-COMMANDS = {
+
+def module(name: str) -> Callable[[list[str]], int | None]:
+    """Returns a function that imports a module's command line when it is called, and calls it."""
+
+    def main(arguments: list[str]) -> int | None:
+        program: Callable[[list[str]], int | None] = importlib.import_module(f"{name}.__main__").main
+        return program(arguments)
+
+    return main
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
     "train": (commands.train_main, "trains a model and keeps metrics and checkpoints in runs/NAME"),
     "eval": (commands.eval_main, "evaluates a checkpoint over its run's validation set"),
     "export": (commands.export_main, "writes a checkpoint as MindIR"),
     "infer": (commands.infer_main, "continues text, or classifies images, with an exported model"),
+    "sweep": (module("switchyard.sweep"), "trains a configuration with every combination of some values"),
 }
 
 
