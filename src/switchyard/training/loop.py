@@ -72,6 +72,12 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             a key was changed that would change the model; bad or other data; a full disk; a loss, a gradient norm, a
             weight or a figure of the evaluation that is not finite.
         Interrupted: SIGINT, SIGTERM or SIGHUP came and the run was saved.
+
+    Examples:
+        >>> import switchyard as sw
+        >>> found = sw.train(sw.load_config("config/quickstart.yaml", ["train.steps=100"]))  # doctest: +SKIP
+        >>> found["validation_loss"] < 3  # doctest: +SKIP
+        True
     """
     if is_scheduler() and world_size() == 1:
         return {}  # one worker meets nobody, and is at work in the run folder already
