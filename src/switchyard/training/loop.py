@@ -56,7 +56,7 @@ from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
 from switchyard.training.step import TrainStep, create_step
-from switchyard.trust import check_trusted
+from switchyard.trust import check_trusted_section
 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -74,10 +74,16 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             a key was changed that would change the model; bad or other data; a full disk; a loss, a gradient norm, a
             weight or a figure of the evaluation that is not finite.
         Interrupted: SIGINT, SIGTERM or SIGHUP came and the run was saved.
+
+    Examples:
+        >>> import switchyard as sw
+        >>> found = sw.train(sw.load_config("config/quickstart.yaml", ["train.steps=100"]))  # doctest: +SKIP
+        >>> found["validation_loss"] < 3  # doctest: +SKIP
+        True
     """
     if is_scheduler() and world_size() == 1:
         return {}  # one worker meets nobody, and is at work in the run folder already
-    check_trusted(config.moe.router, consent=True, say=print if is_first() else lambda line: None)  # the user's own
+    check_trusted_section(config.moe, consent=True, say=print if is_first() else lambda line: None)  # the user's own
     if is_first():
         check_loggers(config.train.loggers)
     config, compiled = choose_mesh(config, world_size())
