@@ -1,8 +1,9 @@
 """Every command of the documents is run as it is written, in a copy of the repository.
 
 What is cut down is declared here: the configurations of the copy (`CUTS`), words that stand for something (`WORDS`),
-and options that are added to long commands (`RULES`). Commands that are not run at all stand in `NOT_RUN`, with a
-reason each. A command that neither list knows fails. The commands of one document run in order and in one folder, so
+and options that are added to long commands (`RULES`; and `SHORTER`, unless --long asks for the whole).
+Commands that are not run at all stand in `NOT_RUN`, with a reason each. A command that neither list knows fails.
+The commands of one document run in order and in one folder, so
 that what one makes is there for the next.
 """
 
@@ -75,6 +76,14 @@ RULES = {
     r"openssl rand .*": "",
 }
 
+# what is added besides, unless --long asks for the whole: these repeat what other commands or other tests do
+SHORTER = {
+    r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .*": "--dry-run",  # tests/distributed/test_jobs.py
+    r"python train\.py --config config/(shakespeare_char_(dense|switch)|digits_sample)_cpu\.yaml.*": "--print-config",
+    r"python train\.py --config config/quickstart\.yaml .*train\.name=(mine|notes|mine-bpe)": "--print-config",
+    r"python -m switchyard\.simulation\.emulate .*": "--help",  # tests/simulation/test_emulate.py
+}
+
 NOT_RUN = {
     r"bash scripts/run_tests\.sh.*": "runs this test",
     r"pytest|pytest -m .*": "collects this test",
@@ -94,14 +103,15 @@ def is_left_out(command: Command) -> bool:
     return any(re.fullmatch(pattern, command.text) for pattern in NOT_RUN)
 
 
-def to_run(command: Command) -> str | None:
+def to_run(command: Command, full: bool = False) -> str | None:
     """Returns the line of shell that stands for a command; None where no rule knows it."""
+    shorter = "" if full else next((more for rule, more in SHORTER.items() if re.fullmatch(rule, command.text)), "")
     for pattern, more in RULES.items():
         if re.fullmatch(pattern, command.text):
             line = command.text
             for word, filled in WORDS.items():
                 line = re.sub(word, filled, line)
-            return f"{line} {more}".strip()
+            return f"{line} {more} {shorter}".strip()
     return None
 
 
@@ -152,16 +162,26 @@ def run(line: str, folder: Path) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> dict[Command, subprocess.CompletedProcess]:
     """What became of every command: those of the README in one folder, at the same time the others in another."""
-    folder = tmp_path_factory.mktemp("commands")
+    return run_all(tmp_path_factory.mktemp("commands"), full=False)
 
-    def run_all(name: str, chosen: list[Command]) -> dict[Command, subprocess.CompletedProcess]:
+
+@pytest.fixture(scope="module")
+def ended_in_full(tmp_path_factory) -> dict[Command, subprocess.CompletedProcess]:
+    """As `ended`, none of them shortened."""
+    return run_all(tmp_path_factory.mktemp("commands"), full=True)
+
+
+def run_all(folder: Path, full: bool) -> dict[Command, subprocess.CompletedProcess]:
+    """Runs every command in copies below a folder."""
+
+    def run_part(name: str, chosen: list[Command]) -> dict[Command, subprocess.CompletedProcess]:
         copy = copy_repository(folder / name)
-        return {command: run(to_run(command), copy) for command in chosen}
+        return {command: run(to_run(command, full), copy) for command in chosen}
 
     readme = [command for command in RUN if command.document == README]
     others = [command for command in RUN if command.document != README]
     with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(run_all, ("readme", "others"), (readme, others)))
+        parts = list(pool.map(run_part, ("readme", "others"), (readme, others)))
     return parts[0] | parts[1]
 
 
@@ -177,6 +197,20 @@ def test_commands_work_as_they_are_written(ended, command):
     done = ended[command]
     said = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert done.returncode == 0, f"{to_run(command)}: exit code {done.returncode}\n{said}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", RUN, ids=lambda command: f"{command.document}: {command.text}")
+def test_commands_work_in_full(ended_in_full, command):
+    done = ended_in_full[command]
+    said = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{to_run(command, full=True)}: exit code {done.returncode}\n{said}"
+
+
+@pytest.mark.parametrize("pattern", SHORTER)
+def test_what_is_shortened_is_run_in_full_by_a_rule(pattern):
+    known = [command for command in COMMANDS if re.fullmatch(pattern, command.text)]
+    assert known and all(to_run(command, full=True) != to_run(command) for command in known)
 
 
 @pytest.mark.parametrize("pattern", NOT_RUN)

@@ -67,6 +67,12 @@ class MoEConfig(Section):
         8, description="slice: tokens of a window; the first token of a window chooses its experts"
     )
     expert_num: Positive = Field(1, description="experts E of a layer; 1 = dense feed-forward everywhere")
+    experts: str | None = Field(
+        None, description="experts of your own: module.Class of a file, which extends switchyard.Expert"
+    )
+    dispatcher: str | None = Field(
+        None, description="a dispatcher of your own: module.Class of a file, which extends switchyard.Dispatcher"
+    )
     num_experts_chosen: Positive = Field(1, description="experts K that each row is sent to")
     layers: Literal["all"] | Positive | list[NotNegative] = Field(
         "all", description="which layers are conditional: all, every n-th (the n-th, 2n-th, ...), or a list from 0"
@@ -128,7 +134,9 @@ class MoEConfig(Section):
         None, description="steps after which the router is no longer updated; 0 = from the start, null = never"
     )
     losses: dict[str, Weight] = Field(
-        {}, description="additional balance losses and their weights: importance, load, mutual_information, sequence"
+        {},
+        description="additional balance losses and their weights: importance, load, mutual_information, sequence, or "
+        "module.function of a file of your own",
     )
     groups: Positive | None = Field(
         None, description="groups G that are routed independently; null = the number of data-parallel shards"
@@ -199,6 +207,10 @@ class TrainConfig(Section):
     steps: Positive = Field(2000, description="optimizer steps")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(1, description="seed of weights, batches and noise")
     gradient_accumulation_steps: Positive = Field(1, description="micro-batches of one optimizer step")
+    loggers: list[Literal["tensorboard", "wandb", "mlflow", "swanlab"]] = Field(
+        ["tensorboard"],
+        description="what gets the figures besides metrics.jsonl; all but tensorboard are optional packages",
+    )
     log_every: Positive = Field(20, description="steps between two lines of the log")
     eval_every: NotNegative = Field(500, description="steps between evaluations; 0 = only at the end")
     eval_batches: NotNegative = Field(20, description="batches of an evaluation during training; 0 = the whole set")

@@ -24,16 +24,35 @@ from switchyard.moe.routing.replay import Recorder, Replayer
 from switchyard.training.finite import check_evaluation
 from switchyard.training.router_metrics import integers, layer_line
 from switchyard.training.scores import eval_program
-from switchyard.trust import check_trusted, names_router
+from switchyard.trust import check_trusted_section
 
 # what an override may not change: these decide names and shapes of the weights
 SHAPE_KEYS = (
-    "model.type", "model.num_layers", "model.hidden_size", "model.num_heads", "model.n_kv_heads",
-    "model.intermediate_size", "model.norm", "model.position", "model.activation", "model.tie_word_embeddings",
-    "moe.expert_num", "moe.layers", "moe.moe_intermediate_size", "moe.shared_expert_num", "moe.granularity",
-    "vision.image_size", "vision.channels", "vision.classes", "vision.tasks", "vision.pool", "vision.regions",
-    "vision.channel_groups", "cascade.stages",
-)  # fmt: skip
+    "model.type",
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_heads",
+    "model.n_kv_heads",
+    "model.intermediate_size",
+    "model.norm",
+    "model.position",
+    "model.activation",
+    "model.tie_word_embeddings",
+    "moe.expert_num",
+    "moe.experts",
+    "moe.layers",
+    "moe.moe_intermediate_size",
+    "moe.shared_expert_num",
+    "moe.granularity",
+    "vision.image_size",
+    "vision.channels",
+    "vision.classes",
+    "vision.tasks",
+    "vision.pool",
+    "vision.regions",
+    "vision.channel_groups",
+    "cascade.stages",
+)
 
 
 @dataclass(frozen=True)
@@ -266,10 +285,16 @@ def evaluate(
     Raises:
         UserError: a damaged checkpoint, data that cannot be read, an override that would change the weights' shapes, a
             figure that is not finite, a router that is not trusted.
+
+    Examples:
+        >>> import switchyard as sw
+        >>> found = sw.evaluate("runs/quickstart")  # doctest: +SKIP
+        >>> len(found.layers[0]["load"])  # doctest: +SKIP
+        8
     """
     loaded = checkpoint.read(path, with_optimizer=False)
     config = overridden(loaded.config, overrides)
-    check_trusted(config.moe.router, trust_code or names_router(overrides), say)
+    check_trusted_section(config.moe, trust_code, say, overrides)
     for line in configuration.notes_of_checkpoint(config, overrides):
         say(line)
     require_one_device(config)

@@ -26,12 +26,29 @@ MOST_NAMES = 5  # of other runs, in a message
 
 # keys that a resumed run may change: they do not touch the sequence of losses (schedule.total_steps=null follows steps)
 FREE_ON_RESUME = (
-    "train.name", "train.output_dir", "train.steps", "train.log_every", "train.eval_every",
-    "train.eval_batches", "train.checkpoint_every", "train.keep_checkpoints", "train.replica_check_every",
-    "moe.record", "moe.eval_capacity_factor", "moe.dropless_block_size", "cascade.threshold",
-    "data.path", "data.accept_changed", "context.device_target", "context.device_id", "context.mode",
-    "context.launch_blocking", "export.max_length", "export.key_file",
-)  # fmt: skip
+    "train.name",
+    "train.output_dir",
+    "train.steps",
+    "train.loggers",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.replica_check_every",
+    "moe.record",
+    "moe.eval_capacity_factor",
+    "moe.dropless_block_size",
+    "cascade.threshold",
+    "data.path",
+    "data.accept_changed",
+    "context.device_target",
+    "context.device_id",
+    "context.mode",
+    "context.launch_blocking",
+    "export.max_length",
+    "export.key_file",
+)
 
 # keys that change the losses to come but not what weights and moments mean: allowed, and said
 ANNOUNCED_ON_RESUME = (
