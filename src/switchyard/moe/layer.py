@@ -101,12 +101,10 @@ class MoELayer(nn.Cell):
         self.train_dispatcher = create_dispatcher(self.router, config, True, self.experts, fused, mesh)
         self.eval_dispatcher = create_dispatcher(self.router, config, False, self.experts, fused, mesh)
         self.records = moe.record is not None
-        self.rest_num = 1 + self.records  # of what `send` returns besides what travels
         require_able(moe)
         self.losses = WeightedLosses(moe, self.router, config.model.seq_length // config.row_tokens)
         self.local_hide, self.local_jitter = self.hide_padding, self.add_jitter
-        self.local_train, self.local_eval = self.send, self.send
-        self.local_train_forced, self.local_eval_forced = self.send_forced, self.send_forced
+        self.local_train, self.local_eval = (self.send, self.send_forced), (self.send, self.send_forced)
 
     def construct(
         self,
@@ -129,36 +127,28 @@ class MoELayer(nn.Cell):
             view: [F, D], what the router sees where it is not the tokens, which may then be of any width.
         """
         tokens = self.local_hide(flat(tokens), valid)  # [F, D]
-        inputs = self.router_inputs(self.seen(tokens, valid, noise, view), token_ids, task_ids)
-        sent = self.dispatched(tokens, valid, noise, replay, inputs)  # local to a device
-        # Branches stand in methods: behind one, the compiler of a recomputed layer knows no shape of what is in `sent`
-        stats, out = sent[-self.rest_num], self.through_experts(sent[: -self.rest_num], tokens)
-        return out, stats, sent[-1] if self.records else ()
-
-    def seen(self, tokens: Tensor, valid: Tensor, noise: Tensor, view: Tensor) -> Tensor:
-        """Returns what the router sees: [F, D]."""
-        seen = tokens if view is None else self.local_hide(flat(view), valid)
-        return self.local_jitter(seen, noise) if self.training and self.jitter > 0 else seen
-
-    def dispatched(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> tuple:
-        """Returns what is sent to the experts in training or at evaluation, see `send`."""
-        if self.training:
-            return self.decide(self.local_train, self.local_train_forced, tokens, valid, noise, replay, inputs)
-        return self.decide(self.local_eval, self.local_eval_forced, tokens, valid, noise, replay, inputs)
-
-    def through_experts(self, sent: tuple, tokens: Tensor) -> Tensor:
-        """Returns what the experts make of what was sent, and the shared experts of all tokens: [F, D]."""
-        if self.training:
-            out = self.train_dispatcher.apply(self.experts, sent)
+        inputs = self.router_inputs(tokens, valid, noise, token_ids, task_ids, view)
+        # Functions are chosen, no branch holds what they return: the compiler of a cluster would lose its shapes
+        send, send_forced = self.local_train if self.training else self.local_eval
+        dispatcher = self.train_dispatcher if self.training else self.eval_dispatcher
+        if replay is None:
+            sent = send(tokens, valid, noise, *inputs)
         else:
-            out = self.eval_dispatcher.apply(self.experts, sent)
+            sent = send_forced(tokens, valid, noise, replay, *inputs)
+        rest = len(sent) - 1 - self.records
+        out = dispatcher.apply(self.experts, sent[:rest])
         if self.shared is not None:
             out = self.add(out, self.shared(self.expand_dims(tokens, 0)).reshape(out.shape))
-        return out
+        return out, sent[rest], sent[-1] if self.records else ()
 
-    def router_inputs(self, seen: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
-        """Returns what the decision is made of: ids [F] where the router reads them, its state, its scores [F, X]."""
-        ids = ()
+    def router_inputs(self, tokens: Tensor, valid: Tensor, noise: Tensor, token_ids, task_ids, view) -> tuple:
+        """Returns what the decision is made of: ids [F] where the router reads them, its state, its scores [F, X].
+
+        The arguments are those of `construct`; padding is hidden in the tokens [F, D].
+        """
+        seen, ids = tokens if view is None else self.local_hide(flat(view), valid), ()
+        if self.training and self.jitter > 0:
+            seen = self.local_jitter(seen, noise)
         if self.takes_tokens:
             token_ids = flat_ids(token_ids)
             ids = (*ids, token_ids)
@@ -169,12 +159,6 @@ class MoELayer(nn.Cell):
             return (*ids, seen)
         return (*ids, *self.router.state(), *self.router.scores(seen, token_ids, task_ids))
 
-    def decide(self, send: Callable, send_forced: Callable, tokens, valid, noise, replay, inputs: tuple) -> tuple:
-        """Returns what `send` does, with choices that are forced where `replay` is not None."""
-        if replay is None:
-            return send(tokens, valid, noise, *inputs)
-        return send_forced(tokens, valid, noise, replay, *inputs)
-
     # ---- from here to `shard` everything is local to one device and reads no Parameter
     def hide_padding(self, tokens: Tensor, valid: Tensor) -> Tensor:
         """Returns tokens [F, D], zeros where valid [G, N] is 0."""
@@ -184,36 +168,29 @@ class MoELayer(nn.Cell):
         """Multiplies tokens [F, D] by factors near 1 (arXiv 2101.03961, appendix C)."""
         return tokens * (1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice])
 
-    def send(self, tokens: Tensor, valid: Tensor, noise: Tensor, *inputs) -> tuple:
-        """Routes tokens [F, D], and fills what travels.
+    def send(self, tokens: Tensor, valid: Tensor, noise: Tensor, *inputs, replay: Tensor = None) -> tuple:
+        """Routes tokens [F, D], and fills what travels; replay [G, N, K] int32: choices that are forced.
 
         Returns:
             What the dispatcher sends..., statistics [G, 6 + 2 E], and with moe.record choices [F, K].
         """
-        replay = self.round_robin(valid) if self.round_robin is not None else None
-        return self.route_and_fill(tokens, valid, noise, replay, inputs)
-
-    def send_forced(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, *inputs) -> tuple:
-        """Does what `send` does, with choices that are forced: replay [M, F, K] int32."""
-        return self.route_and_fill(tokens, valid, noise, replay[self.place].reshape(*valid.shape, -1), inputs)
-
-    def route_and_fill(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> tuple:
-        """Does what `send` does; replay [G, N, K] int32 or None."""
+        if self.round_robin is not None and replay is None:
+            replay = self.round_robin(valid)
         routing, tokens = self.route(valid, noise, replay, inputs), tokens.reshape(*valid.shape, -1)  # [G, N, D]
-        if not self.training:
-            return self.fill(self.eval_dispatcher, tokens, valid, routing)
-        if self.priority is not None:
+        if self.training and self.priority is not None:
             routing["priority"] = self.priority(noise).reshape(valid.shape)  # [G, N]
-        return self.fill(self.train_dispatcher, tokens, valid, routing)
-
-    def fill(self, dispatcher: Dispatcher, tokens: Tensor, valid: Tensor, routing: dict) -> tuple:
-        """Returns what `send` does, of tokens [G, N, D] and the router's decision."""
+        dispatcher = self.train_dispatcher if self.training else self.eval_dispatcher
         sent = dispatcher.send(tokens, routing)
         kept = dispatcher.num_kept(routing, sent)
         stats = statistics(routing, self.losses(routing, valid), kept, valid)
         if self.records:
             return (*sent, stats, ops.stop_gradient(routing["expert_index"]).reshape(-1, self.choices))
         return (*sent, stats)
+
+    def send_forced(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, *inputs) -> tuple:
+        """Does what `send` does with the choices of this layer in replay [M, F, K] int32."""
+        own = replay[self.place].reshape(*valid.shape, -1)  # [G, N, K]
+        return self.send(tokens, valid, noise, *inputs, replay=own)
 
     def route(self, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> dict:
         """Returns the router's decision; inputs: see `router_inputs`."""
@@ -254,8 +231,8 @@ class MoELayer(nn.Cell):
         self.local_hide = mesh.local(self.hide_padding, (pair, pair), (pair,), first, first)
         if self.jitter > 0:
             self.local_jitter = mesh.local(self.add_jitter, (pair, mesh.noise), (pair,), first, first)
-        self.local_train, self.local_train_forced = self._sharded(mesh, self.train_dispatcher, mesh.noise)
-        self.local_eval, self.local_eval_forced = self._sharded(mesh, self.eval_dispatcher, mesh.no_noise)
+        self.local_train = self._sharded(mesh, self.train_dispatcher, mesh.noise)
+        self.local_eval = self._sharded(mesh, self.eval_dispatcher, mesh.no_noise)
 
     def _require_shards(self) -> None:
         """Refuses experts of a user's own that cannot be sharded (UserError)."""

@@ -14,4 +14,4 @@ def keep_where(values: Tensor, mask: Tensor) -> Tensor:
     """
     for _ in range(len(values.shape) - len(mask.shape)):
         mask = ops.expand_dims(mask, -1)
-    return ops.where(mask > 0, values, ops.zeros_like(values))
+    return ops.where(mask > 0, values, 0.0)  # zeros of the values' shape would be a constant of the compiled graph
