@@ -13,7 +13,6 @@ from mindspore.parallel import Layout
 
 from switchyard.config import Config, MoEConfig
 from switchyard.distributed.mesh import LOCAL, CompiledMesh, LocalMesh, first
-from switchyard.errors import UserError
 from switchyard.moe.dispatch.dispatchers import Dispatcher, create_dispatcher
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.metrics import width
@@ -238,10 +237,8 @@ class MoELayer(nn.Cell):
         """Refuses experts of a user's own that cannot be sharded (UserError)."""
         moe, run = self.config.moe, self.train_dispatcher.runs_experts and self.eval_dispatcher.runs_experts
         require_cut_experts(self.experts, self.expert_num, None if run else moe.dispatch)
-        if self.shared is not None and not isinstance(self.shared, SharedExperts):
-            raise UserError(
-                f"moe.shared_expert_num: {moe.shared_expert_num}; your own shared experts are not sharded: set it to 0"
-            )
+        if self.shared is not None:
+            require_cut_experts(self.shared, 1)
 
     def _sharded(self, mesh: CompiledMesh, dispatcher: Dispatcher, noise: Layout) -> tuple[Callable, Callable]:
         """Returns `send` and `send_forced` of a dispatcher as operators of one device."""

@@ -3,8 +3,9 @@
 Legend: G routing groups, N tokens of a group, E experts.
 """
 
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
+from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.moe.routing.losses import entropy_sums, importance, load
 
 
@@ -23,3 +24,33 @@ def statistics(routing: dict, losses: tuple, num_kept: Tensor, valid: Tensor) ->
     scalars = ops.stack((balance, z, auxiliary, stop(entropies), stop(num_kept), stop(valid.sum(1))), 1)  # [G, 6]
     loads, mass = load(routing["expert_mask"]), importance(routing["importance"], valid)  # [G, E] each
     return ops.concat((scalars, stop(loads), stop(mass)), 1)
+
+
+class Beside(nn.Cell):
+    """Puts what M conditional layers return side by side: statistics [G, X] or choices [N, K] of each; () of none."""
+
+    def __init__(self):
+        super().__init__()
+        self.local_join = self.join
+
+    def construct(self, parts: tuple):
+        """M tensors [G, X] -> [G, M * X]."""
+        if len(parts) == 0:
+            return ()
+        joined = parts[0]
+        for more in parts[1:]:
+            joined = self.local_join(joined, more)
+        return joined
+
+    def join(self, left: Tensor, right: Tensor) -> Tensor:
+        """[G, X], [G, Y] -> [G, X + Y]."""
+        return ops.concat((left, right), 1)
+
+    def shard(self, mesh: CompiledMesh) -> None:
+        """Declares the layouts: groups and tokens are sharded by data shards."""
+        pair = mesh.cut("data", None)
+
+        def joined(left, right):
+            return [left[0], left[1] + right[1]]
+
+        self.local_join = mesh.local(self.join, (pair, pair), (pair,), joined, first)
