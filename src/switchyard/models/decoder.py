@@ -95,7 +95,7 @@ class Block(nn.Cell):
 
     # ---- local to one device
     def to_windows(self, tokens: Tensor) -> tuple:
-        """Tokens [N, D] -> (the first token of each window [N / w, D], the windows [N / w, w * D])."""
+        """Cuts tokens [N, D] into (the first token of each window [N / w, D], the windows [N / w, w * D])."""
         return first_of_slices(tokens, self.window), to_slices(tokens, self.window)
 
     def to_tokens(self, windows: Tensor) -> Tensor:
@@ -103,15 +103,15 @@ class Block(nn.Cell):
         return from_slices(windows, self.window)
 
     def first_ids(self, ids: Tensor) -> Tensor:
-        """[N] -> [N / w]."""
+        """Takes the first of each window: [N] -> [N / w]."""
         return ids[:: self.window]
 
     def first_valid(self, valid: Tensor) -> Tensor:
-        """[G, N / G] -> [G, N / G / w]."""
+        """Takes the first of each window: [G, N / G] -> [G, N / G / w]."""
         return valid[:, :: self.window]
 
     def first_noise(self, noise: Tensor) -> Tensor:
-        """[.., N, D] -> [.., N / w, D]."""
+        """Takes the first of each window: [.., N, D] -> [.., N / w, D]."""
         return noise[:, :: self.window]
 
     def shard(self, mesh: CompiledMesh) -> None:
@@ -252,7 +252,7 @@ class Decoder(nn.Cell):
         self.beside, self.beside_choices, self.records = Beside(), Beside(), config.moe.record is not None
 
     def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor = None):
-        """Tokens [B, S] int32, valid [B, S] float32, noise [max(noise_slices, 1), N, D] of U(0, 1).
+        """Takes tokens [B, S] int32, valid [B, S] float32, noise [max(noise_slices, 1), N, D] of U(0, 1).
 
         At evaluation the noise is not read: any [1, 1, 1] serves. replay [M, N, K] int32: choices of experts to force,
         -1 where the router's own stand, see moe.routing.replay.
@@ -291,11 +291,11 @@ class Decoder(nn.Cell):
         return keep_where(x, valid.reshape(-1))
 
     def to_groups(self, valid: Tensor) -> Tensor:
-        """[B, S] -> [G, N / G]."""
+        """Reshapes [B, S] -> [G, N / G]."""
         return valid.reshape(self.groups, -1)
 
     def to_ids(self, tokens: Tensor) -> Tensor:
-        """[B, S] -> [N]."""
+        """Reshapes [B, S] -> [N]."""
         return tokens.reshape(-1)
 
     def shard(self, mesh: CompiledMesh) -> None:

@@ -115,7 +115,7 @@ class ConvolutionLayer(nn.Cell):
         return out, stats, choices
 
     def route(self, x: Tensor, tasks: Tensor, valid: Tensor, noise: Tensor, groups: int):
-        """The conditional layer on the rows of the maps: -> (maps [B, H, W, D], statistics, choices)."""
+        """Applies the conditional layer to the rows of the maps -> (maps [B, H, W, D], statistics, choices)."""
         high, wide, _ = self.shape
         rows = self.fold(x)  # [N, h, w, c]
         view = self.view(rows)  # [N, D]
@@ -128,7 +128,7 @@ class ConvolutionLayer(nn.Cell):
 
 
 class Vision(nn.Cell):
-    """Images [B, C, H, W] -> (logits [B * T, V] float32, statistics, choices), see models.Decoder for the last two.
+    """Maps images [B, C, H, W] to (logits [B * T, V] float32, statistics, choices), the last two as models.Decoder.
 
     Each of the T tasks has a head; `valid` [B, T] says which one an image is asked, and so which task it belongs to.
 
@@ -178,12 +178,12 @@ class Vision(nn.Cell):
         return self.logits(x), self.beside(stats), self.beside_choices(choices) if self.records else ()
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Means over pool x pool squares: [B, H, W, D] -> [B, H / pool, W / pool, D]."""
+        """Takes means over pool x pool squares: [B, H, W, D] -> [B, H / pool, W / pool, D]."""
         side = self.side // self.pool
         return x.reshape(-1, side, self.pool, side, self.pool, x.shape[3]).mean((2, 4))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps [B, H, W, D] -> [B * T, V]."""
+        """Projects maps [B, H, W, D] on the classes: [B * T, V]."""
         x = self.norm(x.reshape(-1, x.shape[3])).reshape(x.shape)
         return (self.heads(x) + self.offset).reshape(-1, self.vocab_size)  # [B, T * V] -> [B * T, V]
 

@@ -136,7 +136,7 @@ class SliceExperts(nn.Cell):
         return rows.reshape(rows.shape[0], -1, rows.shape[2] // self.length)
 
     def fold(self, rows: Tensor) -> Tensor:
-        """The inverse: [X, S * length, D] -> [X, S, length * D]."""
+        """Folds tokens back into windows: [X, S * length, D] -> [X, S, length * D]."""
         return rows.reshape(rows.shape[0], -1, rows.shape[2] * self.length)
 
     def shard(self, mesh: CompiledMesh) -> None:

@@ -18,7 +18,7 @@ from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.metrics import width
 from switchyard.moe.own_classes import require_cut_experts
 from switchyard.moe.routing import create_router
-from switchyard.moe.routing.base import require_choices, require_learnable
+from switchyard.moe.routing.base import make_context, require_choices, require_learnable
 from switchyard.moe.routing.losses import WeightedLosses
 from switchyard.moe.routing.own_routers import require_sharded_router
 from switchyard.moe.shared_experts import SharedExperts
@@ -91,7 +91,8 @@ class MoELayer(nn.Cell):
         self.slice = slices.take(self.jitter > 0)
         self.priority = UniformRows(slices, config.model.hidden_size, 1) if moe.drop_order == "random" else None
         self.router = create_router(config, random, slices, vocab_size, has_tasks)
-        self.decides_whole, self.state_num = self.router.overrides_construct, len(self.router.state())
+        self.decides_whole = self.router.overrides_construct
+        self.state_num = 0 if self.decides_whole else len(self.router.state())
         self.takes_tokens = vocab_size is not None and "token_ids" in self.router.needs
         self.takes_tasks = has_tasks and "task_ids" in self.router.needs
         self.experts, self.shared = create_experts(config, std, random, dtype, make_experts, fused)
@@ -192,23 +193,17 @@ class MoELayer(nn.Cell):
         return self.send(tokens, valid, noise, *inputs, replay=own)
 
     def route(self, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> dict:
-        """Returns the router's decision; inputs: see `router_inputs`."""
-        groups, context = valid.shape[0], {"valid": valid, "noise": noise, "token_ids": None, "task_ids": None}
+        """Returns the router's decision in groups [G, N]; inputs: see `router_inputs`."""
+        token_ids, task_ids = None, None
         if self.takes_tokens:
-            context["token_ids"] = inputs[0].reshape(valid.shape)
-            inputs = inputs[1:]
+            token_ids, inputs = inputs[0].reshape(valid.shape), inputs[1:]  # [G, N]
         if self.takes_tasks:
-            context["task_ids"] = inputs[0].reshape(valid.shape)
-            inputs = inputs[1:]
-        if replay is not None:
-            context["replay"] = replay
-        if self.decides_whole:
-            return self.router(inputs[0].reshape(groups, valid.shape[1], -1), context)
-        states = self.state_num
-        context["state"], scores = inputs[:states], ()
-        for score in inputs[states:]:
-            scores = (*scores, score.reshape(groups, valid.shape[1], -1))  # [G, N, X]
-        return self.router.route(scores, context)
+            task_ids, inputs = inputs[0].reshape(valid.shape), inputs[1:]
+        state, grouped = inputs[: self.state_num], ()
+        for part in inputs[self.state_num :]:
+            grouped = (*grouped, part.reshape(*valid.shape, -1))  # [G, N, X]
+        context = make_context(valid, noise, token_ids, task_ids, state, replay)
+        return self.router(grouped[0], context) if self.decides_whole else self.router.route(grouped, context)
 
     # ---- layouts
     def shard(self, mesh: CompiledMesh) -> None:
@@ -315,7 +310,7 @@ class RoundRobinRouting(nn.Cell):
         self.each, self.copies, self.size = moe.num_experts_chosen, moe.copies, moe.expert_num // moe.copies
 
     def construct(self, valid: Tensor) -> Tensor:
-        """Valid [G, N] -> experts [G, N, K] int32."""
+        """Takes valid [G, N], returns experts [G, N, K] int32."""
         rows = ops.arange(valid.shape[1]) * self.each  # [N]
         experts = ()
         for choice in range(self.each * self.copies):

@@ -34,7 +34,7 @@ class Beside(nn.Cell):
         self.local_join = self.join
 
     def construct(self, parts: tuple):
-        """M tensors [G, X] -> [G, M * X]."""
+        """Joins M tensors [G, X]: [G, M * X]."""
         if len(parts) == 0:
             return ()
         joined = parts[0]
@@ -43,7 +43,7 @@ class Beside(nn.Cell):
         return joined
 
     def join(self, left: Tensor, right: Tensor) -> Tensor:
-        """[G, X], [G, Y] -> [G, X + Y]."""
+        """Joins [G, X] and [G, Y]: [G, X + Y]."""
         return ops.concat((left, right), 1)
 
     def shard(self, mesh: CompiledMesh) -> None:

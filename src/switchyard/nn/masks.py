@@ -7,7 +7,7 @@ from mindspore import Tensor, ops
 
 
 def keep_where(values: Tensor, mask: Tensor) -> Tensor:
-    """Values where the mask is above 0, else 0: [G, N, ...] and a mask of its first axes, or of all -> [G, N, ...].
+    """Keeps values where the mask is above 0, else 0: [G, N, ...] and a mask of its first axes, or of all.
 
     The gradient is selected, too. It stops a NaN behind the mask only where what made the value is finite: hide the
     inputs as well.
