@@ -30,7 +30,14 @@ ROUTERS = {
     "dense": {},
     "mixture_of_depths": {"expert_num": 1, "expert_parallel": 1, "capacity_factor": 0.5},
     "copies of sigmoid": TWO | {"router": "sigmoid", "copies": 2},
-    "windows of switch": {"router": "switch", "granularity": "slice", "slice_length": 4, "jitter": 0.01},
+    "windows of switch": {
+        "router": "switch",
+        "granularity": "slice",
+        "slice_length": 4,
+        "jitter": 0.01,
+        "shared_expert_num": 1,
+    },
+    "recorded top_k": TWO | {"router": "top_k", "record": "choices.safetensors"},
 }
 NOT_OF_TEXT = ("expert_choice", "multi_gate", "random_in_group", "task")  # not causal, or choose by task
 WAYS = ("capacity", "dropless", "dropless_static")
@@ -71,6 +78,7 @@ def test_two_devices_equal_one(workers, name, dispatch):
     found = emulate.prove(config_of(name, dispatch), 2, vocab=VOCABULARY)
     print(name, dispatch, f"{found.largest:.1e}", f"{max(found.gradients.values()):.1e}")
     assert found.equal, emulate.render(found)
+    assert found.strayed == 0  # loads are equal, and recorded choices
     assert len({one for one, _ in found.losses}) == 3
     experts = "layers.1.feed_forward.experts.network" if name in CALLED else "layers.1.feed_forward.experts"
     assert found.differences[f"{experts}.w_in"][1] > 100 * emulate.TOLERANCE

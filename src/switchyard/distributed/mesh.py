@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mindspore import Tensor, get_context, nn, ops
-from mindspore.communication import create_group
+from mindspore.communication import create_group, get_rank
 from mindspore.parallel import Layout
 from mindspore.parallel.auto_parallel import AutoParallel
 
@@ -73,6 +73,10 @@ class LocalMesh:
         """Returns a cell that sums figures over the devices: [devices, X] -> [X]."""
         return Total()
 
+    def data_slice(self) -> int:
+        """Returns which part of the batch this device reads, from 0."""
+        return self.degrees.data_slice(self.processes.rank)
+
     def everywhere(self, axes: int) -> Callable:
         """Returns what gives every device the rows [B, ...] of all devices, a tensor of so many axes."""
         return nn.Identity()
@@ -86,8 +90,8 @@ class LocalMesh:
         return GlobalNorm()
 
     def differentiate(self, loss: nn.Cell, parameters) -> Callable:
-        """Returns a function: the arguments of `loss` -> (what it returns, gradients of its first result)."""
-        return ops.value_and_grad(loss, None, parameters, has_aux=True)
+        """Returns a function: the arguments of `loss` -> (what it returns, the gradients of that)."""
+        return ops.value_and_grad(loss, None, parameters)
 
     def program(self, graph: nn.Cell, inputs: tuple) -> Callable:
         """Returns the program of the devices, to be called with a device's shards of the inputs."""
@@ -201,6 +205,10 @@ class CompiledMesh(LocalMesh):
         total.sum.shard(((self.degrees.data_parallel, 1),))
         return total
 
+    def data_slice(self) -> int:
+        """Returns which part of the batch this device reads, from 0."""
+        return self.degrees.data_slice(get_rank())
+
     def everywhere(self, axes: int) -> Callable:
         """Returns an operator that gathers rows [B, ...] of data shards on every device."""
         full = self.cut(*(None,) * axes)
@@ -211,7 +219,7 @@ class CompiledMesh(LocalMesh):
         return ShardedNorm(parameters, self.degrees)
 
     def differentiate(self, loss: nn.Cell, parameters) -> nn.Cell:
-        """Returns a cell: the arguments of `loss` -> ((its first result, ()), the gradients of that)."""
+        """Returns a cell: the arguments of `loss` -> (what it returns, the gradients of that)."""
         return LossAndGradients(loss, parameters)
 
     def program(self, graph: nn.Cell, inputs: tuple) -> AutoParallel:
@@ -253,20 +261,8 @@ class CompiledMesh(LocalMesh):
         return read_graph(compiled_model(program))
 
 
-class FirstResult(nn.Cell):
-    """Returns the first result of a loss alone: the parallel compiler differentiates a cell with one result only."""
-
-    def __init__(self, loss: nn.Cell):
-        super().__init__(auto_prefix=False)
-        self.loss = loss
-
-    def construct(self, *batch) -> Tensor:
-        """Takes the arguments of the loss."""
-        return self.loss(*batch)[0]
-
-
 class LossAndGradients(nn.Cell):
-    """Returns the first result of a loss, and its gradients.
+    """Computes a loss, which is one tensor, and its gradients.
 
     The compiler joins the two forward passes because both call the same cell. It would not join the pass of a cell with
     several results, and compute the layers twice.
@@ -274,13 +270,12 @@ class LossAndGradients(nn.Cell):
 
     def __init__(self, loss: nn.Cell, parameters):
         super().__init__(auto_prefix=False)
-        self.loss, self.parameters = FirstResult(loss), parameters
+        self.loss, self.parameters = loss, parameters
         self.gradient = ops.GradOperation(get_by_list=True)
 
     def construct(self, *batch) -> tuple:
         """Takes the arguments of the loss."""
-        first_result = self.loss(*batch)
-        return (first_result, ()), self.gradient(self.loss, self.parameters)(*batch)
+        return self.loss(*batch), self.gradient(self.loss, self.parameters)(*batch)
 
 
 def fused(size: int | str) -> dict:

@@ -19,12 +19,13 @@ from switchyard.models.decoder import Decoder
 from switchyard.moe.dispatch.dispatchers import BlockDispatcher
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.layer import MoELayer
+from switchyard.moe.routing.base import make_context
 from switchyard.nn.layers import MASKED, Linear, Rotary
 from switchyard.nn.softmax import Softmax
 
 
 class _Half(nn.Cell):
-    """What both halves share: embedding, projections turned to their places, the head."""
+    """Holds what both halves share: embedding, projections turned to their places, the head."""
 
     def __init__(self, decoder: Decoder, max_length: int):
         super().__init__()
@@ -53,7 +54,7 @@ class _Half(nn.Cell):
         return x
 
     def turn(self, position: Tensor) -> tuple:
-        """What projections at positions [N] are multiplied by: two [N, W]."""
+        """Returns what projections at positions [N] are multiplied by: two [N, W]."""
         cos, sin = self.take(self.cos, position, 0), self.take(self.sin, position, 0)  # [N, (R + 2) * h]
         return ops.tile(cos, (1, self.heads)), ops.tile(sin, (1, self.heads))
 
@@ -74,7 +75,7 @@ class _Half(nn.Cell):
         return ops.split(qkv, [self.repeat, 1, 1], 2)
 
     def feed(self, layer: nn.Cell, x: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-        """The feed-forward of normed rows [N, D] of tokens [1, N], valid [1, N] -> [N, D]."""
+        """Applies the feed-forward to normed rows [N, D] of tokens [1, N], valid [1, N] -> [N, D]."""
         rows = ops.expand_dims(x, 0)  # [1, N, D]
         if not layer.conditional:
             return layer.feed_forward(rows).reshape(-1, self.width)
@@ -88,17 +89,16 @@ class _Half(nn.Cell):
         return out
 
     def decide(self, router: nn.Cell, x: Tensor, rows: Tensor, tokens: Tensor, valid: Tensor) -> dict:
-        """Rows [N, D] and the same [1, N, D], tokens and valid [1, N] -> the Routing of one group."""
+        """Routes rows [N, D], the same [1, N, D], of tokens and valid [1, N], as one group."""
+        context, scores = make_context(valid, self.nothing, tokens, None, router.state(), None), ()
         if router.overrides_construct:
-            return router(rows, {"valid": valid, "noise": self.nothing, "token_ids": tokens, "task_ids": None})
-        state, scores = router.state(), ()
-        context = {"valid": valid, "noise": self.nothing, "token_ids": tokens, "task_ids": None, "state": state}
+            return router(rows, context)
         for part in router.scores(x, tokens.reshape(-1), None):
             scores = (*scores, ops.expand_dims(part, 0))  # [1, N, X]
         return router.route(scores, context)
 
     def logits(self, x: Tensor) -> Tensor:
-        """[B, D] -> [B, V] float32."""
+        """Projects [B, D] on the vocabulary: [B, V] float32."""
         decoder, x = self.decoder, self.norms[-1](x)
         if decoder.tied:
             table = decoder.embedding.table.astype(self.dtype)
@@ -311,7 +311,7 @@ def cast_products(decoder: Decoder) -> None:
 
 
 def _norms(decoder: Decoder) -> list:
-    """The norms in the order of their use."""
+    """Returns the norms in the order of their use."""
     found = []
     for layer in decoder.layers:
         found += [layer.attention_norm, layer.feed_forward_norm]

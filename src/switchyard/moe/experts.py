@@ -15,7 +15,7 @@ from switchyard.nn.initializers import InitialWeights
 
 
 class FeedForwardExperts(nn.Cell):
-    """E feed-forward networks: [E, S, D] -> [E, S, D], parameters stacked on E (never a loop over experts).
+    """Applies E feed-forward networks: [E, S, D] -> [E, S, D], parameters stacked on E (never a loop over experts).
 
     ReLU and GELU: act(x W_in) W_out. SwiGLU (arXiv 2002.05202, eq. 6): (silu(x W_gate) * x W_in) W_out.
 
@@ -60,16 +60,16 @@ class FeedForwardExperts(nn.Cell):
         self.mix = ops.MatMul()
 
     def construct(self, rows: Tensor) -> Tensor:
-        """Rows [E, S, D], those of expert e in slice e."""
+        """Applies expert e to slice e of rows [E, S, D]."""
         return self._work(rows, self.w_in, self.w_gate, self.w_out)
 
     def blocks(self, rows: Tensor, block_expert: Tensor) -> Tensor:
-        """Rows [P, b, D], those of block p all of expert `block_expert` [P]: the chosen experts' weights only."""
+        """Applies expert `block_expert` [P] to rows [P, b, D] of each block, reads the chosen experts' weights only."""
         w_gate = self.take(self.w_gate, block_expert, 0) if self.gated else None  # [P, D, F]
         return self._work(rows, self.take(self.w_in, block_expert, 0), w_gate, self.take(self.w_out, block_expert, 0))
 
     def merged(self, rows: Tensor, gates: Tensor) -> Tensor:
-        """Rows [G, N, D] through one network a group: the experts' parameters weighted by gates [G, E] and summed."""
+        """Applies one network a group to rows [G, N, D]: the experts' parameters weighted by gates [G, E]."""
         w_gate = self._mean(self.w_gate, gates) if self.gated else None  # [G, D, F]
         return self._work(rows, self._mean(self.w_in, gates), w_gate, self._mean(self.w_out, gates))
 
@@ -88,11 +88,11 @@ class FeedForwardExperts(nn.Cell):
         return self.widen(self.product_out(hidden, self.narrow_out(w_out)))  # [E, S, D]
 
     def gate_hidden(self, gate: Tensor, hidden: Tensor) -> Tensor:
-        """Hidden [E, S, F] weighted by the non-linearity of its gate."""
+        """Weights hidden [E, S, F] by the non-linearity of its gate."""
         return self.activation(gate, hidden)
 
     def bend_hidden(self, hidden: Tensor) -> Tensor:
-        """The non-linearity of hidden [E, S, F]."""
+        """Applies the non-linearity to hidden [E, S, F]."""
         return self.activation(hidden)
 
     def shard(self, mesh: CompiledMesh) -> None:

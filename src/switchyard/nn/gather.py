@@ -15,12 +15,12 @@ from switchyard.distributed.mesh import CompiledMesh
 
 
 def with_zero_row(table: Tensor) -> Tensor:
-    """A table with a row of zeros behind its last: [G, N, D] -> [G, N + 1, D]."""
+    """Returns a table with a row of zeros behind its last: [G, N, D] -> [G, N + 1, D]."""
     return ops.concat((table, ops.ZerosLike()(table[:, :1])), 1)
 
 
 def index_or_zero_row(index: Tensor, mask: Tensor, rows: int) -> Tensor:
-    """Indices [G, I] where the mask [G, I] is above 0, else that of the zero row behind `rows` rows: [G, I]."""
+    """Returns indices [G, I] where the mask [G, I] is above 0, else that of the zero row behind `rows` rows."""
     means = mask.astype(index.dtype)
     return index * means + rows * (1 - means)
 

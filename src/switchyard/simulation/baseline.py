@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> None:
             figures["losses"].append(made["loss"])
             figures["norms"].append(made["gradient_norm"])
             figures["loads"].append(made["routers"]["load"] if made["routers"] else np.zeros((0, 0)))  # [M, E]
+            figures.setdefault("choices", []).append(made.get("choices", 0))  # [A, M, N, K], 0: not recorded
             mark = AFTER if index == count - 1 else STEP.format(index + 1)
             found |= {mark + name: parameter.asnumpy().copy() for name, parameter in tensors.items()}
     np.savez(folder / RESULT, **{name: np.array(values) for name, values in figures.items()}, **found)

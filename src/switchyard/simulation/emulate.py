@@ -155,7 +155,7 @@ def compare(
         figures = figures_of(config, outputs)
         losses.append((float(reference["losses"][step]), float(shares @ figures[:, 1])))
         norms.append(farthest(float(reference["norms"][step]), [_flat(out)[-1] for out in outputs[-1]]))
-        strayed += strayed_of(config, reference["loads"][step], figures)
+        strayed += strayed_of(config, reference, step, figures, outputs)
         for report, own in zip(reports, weights):
             move_bias(config, own, figures, report.rank)
         states_of_ranks = [{name: array for name, array in own.items() if _is_state(name)} for own in weights]
@@ -219,7 +219,8 @@ def figures_of(config: Config, outputs: Sequence[Sequence[tuple]]) -> np.ndarray
     width = HEAD + len(config.moe_layers) * metrics.width(config.moe.expert_num)
     rows = []
     for ranks in outputs:
-        found = [np.array(flat[:-1]).reshape(-1, width) for out in ranks if len(flat := _flat(out)) > 1]
+        end = None if config.moe.record is None else width  # choices come behind the figures
+        found = [np.array(flat[:-1][:end]).reshape(-1, width) for out in ranks if len(flat := _flat(out)) > 1]
         losses = [part[:, 1] for part in found]
         if not found or np.ptp(losses, axis=0).max() > TOLERANCE:
             raise ClusterError(f"loss: the ranks differ, {sorted({float(loss[0]) for loss in losses})}")
@@ -232,10 +233,15 @@ def farthest(one: float, norms: list[float]) -> tuple[float, float]:
     return one, max(norms, key=lambda norm: np.inf if np.isnan(norm) else abs(norm - one))
 
 
-def strayed_of(config: Config, loads: np.ndarray, figures: np.ndarray) -> int:
-    """Counts the choices of experts that fell otherwise than on one device, whose loads are [M, E]; figures [A, W]."""
+def strayed_of(config: Config, reference: Arrays, step: int, figures: np.ndarray, outputs) -> int:
+    """Counts the choices of experts that fell otherwise than on one device, recorded or by loads; figures [A, W]."""
+    loads = reference["loads"][step]  # [M, E]
     if not loads.size:
         return 0
+    if config.moe.record is not None:
+        rows = np.array([_flat(ranks[0])[figures.shape[1] : -1] for ranks in outputs])  # every rank has those of all
+        found = metrics.recorded(rows, len(loads), config.moe.choices)  # [A, M, N, K]
+        return int((found != reference["choices"][step]).sum())
     found = metrics.loads(figures[:, HEAD:].sum(0), loads.shape[1])
     return int(np.abs(found - loads).sum() / 2)
 

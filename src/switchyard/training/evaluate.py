@@ -160,13 +160,18 @@ class Evaluator:
         for index, batch in enumerate(batches):
             found, stats, choices = self._program(*self._inputs(index, batch))
             if self._recorder:
-                self._recorder.add(index, batch.tokens, choices.asnumpy().transpose(1, 0, 2))
+                self._recorder.add(index, batch.tokens, self._recorded(choices))
             scores.append(found.asnumpy())  # [B, 3]
             if len(stats):
                 summed = summed + stats.asnumpy().astype(np.float64)
             self.is_compiled = True
             on_batch(index + 1)
         return self._evaluation(np.concatenate(scores).astype(np.float64), summed)
+
+    def _recorded(self, choices: Tensor) -> np.ndarray:
+        """Returns choices [N, M * K] of a batch as [M, N, K]."""
+        flat = choices.asnumpy().reshape(1, -1)
+        return metrics.recorded(flat, len(self._config.moe_layers), self._config.moe.choices)[0]
 
     def _inputs(self, index: int, batch: Batch) -> list[Tensor]:
         """Returns this device's part of a batch, and the choices that are replayed in it."""

@@ -48,12 +48,6 @@ def refusals(config: Config, target: str = "Ascend") -> Iterator[Refusal]:
         yield Refusal("model.type", config.model.type, "only a decoder is sharded over devices", True)
     if target == "GPU" and config.moe_layers and moe.dispatch != "capacity":
         yield Refusal("moe.dispatch", moe.dispatch, "the compiler shards it for Ascend", True)
-    if config.moe_layers and moe.record and config.devices > config.parallel.pipeline_stage == 1:
-        # see mesh.LossAndGradients
-        yield Refusal("moe.record", moe.record, "a compiled program hands out no choices: set it to null", True)
-    if config.moe_layers and config.granularity == "slice" and moe.shared_expert_num:
-        why = "shared experts of windows are not sharded: set it to 0"
-        yield Refusal("moe.shared_expert_num", moe.shared_expert_num, why, True)
     if config.moe_layers and (reason := why_not_sharded(moe.router)):
         yield Refusal("moe.router", moe.router, reason, True)
     yield from _of_pipelines(config, target)

@@ -199,7 +199,7 @@ class PipelineStepGraph(nn.Cell):
 
     def construct(self, *batch) -> tuple:
         """Takes the arguments of MicroBatch, of all micro-batches, and factors [A, A] with those of each on the
-        diagonal; returns (figures [A * W], global norm of the gradients before the clip [], ())."""
+        diagonal; returns (figures [A * W], global norm of the gradients before the clip [])."""
         figures = self.loss(*batch)
         sums = self.gradient(self.loss, self.parameters)(*batch)
         gradients = sums if self.sharded else ops.depend(self.accumulated, sums)
@@ -211,7 +211,7 @@ class PipelineStepGraph(nn.Cell):
         norm, cleared = self.optimizer.update(gradients, norm), ()
         for total in self.accumulated:
             cleared = (*cleared, self.clear(total, ops.zeros_like(total)))
-        return ops.depend(figures, cleared), norm, ()
+        return ops.depend(figures, cleared), norm
 
 
 class SquaresAndFigures(nn.Cell):

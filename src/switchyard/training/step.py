@@ -18,7 +18,7 @@ from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.models import create_model
 from switchyard.moe import metrics
 from switchyard.nn.initializers import set_initial, shapes_only
-from switchyard.training.loss import STATISTICS, TrainLoss, name_figures
+from switchyard.training.loss import STATISTICS, TrainLoss, figures_num, name_figures
 from switchyard.training.loss_scale import LossScale
 from switchyard.training.micro_batches import call_inputs, calls_of, forces_choices, input_shards, inputs_of_calls
 from switchyard.training.optimizer import OptimizerStep
@@ -41,10 +41,9 @@ class StepGraph(nn.Cell):
         self.differentiate = mesh.differentiate(self.loss, self.optimizer.adamw.parameters)
 
     def construct(self, *batch) -> tuple:
-        """Takes the arguments of TrainLoss, returns (figures [W], global norm of the gradients before the clip [],
-        choices)."""
-        (figures, choices), gradients = self.differentiate(*batch)
-        return figures, self.optimizer(gradients), choices
+        """Takes the arguments of TrainLoss, returns (its figures, global norm of the gradients before the clip [])."""
+        figures, gradients = self.differentiate(*batch)
+        return figures, self.optimizer(gradients)
 
 
 class TrainStep:
@@ -99,14 +98,13 @@ class TrainStep:
         control = self.graph.optimizer
         control.set(learning_rate=learning_rate, unscale=1.0 / scale, routers_learn=float(routers_learn))
         arrays = [tokens, labels, valid, noise] if replay is None else [tokens, labels, valid, noise, replay]
-        figures, choices, norm = [], [], None
+        figures, norm = [], None
         calls = calls_of(self.config)
         for call, inputs in enumerate(inputs_of_calls(self.config, arrays, scale * shares)):
             control.set(begins=float(call == 0), ends=float(call == calls - 1))
-            found, norm, chosen = self.program(*map(Tensor, inputs))
+            found, norm = self.program(*map(Tensor, inputs))
             figures.append(found)
-            choices += [chosen] if len(chosen) else []
-        return self.finish(figures, float(norm.asnumpy()), choices, shares, routers_learn)
+        return self.finish(figures, float(norm.asnumpy()), shares, routers_learn)
 
     def shares(self, valid: np.ndarray) -> np.ndarray:
         """Returns the share of each micro-batch in the valid tokens of the step, on all devices: [A, B, S] -> [A]."""
@@ -115,17 +113,18 @@ class TrainStep:
         counts = self.mesh.processes.gather(valid.sum((1, 2), dtype=np.float64)).sum(0)  # [A]
         return counts / max(counts.sum(), 1.0)
 
-    def finish(self, figures, norm: float, choices, shares: np.ndarray, routers_learn: bool) -> dict:
+    def finish(self, figures, norm: float, shares: np.ndarray, routers_learn: bool) -> dict:
         """Does what follows a step on the host: metrics, the loss scale, the routers' bias."""
         scale, alive = self.scale.factor, math.isfinite(norm)
-        rows = np.concatenate([part.asnumpy().reshape(-1) for part in figures]).reshape(len(shares), -1)  # [A, W]
+        rows = np.concatenate([part.asnumpy().reshape(-1) for part in figures]).reshape(len(shares), -1)
+        rows, choices = np.split(rows, [figures_num(self.config)], 1)  # [A, W], [A, N * M * K]
         self.scale.adjust(alive)
         if self.routers and alive and routers_learn:
             self.update_routers(rows)
         found = name_figures(rows, self.config, shares)
         found |= {"gradient_norm": norm, "loss_scale": scale, "skipped": float(not alive)}
-        if choices:
-            found["choices"] = np.stack([chosen.asnumpy() for chosen in choices]).transpose(0, 2, 1, 3)  # [A, M, N, K]
+        if choices.size:
+            found["choices"] = metrics.recorded(choices, len(self.config.moe_layers), self.config.moe.choices)
         return found
 
     def update_routers(self, rows: np.ndarray) -> None:

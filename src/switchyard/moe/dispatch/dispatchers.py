@@ -68,7 +68,7 @@ class Crossing(nn.Cell):
 
 
 class Dispatcher(nn.Cell):
-    """Base: slots [G, E, C, D] travel to the experts, `receive` makes tokens [F, D] of what comes back.
+    """Moves slots [G, E, C, D] to the experts, and makes tokens [F, D] of what comes back. The base class.
 
     A new dispatcher defines `send` and `receive`, both local to one device, and for a cluster `shapes`, `types` and
     `received`, which say what the compiler cannot know. Where no slots travel it defines `apply` in place of `receive`.
@@ -420,8 +420,10 @@ def create_dispatcher(
         require_stacked(experts, moe.expert_num)
     if moe.dispatcher is not None:
         return _own_dispatcher(moe, form)
+    if form == "merged" and not keeps(type(experts), "construct", "merged"):
+        name = type(experts).__name__
+        raise UserError(f"moe.router: {moe.router}; {name} has no `merged(rows, gates)` of its own: define it")
     if form in FORMS:
-        _require_merged(form, config, experts)
         return FORMS[form](moe)
     if form == "expert_choice":
         return ExpertChoiceDispatcher(moe, router.train_slots if training else router.eval_slots)
@@ -456,10 +458,3 @@ def _token_choice(config: Config, training: bool, experts: nn.Cell, fused: froze
         static = moe.dispatch != "dropless"
         return AlltoAllVDispatcher(config, static, getattr(experts, "dtype", mstype.float32), fused)
     return BlockDispatcher(moe, keeps(type(experts), "construct", "blocks"))
-
-
-def _require_merged(form: str, config: Config, experts: nn.Cell) -> None:
-    """Refuses experts that cannot be merged where the router merges them (UserError)."""
-    if form == "merged" and not keeps(type(experts), "construct", "merged"):
-        name = type(experts).__name__
-        raise UserError(f"moe.router: {config.moe.router}; {name} has no `merged(rows, gates)` of its own: define it")

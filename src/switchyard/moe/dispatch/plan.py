@@ -23,7 +23,7 @@ LAST = -1e30  # the gate of a choice that comes behind all others
 
 
 def block_size(rows: int, experts: int, choices: int) -> int:
-    """Rows of a dropless block: about a quarter of an expert's fair share, a power of two from 8 to 128.
+    """Returns the rows of a dropless block: about a quarter of an expert's fair share, a power of two from 8 to 128.
 
     With no more choices than experts a block is one row: only the chosen experts' weights are read.
     """
@@ -53,7 +53,7 @@ class ChoiceOrder(nn.Cell):
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
     def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None):
-        """Experts and gates [G, N * K], lot [G, N] where one is drawn -> (order, position, count, start).
+        """Sorts experts and gates [G, N * K], lot [G, N] where one is drawn -> (order, position, count, start).
 
         order [G, N * K]: the choice at each rank; position [G, N * K]: the place of a choice among its expert's;
         count [G, E]: choices of each expert; start [G, E]: the rank of an expert's first. All int32.
@@ -68,7 +68,7 @@ class ChoiceOrder(nn.Cell):
         return order, rank - own_start, count.astype(mstype.int32), start
 
     def _place(self, gates, lot):
-        """Who comes first, from 0, among all choices: gates [G, N * K] -> [G, N * K], or [1, N * K] for all groups."""
+        """Ranks all choices, from 0 on: gates [G, N * K] -> [G, N * K], or [1, N * K] for all groups."""
         if self.kind in ("probability", "batch_priority"):
             gates = ops.where(self.is_finite(gates), gates, ops.full_like(gates, LAST))
         if self.kind == "probability":
@@ -90,7 +90,7 @@ class ChoiceOrder(nn.Cell):
 
 
 class CapacityPlan(nn.Cell):
-    """Every expert owns C slots: M = E * C; choices beyond an expert's C are dropped.
+    """Gives every expert C slots, M = E * C; drops the choices beyond an expert's C.
 
     C is room in memory, so it is that of all N rows of a group, padded ones included: padding takes no slot and leaves
     the real rows more room.
@@ -102,7 +102,7 @@ class CapacityPlan(nn.Cell):
         self.order = ChoiceOrder(experts, choices, order)
 
     def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None) -> dict:
-        """Experts [G, N, K] (E = nowhere), gates [G, N, K] and the lot of ChoiceOrder -> Plan."""
+        """Makes a Plan of experts [G, N, K] (E = nowhere), gates [G, N, K] and the lot of ChoiceOrder."""
         groups, rows, choices = experts.shape
         slots = capacity(rows, self.experts, choices, self.factor, self.least)
         experts = experts.reshape(groups, rows * choices)  # [G, N * K]
@@ -117,7 +117,7 @@ class CapacityPlan(nn.Cell):
 
 
 class BlockPlan(nn.Cell):
-    """No choice is dropped: rows sorted by expert, each expert's padded to blocks of b rows.
+    """Drops no choice: sorts rows by expert, pads each expert's to blocks of b rows.
 
     P = ceil(N * K / b) + E blocks serve any imbalance, M = P * b (the block layout of MegaBlocks, arXiv 2211.15841,
     with a static number of blocks). With b = 1 a block is a choice and nothing is sorted or padded.
@@ -130,7 +130,7 @@ class BlockPlan(nn.Cell):
         self.prefix = ops.CumSum()
 
     def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None) -> dict:
-        """Experts [G, N, K] (E = nowhere) and gates [G, N, K] -> Plan with `block_expert`; nobody draws lots."""
+        """Makes a Plan with `block_expert` of experts [G, N, K] (E = nowhere) and gates [G, N, K]; reads no lot."""
         groups, rows, choices = experts.shape
         total = rows * choices
         block = self.block or block_size(rows, self.experts, choices)
@@ -149,7 +149,8 @@ class BlockPlan(nn.Cell):
         block_expert = ops.minimum(before.sum(2).astype(mstype.int32), self.experts - 1)  # [G, P]
         place = (number - ops.gather_elements(first, 1, block_expert)) * block  # [G, P], within the expert
         place = (ops.expand_dims(place, 2) + ops.arange(block)).reshape(groups, -1)  # [G, P * b]
-        own = _repeat(block_expert, block)  # [G, P * b]
+        own = ops.expand_dims(block_expert, 2) + ops.zeros((1, 1, block), block_expert.dtype)  # [G, P, b]
+        own = own.reshape(groups, -1)  # [G, P * b]
         filled = (place < ops.gather_elements(count, 1, own)).astype(mstype.float32)
         rank = ops.minimum(ops.gather_elements(start, 1, own) + place, total - 1)
         dispatch_index = ops.gather_elements(order, 1, rank)  # [G, P * b]
@@ -157,13 +158,8 @@ class BlockPlan(nn.Cell):
         return _plan(dispatch_index, filled, ops.where(kept > 0, slot, ops.zeros_like(slot)), kept, block_expert)
 
 
-def _repeat(values: Tensor, times: int) -> Tensor:
-    """[G, P] -> [G, P * times], each value `times` times in a row."""
-    return (ops.expand_dims(values, 2) + ops.zeros((1, 1, times), values.dtype)).reshape(values.shape[0], -1)
-
-
 def _plan(dispatch_index, filled, combine_index, kept, block_expert=None) -> dict:
-    """A Plan; no gradient flows through any part of it."""
+    """Returns a Plan; no gradient flows through any part of it."""
     plan = {
         "dispatch_index": ops.stop_gradient(dispatch_index.astype(mstype.int32)),
         "slot_mask": ops.stop_gradient(filled),
