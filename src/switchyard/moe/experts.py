@@ -52,7 +52,7 @@ class FeedForwardExperts(nn.Cell):
         self.product_in = ops.BatchMatMul()
         self.product_gate = ops.BatchMatMul()
         self.product_out = ops.BatchMatMul()
-        self.activation = SwiGLU("Swiglu" in fused) if self.gated else create_activation(activation)
+        self.activation = SwiGLU("Swiglu" in fused, "SiLU" in fused) if self.gated else create_activation(activation)
         self.to_dtype, self.widen = Cast(dtype), Cast(mstype.float32)
         self.narrow_in, self.narrow_gate, self.narrow_out = Cast(dtype), Cast(dtype), Cast(dtype)
         self.local = self.gate_hidden if self.gated else self.bend_hidden
