@@ -47,9 +47,14 @@ def test_other_lengths_go_the_plain_way():
 
 @pytest.mark.parametrize(
     ("model", "missing"),
-    [({}, set()), ({"compute_dtype": "float32"}, {"HalfAttention"}), ({"seq_length": 8192}, {"HalfAttention"})],
+    [
+        ({}, set()),
+        ({"compute_dtype": "float32"}, {"HalfAttention", "HalfRows"}),
+        ({"seq_length": 8192}, {"HalfAttention"}),
+    ],
 )
 def test_a_gpu_takes_it_in_float16_where_the_mask_is_small(model, missing):
     sizes = {"hidden_size": 64, "num_heads": 4, "compute_dtype": "float16", **model}
     config = build({"model": sizes, "moe": {"expert_num": 1}})
-    assert fused_operators(config, "GPU") == {"LayerNorm", "SiLU", "HalfAttention"} - missing
+    everything = {"LayerNorm", "SiLU", "CountedOrder", "HalfRows", "HalfAttention"}
+    assert fused_operators(config, "GPU") == everything - missing

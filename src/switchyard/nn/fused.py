@@ -12,6 +12,8 @@ operator where its name is among these:
         LayerNorm            nn.norm.LayerNorm
         HalfAttention        nn.half_attention.HalfAttention and nn.rotary.RotationOfAll, float16
         SiLU                 nn.activation.SwiGLU
+        CountedOrder         moe.dispatch.counted_order.CountedOrder
+        HalfRows             moe.dispatch.dispatchers.SlotDispatcher: float16 rows to the experts and back
 
 GroupedMatmulV4 of moe.dispatch.alltoallv has no twin on other devices: they train without drops by blocks.
 """
@@ -47,5 +49,6 @@ def of_ascend(model: ModelConfig) -> frozenset[str]:
 def of_gpu(model: ModelConfig) -> frozenset[str]:
     """Returns the operators that are faster on a GPU than the composition for CPU, and fit a model."""
     mask = model.num_heads // (model.n_kv_heads or model.num_heads) * model.seq_length**2
-    fits = model.compute_dtype == "float16" and mask <= MASK_LIMIT
-    return frozenset({"LayerNorm", "SiLU"} | ({"HalfAttention"} if fits else set()))
+    half = model.compute_dtype == "float16"
+    found = {"LayerNorm", "SiLU", "CountedOrder"} | ({"HalfRows"} if half else set())
+    return frozenset(found | ({"HalfAttention"} if half and mask <= MASK_LIMIT else set()))

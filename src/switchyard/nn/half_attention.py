@@ -19,10 +19,10 @@ def flat_mask(length: int, repeat: int, dtype) -> Tensor:
 
 
 class HalfAttention(nn.Cell):
-    """softmax(Q K^T + mask) V (arXiv 1706.03762, eq. 1): queries [P, R * S, h], keys, values [P, S, h] -> [P, R * S, h].
+    """softmax(Q K^T + mask) V (arXiv 1706.03762, eq. 1): queries [P, R * S, h], keys, values [P, S, h] -> as queries.
 
-    Scores and probabilities stay in the type of the queries, and the backward pass computes the probabilities again, so
-    that no [S, S] matrix is kept. Its gradient: with A = softmax(..) and the rows' sums d = sum(dO * O),
+    Scores and probabilities stay in the type of the queries. The gradient, with A = softmax(..) and the sums of rows
+    d = sum(dO * O):
         dS = A * (dO V^T - d),  dQ = dS K,  dK = dS^T Q,  dV = A^T dO.
     `- d` is one more column of the product dO V^T, and the mask is a bias, because a broadcasting operator takes four
     times as long on a GPU as one of equal shapes. The plain twin is `nn.layers.Attention._attend`.

@@ -17,7 +17,7 @@ from switchyard.nn.fused import NONE
 from switchyard.nn.half_attention import HalfAttention, flat_mask
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
-from switchyard.nn.rotary import Rotary, RotationOfAll, rotation_tables
+from switchyard.nn.rotary import Rotary, SplitAndRotate, rotation_tables
 from switchyard.nn.softmax import Softmax
 
 MASKED = -1e9  # added to the score of a position that must not be seen
@@ -157,7 +157,7 @@ class Attention(nn.Cell):
         if "HalfAttention" in fused:
             self.half = HalfAttention(flat_mask(self.length, self.repeat, dtype), self.head_size)
             tables = rotation_tables(self.rotary, self.length, self.repeat, self.head_size, self.scale)
-            self.rotation = RotationOfAll(tables, self.kv_heads, self.head_size, dtype)
+            self.rotate = SplitAndRotate(tables, self.kv_heads, self.repeat, self.head_size, dtype)
 
     def construct(self, x: Tensor, batch: int) -> Tensor:
         """Every position sees itself and those before it."""
@@ -185,7 +185,7 @@ class Attention(nn.Cell):
         self.kv_heads = self.kv_heads // mesh.degrees.model_parallel
         self.fused = None if self.fused is None else self._fused()
         if self.half is not None:
-            self.rotation.kv_heads = self.kv_heads
+            self.rotate.kv_heads = self.kv_heads
         heads, repeat, length = mesh.cut("data", axes_of(self.qkv.weight.name, 2)[1]), self.repeat, mesh.length
 
         def shape(qkv):
@@ -235,11 +235,17 @@ class Attention(nn.Cell):
 
     def _attend_half(self, qkv, batch):
         """`mix_heads` by operators that are fast on a GPU: projections [N, J * (R + 2) * h] -> [N, J * R * h]."""
-        query, key, value = self._split_heads(self.rotation(qkv), batch)
         heads, size = batch * self.kv_heads, self.head_size
-        query, key = query.reshape(heads, -1, size), key.reshape(heads, -1, size)  # [B * J, R * S, h], [B * J, S, h]
-        mixed = self.half(query, key, value.reshape(heads, -1, size))  # [B * J, R * S, h]
+        query, key, value = self.rotate(qkv)  # [N * J, R * h], [N * J, h] twice
+        query = query.reshape(batch, self.length, self.kv_heads, self.repeat, size)
+        query = self.transpose(query, (0, 2, 3, 1, 4)).reshape(heads, -1, size)  # [B * J, R * S, h]
+        mixed = self.half(query, self._by_head(key, batch), self._by_head(value, batch))  # [B * J, R * S, h]
         return self._join_heads(mixed.reshape(batch, -1, self.length, size))
+
+    def _by_head(self, rows, batch):
+        """[B * S * J, h] -> [B * J, S, h]."""
+        rows = rows.reshape(batch, self.length, self.kv_heads, self.head_size)
+        return self.transpose(rows, (0, 2, 1, 3)).reshape(batch * self.kv_heads, self.length, self.head_size)
 
     def _join_heads(self, mixed):
         """[B, H, S, h] -> [B * S, H * h]."""
