@@ -102,7 +102,7 @@ class Combine(nn.Cell):
         self.choices, self.on_gpu = choices, on_gpu
         self.take = TakeRows()
         self.take_gates = TakeRows()
-        self.sum = ops.MatMul()
+        self.sum, self.ones = ops.MatMul(), ops.Ones()  # functions fail in a compiled `bprop`
 
     def construct(
         self, outputs: Tensor, gates: Tensor, dispatch_index: Tensor, combine_index: Tensor, filled, kept
@@ -123,8 +123,8 @@ class Combine(nn.Cell):
         """Rows [G, N, D] times weights [G, N, 1]."""
         if not self.on_gpu:
             return rows * weight
-        eight = weight.reshape(-1, 1) * ops.ones((1, 8), weight.dtype)  # a product wants rows of 16 bytes
-        full = self.sum(eight, ops.ones((8, rows.shape[-1]), weight.dtype) * 0.125)  # [G * N, D]
+        eight = weight.reshape(-1, 1) * self.ones((1, 8), weight.dtype)  # a product wants rows of 16 bytes
+        full = self.sum(eight, self.ones((8, rows.shape[-1]), weight.dtype) * 0.125)  # [G * N, D]
         return rows * full.reshape(rows.shape)
 
     def bprop(self, outputs, gates, dispatch_index, combine_index, filled, kept, out, d_out):

@@ -39,7 +39,7 @@ class HalfAttention(nn.Cell):
         self.t_product, self.row_sums = ops.BatchMatMul(transpose_a=True), ops.MatMul()
         self.bias, self.softmax, self.join = ops.BiasAdd(), ops.Softmax(-1), ops.Concat(-1)
         self.ones = Tensor(np.ones((head_size, 8)), mask.dtype)  # 8 columns: a product wants rows of 16 bytes
-        self.first = Tensor(np.eye(1, 8), mask.dtype)
+        self.first, self.fill = Tensor(np.eye(1, 8), mask.dtype), ops.Ones()
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.product(self.probabilities(query, key), value)  # [P, R * S, h]
@@ -54,7 +54,7 @@ class HalfAttention(nn.Cell):
         weights = self.probabilities(query, key)  # [P, R * S, S]
         heads, rows, size = out.shape
         sums = self.row_sums((d_out * out).reshape(-1, size), self.ones).reshape(heads, rows, 8)  # 8 times the same
-        column = self.row_sums(ops.ones((heads * key.shape[1], 1), out.dtype), self.first)  # 1, 0, 0, .. a row
+        column = self.row_sums(self.fill((heads * key.shape[1], 1), out.dtype), self.first)  # 1, 0, 0, .. a row
         column = column.reshape(heads, key.shape[1], 8)
         d_scores = weights * self.product_t(self.join((d_out, -sums)), self.join((value, column)))  # [P, R * S, S]
         return self.product(d_scores, key), self.t_product(d_scores, query), self.t_product(weights, d_out)

@@ -60,6 +60,7 @@ class SplitAndRotate(nn.Cell):
         self.back = Tensor(picked.T.copy(), dtype)
         self.queries, self.keys = Tensor(np.eye(both, query), dtype), Tensor(np.eye(both, key, -query), dtype)
         self.product, self.product_t, self.join = ops.MatMul(), ops.MatMul(transpose_b=True), ops.Concat(1)
+        self.tile = ops.Tile()  # functions fail in a compiled `bprop`
 
     def construct(self, qkv: Tensor):
         rows = qkv.reshape(-1, self.group)  # [N * J, (R + 2) * h]
@@ -70,7 +71,7 @@ class SplitAndRotate(nn.Cell):
     def factors(self, rows: Tensor) -> tuple:
         """Returns both tables for the rows of all sequences and key/value heads: [N * J, (R + 1) * h] each."""
         repeats, width = (rows.shape[0] // (self.length * self.kv_heads), self.kv_heads), self.cos.shape[1]
-        return ops.tile(self.cos, repeats).reshape(-1, width), ops.tile(self.sin, repeats).reshape(-1, width)
+        return self.tile(self.cos, repeats).reshape(-1, width), self.tile(self.sin, repeats).reshape(-1, width)
 
     def bprop(self, qkv, out, d_out):
         d_query, d_key, d_value = d_out
