@@ -61,7 +61,7 @@ class AdamW(nn.Cell):
         self.zero, self.one = Tensor(0.0, mstype.float32), Tensor(1.0, mstype.float32)
         self.adam, self.adam_decay, self.assign = ops.Adam(), ops.AdamWeightDecay(), ops.Assign()
         self.sqrt, self.select = ops.Sqrt(), ops.Select()
-        self.multiply, self.divide = ops.MulNoNan(), ops.DivNoNan()
+        self.multiply, self.divide, self.fill = ops.MulNoNan(), ops.DivNoNan(), ops.FillV2()
 
     def construct(self, gradients: tuple, learning_rate, alive, factor=None, scale=None) -> Tensor:
         """One update by `gradients` (one for each parameter, same shapes) and a float32 scalar: returns 0.
@@ -96,7 +96,10 @@ class AdamW(nn.Cell):
         for index, gradient in enumerate(gradients):
             # 0 times NaN is 0, and NaN by 0, too: refusing costs no pass of its own. A GPU's MulNoNan takes a factor
             # below 2e-7 for 0, and a scale can be smaller.
-            gradient = self.divide(gradient, divisor) if self.one_kernel else self.multiply(gradient, kept)
+            if self.one_kernel:  # by a tensor of the same shape, of which there is one: by a scalar it takes 2.7 times
+                gradient = self.divide(gradient, self.fill(gradient.shape, divisor))
+            else:
+                gradient = self.multiply(gradient, kept)
             parameter, m, v = self.parameters[index], self.moment1[index], self.moment2[index]
             own_rate = other_rate if self.apart[index] else rate
             if self.one_kernel:
