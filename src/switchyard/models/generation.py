@@ -20,7 +20,8 @@ from switchyard.moe.dispatch.dispatchers import BlockDispatcher
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.layer import MoELayer
 from switchyard.moe.routing.base import make_context
-from switchyard.nn.layers import MASKED, Linear, Rotary
+from switchyard.nn.layers import MASKED, Linear
+from switchyard.nn.rotary import halves_swapped, rotation_tables
 from switchyard.nn.softmax import Softmax
 
 
@@ -36,7 +37,7 @@ class _Half(nn.Cell):
         self.turns = attention.rotary is not None
         cos, sin = rotation_tables(attention.rotary, max_length, self.repeat, self.size, attention.scale)
         self.cos, self.sin = Tensor(cos), Tensor(sin)
-        self.swap = Tensor(np.roll(np.eye(self.size, dtype=np.float32), self.size // 2, 1))
+        self.swap = Tensor(halves_swapped(self.size))
         self.norms = nn.CellList([PlainNorm(norm) for norm in _norms(decoder)])
         self.by_choice = chooses_tokens(decoder)
         self.nothing = Tensor(np.zeros((1, 1, 1), np.float32))
@@ -277,23 +278,6 @@ class PlainNorm(nn.Cell):
         if self.centred:
             x = x + self.norm.bias.reshape(1, -1)
         return x
-
-
-def rotation_tables(rotary: Rotary | None, length: int, repeat: int, size: int, scale: float):
-    """What one head group [R + 2, h] of (queries, key, value) at each place is multiplied by: two [M, (R + 2) * h].
-
-    x * cos + swapped(x) * sin is the rotation, halves swapped; the scale of the scores is folded into the queries'
-    part, and the value's part is 1 and 0.
-    """
-    cos = np.ones((length, repeat + 2, size), np.float32)
-    sin = np.zeros((length, repeat + 2, size), np.float32)
-    if rotary is not None:
-        cosine, sine = (table.asnumpy()[:length, None] for table in (rotary.cos_table, rotary.sin_table))  # [M, 1, h/2]
-        cos[:, : repeat + 1] = np.concatenate((cosine, cosine), -1)
-        sin[:, : repeat + 1] = np.concatenate((-sine, sine), -1)
-    cos[:, :repeat] *= scale
-    sin[:, :repeat] *= scale
-    return cos.reshape(length, -1), sin.reshape(length, -1)
 
 
 def chooses_tokens(decoder: Decoder) -> bool:

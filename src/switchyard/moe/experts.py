@@ -25,6 +25,7 @@ class FeedForwardExperts(nn.Cell):
         dtype: of the matrix products; parameters and result stay float32.
         out: width of the result, where it is not D.
         fused: operators of the device, see nn.fused.
+        half_rows: the result has the type of the products.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class FeedForwardExperts(nn.Cell):
         dtype,
         out: int | None = None,
         fused: frozenset[str] = NONE,
+        half_rows: bool = False,
     ):
         super().__init__()
         self.dtype = dtype
@@ -52,8 +54,8 @@ class FeedForwardExperts(nn.Cell):
         self.product_in = ops.BatchMatMul()
         self.product_gate = ops.BatchMatMul()
         self.product_out = ops.BatchMatMul()
-        self.activation = SwiGLU("Swiglu" in fused) if self.gated else create_activation(activation)
-        self.to_dtype, self.widen = Cast(dtype), Cast(mstype.float32)
+        self.activation = SwiGLU("Swiglu" in fused, "SiLU" in fused) if self.gated else create_activation(activation)
+        self.to_dtype, self.widen = Cast(dtype), Cast(dtype if half_rows else mstype.float32)
         self.narrow_in, self.narrow_gate, self.narrow_out = Cast(dtype), Cast(dtype), Cast(dtype)
         self.local = self.gate_hidden if self.gated else self.bend_hidden
         self.take = ops.Gather()

@@ -19,7 +19,7 @@ from switchyard.moe.metrics import width
 from switchyard.moe.own_classes import require_cut_experts
 from switchyard.moe.own_experts import own_experts
 from switchyard.moe.routing import create_router
-from switchyard.moe.routing.base import make_context, require_choices, require_learnable
+from switchyard.moe.routing.base import find_router, make_context, require_choices, require_learnable
 from switchyard.moe.routing.losses import WeightedLosses
 from switchyard.moe.routing.own_routers import require_sharded_router
 from switchyard.moe.shared_experts import SharedExperts
@@ -275,7 +275,10 @@ def create_experts(
         experts = make(moe.expert_num, hidden)
     else:
         size, kind = config.model.hidden_size, config.model.activation
-        experts = FeedForwardExperts(moe.expert_num, size, hidden, kind, std, random, dtype, fused=fused)
+        half = "HalfRows" in fused and find_router(moe.router).form == "token_choice"
+        experts = FeedForwardExperts(
+            moe.expert_num, size, hidden, kind, std, random, dtype, fused=fused, half_rows=half
+        )
     if moe.shared_expert_num and make is not None:
         shared = make(1, hidden * moe.shared_expert_num)
     elif moe.shared_expert_num:

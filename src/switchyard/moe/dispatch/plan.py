@@ -18,6 +18,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.moe.dispatch.capacity import capacity
+from switchyard.moe.dispatch.counted_order import CountedOrder, countable
 
 LAST = -1e30  # the gate of a choice that comes behind all others
 
@@ -93,20 +94,24 @@ class CapacityPlan(nn.Cell):
     """Gives every expert C slots, M = E * C; drops the choices beyond an expert's C.
 
     C is room in memory, so it is that of all N rows of a group, padded ones included: padding takes no slot and leaves
-    the real rows more room.
+    the real rows more room. `counts`: the order "position" is found by counting, see counted_order.
     """
 
-    def __init__(self, experts: int, choices: int, factor: float | None, order: str, least: int = 1):
+    def __init__(
+        self, experts: int, choices: int, factor: float | None, order: str, least: int = 1, counts: bool = False
+    ):
         super().__init__()
         self.experts, self.choices, self.factor, self.least = experts, choices, factor, least
         self.order = ChoiceOrder(experts, choices, order)
+        self.counted = CountedOrder(experts, choices) if counts and order == "position" else None
 
     def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None) -> dict:
         """Makes a Plan of experts [G, N, K] (E = nowhere), gates [G, N, K] and the lot of ChoiceOrder."""
         groups, rows, choices = experts.shape
         slots = capacity(rows, self.experts, choices, self.factor, self.least)
         experts = experts.reshape(groups, rows * choices)  # [G, N * K]
-        order, position, count, start = self.order(experts, gates.reshape(groups, rows * choices), lot)
+        find = self.order if self.counted is None or not countable(rows * choices) else self.counted
+        order, position, count, start = find(experts, gates.reshape(groups, rows * choices), lot)
         within = ops.expand_dims(ops.expand_dims(ops.arange(slots), 0), 0)  # [1, 1, C]
         rank = (ops.expand_dims(start, 2) + within).reshape(groups, -1)  # [G, E * C]
         filled = (within < ops.expand_dims(count, 2)).astype(mstype.float32).reshape(groups, -1)  # [G, E * C]
