@@ -275,7 +275,7 @@ def create_experts(
         experts = make(moe.expert_num, hidden)
     else:
         size, kind = config.model.hidden_size, config.model.activation
-        half = "HalfRows" in fused and find_router(moe.router).form == "token_choice"
+        half = "HalfRows" in fused and find_router(moe.router).form == "token_choice" and moe.dispatcher is None
         experts = FeedForwardExperts(
             moe.expert_num, size, hidden, kind, std, random, dtype, fused=fused, half_rows=half
         )
