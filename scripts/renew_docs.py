@@ -8,10 +8,12 @@ Generated parts stand between markers, `<!-- NAME: begin -->` and `<!-- NAME: en
   line of its docstring or of its comment, for somebody to shorten.
 - `parameters`, in docs/configuration.md and its Chinese twin: the English comes from the configuration and the
   routers; the Chinese page keeps its translations, and a new key comes in English, for somebody to translate.
-- `file PATH`, on any page: the file as a block of code. `ten lines`: the Python block of the README.
+- `cells PATH`: an example as prose and code, cell by cell, after its docstring. `cell PATH N`: its Nth cell of code, on
+  a Chinese page, which has prose of its own. `ten lines`: the Python block of the README.
 - What the planner prints stands in blocks of text that begin with its command.
 """
 
+import ast
 import contextlib
 import io
 import re
@@ -27,9 +29,9 @@ from switchyard.report import parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-FOLDERS = ("config/*.yaml", "scripts/*", "examples/*.py", "benchmarks/**/*.py", "docs/**/*.md")
+FOLDERS = ("config/*.yaml", "scripts/*", "examples/*.py", "benchmarks/**/*.py", "docs/*.md")
 PLAN = re.compile(r"```text\n\$ (python -m switchyard\.planner (.*))\n(?:.*\n)*?```")
-INCLUDED = re.compile(r"<!-- (file \S+|ten lines): begin -->\n(?:.*\n)*?<!-- \1: end -->")
+INCLUDED = re.compile(r"<!-- (cells \S+|cell \S+ \d+|ten lines): begin -->\n(?:.*\n)*?<!-- \1: end -->")
 TEN_LINES = re.compile(r"^```python\n.*?^```", flags=re.DOTALL | re.MULTILINE)
 FIXED = {
     "train.py": "command line: train, resume",
@@ -117,13 +119,29 @@ def renewed(name: str, text: str) -> str:
 
 
 def included(name: str) -> str:
-    """Returns the part `file PATH` or `ten lines` with its markers."""
+    """Returns the part `cells PATH`, `cell PATH N` or `ten lines` with its markers."""
     begin, end = _markers(name)
     if name == "ten lines":
-        return f"{begin}\n{TEN_LINES.search((ROOT / 'README.md').read_text(encoding='utf-8'))[0]}\n{end}"
-    path = ROOT / name.removeprefix("file ")
-    language = {".py": "python", ".yaml": "yaml"}.get(path.suffix, "text")
-    return f"{begin}\n```{language}\n{path.read_text(encoding='utf-8').strip()}\n```\n{end}"
+        text = TEN_LINES.search((ROOT / "README.md").read_text(encoding="utf-8"))[0]
+    else:
+        words = name.split()
+        prose, cells = example(ROOT / words[1])
+        blocks = [cell for cell in cells if cell.startswith("```")]
+        text = blocks[int(words[2]) - 1] if words[0] == "cell" else "\n\n".join([prose, *cells])
+    return f"{begin}\n{text}\n{end}"
+
+
+def example(path: Path) -> tuple[str, list[str]]:
+    """Returns the docstring of a script with `# %%` cells, and its cells as Markdown: prose, or a block of code."""
+    source = path.read_text(encoding="utf-8")
+    first, *parts = re.split(r"^# %%(.*)\n", source, flags=re.MULTILINE)
+    cells = []
+    for kind, part in zip(parts[::2], parts[1::2]):
+        if "[markdown]" in kind:
+            cells.append(re.sub(r"^# ?", "", part.strip(), flags=re.MULTILINE))
+        elif part.strip():
+            cells.append(f"```python\n{part.strip()}\n```")
+    return ast.get_docstring(ast.parse(first)) or "", cells
 
 
 def configuration(language: str, translated: dict[tuple[str, str], str]) -> Iterator[str]:

@@ -44,6 +44,7 @@ WORDS = {
     r" \[[^\]']*\]": "",  # optional arguments
     r"--config FILE": "--config config/quickstart.yaml",
     r"^switchyard ": "python -m switchyard ",
+    r"examples/NAME": "examples/own_router",
     r"runs/NAME": "runs/quickstart",
     r"--input TEXT\b": "--input my_texts/",
     r"--devices N\b": "--devices 8",
@@ -58,8 +59,9 @@ PYNATIVE = "context.mode=pynative"  # compiles nothing; the quickstart's script 
 # names of programs, and forms with words that stand for something: answered by --help
 NAMES = (
     r"(python )?(train|eval|export|infer)\.py",
+    r"switchyard (train|eval|export|infer)",
     r"python (train|eval|export|infer)\.py --\w+ (FILE|RUN|DIR).*",
-    r"python -m switchyard\.(checkpoint|data\.prepare|planner|simulation\.\w+|report\.picture)",
+    r"python -m switchyard\.(checkpoint|data\.prepare|planner|simulation\.\w+|report|report\.picture|sweep)",
 )
 UNFINISHED = ("--help", "--dry-run", "--print-config")  # what ends a command before it has done its work
 
@@ -78,6 +80,7 @@ RULES = {name: "--help" for name in NAMES} | {
     r"python -m switchyard\.simulation\.compile .*": "model.num_layers=1 moe.layers=all",
     r"python -m switchyard\.simulation\.emulate .*": f"--steps 1 --devices 2 {TWO}",
     r"python -m switchyard\.data\.prepare .* --seq-length 1024": "--out data/corpus-1024",  # data/corpus has 512
+    r"python -m switchyard\.sweep .*": "",  # the page asks for --dry-run
     r"(python -m )?switchyard[. ].*": "",
     r"python benchmarks/moe_layer\.py": "--shapes 64,16,4,1 --rounds 1",
     r"python benchmarks/train_step\.py": "--help",  # four models are compiled
@@ -85,6 +88,7 @@ RULES = {name: "--help" for name in NAMES} | {
     r"python benchmarks/(gpu_tables|experiments/tables)\.py": "",
     r"python benchmarks/experiments/\w+\.py.*": "--help",  # an hour: many models are compiled
     r"pytest .*": "--collect-only -q -p no:cacheprovider",  # these tests run by themselves
+    r"python examples/\w+\.py": "",
     r"ruff .*": "",
     r"mkdocs .*": "-d built",
     r"openssl rand .*": "",
