@@ -36,9 +36,13 @@ def declared(lines: list[str]) -> dict[str, Requirement]:
 
 
 def pinned(name: str) -> dict[str, Requirement]:
-    """The requirements of a file, by canonical name."""
-    lines = ((ROOT / name).read_text(encoding="utf-8")).splitlines()
-    return declared([line for line in lines if line and not line.startswith(("#", "-r"))])
+    """The requirements of a file and of those that it names, but for requirements.txt, by canonical name."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    found = declared([line for line in lines if line and not line.startswith(("#", "-r"))])
+    others = [line.removeprefix("-r ") for line in lines if line.startswith("-r ")]
+    for other in others:
+        found |= {} if other == "requirements.txt" else pinned(other)
+    return found
 
 
 def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
