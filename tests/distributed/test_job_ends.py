@@ -37,7 +37,7 @@ def test_a_mistake_is_said_once_and_ends_all(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def until(done, seconds: float = 90.0):
+def until(done, seconds: float = 300.0):
     """Waits for something to be true."""
     end = time.monotonic() + seconds
     while not (found := done()):
