@@ -27,8 +27,8 @@ class Clone:
         self.path.mkdir(parents=True)
         shutil.copytree(ROOT / "scripts", self.root / "scripts")
         (self.root / "requirements.txt").write_text("")
-        (self.root / "requirements-docs.txt").write_text("")
         (self.root / "requirements-test.txt").write_text("-r requirements.txt\n")
+        (self.root / "requirements-docs.txt").write_text("")
         for name in ("train", "eval", "export", "infer"):
             (self.root / f"{name}.py").write_text(PRINT_ARGUMENTS)
         for name in NAMES:
@@ -123,7 +123,7 @@ def test_a_command_line_uses_the_code_beside_it(program, tmp_path):
     assert done.stdout.strip() == str(package / "cli.py"), done.stderr
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-docs.txt", "requirements-test.txt"])
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-test.txt", "requirements-docs.txt"])
 def test_requirements_do_not_depend_on_the_current_folder(name):
     """pip reads `-r` beside the file, but `-e .` and `./package` where it was called."""
     lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
