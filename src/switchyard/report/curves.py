@@ -39,6 +39,8 @@ def curve_charts(runs: Sequence[Records]) -> list[Chart]:
     charts.append(_plain(runs, "Gradient norm", TRAIN, "gradient_norm", "norm", log=True))
     charts.append(_plain(runs, "Speed", TRAIN, "tokens_per_second", f"{unit} / s"))
     charts.append(_plain(runs, "Loss scale", TRAIN, "loss_scale", "scale", log=True))
+    if any(run.layers for run in runs):
+        charts.append(_plain(runs, "Balance loss", TRAIN, "balance_loss", "mean of the layers"))
     for title, key, axis, note in BY_LAYER:
         charts.append(
             _mean_of_layers(runs, title, key, axis, note) if several else _layers(runs[0], title, key, axis, note)
