@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 560, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 30
+WIDTH, HEIGHT = 440, 210
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 26
 MOST_POINTS = 300  # of a curve; of more, neighbours are averaged
 TICKS = 5
 
@@ -147,7 +147,7 @@ def line_chart(
     parts = [_grid(x_axis, y_axis, x_label)]
     for curve in sorted(curves, key=lambda one: not one.faint):
         parts.append(_curve(curve, x_axis, y_axis))
-    parts.append('<line class="hair" y1="12" y2="200" x1="-9" x2="-9"/>')
+    parts.append(f'<line class="hair" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>')
     label = escape(f"{title}: {', '.join(curve.name for curve in curves)}")
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     data = {
@@ -189,7 +189,7 @@ def _grid(x_axis: Axis, y_axis: Axis, x_label: str) -> str:
     for value in y_axis.ticks():
         y = float(y_axis.place(value))
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{short(value)}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
     for value in x_axis.ticks():
         x = float(x_axis.place(value))
         if x < WIDTH - RIGHT - 46:  # the name of the axis stands there
