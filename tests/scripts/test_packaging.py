@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "switchyard"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "mlflow": "mlflow-skinny"}  # module -> what pip installs
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "markupsafe": "jinja2"}  # module -> what pip installs
 SMALL = ("model.num_layers=1", "moe.layers=all", "model.hidden_size=16", "context.mode=pynative")
 
 
@@ -134,7 +134,8 @@ def files_of_wheel(path: Path) -> set[str]:
 
 def test_the_wheel_holds_the_package_and_its_configurations(built):
     names = files_of_wheel(built[".whl"])
-    ours = {f"switchyard/{path.relative_to(SOURCE).as_posix()}" for path in SOURCE.rglob("*.py")}
+    files = [path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    ours = {f"switchyard/{path.relative_to(SOURCE).as_posix()}" for path in files}
     recipes = {f"switchyard/recipes/{path.name}" for path in (ROOT / "config").glob("*.yaml")}
     about = {name for name in names if ".dist-info/" in name}
     assert names - about >= ours | recipes | {"switchyard/py.typed"}
