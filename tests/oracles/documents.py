@@ -1,7 +1,8 @@
 """The commands that documents tell a reader to type: those of code blocks, of running text and of configurations.
 
 A command is what stands in a block of `bash`, `sh`, `shell` or `console`, behind a `$` in a block of `text`, between
-backticks with at least one argument, or in the first comment of a configuration.
+backticks with at least one argument, or in the first comment of a configuration. A command may carry a mark that says
+what it needs or how long it takes: ```bash title="needs: two GPUs" at a block, (takes: an hour) behind backticks.
 """
 
 import re
@@ -10,9 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 SHELLS = ("bash", "sh", "shell", "console")
-PROGRAMS = r"(?:python[\d.]*|bash|sh|pytest|pip[\d.]*|ruff|tensorboard|msrun|openssl|docker|conda|git|source|export)"
+PROGRAMS = (
+    r"(?:python[\d.]*|switchyard|bash|sh|pytest|pip[\d.]*|ruff|mkdocs|tensorboard|msrun|openssl|docker|conda|git|source|"
+    r"export)"
+)
 INLINE = re.compile(rf"(?:\w+=\S+ )*{PROGRAMS} \S.*")
-BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", flags=re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^ *```(\w*)([^\n`]*)\n(.*?)^ *```$", flags=re.DOTALL | re.MULTILINE)
+MARK = r"(?:needs|takes): [^)\"]+"
+SPAN = re.compile(rf"`([^`]+)`(?:\s+\(({MARK})\))?")
 IN_COMMENT = re.compile(r"\b(?:python|bash) \S.*?(?=\s{3,}|\)|$)")
 
 
@@ -21,26 +27,36 @@ class Command(NamedTuple):
 
     document: str
     text: str
+    mark: str = ""  # what it needs, or how long it takes
+
+
+def pages_of(root: Path) -> list[Path]:
+    """Returns the pages in English: README, CONTRIBUTING.md and the documentation."""
+    chinese = root / "docs" / "zh"
+    found = [page for page in sorted((root / "docs").rglob("*.md")) if chinese not in page.parents]
+    return [root / "README.md", root / "CONTRIBUTING.md", *found]
 
 
 def commands_of(root: Path) -> list[Command]:
-    """Returns every command of the README, CONTRIBUTING.md, docs/*.md and config/*.yaml, in order, each once."""
-    pages = [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]
-    found = [(page, text) for page in pages for text in of_page(page.read_text(encoding="utf-8"))]
+    """Returns every command of the pages and of config/*.yaml, in order, each as often as it stands there."""
+    found = []
+    for page in pages_of(root):
+        name = page.relative_to(root).as_posix()
+        found += [Command(name, *marked) for marked in of_page(page.read_text(encoding="utf-8"))]
     for page in sorted((root / "config").glob("*.yaml")):
-        found += [(page, text) for text in of_comment(page.read_text(encoding="utf-8"))]
-    first = {}
-    for page, text in found:
-        first.setdefault(text, Command(page.relative_to(root).as_posix(), text))
-    return list(first.values())
+        name = page.relative_to(root).as_posix()
+        found += [Command(name, text) for text in of_comment(page.read_text(encoding="utf-8"))]
+    return found
 
 
-def of_page(text: str) -> Iterator[str]:
-    """Yields the commands of a Markdown page, in order."""
+def of_page(text: str) -> Iterator[tuple[str, str]]:
+    """Yields (command, mark) of a Markdown page, in order."""
     place = 0
     for block in BLOCK.finditer(text):
         yield from _inline(text[place : block.start()])
-        yield from _of_block(block.group(1), block.group(2))
+        mark = re.search(f'title="({MARK})"', block.group(2))
+        for line in _of_block(block.group(1), block.group(3)):
+            yield line, mark.group(1) if mark else ""
         place = block.end()
     yield from _inline(text[place:])
 
@@ -74,8 +90,8 @@ def _of_block(language: str, block: str) -> Iterator[str]:
         yield from map(without_comment, prompted)
 
 
-def _inline(text: str) -> Iterator[str]:
-    for span in re.findall(r"`([^`]+)`", text):
-        words = " ".join(span.split())
+def _inline(text: str) -> Iterator[tuple[str, str]]:
+    for span in SPAN.finditer(text):
+        words = " ".join(span.group(1).split())
         if INLINE.fullmatch(words):
-            yield words
+            yield words, span.group(2) or ""

@@ -4,18 +4,29 @@ import pytest
 
 from switchyard.config import Config
 from switchyard.config.router_options import OPTIONS
-from switchyard.report.parameters import rows, table
+from switchyard.report.parameters import Row, page, router_options, sections, table
 
-BY_KEY = {row.key: row for row in rows()}
+BY_KEY = {row.key: row for rows in sections().values() for row in rows}
 
 
 def test_every_key_has_a_row():
-    sections = {name: field.annotation.model_fields for name, field in Config.model_fields.items()}
-    options = {f"`moe.router.{option}`" for kind in OPTIONS.values() for option in kind.model_fields}
-    keys = [key for key in BY_KEY if key not in options]
-    assert keys == [f"`{section}.{key}`" for section, fields in sections.items() for key in fields]
-    assert options < set(BY_KEY)
+    fields = {name: field.annotation.model_fields for name, field in Config.model_fields.items()}
+    assert list(BY_KEY) == [f"`{section}.{key}`" for section, keys in fields.items() for key in keys]
     assert all(row.meaning for row in BY_KEY.values())
+
+
+def test_every_router_has_the_rows_of_its_options():
+    found = router_options()
+    assert list(found) == list(OPTIONS)
+    assert [row.key for row in found["sigmoid"]][:2] == ["`norm_topk_prob`", "`routed_scaling_factor`"]
+    assert found["noisy_top_k"] == []
+    assert found["gshard"][0] == Row(
+        "`second_expert`",
+        "`all`, `sampling`, `threshold`",
+        "`all`",
+        "second choices that count: all, by lot in proportion (training), or large gates",
+    )
+    assert all(row.meaning for rows in found.values() for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -29,8 +40,6 @@ def test_every_key_has_a_row():
         ("moe.layers", "`all` or integer >= 1 or list of integer >= 0", "`all`"),
         ("moe.capacity_factor", "number > 0", "`1.25`"),
         ("moe.router", "text or mapping", "`switch`"),
-        ("moe.router.n_group", "integer >= 1", "`1`"),
-        ("moe.router.task_experts", "list of list of integer >= 0 or `null`", "`null`"),
         ("data.path", "text or `null`", "`null`"),
         ("parallel.optimizer_shard", "`0`, `1`, `3`", "`0`"),
     ],
@@ -40,12 +49,19 @@ def test_values_and_default_in_words(key, values, default):
     assert (row.values, row.default) == (values, default)
 
 
-def test_the_row_of_an_option_says_which_routers_have_it():
-    assert BY_KEY["`moe.router.topk_group`"].meaning.startswith("sigmoid, two_level: ")
+def test_values_of_an_option_in_words():
+    row = {row.key: row for row in router_options()["task"]}["`task_experts`"]
+    assert (row.values, row.default) == ("list of list of integer >= 0 or `null`", "`null`")
 
 
 def test_table_is_markdown():
-    lines = table(("a", "b", "c", "d"), {"`train.steps`": "x | y"}).splitlines()
+    row = Row("`train.steps`", "integer >= 1", "`2000`", "x | y")
+    lines = table([row], ("a", "b", "c", "d")).splitlines()
     assert lines[:2] == ["| a | b | c | d |", "| --- | --- | --- | --- |"]
-    assert len(lines) == 2 + len(BY_KEY)
-    assert "| `train.steps` | integer >= 1 | `2000` | x \\| y |" in lines
+    assert lines[2:] == ["| `train.steps` | integer >= 1 | `2000` | x \\| y |"]
+
+
+def test_page_has_every_section_and_every_router_with_options():
+    headings = [line for line in page().splitlines() if line.startswith("#")]
+    assert headings[:2] == ["## model", "## moe"] and headings[-1] == "### soft"
+    assert len(headings) == len(Config.model_fields) + sum(bool(kind.model_fields) for kind in OPTIONS.values())

@@ -1,10 +1,10 @@
 """Every command of the documents is run as it is written, in a copy of the repository.
 
 What is cut down is declared here: the configurations of the copy (`CUTS`), words that stand for something (`WORDS`),
-and options that are added to long commands (`RULES`; and `SHORTER`, unless --long asks for the whole).
-Commands that are not run at all stand in `NOT_RUN`, with a reason each. A command that neither list knows fails.
-The commands of one document run in order and in one folder, so
-that what one makes is there for the next.
+and options that are added to long commands (`RULES`; and `SHORTER`, unless --long asks for the whole). A command that
+no rule knows, or whose rule ends it before it has done its work, carries a mark on its page that says what it needs or
+how long it takes. The commands of one document run in order and in one folder, so that what one makes is there for the
+next.
 """
 
 import os
@@ -21,8 +21,16 @@ import yaml
 from oracles.documents import Command, commands_of, of_comment, of_page
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = commands_of(ROOT)
-README = "README.md"
+EVERY = commands_of(ROOT)
+FIRST = {command.text: command for command in reversed(EVERY)}
+COMMANDS = [command for command in EVERY if command is FIRST[command.text]]  # each text once
+# the pages of users run in one folder, in this order; at the same time the others in another
+USERS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("index", "training", "data", "checkpoints", "inference", "reports", "commands")),
+)
+ZH = ROOT / "docs" / "zh"
+CHINESE = [ROOT / "README_CN.md", *sorted(ZH.rglob("*.md"))]
 LONGEST = 600  # seconds of a command
 
 # the configurations that are trained here, cut down: key -> value
@@ -37,6 +45,8 @@ CUTS = {
 WORDS = {
     r" \[[^\]']*\]": "",  # optional arguments
     r"--config FILE": "--config config/quickstart.yaml",
+    r"^switchyard ": "python -m switchyard ",
+    r"examples/NAME": "examples/own_router",
     r"runs/NAME": "runs/quickstart",
     r"--input TEXT\b": "--input my_texts/",
     r"--devices N\b": "--devices 8",
@@ -48,33 +58,44 @@ WORDS = {
 TWO = "parallel.data_parallel=2 parallel.expert_parallel=2"  # the last of two overrides counts
 PYNATIVE = "context.mode=pynative"  # compiles nothing; the quickstart's script and two processes compile
 
+# names of programs, and forms with words that stand for something: answered by --help
+NAMES = (
+    r"(python )?(train|eval|export|infer)\.py",
+    r"switchyard (train|eval|export|infer)",
+    r"python (train|eval|export|infer)\.py --\w+ (FILE|RUN|DIR).*",
+    r"python -m switchyard\.(checkpoint|data\.prepare|planner|simulation\.\w+|report|report\.picture|sweep)",
+)
+UNFINISHED = ("--help", "--dry-run", "--print-config")  # what ends a command before it has done its work
+
 # what is added to a command that needs devices, takes long, or trains what another command here trains: it ends before
 # the long part, or is as small as can be
-RULES = {
+RULES = {name: "--help" for name in NAMES} | {
     r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .*": "",
     r"bash scripts/run_distribute_train_(ascend|gpu)\.sh .*": "--dry-run",
     r"bash scripts/run_standalone_train\.sh .*": PYNATIVE,
-    r"bash scripts/run_\w+\.sh( .*)?": "",
+    r"bash scripts/run_(?!tests)\w+\.sh( .*)?": "",
     r"python train\.py --config config/moe_1b_gpu\.yaml": "--print-config",  # of devices that are not here
     r"python train\.py --config config/digits_(cascade|channel|region|soft|task)_cpu\.yaml": "--print-config",
     r"python train\.py --config config/quickstart\.yaml": "--print-config",  # the README trains it under another name
     r"python train\.py --config config/quickstart\.yaml (?!--print-config).*": PYNATIVE,
-    r"python (train|eval|export|infer)\.py": "--help",  # the name of a program
-    r"python (train|eval|export|infer|scripts/renew_readmes)\.py.*": "",
-    r"python -m switchyard\.(data\.prepare|planner|simulation\.\w+)": "--help",  # the name of a program
+    r"python (train|eval|export|infer|scripts/renew_docs)\.py.*": "",
     r"python -m switchyard\.simulation\.compile .*": "model.num_layers=1 moe.layers=all",
     r"python -m switchyard\.simulation\.emulate .*": f"--steps 1 --devices 2 {TWO}",
     r"python -m switchyard\.data\.prepare .* --seq-length 1024": "--out data/corpus-1024",  # data/corpus has 512
-    r"python -m switchyard\..*": "",
+    r"python -m switchyard\.sweep .*": "",  # the page asks for --dry-run
+    r"(python -m )?switchyard[. ].*": "",
     r"python benchmarks/moe_layer\.py": "--shapes 64,16,4,1 --rounds 1",
     r"python benchmarks/train_step\.py": "--help",  # four models are compiled
     r"python benchmarks/gpus\.py .*": "--help",  # two GPUs, an hour
     r"python benchmarks/(gpu_tables|experiments/tables)\.py": "",
     r"python benchmarks/experiments/\w+\.py.*": "--help",  # an hour: many models are compiled
-    r"pytest.*": "--collect-only -q -p no:cacheprovider",
+    r"pytest .*": "--collect-only -q -p no:cacheprovider",  # these tests run by themselves
+    r"python examples/\w+\.py": "",
     r"ruff .*": "",
+    r"mkdocs .*": "-d built",
     r"openssl rand .*": "",
 }
+
 
 # what is added besides, unless --long asks for the whole: these repeat what other commands or other tests do
 SHORTER = {
@@ -84,38 +105,38 @@ SHORTER = {
     r"python -m switchyard\.simulation\.emulate .*": "--help",  # tests/simulation/test_emulate.py
 }
 
-NOT_RUN = {
-    r"bash scripts/run_tests\.sh.*": "runs this test",
-    r"pytest|pytest -m .*": "collects this test",
-    r"python3\.11 -m venv \.venv && source \.venv/bin/activate": "makes an environment, as test_set_up.py does",
-    r"source \.venv/bin/activate": "belongs to the shell of the reader",
-    r"pip install .*": "downloads packages",
-    r"tensorboard --logdir runs": "is a server, and no part of the requirements",
-    r"PYTHON=/path/to/\S+ bash .*": "names an interpreter of the reader's",
-    r"export (CUDA_HOME|LD_LIBRARY_PATH)=.*": "belongs to the shell of the reader",
-    r"python -c \"import mindspore; mindspore\.set_device\('GPU'\).*": "needs a GPU",
-    r"git clone .*": "downloads the repository",
-}
+
+def shortened(command: Command) -> str:
+    """Returns what SHORTER adds to a command: nothing where it does not know the command."""
+    return next((more for pattern, more in SHORTER.items() if re.fullmatch(pattern, command.text)), "")
 
 
-def is_left_out(command: Command) -> bool:
-    """Whether NOT_RUN knows a command."""
-    return any(re.fullmatch(pattern, command.text) for pattern in NOT_RUN)
+def rule_of(command: Command) -> str | None:
+    """Returns what RULES adds to a command; None where no rule knows it."""
+    return next((more for pattern, more in RULES.items() if re.fullmatch(pattern, command.text)), None)
 
 
 def to_run(command: Command, full: bool = False) -> str | None:
     """Returns the line of shell that stands for a command; None where no rule knows it."""
-    shorter = "" if full else next((more for rule, more in SHORTER.items() if re.fullmatch(rule, command.text)), "")
-    for pattern, more in RULES.items():
-        if re.fullmatch(pattern, command.text):
-            line = command.text
-            for word, filled in WORDS.items():
-                line = re.sub(word, filled, line)
-            return f"{line} {more} {shorter}".strip()
-    return None
+    more, less = rule_of(command), "" if full else shortened(command)
+    if more is None:
+        return None
+    line = command.text
+    for word, filled in WORDS.items():
+        line = re.sub(word, filled, line)
+    return f"{line} {more} {less}".strip()
 
 
-RUN = [command for command in COMMANDS if not is_left_out(command) and to_run(command)]
+def is_finished(command: Command) -> bool:
+    """Whether the command does its work here, or is a form or a name, or a configuration says what it costs."""
+    in_configuration = command.document.startswith("config/")
+    is_name = any(re.fullmatch(name, command.text) for name in NAMES)
+    more = rule_of(command)
+    is_cut = more is None or (more in UNFINISHED and more not in command.text)
+    return in_configuration or is_name or not is_cut
+
+
+RUN = [command for command in COMMANDS if rule_of(command) is not None]
 
 
 def words(seed: int, size: int) -> str:
@@ -161,34 +182,42 @@ def run(line: str, folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> dict[Command, subprocess.CompletedProcess]:
-    """What became of every command: those of the README in one folder, at the same time the others in another."""
+    """What became of every command: those of the users' pages in one folder, at the same time the others in another."""
     return run_all(tmp_path_factory.mktemp("commands"), full=False)
 
 
 @pytest.fixture(scope="module")
 def ended_in_full(tmp_path_factory) -> dict[Command, subprocess.CompletedProcess]:
-    """As `ended`, none of them shortened."""
+    """As `ended`, none of the commands shortened."""
     return run_all(tmp_path_factory.mktemp("commands"), full=True)
 
 
 def run_all(folder: Path, full: bool) -> dict[Command, subprocess.CompletedProcess]:
-    """Runs every command in copies below a folder."""
+    """Runs every command in two copies of the repository below a folder."""
 
-    def run_part(name: str, chosen: list[Command]) -> dict[Command, subprocess.CompletedProcess]:
+    def run_part(name: str, part: list[Command]) -> dict[Command, subprocess.CompletedProcess]:
         copy = copy_repository(folder / name)
-        return {command: run(to_run(command, full), copy) for command in chosen}
+        return {command: run(to_run(command, full), copy) for command in part}
 
-    readme = [command for command in RUN if command.document == README]
-    others = [command for command in RUN if command.document != README]
+    users = [command for page in USERS for command in RUN if command.document == page]
+    others = [command for command in RUN if command.document not in USERS]
     with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(run_part, ("readme", "others"), (readme, others)))
+        parts = list(pool.map(run_part, ("users", "others"), (users, others)))
     return parts[0] | parts[1]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.document}: {command.text}")
-def test_every_command_is_run_or_says_why_not(command):
-    known = is_left_out(command) or to_run(command) is not None
-    assert known, f"{command.document}: `{command.text}` is in neither RULES nor NOT_RUN of {Path(__file__).name}"
+def test_every_command_is_run_or_says_on_its_page_what_it_needs():
+    bare = [command for command in EVERY if not is_finished(command) and not command.mark]
+    assert bare == [], 'give the block a title="needs: ...", or the command a rule in RULES'
+
+
+def test_a_mark_stands_only_at_what_is_not_run():
+    """A mark says what keeps a command from being run here, so a command that is run has none."""
+    assert [command for command in EVERY if command.mark and is_finished(command)] == []
+
+
+def test_every_page_of_users_is_there():
+    assert [page for page in USERS if not (ROOT / page).is_file()] == []
 
 
 @pytest.mark.slow
@@ -208,19 +237,16 @@ def test_commands_work_in_full(ended_in_full, command):
 
 
 @pytest.mark.parametrize("pattern", SHORTER)
-def test_what_is_shortened_is_run_in_full_by_a_rule(pattern):
+def test_what_is_shortened_is_a_command_that_a_rule_runs_in_full(pattern):
     known = [command for command in COMMANDS if re.fullmatch(pattern, command.text)]
     assert known and all(to_run(command, full=True) != to_run(command) for command in known)
 
 
-@pytest.mark.parametrize("pattern", NOT_RUN)
-def test_what_is_not_run_is_still_written(pattern):
-    assert pattern.startswith("git clone") or any(re.fullmatch(pattern, command.text) for command in COMMANDS)
-
-
-def test_both_languages_give_the_same_commands():
-    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in (README, "README_CN.md"))
-    assert sorted(of_page(english)) == sorted(of_page(chinese))
+@pytest.mark.parametrize("chinese", CHINESE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_both_languages_give_the_same_commands(chinese):
+    english = ROOT / "README.md" if chinese.name == "README_CN.md" else ROOT / "docs" / chinese.relative_to(ZH)
+    pages = (path.read_text(encoding="utf-8") for path in (english, chinese))
+    assert len({tuple(sorted(of_page(page))) for page in pages}) == 1
 
 
 def test_commands_are_found_wherever_they_stand():
@@ -229,9 +255,19 @@ def test_commands_are_found_wherever_they_stand():
         "run 'a # b'   # another\nlong \\\n    line\n```\n\n```text\n$ shown --x\noutput\n```\n\n"
         "   ```bash\n   deep\n   ```\n"
     )
-    assert list(of_page(page)) == ["python -m x.y", "python --help", "run 'a # b'", "long line", "shown --x", "deep"]
+    found = ["python -m x.y", "python --help", "run 'a # b'", "long line", "shown --x", "deep"]
+    assert list(of_page(page)) == [(text, "") for text in found]
     comment = (
         "# What it is, with bash in it.\n# Command:  bash a.sh --x   (or: python b.py c)\n"
         "# Cost:     none; python -m d\n#           --e 1   plans it\nmodel: 1\n# python -m later\n"
     )
     assert list(of_comment(comment)) == ["bash a.sh --x", "python b.py c", "python -m d --e 1"]
+
+
+def test_marks_stand_at_blocks_and_behind_backticks():
+    page = (
+        'Say `python a.py` (takes: an hour), or `python b.py` (see there).\n\n```bash title="needs: two GPUs"\nc\n'
+        'd   # x\n```\n\n```bash title="notes"\ne\n```\n'
+    )
+    here = [("python a.py", "takes: an hour"), ("python b.py", ""), ("c", "needs: two GPUs"), ("d", "needs: two GPUs")]
+    assert list(of_page(page)) == [*here, ("e", "")]

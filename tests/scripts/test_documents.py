@@ -1,5 +1,6 @@
 """Documents against the repository: generated parts, links, names of files and modules, the two languages."""
 
+import functools
 import importlib.util
 import re
 import subprocess
@@ -7,19 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
+from oracles.documents import pages_of
 
 from switchyard.config import Config
 from switchyard.config.router_options import OPTIONS
 from switchyard.moe.routing import known_routers
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = (
-    "README.md",
-    "README_CN.md",
-    "CONTRIBUTING.md",
-    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
-)
+DOCS, ZH = ROOT / "docs", ROOT / "docs" / "zh"
+CHINESE = [ROOT / "README_CN.md", *sorted(ZH.rglob("*.md"))]
+DOCUMENTS = [path.relative_to(ROOT).as_posix() for path in [*pages_of(ROOT), *CHINESE]]
 MODEL_ZOO_ORDER = [
     "Contents",
     "Description",
@@ -50,11 +48,8 @@ def headings(text):
     return [(len(marks), re.sub(r"\[(.+?)\]\(.*?\)", r"\1", title)) for marks, title in found]
 
 
-def commands(text):
-    """The lines of bash blocks, without comments."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    lines = (re.sub(r"\s*#.*", "", line) for block in blocks for line in block.splitlines())
-    return [line for line in lines if line]
+def english_of(chinese):
+    return ROOT / "README.md" if chinese.name == "README_CN.md" else DOCS / chinese.relative_to(ZH)
 
 
 def anchor(title):
@@ -62,23 +57,26 @@ def anchor(title):
 
 
 @pytest.fixture(scope="module")
-def renew_readmes():
-    spec = importlib.util.spec_from_file_location("renew_readmes", ROOT / "scripts" / "renew_readmes.py")
+def renew_docs():
+    spec = importlib.util.spec_from_file_location("renew_docs", ROOT / "scripts" / "renew_docs.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_CN.md"])
-def test_tree_and_parameters_are_those_of_the_code(renew_readmes, name):
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name.startswith("docs/")])
+def test_generated_parts_are_those_of_the_code(renew_docs, name):
     text = read(name)
-    assert renew_readmes.renewed(name, text) == text, "run: python scripts/renew_readmes.py"
+    assert renew_docs.renewed(name, text) == text, "run: python scripts/renew_docs.py"
 
 
-def test_the_planners_output_is_what_it_prints(renew_readmes):
-    page = read(renew_readmes.PLANNER_PAGE)
-    assert len(renew_readmes.PLAN.findall(page)) == page.count("$ python -m switchyard.planner") == 2
-    assert renew_readmes.with_plans(page) == page, "run: python scripts/renew_readmes.py"
+def test_every_generated_part_has_its_place(renew_docs):
+    pages = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in renew_docs.pages()}
+    for part, page in (("tree", "files.md"), ("parameters", "configuration.md"), ("ten lines", "index.md")):
+        holders = [name for name, text in pages.items() if f"<!-- {part}: begin -->" in text]
+        assert holders == [f"docs/{page}", f"docs/zh/{page}"]
+    shown = sum(text.count("$ python -m switchyard.planner") for text in pages.values())
+    assert shown == sum(len(renew_docs.PLAN.findall(text)) for text in pages.values()) > 0
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -90,17 +88,6 @@ def test_keys_that_are_named_exist(name):
     assert set(re.findall(r"moe\.router\.([a-z_]+)[`:= ]", read(name))) <= options
 
 
-def test_the_routing_page_lists_every_option():
-    page = read("docs/routing.md")
-    for name, kind in OPTIONS.items():
-        options = ", ".join(f"`{option}: {_yaml(field.default)}`" for option, field in kind.model_fields.items())
-        assert (f"| `{name}` | {options} |" in page) == bool(options), name
-
-
-def _yaml(value):
-    return yaml.safe_dump(value).removesuffix("\n").removesuffix("\n...")
-
-
 def test_the_routing_page_lists_every_router():
     rows = re.findall(
         r"^\| (?:token|expert) choice .*|^\| (?:dense|soft|merged) \|.*", read("docs/routing.md"), re.MULTILINE
@@ -109,42 +96,67 @@ def test_the_routing_page_lists_every_router():
     assert sorted(listed) == sorted(known_routers())
 
 
-def test_every_folder_with_programs_is_in_the_tree(renew_readmes):
-    listed = {path for path, _ in renew_readmes.entries()}
+def test_the_readme_counts_the_routers():
+    assert f"{len(known_routers())} routers are one word in YAML" in read("README.md")
+    assert f"从 {len(known_routers())} 种路由器中选择" in read("README_CN.md")
+
+
+def test_the_configuration_page_lists_every_router_with_its_options():
+    page = read("docs/configuration.md").split("## Options of routers")[1]
+    parts = dict(re.findall(r"^### (\w+)\n(.*?)(?=^###|\Z)", page, flags=re.MULTILINE | re.DOTALL))
+    assert list(parts) == sorted(known_routers())
+    listed = {name: re.findall(r"^\| `(\w+)`", part, flags=re.MULTILINE) for name, part in parts.items()}
+    assert listed == {name: list(OPTIONS[name].model_fields) for name in parts}
+
+
+def test_every_folder_with_programs_is_in_the_tree(renew_docs):
+    listed = {path for path, _ in renew_docs.entries()}
     for top in ("benchmarks", "scripts", "src/switchyard"):
         folders = {path.parent.relative_to(ROOT).as_posix() + "/" for path in (ROOT / top).rglob("*.py")}
         assert folders <= listed
     assert "benchmarks/experiments/" in listed and "benchmarks/experiments/digits.py" in listed
 
 
-def test_every_parameter_is_translated(renew_readmes):
-    meanings = renew_readmes.table_meanings(renew_readmes.section(read("README_CN.md"), "parameters"))
+def test_every_key_is_translated(renew_docs):
+    meanings = renew_docs.meanings(renew_docs.section(read("docs/zh/configuration.md"), "parameters"))
+    assert ("model", "`model.hidden_size`") in meanings and ("gshard", "`second_expert`") in meanings
     untranslated = [key for key, meaning in meanings.items() if not re.search("[\u4e00-\u9fff]", meaning)]
     assert untranslated == []
 
 
-def test_renewing_keeps_comments_and_translations(renew_readmes):
-    text = read("README_CN.md")
-    assert "残差流的宽度 D" in text
-    old = text.replace("| `model.hidden_size` | integer >= 1 |", "| `model.hidden_size` | other |")
-    old = re.sub(r"^  errors\.py .*\n", "", old, flags=re.MULTILINE)
+def test_renewing_keeps_comments(renew_docs):
+    text = read("docs/zh/files.md")
+    old = re.sub(r"^  errors\.py .*\n", "", text, flags=re.MULTILINE)
     assert old != text
-    renewed = renew_readmes.renewed("README_CN.md", old)
-    assert "| `model.hidden_size` | integer >= 1 | `128` | 残差流的宽度 D；vision：通道数 |" in renewed
+    renewed = renew_docs.renewed("docs/zh/files.md", old)
     assert re.search(r"^  errors\.py +# What a user did wrong, said in one line", renewed, flags=re.MULTILINE)
     assert re.search(r"^    experts\.py +# 谁来计算", renewed, flags=re.MULTILINE)
+
+
+def test_renewing_keeps_translations_and_lends_them_to_the_same_option_of_another_router(renew_docs):
+    text = read("docs/zh/configuration.md")
+    old = text.replace("| `model.hidden_size` | 整数 >= 1 |", "| `model.hidden_size` | other |")
+    top_k = re.search(r"### top_k\n.*?(?=###)", old, flags=re.DOTALL)[0]
+    renewed = renew_docs.renewed("docs/zh/configuration.md", old.replace(top_k, ""))
+    assert "| `model.hidden_size` | 整数 >= 1 | `128` | 残差流的宽度 D；vision：通道数 |" in renewed
+    assert top_k in renewed
 
 
 def test_headings_stand_in_the_order_of_the_model_zoo():
     assert [title for level, title in headings(read("README.md")) if level == 2] == MODEL_ZOO_ORDER
 
 
-def test_both_languages_have_the_same_parts():
-    english, chinese = read("README.md"), read("README_CN.md")
-    assert [level for level, _ in headings(english)] == [level for level, _ in headings(chinese)]
-    assert commands(english) == commands(chinese)
-    assert [len(re.findall(r"^\|", text, re.MULTILINE)) for text in (english, chinese)].count(0) == 0
-    assert len(re.findall(r"^\|", english, re.MULTILINE)) == len(re.findall(r"^\|", chinese, re.MULTILINE))
+@pytest.mark.parametrize("name", ["README.md", "README_CN.md"])
+def test_readmes_can_be_read_in_one_sitting(name):
+    assert 200 <= len(read(name).splitlines()) <= 250
+
+
+@pytest.mark.parametrize("chinese", CHINESE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_both_languages_have_the_same_parts(chinese):
+    pages = [path.read_text(encoding="utf-8") for path in (english_of(chinese), chinese)]
+    assert len({tuple(level for level, _ in headings(page)) for page in pages}) == 1
+    assert len({len(re.findall(r"^\|", page, re.MULTILINE)) for page in pages}) == 1
+    assert len({len(re.findall(r"^```", page, re.MULTILINE)) for page in pages}) == 1
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -156,6 +168,7 @@ def test_links_lead_somewhere(name):
         found = (ROOT / name).parent / path if path else ROOT / name
         assert found.exists(), target
         if place:
+            assert found.suffix == ".md", target
             assert place in {anchor(title) for _, title in headings(found.read_text(encoding="utf-8"))}, target
 
 
@@ -171,11 +184,18 @@ def test_files_and_modules_that_are_named_exist(name):
         assert found and (found.submodule_search_locations is None or importlib.util.find_spec(f"{module}.__main__"))
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_CN.md"])
+@pytest.mark.parametrize("name", ["docs/commands.md", "docs/zh/commands.md"])
 @pytest.mark.parametrize("program", ["train.py", "eval.py", "export.py", "infer.py", "-m switchyard.data.prepare"])
 def test_command_lines_are_those_of_help(name, program):
     row = next(line for line in read(name).splitlines() if line.startswith(f"| `python {program}` |"))
-    shown = subprocess.run([sys.executable, *program.split(), "--help"], capture_output=True, text=True, cwd=ROOT)
-    flags = set(re.findall(r"--[a-z][a-z-]*", shown.stdout.split("usage:")[1].split("\n\n")[0]))
+    shown = help_of(program)
+    flags = set(re.findall(r"--[a-z][a-z-]*", shown.split("usage:")[1].split("\n\n")[0]))
     assert flags == set(re.findall(r"--[a-z][a-z-]*", row))
-    assert ("section.key=value" in row) == ("section.key=value" in shown.stdout)
+    assert ("section.key=value" in row) == ("section.key=value" in shown)
+
+
+@functools.cache
+def help_of(program):
+    """What a program answers to --help."""
+    command = [sys.executable, *program.split(), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from switchyard.cli import Parser, add_trust_code, run, whole
+from switchyard.optional import require
 from switchyard.report.page import NAME, TOKENS, write_report
 
 LIVE = "live"
@@ -12,6 +13,7 @@ LIVE = "live"
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
     if arguments[:1] == [LIVE]:
+        require("rich", "rich", "report: the view in a terminal")
         from switchyard.report.live import main as live
 
         return live(arguments[1:])
@@ -29,6 +31,7 @@ def main(arguments: list[str]) -> None:
     chosen = parser.parse_args(arguments)
     if chosen.tokens < 1:
         parser.error(f"argument --tokens: {chosen.tokens}; at least 1, or give --no-inspect")
+    require("jinja2", "jinja2", "report: the page")
     tokens = 0 if chosen.no_inspect else chosen.tokens
     print(write_report(chosen.runs, chosen.out, tokens, chosen.trust_code, say))
     return None

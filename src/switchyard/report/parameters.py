@@ -1,7 +1,7 @@
-"""The table of all configuration keys, made from `switchyard.config`: `python -m switchyard.report.parameters`."""
+"""Makes the tables of configuration keys and of router options: `python -m switchyard.report.parameters`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import yaml
@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from switchyard.cli import Parser, run
 from switchyard.config import Config
-from switchyard.config.router_options import KEY, OPTIONS, readers
+from switchyard.config.router_options import OPTIONS
 
 HEADINGS = ("Key", "Values", "Default", "Meaning")
 
@@ -23,40 +23,43 @@ class Row(NamedTuple):
     meaning: str
 
 
-def rows() -> Iterator[Row]:
-    """Every key of every section, in the order of `Config`; the options of routers after `moe.router`."""
+def sections() -> dict[str, list[Row]]:
+    """Returns the rows of every section of `Config`, in its order."""
     schema = Config.model_json_schema()
+    found = {}
     for section, outer in Config.model_fields.items():
-        properties = schema["$defs"][outer.annotation.__name__]["properties"]
-        for name, field in outer.annotation.model_fields.items():
-            key = f"{section}.{name}"
-            yield _row(key, properties[name], field, field.description)
-            if key == KEY:
-                yield from _options()
+        fields, properties = outer.annotation.model_fields, schema["$defs"][outer.annotation.__name__]["properties"]
+        found[section] = [_row(f"{section}.{name}", properties[name], field) for name, field in fields.items()]
+    return found
 
 
-def _options() -> Iterator[Row]:
-    """Every option of the shipped routers once, with the routers that have it."""
-    found = {name: kind for kind in OPTIONS.values() for name in kind.model_fields}
-    for name, kind in found.items():
-        field, schema = kind.model_fields[name], kind.model_json_schema()["properties"][name]
-        yield _row(f"{KEY}.{name}", schema, field, f"{', '.join(readers(name))}: {field.description}")
+def router_options() -> dict[str, list[Row]]:
+    """Returns the rows of the options of every shipped router; an empty list where a router has none."""
+    found = {}
+    for router, kind in OPTIONS.items():
+        properties = kind.model_json_schema()["properties"] if kind.model_fields else {}
+        found[router] = [_row(name, properties[name], field) for name, field in kind.model_fields.items()]
+    return found
 
 
-def _row(key: str, schema: dict[str, Any], field: FieldInfo, meaning: str) -> Row:
+def _row(key: str, schema: dict[str, Any], field: FieldInfo) -> Row:
     default = yaml.safe_dump(field.default, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
-    return Row(f"`{key}`", _values(schema), f"`{default}`", meaning)
+    return Row(f"`{key}`", _values(schema), f"`{default}`", field.description or "")
 
 
-def table(headings: tuple[str, ...] = HEADINGS, meanings: dict[str, str] | None = None) -> str:
-    """Returns the Markdown table; `meanings` replaces descriptions by key (with its backticks)."""
-    meanings = meanings or {}
-    lines = [_line(headings), _line(["---"] * len(headings))]
-    lines += [_line([*row[:3], meanings.get(row.key, row.meaning)]) for row in rows()]
-    return "\n".join(lines)
+def table(rows: list[Row], headings: tuple[str, ...] = HEADINGS) -> str:
+    """Returns rows as a Markdown table."""
+    return "\n".join([_line(headings), _line(["---"] * len(headings)), *map(_line, rows)])
 
 
-def _line(cells: list[str] | tuple[str, ...]) -> str:
+def page(headings: tuple[str, ...] = HEADINGS) -> str:
+    """Returns the tables of all sections and, behind them, of the routers that have options, as Markdown."""
+    parts = [f"## {name}\n\n{table(rows, headings)}" for name, rows in sections().items()]
+    parts += [f"### {name}\n\n{table(rows, headings)}" for name, rows in router_options().items() if rows]
+    return "\n\n".join(parts)
+
+
+def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -83,8 +86,8 @@ def _number(value: float) -> str:
 
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
-    Parser(prog="python -m switchyard.report.parameters", description="Prints the table.").parse_args(arguments)
-    print(table())
+    Parser(prog="python -m switchyard.report.parameters", description="Prints the tables.").parse_args(arguments)
+    print(page())
 
 
 if __name__ == "__main__":
