@@ -220,7 +220,7 @@ class PipelineStepGraph(nn.Cell):
         tokens, labels, valid, noise = arrays
         noise = noise.transpose(0, 2, 1, 3)  # [A, N, J, D]
         parts = [np.ascontiguousarray(part).reshape(-1, *part.shape[2:]) for part in (tokens, labels, valid, noise)]
-        return tuple(Tensor(part) for part in (*parts, np.diag(np.asarray(weights, np.float32))))
+        return tuple(Tensor.from_numpy(part) for part in (*parts, np.diag(np.asarray(weights, np.float32))))
 
 
 class SquaresAndFigures(nn.Cell):

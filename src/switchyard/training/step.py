@@ -46,8 +46,11 @@ class StepGraph(nn.Cell):
         return figures, self.optimizer(gradients)
 
     def inputs(self, arrays: list[np.ndarray], weights: np.ndarray) -> tuple[Tensor, ...]:
-        """Returns the inputs of one call: `arrays` [1, ..] as of TrainStep, weight [1] of the loss."""
-        parts = [Tensor(np.ascontiguousarray(array[0])) for array in arrays]
+        """Returns the inputs of one call: `arrays` [1, ..] as of TrainStep, weight [1] of the loss.
+
+        Tensors share the arrays' memory, since the noise of a large model is gigabytes.
+        """
+        parts = [Tensor.from_numpy(np.ascontiguousarray(array[0])) for array in arrays]
         return (*parts[:4], Tensor(np.asarray(weights, np.float32).reshape(1, 1)), *parts[4:])
 
 
@@ -206,17 +209,18 @@ def create_step(config: Config, vocab_size: int, mesh: LocalMesh = LOCAL) -> Tra
         return TrainStep(model, own, mesh)
 
 
-def sample_inputs(config: Config, model: nn.Cell, graph: nn.Cell, seed: int = 0) -> tuple[Tensor, ...]:
-    """Returns random inputs of a step's program, of the shapes that one device reads."""
-    random, size = np.random.default_rng(seed), config.model
+def sample_inputs(config: Config, model: nn.Cell, graph: nn.Cell) -> tuple[Tensor, ...]:
+    """Returns inputs to compile a step's program by, of the shapes that one device reads: zeros, which take no memory
+    before somebody writes them."""
+    size = config.model
     micro, batch = config.micro_batches // calls_of(config), config.data.batch_size // config.parallel.data_parallel
-    tokens = random.integers(0, model.vocab_size, (micro, batch, size.seq_length + 1)).astype(np.int32)
-    noise, length = np.zeros((micro, 1, 1, 1), np.float32), batch * size.seq_length
+    tokens, length = np.zeros((micro, batch, size.seq_length), np.int32), batch * size.seq_length
+    noise = np.zeros((micro, 1, 1, 1), np.float32)
     if model.noise_slices:
-        noise = random.random((micro, model.noise_slices, length, size.hidden_size), np.float32)
-    arrays = [tokens[..., :-1], tokens[..., 1:], np.ones((micro, batch, size.seq_length), np.float32), noise]
+        noise = np.zeros((micro, model.noise_slices, length, size.hidden_size), np.float32)
+    arrays = [tokens, tokens, tokens.astype(np.float32), noise]
     if forces_choices(config):
-        arrays.append(np.full((micro, len(config.moe_layers), length, config.moe.choices), -1, np.int32))
+        arrays.append(np.zeros((micro, len(config.moe_layers), length, config.moe.choices), np.int32))
     return graph.inputs(arrays, np.full(micro, 1.0 / config.micro_batches))
 
 
