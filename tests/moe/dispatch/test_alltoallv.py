@@ -158,7 +158,7 @@ def test_further_layouts(name, monkeypatch):
 )
 def test_evaluation_on_devices_is_that_of_one(workers, graph, dispatch, sent):
     """Losses of each sequence, loads and importances, and choices where they are recorded. Nothing is dropped, whatever
-    training drops: there a capacity of half the rows, here buffers of a fixed size. What training replays is not read."""
+    training drops: there a capacity of half the rows, here buffers of a fixed size. Nothing is replayed."""
     files = {"record": "own.safetensors", "replay": "other.safetensors"}
     config = layout(dispatch, moe={"capacity_factor": 0.5} | files, data_parallel=2, expert_parallel=2)
     reports = simulate.compile_ranks(config, 2, range(2), VOCABULARY, step="oracles.cluster_probe:scores")
