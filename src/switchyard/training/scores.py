@@ -78,6 +78,5 @@ class EvalStep(nn.Cell):
 def eval_program(model: nn.Cell, config: Config, mesh: LocalMesh) -> Callable:
     """Returns the program that scores batches with the weights where they lie."""
     data, graph = config.parallel.data_parallel, EvalStep(model, mesh)
-    forced = () if config.moe.replay is None else ((1, data, 1),)
     graph.set_train(False)
-    return mesh.program(graph, ((data, 1), (data, 1), (data, 1), *forced))
+    return mesh.program(graph, ((data, 1), (data, 1), (data, 1)))  # of a cluster, where nothing is replayed

@@ -167,13 +167,14 @@ def test_further_layouts(name, monkeypatch):
     "dispatch, sent", [("dropless", {"AlltoAll": 1, "AlltoAllV": 3}), ("capacity", {"AlltoAll": 3})]
 )
 def test_evaluation_on_devices_is_that_of_one(workers, graph, dispatch, sent):
-    """Losses of each sequence, loads and importances. Nothing is dropped, whatever training drops: there a capacity
-    of half the rows, here buffers of a fixed size."""
-    config = layout(dispatch, moe={"capacity_factor": 0.5}, data_parallel=2, expert_parallel=2)
+    """Losses of each sequence, loads and importances, and choices where they are recorded. Nothing is dropped, whatever
+    training drops: there a capacity of half the rows, here buffers of a fixed size. Nothing is replayed."""
+    files = {"record": "own.safetensors", "replay": "other.safetensors"}
+    config = layout(dispatch, moe={"capacity_factor": 0.5} | files, data_parallel=2, expert_parallel=2)
     reports = simulate.compile_ranks(config, 2, range(2), VOCABULARY, step="oracles.cluster_probe:scores")
     model = create_model(build(one_device(config.model_dump())), VOCABULARY).set_train(False)
     tokens, labels, valid = (virtual.draw_batches(config, VOCABULARY, 1)[name][0, 0] for name in NAMES)  # [B, S]
-    scores, stats, _ = EvalStep(model)(*map(Tensor, (tokens, labels, valid)))
+    scores, stats, choices = EvalStep(model)(*map(Tensor, (tokens, labels, valid)))
     whole, degrees = {each.name: each.asnumpy() for each in model.get_parameters()}, ParallelDims.of(config.parallel)
     weights = [
         {name: virtual.shard_of_rank(name, whole[name], shape, degrees, report.rank) for name, shape in held.items()}
@@ -183,7 +184,8 @@ def test_evaluation_on_devices_is_that_of_one(workers, graph, dispatch, sent):
     outputs, met = run_cluster([report.graph for report in reports], inputs, weights)
     one = metrics.metrics(stats.asnumpy(), config.moe.expert_num)
     assert one["load"].sum() == 2 * valid.sum() and one["dropped"] == 0
-    for ((found, summed, *_),) in outputs:
+    for ((found, summed, chosen, *_),) in outputs:
+        np.testing.assert_array_equal(chosen, choices.asnumpy())
         np.testing.assert_allclose(found, scores.asnumpy(), rtol=2e-6)
         cluster = metrics.metrics(summed, config.moe.expert_num)
         assert cluster.keys() == one.keys()
