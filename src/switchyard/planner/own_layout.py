@@ -45,10 +45,8 @@ def render_host(host: HostCosts, cost: Costs) -> list[str]:
     lines = table(["host memory per device", "GB"], rows)
     if not host.noise:
         return lines
-    return [
-        *lines,
-        f"noise of a step: {host.seconds():.2f} s on one core at {DRAW_RATE / 1e9:g} GB/s (measured on a Xeon)",
-    ]
+    rate = f"{DRAW_RATE / 1e9:g} GB/s, as measured on a Xeon"
+    return [*lines, f"drawing the noise of a step takes {host.seconds():.2f} s on one core, at {rate}"]
 
 
 def giga(size: float) -> str:
