@@ -6,6 +6,7 @@ python benchmarks/gpu_tables.py --check    # exit code 1 if the pages and the re
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from gpus import COMPARED, LAYOUTS, MODEL, TREE
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpus.json"
 DOCS = HERE.parent / "docs"
+UNIFORM = math.log(256)  # nats: the loss of a model that gives every byte the same probability
 
 
 def page_of(text: str, page: str) -> str:
@@ -92,16 +94,20 @@ def layout_table(found: dict) -> list[str]:
 
 
 def draw(half: dict, path: Path) -> None:
-    """The loss of the float16 run."""
+    """Draws the loss of the float16 run, beside that of a uniform guess."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-    axes.plot([point[0] for point in half["curve"]], [point[1] for point in half["curve"]], linewidth=1)
-    axes.set(xlabel="step", ylabel="loss, nats a byte", title="float16, one GPU")
+    figure, axes = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
+    axes.plot([point[0] for point in half["curve"]], [point[1] for point in half["curve"]], label="training", linewidth=1)
+    last, validation = half["curve"][-1][0], half["validation_loss"]
+    axes.plot([last], [validation], "o", color="C1", label=f"validation: {validation:.3f}")
+    axes.axhline(UNIFORM, color="0.5", linestyle=":", label=f"uniform guess of a byte: ln 256 = {UNIFORM:.3f}")
+    axes.set(xlabel="step", ylabel="loss (nats / byte)", title="float16, one GPU", ylim=(0, None))
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
