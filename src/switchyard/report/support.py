@@ -103,16 +103,18 @@ def answer(router: str, dispatch: str, network: str, parallel: dict, target: str
     return EXPLICIT if reason else COMPILED
 
 
-def rows(target: str) -> Iterator[Row]:
-    """Yields the answers for devices of a kind: routers that are answered alike together, and dispatches likewise."""
-    alike: dict[tuple, list[str]] = {}
+@cache
+def rows(target: str) -> tuple[Row, ...]:
+    """Returns the answers for devices of a kind: routers that are answered alike together, and dispatches likewise."""
+    alike, found = {}, []
     for router in known_routers():
         if network := network_of(router):
             alike.setdefault((network, tuple(_answers(router, network, target))), []).append(router)
     for (network, answers), routers in sorted(alike.items(), key=lambda item: list(NETWORKS).index(item[0][0])):
-        for found in dict.fromkeys(answers):
-            dispatches = (name for name, own in zip(DISPATCHES, answers) if own == found)
-            yield Row(network, tuple(routers), tuple(dispatches), found)
+        for cells in dict.fromkeys(answers):
+            dispatches = (name for name, own in zip(DISPATCHES, answers) if own == cells)
+            found.append(Row(network, tuple(routers), tuple(dispatches), cells))
+    return tuple(found)
 
 
 def _answers(router: str, network: str, target: str) -> Iterator[tuple[str, ...]]:
