@@ -38,7 +38,7 @@ def findings(found: dict) -> str:
     for row in found.get("resume", {}).values():
         text.append(
             f"- Resumed half way, {row['what']}: after {COMPARED} steps losses are within {row['loss_apart']:.1e} and "
-            f"weights within {row['weights_apart']:.1e} of one GPU's without a stop."
+            f"weights within {row['weights_apart']:.1e} of one GPU without a stop."
         )
     if kill := found.get("kill"):
         text.append(
@@ -84,7 +84,7 @@ def measured(found: dict) -> str:
             "",
             EXPLAINED,
             "",
-            f"The same jobs on two {second['gpus'][0]}, with the present version:",
+            f"The same jobs on two {second['gpus'][0]}, with version 0.2:",
             "",
             *layout_table(second["layouts"]),
             "",

@@ -5,7 +5,8 @@
 Tree and table stand between markers. The tree keeps the comment that stands beside a path; a new path gets the first
 line of its docstring or of its comment, for somebody to shorten. The table's English comes from `switchyard.config`;
 README_CN.md keeps its translation of each key; a new key comes in English, for somebody to translate. What the planner
-prints stands in docs/parallel.md, in blocks that begin with its command.
+prints stands in docs/distributed.md and docs/simulation.md, in blocks that begin with its command; what goes with what
+stands in docs/distributed.md, from `switchyard.report.support`.
 """
 
 import contextlib
@@ -16,12 +17,12 @@ import sys
 from pathlib import Path
 
 from switchyard.planner import search as estimate
-from switchyard.report import parameters
+from switchyard.report import parameters, support
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = {"README.md": parameters.HEADINGS, "README_CN.md": ("参数", "取值", "默认值", "含义")}
 FOLDERS = ("config/*.yaml", "scripts/*", "benchmarks/**/*.py", "docs/*.md")
-PLANNER_PAGE = "docs/parallel.md"
+PLANNER_PAGES = ("docs/distributed.md", "docs/simulation.md")
 PLAN = re.compile(r"```text\n\$ (python -m switchyard\.planner (.*))\n(?:.*\n)*?```")
 FIXED = {
     "train.py": "command line: train, resume",
@@ -45,9 +46,16 @@ def main() -> int:
     for name in READMES:
         path = ROOT / name
         path.write_text(renewed(name, path.read_text(encoding="utf-8")), encoding="utf-8")
-    page = ROOT / PLANNER_PAGE
-    page.write_text(with_plans(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in PLANNER_PAGES:
+        path = ROOT / name
+        path.write_text(renewed_page(path.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
+
+
+def renewed_page(text: str) -> str:
+    """Returns a page with what the planner prints and, where it has its markers, with what goes with what."""
+    text = with_plans(text)
+    return replaced(text, "support", support.render()) if _markers("support")[0] in text else text
 
 
 def with_plans(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 SHELLS = ("bash", "sh", "shell", "console")
 PROGRAMS = r"(?:python[\d.]*|bash|sh|pytest|pip[\d.]*|ruff|tensorboard|msrun|openssl|docker|conda|git|source|export)"
 INLINE = re.compile(rf"(?:\w+=\S+ )*{PROGRAMS} \S.*")
-BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", flags=re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^ *```(\w*)[^\n`]*\n(.*?)^ *```$", flags=re.DOTALL | re.MULTILINE)
 IN_COMMENT = re.compile(r"\b(?:python|bash) \S.*?(?=\s{3,}|\)|$)")
 
 
