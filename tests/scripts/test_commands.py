@@ -51,6 +51,7 @@ PYNATIVE = "context.mode=pynative"  # compiles nothing; the quickstart's script 
 # the long part, or is as small as can be
 RULES = {
     r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .*": "",
+    r"bash scripts/run_distribute_train_\w+\.sh .* --dry-run": "",
     r"bash scripts/run_distribute_train_(ascend|gpu)\.sh .*": "--dry-run",
     r"bash scripts/run_standalone_train\.sh .*": PYNATIVE,
     r"bash scripts/run_\w+\.sh( .*)?": "",
