@@ -2,11 +2,10 @@
 
 import inspect
 import re
-import subprocess
-import sys
 
 import pytest
 
+from switchyard import cli
 from switchyard.moe.routing import known_routers
 from switchyard.report import support
 from switchyard.report.support import COMPILED, DEGREES, DISPATCHES, EXPLICIT, TARGETS, answer
@@ -88,8 +87,8 @@ def test_a_new_refusal_shows_in_the_matrix(monkeypatch):
     assert support.reason("moe.router: switch; not today (a test)", "switch") == "not today"
 
 
-def test_the_command_prints_the_tables():
-    done = subprocess.run(
-        [sys.executable, "-m", "switchyard.report.support"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == support.render() + "\n"
+def test_the_command_prints_the_tables(capsys):
+    assert cli.run(support.main, []) == 0
+    assert capsys.readouterr().out == support.render() + "\n"
+    assert cli.run(support.main, ["--all"]) == 2
+    assert capsys.readouterr().err.startswith("error: unrecognized arguments: --all")
