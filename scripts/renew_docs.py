@@ -25,7 +25,7 @@ from pathlib import Path
 from switchyard.moe.routing.__main__ import HEADINGS as ROUTER_FACTS
 from switchyard.moe.routing.__main__ import rows as router_rows
 from switchyard.planner import search as estimate
-from switchyard.report import parameters
+from switchyard.report import parameters, support
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -115,6 +115,8 @@ def renewed(name: str, text: str) -> str:
     text = INCLUDED.sub(lambda found: included(found[1]), with_plans(text))
     if _markers("tree")[0] in text:
         text = replaced(text, "tree", f"```text\n{tree(tree_comments(section(text, 'tree')))}\n```")
+    if _markers("support")[0] in text:
+        text = replaced(text, "support", support.render())
     if _markers("parameters")[0] in text:
         translated = meanings(section(text, "parameters")) if language == "zh" else {}
         text = replaced(text, "parameters", "\n\n".join(configuration(language, translated)))
