@@ -5,7 +5,6 @@ from pathlib import Path
 
 from switchyard.cli import Parser, add_trust_code, run, whole
 from switchyard.optional import require
-from switchyard.report.page import NAME, TOKENS, write_report
 
 LIVE = "live"
 
@@ -17,6 +16,9 @@ def main(arguments: list[str]) -> None:
         from switchyard.report.live import main as live
 
         return live(arguments[1:])
+    require("jinja2", "jinja2", "report: the page")
+    from switchyard.report.page import NAME, TOKENS, write_report
+
     parser = Parser(
         prog="python -m switchyard.report",
         description="Writes one self-contained HTML page about runs.",
@@ -31,7 +33,6 @@ def main(arguments: list[str]) -> None:
     chosen = parser.parse_args(arguments)
     if chosen.tokens < 1:
         parser.error(f"argument --tokens: {chosen.tokens}; at least 1, or give --no-inspect")
-    require("jinja2", "jinja2", "report: the page")
     tokens = 0 if chosen.no_inspect else chosen.tokens
     print(write_report(chosen.runs, chosen.out, tokens, chosen.trust_code, say))
     return None
