@@ -17,8 +17,8 @@ import switchyard as sw
 
 folder = Path(tempfile.mkdtemp(prefix="switchyard-"))
 tree = {
-    "model": {"num_layers": 2, "hidden_size": 48, "num_heads": 2, "seq_length": 64},
-    "moe": {"router": "switch", "expert_num": 4, "layers": 2},  # every second layer is conditional
+    "model": {"num_layers": 1, "hidden_size": 48, "num_heads": 2, "seq_length": 64},
+    "moe": {"router": "switch", "expert_num": 4},
     "data": {"path": textwrap.__file__, "batch_size": 8},
     "schedule": {"type": "constant", "learning_rate": 3e-3, "warmup_steps": 10},
     "train": {"name": "story", "output_dir": str(folder), "steps": 60, "eval_every": 0, "checkpoint_every": 0},
