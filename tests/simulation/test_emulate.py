@@ -370,6 +370,30 @@ def test_a_tie_of_experts_is_drawn_again_and_a_fault_is_not_forgiven(monkeypatch
     assert (virtual.draw_batches(config, 9, 1)["tokens"] != virtual.draw_batches(config, 9, 1, draw=1)["tokens"]).any()
 
 
+def test_the_kink_of_relu_is_compared_with_gelu_and_a_fault_is_not_forgiven(monkeypatch):
+    """Only where losses agree, gradients do not, and the activation is ReLU."""
+    asked, wrong, right = [], {"w_in": 1e-2}, {"w_in": 1e-6}
+
+    def once(config, devices, steps, vocab):
+        asked.append(config.model.activation)
+        losses, gradients = results.pop(0)
+        return virtual.Comparison(losses, {}, Counter(), gradients=gradients)
+
+    monkeypatch.setattr(virtual, "prove_once", once)
+    agree, differ = [(3.0, 3.0)], [(3.0, 4.0)]
+    for activation, results, activations, equal in (
+        ("relu", [(agree, wrong), (agree, right)], ["relu", "gelu"], True),
+        ("relu", [(agree, wrong), (agree, wrong)], ["relu", "gelu"], False),
+        ("relu", [(differ, wrong)], ["relu"], False),
+        ("relu", [(agree, right)], ["relu"], True),
+        ("swiglu", [(agree, wrong)], ["swiglu"], False),
+    ):
+        asked.clear()
+        found = virtual.prove(layout(data_parallel=2, model={"activation": activation}), 2, vocab=VOCABULARY)
+        assert (asked, found.equal) == (activations, equal)
+        assert (virtual.SMOOTH in virtual.render(found)) == (len(activations) > 1)
+
+
 def test_what_training_refuses_is_not_emulated():
     config = layout({"tie_word_embeddings": False}, train={"eval_every": 5}, pipeline_stage=2, micro_batch_num=2)
     with pytest.raises(UserError, match=r"^train\.eval_every: 5; 0 with parallel\.pipeline_stage \(2\)"):

@@ -45,6 +45,7 @@ class Comparison:
         explained: parameter -> entries that moved otherwise for gradients near zero.
         wrong: parameter -> how far it is from what AdamW makes of its own moments, where that is too far.
         strayed: choices of experts that fell otherwise, in all steps.
+        smooth: GELU was compared in the place of ReLU, see `emulate`.
     """
 
     losses: list[tuple[float, float]]
@@ -55,6 +56,7 @@ class Comparison:
     explained: dict[str, int] = field(default_factory=dict)
     wrong: dict[str, float] = field(default_factory=dict)
     strayed: int = 0
+    smooth: bool = False
 
     @property
     def largest(self) -> float:
@@ -67,13 +69,21 @@ class Comparison:
         return not name.startswith((FIRST, SECOND)) and name not in self.explained
 
     @property
-    def reasons(self) -> list[str]:
-        """Returns one line for each difference; empty where all is equal."""
-        lines = [
+    def losses_agree(self) -> bool:
+        """Returns whether the loss of every step agrees."""
+        return not self._of_losses()
+
+    def _of_losses(self) -> list[str]:
+        return [
             f"loss of step {step}: {cluster:.8f}, one device {one:.8f}"
             for step, (one, cluster) in enumerate(self.losses, 1)
             if not abs(one - cluster) <= TOLERANCE * max(1.0, abs(one))
         ]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Returns one line for each difference; empty where all is equal."""
+        lines = self._of_losses()
         lines += [
             f"norm of the gradients of step {step}: {cluster:.6g}, one device {one:.6g}"
             for step, (one, cluster) in enumerate(self.norms, 1)
