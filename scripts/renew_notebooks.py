@@ -116,7 +116,8 @@ def joined(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNo
             found.append(output)
     for output in found:
         if output.get("name") == "stdout":
-            output.text = re.sub(r"/tmp/switchyard-\w+", "/tmp/switchyard", output.text.replace(sys.base_prefix, "..."))
+            text = output.text.replace(sys.base_prefix, "...")
+            output.text = re.sub(r"/tmp/switchyard-\w+", "/tmp/switchyard", text)
     return found
 
 
