@@ -30,7 +30,7 @@ load = network.moe.metrics()["load"]
 figure, axes = pyplot.subplots(figsize=(6, 2.5))
 axes.bar(range(len(load)), load)
 axes.axhline(load.mean(), color="0.4", linestyle="--", label="mean")
-axes.set(xlabel="expert", ylabel="rows of the last batch")
+axes.set(xlabel="expert", ylabel="choices, two a row")
 axes.legend()
 pyplot.show()""",
     "own_loss": """from matplotlib import pyplot
@@ -107,7 +107,7 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def joined(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Returns outputs with what was printed in pieces, as the timing had it, in one piece, without a machine's paths."""
+    """Returns outputs with what was printed in pieces in one piece, without the paths of a machine."""
     found: list[nbformat.NotebookNode] = []
     for output in outputs:
         if found and output.get("name") == found[-1].get("name") == "stdout":
