@@ -45,7 +45,7 @@ sw.export(folder / "story", folder / "export", ["export.max_length=64"])
 # `sw.generate` takes the export, or a run. `sw.load_checkpoint` gives the network, to look at or to train on.
 
 # %%
-text = sw.generate(folder / "export", "def mean(", max_new_tokens=40, temperature=0)
+text = sw.generate(folder / "export", "def mean(", max_new_tokens=40)
 model = sw.load_checkpoint(folder / "story")
 print(f"loss {before['validation_loss']:.3f} on the first text, {after['validation_loss']:.3f} on the second")
 print(f"{sum(one.size for one in model.get_parameters()):,} weights; generated: {text!r}")

@@ -48,8 +48,8 @@ class Network(nn.Cell):
 
 # %%
 network = Network()
-model = ms.Model(network, nn.CrossEntropyLoss(), nn.Adam(network.trainable_params(), 3e-3), metrics={"accuracy"})
-model.fit(5, train, validation, callbacks=[sw.MoECallback()], dataset_sink_mode=False)
+model = ms.Model(network, nn.CrossEntropyLoss(), nn.Adam(network.trainable_params(), 1e-2), metrics={"accuracy"})
+model.fit(8, train, validation, callbacks=[sw.MoECallback()], dataset_sink_mode=False)
 
 # %% [markdown]
 # ## What the router did: the rows that each expert got in the last pass, and the losses
