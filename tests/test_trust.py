@@ -93,5 +93,5 @@ def test_a_module_that_fails_is_one_line(folder, code):
 
 
 def test_the_users_own_override_is_consent():
-    assert trust.names_router(["data.batch_size=2", "moe.router=my_file.Mine"])
-    assert not trust.names_router(["moe.routers=my_file.Mine", "data.batch_size=2"])
+    assert trust.names_key(["data.batch_size=2", "moe.router=my_file.Mine"], "moe.router")
+    assert not trust.names_key(["moe.routers=my_file.Mine", "data.batch_size=2"], "moe.router")

@@ -22,6 +22,8 @@ def choice_laws(moe):
         True,
         "needs moe.shared_expert_num of 1 or more",
     )
+    own = moe.dispatcher is None or moe.dispatch == "capacity"
+    yield own, "moe.dispatch", moe.dispatch, "moe.dispatcher decides what is dropped: leave moe.dispatch out"
     if moe.record is not None:
         yield moe.record != moe.replay, "moe.record", moe.record, "must not be the file that moe.replay reads"
     steps, decided = moe.router_warmup_steps, moe.replay is not None or moe.force_balance
@@ -57,6 +59,8 @@ def granularity_laws(config):
             "choices are forced per token; set moe.granularity to 'token'",
         )
     if kind != "token":
+        for key, name in (("moe.experts", moe.experts), ("moe.dispatcher", moe.dispatcher)):
+            yield name is None, key, name, "classes of your own work on tokens; set moe.granularity to 'token'"
         gated = moe.use_shared_expert_gating
         yield (
             not gated,

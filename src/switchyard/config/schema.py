@@ -67,6 +67,12 @@ class MoEConfig(Section):
         8, description="slice: tokens of a window; the first token of a window chooses its experts"
     )
     expert_num: Positive = Field(1, description="experts E of a layer; 1 = dense feed-forward everywhere")
+    experts: str | None = Field(
+        None, description="experts of your own: module.Class of a file, which extends switchyard.Expert"
+    )
+    dispatcher: str | None = Field(
+        None, description="a dispatcher of your own: module.Class of a file, which extends switchyard.Dispatcher"
+    )
     num_experts_chosen: Positive = Field(1, description="experts K that each row is sent to")
     layers: Literal["all"] | Positive | list[NotNegative] = Field(
         "all", description="which layers are conditional: all, every n-th (the n-th, 2n-th, ...), or a list from 0"
@@ -128,7 +134,9 @@ class MoEConfig(Section):
         None, description="steps after which the router is no longer updated; 0 = from the start, null = never"
     )
     losses: dict[str, Weight] = Field(
-        {}, description="additional balance losses and their weights: importance, load, mutual_information, sequence"
+        {},
+        description="additional balance losses and their weights: importance, load, mutual_information, sequence, or "
+        "module.function of a file of your own",
     )
     groups: Positive | None = Field(
         None, description="groups G that are routed independently; null = the number of data-parallel shards"

@@ -26,7 +26,7 @@ from switchyard.models import Decoder, create_model
 from switchyard.models.generation import Decode, Prefill, cast_products
 from switchyard.moe.dispatch.plan import block_size
 from switchyard.training.evaluate import overridden
-from switchyard.trust import check_trusted, names_router
+from switchyard.trust import check_trusted_section
 
 
 def export(
@@ -56,7 +56,7 @@ def export(
     """
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)
-    check_trusted(config.moe.router, trust_code or names_router(overrides), say)
+    check_trusted_section(config.moe, trust_code, say, overrides)
     for line in notes_of_checkpoint(config, overrides, exports=True):
         say(line)
     field = "--key-file" if key_file is not None else "export.key_file"

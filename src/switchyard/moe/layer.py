@@ -18,6 +18,7 @@ from switchyard.moe.dispatch.dispatchers import Dispatcher, create_dispatcher
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.metrics import width
 from switchyard.moe.own_classes import require_cut_experts
+from switchyard.moe.own_experts import own_experts
 from switchyard.moe.routing import create_router
 from switchyard.moe.routing.base import require_choices, require_learnable
 from switchyard.moe.routing.losses import WeightedLosses
@@ -300,6 +301,7 @@ def create_experts(
 ) -> tuple[nn.Cell, nn.Cell | None]:
     """Returns the experts of a layer, and its shared experts or None; arguments: see MoELayer."""
     moe, hidden, shared = config.moe, config.expert_width, None
+    make = make or own_experts(config, std, random, dtype)
     if make is not None:
         experts = make(moe.expert_num, hidden)
     else:

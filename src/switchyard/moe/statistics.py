@@ -5,6 +5,7 @@ Legend: G routing groups, N tokens of a group, E experts.
 
 from mindspore import Tensor, ops
 
+from switchyard.moe.metrics import AUXILIARY, BALANCE, ENTROPY, Z
 from switchyard.moe.routing.losses import entropy_sums, importance, load
 
 
@@ -23,3 +24,17 @@ def statistics(routing: dict, losses: tuple, num_kept: Tensor, valid: Tensor) ->
     scalars = ops.stack((balance, z, auxiliary, stop(entropies), stop(num_kept), stop(valid.sum(1))), 1)  # [G, 6]
     loads, mass = load(routing["expert_mask"]), importance(routing["importance"], valid)  # [G, E] each
     return ops.concat((scalars, stop(loads), stop(mass)), 1)
+
+
+def weighted_losses(stats: Tensor, count: Tensor, balance_factor: float, z_factor: float) -> Tensor:
+    """Weighs the losses that statistics carry: what a network adds to its loss, [].
+
+    Args:
+        stats: of M layers, summed over groups, [M, 6 + 2 E].
+        count: real tokens of all groups, [].
+        balance_factor: moe.aux_loss_factor.
+        z_factor: moe.z_loss_factor.
+    """
+    means = stats[:, :ENTROPY] / ops.maximum(count, 1.0)  # [M, 3]
+    balance, z = means[:, BALANCE].sum(), means[:, Z].sum()
+    return balance_factor * balance + z_factor * z + means[:, AUXILIARY].sum()

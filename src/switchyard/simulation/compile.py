@@ -29,7 +29,7 @@ from switchyard.simulation.compile_worker import JOB, TRAINING_STEP
 from switchyard.simulation.fake_cann import simulation_environment
 from switchyard.text_table import table
 from switchyard.training.limits import require_trainable
-from switchyard.trust import check_trusted
+from switchyard.trust import check_trusted_section
 
 COLUMNS = ["collective", "direction", "where", "why", "ranks", "number", "bytes each"]
 CONTROLS = ("learning_rate", "unscale", "routers_learn", "begins", "ends")  # parameters that the host sets
@@ -307,7 +307,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--brief", action="store_true", help="print equal layers as one row, without parameters")
     chosen = parser.parse_intermixed_args(arguments)
     config = configuration.load(chosen.config, chosen.overrides, devices=chosen.devices)
-    check_trusted(config.moe.router, consent=True, say=print)
+    check_trusted_section(config.moe, consent=True, say=print)
     require_trainable(config)
     with cli.cleans_up():
         report = compile_step(config, chosen.devices, chosen.rank, chosen.vocab)

@@ -36,7 +36,7 @@ from switchyard.simulation.interpreter import EXCHANGES, Arrays, ClusterError, N
 from switchyard.simulation.verdict import TOLERANCE, Comparison, Judge
 from switchyard.text_table import table
 from switchyard.training.limits import require_trainable
-from switchyard.trust import check_trusted
+from switchyard.trust import check_trusted_section
 
 DRAWS = 3  # of batches, where choices of experts fell otherwise
 HEAD = 2  # figures of a micro-batch before those of its layers, see training.loss
@@ -346,7 +346,7 @@ def main(arguments: list[str]) -> int:
     if chosen.steps < 1:
         raise UserError(f"--steps: {chosen.steps}; at least 1")
     config = configuration.load(chosen.config, chosen.overrides, devices=chosen.devices)
-    check_trusted(config.moe.router, consent=True, say=print)
+    check_trusted_section(config.moe, consent=True, say=print)
     try:
         with cli.cleans_up():
             found = prove(config, chosen.devices, chosen.steps, chosen.vocab)

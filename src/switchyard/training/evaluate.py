@@ -24,7 +24,7 @@ from switchyard.moe.routing.replay import Recorder, Replayer
 from switchyard.training.audit import layer_line, whole_numbers
 from switchyard.training.finite import check_evaluation
 from switchyard.training.scores import eval_program
-from switchyard.trust import check_trusted, names_router
+from switchyard.trust import check_trusted_section
 
 # what an override may not change: these decide names and shapes of the weights
 SHAPE_KEYS = (
@@ -39,6 +39,7 @@ SHAPE_KEYS = (
     "model.activation",
     "model.tie_word_embeddings",
     "moe.expert_num",
+    "moe.experts",
     "moe.layers",
     "moe.moe_intermediate_size",
     "moe.shared_expert_num",
@@ -302,7 +303,7 @@ def evaluate(
     """
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)
-    check_trusted(config.moe.router, trust_code or names_router(overrides), say)
+    check_trusted_section(config.moe, trust_code, say, overrides)
     for line in configuration.notes_of_checkpoint(config, overrides):
         say(line)
     require_one_device(config)

@@ -54,7 +54,7 @@ from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
 from switchyard.training.step import TrainStep, create_step
-from switchyard.trust import check_trusted
+from switchyard.trust import check_trusted_section
 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """
     if is_scheduler() and world_size() == 1:
         return {}  # one worker meets nobody, and is at work in the run folder already
-    check_trusted(config.moe.router, consent=True, say=print if is_first() else lambda line: None)  # the user's own
+    check_trusted_section(config.moe, consent=True, say=print if is_first() else lambda line: None)  # the user's own
     config, compiled = choose_mesh(config, world_size())
     run = Path(config.train.output_dir) / config.train.name
     with locked(run, config.train.name, wanted=is_first()) as existed:

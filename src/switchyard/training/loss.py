@@ -12,6 +12,7 @@ from switchyard.config import Config
 from switchyard.distributed.mesh import LOCAL, LocalMesh, first
 from switchyard.moe import metrics
 from switchyard.moe.routing.base import find_router
+from switchyard.moe.statistics import weighted_losses
 from switchyard.nn.cross_entropy import TokenLosses
 from switchyard.nn.masks import keep_where
 
@@ -114,9 +115,7 @@ class TrainLoss(nn.Cell):
 
     def auxiliary(self, layers: Tensor, count: Tensor) -> Tensor:
         """Weighs the losses that statistics [M, 6 + 2 E] carry, of `count` real tokens on all devices: []."""
-        means = layers[:, : metrics.ENTROPY] / ops.maximum(count, 1.0)  # [M, 3]
-        balance, z = means[:, metrics.BALANCE].sum(), means[:, metrics.Z].sum()
-        return self.balance_factor * balance + self.z_factor * z + means[:, metrics.AUXILIARY].sum()
+        return weighted_losses(layers, count, self.balance_factor, self.z_factor)
 
     def divergence(self, one: Tensor, other: Tensor) -> Tensor:
         """Computes (KL(p || q) + KL(q || p)) / 2 of the distributions of two logits [N, V] -> [N]."""

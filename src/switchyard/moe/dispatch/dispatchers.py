@@ -18,13 +18,14 @@ from mindspore import dtype as mstype
 from switchyard.config import Config, MoEConfig
 from switchyard.distributed.mesh import CompiledMesh, LocalMesh, first
 from switchyard.errors import UserError
-from switchyard.forms import keeps
+from switchyard.forms import changed, keeps
 from switchyard.moe.dispatch.alltoallv import AlltoAllV
 from switchyard.moe.dispatch.capacity import capacity
 from switchyard.moe.dispatch.onehot import OneHotCombine, OneHotDispatch
 from switchyard.moe.dispatch.plan import BlockPlan, CapacityPlan
 from switchyard.moe.dispatch.reroute import Reroute
 from switchyard.moe.own_classes import are_matrices, require_stacked
+from switchyard.moe.registry import classes_of
 from switchyard.nn.gather import Combine, Dispatch, TakeSlicedRows, index_or_zero_row, with_zero_row
 from switchyard.nn.masks import keep_where
 
@@ -71,12 +72,14 @@ class Dispatcher(nn.Cell):
 
     A new dispatcher defines `send` and `receive`, both local to one device, and for a cluster `shapes`, `types` and
     `received`, which say what the compiler cannot know. Where no slots travel it defines `apply` in place of `receive`.
+    moe.dispatcher names a dispatcher of one's own; a layer makes two of it, for training and for evaluation.
 
     Args:
         moe: the section of the configuration.
 
     Attributes:
         runs_experts: whether the experts' cell computes; else the dispatcher reads their parameters.
+        form: of the Routing that the dispatcher reads, where moe.dispatcher names it.
 
     Examples:
         >>> from switchyard.config import build
@@ -88,7 +91,7 @@ class Dispatcher(nn.Cell):
         [5.0, 10.0, 20.0]
     """
 
-    runs_experts = True
+    runs_experts, form = True, "token_choice"
 
     def __init__(self, moe: MoEConfig):
         super().__init__()
@@ -122,7 +125,17 @@ class Dispatcher(nn.Cell):
         return (float_type,) * len(self.shapes(1, 1, 1))
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Declares the layouts: groups are sharded by data shards."""
+        """Declares the layouts: groups are sharded by data shards.
+
+        Raises:
+            UserError: a dispatcher of one's own that does not say what the compiler cannot know.
+        """
+        for method in ("shapes", "received"):
+            if not changed(type(self), method, Dispatcher):
+                raise UserError(
+                    f"moe.dispatcher: {type(self).__name__}; has no `{method}`, which a compiled cluster asks for: "
+                    f"define it, or train on one device"
+                )
         self.crossing.shard(mesh)
         layouts = tuple(mesh.cut("data", *(None,) * (len(shape) - 1)) for shape in self.shapes(1, 1, 1))
 
@@ -380,6 +393,7 @@ class MergedDispatcher(Dispatcher):
         return out.reshape(-1, out.shape[-1])
 
 
+DISPATCHERS = classes_of("moe.dispatcher", Dispatcher)  # of users' own
 FORMS = {"dense": DenseDispatcher, "soft": SoftDispatcher, "merged": MergedDispatcher}
 
 
@@ -404,6 +418,8 @@ def create_dispatcher(
     moe, form = config.moe, router.form if training else router.eval_form or router.form
     if mesh.degrees.expert_parallel > 1:
         require_stacked(experts, moe.expert_num)
+    if moe.dispatcher is not None:
+        return _own_dispatcher(moe, form)
     if form in FORMS:
         _require_merged(form, config, experts)
         return FORMS[form](moe)
@@ -413,6 +429,17 @@ def create_dispatcher(
         return _token_choice(config, training, experts, fused, mesh)
     known = ", ".join(("token_choice", "expert_choice", *FORMS))
     raise UserError(f"moe.router: {moe.router}; its form {form!r} has no dispatcher; one of {known}")
+
+
+def _own_dispatcher(moe: MoEConfig, form: str) -> Dispatcher:
+    """Returns a dispatcher of the class that moe.dispatcher names (UserError: none, or of another form)."""
+    kind = DISPATCHERS.find(moe.dispatcher)
+    if kind.form != form:
+        raise UserError(
+            f"moe.dispatcher: {moe.dispatcher}; reads a Routing of form {kind.form!r}, and moe.router {moe.router!r} "
+            f"makes {form!r}: take another router, or set `form` of the class"
+        )
+    return kind(moe)
 
 
 def _token_choice(config: Config, training: bool, experts: nn.Cell, fused: frozenset[str], mesh: LocalMesh):

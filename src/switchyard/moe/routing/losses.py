@@ -11,7 +11,9 @@ one that is half padding counts half. Padded values are left out by selection, s
 from mindspore import Tensor, nn, ops
 
 from switchyard.errors import UserError
+from switchyard.moe.registry import Registry
 from switchyard.nn.masks import keep_where
+from switchyard.trust import is_own
 
 
 def rows_of(valid: Tensor) -> Tensor:
@@ -148,6 +150,14 @@ LOSSES = {
 }
 
 
+OWN_LOSSES = Registry("moe.losses", "a function of a Routing, valid, choices and length", callable)  # of users' own
+
+
+def add_loss(name: str) -> None:
+    """Makes a loss of a user's own, registered or `module.function`, one of LOSSES (UserError: there is none)."""
+    LOSSES[name] = OWN_LOSSES.find(name)
+
+
 class WeightedLosses(nn.Cell):
     """(balance loss, z-loss, weighted sum of the auxiliary losses) of a Routing and valid [G, N]: three times [G].
 
@@ -168,6 +178,9 @@ class WeightedLosses(nn.Cell):
         self.switch, self.z = "switch" in router.losses, "z" in router.losses
         self.auxiliary = tuple((name, weight) for name, weight in moe.losses.items() if weight > 0)
         for name, _ in self.auxiliary:
+            if name in OWN_LOSSES.known or is_own(name):
+                add_loss(name)
+                continue
             able = [known for known in LOSSES if known in router.losses]
             if name not in able:
                 reason = f"router '{moe.router}' gives {', '.join(able) or 'none'}"
