@@ -210,6 +210,7 @@ class TrainConfig(Section):
     log_every: Positive = Field(20, description="steps between two lines of the log")
     eval_every: NotNegative = Field(500, description="steps between evaluations; 0 = only at the end")
     eval_batches: NotNegative = Field(20, description="batches of an evaluation during training; 0 = the whole set")
+    sample_every: NotNegative = Field(0, description="steps between two short sampled texts; 0 = none")
     checkpoint_every: NotNegative = Field(500, description="steps between checkpoints; 0 = only at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept, besides the best")
     init_loss_scale: Annotated[float, Field(gt=0)] = Field(65536.0, description="float16: first dynamic loss scale")

@@ -41,6 +41,7 @@ class LocalMesh:
         processes: the processes of the job; a mesh on the host talks to them between steps.
         degrees: how the model is sharded.
         evaluates: whether weights can be scored where they lie.
+        samples: whether a text can be continued with the weights where they lie.
         draws_full: whether a new model draws all of its initial weights; else a device draws its shards alone, in
             `place`, or with `draws_late` once the program is compiled.
         dropless: how choices reach their experts where none may be dropped, see moe.dispatch.dispatchers.
@@ -50,6 +51,7 @@ class LocalMesh:
     draws_full, draws_late = True, False
 
     def __init__(self, processes: Processes = SINGLE):
+        self.samples = type(self) is LocalMesh and processes.size == 1
         self.processes, self.degrees = processes, processes.degrees
 
     def cut(self, *axes: str | None) -> Layout | None:

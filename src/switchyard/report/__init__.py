@@ -1,1 +1,1 @@
-"""Makes tables and pictures from the files of a run. Nothing here imports MindSpore."""
+"""Makes reports, tables and pictures of runs, and shows a run at work. Only `inspection` uses MindSpore."""

@@ -51,6 +51,7 @@ from switchyard.training.resume import (
     start_reading,
 )
 from switchyard.training.router_schedule import forced_choices, routers_learn
+from switchyard.training.sample import NOWHERE, SAMPLE, create_sampler
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
 from switchyard.training.step import TrainStep, create_step
@@ -212,6 +213,7 @@ class Trainer:
             self.evaluator = create_evaluator(step.model, step.config, tokens_per_byte, mesh=mesh)
         self.validation = data.validation()
         self.sample = evenly_spaced(len(self.validation), train.eval_batches)
+        self.sampler = create_sampler(step.model, config, data, mesh)
         self.metrics = MetricsLog(run, self.done, self.processes.is_first, config.moe_layers)
         self.progress = Progress(train.steps, self.done, config.unit)
         self.compile_seconds: float | None = None
@@ -226,6 +228,8 @@ class Trainer:
         train = self.config.train
         with self.metrics, contextlib.closing(self.progress):
             self._announce()
+            if 0 < self.done < train.steps and self._is_due(train.sample_every):
+                self._write_sample()  # a signal or a kill may have come before it
             if 0 < self.done < train.steps and self._is_due(train.eval_every):
                 self._evaluate_sample(stop)  # a signal or a kill may have come in the middle of it
             while self.done < train.steps:
@@ -233,6 +237,8 @@ class Trainer:
                 if self._is_due(train.replica_check_every):
                     self._compare_replicas()
                 self._stop_if_asked(stop)
+                if self._is_due(train.sample_every) and self.done < train.steps:
+                    self._write_sample()
                 if self._is_due(train.eval_every) and self.done < train.steps:
                     self._evaluate_sample(stop)
                 if self._is_due(train.checkpoint_every):
@@ -254,6 +260,8 @@ class Trainer:
         say(f"data: {self.data.description}")
         pace = f"{self.tokens_per_step:,} {config.unit} a step, {config.train.steps:,} steps"
         say(f"model: {self.parameters:,} parameters; {pace}")
+        if config.train.sample_every and self.sampler is None:
+            say(NOWHERE.format(every=config.train.sample_every))
         if config.context.mode == "graph" and self.done < config.train.steps:
             say(f"compiling the training step: takes about {expected_compile_seconds(config):.0f} s on two CPU cores")
 
@@ -350,6 +358,16 @@ class Trainer:
             self._save()
             self._mark_best(loss)
 
+    def _write_sample(self) -> None:
+        """Samples a text and writes it down, unless a run that was killed did, or none is sampled."""
+        if self.sampler is None or self.metrics.holds(SAMPLE, self.done):
+            return
+        if not self.sampler.is_compiled and self.config.context.mode == "graph":
+            self.progress.say("compiling the sampling of text")
+        line = self.sampler(self.done)
+        self.metrics.write(line)
+        self.progress.say(f"step {self.done}/{self.config.train.steps}  sample {line['prompt']!r} -> {line['text']!r}")
+
     def _evaluate(self, places: list[int], stop: StopSignals) -> Evaluation:
         """Scores some batches of the validation set and writes the line."""
         if not self.evaluator.is_compiled and self.config.context.mode == "graph":
@@ -425,6 +443,7 @@ class Trainer:
 
     def _finish(self, stop: StopSignals) -> dict[str, Any]:
         """Evaluates, marks the best checkpoint and writes result.json."""
+        self._write_sample()
         result = self._result(self._validate(stop) if self.evaluator else None)
         if self.processes.is_first:
             checkpoint.write_whole(self.run / RESULT, to_json(result, indent=1))

@@ -25,10 +25,10 @@ EVALUATION, RESUMED = "evaluation", "resumed"  # kinds of lines
 class MetricsLog:
     """Writes metrics.jsonl and TensorBoard events of a run folder.
 
-    Each line is one JSON object with `kind` ("train", "evaluation", "exchanges", "resumed") and `step`; see
-    `train_figures`, `Evaluation.to_dict` and `Change.to_dict` for the rest. There is one line of a kind for a step, and
-    of evaluations one with `whole` and one without, whatever was killed and resumed in between. Within `with`, an error
-    is not hidden by what closing the files raises.
+    Each line is one JSON object with `kind` ("train", "evaluation", "sample", "exchanges", "resumed") and `step`; see
+    `train_figures`, `Evaluation.to_dict`, `TextSampler` and `Change.to_dict` for the rest. There is one line of a kind
+    for a step, and of evaluations one with `whole` and one without, whatever was killed and resumed in between. Within
+    `with`, an error is not hidden by what closing the files raises.
 
     Args:
         run: the run folder.
@@ -44,6 +44,7 @@ class MetricsLog:
         self._path, self._layers = run / METRICS, layers
         kept = _kept(self._path, resume_step) if resume_step else {}
         self._evaluations = {key: line for key, line in kept.items() if key[0] == EVALUATION}
+        self._known = set(kept)
         self._file = self._events = None
         if not writes:
             return
@@ -72,6 +73,7 @@ class MetricsLog:
         """
         line, key = to_json(figures) + "\n", _key(figures)
         before = self._evaluations.get(key)
+        self._known.add(key)
         if figures["kind"] == EVALUATION:
             self._evaluations[key] = line
         if self._file is None or line == before:
@@ -101,6 +103,10 @@ class MetricsLog:
         """
         line = self._evaluations.get((EVALUATION, step, whole))
         return None if line is None else json.loads(line)["loss"]
+
+    def holds(self, kind: str, step: int) -> bool:
+        """Returns whether a line of this kind and step was there when a resumed run began, or was written since."""
+        return (kind, step, True) in self._known
 
     def flush(self) -> None:
         """Brings events to the disk, so that a run that is killed later shows them."""

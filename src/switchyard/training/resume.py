@@ -32,6 +32,7 @@ FREE_ON_RESUME = (
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
+    "train.sample_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.replica_check_every",
