@@ -1,4 +1,4 @@
-"""What docs/gpu.md and docs/parallel.md say of GPUs, made of what benchmarks/gpus.py has measured.
+"""Writes what docs/gpu.md and docs/distributed.md say of GPUs, from what benchmarks/gpus.py has measured.
 
 python benchmarks/gpu_tables.py            # writes it between its marks
 python benchmarks/gpu_tables.py --check    # exit code 1 if the pages and the results differ
@@ -6,6 +6,8 @@ python benchmarks/gpu_tables.py --check    # exit code 1 if the pages and the re
 
 import argparse
 import json
+import math
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from gpus import COMPARED, LAYOUTS, MODEL, TREE
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpus.json"
+SECOND = HERE / "results" / "gpus_h200.json"  # other GPUs and a later version
 DOCS = HERE.parent / "docs"
+STOPPED = re.compile(r"'(\S+)' (?:is not the same on|differs between) ranks ([\d, ]+?) (?:as|and) .*? step (\d+)")
+UNIFORM = math.log(256)  # nats: the loss of a model that gives every byte the same probability
 
 
 def page_of(text: str, page: str) -> str:
@@ -33,14 +38,14 @@ def findings(found: dict) -> str:
     for row in found.get("resume", {}).values():
         text.append(
             f"- Resumed half way, {row['what']}: after {COMPARED} steps losses are within {row['loss_apart']:.1e} and "
-            f"weights within {row['weights_apart']:.1e} of one GPU's without a stop."
+            f"weights within {row['weights_apart']:.1e} of one GPU without a stop."
         )
     if kill := found.get("kill"):
         text.append(
             f"- A killed worker: the job ended {kill['seconds']} s later with exit code {kill['code']}, "
             f"named the rank and left {kill['left']} processes."
         )
-    text += [f"- Not waiting, {row['what']}: {row['end']}." for row in found.get("guard", {}).values()]
+    text += [f"- Asynchronous kernel launches, {row['what']}: {ended(row)}." for row in found.get("guard", {}).values()]
     if half := found.get("float16"):
         skipped = sum(point[3] for point in half["curve"])
         text.append(
@@ -54,15 +59,38 @@ def findings(found: dict) -> str:
     return "\n".join(text)
 
 
+def ended(row: dict) -> str:
+    """Returns how a job with the replica check ended: in good order, or the tensor that differed and when."""
+    if row["code"] == 0:
+        return row["end"]
+    tensor, ranks, step = STOPPED.search(row["said"]).groups()
+    kept = f"`{row['newest'][-1]}` stays the newest checkpoint"
+    return f"the replica check stopped the job after step {step}, because `{tensor}` differed on rank {ranks}; {kept}"
+
+
 def measured(found: dict) -> str:
     """The cards, the layouts and how each is asked for, as Markdown."""
-    text = [f"GPUs and driver: {'; '.join(sorted(set(found['gpus'])))}.", "", *layout_table(found["layouts"]), ""]
+    second = json.loads(SECOND.read_text(encoding="utf-8"))
     asked = [
-        f"{name} `{' '.join(f'{key}={value}' for key, value in LAYOUTS[name].items())}`"
+        f"{NAMES.get(name, name)} `{' '.join(f'{key}={value}' for key, value in LAYOUTS[name].items())}`"
         for name in found["layouts"]
         if name in LAYOUTS
     ]
-    return "\n".join([*text, f"Keys: {'; '.join(asked)}."])
+    return "\n".join(
+        [
+            f"GPUs and driver: {'; '.join(sorted(set(found['gpus'])))}. Version 0.1.",
+            "",
+            *layout_table(found["layouts"]),
+            "",
+            EXPLAINED,
+            "",
+            f"The same jobs on two {second['gpus'][0]}, with version 0.2:",
+            "",
+            *layout_table(second["layouts"]),
+            "",
+            f"Keys: {'; '.join(asked)}.",
+        ]
+    )
 
 
 def layout_table(found: dict) -> list[str]:
@@ -80,33 +108,40 @@ def layout_table(found: dict) -> list[str]:
         apart = [f"{row[key]:.1e}" if key in row else "" for key in ("loss_apart", "weights_apart")]
         share = f"{row['efficiency']:.0%}" if "efficiency" in row else ""
         speeds = f"{row['step_ms']:.1f} | {row['tokens_per_second']:,.0f} | {share}"
-        lines.append(f"| {name} | {apart[0]} | {apart[1]} | {speeds} | {', '.join(sent)}{same} |")
-    lines += [
-        "",
-        f"float32, {MODEL['num_layers']} layers of width {MODEL['hidden_size']}, every second with 8 experts, "
-        f"{TREE['data']['batch_size'] * MODEL['seq_length']:,} tokens a step whatever the layout. Apart: largest "
-        f"absolute difference from one GPU, of the losses of the first {COMPARED} steps and of the weights after them. "
-        "Efficiency: tokens/s over twice those of one GPU. Exchanges: number, kind and bytes, from the compiled graph.",
-    ]
+        lines.append(f"| {NAMES.get(name, name)} | {apart[0]} | {apart[1]} | {speeds} | {', '.join(sent)}{same} |")
     return lines
 
 
 def draw(half: dict, path: Path) -> None:
-    """The loss of the float16 run."""
+    """Draws the loss of the float16 run, beside that of a uniform guess."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-    axes.plot([point[0] for point in half["curve"]], [point[1] for point in half["curve"]], linewidth=1)
-    axes.set(xlabel="step", ylabel="loss, nats a byte", title="float16, one GPU")
+    figure, axes = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
+    axes.plot(
+        [point[0] for point in half["curve"]], [point[1] for point in half["curve"]], label="training", linewidth=1
+    )
+    last, validation = half["curve"][-1][0], half["validation_loss"]
+    axes.plot([last], [validation], "o", color="C1", label=f"validation: {validation:.3f}")
+    axes.axhline(UNIFORM, color="0.5", linestyle=":", label=f"uniform guess of a byte: ln 256 = {UNIFORM:.3f}")
+    axes.set(xlabel="step", ylabel="loss (nats / byte)", title="float16, one GPU", ylim=(0, None))
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
 
-PAGES = {"gpu.md": findings, "parallel.md": measured}
+EXPLAINED = (
+    f"float32, {MODEL['num_layers']} layers of width {MODEL['hidden_size']}, every second with 8 experts, "
+    f"{TREE['data']['batch_size'] * MODEL['seq_length']:,} tokens a step in every layout. Apart: the largest absolute "
+    f"difference from one GPU, of the losses of the first {COMPARED} steps and of the weights after them. Efficiency: "
+    'tokens/s over twice those of one GPU. Exchanges: number, kind and bytes, from the compiled graph; "= planned" '
+    "where the planner gives the same."
+)
+NAMES = {"dp 2, not waiting": "dp 2, asynchronous", "dp 2, ZeRO 1, blocking": "dp 2, ZeRO 1, synchronous"}
+PAGES = {"gpu.md": findings, "distributed.md": measured}
 
 
 def main() -> int:

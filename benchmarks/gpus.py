@@ -81,9 +81,9 @@ LAYOUTS = {
     "pp 2": PP,
 }
 GUARDED = {  # kernels are not waited for: what, keys, program
-    "guard-by-compiler": ("data slices, `optimizer_shard: 0`", DP | {ZERO: 0}, TRAIN),
-    "guard-read": ("the same, the sum of figures read by one more operator", DP | {ZERO: 0}, RACE),
-    "guard-read-1": ("the same with `optimizer_shard: 1`", DP, RACE),
+    "guard-by-compiler": ("`data_parallel: 2`, `optimizer_shard: 0`", DP | {ZERO: 0}, TRAIN),
+    "guard-read": ("the same, and one more operator reads the sum of the figures", DP | {ZERO: 0}, RACE),
+    "guard-read-1": ("the same operator with `optimizer_shard: 1`", DP, RACE),
     "guard-slices": ("`model_parallel: 2`", {"parallel.model_parallel": 2}, TRAIN),
     "guard-by-hand": ("explicit collectives (`moe.router: tree`)", DP | {"moe.router": "tree"}, TRAIN),
 }

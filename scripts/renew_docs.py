@@ -10,6 +10,7 @@ Generated parts stand between markers, `<!-- NAME: begin -->` and `<!-- NAME: en
   routers; the Chinese page keeps its translations, and a new key comes in English, for somebody to translate.
 - `cells PATH`: an example as prose and code, cell by cell, after its docstring. `cell PATH N`: its Nth cell of code, on
   a Chinese page, which has prose of its own. `ten lines`: the Python block of the README.
+- `support`: the matrix of what goes with what, from `switchyard.report.support`.
 - What the planner prints stands in blocks of text that begin with its command.
 """
 
@@ -25,7 +26,7 @@ from pathlib import Path
 from switchyard.moe.routing.__main__ import HEADINGS as ROUTER_FACTS
 from switchyard.moe.routing.__main__ import rows as router_rows
 from switchyard.planner import search as estimate
-from switchyard.report import parameters
+from switchyard.report import parameters, support
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -69,6 +70,9 @@ WORDS = {
             "form": "形式",
             "learnable": "可学习",
             "causal": "因果",
+            "sharded": "切分",
+            "compiler": "编译器",
+            "explicit": "显式集合通信",
             "losses": "损失",
             "needs": "需要",
             "paper": "出处",
@@ -115,6 +119,8 @@ def renewed(name: str, text: str) -> str:
     if _markers("parameters")[0] in text:
         translated = meanings(section(text, "parameters")) if language == "zh" else {}
         text = replaced(text, "parameters", "\n\n".join(configuration(language, translated)))
+    if _markers("support")[0] in text:
+        text = replaced(text, "support", support.render())
     return text
 
 

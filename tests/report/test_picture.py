@@ -9,7 +9,7 @@ from switchyard.cli import run
 from switchyard.config import build
 from switchyard.errors import UserError
 from switchyard.report import picture as picture_module
-from switchyard.report.history import read_history
+from switchyard.report.history import answers, read_history
 from switchyard.report.picture import picture
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -60,6 +60,36 @@ def test_picture_is_a_picture(two_steps, monkeypatch):
     assert list(two_steps.glob(".*")) == []
     np.testing.assert_allclose(np.ma.getdata(drawn[0].get_array()), [[4, 0.5], [0, 1.5], [0, 1], [0, 1]])  # [E, T]
     assert drawn.keys() == {0, 1}
+
+
+def test_images_show_accuracy_beside_a_uniform_guess(tmp_path, monkeypatch):
+    config = build({"model": {"type": "vision"}, "moe": {"granularity": "sample"}, "vision": {"classes": 10}})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    lines = [{"kind": "train", "step": step, "loss": 2.0} for step in (1, 20)]
+    lines += [{"kind": "evaluation", "step": step, "loss": 1.0, "accuracy": step / 40} for step in (10, 20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    history = read_history(tmp_path)
+    assert (history.accuracies.tolist(), history.choices) == ([0.25, 0.5], 10)
+    drawn = {}
+    real = picture_module._draw_accuracy
+    monkeypatch.setattr(picture_module, "_draw_accuracy", lambda axes, own: (real(axes, own), drawn.update(axes=axes)))
+    picture(tmp_path)
+    curve, guess = drawn["axes"].get_lines()
+    assert (list(curve.get_ydata()), list(guess.get_ydata())) == ([25, 50], [10, 10])
+    assert drawn["axes"].get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("tree", "choices"),
+    [
+        ({}, 256),
+        ({"data": {"tokenizer": "char"}}, None),
+        ({"data": {"tokenizer": "gone/tokenizer.json"}}, None),
+        ({"model": {"type": "vision"}, "moe": {"granularity": "sample"}, "vision": {"classes": 7}}, 7),
+    ],
+)
+def test_a_uniform_guess_is_known_where_the_answers_are(tree, choices):
+    assert answers(build(tree)) == choices
 
 
 @pytest.mark.parametrize("moe", [{"expert_num": 1}, {"expert_num": 2, "layers": "all"}], ids=["dense", "one step"])

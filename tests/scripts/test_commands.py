@@ -115,7 +115,9 @@ def is_finished(command: Command) -> bool:
     """Whether the command does its work here, or is a form or a name, or a configuration says what it costs."""
     in_configuration = command.document.startswith("config/")
     is_name = any(re.fullmatch(name, command.text) for name in NAMES)
-    return in_configuration or is_name or rule_of(command) not in (None, *UNFINISHED)
+    more = rule_of(command)
+    is_cut = more is None or (more in UNFINISHED and more not in command.text)
+    return in_configuration or is_name or not is_cut
 
 
 RUN = [command for command in COMMANDS if rule_of(command) is not None]

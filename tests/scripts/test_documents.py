@@ -74,6 +74,7 @@ def test_every_generated_part_has_its_place(renew_docs):
     for part, page in (("tree", "files.md"), ("parameters", "configuration.md"), ("ten lines", "index.md")):
         holders = [name for name, text in pages.items() if f"<!-- {part}: begin -->" in text]
         assert holders == [f"docs/{page}", f"docs/zh/{page}"]
+    assert [name for name, text in pages.items() if "<!-- support: begin -->" in text] == ["docs/distributed.md"]
     shown = sum(text.count("$ python -m switchyard.planner") for text in pages.values())
     assert shown == sum(len(renew_docs.PLAN.findall(text)) for text in pages.values()) > 0
 

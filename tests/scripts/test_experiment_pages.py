@@ -85,8 +85,10 @@ def test_pages_on_gpus_are_made_of_the_results(gpu_tables):
     pages = {name: (gpu_tables.DOCS / name).read_text(encoding="utf-8") for name in gpu_tables.PAGES}
     for name, part in gpu_tables.PAGES.items():
         assert gpu_tables.page_of(part(found), pages[name]) == pages[name]
-    rows, page = found["layouts"], pages["parallel.md"]
-    assert all(f"| {name} |" in page for name in rows) and "= planned" in page
+    rows, page = found["layouts"], pages["distributed.md"]
+    assert all(f"| {gpu_tables.NAMES.get(name, name)} |" in page for name in rows) and "= planned" in page
+    second = json.loads(gpu_tables.SECOND.read_text(encoding="utf-8"))["layouts"]
+    assert all(f"{row['tokens_per_second']:,.0f}" in page for row in (*rows.values(), *second.values()))
     rows["one GPU"]["tokens_per_second"] *= 2
     assert gpu_tables.page_of(gpu_tables.measured(found), page) != page
 
@@ -94,3 +96,20 @@ def test_pages_on_gpus_are_made_of_the_results(gpu_tables):
 def test_gpu_table_says_what_did_not_run(gpu_tables):
     row = {"code": 2, "said": "error: parallel.x: 2; 1", "tokens_per_second": 0.0}
     assert "| tp 2 | - | - | - | - | - | error: parallel.x: 2; 1 |" in gpu_tables.layout_table({"tp 2": row})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "error: train.replica_check_every: 'head.weight' is not the same on ranks 1 as on 0 after step 21, and must be; ..",
+        "error: train.replica_check_every: 'head.weight' differs between ranks 1 and ranks 0 after step 21, although ..",
+    ],
+    ids=["version 0.1", "version 0.2"],
+)
+def test_a_stopped_job_is_told_in_plain_words(gpu_tables, said):
+    told = gpu_tables.ended({"code": 2, "said": said, "newest": ["step-00000020"]})
+    assert told == (
+        "the replica check stopped the job after step 21, because `head.weight` differed on rank 1; `step-00000020` stays "
+        "the newest checkpoint"
+    )
+    assert gpu_tables.ended({"code": 0, "end": "80 steps ended well"}) == "80 steps ended well"

@@ -17,6 +17,7 @@ from switchyard.distributed.stages import stage_config, ways
 from switchyard.moe.dispatch.capacity import buffer_slots, check_dropless, check_sort_keys, slot_shape
 from switchyard.moe.metrics import width
 from switchyard.nn.fused import fused_operators
+from switchyard.planner.host import noise_slices
 from switchyard.planner.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
 from switchyard.training.limits import check_offered
 
@@ -325,10 +326,8 @@ def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage:
     kept *= min(micro, stages - stage)
     copies = sum(held(name, shape, degrees)[0] for name, shape in whole.items() if len(shape) > 1)
     kept += copies * wide if wide != FLOAT else 0
-    noise = (1 + 2 * model.num_layers) * (model.dropout > 0)
-    noise += len(config.moe_layers) * ((config.moe.jitter > 0) + (config.moe.drop_order == "random"))
     kept += rows * vocab * (wide + 2 * FLOAT) * (stage == stages - 1)
-    return int(kept + noise * micro * rows * width * FLOAT)
+    return int(kept + noise_slices(config) * micro * rows * width * FLOAT)
 
 
 def _block_bytes(config, index, rows, between):

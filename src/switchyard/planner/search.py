@@ -28,6 +28,8 @@ from switchyard.errors import UserError, shortened
 from switchyard.file_errors import writing
 from switchyard.moe.dispatch.capacity import dropped_of_record, dropped_share
 from switchyard.planner.costs import Costs, costs, heaviest, stage_costs
+from switchyard.planner.host import HostCosts, host_costs
+from switchyard.planner.own_layout import SHORT, describe, giga, render_own
 from switchyard.text_table import table
 from switchyard.training.limits import require_trainable, with_defaults
 
@@ -35,7 +37,6 @@ KINDS = ("AlltoAll", "AllReduce", "AllGather", "ReduceScatter", "Send")
 LARGEST_LOAD = 1 << 26  # bytes of a file of tokens per expert
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 HEADS = ["dp", "ep", "tp", "pp", "zero", "seq", "recompute", "memory", *KINDS, "sent", "TFLOP", "dropped", "seconds"]
-SHORT = {"data_parallel": "dp", "expert_parallel": "ep", "model_parallel": "tp", "pipeline_stage": "pp"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Candidate:
 
     Attributes:
         parallel: its keys of the section `parallel`.
-        costs, dropped, seconds: None where it cannot be cut so.
+        costs, dropped, seconds, host: None where it cannot be cut so.
         refusal: why it is not feasible, one line; None where it is.
     """
 
@@ -77,6 +78,7 @@ class Candidate:
     dropped: float | None = None
     seconds: float | None = None
     refusal: str | None = None
+    host: HostCosts | None = None
 
 
 def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, speed: Speed) -> list[Candidate]:
@@ -105,7 +107,7 @@ def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, sp
             drops[own.groups] = load.dropped(own)
         cost, seconds = heaviest(stages), seconds_of(stages, own.micro_batches, speed)
         over = None if cost.memory <= memory else f"memory: more than the {memory / 1e9:g} GB of a device"
-        found.append(Candidate(parallel, cost, drops[own.groups], seconds, over))
+        found.append(Candidate(parallel, cost, drops[own.groups], seconds, over, host_costs(own)))
     return sorted(found, key=_order)
 
 
@@ -195,32 +197,6 @@ def read_size(text: str) -> float:
     return float(parts[1]) * UNITS[parts[2].upper()]
 
 
-def render_own(config: Config, cost: Costs, dropped: float) -> list[str]:
-    """Renders the costs per device of the layout in the configuration."""
-    rows = [
-        ["weights", giga(cost.weights)],
-        ["gradients", giga(cost.gradients)],
-        ["optimizer state", giga(cost.optimizer)],
-        ["weights that ZeRO gathers", giga(cost.gathered)],
-        ["activations (estimate)", giga(cost.activations)],
-        ["together", giga(cost.memory)],
-    ]
-    lines = [f"the configuration's own layout: {describe(config.parallel.model_dump())}", ""]
-    lines += [*table(["memory per device", "GB"], rows), ""]
-    alike = {}
-    for one in cost.exchanges:
-        key = (one.kind, one.group, one.ranks)
-        number, size, sent = alike.get(key, (0, 0, 0.0))
-        alike[key] = (number + one.number, size + one.bytes * one.number, sent + one.sent)
-    rows = [
-        [kind, group, str(ranks), str(number), f"{size:,}", giga(sent)]
-        for (kind, group, ranks), (number, size, sent) in alike.items()
-    ]
-    lines += table(["collective", "group", "ranks", "number", "bytes together", "GB sent"], rows)
-    work = f"{cost.flops / 1e12:.2f} TFLOP per device and step; expected share of dropped choices {dropped:.2%}"
-    return [*lines, "", work]
-
-
 def render(found: list[Candidate], top: int) -> list[str]:
     """Renders the feasible combinations as a table, and why the others are not feasible, the most frequent reason
     first.
@@ -260,20 +236,6 @@ def _row(one):
     return [*degrees, *flags, *sizes, f"{cost.flops / 1e12:.2f}", f"{one.dropped:.2%}", f"{one.seconds:.3f}"]
 
 
-def giga(size: float) -> str:
-    """Returns bytes in units of 10^9, as text."""
-    if size == 0:
-        return "-"
-    return "<0.001" if size < 1e6 else f"{size / 1e9:.3f}" if size < 1e9 else f"{size / 1e9:.1f}"
-
-
-def describe(parallel: dict) -> str:
-    """ParallelDims in few words."""
-    words = [f"{short} {parallel[name]}" for name, short in SHORT.items() if parallel[name] > 1] or ["one device"]
-    words += [f"ZeRO {parallel['optimizer_shard']}"] if parallel["optimizer_shard"] else []
-    return ", ".join(words + [name for name in ("sequence_parallel", "recompute") if parallel[name]])
-
-
 def to_json(found: list[Candidate]) -> list[dict]:
     """Returns all known figures of each combination."""
     return [
@@ -283,6 +245,7 @@ def to_json(found: list[Candidate]) -> list[dict]:
             "dropped": one.dropped,
             "seconds": one.seconds,
             "costs": one.costs and _costs_json(one.costs),
+            "host": one.host and vars(one.host),
         }
         for one in found
     ]

@@ -4,13 +4,15 @@ Legend: T logged steps, M conditional layers, E experts.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from switchyard import config as configuration
+from switchyard.config import Config
+from switchyard.data.tokenizer import expected_vocabulary
 from switchyard.errors import UserError
 from switchyard.files import UnfitError, read_regular
 from switchyard.training.metrics import METRICS
@@ -25,6 +27,8 @@ class History:
     Attributes:
         steps, losses: [T] training cross-entropy, nats per token.
         validation_steps, validation_losses: the evaluations.
+        accuracies: share of right answers at each evaluation of an image run; empty for text.
+        choices: what an answer is chosen from, classes or vocabulary; None where it is not known without the data.
         load: [T, M, E] choices of each expert before dropping; M is 0 for a dense model.
         layers: indices of the M conditional layers, from 0.
     """
@@ -35,6 +39,8 @@ class History:
     validation_losses: np.ndarray
     load: np.ndarray
     layers: tuple[int, ...]
+    accuracies: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    choices: int | None = None
 
     @property
     def relative_load(self) -> np.ndarray:
@@ -61,9 +67,9 @@ def read_history(run: Path) -> History:
     evaluations = list({record["step"]: record for record in records if record["kind"] == "evaluation"}.values())
     if not train:
         raise UserError(f"run '{run}': {METRICS} holds no logged step; train for at least one")
-    layers = configuration.load(run / "config.yaml", inherited=True).moe_layers
+    config = configuration.load(run / "config.yaml", inherited=True)
     try:
-        return _history(train, evaluations, layers)
+        return replace(_history(train, evaluations, config.moe_layers), choices=answers(config))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"run '{run}': {METRICS} holds a line that is no record of this run: {error!r}") from None
 
@@ -79,7 +85,20 @@ def _history(train: list[dict[str, Any]], evaluations: list[dict[str, Any]], lay
         validation_losses=np.array([record["loss"] for record in evaluations], float),
         load=load,
         layers=layers,
+        accuracies=np.array([record["accuracy"] for record in evaluations if "accuracy" in record], float),
     )
+
+
+def answers(config: Config) -> int | None:
+    """Returns the number of values that an answer is chosen from; None where it is not known without the data."""
+    if config.model.type != "decoder":
+        return config.vision.classes if len(config.vision.tasks) == 1 else None
+    if config.data.tokenizer == "char":  # as many as the text has characters
+        return None
+    try:
+        return expected_vocabulary(config.data)
+    except UserError:  # a tokenizer that is not there any more
+        return None
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
-"""The picture of a run: loss curves above, below them which expert got how much of each layer's load.
+"""The picture of a run: loss curves above, for images accuracy beside them, below the load of every expert by layer.
 
 `python -m switchyard.report.picture runs/NAME` draws `runs/NAME/picture.png`.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -31,7 +32,10 @@ def draw(history: History, title: str, path: Path) -> None:
     columns = min(layers, COLUMNS) or 1
     figure = pyplot.figure(figsize=(10, 4 + 2.2 * rows), layout="constrained")
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=[1.6, *[1.0] * rows])
-    _draw_losses(figure.add_subplot(grid[0, :]), history, title)
+    top = grid[0, :].subgridspec(1, 1 + bool(len(history.accuracies)))
+    _draw_losses(figure.add_subplot(top[0]), history, title)
+    if len(history.accuracies):
+        _draw_accuracy(figure.add_subplot(top[1]), history)
     maps = [figure.add_subplot(grid[1 + layer // COLUMNS, layer % COLUMNS]) for layer in range(layers)]
     for layer, axes in enumerate(maps):
         image = _draw_load(axes, history, layer)
@@ -47,14 +51,36 @@ def draw(history: History, title: str, path: Path) -> None:
 
 
 def _draw_losses(axes, history: History, title: str) -> None:
+    """Draws the loss of training and validation, beside that of a uniform guess where the answers are known."""
     axes.plot(history.steps, history.losses, color="0.6", linewidth=1, label="training")
     axes.plot(history.validation_steps, history.validation_losses, "o-", color="C0", markersize=4, label="validation")
-    if len(history.validation_losses):
-        end = (history.validation_steps[-1], history.validation_losses[-1])
-        axes.annotate(f"{end[1]:.3f}", end, (0, 8), textcoords="offset points", ha="right")
-    axes.set(title=title, xlabel="step", ylabel="loss (nats / token)")
+    if history.choices:
+        guess = math.log(history.choices)
+        axes.axhline(guess, color="0.5", linestyle=":", label=f"uniform guess: ln {history.choices} = {guess:.2f}")
+    _mark_last(axes, history.validation_steps, history.validation_losses, "{:.3f}")
+    unit = "answer" if len(history.accuracies) else "token"
+    axes.set(title=title, xlabel="step", ylabel=f"loss (nats / {unit})", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def _draw_accuracy(axes, history: History) -> None:
+    """Draws the validation accuracy from 0 to 100 %, beside that of a uniform guess where the answers are known."""
+    percent = 100 * history.accuracies
+    axes.plot(history.validation_steps, percent, "o-", color="C0", markersize=4, label="validation")
+    if history.choices:
+        axes.axhline(100 / history.choices, color="0.5", linestyle=":", label="uniform guess")
+    _mark_last(axes, history.validation_steps, percent, "{:.1f} %", below=True)
+    axes.set(title="accuracy", xlabel="step", ylabel="right answers (%)", ylim=(0, 103))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+
+
+def _mark_last(axes, steps, values, text: str, below: bool = False) -> None:
+    """Writes the last value beside its point."""
+    if len(values):
+        place = (0, -14) if below else (0, 8)
+        axes.annotate(text.format(values[-1]), (steps[-1], values[-1]), place, textcoords="offset points", ha="right")
 
 
 def _draw_load(axes, history: History, layer: int):

@@ -5,6 +5,7 @@ import sys
 
 from switchyard.moe.routing import known_routers
 from switchyard.moe.routing.__main__ import HEADINGS, listing, rows
+from switchyard.report import support
 
 
 def test_every_router_has_a_whole_line():
@@ -14,6 +15,18 @@ def test_every_router_has_a_whole_line():
         assert len(row) == len(HEADINGS) and all(row)
         assert row[1] in ("row", "token", "task", "group")
         assert "arXiv" in row[-1] or "KDD" in row[-1], row[0]
+
+
+def test_the_column_sharded_says_what_training_does():
+    """The same answer as of `training.limits`, asked with a network of each router; one router has no network."""
+    column = HEADINGS.index("sharded")
+    table, asked = {row[0]: row[column] for row in rows()}, {}
+    for row in support.rows("Ascend"):
+        if "capacity" in row.dispatches:
+            asked |= dict.fromkeys(row.routers, row.answers[0])
+    assert set(table) - set(asked) == {"random_in_group"}
+    assert {name: table[name] for name in asked} == asked
+    assert set(asked.values()) == {support.COMPILED, support.EXPLICIT}
 
 
 def test_columns_are_aligned():
