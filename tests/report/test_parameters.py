@@ -57,7 +57,8 @@ def test_values_of_an_option_in_words():
 def test_table_is_markdown():
     row = Row("`train.steps`", "integer >= 1", "`2000`", "x | y")
     lines = table([row], ("a", "b", "c", "d")).splitlines()
-    assert lines == ["| a | b | c | d |", "| --- | --- | --- | --- |", "| `train.steps` | integer >= 1 | `2000` | x \\| y |"]
+    assert lines[:2] == ["| a | b | c | d |", "| --- | --- | --- | --- |"]
+    assert lines[2:] == ["| `train.steps` | integer >= 1 | `2000` | x \\| y |"]
 
 
 def test_page_has_every_section_and_every_router_with_options():

@@ -21,7 +21,8 @@ from oracles.documents import Command, commands_of, of_comment, of_page
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = commands_of(ROOT)
-COMMANDS = list({command.text: command for command in reversed(EVERY)}.values())[::-1]  # each text once, the first
+FIRST = {command.text: command for command in reversed(EVERY)}
+COMMANDS = [command for command in EVERY if command is FIRST[command.text]]  # each text once
 # the pages of users run in one folder, in this order; at the same time the others in another
 USERS = (
     "README.md",

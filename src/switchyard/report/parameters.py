@@ -1,4 +1,4 @@
-"""Tables of all configuration keys and of the options of routers, made from `switchyard.config`: `python -m switchyard.report.parameters`."""
+"""Makes the tables of configuration keys and of router options: `python -m switchyard.report.parameters`."""
 
 import sys
 from collections.abc import Iterable
