@@ -1,5 +1,6 @@
 """Documents against the repository: generated parts, links, names of files and modules, the two languages."""
 
+import functools
 import importlib.util
 import re
 import subprocess
@@ -188,7 +189,14 @@ def test_files_and_modules_that_are_named_exist(name):
 @pytest.mark.parametrize("program", ["train.py", "eval.py", "export.py", "infer.py", "-m switchyard.data.prepare"])
 def test_command_lines_are_those_of_help(name, program):
     row = next(line for line in read(name).splitlines() if line.startswith(f"| `python {program}` |"))
-    shown = subprocess.run([sys.executable, *program.split(), "--help"], capture_output=True, text=True, cwd=ROOT)
-    flags = set(re.findall(r"--[a-z][a-z-]*", shown.stdout.split("usage:")[1].split("\n\n")[0]))
+    shown = help_of(program)
+    flags = set(re.findall(r"--[a-z][a-z-]*", shown.split("usage:")[1].split("\n\n")[0]))
     assert flags == set(re.findall(r"--[a-z][a-z-]*", row))
-    assert ("section.key=value" in row) == ("section.key=value" in shown.stdout)
+    assert ("section.key=value" in row) == ("section.key=value" in shown)
+
+
+@functools.cache
+def help_of(program):
+    """What a program answers to --help."""
+    command = [sys.executable, *program.split(), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
