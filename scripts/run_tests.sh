@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # ==============================================================================
-# The checks of the repository: ruff (lint, then format), import-linter (pyproject.toml), then pytest: every
-# test in two processes, or what the arguments ask for in one.
+# The checks of the repository: ruff (lint, then format), import-linter and mypy (pyproject.toml), then pytest:
+# every test that is not marked `long` in two processes, or what the arguments ask for in one.
 #
-# Usage: bash scripts/run_tests.sh [ARGUMENTS OF PYTEST]
+# Usage: bash scripts/run_tests.sh [--long] [ARGUMENTS OF PYTEST]
 #
-# Examples: bash scripts/run_tests.sh                            everything, 18 to 28 minutes on 2 cores
+#   --long   the tests marked `long` instead of the others: full-size repetitions of what the others hold small
+#
+# Examples: bash scripts/run_tests.sh                            everything but `long`, under 25 minutes on 2 cores
+#           bash scripts/run_tests.sh --long                     what repeats at full size; installs from the network
 #           bash scripts/run_tests.sh -m "not slow"              what answers quickly
 #           bash scripts/run_tests.sh tests/data -k corpus       one package
 # ==============================================================================
@@ -18,8 +21,11 @@ cd "$ROOT"
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check .
 PYTHONPATH=src "$VENV/bin/lint-imports" --no-logo --no-cache
-if (($#)); then
-    "$VENV/bin/python" -m pytest "$@"
-else
-    "$VENV/bin/python" -m pytest -n 2 --dist loadfile # a file's tests share what they train and compile
+"$VENV/bin/python" -m mypy
+chosen=()
+if [[ "${1:-}" == "--long" ]]; then
+    chosen=(--long)
+    shift
 fi
+if ((!$#)); then set -- -n 2 --dist loadfile; fi # a file's tests share what they train and compile
+"$VENV/bin/python" -m pytest "${chosen[@]+"${chosen[@]}"}" "$@"

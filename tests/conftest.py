@@ -19,6 +19,21 @@ settings.register_profile("switchyard", deadline=None, max_examples=25, derandom
 settings.load_profile("switchyard")
 
 
+def pytest_addoption(parser):
+    """Adds --long."""
+    parser.addoption("--long", action="store_true", help="run the tests marked `long` instead of the others")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keeps the tests marked `long` for --long, and the others for all else, whatever -m says besides."""
+    wanted = config.getoption("--long")
+    chosen, others = [], []
+    for item in items:
+        (chosen if (item.get_closest_marker("long") is not None) == wanted else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
 @pytest.fixture(scope="session")
 def frozen():
     """Leaves what the imports made out of later collections: a tenth of a second each, one a compile."""

@@ -19,9 +19,12 @@ if TYPE_CHECKING:  # `_HOMES` says the same to Python
     from switchyard.api.registry import register
     from switchyard.api.training import MoECallback, set_loss_scale, update_routers
     from switchyard.errors import UserError
+    from switchyard.inference.export import export
     from switchyard.moe.dispatch.dispatchers import Dispatcher
     from switchyard.moe.own_experts import Expert
     from switchyard.moe.routing.base import Router
+    from switchyard.training.evaluate import evaluate
+    from switchyard.training.loop import train
 
 __version__ = "0.2.0"
 
@@ -33,11 +36,14 @@ _HOMES = {  # name -> the module that defines it
     "Router": "switchyard.moe.routing.base",
     "UserError": "switchyard.errors",
     "create_model": "switchyard.api.models",
+    "evaluate": "switchyard.training.evaluate",
+    "export": "switchyard.inference.export",
     "generate": "switchyard.api.models",
     "load_checkpoint": "switchyard.api.models",
     "load_config": "switchyard.api.models",
     "register": "switchyard.api.registry",
     "set_loss_scale": "switchyard.api.training",
+    "train": "switchyard.training.loop",
     "update_routers": "switchyard.api.training",
 }
 
@@ -50,11 +56,14 @@ __all__ = [
     "UserError",
     "__version__",
     "create_model",
+    "evaluate",
+    "export",
     "generate",
     "load_checkpoint",
     "load_config",
     "register",
     "set_loss_scale",
+    "train",
     "update_routers",
 ]
 

@@ -27,7 +27,9 @@ def announce(config: configuration.Config, overrides: Sequence[str]) -> None:
 def train_main(arguments: list[str]) -> None:
     """`train.py`: see its --help."""
     parser = create_parser("train.py", "Trains a model and keeps metrics and checkpoints in runs/NAME.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see config/")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a YAML file, or the name of one in config/ such as quickstart"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run train.name")
     parser.add_argument("--print-config", action="store_true", help="show every key and its value, and end")
     chosen = parser.parse_intermixed_args(arguments)

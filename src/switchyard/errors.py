@@ -1,5 +1,7 @@
 """What a user did wrong, said in one line; and the exit codes of the command lines."""
 
+from typing import Any
+
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # a signal asked for a stop; the state was saved and --resume goes on
@@ -45,9 +47,10 @@ def _outline(value: object, room: int) -> str:
     return repr(value)
 
 
-def _outline_of_parts(value: dict | list | tuple, room: int) -> str:
+def _outline_of_parts(value: dict[Any, Any] | list[Any] | tuple[Any, ...], room: int) -> str:
     opening, closing = "{}" if isinstance(value, dict) else "()" if isinstance(value, tuple) else "[]"
-    parts, used = [], 0
+    parts: list[str] = []
+    used = 0
     for part in value:
         if used >= room:
             return f"{opening}{', '.join(parts)}, ...{closing}"

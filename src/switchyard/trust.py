@@ -11,7 +11,9 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 from switchyard.errors import UserError
 
@@ -90,7 +92,7 @@ def locate(router: str, key: str = KEY) -> str:
     return _file_of(spec, rest)
 
 
-def _file_of(spec, rest: list[str]) -> str:
+def _file_of(spec: ModuleSpec, rest: list[str]) -> str:
     """Returns the file of the module `rest` of a package; the package itself where that cannot be told without running
     it.
     """
@@ -119,7 +121,7 @@ def current_folder_last() -> Iterator[None]:
             sys.path.remove(here)
 
 
-def _is_below(module, folder: str) -> bool:
+def _is_below(module: ModuleType | None, folder: str) -> bool:
     file = getattr(module, "__file__", None)
     return isinstance(file, str) and Path(file).is_relative_to(folder)
 

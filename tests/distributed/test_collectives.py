@@ -7,7 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from oracles.layouts import DEVICES, DROPLESS, LAYOUTS, RANK, VOCAB
+from oracles.layouts import DEVICES, DROPLESS, LAYOUTS, RANK, SHORT, VOCAB
+from oracles.marks import long_but
 
 from switchyard.config import build
 from switchyard.distributed.compiled_graph import sums_may_race
@@ -91,7 +92,7 @@ GOLDEN = {
 }
 
 
-@pytest.fixture(params=GOLDEN)
+@pytest.fixture(params=long_but(GOLDEN, GOLDEN.keys() & set(SHORT)))
 def compiled(request, compile_layout):
     """(name, degrees, report, golden counts) of a layout."""
     name = request.param

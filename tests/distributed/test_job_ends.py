@@ -65,36 +65,59 @@ def ended(job, tree, timeout: float = 60.0) -> str:
     return said
 
 
-@pytest.mark.slow
-def test_a_signal_saves_a_kill_does_not_and_both_runs_go_on(tmp_path):
-    """Three jobs: stopped by SIGTERM; resumed and killed; resumed to the end, which repeats what the kill has lost."""
-    write_text(tmp_path)
-    command = command_of(config_of(tmp_path, MANY), tmp_path)
+def stopped(folder: Path, command: list[str], after: int) -> int:
+    """Sends SIGTERM to a job once it has saved a step beyond `after`; returns the step that the signal has saved."""
     job = start(command)
-    until(lambda: newest(tmp_path) >= 50)
+    until(lambda: newest(folder) > after)
     tree = tree_of(job)
     os.kill(job.pid, signal.SIGTERM)
     said = ended(job, tree)
-    saved = newest(tmp_path)
+    saved = newest(folder)
     assert job.returncode == 75, said
     assert f"interrupted: saved step {saved} of " in said.splitlines()[-1]
-    assert checkpoint.read(tmp_path / "runs" / "tiny").step == saved
+    assert checkpoint.read(folder / "runs" / "tiny").step == saved
+    return saved
 
-    job = start([*command, "--resume"])
-    until(lambda: newest(tmp_path) > saved + 50)
+
+def killed(folder: Path, command: list[str], after: int) -> tuple[dict[int, float], int]:
+    """Kills a worker of a job once it has saved a step beyond `after`; returns the losses and the newest step saved."""
+    job = start(command)
+    until(lambda: newest(folder) > after)
     tree = tree_of(job)
     worker = next(
         child for child in tree if child.environ().get("RANK_ID") == "1" and "train.py" in str(child.cmdline())
     )
     worker.kill()
-    killed = time.monotonic()
+    moment = time.monotonic()
     said = ended(job, tree)
-    print(f"a killed process ended the job in {time.monotonic() - killed:.1f} s")
-    log = tmp_path / "logs" / "tiny" / "worker_1.log"
+    print(f"a killed process ended the job in {time.monotonic() - moment:.1f} s")
+    log = folder / "logs" / "tiny" / "worker_1.log"
     assert job.returncode == 1 and f"error: rank 1 was killed by signal 9; its log {log}" in said, said
-    before, held = losses_of(tmp_path / "runs" / "tiny"), newest(tmp_path)
-    assert min(before) == 1 and len(before) == max(before) >= held > saved
+    losses, held = losses_of(folder / "runs" / "tiny"), newest(folder)
+    assert min(losses) == 1 and len(losses) == max(losses) >= held > after
+    return losses, held
 
+
+@pytest.mark.slow
+def test_a_kill_loses_what_was_not_saved_and_the_run_repeats_it_until_a_signal_saves(tmp_path):
+    """Two jobs: a worker is killed; the run is resumed, makes the lost steps again and is stopped by SIGTERM."""
+    write_text(tmp_path)
+    command = command_of(config_of(tmp_path, MANY), tmp_path)
+    before, held = killed(tmp_path, command, after=0)
+    saved = stopped(tmp_path, [*command, "--resume"], after=max(before))
+    after = losses_of(tmp_path / "runs" / "tiny")
+    assert len(after) == max(after) == saved > max(before) >= held
+    assert max(abs(after[step] - before[step]) for step in before) <= 1e-6
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_signal_saves_a_kill_does_not_and_both_runs_go_on(tmp_path):
+    """Three jobs: stopped by SIGTERM; resumed and killed; resumed to the end, which repeats what the kill has lost."""
+    write_text(tmp_path)
+    command = command_of(config_of(tmp_path, MANY), tmp_path)
+    saved = stopped(tmp_path, command, after=0)
+    before, held = killed(tmp_path, [*command, "--resume"], after=saved)
     done = run(config_of(tmp_path, max(before) + 1), tmp_path, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     after = losses_of(tmp_path / "runs" / "tiny")

@@ -78,6 +78,8 @@ def ran(folder: Path, name: str, **parallel) -> str:
     return name
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_data_parallel_equals_one_process(folder, graph):
     differences = compare(folder, alone(folder, 2), ran(folder, "dp2", data_parallel=2))
     print(differences)
@@ -95,6 +97,7 @@ def test_expert_parallel_equals_one_process(folder, graph):
     assert abs(evaluate(folder / "runs" / name).loss - last["loss"]) <= 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("experts", [2])  # 4 shards of the experts: as 2 of 2 processes, without replicas
 def test_four_processes_equal_one(folder, graph, experts):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from oracles.jobs import largest_difference, run
+from oracles.marks import long_but
 from oracles.tiny_run import losses_of, metrics_of, run_config, write_text
 from safetensors.numpy import load_file
 
@@ -61,7 +62,7 @@ def config_of(folder: Path, name: str, case: str, **parallel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_but(CASES, ["sigmoid, slices", FORCED]))
 def test_two_processes_equal_one(tmp_path, graph, case):
     write_text(tmp_path)
     if case == FORCED:

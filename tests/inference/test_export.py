@@ -5,6 +5,7 @@ import json
 import mindspore as ms
 import numpy as np
 import pytest
+from oracles.marks import long_but
 from oracles.tiny_export import EXPERTS, quiet, save_export, save_run
 from oracles.tiny_run import TEXT
 
@@ -41,7 +42,7 @@ def whole_forward(run, tokens, **moe):
     return logits.asnumpy().reshape(*tokens.shape, -1)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", long_but(VARIANTS, ["grouped-query-swiglu-free-shared", "capacity-groups"]))
 def test_parity(name, tmp_path, graph):
     """Prompts of unequal length, then token by token; shapes that the export did not see. Drops are left behind."""
     changed, moe = VARIANTS[name]
@@ -95,7 +96,7 @@ def test_every_expert_is_reached_or_named(tmp_path, graph):
     assert any("does not reach: 1 of layer 1 (prefill), 2 of layer 1 (prefill)" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode"])
+@pytest.mark.parametrize("name", long_but(["prefill", "decode"], ["decode"]))
 def test_a_difference_is_refused_and_leaves_nothing(name, tmp_path, graph, monkeypatch):
     """Files whose weights are not the checkpoint's: one line, no directory, no temporary one."""
     run, _ = save_run(tmp_path)

@@ -78,6 +78,12 @@ DROPLESS = {  # with nothing dropped
 }
 
 
+SHORT = (  # compiled by the ordinary tests, the others by those marked `long`
+    *("dp8 ep4", "dp8 ep4 zero1", "dp8 ep4 recompute", "dp4 ep2 tp2 sequence", "pp2 dp4 ep2", *DROPLESS),
+    *(FIRST_STAGE, "rich dp4 ep2 tp2", "rich dp4 ep2 tp2 dropless recompute zero1"),
+)
+
+
 def rank_of(name: str) -> int:
     """Which rank of a layout is compiled."""
     return 1 if name == FIRST_STAGE else RANK

@@ -3,7 +3,8 @@
 from collections import Counter
 
 import pytest
-from oracles.layouts import DROPLESS, FURTHER, LAYOUTS, VOCAB
+from oracles.layouts import DROPLESS, FURTHER, LAYOUTS, SHORT, VOCAB
+from oracles.marks import long_but
 
 from switchyard.config import build
 from switchyard.distributed.placement import ParallelDims
@@ -18,7 +19,7 @@ DENSE = {"model": {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "seq_lengt
 ALL = LAYOUTS | FURTHER | DROPLESS
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture(params=long_but(ALL, SHORT))
 def both(request, compile_layout):
     """(configuration, the compiler's report) of a layout."""
     return build(ALL[request.param]), compile_layout(request.param)

@@ -1,9 +1,10 @@
 """Every command of the documents is run as it is written, in a copy of the repository.
 
 What is cut down is declared here: the configurations of the copy (`CUTS`), words that stand for something (`WORDS`),
-and options that are added to long commands (`RULES`). A command that no rule knows, or whose rule ends it before it
-has done its work, carries a mark on its page that says what it needs or how long it takes. The commands of one document
-run in order and in one folder, so that what one makes is there for the next.
+and options that are added to long commands (`RULES`; and `SHORTER`, unless --long asks for the whole). A command that
+no rule knows, or whose rule ends it before it has done its work, carries a mark on its page that says what it needs or
+how long it takes. The commands of one document run in order and in one folder, so that what one makes is there for the
+next.
 """
 
 import os
@@ -95,21 +96,30 @@ RULES = {name: "--help" for name in NAMES} | {
     r"openssl rand .*": "",
 }
 
+# what is added besides, unless --long asks for the whole: these repeat what other commands or other tests do
+SHORTER = {
+    r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .*": "--dry-run",  # tests/distributed/test_jobs.py
+    r"python train\.py --config config/(shakespeare_char_(dense|switch)|digits_sample)_cpu\.yaml.*": "--print-config",
+    r"python train\.py --config \S+quickstart\.yaml .*train\.name=(mine|notes|mine-bpe|two-experts)": "--print-config",
+    r"python -m switchyard\.simulation\.emulate .*": "--help",  # tests/simulation/test_emulate.py
+}
+
 
 def rule_of(command: Command) -> str | None:
     """Returns what RULES adds to a command; None where no rule knows it."""
     return next((more for pattern, more in RULES.items() if re.fullmatch(pattern, command.text)), None)
 
 
-def to_run(command: Command) -> str | None:
+def to_run(command: Command, full: bool = False) -> str | None:
     """Returns the line of shell that stands for a command; None where no rule knows it."""
     more = rule_of(command)
     if more is None:
         return None
+    shorter = "" if full else next((more for rule, more in SHORTER.items() if re.fullmatch(rule, command.text)), "")
     line = command.text
     for word, filled in WORDS.items():
         line = re.sub(word, filled, line)
-    return f"{line} {more}".strip()
+    return f"{line} {more} {shorter}".strip()
 
 
 def is_finished(command: Command) -> bool:
@@ -168,16 +178,26 @@ def run(line: str, folder: Path) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> dict[Command, subprocess.CompletedProcess]:
     """What became of every command: those of the users' pages in one folder, at the same time the others in another."""
-    folder = tmp_path_factory.mktemp("commands")
+    return run_all(tmp_path_factory.mktemp("commands"), full=False)
 
-    def run_all(name: str, chosen: list[Command]) -> dict[Command, subprocess.CompletedProcess]:
+
+@pytest.fixture(scope="module")
+def ended_in_full(tmp_path_factory) -> dict[Command, subprocess.CompletedProcess]:
+    """As `ended`, none of them shortened."""
+    return run_all(tmp_path_factory.mktemp("commands"), full=True)
+
+
+def run_all(folder: Path, full: bool) -> dict[Command, subprocess.CompletedProcess]:
+    """Runs every command in copies below a folder."""
+
+    def run_part(name: str, chosen: list[Command]) -> dict[Command, subprocess.CompletedProcess]:
         copy = copy_repository(folder / name)
-        return {command: run(to_run(command), copy) for command in chosen}
+        return {command: run(to_run(command, full), copy) for command in chosen}
 
     users = [command for page in USERS for command in RUN if command.document == page]
     others = [command for command in RUN if command.document not in USERS]
     with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(run_all, ("users", "others"), (users, others)))
+        parts = list(pool.map(run_part, ("users", "others"), (users, others)))
     return parts[0] | parts[1]
 
 
@@ -201,6 +221,20 @@ def test_commands_work_as_they_are_written(ended, command):
     done = ended[command]
     said = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert done.returncode == 0, f"{to_run(command)}: exit code {done.returncode}\n{said}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", RUN, ids=lambda command: f"{command.document}: {command.text}")
+def test_commands_work_in_full(ended_in_full, command):
+    done = ended_in_full[command]
+    said = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{to_run(command, full=True)}: exit code {done.returncode}\n{said}"
+
+
+@pytest.mark.parametrize("pattern", SHORTER)
+def test_what_is_shortened_is_run_in_full_by_a_rule(pattern):
+    known = [command for command in COMMANDS if re.fullmatch(pattern, command.text)]
+    assert known and all(to_run(command, full=True) != to_run(command) for command in known)
 
 
 @pytest.mark.parametrize("chinese", CHINESE, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -1,9 +1,7 @@
 """Every router that a compiled cluster runs, on two emulated devices that share the experts, against one device.
 
-One of them is a test; all of them, each way that choices travel, with the variable SWITCHYARD_ALL_ROUTERS=1.
+One of them is an ordinary test; all of them, each way that choices travel, are marked `long`.
 """
-
-import os
 
 import pytest
 
@@ -38,9 +36,12 @@ NOT_OF_TEXT = ("expert_choice", "multi_gate", "random_in_group", "task")  # not 
 WAYS = ("capacity", "dropless", "dropless_static")
 DROPS_BY_ITSELF = ("dense", "mixture_of_depths")  # whose rows do not choose experts
 CALLED = ("windows of switch",)  # dropless dispatch reads the experts' matrices
-TESTED = (("noisy_top_k", "capacity"),)
+TESTED = ("noisy_top_k", "capacity")
 ALL = tuple(
-    (name, way) for name in ROUTERS for way in WAYS if way == "capacity" or name not in DROPS_BY_ITSELF + CALLED
+    pytest.param(name, way, marks=() if (name, way) == TESTED else pytest.mark.long)
+    for name in ROUTERS
+    for way in WAYS
+    if way == "capacity" or name not in DROPS_BY_ITSELF + CALLED
 )
 
 
@@ -64,7 +65,7 @@ def test_no_router_is_forgotten():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, dispatch", ALL if os.environ.get("SWITCHYARD_ALL_ROUTERS") else TESTED)
+@pytest.mark.parametrize("name, dispatch", ALL)
 def test_two_devices_equal_one(workers, name, dispatch):
     """Losses, gradients and weights of three steps; a capacity drops, and every expert's weights move."""
     found = emulate.prove(config_of(name, dispatch), 2, vocab=VOCABULARY)

@@ -3,10 +3,10 @@
 Reading a configuration does not import MindSpore.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from switchyard import config as configuration
 from switchyard.config import Config
@@ -21,11 +21,11 @@ def quiet(line: str) -> None:
     """Says nothing."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, and checks it as train.py does.
 
     Args:
-        path: of the file.
+        path: of the file; or its content, section -> key -> value.
         overrides: `section.key=value`, of which the last of a key counts.
 
     Returns:
@@ -39,7 +39,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         >>> config = sw.load_config("config/quickstart.yaml", ["moe.expert_num=16"])
         >>> config.moe.expert_num
         16
+        >>> sw.load_config({"moe": {"router": "top_k", "expert_num": 8}}).moe.router
+        'top_k'
     """
+    if isinstance(path, Mapping):
+        return configuration.build(dict(path), overrides)
     return configuration.load(path, overrides)
 
 

@@ -31,7 +31,7 @@ def register(name: str) -> Callable[[Kind], Kind]:
         >>> import switchyard as sw
         >>> @sw.register("sure")
         ... def sure(routing, valid, choices, length):
-        ...     best = routing["probabilities"].max(-1)  # [G, N]
+        ...     best = routing["probabilities"].amax(-1)  # [G, N]
         ...     return ((1.0 - best) * valid).sum(1)  # [G], a sum over the real rows
         >>> layer = sw.MoELayer(hidden_size=8, expert_num=4, router="top_k", losses={"sure": 0.1})
         >>> layer.config.moe.losses

@@ -7,7 +7,7 @@ from typing import Any, get_origin
 
 from pydantic import ValidationError
 
-from switchyard.config import old_keys
+from switchyard.config import old_keys, recipes
 from switchyard.config.checks import laws
 from switchyard.config.reader import UnreadableError, check_characters, parse_yaml, read_text
 from switchyard.config.schema import Config
@@ -24,7 +24,8 @@ def load(
     """Reads a YAML file and `section.key=value` overrides, of which the last of a key counts.
 
     Args:
-        path: of a UTF-8 file with a mapping of sections; an empty file means the defaults.
+        path: of a UTF-8 file with a mapping of sections; an empty file means the defaults. Where no such file exists,
+            the name of a configuration that comes with the package, such as "quickstart".
         overrides: see above.
         inherited: whether the file is a checkpoint's own, which may hold keys that have no effect, see `build`.
         devices: see `build`.
@@ -32,6 +33,7 @@ def load(
     Raises:
         UserError: missing file, broken YAML, unknown key, wrong type or impossible combination.
     """
+    path = recipes.find(path)
     text, name = read_text(path, "config file", "give the path of a YAML file"), shortened(str(path), 200)
     try:
         tree = parse_yaml(text)

@@ -207,6 +207,10 @@ class TrainConfig(Section):
     steps: Positive = Field(2000, description="optimizer steps")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(1, description="seed of weights, batches and noise")
     gradient_accumulation_steps: Positive = Field(1, description="micro-batches of one optimizer step")
+    loggers: list[Literal["tensorboard", "wandb", "mlflow", "swanlab"]] = Field(
+        ["tensorboard"],
+        description="what gets the figures besides metrics.jsonl; all but tensorboard are optional packages",
+    )
     log_every: Positive = Field(20, description="steps between two lines of the log")
     eval_every: NotNegative = Field(500, description="steps between evaluations; 0 = only at the end")
     eval_batches: NotNegative = Field(20, description="batches of an evaluation during training; 0 = the whole set")

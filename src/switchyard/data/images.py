@@ -20,6 +20,7 @@ from switchyard.config import Config, VisionConfig
 from switchyard.data.batches import Course
 from switchyard.errors import UserError
 from switchyard.files import UnfitError, read_regular
+from switchyard.optional import require
 
 SHUFFLE_STREAM, SPLIT_STREAM = 0x696D_6773, 0x7370_6C74  # set these draws apart from other draws of the same seed
 IDX_BYTES = 0x08  # the type of an IDX file's values: unsigned bytes
@@ -208,9 +209,12 @@ def load_all(config: Config) -> tuple[np.ndarray, np.ndarray, str]:
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's digits: 1,797 images [N, 1, 8, 8] and labels [N] (UCI, Alpaydin and Kaynak, 1998)."""
-    from sklearn import datasets
+    """scikit-learn's digits: 1,797 images [N, 1, 8, 8] and labels [N] (UCI, Alpaydin and Kaynak, 1998).
 
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
+    datasets = require("sklearn.datasets", "scikit-learn", "data.path: null (scikit-learn's digits)")
     found = datasets.load_digits()
     return (found.images[:, None] / 16.0).astype(np.float32), found.target.astype(np.int64)
 

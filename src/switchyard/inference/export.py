@@ -53,6 +53,12 @@ def export(
     Raises:
         UserError: a damaged checkpoint, a directory that is something else, a bad key, an override that would change
             the weights' shapes, a router that is not trusted, or logits that differ. Nothing is written then.
+
+    Examples:
+        >>> import switchyard as sw
+        >>> manifest = sw.export("runs/quickstart", "exported")  # doctest: +SKIP
+        >>> manifest.limits.max_length  # doctest: +SKIP
+        192
     """
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)

@@ -16,6 +16,7 @@ import numpy as np
 
 from switchyard.errors import UserError
 from switchyard.files import UnfitError, open_regular
+from switchyard.optional import require
 
 Range = tuple[float, float]
 OPTION = "--value-range"
@@ -127,8 +128,7 @@ def _read_array(path: str | Path) -> np.ndarray:
 
 def _read_picture(path: str | Path) -> np.ndarray:
     """Reads a picture as [C, H, W]: floats from 0 to 1, or bytes."""
-    from matplotlib.image import imread
-
+    imread = require("matplotlib.image", "matplotlib", f"--image: '{path}'").imread
     try:
         with open_regular(Path(path)):
             values = imread(path)

@@ -13,6 +13,7 @@ import numpy as np
 from switchyard.cli import Parser, run
 from switchyard.file_errors import writing
 from switchyard.files import unfinished
+from switchyard.optional import require
 from switchyard.report.history import History, read_history
 
 NAME = "picture.png"
@@ -22,9 +23,7 @@ TOP_LOAD = 2.0  # colours end at twice the mean load
 
 def draw(history: History, title: str, path: Path) -> None:
     """Writes the picture of a run, whole or not at all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    require("matplotlib", "matplotlib", "report: the picture of a run").use("Agg")
     from matplotlib import pyplot
 
     layers = history.load.shape[1]

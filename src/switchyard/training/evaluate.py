@@ -300,6 +300,12 @@ def evaluate(
     Raises:
         UserError: a damaged checkpoint, data that cannot be read, an override that would change the weights' shapes, a
             figure that is not finite, a router that is not trusted.
+
+    Examples:
+        >>> import switchyard as sw
+        >>> found = sw.evaluate("runs/quickstart")  # doctest: +SKIP
+        >>> len(found.layers[0]["load"])  # doctest: +SKIP
+        8
     """
     held = checkpoint.read(path, with_optimizer=False)
     config = overridden(held.config, overrides)

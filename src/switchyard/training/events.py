@@ -5,6 +5,7 @@ training then waits for a queue that nobody empties.
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,13 @@ class EventFile:
             self._write(step=purge_step, file_version="brain.Event:2")
             self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
+    def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
+        """Writes the figures of a step."""
+        for tag, value in scalars.items():
+            self.add_scalar(tag, value, step)
+        for tag, values in histograms.items():
+            self.add_histogram(tag, values, step)
+
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Writes one figure of a step."""
         from tensorboardX.summary import scalar
@@ -57,7 +65,7 @@ class EventFile:
         with writing(self._path):
             self._writer.flush()
 
-    def close(self) -> None:
-        """Ends the file."""
+    def close(self, completed: bool = True) -> None:
+        """Ends the file, whether or not the run has made all of its steps."""
         with writing(self._path):
             self._writer.close()

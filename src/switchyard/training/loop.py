@@ -1,6 +1,7 @@
 """Trains a run: its folder, exact resume, evaluation, checkpoints and a clean stop on a signal."""
 
 import contextlib
+import functools
 import math
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ from switchyard.training.evaluate import Evaluation, create_evaluator, evenly_sp
 from switchyard.training.finite import check_evaluation, check_step
 from switchyard.training.limits import check_mesh, with_defaults
 from switchyard.training.lock import locked
+from switchyard.training.loggers import check_loggers, open_loggers
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
 from switchyard.training.optimizer import forces_choices
 from switchyard.training.randomness import NOISE_RULE, draw_noise, random_state
@@ -73,10 +75,18 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             a key was changed that would change the model; bad or other data; a full disk; a loss, a gradient norm, a
             weight or a figure of the evaluation that is not finite.
         Interrupted: SIGINT, SIGTERM or SIGHUP came and the run was saved.
+
+    Examples:
+        >>> import switchyard as sw
+        >>> found = sw.train(sw.load_config("config/quickstart.yaml", ["train.steps=100"]))  # doctest: +SKIP
+        >>> found["validation_loss"] < 3  # doctest: +SKIP
+        True
     """
     if is_scheduler() and world_size() == 1:
         return {}  # one worker meets nobody, and is at work in the run folder already
     check_trusted_section(config.moe, consent=True, say=print if is_first() else lambda line: None)  # the user's own
+    if is_first():
+        check_loggers(config.train.loggers)
     config, compiled = choose_mesh(config, world_size())
     run = Path(config.train.output_dir) / config.train.name
     with locked(run, config.train.name, wanted=is_first()) as existed:
@@ -214,8 +224,9 @@ class Trainer:
         self.validation = data.validation()
         self.sample = evenly_spaced(len(self.validation), train.eval_batches)
         self.sampler = create_sampler(step.model, config, data, mesh)
-        self.metrics = MetricsLog(run, self.done, self.processes.is_first, config.moe_layers)
         self.progress = Progress(train.steps, self.done, config.unit)
+        loggers = functools.partial(open_loggers, config, run, self.done, self.progress.say)
+        self.metrics = MetricsLog(run, self.done, self.processes.is_first, config.moe_layers, loggers)
         self.compile_seconds: float | None = None
         record = config.moe.record
         self.recorder = None

@@ -1,10 +1,10 @@
-"""Writes the metrics of a run: JSON lines, TensorBoard events, and lines or a progress bar on the terminal."""
+"""Writes the metrics of a run: JSON lines, loggers such as TensorBoard, and lines or a progress bar on the terminal."""
 
 import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from switchyard.file_errors import append, writing
 from switchyard.json_text import to_json
 from switchyard.training.audit import MOST_SHOWN, histograms, layer_audits, layer_line, scalars, step_arrays
 from switchyard.training.events import EventFile
+from switchyard.training.loggers import Logger
 
 METRICS = "metrics.jsonl"
 EVALUATION, RESUMED = "evaluation", "resumed"  # kinds of lines
 
 
 class MetricsLog:
-    """Writes metrics.jsonl and TensorBoard events of a run folder.
+    """Writes metrics.jsonl of a run folder, and hands its figures to loggers.
 
     Each line is one JSON object with `kind` ("train", "evaluation", "sample", "exchanges", "resumed") and `step`; see
     `train_figures`, `Evaluation.to_dict`, `TextSampler` and `Change.to_dict` for the rest. There is one line of a kind
@@ -34,22 +35,30 @@ class MetricsLog:
         run: the run folder.
         resume_step: lines and events after this step are dropped; 0 starts anew.
         writes: False leaves both to another process, and only knows what they hold.
-        layers: indices of the conditional layers, which the events of their audits are named by.
+        layers: indices of the conditional layers, which the figures of their audits are named by.
+        open_loggers: makes the loggers; None makes that of TensorBoard.
 
     Raises:
         UserError: from any of its methods, where a file cannot be written; metrics.jsonl keeps whole lines.
     """
 
-    def __init__(self, run: Path, resume_step: int = 0, writes: bool = True, layers: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        run: Path,
+        resume_step: int = 0,
+        writes: bool = True,
+        layers: tuple[int, ...] = (),
+        open_loggers: Callable[[], Sequence[Logger]] | None = None,
+    ):
         self._path, self._layers = run / METRICS, layers
         kept = _kept(self._path, resume_step) if resume_step else {}
         self._evaluations = {key: line for key, line in kept.items() if key[0] == EVALUATION}
         self._known = set(kept)
-        self._file = self._events = None
+        self._file, self._loggers = None, ()
         if not writes:
             return
         self._begin(kept.values())
-        self._events = EventFile(run, resume_step + 1 if resume_step else None)
+        self._loggers = open_loggers() if open_loggers else [EventFile(run, resume_step + 1 if resume_step else None)]
 
     def _begin(self, lines: Iterable[str]) -> None:
         """Replaces the file by one of these lines, and opens it behind them."""
@@ -64,10 +73,10 @@ class MetricsLog:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         with contextlib.suppress(*([UserError] if kind else [])):
-            self.close()
+            self.close(completed=kind is None)
 
     def write(self, figures: dict[str, Any]) -> None:
-        """Appends one object; its numbers become TensorBoard scalars named kind/key, see also `audit.scalars`.
+        """Appends one object; loggers get its numbers, named kind/key, see also `audit.scalars`.
 
         An evaluation that is there already, made again by a resumed run, takes the place of the first.
         """
@@ -83,18 +92,16 @@ class MetricsLog:
             self._begin(other for other in _lines(self._path) if other != before)
         with writing(self._path):
             append(self._file, line)
-        for name, value in figures.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._events.add_scalar(f"{figures['kind']}/{name}", value, figures["step"])
-        self._write_audits(figures)
+        self._log(figures)
 
-    def _write_audits(self, figures: dict[str, Any]) -> None:
-        """Writes the audit of every conditional layer as TensorBoard events."""
+    def _log(self, figures: dict[str, Any]) -> None:
+        """Hands the numbers of a line, and the audit of every conditional layer, to the loggers."""
         kind, step, audits = figures["kind"], figures["step"], layer_audits(figures, self._layers)
-        for tag, value in scalars(kind, audits):
-            self._events.add_scalar(tag, value, step)
-        for tag, values in histograms(kind, audits):
-            self._events.add_histogram(tag, values, step)
+        numbers = {f"{kind}/{name}": value for name, value in figures.items() if isinstance(value, (int, float))}
+        del numbers[f"{kind}/step"]  # the axis
+        numbers |= scalars(kind, audits)
+        for logger in self._loggers:
+            logger.log(step, numbers, dict(histograms(kind, audits)))
 
     def evaluated(self, step: int, whole: bool) -> float | None:
         """Returns the loss of an evaluation that the lines of the run hold, of the whole validation set or of a part.
@@ -109,15 +116,16 @@ class MetricsLog:
         return (kind, step, True) in self._known
 
     def flush(self) -> None:
-        """Brings events to the disk, so that a run that is killed later shows them."""
-        if self._events is not None:
-            self._events.flush()
+        """Brings figures to the disk, so that a run that is killed later shows them."""
+        for logger in self._loggers:
+            logger.flush()
 
-    def close(self) -> None:
-        """Ends both files."""
+    def close(self, completed: bool = True) -> None:
+        """Ends the file and the loggers, which are told whether the run has made all of its steps."""
         if self._file is not None:
             self._file.close()
-            self._events.close()
+        for logger in self._loggers:
+            logger.close(completed)
 
 
 @dataclass

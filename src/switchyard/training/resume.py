@@ -29,6 +29,7 @@ FREE_ON_RESUME = (
     "train.name",
     "train.output_dir",
     "train.steps",
+    "train.loggers",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",

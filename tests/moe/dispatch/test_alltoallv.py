@@ -7,6 +7,7 @@ is in test_collectives.
 import numpy as np
 import pytest
 from mindspore import Tensor
+from oracles.marks import long_but
 
 from switchyard.config import build
 from switchyard.distributed.placement import ParallelDims
@@ -69,7 +70,7 @@ def assert_equal(config, reports, batches, reference):
     return found
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=long_but(FORMS, ["dropless"]))
 def four(request, workers):
     """(form, reports of 4 ranks); the bias is a weight, so graphs serve balanced and skewed routing."""
     return request.param, compiled(skewed(request.param, 0.0))
@@ -129,6 +130,10 @@ CASES = {
             "model_parallel": 2,
         },
     ),
+    "SwiGLU, static, jitter": (
+        "dropless_static",
+        {"model": {"activation": "swiglu"}, "moe": {"shared_expert_num": 1, "jitter": 0.1}},
+    ),
     "SwiGLU by its operator": ("dropless", {"model": {"activation": "swiglu"}}),
     "SwiGLU composed": ("dropless", {"model": {"activation": "swiglu"}, "context": {"fused_operators": False}}),
     "as other devices compose": ("dropless", {"context": {"fused_operators": False}}),
@@ -136,8 +141,13 @@ CASES = {
 }
 
 
+SHORT = (
+    *("one expert a rank, refused choices, ZeRO, recompute", "SwiGLU, static, jitter", "as other devices compose"),
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", long_but(CASES, SHORT))
 def test_further_layouts(name, monkeypatch):
     form, tree = CASES[name]
     figures, loss_of = [], virtual.loss_of

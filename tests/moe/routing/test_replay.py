@@ -287,7 +287,7 @@ def _run(folder, name, **sections):
     sections["train"] = {"name": name, "steps": 4, "gradient_accumulation_steps": 2} | sections.get("train", {})
     sections["model"] = {"num_layers": 2} | sections.get("model", {})
     sections["moe"] = MOE | {"expert_num": 4} | sections.get("moe", {})
-    config = run_config(folder, **sections)
+    config = run_config(folder, **sections, context={"mode": "pynative"})
     train(config)
     return config, folder / "runs" / name
 
