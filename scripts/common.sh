@@ -144,7 +144,7 @@ set_up() {
     fi
     if [[ "$kind" == tests ]]; then
         requirements="requirements-test.txt"
-        files=(requirements-test.txt "${files[@]}")
+        files=(requirements-test.txt requirements-docs.txt "${files[@]}")
     fi
     stamp="$VENV/complete-$kind"
     log="$VENV/install.log"

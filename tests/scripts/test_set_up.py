@@ -28,6 +28,7 @@ class Clone:
         shutil.copytree(ROOT / "scripts", self.root / "scripts")
         (self.root / "requirements.txt").write_text("")
         (self.root / "requirements-test.txt").write_text("-r requirements.txt\n")
+        (self.root / "requirements-docs.txt").write_text("")
         for name in ("train", "eval", "export", "infer"):
             (self.root / f"{name}.py").write_text(PRINT_ARGUMENTS)
         for name in NAMES:
@@ -122,12 +123,12 @@ def test_a_command_line_uses_the_code_beside_it(program, tmp_path):
     assert done.stdout.strip() == str(package / "cli.py"), done.stderr
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-test.txt"])
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-test.txt", "requirements-docs.txt"])
 def test_requirements_do_not_depend_on_the_current_folder(name):
     """pip reads `-r` beside the file, but `-e .` and `./package` where it was called."""
     lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
     for line in filter(None, lines):
-        assert re.fullmatch(r"-r requirements\.txt|[A-Za-z0-9-]+[<>=]=[0-9.]+(,<[0-9.]+)?", line), line
+        assert re.fullmatch(r"-r requirements(-docs)?\.txt|[A-Za-z0-9-]+[<>=]=[0-9.]+(,<[0-9.]+)?", line), line
 
 
 def test_complete_environment_is_reused(ready):
