@@ -101,15 +101,15 @@ def test_gpu_table_says_what_did_not_run(gpu_tables):
 @pytest.mark.parametrize(
     "said",
     [
-        "error: train.replica_check_every: 'head.weight' is not the same on ranks 1 as on 0 after step 21, and must be; ..",
-        "error: train.replica_check_every: 'head.weight' differs between ranks 1 and ranks 0 after step 21, although ..",
+        "train.replica_check_every: 'head.weight' is not the same on ranks 1 as on 0 after step 21, and must be; ..",
+        "train.replica_check_every: 'head.weight' differs between ranks 1 and ranks 0 after step 21, although ..",
     ],
     ids=["version 0.1", "version 0.2"],
 )
 def test_a_stopped_job_is_told_in_plain_words(gpu_tables, said):
     told = gpu_tables.ended({"code": 2, "said": said, "newest": ["step-00000020"]})
     assert told == (
-        "the replica check stopped the job after step 21, because `head.weight` differed on rank 1; `step-00000020` stays "
-        "the newest checkpoint"
+        "the replica check stopped the job after step 21, because `head.weight` differed on rank 1; `step-00000020` "
+        "stays the newest checkpoint"
     )
     assert gpu_tables.ended({"code": 0, "end": "80 steps ended well"}) == "80 steps ended well"

@@ -72,7 +72,7 @@ def _draw_accuracy(axes, history: History) -> None:
     _mark_last(axes, history.validation_steps, percent, "{:.1f} %", below=True)
     axes.set(title="accuracy", xlabel="step", ylabel="right answers (%)", ylim=(0, 103))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right")
 
 
 def _mark_last(axes, steps, values, text: str, below: bool = False) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
+import yaml
+
 from switchyard.cli import Parser, run
 from switchyard.config import Config, build
 from switchyard.errors import UserError
@@ -48,6 +50,25 @@ ROUTERS = {  # keys of `moe` where the defaults below do not fit the router
     "two_level": {"router": {"name": "two_level", "n_group": 2}},
 }
 MOE = {"expert_num": 4, "layers": "all", "losses": {}, "aux_loss_factor": 0.0, "z_loss_factor": 0.0}
+KEYS = (  # further keys, as they are written on a command line
+    "model.compute_dtype=bfloat16",
+    "model.compute_dtype=float16",
+    "model.dropout=0.1",
+    "model.tie_word_embeddings=true",
+    "moe.copies=2",
+    "moe.granularity=slice moe.slice_length=2",
+    "moe.granularity=slice moe.slice_length=2 moe.shared_expert_num=1",
+    "moe.groups=1",
+    "moe.record=choices.safetensors",
+    "moe.replay=choices.safetensors",
+    "moe.router_warmup_steps=3",
+    "moe.router_freeze_step=3",
+    "moe.shared_expert_num=1",
+    "train.gradient_accumulation_steps=2",
+    "train.eval_every=10",
+    "context.mode=pynative",
+)
+TRIED = ("data", "stages")  # degrees that they are tried with
 VOCABULARY = 16
 
 
@@ -67,12 +88,16 @@ class Row(NamedTuple):
     answers: tuple[str, ...]
 
 
-def configuration(router: str, dispatch: str, network: str, parallel: dict | None = None) -> Config:
+def configuration(router: str, dispatch: str, network: str, parallel: dict | None = None, keys: str = "") -> Config:
     """Returns a small configuration of a combination (UserError: a rule between its fields does not hold)."""
     tree = NETWORKS[network]
     moe = MOE | {"router": router} | ROUTERS.get(router, {}) | tree.get("moe", {}) | {"dispatch": dispatch}
     shared = {"moe": moe, "parallel": parallel or {}, "data": {"batch_size": 8}, "train": {"eval_every": 0}}
-    return build(tree | shared)
+    tree = tree | shared
+    for key, value in (word.split("=") for word in keys.split()):
+        section, name = key.split(".")
+        tree[section] = tree.get(section, {}) | {name: yaml.safe_load(value)}
+    return build(tree)
 
 
 @cache
@@ -90,12 +115,12 @@ def network_of(router: str) -> str | None:
     return next((name for name in NETWORKS if not why_not_created(router, "capacity", name)), None)
 
 
-def answer(router: str, dispatch: str, network: str, parallel: dict, target: str) -> str:
+def answer(router: str, dispatch: str, network: str, parallel: dict, target: str, keys: str = "") -> str:
     """Returns COMPILED, EXPLICIT, or the line with which the program refuses a combination."""
     if refused := why_not_created(router, dispatch, network):
         return refused
     try:
-        config = configuration(router, dispatch, network, parallel)
+        config = configuration(router, dispatch, network, parallel, keys)
         reason = check_mesh(config, config.devices, target)
         refuse(of_sizes(config, target))
     except UserError as error:
@@ -133,10 +158,10 @@ def reason(refusal: str, router: str) -> str:
 def render() -> str:
     """Returns the tables of all devices as Markdown, and below them the reasons by their numbers."""
     reasons: dict[str, int] = {}
-    parts = [_table(target, reasons) for target in TARGETS]
+    parts = [*(_table(target, reasons) for target in TARGETS), _table_of_keys(reasons)]
     alone = ", ".join(f"`{name}`" for name in known_routers() if network_of(name) is None)
     notes = [f"{number}. {text}" for text, number in reasons.items()]
-    parts.append("\n".join(["Why not:", "", *notes]))
+    parts.append("\n".join(["Reasons, as the refusal has them: the value that is allowed, or the remedy.", "", *notes]))
     if alone:
         parts.append(f"No network that `train.py` builds gives these routers what they need: {alone}.")
     return "\n\n".join(parts)
@@ -150,6 +175,18 @@ def _table(target: str, reasons: dict[str, int]) -> str:
         cells = (cell if cell in (COMPILED, EXPLICIT) else _number(cell, reasons) for cell in row.answers)
         names, dispatches = (", ".join(f"`{name}`" for name in part) for part in (row.routers, row.dispatches))
         lines.append(f"| {row.network} | {names} | {dispatches} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _table_of_keys(reasons: dict[str, int]) -> str:
+    """Returns the table of further keys, with router switch and capacities; adds the reasons that are new."""
+    columns = [(target, degree) for target in TARGETS for degree in TRIED]
+    lines = [f"| Further key | {' | '.join(f'{target}: {degree}' for target, degree in columns)} |"]
+    lines.append("|" + " --- |" * (1 + len(columns)))
+    for keys in KEYS:
+        found = (answer("switch", "capacity", "text", DEGREES[degree], target, keys) for target, degree in columns)
+        cells = (line if line in (COMPILED, EXPLICIT) else _number(reason(line, "switch"), reasons) for line in found)
+        lines.append(f"| `{keys}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
