@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 
 import switchyard as sw
 
+ms.set_context(mode=ms.GRAPH_MODE)  # compiled: fast steps
 ms.set_seed(1)
 digits = load_digits()
 images, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)

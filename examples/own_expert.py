@@ -36,6 +36,7 @@ class LowRank(sw.Expert):
 # Each quarter of the rows is to be turned in a way of its own. `moe_intermediate_size` is the rank.
 
 # %%
+ms.set_context(mode=ms.GRAPH_MODE)  # compiled: fast steps
 ms.set_seed(1)
 layer = sw.MoELayer(16, 4, router="top_k", experts="low_rank", moe_intermediate_size=8, init_method_std=0.3, seed=1)
 kinds, noise = ops.randn(4, 16), 0.3 * ops.randn(256, 16)

@@ -32,6 +32,9 @@ def overconfidence(routing, valid, choices, length):
 
 
 # %%
+ms.set_context(mode=ms.GRAPH_MODE)  # compiled: fast steps
+
+
 def train(weight: float) -> sw.MoELayer:
     """Trains a layer for 40 steps."""
     ms.set_seed(1)

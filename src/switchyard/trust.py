@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from switchyard.errors import UserError
 
@@ -30,14 +31,16 @@ def names_key(overrides: list[str] | tuple[str, ...], key: str) -> bool:
     return any(override.partition("=")[0].strip() == key for override in overrides)
 
 
-def own_names(moe) -> list[tuple[str, str]]:
+def own_names(moe: Any) -> list[tuple[str, str]]:
     """Returns (key, name) of all that a section `moe` takes from files of the user."""
     named = [(KEY, moe.router), ("moe.experts", moe.experts), ("moe.dispatcher", moe.dispatcher)]
     named += [("moe.losses", name) for name in moe.losses]
     return [(key, str(name)) for key, name in named if name is not None and is_own(name)]
 
 
-def check_trusted_section(moe, consent: bool, say: Callable[[str], None], overrides=()) -> None:
+def check_trusted_section(
+    moe: Any, consent: bool, say: Callable[[str], None], overrides: list[str] | tuple[str, ...] = ()
+) -> None:
     """Does what `check_trusted` does for all that a section `moe` takes from files of the user.
 
     Args:

@@ -37,7 +37,7 @@ def test_a_mistake_is_said_once_and_ends_all(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def until(done, seconds: float = 90.0):
+def until(done, seconds: float = 300.0):
     """Waits for something to be true."""
     end = time.monotonic() + seconds
     while not (found := done()):
@@ -50,6 +50,16 @@ def newest(folder: Path) -> int:
     """Step of the newest checkpoint, 0 before the first."""
     found = checkpoint.listed(folder / "runs" / "tiny")
     return int(found[-1].name.split("-")[1]) if found else 0
+
+
+def until_saved(job, folder: Path, after: int) -> None:
+    """Waits until a job has saved a step beyond `after`; ends all that it has started where that does not come."""
+    try:
+        until(lambda: newest(folder) > after)
+    except AssertionError:
+        for process in [*tree_of(job), psutil.Process(job.pid)]:
+            process.kill()
+        raise
 
 
 def tree_of(job) -> list[psutil.Process]:
@@ -68,7 +78,7 @@ def ended(job, tree, timeout: float = 60.0) -> str:
 def stopped(folder: Path, command: list[str], after: int) -> int:
     """Sends SIGTERM to a job once it has saved a step beyond `after`; returns the step that the signal has saved."""
     job = start(command)
-    until(lambda: newest(folder) > after)
+    until_saved(job, folder, after)
     tree = tree_of(job)
     os.kill(job.pid, signal.SIGTERM)
     said = ended(job, tree)
@@ -82,7 +92,7 @@ def stopped(folder: Path, command: list[str], after: int) -> int:
 def killed(folder: Path, command: list[str], after: int) -> tuple[dict[int, float], int]:
     """Kills a worker of a job once it has saved a step beyond `after`; returns the losses and the newest step saved."""
     job = start(command)
-    until(lambda: newest(folder) > after)
+    until_saved(job, folder, after)
     tree = tree_of(job)
     worker = next(
         child for child in tree if child.environ().get("RANK_ID") == "1" and "train.py" in str(child.cmdline())

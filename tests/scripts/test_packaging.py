@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from switchyard import __version__
+from switchyard.training.loggers import TRACKERS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,14 +37,18 @@ def declared(lines: list[str]) -> dict[str, Requirement]:
 
 
 def pinned(name: str) -> dict[str, Requirement]:
-    """The requirements of a file, by canonical name."""
-    lines = ((ROOT / name).read_text(encoding="utf-8")).splitlines()
-    return declared([line for line in lines if line and not line.startswith(("#", "-r"))])
+    """The requirements of a file and of those that it names, but for requirements.txt, by canonical name."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    found = declared([line for line in lines if line and not line.startswith(("#", "-r"))])
+    others = [line.removeprefix("-r ") for line in lines if line.startswith("-r ")]
+    for other in others:
+        found |= {} if other == "requirements.txt" else pinned(other)
+    return found
 
 
 def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
     """(top-level module, whether the import stands outside functions) of each import, and of each `require(...)`."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = WithoutTypes().visit(ast.parse(path.read_text(encoding="utf-8")))
     outside = set(map(id, _outside(tree)))
     for node in ast.walk(tree):
         names = []
@@ -54,6 +59,13 @@ def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require" and node.args:
             names = [node.args[0].value] if isinstance(node.args[0], ast.Constant) else []
         yield from ((name.partition(".")[0], id(node) in outside) for name in names)
+
+
+class WithoutTypes(ast.NodeTransformer):
+    """Leaves out what only type checkers read."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
 
 
 def _outside(node: ast.AST) -> Iterator[ast.AST]:
@@ -72,15 +84,17 @@ def used(outside: bool) -> set[str]:
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
-    base, optional = declared(PROJECT["dependencies"]), declared(EXTRAS["train"] + EXTRAS["report"] + EXTRAS["loggers"])
+    base, optional = declared(PROJECT["dependencies"]), declared(EXTRAS["train"] + EXTRAS["report"])
     assert used(outside=True) <= base.keys()
     assert used(outside=False) - {"mindformers"} == base.keys() | optional.keys()
+    assert {tracker.package for tracker in TRACKERS.values()} == declared(EXTRAS["loggers"]).keys()
 
 
 def test_a_module_finds_the_imports_of_a_file(tmp_path):
     """The oracle of the test above sees each form of import."""
     path = tmp_path / "a.py"
-    path.write_text("import os.path, b\nclass C:\n    from c.d import e\ndef f():\n    import g\n    require('h.i')\n")
+    lines = ("import os.path, b", "class C:", "    from c.d import e", "def f():", "    import g", "    require('h.i')")
+    path.write_text("\n".join((*lines, "if TYPE_CHECKING:", "    import t")))
     assert sorted(imports_of(path)) == [("b", True), ("c", True), ("g", False), ("h", False), ("os", True)]
 
 

@@ -87,11 +87,13 @@ def test_wandb_gets_figures_with_their_step_as_the_axis(tmp_path, calls):
     assert calls.of("wandb.finish") == [((), {"exit_code": 1})]
 
 
-def test_mlflow_gets_parameters_once_and_metrics_by_step(tmp_path, calls):
+def test_mlflow_gets_parameters_once_and_metrics_by_step(tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(loggers, "BATCH", 30)
     (logger,) = opened(tmp_path / "run", "mlflow")
     parameters = [one for _, named in calls.of("mlflow.log_batch") for one in named["params"]]
-    assert ("param", "train.name", "mine") in parameters and len(parameters) > 100
-    assert all(len(named["params"]) <= 100 for _, named in calls.of("mlflow.log_batch"))
+    assert ("param", "train.name", "mine") in parameters
+    assert len(parameters) == len(set(parameters)) == sum(map(len, run_config().model_dump().values()))
+    assert all(len(named["params"]) <= 30 for _, named in calls.of("mlflow.log_batch"))
     assert calls.of("client")[0][1]["tracking_uri"] == (tmp_path / "mlruns").as_uri()
     logger.log(3, {"train/loss": 1.5}, {"train/load": np.ones(2)})
     ((identifier, metrics), _) = calls.of("mlflow.log_batch")[-1]

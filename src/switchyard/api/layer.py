@@ -30,7 +30,7 @@ LOADS = len(metrics.SCALARS)  # where the loads begin in the statistics
 
 
 @constexpr
-def check_inputs(shape: tuple, width: int, groups: int, missing: tuple) -> None:
+def check_inputs(shape: tuple[int, ...], width: int, groups: int, missing: tuple[str, ...]) -> None:
     """Refuses inputs that the layer cannot read, while a graph is compiled (UserError).
 
     Args:
@@ -108,7 +108,7 @@ class MoELayer(nn.Cell):
     ):
         super().__init__()
         seed = int(np.random.randint(2**31)) if seed is None else seed
-        config = layer_config(hidden_size, expert_num, seed, getattr(mesh, "groups", 1), with_names(keys))
+        config = layer_config(hidden_size, expert_num, seed, getattr(mesh, "groups", 1), with_names(dict(keys)))
         self.config, self.return_losses, self.mesh = config, return_losses, mesh
         self.hidden_size, self.groups, slices = hidden_size, config.groups, NoiseSlices()
         std, dtype = (config.model.init_method_std,) * 2, DTYPES[config.model.compute_dtype]
@@ -135,11 +135,11 @@ class MoELayer(nn.Cell):
         loss = self.noted(stats)
         if self.return_losses:
             return out, loss
-        return self.attach(out, loss, self.loss_scale) if self.training else out
+        return self.attach(out, loss * self.loss_scale) if self.training else out
 
-    def missing(self, token_ids: Tensor, task_ids: Tensor) -> tuple:
+    def missing(self, token_ids: Tensor, task_ids: Tensor) -> tuple[str, ...]:
         """Returns the names of inputs that the router reads and that are None."""
-        names = ()
+        names = ()  # type: tuple[str, ...]  # a comment: this is compiled
         if self.moe.takes_tokens and token_ids is None:
             names = (*names, "token_ids")
         if self.moe.takes_tasks and task_ids is None:
@@ -209,13 +209,13 @@ class MoELayer(nn.Cell):
             scale: a number, or a Tensor with one, whose value is copied.
         """
         value = float(scale.asnumpy()) if isinstance(scale, Tensor) else float(scale)
-        self.loss_scale.set_data(Tensor(value, mstype.float32))
+        ops.assign(self.loss_scale, Tensor(value, mstype.float32))  # a compiled value_and_grad does not see set_data
 
     def update_router(self) -> None:
         """Moves the bias of a router that balances by one, by the load of all training passes since the last call."""
-        if self.has_bias:
-            self.moe.router.update(self.load.asnumpy())
-            self.load.set_data(Tensor(np.zeros(self.load.shape, np.float32)))
+        if self.load is not None:
+            self.moe.router.update(self.load.asnumpy().copy())
+            ops.assign(self.load, Tensor(np.zeros(self.load.shape, np.float32)))
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Declares the layouts: rows are sharded by data shards, experts by expert shards.

@@ -108,8 +108,8 @@ def load_checkpoint(
     from switchyard.trust import check_trusted_section
 
     held = store.read(path, with_optimizer=False)
-    config = overridden(held.config, overrides)
-    check_trusted_section(config.moe, trust_code, say, overrides)
+    config = overridden(held.config, tuple(overrides))
+    check_trusted_section(config.moe, trust_code, say, tuple(overrides))
     tokenizer = Tokenizer.from_json(held.tokenizer_json) if config.model.type == "decoder" else None
     model = models.create_model(config, tokenizer.vocab_size if tokenizer else 0)
     store.load_weights(model, held.weights)

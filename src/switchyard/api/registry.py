@@ -10,7 +10,7 @@ from switchyard.moe.routing.base import Router, known_routers
 from switchyard.moe.routing.base import register as register_router
 from switchyard.moe.routing.losses import LOSSES, OWN_LOSSES
 
-Kind = TypeVar("Kind", bound=Callable)
+Kind = TypeVar("Kind", bound=Callable[..., Any])
 
 
 def register(name: str) -> Callable[[Kind], Kind]:

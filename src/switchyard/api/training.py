@@ -71,7 +71,8 @@ class MoECallback(Callback):
     """Does in mindspore.Model.fit and Model.train what conditional layers need around a step.
 
     Before each step the layers get the loss scale of the training network, where it has one. After each step the biases
-    of balancing routers move, see `update_routers`.
+    of balancing routers move, see `update_routers`. With dataset_sink_mode MindSpore calls it once for many steps: set
+    it to False.
 
     Examples:
         >>> import switchyard as sw
@@ -81,8 +82,10 @@ class MoECallback(Callback):
     def on_train_step_begin(self, run_context) -> None:
         """Hands the loss scale to the layers."""
         network = run_context.original_args().train_network
-        if getattr(network, "scale_sense", None) is not None:
-            set_loss_scale(network, network.scale_sense)
+        for _, cell in network.cells_and_names():
+            scale = getattr(cell, "scale_sense", getattr(cell, "sens", None))
+            if isinstance(cell, nn.TrainOneStepCell) and scale is not None:
+                set_loss_scale(network, scale)
 
     def on_train_step_end(self, run_context) -> None:
         """Moves the biases."""

@@ -283,7 +283,7 @@ class Router(nn.Cell):
         """Adapts the state on the host after a training step; load [E]: choices that each expert got on all devices.
 
         Where ZeRO shards the state, the entries that other devices hold are zeros here: an entry may depend on the load
-        and on itself only.
+        and on itself only. Write by ops.assign: a compiled mindspore.value_and_grad does not see what set_data sets.
         """
 
     def shard(self, mesh: CompiledMesh) -> None:

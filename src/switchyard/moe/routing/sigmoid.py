@@ -63,7 +63,7 @@ class Sigmoid(LinearRouter):
     def update(self, load: np.ndarray) -> None:
         """Moves the bias against the load [E] of a training step (arXiv 2408.15664, algorithm 1)."""
         if self.rate > 0:
-            self.bias.set_data(Tensor(self.bias.asnumpy() + bias_step(load, self.rate)))
+            ops.assign(self.bias, Tensor(self.bias.asnumpy() + bias_step(load, self.rate)))  # see Router.update
 
 
 class GroupLimit(nn.Cell):
