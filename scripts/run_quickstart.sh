@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # ==============================================================================
 # From a fresh clone to generated text: makes .venv, trains, evaluates, exports,
-# generates from the export, and closes with one table and a picture.
+# generates from the export, and closes with one table, a picture and a report.
 #
 # Usage: bash scripts/run_quickstart.sh [OPTION ...] [section.key=value ...]
 #
@@ -72,10 +72,15 @@ generate() {
         >"$run/generation.json"
 }
 
+report() {
+    "$VENV/bin/python" -m switchyard.report "$run" >/dev/null # the closing table names it
+}
+
 step set-up set_up run
 step training run_program train.py --config "$config" "train.output_dir=$out" "train.name=$free" \
     "${overrides[@]+"${overrides[@]}"}"
 step evaluation evaluate
 step export run_program export.py --checkpoint "$run" --out "$run/export"
 step generation generate
+step report report
 "$VENV/bin/python" -m switchyard.report.quickstart "$run" --seconds "${seconds[@]}"

@@ -19,8 +19,8 @@ def test_a_command_gets_its_arguments(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "error: switchyard: needs a command; one of train, eval, export, infer, sweep"),
-        (["trian"], "error: switchyard: 'trian'; unknown command; one of train, eval, export, infer, sweep"),
+        ([], "error: switchyard: needs a command; one of train, eval, export, infer, report, sweep"),
+        (["trian"], "error: switchyard: 'trian'; unknown command; one of train, eval, export, infer, report, sweep"),
     ],
 )
 def test_no_command_is_one_line(arguments, says, capsys):

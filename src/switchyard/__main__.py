@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
     "eval": (commands.eval_main, "evaluates a checkpoint over its run's validation set"),
     "export": (commands.export_main, "writes a checkpoint as MindIR"),
     "infer": (commands.infer_main, "continues text, or classifies images, with an exported model"),
+    "report": (module("switchyard.report"), "writes one HTML page about runs; report live RUN watches a run"),
     "sweep": (module("switchyard.sweep"), "trains a configuration with every combination of some values"),
 }
 

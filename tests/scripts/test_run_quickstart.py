@@ -45,6 +45,9 @@ def test_quickstart_from_end_to_end(tmp_path):
     assert [name for name in table if name.startswith("expert load")] == ["expert load, layer 1"]
     assert "export parity" in table
     assert table["generation"].strip() == f"{generation['tokens_per_second']:.0f} tokens/s"
-    picture = Path(done.stdout.splitlines()[-1].removeprefix("loss and load: "))
+    *_, picture, report = done.stdout.splitlines()
+    assert report == picture.replace("loss and load: ", "report: ").replace("picture.png", "report.html")
+    assert "a validation text by expert" in (run / "report.html").read_text(encoding="utf-8").lower()
+    picture = Path(picture.removeprefix("loss and load: "))
     assert tmp_path.joinpath(picture).read_bytes().startswith(b"\x89PNG")
     assert picture.parent.name == "quickstart-2"

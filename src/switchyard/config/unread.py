@@ -85,8 +85,7 @@ def _by_network(config: Config) -> Iterator[Unread]:
     if network == "decoder":
         yield Unread((*_all_but("vision", ()), *_all_but("cascade", ())), "model.type 'decoder' reads text")
     else:
-        text = ("data.tokenizer", "train.sample_every", "export.max_length")
-        yield Unread(text, f"model.type '{network}' reads images")
+        yield Unread(("data.tokenizer", "export.max_length"), f"model.type '{network}' reads images")
     if network == "vision":
         yield Unread((*_keys("model", TEXT_KEYS), *_all_but("cascade", ())), "model.type 'vision' does not use it")
     if network == "cascade":
@@ -169,8 +168,6 @@ def _by_device(config: Config, target: str) -> Iterator[Unread]:
     if config.devices == 1:
         alone = ("parallel.comm_fusion", "parallel.transformer_opt", "context.launch_blocking")
         yield Unread((*alone, "train.replica_check_every"), "the job runs on one device")
-    else:
-        yield Unread(("train.sample_every",), "only a job of one device samples text")
     if config.parallel.model_parallel == 1:
         yield Unread(("parallel.sequence_parallel",), "only parallel.model_parallel above 1 reads it")
     if target in ("GPU", "CPU"):

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from switchyard.cli import Parser, add_trust_code, run, whole
-from switchyard.report.page import NAME, TOKENS, write_report
+from switchyard.optional import require
 
 LIVE = "live"
 
@@ -12,9 +12,13 @@ LIVE = "live"
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
     if arguments[:1] == [LIVE]:
+        require("rich", "rich", "report: the view in a terminal")
         from switchyard.report.live import main as live
 
         return live(arguments[1:])
+    require("jinja2", "jinja2", "report: the page")
+    from switchyard.report.page import NAME, TOKENS, write_report
+
     parser = Parser(
         prog="python -m switchyard.report",
         description="Writes one self-contained HTML page about runs.",

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 560, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 30
+WIDTH, HEIGHT = 440, 210
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 26
 MOST_POINTS = 300  # of a curve; of more, neighbours are averaged
 TICKS = 5
 
@@ -111,7 +111,7 @@ class Chart:
     """Holds a drawn chart for the page.
 
     Attributes:
-        title: above it.
+        title, unit: above it.
         svg: the drawing.
         legend: (name, colour) of each curve.
         data: what the cross-hair reads: places of x, x, and the numbers of each curve.
@@ -120,6 +120,7 @@ class Chart:
     """
 
     title: str
+    unit: str
     svg: Markup
     legend: list[tuple[str, str]]
     data: dict[str, Any] = field(default_factory=dict)
@@ -143,10 +144,10 @@ def line_chart(
     if not curves:
         return None
     x_axis, y_axis = _axes(curves, log)
-    parts = [_grid(x_axis, y_axis, x_label, y_label)]
+    parts = [_grid(x_axis, y_axis, x_label)]
     for curve in sorted(curves, key=lambda one: not one.faint):
         parts.append(_curve(curve, x_axis, y_axis))
-    parts.append('<line class="hair" y1="12" y2="200" x1="-9" x2="-9"/>')
+    parts.append(f'<line class="hair" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>')
     label = escape(f"{title}: {', '.join(curve.name for curve in curves)}")
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     data = {
@@ -162,7 +163,7 @@ def line_chart(
         ],
         "label": x_label,
     }
-    return Chart(title, Markup(svg), [(curve.name, curve.colour) for curve in curves], data, note)
+    return Chart(title, y_label, Markup(svg), [(curve.name, curve.colour) for curve in curves], data, note)
 
 
 def _axes(curves: list[Series], log: bool) -> tuple[Axis, Axis]:
@@ -175,27 +176,26 @@ def _axes(curves: list[Series], log: bool) -> tuple[Axis, Axis]:
         low, high = low / 1.15, high * 1.15
     else:
         pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        low, high = (0.0 if 0 <= low <= 0.4 * high else low - pad), high + pad
+        low, high = (0.0 if 0 <= low <= 0.2 * high else low - pad), high + pad
     first, last = float(x.min()), float(x.max())
     if first == last:
         first, last = first - 1.0, last + 1.0
     return Axis(first, last, LEFT, WIDTH - RIGHT), Axis(low, high, HEIGHT - BOTTOM, TOP, log)
 
 
-def _grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
-    """Returns lines at round numbers, their labels, and the names of the axes."""
+def _grid(x_axis: Axis, y_axis: Axis, x_label: str) -> str:
+    """Returns lines at round numbers, their labels, and the name of the horizontal axis."""
     parts, floor = [], HEIGHT - BOTTOM
     for value in y_axis.ticks():
         y = float(y_axis.place(value))
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{short(value)}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
     for value in x_axis.ticks():
         x = float(x_axis.place(value))
         if x < WIDTH - RIGHT - 46:  # the name of the axis stands there
             parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 15}" text-anchor="middle">{short(value)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
     parts.append(f'<text class="name" x="{WIDTH - RIGHT}" y="{floor + 15}" text-anchor="end">{escape(x_label)}</text>')
-    parts.append(f'<text class="name" x="{LEFT + 4}" y="{TOP + 8}">{escape(y_label)}</text>')
     return "".join(parts)
 
 
@@ -248,7 +248,9 @@ def flow_chart(flows: Sequence[np.ndarray], layers: Sequence[int], colours: Sequ
         parts.append(
             f'<text class="name" x="{column[0].x + NODE / 2:.1f}" y="14" text-anchor="middle">layer {layer}</text>'
         )
-        parts += [_node(expert, node, int(load[expert]), layer, colours[expert]) for expert, node in enumerate(column)]
+        last = column is columns[-1]
+        for expert, node in enumerate(column):
+            parts.append(_node(expert, node, int(load[expert]), layer, colours[expert], last))
     size = f"0 0 {FLOW_WIDTH} {FLOW_HEIGHT}"
     return Markup(f'<svg class="flow" viewBox="{size}" role="img" aria-label="flow of tokens">{"".join(parts)}</svg>')
 
@@ -290,11 +292,12 @@ def _links(flow: np.ndarray, left: list[Node], right: list[Node], colours, layer
     return "".join(parts)
 
 
-def _node(expert: int, node: Node, count: int, layer: int, colour: str) -> str:
-    label = ""
+def _node(expert: int, node: Node, count: int, layer: int, colour: str, last: bool) -> str:
+    """Returns the bar of an expert, with its number outside of the bands where the bar is high enough."""
+    label, x, anchor = "", (node.x + NODE + 5 if last else node.x - 5), "start" if last else "end"
     if node.height >= 10:
         middle = node.y + node.height / 2 + 3.5
-        label = f'<text class="tick" x="{node.x - 5:.1f}" y="{middle:.1f}" text-anchor="end">{expert}</text>'
+        label = f'<text class="tick" x="{x:.1f}" y="{middle:.1f}" text-anchor="{anchor}">{expert}</text>'
     return (
         f'<rect x="{node.x:.1f}" y="{node.y:.1f}" width="{NODE}" height="{max(node.height, 0.6):.1f}" rx="2" '
         f'fill="{colour}"><title>layer {layer} expert {expert}: {count:,} tokens</title></rect>{label}'

@@ -35,10 +35,12 @@ def curve_charts(runs: Sequence[Records]) -> list[Chart]:
     several = len(runs) > 1
     unit = runs[0].config.unit if runs[0].config else "tokens"
     charts = [_loss_chart(runs), _accuracy_chart(runs)]
-    charts.append(_plain(runs, "Learning rate", TRAIN, "learning_rate", "rate"))
-    charts.append(_plain(runs, "Gradient norm", TRAIN, "gradient_norm", "norm", log=True))
+    charts.append(_plain(runs, "Learning rate", TRAIN, "learning_rate", ""))
+    charts.append(_plain(runs, "Gradient norm", TRAIN, "gradient_norm", "", log=True))
     charts.append(_plain(runs, "Speed", TRAIN, "tokens_per_second", f"{unit} / s"))
-    charts.append(_plain(runs, "Loss scale", TRAIN, "loss_scale", "scale", log=True))
+    charts.append(_plain(runs, "Loss scale", TRAIN, "loss_scale", "", log=True))
+    if any(run.layers for run in runs):
+        charts.append(_plain(runs, "Balance loss", TRAIN, "balance_loss", "mean of the layers"))
     for title, key, axis, note in BY_LAYER:
         charts.append(
             _mean_of_layers(runs, title, key, axis, note) if several else _layers(runs[0], title, key, axis, note)

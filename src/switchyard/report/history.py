@@ -3,7 +3,6 @@
 Legend: T logged steps, M conditional layers, E experts.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.data.tokenizer import expected_vocabulary
 from switchyard.errors import UserError
-from switchyard.files import UnfitError, read_regular
+from switchyard.files import UnfitError
+from switchyard.report.records import parsed, read_text
 from switchyard.training.metrics import METRICS
-
-LONGEST = 1 << 32  # bytes of the metrics
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,12 @@ def read_history(run: Path) -> History:
     Raises:
         UserError: no such file, or no logged step in it.
     """
-    path = run / METRICS
     try:
-        lines = read_regular(path, LONGEST).decode("utf-8").splitlines()
-    except (UnfitError, UnicodeDecodeError) as error:
+        records = parsed(read_text(run))
+    except UnfitError as error:
         raise UserError(f"run '{run}': {METRICS}: {error}; give a run folder such as runs/NAME") from None
     except OSError as error:
         raise UserError(f"run '{run}': {METRICS}: {error.strerror}; give a run folder such as runs/NAME") from None
-    records = [record for record in map(_parsed, lines) if record]
     train = [record for record in records if record["kind"] == "train"]
     # the last of a step counts: the final one is over the whole validation set, those before it over a sample
     evaluations = list({record["step"]: record for record in records if record["kind"] == "evaluation"}.values())
@@ -99,11 +95,3 @@ def answers(config: Config) -> int | None:
         return expected_vocabulary(config.data)
     except UserError:  # a tokenizer that is not there any more
         return None
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "kind" in record and "step" in record else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from switchyard import config as configuration
 from switchyard.checkpoint import store as checkpoint
@@ -19,9 +20,11 @@ from switchyard.config import Config
 from switchyard.data import load_scored
 from switchyard.data.stream_decoder import StreamDecoder
 from switchyard.distributed.processes import on_one_device
+from switchyard.errors import UserError
 from switchyard.report.analysis import NONE
 from switchyard.trust import check_trusted
 
+COPIES = 3  # of the weights while a model is built from a checkpoint
 MOST_CHOICES = 8  # choices of a token that are kept where every expert may take every token
 PASSAGE = 2048  # tokens of the text that is shown in colours
 CHOSEN = "each token counts for the experts that it chose"
@@ -85,6 +88,7 @@ def inspect(
     Raises:
         UserError: no good checkpoint, data that cannot be read, a router that is not trusted.
     """
+    require_memory(checkpoint.resolve(path))
     held = checkpoint.read(path, with_optimizer=False)
     if not held.config.moe_layers:
         return None
@@ -106,6 +110,16 @@ def inspect(
     if config.model.type == "decoder":
         return _text(config, held.step, data.tokenizer, found)
     return _images(config, held.step, data.tokenizer, found)
+
+
+def require_memory(path: Path) -> None:
+    """Refuses the weights of a checkpoint that this machine has no memory for (UserError)."""
+    size, free = sum(file.stat().st_size for file in path.glob("weights*")), psutil.virtual_memory().available
+    if COPIES * size > free:
+        need, room = (f"{number / 1e9:.1f} GB" for number in (COPIES * size, free))
+        raise UserError(
+            f"checkpoint '{path}': about {need} of memory to look at it, {room} are free: use a larger machine"
+        )
 
 
 def _middle(count: int, wanted: int) -> list[int]:

@@ -17,6 +17,7 @@ from switchyard.cli import Parser, run
 from switchyard.errors import UserError
 from switchyard.files import read_regular
 from switchyard.inference import manifest
+from switchyard.report.page import NAME as REPORT
 from switchyard.report.picture import picture
 from switchyard.training.metrics import load_range
 
@@ -92,6 +93,8 @@ def main(arguments: list[str]) -> None:
     table = text(rows(options.run, dict(options.seconds)))
     generation = _read(options.run / GENERATION, ("prompt", "text"))
     print(f"{generation['prompt']}{generation['text']}\n\n{table}\nloss and load: {picture(options.run)}")
+    if (options.run / REPORT).exists():
+        print(f"report: {options.run / REPORT}")
 
 
 if __name__ == "__main__":

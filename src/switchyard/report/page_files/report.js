@@ -230,6 +230,12 @@ $$(".measure").forEach((box) => $$("button", box).forEach((button) => button.add
 $$(".sort").forEach((select) => select.addEventListener("change", render));
 $$("#runs button").forEach((button, at) => button.addEventListener("click", () => choose({ run: at })));
 $("#theme").addEventListener("click", () => setTheme(dark() ? "light" : "dark"));
+$$("nav a").forEach((link) => link.addEventListener("click", (event) => {
+  const section = $(`.run:not([hidden]) section[data-name="${link.hash.slice(1)}"]`);
+  if (!section) return;
+  event.preventDefault();
+  section.scrollIntoView();
+}));
 addEventListener("hashchange", () => { if (readHash()) render(); });
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
