@@ -17,8 +17,8 @@ import switchyard as sw
 
 folder = Path(tempfile.mkdtemp(prefix="switchyard-"))
 tree = {
-    "model": {"num_layers": 2, "hidden_size": 48, "num_heads": 2, "seq_length": 64},
-    "moe": {"router": "switch", "expert_num": 4, "layers": 2},  # every second layer is conditional
+    "model": {"num_layers": 1, "hidden_size": 48, "num_heads": 2, "seq_length": 64},
+    "moe": {"router": "switch", "expert_num": 4},
     "data": {"path": textwrap.__file__, "batch_size": 8},
     "schedule": {"type": "constant", "learning_rate": 3e-3, "warmup_steps": 10},
     "train": {"name": "story", "output_dir": str(folder), "steps": 60, "eval_every": 0, "checkpoint_every": 0},
@@ -45,7 +45,7 @@ sw.export(folder / "story", folder / "export", ["export.max_length=64"])
 # `sw.generate` takes the export, or a run. `sw.load_checkpoint` gives the network, to look at or to train on.
 
 # %%
-text = sw.generate(folder / "export", "def mean(", max_new_tokens=40, temperature=0)
+text = sw.generate(folder / "export", "def mean(", max_new_tokens=40)
 model = sw.load_checkpoint(folder / "story")
 print(f"loss {before['validation_loss']:.3f} on the first text, {after['validation_loss']:.3f} on the second")
 print(f"{sum(one.size for one in model.get_parameters()):,} weights; generated: {text!r}")

@@ -44,17 +44,15 @@ class Network(nn.Cell):
 
 
 # %% [markdown]
-# ## Training
-# `sw.MoECallback` does what some routers and float16 need around each step.
+# ## Training: `sw.MoECallback` does what some routers and float16 need around each step
 
 # %%
 network = Network()
-model = ms.Model(network, nn.CrossEntropyLoss(), nn.Adam(network.trainable_params(), 3e-3), metrics={"accuracy"})
-model.fit(5, train, validation, callbacks=[sw.MoECallback()], dataset_sink_mode=False)
+model = ms.Model(network, nn.CrossEntropyLoss(), nn.Adam(network.trainable_params(), 1e-2), metrics={"accuracy"})
+model.fit(8, train, validation, callbacks=[sw.MoECallback()], dataset_sink_mode=False)
 
 # %% [markdown]
-# ## What the router did
-# The layer tells how many rows each expert got in the last pass, and what its losses were.
+# ## What the router did: the rows that each expert got in the last pass, and the losses
 
 # %%
 print(f"accuracy {model.eval(validation, dataset_sink_mode=False)['accuracy']:.3f}")

@@ -30,16 +30,16 @@ load = network.moe.metrics()["load"]
 figure, axes = pyplot.subplots(figsize=(6, 2.5))
 axes.bar(range(len(load)), load)
 axes.axhline(load.mean(), color="0.4", linestyle="--", label="mean")
-axes.set(xlabel="expert", ylabel="rows of the last batch")
+axes.set(xlabel="expert", ylabel="choices, two a row")
 axes.legend()
 pyplot.show()""",
     "own_loss": """from matplotlib import pyplot
 
-weights = (0.0, 0.01, 0.03, 0.1)
+weights = (0.0, 0.03, 0.1, 0.3, 1.0)
 figure, axes = pyplot.subplots(figsize=(6, 2.5))
 axes.plot([str(weight) for weight in weights], [train(weight).metrics()["entropy"] for weight in weights], "o-")
 axes.axhline(math.log(4), color="0.4", linestyle="--", label="log E: a router that is undecided")
-axes.set(xlabel="weight of the loss", ylabel="entropy (nats)", ylim=(0, 1.5))
+axes.set(xlabel="weight of the loss", ylabel="entropy (nats)")
 axes.legend()
 pyplot.show()""",
 }
@@ -83,7 +83,9 @@ def executed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     Raises:
         nbclient.exceptions.CellExecutionError: a cell fails.
     """
-    os.environ["GLOG_v"] = "4"  # MindSpore's errors too: it looks for a file of each cell that it compiles
+    os.environ |= {
+        "GLOG_v": "4"
+    }  # MindSpore looks for the file of each cell that it compiles, and logs that there is none
     path = filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH")))
     os.environ["PYTHONPATH"] = os.pathsep.join(path)
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +97,7 @@ def executed(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Returns a notebook without times, progress bars and lines of stderr, which differ from machine to machine."""
+    """Returns a notebook without times, lines of stderr and paths, which differ from machine to machine."""
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
@@ -105,13 +107,17 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def joined(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Returns outputs with what was printed in pieces, as the timing had it, in one piece."""
+    """Returns outputs with what was printed in pieces in one piece, without the paths of a machine."""
     found: list[nbformat.NotebookNode] = []
     for output in outputs:
         if found and output.get("name") == found[-1].get("name") == "stdout":
             found[-1].text += output.text
         else:
             found.append(output)
+    for output in found:
+        if output.get("name") == "stdout":
+            text = output.text.replace(sys.base_prefix, "...")
+            output.text = re.sub(r"/tmp/switchyard-\w+", "/tmp/switchyard", text)
     return found
 
 

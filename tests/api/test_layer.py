@@ -127,6 +127,14 @@ def test_metrics_count_what_the_router_did(pynative):
     assert set(found) == names | {"tokens"}
 
 
+@pytest.mark.slow
+def test_a_compiled_evaluation_is_noted_too(graph):
+    layer = create().set_train()
+    layer(rows_of(8, 6))
+    layer.set_train(False)(rows_of(5, 6))
+    assert layer.metrics()["tokens"] == 5 and layer.metrics()["load"].sum() == 10
+
+
 def test_float16_comes_back_as_float16_and_statistics_stay_float32(pynative):
     layer, x = create(compute_dtype="float16").set_train(), rows_of(2, 4, 6)
     out, half = layer(x), layer(x.astype(mstype.float16))

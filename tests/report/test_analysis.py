@@ -39,18 +39,23 @@ def test_mutual_information_by_its_definition():
 
 def test_frequent_tokens_begin_with_the_most_frequent():
     counts = np.array([[5, 1], [9, 9], [0, 4]])
-    found = analysis.frequent_tokens(counts, 0, 5)
-    assert [(use.token, use.count, use.total) for use in found] == [(1, 9, 18), (0, 5, 6)]
-    assert [use.token for use in analysis.frequent_tokens(counts, 1, 2)] == [1, 2]
+    occurrences = np.array([6, 10, 4])  # token 1 chose two experts at 8 of its 10 places
+    found = analysis.frequent_tokens(counts, occurrences, 0, 5)
+    assert [(use.token, use.count, use.total) for use in found] == [(1, 9, 10), (0, 5, 6)]
+    assert [use.token for use in analysis.frequent_tokens(counts, occurrences, 1, 2)] == [1, 2]
 
 
 def test_exclusive_tokens_need_a_count_and_more_than_chance():
     """Token 2 goes to expert 0 alone but twice only; token 1 goes everywhere."""
     counts = np.array([[20, 2], [40, 40], [2, 0]])
-    assert [use.token for use in analysis.exclusive_tokens(counts, 0, 5, 3)] == [0]
-    assert [use.token for use in analysis.exclusive_tokens(counts, 0, 5, 1)] == [2, 0]
-    assert [use.token for use in analysis.exclusive_tokens(counts, 0, 1, 1)] == [2]
-    assert [use.token for use in analysis.exclusive_tokens(counts, 1, 5, 1)] == [1]
+
+    def exclusive(expert: int, most: int, least: int) -> list[int]:
+        return [use.token for use in analysis.exclusive_tokens(counts, counts.sum(1), expert, most, least)]
+
+    assert exclusive(0, 5, 3) == [0]
+    assert exclusive(0, 5, 1) == [2, 0]
+    assert exclusive(0, 1, 1) == [2]
+    assert exclusive(1, 5, 1) == [1]
 
 
 @given(routings())

@@ -83,8 +83,8 @@ def test_what_experts_do_by_hand(folder, monkeypatch):
     found = experts.expert_data(typed_inspection())
     card = found["cards"][0][1]
     assert (card["load"], card["tokens"], card["gate"]) == (1.0, 32, 0.5)
-    assert card["frequent"] == [["<b>", 16, 32], ["fox", 16, 32]]
-    assert card["exclusive"] == [["<b>", 16, 32, 1.0], ["fox", 16, 32, 1.0]]  # twice as often as by chance: 1 bit
+    assert card["frequent"] == [["<b>", 16, 16], ["fox", 16, 16]]
+    assert card["exclusive"] == [["<b>", 16, 16, 1.0], ["fox", 16, 16, 1.0]]  # twice as often as by chance: 1 bit
     assert card["contexts"][1] == ["<b>", "fox", "␣jumps<b>fox␣jumps<b>fox␣jumps<b>fox␣jumps", 0.7]
     assert found["coactivation"][0] == [[32, 16, 0, 16], [16, 32, 16, 0], [0, 16, 32, 16], [16, 0, 16, 32]]
     assert found["text"]["choices"][1][:2] == [[1, 2], [2, 3]]

@@ -280,6 +280,15 @@ def create_parser() -> cli.Parser:
     return parser
 
 
+def require_shipped(config: configuration.Config) -> None:
+    """Refuses experts and dispatchers of a user's own, whose sizes nobody here knows (UserError)."""
+    for key, name in (("moe.experts", config.moe.experts), ("moe.dispatcher", config.moe.dispatcher)):
+        if name is not None:
+            raise UserError(
+                f"{key}: {shortened(name)}; the planner knows only shipped ones: leave it out for an estimate"
+            )
+
+
 def main(arguments: list[str]) -> None:
     """Runs `python -m switchyard.planner`; see its --help."""
     chosen = create_parser().parse_intermixed_args(arguments)
@@ -291,6 +300,7 @@ def main(arguments: list[str]) -> None:
         if number is not None and not 1 <= number <= most:
             raise UserError(f"--{name}: {number}; from 1 to {most}")
     config, memory = configuration.load(chosen.config, chosen.overrides), read_size(chosen.memory)
+    require_shipped(config)
     vocab = chosen.vocab or expected_vocabulary(config.data)
     load = read_load(chosen.tokens_per_expert, config) if chosen.tokens_per_expert else Load()
     if config.devices == chosen.devices:

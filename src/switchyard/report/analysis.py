@@ -3,6 +3,7 @@
 Legend: N tokens, M conditional layers, E experts, K choices of a token, V vocabulary. A choice of -1 is no expert.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ class TokenUse:
     Attributes:
         token: its id.
         count: how often the expert gets it.
-        total: how often it occurs.
+        total: how often it occurs, whatever its experts.
         pmi: pointwise mutual information of token and expert, bits.
     """
 
@@ -49,17 +50,18 @@ def mutual_information(counts: np.ndarray) -> np.ndarray:
         return np.log2(ratio)
 
 
-def frequent_tokens(counts: np.ndarray, expert: int, most: int) -> list[TokenUse]:
-    """Returns the tokens that an expert gets most often, the most frequent first: counts [V, E]."""
-    order = np.argsort(-counts[:, expert], kind="stable")[:most]
-    return _uses(counts, mutual_information(counts), expert, [token for token in order if counts[token, expert]])
+def frequent_tokens(counts: np.ndarray, occurrences: np.ndarray, expert: int, most: int) -> list[TokenUse]:
+    """Returns the tokens that an expert gets most often, the most frequent first: counts [V, E], occurrences [V]."""
+    order = [token for token in np.argsort(-counts[:, expert], kind="stable")[:most] if counts[token, expert]]
+    return _uses(counts, occurrences, mutual_information(counts), expert, order)
 
 
-def exclusive_tokens(counts: np.ndarray, expert: int, most: int, least: int) -> list[TokenUse]:
+def exclusive_tokens(counts: np.ndarray, occurrences: np.ndarray, expert: int, most: int, least: int) -> list[TokenUse]:
     """Returns the tokens that go to an expert rather than to others, by pointwise mutual information.
 
     Args:
         counts: [V, E].
+        occurrences: [V], how often each token occurs.
         expert: its index.
         most: length of the list.
         least: smallest count of a token at the expert: rare tokens have a large mutual information by chance.
@@ -67,12 +69,12 @@ def exclusive_tokens(counts: np.ndarray, expert: int, most: int, least: int) -> 
     information = mutual_information(counts)
     fit = np.flatnonzero((counts[:, expert] >= least) & (information[:, expert] > 0))
     order = sorted(fit, key=lambda token: (-information[token, expert], -counts[token, expert], token))
-    return _uses(counts, information, expert, order[:most])
+    return _uses(counts, occurrences, information, expert, order[:most])
 
 
-def _uses(counts: np.ndarray, information: np.ndarray, expert: int, tokens) -> list[TokenUse]:
+def _uses(counts, occurrences, information, expert: int, tokens: Sequence[int]) -> list[TokenUse]:
     return [
-        TokenUse(int(token), int(counts[token, expert]), int(counts[token].sum()), float(information[token, expert]))
+        TokenUse(int(token), int(counts[token, expert]), int(occurrences[token]), float(information[token, expert]))
         for token in tokens
     ]
 

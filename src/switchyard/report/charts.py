@@ -129,7 +129,13 @@ class Chart:
 
 
 def line_chart(
-    title: str, series: Sequence[Series], x_label: str, y_label: str, log: bool = False, note: str = ""
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    log: bool = False,
+    note: str = "",
+    zero: bool = False,
 ) -> Chart | None:
     """Draws curves over a common axis; None where no curve has a point.
 
@@ -139,11 +145,12 @@ def line_chart(
         x_label, y_label: of the axes.
         log: whether the vertical axis is logarithmic, where all numbers are above 0.
         note: one sentence below the chart.
+        zero: whether a linear vertical axis begins at 0.
     """
     curves = [curve for curve in map(thinned, series) if len(curve.x)]
     if not curves:
         return None
-    x_axis, y_axis = _axes(curves, log)
+    x_axis, y_axis = _axes(curves, log, zero)
     parts = [_grid(x_axis, y_axis, x_label)]
     for curve in sorted(curves, key=lambda one: not one.faint):
         parts.append(_curve(curve, x_axis, y_axis))
@@ -166,7 +173,7 @@ def line_chart(
     return Chart(title, y_label, Markup(svg), [(curve.name, curve.colour) for curve in curves], data, note)
 
 
-def _axes(curves: list[Series], log: bool) -> tuple[Axis, Axis]:
+def _axes(curves: list[Series], log: bool, zero: bool) -> tuple[Axis, Axis]:
     x = np.concatenate([curve.x for curve in curves])
     ends = [end for curve in curves for end in (curve.y, curve.low, curve.high) if end is not None]
     y = np.concatenate(ends)
@@ -176,7 +183,7 @@ def _axes(curves: list[Series], log: bool) -> tuple[Axis, Axis]:
         low, high = low / 1.15, high * 1.15
     else:
         pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        low, high = (0.0 if 0 <= low <= 0.2 * high else low - pad), high + pad
+        low, high = (0.0 if zero or 0 <= low <= 0.2 * high else low - pad), high + pad
     first, last = float(x.min()), float(x.max())
     if first == last:
         first, last = first - 1.0, last + 1.0
@@ -192,7 +199,7 @@ def _grid(x_axis: Axis, y_axis: Axis, x_label: str) -> str:
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
     for value in x_axis.ticks():
         x = float(x_axis.place(value))
-        if x < WIDTH - RIGHT - 46:  # the name of the axis stands there
+        if x < WIDTH - RIGHT - 14 - 6.5 * len(x_label):  # the name of the axis stands there
             parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 15}" text-anchor="middle">{short(value)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
     parts.append(f'<text class="name" x="{WIDTH - RIGHT}" y="{floor + 15}" text-anchor="end">{escape(x_label)}</text>')

@@ -37,7 +37,7 @@ def curve_charts(runs: Sequence[Records]) -> list[Chart]:
     charts = [_loss_chart(runs), _accuracy_chart(runs)]
     charts.append(_plain(runs, "Learning rate", TRAIN, "learning_rate", ""))
     charts.append(_plain(runs, "Gradient norm", TRAIN, "gradient_norm", "", log=True))
-    charts.append(_plain(runs, "Speed", TRAIN, "tokens_per_second", f"{unit} / s"))
+    charts.append(_plain(runs, "Speed", TRAIN, "tokens_per_second", f"{unit} / s", zero=True))
     charts.append(_plain(runs, "Loss scale", TRAIN, "loss_scale", "", log=True))
     if any(run.layers for run in runs):
         charts.append(_plain(runs, "Balance loss", TRAIN, "balance_loss", "mean of the layers"))
@@ -86,12 +86,14 @@ def _accuracy_chart(runs: Sequence[Records]) -> Chart | None:
     return line_chart("Accuracy", series, "step", "%")
 
 
-def _plain(runs: Sequence[Records], title: str, kind: str, key: str, axis: str, log: bool = False) -> Chart | None:
+def _plain(
+    runs: Sequence[Records], title: str, kind: str, key: str, axis: str, log: bool = False, zero: bool = False
+) -> Chart | None:
     series = [
         Series(title.lower() if len(runs) == 1 else run.name, *run.series(kind, key), colour)
         for run, colour in zip(runs, run_colours(len(runs)))
     ]
-    return line_chart(title, series, "step", axis, log=log)
+    return line_chart(title, series, "step", axis, log=log, zero=zero)
 
 
 def _layers(run: Records, title: str, key: str, axis: str, note: str) -> Chart | None:

@@ -64,10 +64,11 @@ def _card(found: Inspection, layer: int, expert: int, counts: np.ndarray) -> dic
     }
     if found.images is not None:
         return card | {"classes": counts[:, expert].tolist(), "images": _examples_of_images(found, mine, gates)}
+    occurrences = np.bincount(found.tokens, minlength=len(found.labels))
     few = found.experts <= FEW_EXPERTS
     most, least = (12, 8) if few else (6, 5)
-    frequent = analysis.frequent_tokens(counts, expert, most)
-    exclusive = analysis.exclusive_tokens(counts, expert, most, least)
+    frequent = analysis.frequent_tokens(counts, occurrences, expert, most)
+    exclusive = analysis.exclusive_tokens(counts, occurrences, expert, most, least)
     card["frequent"] = [[found.labels[use.token], use.count, use.total] for use in frequent]
     card["exclusive"] = [[found.labels[use.token], use.count, use.total, round(use.pmi, 2)] for use in exclusive]
     card["contexts"] = _contexts(found, mine, gates, [use.token for use in exclusive or frequent], 4 if few else 2)

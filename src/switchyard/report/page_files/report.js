@@ -82,10 +82,10 @@ const percent = (part, whole) => (100 * part / Math.max(whole, 1)).toFixed(0) + 
 const chip = (label, note, title) => make("span", { class: "chip", title }, make("b", {}, label), make("small", {}, note));
 
 function drawCard(run, card, expert) {
-  const parts = [make("header", {}, make("b", {}, `Expert ${expert}`), make("span", {}, `${card.load.toFixed(2)} × mean load`),
-    make("span", {}, card.gate === null ? "" : `gate ${card.gate.toFixed(2)}`),
-    make("span", {}, card.loss === null ? "gets nothing" : `loss ${card.loss.toFixed(2)}`)),
+  const parts = [make("header", {}, make("b", {}, `Expert ${expert}`), make("span", {}, card.tokens
+    ? `${card.load.toFixed(2)} × mean load · gate ${card.gate.toFixed(2)} · loss ${card.loss.toFixed(2)}` : "gets nothing")),
     make("div", { class: "meter" }, make("i", { style: `width:${Math.min(50 * card.load, 100)}%` }))];
+  if (!card.tokens) return make("article", { class: "card", style: `--c:${run.colours[expert]}` }, ...parts);
   if (card.images) {
     const total = card.classes.reduce((sum, count) => sum + count, 0);
     const order = card.classes.map((count, label) => [count, label]).filter(([count]) => count).sort((a, b) => b[0] - a[0]);
@@ -98,9 +98,9 @@ function drawCard(run, card, expert) {
     })));
   } else {
     const all = card.tokens;
-    parts.push(make("div", { class: "what" }, "most frequent: share of the expert's tokens"),
+    parts.push(make("div", { class: "what" }, "most frequent, % of the expert's tokens"),
       make("div", { class: "chips" }, ...card.frequent.map(([label, count, total]) => chip(label, percent(count, all), `${count} of ${total} occurrences`))));
-    parts.push(make("div", { class: "what" }, "most exclusive: share of the token's occurrences"),
+    parts.push(make("div", { class: "what" }, "most exclusive, % of the token's places"),
       make("div", { class: "chips" }, ...(card.exclusive.length ? card.exclusive.map(([label, count, total, pmi]) =>
         chip(label, percent(count, total), `${count} of ${total} occurrences, mutual information ${pmi} bits`)) : [make("span", { class: "note" }, "none")])));
     if (card.contexts.length) parts.push(make("div", { class: "what" }, "where the gate was largest"));
