@@ -4,6 +4,7 @@ Legend: T logged steps, M conditional layers, E experts.
 """
 
 import base64
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ UNIT = 32  # a byte of a heat map is the load in 1/32 of the mean
 STARVED = 0.1  # of the mean load
 TRAIN_COLOUR, VALIDATION_COLOUR = "var(--quiet)", "var(--accent)"
 BY_LAYER = (  # title, key of the training records, axis, note
-    ("Entropy of the router", "entropy", "nats", "High: undecided. The most that E experts allow is ln E."),
+    ("Entropy of the router", "entropy", "nats", "High: undecided. Choices evenly over all {experts} have {most:.2f}."),
     ("MaxVio of a training step", "max_violation", "load / mean - 1", "0: all experts of the layer get the same load."),
     ("Dropped choices", "layer_dropped", "share", "Choices that got no slot because their expert was full."),
 )
@@ -41,7 +42,9 @@ def curve_charts(runs: Sequence[Records]) -> list[Chart]:
     charts.append(_plain(runs, "Loss scale", TRAIN, "loss_scale", "", log=True))
     if any(run.layers for run in runs):
         charts.append(_plain(runs, "Balance loss", TRAIN, "balance_loss", "mean of the layers"))
-    for title, key, axis, note in BY_LAYER:
+    experts = max([run.config.moe.expert_num for run in runs if run.config], default=1)
+    for title, key, axis, text in BY_LAYER:
+        note = text.format(experts=experts, most=math.log(experts))
         charts.append(
             _mean_of_layers(runs, title, key, axis, note) if several else _layers(runs[0], title, key, axis, note)
         )
