@@ -56,8 +56,8 @@ def test_cells_are_found():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", long_but(renew.NAMES, ["layer_in_own_network", "own_router"]))
+@pytest.mark.parametrize("name", long_but(renew.NAMES, ["own_router"]))
 def test_a_notebook_runs(name):
-    """In a kernel of its own, as a reader runs it; the others run as scripts among the examples."""
+    """In a kernel of its own, as a reader runs it. All of them run as scripts in test_examples.py."""
     notebook = renew.executed(renew.notebook_of(name))
     assert any(cell.get("outputs") for cell in notebook.cells)
