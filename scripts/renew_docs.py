@@ -10,6 +10,7 @@ Generated parts stand between markers, `<!-- NAME: begin -->` and `<!-- NAME: en
   routers; the Chinese page keeps its translations, and a new key comes in English, for somebody to translate.
 - `cells PATH`: an example as prose and code, cell by cell, after its docstring. `cell PATH N`: its Nth cell of code, on
   a Chinese page, which has prose of its own. `ten lines`: the Python block of the README.
+- `support`: the matrix of what goes with what, from `switchyard.report.support`.
 - What the planner prints stands in blocks of text that begin with its command.
 """
 
@@ -120,6 +121,8 @@ def renewed(name: str, text: str) -> str:
     if _markers("parameters")[0] in text:
         translated = meanings(section(text, "parameters")) if language == "zh" else {}
         text = replaced(text, "parameters", "\n\n".join(configuration(language, translated)))
+    if _markers("support")[0] in text:
+        text = replaced(text, "support", support.render())
     return text
 
 

@@ -71,7 +71,6 @@ UNFINISHED = ("--help", "--dry-run", "--print-config")  # what ends a command be
 # the long part, or is as small as can be
 RULES = {name: "--help" for name in NAMES} | {
     r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .*": "",
-    r"bash scripts/run_distribute_train_\w+\.sh .* --dry-run": "",
     r"bash scripts/run_distribute_train_(ascend|gpu)\.sh .*": "--dry-run",
     r"bash scripts/run_standalone_train\.sh .*": PYNATIVE,
     r"bash scripts/run_(?!tests)\w+\.sh( .*)?": "",

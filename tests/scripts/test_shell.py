@@ -1,4 +1,4 @@
-"""Every script: sound shell, help without any Python, and named in the README's file tree."""
+"""Every script: sound shell, and help without any Python."""
 
 import os
 import shutil

@@ -65,11 +65,24 @@ def test_chinese_pages_have_the_language_and_the_labels(site):
 
 
 @pytest.mark.slow
+def test_the_choice_of_language_leads_to_the_same_page_where_there_is_one(site):
+    links = {}
+    for name in ("data/index.html", "zh/data/index.html", "gpu/index.html", "index.html", "zh/index.html"):
+        page = (site / name).read_text(encoding="utf-8")
+        found = re.findall(r'<a href="([^"]*)" hreflang="(\w+)"', page)
+        links[name] = {language: (site / name).parent.joinpath(link).resolve() for link, language in found}
+    root = site.resolve()
+    assert links["data/index.html"] == links["zh/data/index.html"] == {"en": root / "data", "zh": root / "zh" / "data"}
+    assert links["gpu/index.html"] == {"en": root / "gpu", "zh": root / "zh"}
+    assert links["index.html"] == links["zh/index.html"] == {"en": root, "zh": root / "zh"}
+
+
+@pytest.mark.slow
 def test_the_search_index_has_chinese_words_apart(site):
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     texts = {page["location"]: page["text"] for page in index["docs"]}
     assert "检查点" in texts["zh/checkpoints/"].replace("\u200b", "") and "\u200b" in texts["zh/checkpoints/"]
-    assert "\u200b" in index["config"]["separator"].encode().decode("unicode_escape")
+    assert r"\u200b" in index["config"]["separator"]
 
 
 def test_the_api_page_has_every_public_name():

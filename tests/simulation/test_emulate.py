@@ -372,7 +372,7 @@ def test_a_tie_of_experts_is_drawn_again_and_a_fault_is_not_forgiven(monkeypatch
 
 def test_the_kink_of_relu_is_compared_with_gelu_and_a_fault_is_not_forgiven(monkeypatch):
     """Only where losses agree, gradients do not, and the activation is ReLU."""
-    asked, wrong, right = [], {"w_in": 1e-2}, {"w_in": 1e-6}
+    asked, results, wrong, right = [], [], {"w_in": 1e-2}, {"w_in": 1e-6}
 
     def once(config, devices, steps, vocab):
         asked.append(config.model.activation)
@@ -381,7 +381,7 @@ def test_the_kink_of_relu_is_compared_with_gelu_and_a_fault_is_not_forgiven(monk
 
     monkeypatch.setattr(virtual, "prove_once", once)
     agree, differ = [(3.0, 3.0)], [(3.0, 4.0)]
-    for activation, results, activations, equal in (
+    for activation, given, activations, equal in (
         ("relu", [(agree, wrong), (agree, right)], ["relu", "gelu"], True),
         ("relu", [(agree, wrong), (agree, wrong)], ["relu", "gelu"], False),
         ("relu", [(differ, wrong)], ["relu"], False),
@@ -389,6 +389,7 @@ def test_the_kink_of_relu_is_compared_with_gelu_and_a_fault_is_not_forgiven(monk
         ("swiglu", [(agree, wrong)], ["swiglu"], False),
     ):
         asked.clear()
+        results[:] = given
         found = virtual.prove(layout(data_parallel=2, model={"activation": activation}), 2, vocab=VOCABULARY)
         assert (asked, found.equal) == (activations, equal)
         assert (virtual.SMOOTH in virtual.render(found)) == (len(activations) > 1)
