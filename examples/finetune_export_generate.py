@@ -21,7 +21,7 @@ tree = {
     "moe": {"router": "switch", "expert_num": 4},
     "data": {"path": textwrap.__file__, "batch_size": 8},
     "schedule": {"type": "constant", "learning_rate": 3e-3, "warmup_steps": 10},
-    "train": {"name": "story", "output_dir": str(folder), "steps": 60, "eval_every": 0, "checkpoint_every": 0},
+    "train": {"name": "story", "output_dir": str(folder), "steps": 40, "eval_every": 0, "checkpoint_every": 0},
 }
 before = sw.train(sw.load_config(tree))
 
@@ -30,7 +30,7 @@ before = sw.train(sw.load_config(tree))
 # The run goes on from its checkpoint, on another text. `data.accept_changed` says that this is meant.
 
 # %%
-other = [f"data.path={statistics.__file__}", "data.accept_changed=true", "train.steps=120"]
+other = [f"data.path={statistics.__file__}", "data.accept_changed=true", "train.steps=80"]
 after = sw.train(sw.load_config(tree, other), resume=True)
 
 # %% [markdown]

@@ -42,6 +42,15 @@ def test_a_sharded_layer_gives_what_one_device_gives(training, pynative):
     assert sharded.metrics()["tokens"] == GROUPS * ROWS - 2 and float(found[0][1]) > 0
 
 
+def test_a_sharded_layer_asks_for_noise_in_training(pynative):
+    """A compiled mesh cannot draw noise in a graph; without noise to read the layout of the constant stays the same."""
+    mesh = Mesh(tiny_config(groups=GROUPS))
+    layer = sw.MoELayer(6, 4, mesh=mesh, return_losses=True, **KEYS).set_train()
+    layer.shard(mesh)
+    with pytest.raises(sw.UserError, match=r"^noise: not given; this layer reads it"):
+        layer(Tensor(np.ones((GROUPS, ROWS, 6), np.float32)))
+
+
 def test_losses_cannot_be_attached_on_a_compiled_mesh():
     mesh = Mesh(tiny_config(groups=GROUPS))
     with pytest.raises(sw.UserError, match=r"^return_losses: False; a compiled mesh cannot attach losses: set it to"):

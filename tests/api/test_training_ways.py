@@ -140,8 +140,9 @@ def test_every_way_makes_the_same_steps(way, expected, pynative):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [by_cell, by_scaled_loop], ids=lambda way: way.__name__)
-@pytest.mark.parametrize("compute_dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    "way, compute_dtype", [(by_cell, "float32"), (by_scaled_loop, "float16"), (by_fixed_fit, "float16")]
+)
 def test_graph_mode_and_float16_make_the_same_steps(way, compute_dtype, expected, graph):
     bound = 1e-5 if compute_dtype == "float32" else 1e-3
     for name, weight in trained(way, compute_dtype=compute_dtype).items():

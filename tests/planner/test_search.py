@@ -235,3 +235,11 @@ def test_a_size_that_is_none_is_refused():
 def test_planning_does_not_wait_for_mindspore():
     code = "import sys; import switchyard.planner.search; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("key", ["experts", "dispatcher"])
+def test_parts_of_ones_own_are_refused(key):
+    """Nobody here knows their sizes, and their file is not imported."""
+    config = build({"moe": {"expert_num": 4, key: "my_file.Mine"}})
+    with pytest.raises(UserError, match=rf"^moe\.{key}: my_file\.Mine; the planner knows only shipped ones"):
+        estimate.require_shipped(config)

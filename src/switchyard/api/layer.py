@@ -37,7 +37,7 @@ def check_inputs(shape: tuple[int, ...], width: int, groups: int, missing: tuple
         shape: of x.
         width: D.
         groups: G.
-        missing: names of inputs that the router reads and that were not given.
+        missing: names of inputs that the layer reads and that were not given.
     """
     if len(shape) not in (2, 3) or shape[-1] != width:
         raise UserError(f"x: {list(shape)}; must be [N, {width}] or [B, S, {width}]: hidden_size is {width}")
@@ -45,7 +45,7 @@ def check_inputs(shape: tuple[int, ...], width: int, groups: int, missing: tuple
     if rows % groups:
         raise UserError(f"x: {list(shape)}; moe.groups ({groups}) must divide its {rows} rows")
     for name in missing:
-        raise UserError(f"{name}: not given; the router of this layer chooses by them: layer(x, {name}=...)")
+        raise UserError(f"{name}: not given; this layer reads it: layer(x, {name}=...)")
 
 
 class MoELayer(nn.Cell):
@@ -117,15 +117,14 @@ class MoELayer(nn.Cell):
         self.balance_factor = config.moe.aux_loss_factor
         self.z_factor = config.moe.z_loss_factor if "z" in self.moe.router.losses else 0.0
         self.local_sum, self.total, self.attach = self.sum_of_groups, mesh.total(), AttachLoss()
-        self.has_bias = len(self.moe.router.state()) > 0
-        self.loss_scale = self._held("loss_scale", ())
-        self.loss_scale.set_data(Tensor(1.0, mstype.float32))
-        self.statistics = self._held("statistics", (metrics.width(expert_num),))
-        self.load = self._held("load", (expert_num,)) if self.has_bias else None
+        self.is_sharded, self.has_bias = False, len(self.moe.router.state()) > 0
+        self.loss_scale = held("loss_scale", 1.0)
+        self.statistics = held("statistics", np.zeros(metrics.width(expert_num)))
+        self.load = held("load", np.zeros(expert_num)) if self.has_bias else None
 
     def construct(self, x: Tensor, valid=None, noise=None, token_ids=None, task_ids=None):
         """Returns what the class says."""
-        check_inputs(x.shape, self.hidden_size, self.groups, self.missing(token_ids, task_ids))
+        check_inputs(x.shape, self.hidden_size, self.groups, self.missing(noise, token_ids, task_ids))
         tokens = x.reshape(-1, self.hidden_size).astype(mstype.float32)  # [N, D]
         valid = self.grouped(valid, tokens.shape[0])  # [G, N / G]
         if noise is None:
@@ -139,9 +138,11 @@ class MoELayer(nn.Cell):
             return self.attach(out, loss * self.loss_scale)
         return ops.depend(out, loss)  # a compiler leaves out a call whose result nobody reads, and what it notes
 
-    def missing(self, token_ids: Tensor, task_ids: Tensor) -> tuple[str, ...]:
-        """Returns the names of inputs that the router reads and that are None."""
+    def missing(self, noise: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple[str, ...]:
+        """Returns the names of inputs that the layer reads, cannot make, and that are None."""
         names = ()  # type: tuple[str, ...]  # a comment: this is compiled
+        if self.is_sharded and self.training and noise is None:
+            names = (*names, "noise")
         if self.moe.takes_tokens and token_ids is None:
             names = (*names, "token_ids")
         if self.moe.takes_tasks and task_ids is None:
@@ -172,10 +173,6 @@ class MoELayer(nn.Cell):
     def sum_of_groups(self, stats: Tensor) -> Tensor:
         """Sums the statistics of a device over its groups: [G, 6 + 2 E] -> [1, 6 + 2 E]."""
         return stats.sum(0, keepdims=True)
-
-    def _held(self, name: str, shape: tuple[int, ...]) -> Parameter:
-        """Returns a tensor of zeros that a pass and the host share; no optimizer trains it."""
-        return Parameter(Tensor(np.zeros(shape, np.float32)), name=name, requires_grad=False)
 
     # ---- on the host
     @property
@@ -222,6 +219,8 @@ class MoELayer(nn.Cell):
     def shard(self, mesh: CompiledMesh) -> None:
         """Declares the layouts: rows are sharded by data shards, experts by expert shards.
 
+        Training passes are then given their noise [max(J, 1), N, D], which is sharded as the rows are.
+
         Raises:
             UserError: losses that are attached, which no compiled mesh can do; a router or experts that cannot be
                 sharded.
@@ -229,9 +228,15 @@ class MoELayer(nn.Cell):
         if not self.return_losses:
             raise UserError("return_losses: False; a compiled mesh cannot attach losses: set it to True, add the loss")
         self.moe.shard(mesh)
+        self.is_sharded = True
         shards, width, pair = mesh.degrees.data_parallel, metrics.width(self.moe.expert_num), mesh.cut("data", None)
 
         def summed(stats):
             return [shards, width]
 
         self.local_sum = mesh.local(self.sum_of_groups, (pair,), (pair,), summed, first)
+
+
+def held(name: str, values) -> Parameter:
+    """Returns numbers that a pass and the host share, float32; no optimizer trains them."""
+    return Parameter(Tensor(np.asarray(values, np.float32)), name=name, requires_grad=False)
