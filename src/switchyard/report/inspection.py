@@ -26,6 +26,7 @@ from switchyard.trust import check_trusted
 
 COPIES = 3  # of the weights while a model is built from a checkpoint
 MOST_CHOICES = 8  # choices of a token that are kept where every expert may take every token
+TOGETHER = 4096  # tokens of a forward pass
 PASSAGE = 2048  # tokens of the text that is shown in colours
 CHOSEN = "each token counts for the experts that it chose"
 TAKEN = "each token counts for the experts that took it"
@@ -96,6 +97,7 @@ def inspect(
     tree["moe"] |= {"record": None, "replay": None}
     config = configuration.build(tree, ["context.mode=pynative", "context.device_target=CPU"], inherited=True)
     check_trusted(config.moe.router, trust_code, say)
+    config = with_large_batches(config)
     data = load_scored(config, held.tokenizer_json, ())
     with _pynative(config, say):
         from switchyard.models import create_model
@@ -110,6 +112,20 @@ def inspect(
     if config.model.type == "decoder":
         return _text(config, held.step, data.tokenizer, found)
     return _images(config, held.step, data.tokenizer, found)
+
+
+def with_large_batches(config: Config) -> Config:
+    """Returns the configuration with a batch of about TOGETHER tokens, where no token's routing depends on its batch.
+
+    A forward pass in PyNative mode costs about a second of CPU time besides its arithmetic.
+    """
+    from switchyard.moe.routing.base import find_router
+
+    alone = find_router(config.moe.router).batch_independent and config.moe.eval_capacity_factor is None
+    if config.model.type != "decoder" or not alone or config.moe.groups is not None:
+        return config
+    size = max(config.data.batch_size, TOGETHER // config.model.seq_length)
+    return config.model_copy(update={"data": config.data.model_copy(update={"batch_size": size})})
 
 
 def require_memory(path: Path) -> None:

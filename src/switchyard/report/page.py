@@ -171,7 +171,7 @@ def _render(records: Sequence[Records], views: Sequence[View]) -> str:
     several = len(records) > 1
     return environment.get_template("report.html.jinja").render(
         version=switchyard.__version__,
-        title=" · ".join(run.name for run in records),
+        title=" · ".join(run.name for run in records) if len(records) <= MOST_INSPECTED else f"{len(records)} runs",
         subtitle=_subtitle(records),
         css=Markup((files / "report.css").read_text(encoding="utf-8")),
         js=Markup((files / "report.js").read_text(encoding="utf-8")),
