@@ -38,7 +38,8 @@ class LowRank(sw.Expert):
 # %%
 ms.set_context(mode=ms.GRAPH_MODE)  # compiled: fast steps
 ms.set_seed(1)
-layer = sw.MoELayer(16, 4, router="top_k", experts="low_rank", moe_intermediate_size=8, init_method_std=0.3, seed=1)
+keys = {"router": "top_k", "moe_intermediate_size": 8, "init_method_std": 0.3, "aux_loss_factor": 0.1}
+layer = sw.MoELayer(16, 4, experts="low_rank", seed=1, **keys)
 kinds, noise = ops.randn(4, 16), 0.3 * ops.randn(256, 16)
 rows = kinds[ops.arange(256) % 4] + noise  # [256, 16], four kinds of rows
 target = ops.bmm(rows.reshape(64, 4, 16).swapaxes(0, 1), ops.randn(4, 16, 16) / 4).swapaxes(0, 1).reshape(256, 16)
