@@ -13,7 +13,8 @@ from switchyard.training.evaluate import evaluate
 from switchyard.training.loop import train
 
 MOE = {"router": "top_k", "expert_num": 4, "num_experts_chosen": 2, "layers": "all"}
-SECTIONS = {"model": {"seq_length": 8}, "moe": MOE, "context": {"mode": "pynative"}}
+SMALL = {"model": {"seq_length": 8}, "data": {"batch_size": 64}}  # few batches: each costs a second in PyNative mode
+SECTIONS = SMALL | {"moe": MOE, "context": {"mode": "pynative"}}
 
 pytestmark = pytest.mark.slow  # trains twice
 
