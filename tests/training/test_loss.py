@@ -42,7 +42,7 @@ def test_recorded_choices_stand_behind_the_figures_at_the_place_of_the_device(py
     """Of three devices the second one's: zeros before and behind, so that a sum over the devices is all of them."""
     config = run_config(model={"num_layers": 2}, moe={"expert_num": 4, "record": "choices.safetensors"})
     model, mesh = create_model(config, VOCABULARY), LocalMesh()
-    mesh.degrees, mesh.data_slice = ParallelDims(data_parallel=3), lambda: 1
+    mesh.degrees, mesh.data_shard = ParallelDims(data_parallel=3), lambda: 1
     tokens, labels, valid = (Tensor(part[0]) for part in token_batch(1, 4, 16))
     noise, factor = Tensor(NO_NOISE), Tensor(np.ones((1, 1), np.float32))
     figures = TrainLoss(model, config, mesh).set_train(True)(tokens, labels, valid, noise, factor).asnumpy()

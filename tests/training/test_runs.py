@@ -127,9 +127,10 @@ def test_a_checkpoint_of_an_earlier_version_knows_its_place(tmp_path, pynative, 
     train(_config(tmp_path, train={"steps": 4}))
     original = checkpoint.save
 
-    def save(run, config, texts, weights, optimizer, state, *more):
+    def save(run, config, texts, weights, optimizer, state, *more, **others):
         new = ("data_epoch", "data_window", "corpus", "tokens")
-        return original(run, config, texts, weights, optimizer, {k: v for k, v in state.items() if k not in new}, *more)
+        old = {k: v for k, v in state.items() if k not in new}
+        return original(run, config, texts, weights, optimizer, old, *more, **others)
 
     monkeypatch.setattr(checkpoint, "save", save)
     halves = {"schedule": {"total_steps": 4}}

@@ -73,9 +73,9 @@ class LocalMesh:
         """Returns a cell that sums figures over the devices: [devices, X] -> [X]."""
         return Total()
 
-    def data_slice(self) -> int:
-        """Returns which part of the batch this device reads, from 0."""
-        return self.degrees.data_slice(self.processes.rank)
+    def data_shard(self) -> int:
+        """Returns which shard of the batch this device reads, from 0."""
+        return self.degrees.data_shard(self.processes.rank)
 
     def everywhere(self, axes: int) -> Callable:
         """Returns what gives every device the rows [B, ...] of all devices, a tensor of so many axes."""
@@ -205,9 +205,9 @@ class CompiledMesh(LocalMesh):
         total.sum.shard(((self.degrees.data_parallel, 1),))
         return total
 
-    def data_slice(self) -> int:
-        """Returns which part of the batch this device reads, from 0."""
-        return self.degrees.data_slice(get_rank())
+    def data_shard(self) -> int:
+        """Returns which shard of the batch this device reads, from 0."""
+        return self.degrees.data_shard(get_rank())
 
     def everywhere(self, axes: int) -> Callable:
         """Returns an operator that gathers rows [B, ...] of data shards on every device."""

@@ -53,7 +53,7 @@ class TrainLoss(nn.Cell):
         self.log_softmax, self.total, self.total_counts = ops.LogSoftmax(-1), mesh.total(), mesh.total()
         self.own = None  # 1 in the place of this device's data shard [data_parallel, 1], where choices are recorded
         if moe.record is not None and self.layers:
-            self.own = Tensor(np.eye(mesh.degrees.data_parallel, dtype=np.float32)[:, mesh.data_slice() :][:, :1])
+            self.own = Tensor(np.eye(mesh.degrees.data_parallel, dtype=np.float32)[:, mesh.data_shard() :][:, :1])
         self.local_counts, self.local_part = self.counts, self.part
         self.local_second, self.places = self.second_half, places(config)
         self.shard(mesh)
