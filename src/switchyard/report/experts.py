@@ -78,7 +78,7 @@ def _card(found: Inspection, layer: int, expert: int, counts: np.ndarray) -> dic
 def _contexts(found: Inspection, mine: np.ndarray, gates: np.ndarray, tokens: list[int], most: int) -> list[list]:
     """Returns [text before, token, text after, gate] of the places where the expert was surest of each token."""
     strength, contexts = np.where(mine, gates, -np.inf).max(1), []  # [N]
-    size = found.config.data.batch_size * found.config.model.seq_length
+    size = found.window or len(found.tokens)
     for token in tokens[:most]:
         places = np.flatnonzero((found.tokens == token) & mine.any(1))
         place = int(places[strength[places].argmax()])

@@ -49,6 +49,7 @@ class Inspection:
         labels: one printable text for each id.
         pieces: of text: the text of each of the first tokens of `passage`.
         passage: first and last index (exclusive) of a run of consecutive tokens; (0, 0) of images.
+        window: tokens of a forward pass, which follow each other; 0 where all do.
         images: [images, H, W] float32, grey; None of text.
         rows: rows of an image.
     """
@@ -64,6 +65,7 @@ class Inspection:
     labels: list[str]
     pieces: list[str]
     passage: tuple[int, int]
+    window: int = 0
     images: np.ndarray | None = None
     rows: int = 1
 
@@ -97,7 +99,7 @@ def inspect(
     tree["moe"] |= {"record": None, "replay": None}
     config = configuration.build(tree, ["context.mode=pynative", "context.device_target=CPU"], inherited=True)
     check_trusted(config.moe.router, trust_code, say)
-    config = with_large_batches(config)
+    together = batches_together(config)
     data = load_scored(config, held.tokenizer_json, ())
     with _pynative(config, say):
         from switchyard.models import create_model
@@ -106,16 +108,16 @@ def inspect(
         checkpoint.load_weights(model, held.weights)
         model.set_train(False)
         batches = data.validation()
-        each = config.data.batch_size * (config.model.seq_length if config.model.type == "decoder" else 1)
-        places = _middle(len(batches), max(1, -(-tokens // each)))
-        found = [_scored(model, batches.at(place), config) for place in places]
+        each = together * config.predictions
+        places = _middle(-(-len(batches) // together), max(1, -(-tokens // each)))
+        found = [_scored(model, _joined_batch(batches, place, together), config) for place in places]
     if config.model.type == "decoder":
         return _text(config, held.step, data.tokenizer, found)
     return _images(config, held.step, data.tokenizer, found)
 
 
-def with_large_batches(config: Config) -> Config:
-    """Returns the configuration with a batch of about TOGETHER tokens, where no token's routing depends on its batch.
+def batches_together(config: Config) -> int:
+    """Returns how many batches a forward pass takes: about TOGETHER tokens, where no token's routing depends on others.
 
     A forward pass in PyNative mode costs about a second of CPU time besides its arithmetic.
     """
@@ -123,9 +125,14 @@ def with_large_batches(config: Config) -> Config:
 
     alone = find_router(config.moe.router).batch_independent and config.moe.eval_capacity_factor is None
     if config.model.type != "decoder" or not alone or config.moe.groups is not None:
-        return config
-    size = max(config.data.batch_size, TOGETHER // config.model.seq_length)
-    return config.model_copy(update={"data": config.data.model_copy(update={"batch_size": size})})
+        return 1
+    return max(1, TOGETHER // (config.data.batch_size * config.model.seq_length))
+
+
+def _joined_batch(batches, place: int, together: int):
+    """Returns `together` neighbouring batches as one; fewer at the end of the set."""
+    parts = [batches.at(index) for index in range(place * together, min((place + 1) * together, len(batches)))]
+    return parts[0]._make(np.concatenate(arrays) for arrays in zip(*parts))
 
 
 def require_memory(path: Path) -> None:
@@ -151,10 +158,9 @@ def _middle(count: int, wanted: int) -> list[int]:
 @contextlib.contextmanager
 def _pynative(config: Config, say: Callable[[str], None]) -> Iterator[None]:
     """Switches MindSpore to PyNative mode meanwhile."""
-    from switchyard.device import prepare_environment, set_context
-
-    prepare_environment()
     import mindspore as ms
+
+    from switchyard.device import set_context
 
     before = ms.get_context("mode")
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
@@ -280,6 +286,7 @@ def _text(config: Config, step: int, tokenizer, found: list[dict[str, Any]]) -> 
         labels=[label_of(tokenizer, token) for token in range(tokenizer.vocab_size)],
         pieces=pieces,
         passage=(0, stop),
+        window=len(found[0]["ids"]),
     )
 
 

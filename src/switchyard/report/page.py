@@ -13,6 +13,7 @@ from typing import Any
 
 import switchyard
 from switchyard.config import Config
+from switchyard.device import prepare_environment
 from switchyard.errors import UserError
 from switchyard.file_errors import writing
 from switchyard.files import unfinished
@@ -105,6 +106,7 @@ def _inspected(run: Records, count: int, tokens: int, trust_code: bool, say: Cal
     if count > MOST_INSPECTED:
         command = f"python -m switchyard.report {run.path}"
         return None, f"Experts are shown in reports of at most {MOST_INSPECTED} runs; of this one: {command}"
+    prepare_environment()  # before MindSpore is imported
     try:
         from switchyard.report.inspection import inspect
 
@@ -122,7 +124,9 @@ def _show_inspection(found, data: dict[str, Any], shown: dict[str, Any]) -> None
     data["data"] = expert_data(found)
     flow, note = drawn_flows(found)
     what = "images" if found.images is not None else "validation tokens"
-    number = len(found.losses) // found.rows
+    number, counting = len(found.losses) // found.rows, found.counting
+    if found.images is not None:
+        counting = counting.replace("token", "row")
     shown |= {
         "has_text": found.images is None,
         "has_pairs": bool(data["data"]["coactivation"]),
@@ -131,7 +135,7 @@ def _show_inspection(found, data: dict[str, Any], shown: dict[str, Any]) -> None
         "paths": path_rows(found),
         "confidence": confidence_chart(found),
         "inspected": f"{number:,} {what} through the checkpoint of step {found.step}, mean loss "
-        f"{mean_loss(found):.3f} nats; {found.counting}.",
+        f"{mean_loss(found):.3f} nats; {counting}.",
     }
 
 
