@@ -116,6 +116,8 @@ def renewed(name: str, text: str) -> str:
     text = INCLUDED.sub(lambda found: included(found[1]), with_plans(text))
     if _markers("tree")[0] in text:
         text = replaced(text, "tree", f"```text\n{tree(tree_comments(section(text, 'tree')))}\n```")
+    if _markers("support")[0] in text:
+        text = replaced(text, "support", support.render())
     if _markers("parameters")[0] in text:
         translated = meanings(section(text, "parameters")) if language == "zh" else {}
         text = replaced(text, "parameters", "\n\n".join(configuration(language, translated)))

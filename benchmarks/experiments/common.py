@@ -66,8 +66,8 @@ def measure(tree: dict) -> dict:
         parts = [part[None] for part in batch]
         figures = step(*parts, noise, learning_rate(config, number + 1))  # waits for the step
         seconds.append(time.perf_counter() - start)
-        if figures["audit"] and number >= 0.9 * config.train.steps:
-            dropped.append(float(figures["audit"]["dropped"].mean()))
+        if figures["routers"] and number >= 0.9 * config.train.steps:
+            dropped.append(float(figures["routers"]["dropped"].mean()))
     result = evaluate(model, config, data)
     result["dropped"] = statistics.mean(dropped) if dropped else 0.0
     result["step_ms"] = statistics.median(seconds[5:] or seconds) * 1e3

@@ -47,7 +47,7 @@ def held(request, tmp_path_factory):
         config, arrays = config_of(data_parallel=4, expert_parallel=4), arrays_of(shapes_of())
         checkpoint.begin(run, 3)
         for rank in range(4):
-            checkpoint.save_slice(run, config, 3, rank, *arrays)
+            checkpoint.save_shard(run, config, 3, rank, *arrays)
         path = checkpoint.finish(run, config, "{}", state_of(3))
     return path, (path / "manifest.json").read_text()
 

@@ -59,10 +59,11 @@ class _Rank(Processes):
 def test_all_ranks_refuse_what_one_of_them_cannot_write(tmp_path, rank):
     good, state = {"norm.weight": np.ones((3, 2), np.float32)}, {"step": 4}
     with pytest.raises(UserError, match="checkpoint of step 4: 'a shard of another rank' holds numbers that are not"):
-        checkpoint.save_together(_Rank(rank, 2), tmp_path, run_config(), "{}", good, {}, state)
+        checkpoint.save(tmp_path, run_config(), "{}", good, {}, state, processes=_Rank(rank, 2))
     assert not (tmp_path / "checkpoints").exists()
+    bad = {"norm.weight": good["norm.weight"] * np.nan}
     with pytest.raises(UserError, match=r"'norm\.weight' holds numbers that are not finite"):
-        checkpoint.save_slice(tmp_path, run_config(), 4, rank, {"norm.weight": good["norm.weight"] * np.nan}, {})
+        checkpoint.save(tmp_path, run_config(), "{}", bad, {}, state, processes=_Rank(rank, 2))
 
 
 def _flip(path):

@@ -5,7 +5,7 @@ import math
 import pytest
 from oracles.tiny_checkpoint import config_of
 
-from switchyard.checkpoint.layout import held, writes
+from switchyard.checkpoint.layout import is_writer, shard_of
 from switchyard.checkpoint.tensors import size_of
 from switchyard.distributed.placement import ParallelDims, placement
 from switchyard.models import create_model
@@ -30,7 +30,7 @@ def test_slices_are_those_of_the_compiler(shapes):
     whole = shapes | moments
     assert whole.keys() <= report.parameters.keys()
     for name, shape in whole.items():
-        assert size_of(held(name, shape, degrees, RANK, layers)) == report.parameters[name], name
+        assert size_of(shard_of(name, shape, degrees, RANK, layers)) == report.parameters[name], name
     gathered = {one.parameter: one.group for one in report.collectives if one.kind == "AllGather" and one.parameter}
     assert any(".experts." in name for name in gathered) and any("norm" in name for name in gathered)
     for name, group in gathered.items():
@@ -43,9 +43,9 @@ def test_every_slice_has_one_writer(shapes, zero):
     degrees, layers = ParallelDims(4, 2, 2, 2, zero), config_of().model.num_layers
     for name, shape in shapes.items():
         boxes = [
-            held(name, shape, degrees, rank, layers)
+            shard_of(name, shape, degrees, rank, layers)
             for rank in range(degrees.devices)
-            if writes(name, shape, degrees, rank, layers)
+            if is_writer(name, shape, degrees, rank, layers)
         ]
         assert len({tuple((part.start, part.stop) for part in box) for box in boxes}) == len(boxes)
         assert sum(math.prod(size_of(box)) for box in boxes) == math.prod(shape), name

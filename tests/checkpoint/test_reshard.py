@@ -65,7 +65,7 @@ def _save_cut(run, parallel: dict, step: int = 3, whole_arrays: bool = False, sk
         mine = (weights, optimizer)
         if not whole_arrays:
             mine = (_expected(weights, parallel, rank), _expected(optimizer, parallel, rank))
-        checkpoint.save_slice(run, config, step, rank, *mine, shapes)
+        checkpoint.save_shard(run, config, step, rank, *mine, shapes)
     return checkpoint.finish(run, config, "{}", state_of(step), wait=0), weights, optimizer
 
 
@@ -167,12 +167,12 @@ def test_shapes_are_told_from_the_slices_without_zero(tmp_path):
     checkpoint.begin(tmp_path, 3)
     for rank in range(8):
         mine = (_expected(weights, parallel, rank), _expected(optimizer, parallel, rank))
-        checkpoint.save_slice(tmp_path, config_of(**parallel), 3, rank, *mine)
+        checkpoint.save_shard(tmp_path, config_of(**parallel), 3, rank, *mine)
     path = checkpoint.finish(tmp_path, config_of(**parallel), "{}", state_of(3), wait=0)
     _assert_equal(checkpoint.read(path).weights, weights)
     zero = config_of(**LAYOUTS["zero1 dp8 ep2"])
     with pytest.raises(UserError, match=r"optimizer_shard: 1; the full shape of 'embedding.table' is needed"):
-        checkpoint.save_slice(tmp_path, zero, 4, 0, weights, optimizer)
+        checkpoint.save_shard(tmp_path, zero, 4, 0, weights, optimizer)
 
 
 def test_files_are_those_of_the_library(tmp_path):
@@ -199,7 +199,7 @@ def test_files_are_those_of_the_library(tmp_path):
 def test_pieces_are_all_of_an_array_in_the_order_of_its_bytes(shape):
     array = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
     for limit in (4, 8, 20, 1000):
-        boxes = list(tensors.pieces(tensors.whole(shape), 4, limit))
+        boxes = list(tensors.pieces(tensors.full_box(shape), 4, limit))
         assert b"".join(array[box].tobytes() for box in boxes) == array.tobytes()
         assert max(array[box].nbytes for box in boxes) <= limit
 
@@ -230,15 +230,15 @@ def test_slices_of_another_layout_or_shape_are_refused(tmp_path):
     checkpoint.begin(tmp_path, 3)
     for rank in range(4):
         layout = {"data_parallel": 4, "expert_parallel": 2} if rank == 1 else parallel
-        checkpoint.save_slice(tmp_path, config_of(**layout), 3, rank, weights, optimizer, shapes)
+        checkpoint.save_shard(tmp_path, config_of(**layout), 3, rank, weights, optimizer, shapes)
     with pytest.raises(UserError, match=r"unexpected shards of rank 1: sharded by .*'expert_parallel': 2"):
         checkpoint.finish(tmp_path, config_of(**parallel), "{}", state_of(3), wait=0)
     wrong = weights | {"norm.weight": np.zeros(9, np.float32)}
     with pytest.raises(UserError, match=r"shard of 'norm.weight': \(9,\); rank 1 of 4 holds \(8,\) of \(8,\)"):
-        checkpoint.save_slice(tmp_path, config_of(**parallel), 3, 1, wrong, optimizer, shapes)
-    checkpoint.save_slice(tmp_path, config_of(**parallel), 3, 1, weights, optimizer, shapes | {"norm.weight": (8,)})
+        checkpoint.save_shard(tmp_path, config_of(**parallel), 3, 1, wrong, optimizer, shapes)
+    checkpoint.save_shard(tmp_path, config_of(**parallel), 3, 1, weights, optimizer, shapes | {"norm.weight": (8,)})
     other = {name: array for name, array in weights.items() if "w_out" not in name}
-    checkpoint.save_slice(tmp_path, config_of(**parallel), 3, 2, other, optimizer, shapes)
+    checkpoint.save_shard(tmp_path, config_of(**parallel), 3, 2, other, optimizer, shapes)
     with pytest.raises(UserError, match=r"missing shard of 'layers.1.feed_forward.experts.w_out': .* 768 of its 1,024"):
         checkpoint.finish(tmp_path, config_of(**parallel), "{}", state_of(3), wait=0)
     assert checkpoint.listed(tmp_path) == []
@@ -339,9 +339,9 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(folder, degrees, layers, rank, *rest):
         if rank == 2:
             raise OSError(28, "No space left on device", str(folder))
-        return sharded.write_slices(folder, degrees, layers, rank, *rest)
+        return sharded.write_shards(folder, degrees, layers, rank, *rest)
 
-    monkeypatch.setattr(recut, "write_slices", full)
+    monkeypatch.setattr(recut, "write_shards", full)
     with pytest.raises(OSError, match="No space"):
         recut.convert(path, _to(LAYOUTS["ep4"]), place)
     assert not place.exists() and list(place.parent.iterdir()) == []

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchyard.data.batches import TextSource, TrainBatches, eval_batches
+from switchyard.data.batches import EvalBatches, TextSource, TrainBatches
 from switchyard.errors import UserError
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.integers(0, 400), st.integers(0, 2**40))
@@ -92,7 +92,7 @@ def test_the_first_batch_is_known():
 @given(st.integers(2, 200), st.integers(1, 5), st.integers(1, 12))
 def test_evaluation_predicts_every_token_but_the_first_once(length, batch_size, seq_length):
     stream = np.arange(length, dtype=np.uint16)
-    batches = eval_batches(stream, batch_size, seq_length)
+    batches = EvalBatches(stream, batch_size, seq_length)
     for _ in range(2):  # fresh each time
         seen = list(batches)
         assert len(seen) == len(batches)
@@ -129,14 +129,14 @@ def test_the_length_that_an_error_proposes_works():
 @pytest.mark.parametrize("length", [0, 1])
 def test_too_little_validation_text_is_refused(length):
     with pytest.raises(UserError, match=rf"data\.val_fraction: leaves {length} validation tokens"):
-        eval_batches(np.zeros(length, np.uint8), 1, 8)
+        EvalBatches(np.zeros(length, np.uint8), 1, 8)
 
 
 def test_indices_outside_are_refused():
     with pytest.raises(IndexError):
         TrainBatches(np.zeros(100, np.uint8), 1, 8, 1).at(-1)
     with pytest.raises(IndexError):
-        eval_batches(np.zeros(10, np.uint8), 1, 9).at(1)
+        EvalBatches(np.zeros(10, np.uint8), 1, 9).at(1)
 
 
 def _starts(batches, indices) -> list[int]:

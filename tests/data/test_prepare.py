@@ -11,6 +11,7 @@ import pytest
 from switchyard import config
 from switchyard.data import load_data, mindrecord, prepare
 from switchyard.errors import UserError
+from switchyard.files import sha256_of
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_folder_to_blocks_from_end_to_end(folder, tmp_path):
     assert (manifest.vocab_size, tokenizer.vocab_size, manifest.seq_length) == (280, 280, 16)
     for split in (manifest.train, manifest.validation):
         with open(out / split.file, "rb") as handle:
-            assert mindrecord._sha256(handle) == split.sha256
+            assert sha256_of(handle) == split.sha256
     data = load_data(config.build({}, [f"data.path={out}", "model.seq_length=16", "data.batch_size=2"]))
     assert data.description.startswith("MindRecord") and "\n" not in data.description
     texts = [path.read_text() for path in sorted(folder.iterdir())]

@@ -12,7 +12,7 @@ from oracles.marks import long_but
 
 from switchyard.config import build
 from switchyard.distributed.compiled_graph import sums_may_race
-from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement, slice_of, stages_of
+from switchyard.distributed.placement import ParallelDims, optimizer_shards, placement, shard_slices, stages_of
 from switchyard.simulation.compile import compile_step
 
 ALL = tuple(range(8))
@@ -177,7 +177,7 @@ def test_parameters_lie_where_the_placement_says(compiled):
     whole = {name: shape for name, shape in whole.items() if stage == stages_of(name, 2, degrees)[0]}
     for name, shape in whole.items():
         cut = placement(name, shape, degrees)
-        local = list(np.empty(shape)[slice_of(shape, cut, degrees, RANK)].shape)
-        local[0] //= optimizer_slices(shape, cut, degrees, RANK)
+        local = list(np.empty(shape)[shard_slices(shape, cut, degrees, RANK)].shape)
+        local[0] //= optimizer_shards(shape, cut, degrees, RANK)
         for prefix in ("", "moment1.", "moment2."):
             assert report.parameters[prefix + name] == tuple(local), prefix + name

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from switchyard.distributed.placement import Coordinates, ParallelDims, optimizer_slices, placement, slice_of, stages_of
+from switchyard.distributed.placement import (
+    Coordinates,
+    ParallelDims,
+    optimizer_shards,
+    placement,
+    shard_slices,
+    stages_of,
+)
 from switchyard.errors import UserError
 
 CUBE = ParallelDims(data_parallel=4, expert_parallel=2, model_parallel=2, pipeline_stage=2)
@@ -12,16 +19,16 @@ CUBE = ParallelDims(data_parallel=4, expert_parallel=2, model_parallel=2, pipeli
 def test_ranks_are_numbered_stage_by_stage_and_model_slices_are_neighbours():
     assert CUBE.devices == 16 and CUBE.outer == 2 and CUBE.stage_devices == 8
     assert CUBE.coordinates(13) == Coordinates(stage=1, outer=1, expert=0, model=1)
-    assert [CUBE.rank_of(CUBE.coordinates(rank)) for rank in range(16)] == list(range(16))
-    assert [CUBE.data_slice(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [CUBE.along(rank) for rank in range(16)] == [(rank,) for rank in range(16)]
+    assert [CUBE.data_shard(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_groups():
-    assert CUBE.expert_group(13) == (13, 15) and CUBE.expert_replicas(13) == (9, 13)
-    assert CUBE.data_group(13) == (9, 11, 13, 15) and CUBE.model_group(13) == (12, 13)
-    assert CUBE.stage_group(13) == tuple(range(8, 16))
+    assert CUBE.expert_group(13) == (13, 15) and CUBE.along(13, "outer") == (9, 13)
+    assert CUBE.along(13, "outer", "expert") == (9, 11, 13, 15) and CUBE.model_group(13) == (12, 13)
+    assert CUBE.along(13, "outer", "expert", "model") == tuple(range(8, 16))
     flat = ParallelDims(data_parallel=8, expert_parallel=4)
-    assert flat.expert_group(5) == (4, 5, 6, 7) and flat.expert_replicas(5) == (1, 5)
+    assert flat.expert_group(5) == (4, 5, 6, 7) and flat.along(5, "outer") == (1, 5)
 
 
 def test_a_rank_that_is_not_there():
@@ -58,19 +65,19 @@ def test_slices_of_a_stage_make_up_the_whole_once_per_replica():
     whole, seen = np.arange(192).reshape(shape), np.zeros(192, int)
     cut = placement("layers.1.feed_forward.experts.w_in", shape, CUBE)
     for rank in range(8):
-        part = whole[slice_of(shape, cut, CUBE, rank)]
+        part = whole[shard_slices(shape, cut, CUBE, rank)]
         assert part.shape == (2, 8, 3)
         seen[part.reshape(-1)] += 1
     assert (seen == len(CUBE.replicas(cut, 0))).all() and CUBE.replicas(cut, 0) == (0, 4)
-    assert slice_of(shape, cut, CUBE, 3) == (slice(2, 4), slice(0, 8), slice(3, 6))
+    assert shard_slices(shape, cut, CUBE, 3) == (slice(2, 4), slice(0, 8), slice(3, 6))
 
 
 def test_zero_cuts_what_its_replicas_divide():
     zero = ParallelDims(data_parallel=8, expert_parallel=4, optimizer_shard=1)
-    assert optimizer_slices((8, 6), (None, None), zero, 0) == 8
-    assert optimizer_slices((13, 6), (None, None), zero, 0) == 1
-    assert optimizer_slices((8, 6, 5), ("expert", None, "model"), zero, 0) == 2
-    assert optimizer_slices((8, 6), (None, None), CUBE, 0) == 1
+    assert optimizer_shards((8, 6), (None, None), zero, 0) == 8
+    assert optimizer_shards((13, 6), (None, None), zero, 0) == 1
+    assert optimizer_shards((8, 6, 5), ("expert", None, "model"), zero, 0) == 2
+    assert optimizer_shards((8, 6), (None, None), CUBE, 0) == 1
 
 
 def test_stages():

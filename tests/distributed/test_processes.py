@@ -52,7 +52,7 @@ def test_what_msrun_says_of_a_process():
         (
             {"parallel": {"data_parallel": 2, "model_parallel": 2}},
             4,
-            "parallel.model_parallel: 2; training in processes cuts data_parallel and expert_parallel only",
+            "parallel.model_parallel: 2; training in processes shards data_parallel and expert_parallel only",
         ),
         (
             {"parallel": {"data_parallel": 2}, "moe": EXPERTS | {"groups": 1}},

@@ -121,7 +121,7 @@ def test_the_loss_is_that_of_the_asked_task(graph):
     valid, labels = asked(settings), np.array([[3, 1]] * 4, np.int32)
     logits, _ = forward(model, images(), valid)
     loss, factor = TrainLoss(model, settings).set_train(False), Tensor(np.ones((1, 1), np.float32))
-    figures, _ = loss(Tensor(images()), Tensor(labels), Tensor(valid), Tensor(NO_NOISE), factor)
+    figures = loss(Tensor(images()), Tensor(labels), Tensor(valid), Tensor(NO_NOISE), factor)
     logits = logits.reshape(4, 2, 10).astype(np.float64)
     surprise = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, labels[:, :, None], 2)[..., 0]
     assert figures.asnumpy()[LOSS] == pytest.approx((surprise * valid).sum() / valid.sum(), rel=1e-4)

@@ -192,13 +192,15 @@ def test_a_compiled_cluster_runs_a_layer_of_ones_own(pynative):
     np.testing.assert_array_equal(found[1], 2 * found[0])
 
 
-def test_a_compiled_cluster_refuses_shared_experts_of_ones_own():
-    """Those of the layer are `SharedExperts`; a maker's are not sharded."""
+def test_a_compiled_cluster_refuses_shared_experts_of_ones_own_without_layouts():
+    """A maker's shared experts are sharded as its experts are: by their own `shard`."""
     config = tiny_config(shared_expert_num=2)
 
-    def make(experts: int, hidden: int) -> FeedForwardExperts:
+    def make(experts: int, hidden: int) -> nn.Cell:
+        if experts == 1:
+            return nn.Identity()
         return FeedForwardExperts(experts, 6, hidden, "relu", (0.7, 0.7), InitialWeights(0), mstype.float32)
 
     layer = MoELayer(config, (0.7, 0.7), InitialWeights(0), mstype.float32, NoiseSlices(), make_experts=make)
-    with pytest.raises(UserError, match=r"^moe\.shared_expert_num: 2; your own shared experts are not sharded"):
+    with pytest.raises(UserError, match=r"Identity: these experts have no `shard\(mesh\)`: define it"):
         layer.shard(checking_mesh(config))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from oracles.tiny import tiny_config
 
-from switchyard.checkpoint.layout import held
+from switchyard.checkpoint.layout import shard_of
 from switchyard.distributed.placement import ParallelDims
 from switchyard.models import create_model
 from switchyard.nn import initializers
@@ -78,12 +78,12 @@ def test_parts_set_in_a_model_built_without_numbers_are_those_of_one_device(degr
         parameters = [*model.get_parameters(), *optimizer.state().values()]
         built = {parameter.name for parameter in parameters if parameter.has_init}
         assert "layers.0.feed_forward.experts.w_in" in built and "moment1.embedding.table" in built
-        set_initial(parameters, lambda name, shape, rank=rank: held(name, shape, degrees, rank, layers))
+        set_initial(parameters, lambda name, shape, rank=rank: shard_of(name, shape, degrees, rank, layers))
         assert not any(parameter.has_init for parameter in parameters)
         for parameter in parameters:
             name = parameter.name.removeprefix("moment1.").removeprefix("moment2.")
             if parameter.name not in built or name not in whole:
                 continue
-            part = whole[name][held(parameter.name, whole[name].shape, degrees, rank, layers)]
+            part = whole[name][shard_of(parameter.name, whole[name].shape, degrees, rank, layers)]
             expected = part if parameter.name == name else np.zeros_like(part)
             np.testing.assert_array_equal(parameter.asnumpy(), expected)

@@ -22,9 +22,9 @@ def resumed_and_saved(config, vocab: int) -> tuple:
     weights = {parameter.name: parameter.asnumpy() for parameter in step.model.get_parameters()}
     state = {name: parameter.asnumpy() for name, parameter in step.optimizer_state().items()}
     other = f"{config.train.output_dir}/{OTHER}"
-    checkpoint.save_slice(other, config, STEP, processes.rank, weights, state, step.shapes)
+    checkpoint.save_shard(other, config, STEP, processes.rank, weights, state, step.shapes)
     if config.parallel.pipeline_stage > 1:
-        return step.program, sample_inputs(step.config, step.model, step.graph)
+        return step.program, sample_inputs(step.config, step.model)
     return evaluation(step)
 
 
@@ -36,4 +36,4 @@ def scores(config, vocab: int) -> tuple:
 def evaluation(step: TrainStep) -> tuple:
     """(the program of evaluation, its inputs)."""
     program = eval_program(step.model, step.config, step.mesh)
-    return program, sample_inputs(step.config, step.model, step.graph)[:3]
+    return program, sample_inputs(step.config, step.model)[:3]

@@ -10,8 +10,8 @@ from switchyard.config import build
 from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
 from switchyard.planner.costs import Exchange, costs, exchanges, parameters, stage_costs
-from switchyard.simulation.compile import OPTIMIZER_STATE, whole_shape
-from switchyard.training.limits import WHOLE_ROUTERS
+from switchyard.simulation.compile import OPTIMIZER_STATE, full_shape
+from switchyard.training.limits import UNSHARDED_ROUTERS
 
 DENSE = {"model": {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "seq_length": 4, "intermediate_size": 16}}
 
@@ -34,12 +34,12 @@ def test_exchanges_are_those_of_the_graph(both):
     stage = degrees.coordinates(rank).stage
     groups = {
         "expert": degrees.expert_group,
-        "replicas": degrees.expert_replicas,
-        "data": degrees.data_group,
+        "replicas": lambda rank: degrees.along(rank, "outer"),
+        "data": lambda rank: degrees.along(rank, "outer", "expert"),
         "model": degrees.model_group,
-        "stage": degrees.stage_group,
+        "stage": lambda rank: degrees.along(rank, "outer", "expert", "model"),
         "all": lambda rank: tuple(range(degrees.devices)),
-        "pipeline": degrees.pipeline_group,
+        "pipeline": lambda rank: degrees.along(rank, "stage"),
     }
     expected = Counter()
     for one in exchanges(config, VOCAB, stage):
@@ -60,7 +60,7 @@ def test_what_is_held_is_what_the_graph_holds(both):
     config, report = both
     held = {name: shape for name, shape in report.parameters.items() if not name.startswith(OPTIMIZER_STATE)}
     stage = ParallelDims.of(config.parallel).coordinates(report.rank).stage
-    whole = {name: whole_shape(report.layouts[name], shape) for name, shape in held.items()}
+    whole = {name: full_shape(report.layouts[name], shape) for name, shape in held.items()}
     if not config.parallel.optimizer_shard:  # whose cut the compiler's layouts do not tell
         assert parameters(config, VOCAB, stage) == whole
     assert parameters(config, VOCAB, stage).keys() == held.keys()
@@ -142,4 +142,4 @@ def test_what_the_step_refuses_is_refused(tree, line):
 def test_the_routers_that_are_refused_are_those_that_override_construct():
     from switchyard.moe.routing.base import known_routers
 
-    assert tuple(name for name, router in known_routers().items() if router.overrides_construct) == WHOLE_ROUTERS
+    assert tuple(name for name, router in known_routers().items() if router.overrides_construct) == UNSHARDED_ROUTERS

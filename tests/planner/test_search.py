@@ -84,7 +84,6 @@ def test_a_slow_wire_prefers_other_degrees_than_slow_products():
 @pytest.mark.parametrize(
     ("tree", "devices", "says"),
     [
-        ({"moe": SMALL["moe"] | {"record": "a.safetensors"}}, 2, "moe.record: a.safetensors; a compiled"),
         ({"moe": SMALL["moe"] | {"router": "tree"}}, 2, "moe.router: tree; overrides `construct`"),
         ({"moe": SMALL["moe"] | {"dispatch": "dropless"}, "context": {"device_target": "GPU"}}, 2, "moe.dispatch: "),
         ({"model": {"compute_dtype": "bfloat16"}, "context": {"device_target": "GPU"}}, 2, "model.compute_dtype: bf"),

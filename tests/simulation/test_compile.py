@@ -62,11 +62,11 @@ def test_groups_are_said_briefly(group, text):
     assert simulate.ranks_text(group, 64) == text
 
 
-def test_the_whole_shape_of_a_slice():
+def test_the_full_shape_of_a_slice():
     """Device matrix [outer 2, expert 4], axis 0 cut by both, axis 1 by the expert axis."""
-    assert simulate.whole_shape([[2, 4], [[1, 0], -1], [3, 5]], (3, 5)) == (24, 5)
-    assert simulate.whole_shape([[2, 4], [-1, 0], [3, 5]], (3, 5)) == (3, 20)
-    assert simulate.whole_shape(None, (3, 5)) == (3, 5)
+    assert simulate.full_shape([[2, 4], [[1, 0], -1], [3, 5]], (3, 5)) == (24, 5)
+    assert simulate.full_shape([[2, 4], [-1, 0], [3, 5]], (3, 5)) == (3, 20)
+    assert simulate.full_shape(None, (3, 5)) == (3, 5)
 
 
 def test_a_child_that_takes_too_long_is_ended():

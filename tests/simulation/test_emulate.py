@@ -79,7 +79,7 @@ def test_four_ranks_equal_one_device(four):
 def test_what_a_rank_holds_is_said(four):
     report = four[1][3]
     assert report.parameters["layers.1.feed_forward.experts.w_in"] == (2, 16, 16)
-    assert simulate.whole_shape(report.layouts["layers.1.feed_forward.experts.w_in"], (2, 16, 16)) == (4, 16, 16)
+    assert simulate.full_shape(report.layouts["layers.1.feed_forward.experts.w_in"], (2, 16, 16)) == (4, 16, 16)
     assert (
         report.count("AlltoAll", "forward", "layers.1") == 2 and report.count("AlltoAll", "backward", "layers.1") == 2
     )
@@ -368,6 +368,31 @@ def test_a_tie_of_experts_is_drawn_again_and_a_fault_is_not_forgiven(monkeypatch
         results = [virtual.Comparison(each, {}, Counter(), strayed=strayed) for each in losses]
         assert virtual.prove(config, 2, vocab=VOCABULARY).equal == (losses[-1] is right) and len(draws) == count
     assert (virtual.draw_batches(config, 9, 1)["tokens"] != virtual.draw_batches(config, 9, 1, draw=1)["tokens"]).any()
+
+
+def test_the_kink_of_relu_is_compared_with_gelu_and_a_fault_is_not_forgiven(monkeypatch):
+    """Only where losses agree, gradients do not, and the activation is ReLU."""
+    asked, results, wrong, right = [], [], {"w_in": 1e-2}, {"w_in": 1e-6}
+
+    def once(config, devices, steps, vocab):
+        asked.append(config.model.activation)
+        losses, gradients = results.pop(0)
+        return virtual.Comparison(losses, {}, Counter(), gradients=gradients)
+
+    monkeypatch.setattr(virtual, "prove_once", once)
+    agree, differ = [(3.0, 3.0)], [(3.0, 4.0)]
+    for activation, given, activations, equal in (
+        ("relu", [(agree, wrong), (agree, right)], ["relu", "gelu"], True),
+        ("relu", [(agree, wrong), (agree, wrong)], ["relu", "gelu"], False),
+        ("relu", [(differ, wrong)], ["relu"], False),
+        ("relu", [(agree, right)], ["relu"], True),
+        ("swiglu", [(agree, wrong)], ["swiglu"], False),
+    ):
+        asked.clear()
+        results[:] = given
+        found = virtual.prove(layout(data_parallel=2, model={"activation": activation}), 2, vocab=VOCABULARY)
+        assert (asked, found.equal) == (activations, equal)
+        assert (virtual.SMOOTH in virtual.render(found)) == (len(activations) > 1)
 
 
 def test_what_training_refuses_is_not_emulated():

@@ -137,9 +137,9 @@ def test_all_to_all_moves_parts_and_back():
 
 
 def test_scatter_is_the_sum_cut():
-    parts = interpreter.reduce_scatter({}, [np.array([1, 2]), np.array([10, 20])])
+    parts = interpreter.EXCHANGES["ReduceScatter"]({}, [np.array([1, 2]), np.array([10, 20])])
     assert [part.tolist() for part in parts] == [[11], [22]]
-    assert interpreter.all_gather({}, parts)[1].tolist() == [11, 22]
+    assert interpreter.EXCHANGES["AllGather"]({}, parts)[1].tolist() == [11, 22]
 
 
 def test_uneven_parts_must_agree_on_both_sides():

@@ -1,4 +1,4 @@
-"""Evaluation: interval by hand, the whole set once, audits, overrides that are refused."""
+"""Evaluation: interval by hand, the whole set once, router metrics, overrides that are refused."""
 
 import math
 

@@ -33,7 +33,7 @@ def test_each_micro_batch_gets_its_own_choices(pynative):
     found = other(*batches, noise, 0.0, forced)
     wanted = np.where(forced < 0, own, recorded)
     np.testing.assert_array_equal(found["choices"], wanted)
-    np.testing.assert_array_equal(found["audit"]["load"][0], np.bincount(wanted.reshape(-1), minlength=4))
+    np.testing.assert_array_equal(found["routers"]["load"][0], np.bincount(wanted.reshape(-1), minlength=4))
 
 
 def test_a_run_takes_the_choices_of_another_run(tmp_path, pynative):

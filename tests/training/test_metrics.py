@@ -57,7 +57,7 @@ def test_loads_are_relative_to_the_mean_of_their_layer():
 
 
 def test_figures_of_a_step():
-    audit = {
+    routers = {
         "load": np.array([[6.0, 2.0], [4.0, 4.0]]),
         "importance": np.array([[5.0, 3.0], [3.5, 4.5]]),
         "dropped": np.array([0.25, 0.0]),
@@ -66,7 +66,7 @@ def test_figures_of_a_step():
         "z": np.array([1.5, 2.5]),
     }
     scalars = dict.fromkeys(("loss", "balance_loss", "z_loss", "gradient_norm", "loss_scale"), 1.5)
-    line = train_figures(9, {**scalars, "skipped": 0.0, "audit": audit}, 1e-3, None)
+    line = train_figures(9, {**scalars, "skipped": 0.0, "routers": routers}, 1e-3, None)
     assert line["load"] == [[6, 2], [4, 4]] and (line["load_min"], line["load_max"]) == (0.5, 1.5)
     assert line["dropped"] == pytest.approx(0.125) and line["entropy"] == [0.5, 0.25]
     assert line["step"] == 9 and line["loss"] == 1.5 and line["learning_rate"] == 1e-3

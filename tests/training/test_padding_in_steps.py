@@ -47,7 +47,7 @@ def _loss(config, others, tokens, labels, valid):
     if others is not None:
         cell.total_counts = CountsOfOthers(others)
     call = LOCAL.differentiate(cell, ms.ParameterTuple(cell.model.trainable_params()))
-    (figures, _), gradients = call(*map(Tensor, (tokens, labels, valid)), NO_NOISE, FACTOR)
+    figures, gradients = call(*map(Tensor, (tokens, labels, valid)), NO_NOISE, FACTOR)
     return figures.asnumpy(), [part.asnumpy() for part in gradients]
 
 
@@ -115,5 +115,5 @@ def test_content_of_padded_logits_does_not_reach_the_loss(pynative):
     logits[2] = np.nan
     dense = run_config(moe={"expert_num": 1})
     labels, valid = Tensor(np.array([[0, 1, 0]], np.int32)), Tensor(np.array([[1, 1, 0]], np.float32))
-    figures, _ = TrainLoss(Fixed(logits), dense)(labels, labels, valid, NO_NOISE, FACTOR)
+    figures = TrainLoss(Fixed(logits), dense)(labels, labels, valid, NO_NOISE, FACTOR)
     assert figures.asnumpy()[LOSS] == pytest.approx(-(np.log(0.5) + np.log(0.75)) / 2, rel=1e-5)

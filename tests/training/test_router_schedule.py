@@ -104,12 +104,12 @@ def test_loads_are_even_while_warm_and_the_router_learns(graph):
     before = _weights(model)
     noise = draw_noise(1, 0, 1, model.noise_slices, range(1), 64, 16)
     choices = WarmUp(config).at(0, inputs[0])
-    found = step(*inputs, noise, 0.01, choices)["audit"]
+    found = step(*inputs, noise, 0.01, choices)["routers"]
     np.testing.assert_array_equal(found["load"], np.full((len(config.moe_layers), 4), 16))
     assert not found["dropped"].any()
     after = _weights(model)
     assert all(np.any(after[name] != before[name]) for name in before if ".router." in name)
-    own = step(*inputs, noise, 0.01, np.full_like(choices, -1))["audit"]["load"]  # the routers decide
+    own = step(*inputs, noise, 0.01, np.full_like(choices, -1))["routers"]["load"]  # the routers decide
     assert own.sum() == 64 and np.any(own != 16) and len(step.graph.compile_cache) == 1
 
 

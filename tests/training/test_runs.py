@@ -199,7 +199,7 @@ def test_a_record_from_before_the_first_checkpoint_is_taken_up_again(tmp_path, p
     record = str(tmp_path / "choices.safetensors")
     sections = {"moe": {"expert_num": 4, "record": record}, "train": {"steps": 3, "checkpoint_every": 2}}
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(checkpoint, "save_together", lambda *arguments: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(checkpoint, "save", lambda *arguments, **more: (_ for _ in ()).throw(RuntimeError("killed")))
         train(_config(tmp_path, **sections))
     assert Path(record).exists() and not checkpoint.listed(tmp_path / "runs" / "tiny")
     train(_config(tmp_path, **sections), resume=True)

@@ -9,7 +9,7 @@ from oracles.cluster_probe import OTHER, STEP
 from switchyard.checkpoint import store as checkpoint
 from switchyard.config import build
 from switchyard.distributed.compiled_graph import sums_may_race
-from switchyard.distributed.placement import ParallelDims, updates
+from switchyard.distributed.placement import ParallelDims, is_updater
 from switchyard.models import create_model
 from switchyard.simulation import compile as simulate
 from switchyard.training.step import TrainStep
@@ -83,4 +83,4 @@ def test_stages_go_on_from_their_layers_and_save_them(tmp_path, monkeypatch):
     assert_same(state, again_state)
     own = [{name for name in report.parameters if name in weights} for report in reports]
     assert own[0] | own[1] == set(weights) and not own[0] & own[1]
-    assert {name for name in weights if updates(name, ParallelDims.of(config.parallel), 0, 2)} == own[0]
+    assert {name for name in weights if is_updater(name, ParallelDims.of(config.parallel), 0, 2)} == own[0]

@@ -55,10 +55,10 @@ def _load(step: TrainStep, **changes) -> None:
 
 
 def test_a_batch_is_learnt_and_figures_follow(graph):
-    """Figures are those of the step at hand, not of the first one; the audit counts every choice."""
+    """Figures are those of the step at hand, not of the first one; the load counts every choice."""
     losses, figures, _ = _train(run_config(**MOE), steps=30)
     assert losses[-1] < 0.8 * losses[0] and len(set(losses)) == len(losses)
-    assert figures["audit"]["load"].shape == (1, 4) and figures["audit"]["load"].sum() == 64
+    assert figures["routers"]["load"].shape == (1, 4) and figures["routers"]["load"].sum() == 64
     assert figures["gradient_norm"] > 0 and figures["skipped"] == 0 and figures["loss_scale"] == 1
 
 
@@ -101,8 +101,10 @@ def test_three_micro_batches_equal_one_of_three_times_the_size(mode, request):
     for name in ("gradient_norm", "balance_loss", "z_loss"):
         assert split_figures[name] == pytest.approx(whole_figures[name], rel=1e-5), name
     for name in ("load", "importance", "entropy", "z"):
-        np.testing.assert_allclose(split_figures["audit"][name], whole_figures["audit"][name], rtol=1e-4, err_msg=name)
-    assert split_figures["audit"]["load"].sum() == 4 + 34 + 64
+        np.testing.assert_allclose(
+            split_figures["routers"][name], whole_figures["routers"][name], rtol=1e-4, err_msg=name
+        )
+    assert split_figures["routers"]["load"].sum() == 4 + 34 + 64
     for name, value in _weights(whole_step).items():
         np.testing.assert_allclose(_weights(step)[name], value, atol=2e-5, err_msg=name)
 

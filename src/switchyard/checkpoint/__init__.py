@@ -1,1 +1,1 @@
-"""Checkpoints: directories that appear whole, and can be read under any parallel layout."""
+"""Writes and reads checkpoints: directories that appear in full, and can be read under any parallel layout."""

@@ -1,4 +1,4 @@
-"""`python -m switchyard.checkpoint`: works on checkpoints, see `store`."""
+"""Runs `python -m switchyard.checkpoint`, see `store`."""
 
 import sys
 

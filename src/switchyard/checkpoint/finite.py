@@ -1,10 +1,10 @@
-"""Which tensors are finite: a checkpoint with another number in it is neither written nor read."""
+"""Finds tensors that are not finite: a checkpoint with another number in it is neither written nor read."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
-PIECE = 1 << 20  # elements that are looked at together: no mask of a whole tensor
+PIECE = 1 << 20  # elements that are looked at together: no mask of a full tensor
 REMEDY = (
     "reduce schedule.learning_rate or set optimizer.clip_grad, then continue with --resume; if the weights have "
     "already diverged, use another train.name"

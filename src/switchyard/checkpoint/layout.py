@@ -1,23 +1,30 @@
 """Computes which rank holds and which rank writes each shard of every tensor of a checkpoint.
 
-Where an axis is cut is said by `switchyard.distributed.placement`; here ZeRO's further cut along axis 0 over the
-replicas of a slice is added, and the one rank of those that hold the same slice that writes it.
+`switchyard.distributed.placement` says which axes are sharded; here ZeRO's further shards along axis 0 over the
+replicas of a shard is added, and the one rank of those that hold the same shard that writes it.
 """
 
 from switchyard.checkpoint.tensors import Box
 from switchyard.config import Config
-from switchyard.distributed.placement import ParallelDims, full_shape, optimizer_slices, placement, slice_of, stages_of
+from switchyard.distributed.placement import (
+    ParallelDims,
+    full_shape,
+    optimizer_shards,
+    placement,
+    shard_slices,
+    stages_of,
+)
 from switchyard.errors import UserError
 
 Shape = tuple[int, ...]
 
 
-def held(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int) -> Box | None:
+def shard_of(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int) -> Box | None:
     """Returns the part of a tensor that a rank holds.
 
     Args:
         name: of a parameter or of an optimizer's tensor.
-        shape: of the whole tensor.
+        shape: of the full tensor.
         layers: model.num_layers.
 
     Returns:
@@ -28,30 +35,30 @@ def held(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int)
     """
     if degrees.coordinates(rank).stage not in _stages(name, layers, degrees):
         return None
-    cut = placement(name, shape, degrees)
-    box = slice_of(shape, cut, degrees, rank)
-    count = optimizer_slices(shape, cut, degrees, rank)
+    axes = placement(name, shape, degrees)
+    box = shard_slices(shape, axes, degrees, rank)
+    count = optimizer_shards(shape, axes, degrees, rank)
     if count == 1:
         return box
-    index, _ = degrees.replica(cut, rank)
+    index, _ = degrees.replica(axes, rank)
     length = (box[0].stop - box[0].start) // count
     start = box[0].start + index * length
     return (slice(start, start + length), *box[1:])
 
 
-def writes(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int) -> bool:
-    """Returns whether a rank is the first of the ranks that hold its shard; arguments as in `held`."""
+def is_writer(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int) -> bool:
+    """Returns whether a rank is the first of the ranks that hold its shard; arguments as in `shard_of`."""
     if degrees.coordinates(rank).stage != _stages(name, layers, degrees)[0]:
         return False
-    cut = placement(name, shape, degrees)
-    return optimizer_slices(shape, cut, degrees, rank) > 1 or degrees.replica(cut, rank)[0] == 0
+    axes = placement(name, shape, degrees)
+    return optimizer_shards(shape, axes, degrees, rank) > 1 or degrees.replica(axes, rank)[0] == 0
 
 
-def whole_shape(name: str, shape: Shape, degrees: ParallelDims) -> Shape:
+def full_shape_of(name: str, shape: Shape, degrees: ParallelDims) -> Shape:
     """Returns the full shape of a tensor of which a rank holds a shard of `shape`.
 
     Raises:
-        UserError: with ZeRO, where it cannot be told from the slice.
+        UserError: with ZeRO, where it cannot be told from the shard.
     """
     if degrees.optimizer_shard and shape:
         raise UserError(

@@ -1,9 +1,9 @@
-"""The manifest of a checkpoint: its files with their sha256, and where in which tensor every slice belongs.
+"""Reads and writes the manifest of a checkpoint: its files with their sha256, and the place of every shard.
 
-Version 1 is a checkpoint of one device, whose two tensor files hold whole tensors. Version 2 is one of several:
+Version 1 is a checkpoint of one device, whose two tensor files hold full tensors. Version 2 is one of several:
 
-    degrees     how the run was cut: data_parallel, expert_parallel, ...
-    tensors     {weights | optimizer: {name: {dtype, shape}}}, shapes of whole tensors
+    degrees     how the run was sharded: data_parallel, expert_parallel, ...
+    tensors     {weights | optimizer: {name: {dtype, shape}}}, shapes of full tensors
     files       {file: {sha256, bytes}}, those with tensors also {slices: {name: {offsets, shape}}}
 """
 
@@ -29,7 +29,7 @@ from switchyard.file_errors import writing
 from switchyard.files import UnfitError, flush, open_regular, read_regular, sha256_of
 from switchyard.json_text import to_json
 
-FORMAT, WHOLE_VERSION, CUT_VERSION = "switchyard checkpoint", 1, 2
+FORMAT, FULL_VERSION, SHARDED_VERSION = "switchyard checkpoint", 1, 2
 MANIFEST, CONFIG, TOKENIZER, STATE = "manifest.json", "config.yaml", "tokenizer.json", "state.json"
 KINDS = ("weights", "optimizer")
 TEXTS = (CONFIG, TOKENIZER, STATE)
@@ -75,8 +75,8 @@ class Manifest:
         path: the directory.
         step: optimizer steps taken.
         files: see above.
-        degrees: how the run was cut.
-        tensors: kind -> name -> type and shape of the whole tensor; None where the files hold whole tensors.
+        degrees: how the run was sharded.
+        tensors: kind -> name -> type and shape of the full tensor; None where the files hold full tensors.
     """
 
     path: Path
@@ -102,13 +102,13 @@ def listed(run: str | Path) -> list[Path]:
 
 def write_manifest(manifest: Manifest) -> None:
     """Writes MANIFEST into the directory and has it on the disk."""
-    content: dict[str, Any] = {"format": FORMAT, "version": WHOLE_VERSION, "step": manifest.step}
+    content: dict[str, Any] = {"format": FORMAT, "version": FULL_VERSION, "step": manifest.step}
     if manifest.tensors is not None:
         tensors = {
             kind: {name: {"dtype": entry.dtype, "shape": list(entry.shape)} for name, entry in sorted(entries.items())}
             for kind, entries in manifest.tensors.items()
         }
-        content |= {"version": CUT_VERSION, "degrees": asdict(manifest.degrees), "tensors": tensors}
+        content |= {"version": SHARDED_VERSION, "degrees": asdict(manifest.degrees), "tensors": tensors}
     content["files"] = manifest.files
     content["sha256"] = _digest_of(content)
     write_text(manifest.path / MANIFEST, to_json(content, indent=1))
@@ -158,7 +158,7 @@ class _Content(_Strict):
     """Holds the manifest except its checksum; names of files must stay inside the directory."""
 
     format: Literal[FORMAT]
-    version: Literal[WHOLE_VERSION, CUT_VERSION]
+    version: Literal[FULL_VERSION, SHARDED_VERSION]
     step: Annotated[int, Field(ge=0, lt=2**53)]
     files: dict[FileName, _File]
     degrees: _Degrees | None = None
@@ -190,10 +190,10 @@ def read_manifest(path: Path) -> Manifest:
     try:
         content = parse_json(text.decode("utf-8"))
         version, digest = content["version"], content.pop("sha256")
-        if version not in (WHOLE_VERSION, CUT_VERSION):
+        if version not in (FULL_VERSION, SHARDED_VERSION):
             raise UserError(
                 f"checkpoint '{path}': format version {repr(version)[:20]}; this version of Switchyard reads "
-                f"{WHOLE_VERSION} and {CUT_VERSION}"
+                f"{FULL_VERSION} and {SHARDED_VERSION}"
             )
         if digest != _digest_of(content):
             raise ValueError
@@ -221,28 +221,24 @@ def _checked(path: Path, content: dict[str, Any]) -> Manifest:
     other).
     """
     files, degrees, tensors = content["files"], ParallelDims(), None
-    if content["version"] == CUT_VERSION:
-        degrees, tensors = ParallelDims(**content["degrees"]), _tensors(content["tensors"])
+    if content["version"] == SHARDED_VERSION:
+        degrees, tensors = ParallelDims(**content["degrees"]), {}
+        for kind in KINDS:
+            fields = content["tensors"][kind].items()
+            tensors[kind] = {name: Entry(entry["dtype"], tuple(entry["shape"])) for name, entry in fields}
         if degrees.devices > MOST_DEVICES or degrees.data_parallel % degrees.expert_parallel:
             raise ValueError("degrees")
         _check_sizes(files, tensors)
-    whole = {file_of(kind) for kind in KINDS}
-    if not set(TEXTS) <= set(files) or (tensors is None and set(files) != {*TEXTS, *whole}):
+    expected = {file_of(kind) for kind in KINDS}
+    if not set(TEXTS) <= set(files) or (tensors is None and set(files) != {*TEXTS, *expected}):
         raise ValueError("files")
     if NAME.fullmatch(path.name) and int(path.name.rpartition("-")[2]) != content["step"]:
         raise ValueError("step")
     return Manifest(path, content["step"], files, degrees, tensors)
 
 
-def _tensors(content: dict) -> dict[str, dict[str, Entry]]:
-    return {
-        kind: {name: Entry(fields["dtype"], tuple(fields["shape"])) for name, fields in content[kind].items()}
-        for kind in KINDS
-    }
-
-
 def _check_sizes(files: dict[str, dict], tensors: dict[str, dict[str, Entry]]) -> None:
-    """Refuses slices that their file has no room for, before any memory is taken for them (ValueError, KeyError)."""
+    """Refuses shards that their file has no room for, before any memory is taken for them (ValueError, KeyError)."""
     for name, fields in files.items():
         kind = name.partition("-")[0]
         if kind not in KINDS:
@@ -262,7 +258,7 @@ def verify(manifest: Manifest, name: str) -> None:
     """
     path, expected = manifest.path, manifest.files[name]
     with readable(path, name):
-        found = _fingerprint(path / name, path, expected["bytes"])
+        found = fingerprint(path / name, path, expected["bytes"])
     if found["bytes"] != expected["bytes"]:
         raise DamagedError(path, f"{name} has {found['bytes']} bytes instead of {expected['bytes']}: it is truncated")
     if found["sha256"] != expected["sha256"]:
@@ -290,12 +286,7 @@ def read_texts(manifest: Manifest) -> tuple[Config, str, dict[str, Any]]:
     return configuration.load(path / CONFIG, inherited=True), texts[TOKENIZER], state
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Returns {"sha256", "bytes"} of a file."""
-    return _fingerprint(path)
-
-
-def _fingerprint(path: Path, folder: Path | None = None, size: int | None = None) -> dict[str, Any]:
+def fingerprint(path: Path, folder: Path | None = None, size: int | None = None) -> dict[str, Any]:
     """Returns {"sha256", "bytes"} of a regular file in a folder; a file of another size than `size` is not read
     (UnfitError).
     """

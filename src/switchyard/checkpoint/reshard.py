@@ -1,4 +1,4 @@
-"""Re-cuts a checkpoint for other degrees, piece by piece: `python -m switchyard.checkpoint convert`."""
+"""Reshards a checkpoint for other degrees, piece by piece: `python -m switchyard.checkpoint convert`."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from switchyard import config as configuration
 from switchyard.checkpoint.layout import keep_groups
 from switchyard.checkpoint.manifest import KINDS, read_manifest, read_texts
 from switchyard.checkpoint.reader import Tensors
-from switchyard.checkpoint.writer import assemble, publish, write_slices
+from switchyard.checkpoint.writer import assemble, publish, write_shards
 from switchyard.config import Config
 from switchyard.config.reader import UnreadableError, parse_yaml
 from switchyard.distributed.placement import ParallelDims
@@ -17,19 +17,20 @@ from switchyard.files import unfinished
 def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
     """Writes the checkpoint `path`, of whatever layout, as one of other degrees; values are copied bit for bit.
 
-    Memory: a few pieces of 1 MiB and the names of all slices, whatever the size of the tensors.
+    Memory: a few pieces of 1 MiB and the names of all shards, whatever the size of the tensors.
 
     Args:
         path: the checkpoint's directory.
         to: the new section `parallel` as YAML, such as '{data_parallel: 8, expert_parallel: 4}'; '{}' is one device.
-        out: the new directory, which appears whole or not at all.
+        out: the new directory, which appears in full or not at all.
         bar: a tqdm bar, which counts the bytes written.
 
     Returns:
         The configurations before and after.
 
     Raises:
-        DamagedError: a file is missing, cut or altered; a slice is missing, doubled or foreign; a number is not finite.
+        DamagedError: a file is missing, truncated or altered; a shard is missing, doubled or foreign; a number is not
+            finite.
         UserError: `out` exists; degrees that do not fit each other or the model.
     """
     if out.exists() or out.is_symlink():
@@ -46,7 +47,7 @@ def convert(path: Path, to: str, out: Path, bar=None) -> tuple[Config, Config]:
     with unfinished(out.absolute()) as folder:
         read = {kind: source.read_finite for kind, source in sources.items()}
         for rank in range(degrees.devices):
-            write_slices(folder, degrees, layers, rank, entries, read, advance)
+            write_shards(folder, degrees, layers, rank, entries, read, advance)
         assemble(folder, new, tokenizer_json, state, degrees, wait=0)
         publish(folder, out.absolute())
     return old, new

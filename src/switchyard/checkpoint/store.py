@@ -1,4 +1,4 @@
-"""Checkpoints: directories that appear whole or not at all, and are verified before they are read.
+"""Saves and reads checkpoints: directories that appear in full or not at all, and are verified before they are read.
 
 RUN/checkpoints/step-00000100/
     manifest.json           format version, step, sha256 and size of every other file
@@ -10,7 +10,7 @@ RUN/checkpoints/step-00000100/
 RUN/checkpoints/best.json   names the checkpoint of the lowest validation loss
 
 A run on N devices has weights-RANK-of-N.safetensors and optimizer-RANK-of-N.safetensors instead, one of each for every
-rank that holds slices which no rank before it holds; the manifest says where each slice belongs (checkpoint.manifest).
+rank that holds shards which no rank before it holds; the manifest says where each shard belongs (checkpoint.manifest).
 Whoever reads, whatever its own layout, gets the parts that it needs:
 
     python -m switchyard.checkpoint convert RUN --to '{data_parallel: 8, expert_parallel: 4}' --out DIR
@@ -19,11 +19,10 @@ A checkpoint is written into a temporary directory beside its place, every file 
 directory is renamed: the moment of the rename is the moment the checkpoint exists. Nothing is ever unpickled.
 """
 
-import contextlib
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ import numpy as np
 from switchyard import cli
 from switchyard.checkpoint.finite import REMEDY, first_not_finite
 from switchyard.checkpoint.health import Healthy
-from switchyard.checkpoint.layout import held
+from switchyard.checkpoint.layout import shard_of
 from switchyard.checkpoint.manifest import (
     CONFIG,
     FOLDER,
@@ -54,21 +53,21 @@ from switchyard.checkpoint.writer import (
     from_arrays,
     publish,
     set_aside,
-    write_slices,
-    write_whole,
+    write_atomically,
+    write_shards,
 )
 from switchyard.config import Config
 from switchyard.config.reader import parse_json
 from switchyard.distributed.placement import ParallelDims
-from switchyard.distributed.processes import Processes
+from switchyard.distributed.processes import SINGLE, Processes
 from switchyard.errors import UserError
 from switchyard.files import TEMPORARY, read_regular, remove
 from switchyard.json_text import to_json
 
-if TYPE_CHECKING:  # re-cutting needs no MindSpore
+if TYPE_CHECKING:  # resharding needs no MindSpore
     from mindspore import Parameter
 
-__all__ = ["CONFIG", "MANIFEST", "STATE", "TOKENIZER", "DamagedError", "listed", "write_whole"]
+__all__ = ["CONFIG", "MANIFEST", "STATE", "TOKENIZER", "DamagedError", "listed", "write_atomically"]
 
 FILES = (CONFIG, TOKENIZER, *map(file_of, KINDS), STATE)
 BEST = "best.json"
@@ -152,41 +151,53 @@ def save(
     optimizer: dict[str, np.ndarray],
     state: dict[str, Any],
     healthy: Healthy | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    processes: Processes = SINGLE,
 ) -> Path:
     """Writes a checkpoint of `state["step"]`, then drops those that `train.keep_checkpoints` no longer keeps.
 
     Args:
-        run: the run folder; one process writes it.
-        config, tokenizer_json, weights, optimizer, state: see Checkpoint; all tensors are whole.
+        run: the run folder.
+        config, tokenizer_json, state: see Checkpoint.
+        weights, optimizer: name -> full tensor; of several processes, this one's shard.
         healthy: knows which checkpoints of the run are good; None reads them.
+        shapes: see `save_shard`.
+        processes: all of them call this; each writes its own shards, and the first makes them a checkpoint.
 
     Returns:
-        The directory. If the process dies before this returns, either it is there whole or not at all.
+        The directory. If the process dies before this returns, either it is there in full or not at all.
 
     Raises:
-        UserError: a tensor holds a number that is not finite; nothing was written.
+        UserError: a tensor, of any process, holds a number that is not finite; nothing was written.
     """
-    healthy = healthy or Healthy()
-    refuse(run, state["step"], first_not_finite({**weights, **optimizer}), healthy)
-    begin(run, state["step"])
-    with _cleared_on_error(run, state["step"]):
-        _save_slice(run, state["step"], ParallelDims(), 0, config.model.num_layers, weights, optimizer)
-        return _finish(run, config, tokenizer_json, state, ParallelDims(), 0, healthy)
-
-
-def refuse(run: str | Path, step: int, name: str | None, healthy: Healthy) -> None:
-    """Refuses to write a checkpoint of which the tensor `name` is not finite (UserError); None = all are."""
-    if name is not None:
+    healthy, step = healthy or Healthy(), state["step"]
+    name = first_not_finite({**weights, **optimizer})
+    if processes.any_rank(name is not None):
         raise UserError(
-            f"checkpoint of step {step}: '{name}' holds numbers that are not finite, so it was not written; "
-            f"{healthy.kept(run)}; {REMEDY}"
+            f"checkpoint of step {step}: '{name or 'a shard of another rank'}' holds numbers that are not finite, "
+            f"so it was not written; {healthy.kept(run)}; {REMEDY}"
         )
+    if processes.is_first:
+        begin(run, step)
+    processes.barrier()
+    degrees = ParallelDims.of(config.parallel) if processes.size > 1 else ParallelDims()
+    try:
+        save_shard(run, config, step, processes.rank, weights, optimizer, shapes, degrees)
+        if processes.is_first:
+            finish(run, config, tokenizer_json, state, healthy=healthy, degrees=degrees)
+    except BaseException:
+        remove(_temporary(run, step))  # what is half written would be in the way on a full disk
+        raise
+    processes.barrier()
+    place = Path(run) / FOLDER / name_of(step)
+    healthy.note(place)
+    return place
 
 
 def begin(run: str | Path, step: int) -> None:
     """Makes the place in which the ranks of a run save `step`, and clears what a killed save has left.
 
-    One rank calls it; the others wait for that before they call `save_slice`.
+    One rank calls it; the others wait for that before they call `save_shard`.
     """
     folder = _temporary(run, step)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +206,7 @@ def begin(run: str | Path, step: int) -> None:
     folder.mkdir()
 
 
-def save_slice(
+def save_shard(
     run: str | Path,
     config: Config,
     step: int,
@@ -203,111 +214,68 @@ def save_slice(
     weights: dict[str, np.ndarray],
     optimizer: dict[str, np.ndarray],
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    degrees: ParallelDims | None = None,
 ) -> None:
-    """Writes a rank's slices of a checkpoint; what another rank holds too is written by the first of them only.
+    """Writes a rank's shards of a checkpoint; what another rank holds too is written by the first of them only.
 
     Args:
         run: the run folder, which all ranks see; see `begin`.
-        config: its section `parallel` says how the run is cut.
+        config: its section `parallel` says how the run is sharded.
         step: optimizer steps taken.
         rank: of this process.
-        weights, optimizer: name -> the rank's slice of a tensor, or the whole of it.
-        shapes: name of a parameter -> shape of the whole, for slices that do not tell it: those of ZeRO, and whole
-            tensors where the rank holds a slice.
+        weights, optimizer: name -> the rank's shard of a tensor, or the full tensor; their numbers are finite.
+        shapes: name of a parameter -> full shape, for shards that do not tell it: those of ZeRO, and full tensors
+            where the rank holds a shard.
+        degrees: in the place of those of `config`.
 
     Raises:
-        UserError: an array that is neither the slice of this rank nor the whole, or a number that is not finite.
+        UserError: an array that is neither the shard of this rank nor the full tensor.
     """
-    refuse(run, step, first_not_finite({**weights, **optimizer}), Healthy())
-    _save_slice(run, step, ParallelDims.of(config.parallel), rank, config.model.num_layers, weights, optimizer, shapes)
+    degrees, layers = degrees or ParallelDims.of(config.parallel), config.model.num_layers
+    entries, read = {}, {}
+    for kind, arrays in zip(KINDS, (weights, optimizer)):
+        entries[kind], read[kind] = from_arrays(arrays, degrees, rank, layers, shapes)
+    write_shards(_temporary(run, step), degrees, layers, rank, entries, read)
 
 
-def finish(run: str | Path, config: Config, tokenizer_json: str, state: dict[str, Any], wait: float = PATIENCE) -> Path:
+def finish(
+    run: str | Path,
+    config: Config,
+    tokenizer_json: str,
+    state: dict[str, Any],
+    wait: float = PATIENCE,
+    healthy: Healthy | None = None,
+    degrees: ParallelDims | None = None,
+) -> Path:
     """Makes a checkpoint of what the ranks have saved, then drops those that are no longer kept. One rank calls it.
 
     Args:
-        run, config, tokenizer_json, state: as of `save`.
-        wait: seconds within which the slices of all ranks must have come.
+        run, config, tokenizer_json, state, healthy: as of `save`.
+        wait: seconds within which the shards of all ranks must have come.
+        degrees: in the place of those of `config`.
 
     Returns:
         The directory.
 
     Raises:
-        UserError: a slice is missing, doubled or foreign; names it. There is no checkpoint then.
+        UserError: a shard is missing, doubled or foreign; names it. There is no checkpoint then.
     """
-    return _finish(run, config, tokenizer_json, state, ParallelDims.of(config.parallel), wait, Healthy())
-
-
-def save_together(
-    processes: Processes,
-    run: Path,
-    config: Config,
-    tokenizer_json: str,
-    weights,
-    optimizer,
-    state,
-    shapes=None,
-    healthy: Healthy | None = None,
-) -> None:
-    """Writes a checkpoint, see `save`: every process its own slices, and the first makes it one.
-
-    `shapes`: see save_slice. All processes refuse it where one of them holds a number that is not finite (UserError).
-    """
-    healthy, step = healthy or Healthy(), state["step"]
-    if processes.size == 1:
-        save(run, config, tokenizer_json, weights, optimizer, state, healthy)
-        return
-    name = first_not_finite({**weights, **optimizer})
-    if processes.any_rank(name is not None):
-        refuse(run, step, name or "a shard of another rank", healthy)
-    if processes.is_first:
-        begin(run, step)
-    processes.barrier()
-    degrees, layers = ParallelDims.of(config.parallel), config.model.num_layers
-    with _cleared_on_error(run, step):
-        _save_slice(run, step, degrees, processes.rank, layers, weights, optimizer, shapes)
-        if processes.is_first:
-            _finish(run, config, tokenizer_json, state, degrees, PATIENCE, healthy)
-    processes.barrier()
-    healthy.note(run / FOLDER / name_of(step))
-
-
-@contextlib.contextmanager
-def _cleared_on_error(run: str | Path, step: int) -> Iterator[None]:
-    """Leaves nothing half written of a checkpoint that could not be: on a full disk it would be in the way."""
-    try:
-        yield
-    except BaseException:
-        remove(_temporary(run, step))
-        raise
-
-
-def _temporary(run: str | Path, step: int) -> Path:
-    return Path(run) / FOLDER / f"{TEMPORARY}{name_of(step)}"
-
-
-def _save_slice(run, step: int, degrees: ParallelDims, rank: int, layers: int, weights, optimizer, shapes=None) -> None:
-    entries, read = {}, {}
-    for kind, arrays in zip(KINDS, (weights, optimizer)):
-        entries[kind], read[kind] = from_arrays(arrays, degrees, rank, layers, shapes)
-    write_slices(_temporary(run, step), degrees, layers, rank, entries, read)
-
-
-def _finish(
-    run, config: Config, tokenizer_json: str, state: dict, degrees: ParallelDims, wait: float, healthy: Healthy
-) -> Path:
-    folder = _temporary(run, state["step"])
+    healthy, folder = healthy or Healthy(), _temporary(run, state["step"])
     place = folder.with_name(name_of(state["step"]))
-    assemble(folder, config, tokenizer_json, state, degrees, wait)
+    assemble(folder, config, tokenizer_json, state, degrees or ParallelDims.of(config.parallel), wait)
     publish(folder, place)
     healthy.note(place)
     _drop_old(run, config.train.keep_checkpoints, healthy)
     return place
 
 
+def _temporary(run: str | Path, step: int) -> Path:
+    return Path(run) / FOLDER / f"{TEMPORARY}{name_of(step)}"
+
+
 def mark_best(run: str | Path, step: int, loss: float) -> None:
     """Names the checkpoint of `step`, which exists, as the best: it is kept until another is named."""
-    write_whole(Path(run) / FOLDER / BEST, to_json({"checkpoint": name_of(step), "loss": loss}))
+    write_atomically(Path(run) / FOLDER / BEST, to_json({"checkpoint": name_of(step), "loss": loss}))
 
 
 def read(
@@ -318,12 +286,12 @@ def read(
     Args:
         path: see `resolve`.
         with_optimizer: False leaves the optimizer's files, two thirds of the bytes, alone.
-        degrees: how the reader is cut; None is one device, which needs whole tensors.
+        degrees: how the reader is sharded; None is one device, which needs full tensors.
         rank: of the reader.
 
     Raises:
-        DamagedError: a file is missing, cut, altered or unreadable, a slice missing, doubled or foreign, or a number
-            not finite; names the good checkpoint before it.
+        DamagedError: a file is missing, truncated, altered or unreadable, a shard missing, doubled or foreign, or a
+            number not finite; names the good checkpoint before it.
         UserError: no checkpoint, one of another format, or degrees that do not divide a tensor.
     """
     path, degrees = resolve(path), degrees or ParallelDims()
@@ -333,7 +301,7 @@ def read(
     for kind in KINDS if with_optimizer else KINDS[:1]:
         tensors = Tensors(manifest, kind)
         for name, entry in tensors.entries.items():
-            box = held(name, entry.shape, degrees, rank, config.model.num_layers)
+            box = shard_of(name, entry.shape, degrees, rank, config.model.num_layers)
             if box is not None:
                 arrays[kind][name] = tensors.read_finite(name, box)
     return Checkpoint(path, config, tokenizer_json, *arrays.values(), state)
@@ -354,7 +322,7 @@ def set_parameters(parameters: "dict[str, Parameter]", arrays: dict[str, np.ndar
 
     check_arrays({name: tuple(parameter.shape) for name, parameter in parameters.items()}, arrays, what)
     for name, parameter in parameters.items():
-        # a slice stays known as one, or the next graph that is compiled would cut it again
+        # a shard stays known as one, or the next graph that is compiled would shard it again
         parameter.set_data(Tensor(arrays[name], parameter.dtype), slice_shape=bool(parameter.sliced))
 
 

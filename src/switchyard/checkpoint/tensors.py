@@ -1,6 +1,6 @@
-"""Safetensors files read and written piece by piece, so that no file need ever be in memory as a whole.
+"""Reads and writes safetensors files piece by piece, so that no file need ever be in memory as a whole.
 
-The library writes a file from a dict of whole arrays and maps whole files; here a header is written first and then the
+The library writes a file from a dict of full arrays and maps full files; here a header is written first and then the
 bytes as they come, and a part of one tensor is read at a time. Files are byte for byte those of the library
 (https://github.com/huggingface/safetensors#format): eight bytes with the header's length, the header as JSON with
 `data_offsets` into what follows, the bytes of the tensors; widest types first, then by name.
@@ -25,19 +25,9 @@ Box = tuple[slice, ...]  # a part of an array: start and stop for each axis
 
 # in the library's order, the last first
 TYPES = {
-    "BOOL": "?",
-    "U8": "u1",
-    "I8": "i1",
-    "I16": "<i2",
-    "U16": "<u2",
-    "F16": "<f2",
-    "I32": "<i4",
-    "U32": "<u4",
-    "F32": "<f4",
-    "F64": "<f8",
-    "I64": "<i8",
-    "U64": "<u8",
-}
+    "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2",
+    "I32": "<i4", "U32": "<u4", "F32": "<f4", "F64": "<f8", "I64": "<i8", "U64": "<u8",
+}  # fmt: skip
 LONGEST_NAME, MOST_AXES = 500, 16
 LONGEST_HEADER = 100_000_000  # bytes, as in the library
 PIECE = 1 << 20  # bytes that are read, or made ready to be written, at a time
@@ -67,7 +57,7 @@ def type_of(array: np.ndarray) -> str:
     raise UserError(f"tensor type: {array.dtype}; one of {', '.join(TYPES)}")
 
 
-def whole(shape: tuple[int, ...]) -> Box:
+def full_box(shape: tuple[int, ...]) -> Box:
     """Returns the box that covers a full array."""
     return tuple(slice(0, size) for size in shape)
 
@@ -192,7 +182,7 @@ def write_file(
             digest.update(content)
         for name in names:
             code = np.dtype(TYPES[entries[name].dtype])
-            for box in pieces(whole(entries[name].shape), code.itemsize):
+            for box in pieces(full_box(entries[name].shape), code.itemsize):
                 content = np.ascontiguousarray(read(name, box), code).reshape(-1).view(np.uint8)
                 file.write(content)
                 digest.update(content)

@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks write: each its slices and a note about them, one of them the manifest.
+"""Writes checkpoints of several ranks: each rank its shards and a note about them, one rank the manifest.
 
 All write into one temporary directory. A rank's files come first, its note last, so a note stands for files that are
 whole; when the notes of all ranks are there, they become the manifest and the directory is renamed.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from switchyard.checkpoint.layout import held, whole_shape, writes
+from switchyard.checkpoint.layout import full_shape_of, is_writer, shard_of
 from switchyard.checkpoint.manifest import (
     CONFIG,
     KINDS,
@@ -27,7 +27,7 @@ from switchyard.checkpoint.manifest import (
     write_text,
 )
 from switchyard.checkpoint.reader import joined
-from switchyard.checkpoint.tensors import Box, Entry, size_of, type_of, whole, within, write_file
+from switchyard.checkpoint.tensors import Box, Entry, full_box, size_of, type_of, within, write_file
 from switchyard.config import Config
 from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
@@ -38,10 +38,10 @@ from switchyard.json_text import to_json
 NOTE = ".rank-{rank:05d}.json"
 POLL = 0.1  # seconds between two looks for notes
 
-Read = Callable[[str, Box], np.ndarray]  # (tensor, part of the whole tensor) -> that part
+Read = Callable[[str, Box], np.ndarray]  # (tensor, part of the full tensor) -> that part
 
 
-def write_slices(
+def write_shards(
     folder: Path,
     degrees: ParallelDims,
     layers: int,
@@ -54,42 +54,36 @@ def write_slices(
 
     Args:
         folder: the temporary directory.
-        degrees, layers: how the checkpoint is cut; model.num_layers.
-        rank: whose slices; one that holds nothing but copies writes its note only.
-        entries: kind -> name -> type and shape of whole tensors.
+        degrees, layers: how the checkpoint is sharded; model.num_layers.
+        rank: whose shards; one that holds nothing but copies writes its note only.
+        entries: kind -> name -> type and shape of full tensors.
         read: kind -> where parts come from.
         advance: told the bytes of each piece.
     """
     files, known, devices = {}, {}, degrees.devices
     for kind in KINDS:
-        boxes = {name: held(name, entry.shape, degrees, rank, layers) for name, entry in entries[kind].items()}
+        boxes = {name: shard_of(name, entry.shape, degrees, rank, layers) for name, entry in entries[kind].items()}
         boxes = {name: box for name, box in boxes.items() if box is not None}
         known[kind] = {name: [entries[kind][name].dtype, list(entries[kind][name].shape)] for name in boxes}
-        mine = {
-            name: box for name, box in boxes.items() if writes(name, entries[kind][name].shape, degrees, rank, layers)
-        }
+        shapes = {name: entry.shape for name, entry in entries[kind].items()}
+        mine = {name: box for name, box in boxes.items() if is_writer(name, shapes[name], degrees, rank, layers)}
         if not mine and devices > 1:
             continue
         file = file_of(kind, rank, devices)
         parts = {name: Entry(entries[kind][name].dtype, size_of(box)) for name, box in mine.items()}
-        files[file] = write_file(folder / file, parts, _shifted(read[kind], mine), advance)
+
+        def read_shard(name: str, box: Box, source=read[kind], mine=mine) -> np.ndarray:
+            shifted = (slice(a.start + b.start, a.stop + b.start) for a, b in zip(box, mine[name]))
+            return source(name, tuple(shifted))  # of the full tensor
+
+        files[file] = write_file(folder / file, parts, read_shard, advance)
         if devices > 1:
             files[file]["slices"] = {
                 name: {"offsets": [part.start for part in box], "shape": list(size_of(box))}
                 for name, box in sorted(mine.items())
             }
     note = {"rank": rank, "degrees": asdict(degrees), "tensors": known, "files": files}
-    write_whole(folder / NOTE.format(rank=rank), to_json(note))
-
-
-def _shifted(read: Read, boxes: Mapping[str, Box]) -> Read:
-    """Reads parts of slices where `read` reads parts of whole tensors."""
-
-    def part(name: str, box: Box) -> np.ndarray:
-        outer = boxes[name]
-        return read(name, tuple(slice(a.start + b.start, a.stop + b.start) for a, b in zip(box, outer)))
-
-    return part
+    write_atomically(folder / NOTE.format(rank=rank), to_json(note))
 
 
 def from_arrays(
@@ -99,26 +93,26 @@ def from_arrays(
     layers: int,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[dict[str, Entry], Read]:
-    """(types and shapes of whole tensors, reader of their parts) of a rank's arrays.
+    """Returns (types and shapes of full tensors, reader of their parts) of a rank's arrays.
 
     Args:
-        arrays: name -> the rank's slice, or the whole tensor.
-        shapes: name of a parameter -> shape of the whole; what is not named is told from the slice.
+        arrays: name -> the rank's shard, or the full tensor.
+        shapes: name of a parameter -> full shape; what is not named is told from the shard.
 
     Raises:
-        UserError: an array is neither the slice nor the whole.
+        UserError: an array is neither the shard nor the full tensor.
     """
     shapes, entries, origins = shapes or {}, {}, {}
     for name, array in arrays.items():
         parameter = name.partition(".")[2]  # of a moment
-        shape = shapes.get(name) or shapes.get(parameter) or whole_shape(name, array.shape, degrees)
-        box = held(name, tuple(shape), degrees, rank, layers)
+        shape = shapes.get(name) or shapes.get(parameter) or full_shape_of(name, array.shape, degrees)
+        box = shard_of(name, tuple(shape), degrees, rank, layers)
         if box is None:  # of another pipeline stage
             continue
         if array.shape == size_of(box):
             origins[name] = box
         elif array.shape == tuple(shape):
-            origins[name] = whole(array.shape)
+            origins[name] = full_box(array.shape)
         else:
             raise UserError(
                 f"shard of '{name}': {array.shape}; rank {rank} of {degrees.devices} holds {size_of(box)} of {shape}"
@@ -137,11 +131,11 @@ def assemble(
     """Makes a checkpoint of the files in a temporary directory: texts, manifest, everything on the disk.
 
     Raises:
-        UserError: the notes of some ranks did not come within `wait` seconds, are of other degrees, or their slices do
+        UserError: the notes of some ranks did not come within `wait` seconds, are of other degrees, or their shards do
             not make up every tensor.
     """
     notes, tensors = _notes(folder, degrees, wait), {kind: {} for kind in KINDS}
-    slices: dict[str, dict] = {}
+    files: dict[str, dict] = {}
     for note in notes:
         if note["degrees"] != asdict(degrees):
             raise UserError(
@@ -152,16 +146,16 @@ def assemble(
                 entry = Entry(dtype, tuple(shape))
                 if tensors[kind].setdefault(name, entry) != entry:
                     raise UserError(f"unexpected shard of '{name}' of rank {note['rank']}: of {dtype} {shape}")
-        slices |= note["files"]
+        files |= note["files"]
     if degrees.devices > 1:
         for kind in KINDS:
-            joined(kind, tensors[kind], slices, degrees.devices)
+            joined(kind, tensors[kind], files, degrees.devices)
     texts = {CONFIG: config.to_yaml(), TOKENIZER: tokenizer_json, STATE: to_json(state, indent=1)}
     for name in TEXTS:
         write_text(folder / name, texts[name])
     for note in notes:
         (folder / NOTE.format(rank=note["rank"])).unlink()
-    files = {name: fingerprint(folder / name) for name in TEXTS} | slices
+    files = {name: fingerprint(folder / name) for name in TEXTS} | files
     write_manifest(Manifest(folder, state["step"], files, degrees, tensors if degrees.devices > 1 else None))
     flush(folder)
 
@@ -197,8 +191,8 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole, new or old, whenever the process dies."""
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that it is complete, new or old, whenever the process dies."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         with writing(path):

@@ -1,4 +1,4 @@
-"""Data: text, MindRecord or images in, a tokenizer and resumable batches out. `load_data` is the way in."""
+"""Reads text, MindRecord or images, and gives a tokenizer and resumable batches. `load_data` is the entry."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ import numpy as np
 
 from switchyard.config import Config
 from switchyard.data import fingerprint, mindrecord
-from switchyard.data.batches import Batch, EvalBatches, TrainBatches, eval_batches
+from switchyard.data.batches import Batch, EvalBatches, TrainBatches
 from switchyard.data.corpus import Corpus, load_text
 from switchyard.data.given import load_scored
 from switchyard.data.images import Classes, ImageBatch, ImageBatches, ImageEvalBatches, classes_of, load_split
@@ -29,7 +29,6 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "TrainBatches",
-    "eval_batches",
     "load_data",
     "load_scored",
     "load_text",
@@ -77,7 +76,7 @@ def load_data(
     Args:
         config: sections data, model.seq_length and train.seed are read.
         tokenizer_json: the tokenizer of a checkpoint, when one is continued or evaluated.
-        rank, world: the slice of each micro-batch of data.batch_size sequences; validation is not cut.
+        rank, world: the shard of each micro-batch of data.batch_size sequences; validation is not sharded.
         seen: is told the fingerprint before text becomes tokens, and may refuse it.
 
     Raises:
@@ -90,46 +89,67 @@ def load_data(
     folder = mindrecord.locate(config.data.path)
     read = _read_text if folder is None else _read_records
     tokenizer, source, stream, count, description, marks = read(config, tokenizer_json, seen)
+    batch_size, seq_length = config.data.batch_size // world, config.model.seq_length
+    train = TrainBatches(source, batch_size, seq_length, config.train.seed, rank, world)
+    description += f"; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind})"
+    return text_data(config, tokenizer, stream, description, train=train, token_counts=count, fingerprint=marks)
+
+
+def text_data(
+    config: Config,
+    tokenizer: Tokenizer,
+    stream: np.ndarray,
+    description: str,
+    train: TrainBatches | None = None,
+    **more,
+) -> Data:
+    """Returns the Data of a validation stream [T] (UserError: too few tokens); `more`: other fields of it."""
     batch_size, seq_length = config.data.batch_size, config.model.seq_length
-    train = TrainBatches(source, batch_size // world, seq_length, config.train.seed, rank, world)
-    eval_batches(stream, batch_size, seq_length)  # too little text is said now, not after training
+    EvalBatches(stream, batch_size, seq_length)  # too little text is said now, not after training
     return Data(
         tokenizer=tokenizer,
         train=train,
-        validation=lambda: eval_batches(stream, batch_size, seq_length),
+        validation=lambda: EvalBatches(stream, batch_size, seq_length),
         validation_tokens=len(stream) - 1,
         validation_bytes=tokenizer.byte_length(stream[1:]),
-        description=f"{description}; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind})",
-        token_counts=count,
-        fingerprint=marks,
+        description=description,
+        **more,
+    )
+
+
+def image_data(
+    config: Config, classes: Classes, images: np.ndarray, answers: np.ndarray, description: str, train=None, **more
+) -> Data:
+    """Returns the Data of validation images [N, C, H, W] and answers [N, T]; a prediction counts as one token of one
+    byte.
+    """
+    return Data(
+        tokenizer=classes,
+        train=train,
+        validation=lambda: ImageEvalBatches(images, answers, config.data.batch_size),
+        validation_tokens=answers.size,
+        validation_bytes=answers.size,
+        description=f"{description}; tasks: {', '.join(config.vision.tasks)}",
+        **more,
     )
 
 
 def _load_images(config: Config, classes_json: str | None, rank: int, world: int, seen: Seen) -> Data:
-    """Returns the Data of images; a prediction counts as one token of one byte."""
-    vision, batch_size = config.vision, config.data.batch_size
+    """Returns the Data of images."""
     if config.data.val_path is not None:
         raise UserError(
             f"data.val_path: '{config.data.val_path}'; names text, but the model reads images; leave it "
             "null: t10k-* files in data.path are the validation images"
         )
-    classes = classes_of(vision, classes_json)
+    classes = classes_of(config.vision, classes_json)
     split = load_split(config)
     marks = fingerprint.of_images(split.train, split.validation)
     seen(marks)
     images, labels = split.validation
-    answers = classes.answers(labels)
-    train = ImageBatches(
-        split.train[0], classes.answers(split.train[1]), batch_size // world, config.train.seed, rank, world
-    )
-    return Data(
-        tokenizer=classes,
-        train=train,
-        validation=lambda: ImageEvalBatches(images, answers, batch_size),
-        validation_tokens=answers.size,
-        validation_bytes=answers.size,
-        description=f"{split.description}; tasks: {', '.join(vision.tasks)}",
-        fingerprint=marks,
+    known, batch_size = classes.answers(split.train[1]), config.data.batch_size // world
+    train = ImageBatches(split.train[0], known, batch_size, config.train.seed, rank, world)
+    return image_data(
+        config, classes, images, classes.answers(labels), split.description, train=train, fingerprint=marks
     )
 
 
@@ -139,7 +159,9 @@ def _read_text(
     """Returns (tokenizer, training stream [T], validation stream [T], what counts ids, description, fingerprint) of
     text.
     """
-    _refuse_records(config.data.val_path)
+    val_path = config.data.val_path
+    if mindrecord.locate(val_path, "data.val_path") is not None:
+        raise UserError(f"data.val_path: '{val_path}'; is a prepared MindRecord folder; give the text itself")
     corpus = load_text(config.data)
     marks = fingerprint.of_corpus(corpus)
     seen(marks)
@@ -153,12 +175,6 @@ def _read_text(
     train, validation = tokenizer.encode_documents(corpus.train), tokenizer.encode_documents(corpus.validation)
     description = corpus.description + unknown_note(tokenizer, train, validation)
     return tokenizer, train, validation, lambda: count_tokens([train], tokenizer.vocab_size), description, marks
-
-
-def _refuse_records(val_path: str | None) -> None:
-    """Refuses a prepared folder as validation text (UserError)."""
-    if mindrecord.locate(val_path, "data.val_path") is not None:
-        raise UserError(f"data.val_path: '{val_path}'; is a prepared MindRecord folder; give the text itself")
 
 
 def count_tokens(pieces: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:

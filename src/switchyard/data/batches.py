@@ -1,4 +1,4 @@
-"""Tokens to batches: training batches by index, a pure function of (seed, index); validation batches in order.
+"""Makes batches of tokens: training batches by index, a pure function of (seed, index); validation batches in order.
 
 Nothing is remembered between two batches, so a run resumes by asking for the next index.
 """
@@ -67,17 +67,17 @@ class Source(Protocol):
     """Reads tokens as windows of S + 1, each of which makes one training sequence."""
 
     def __len__(self) -> int:
-        """Windows of an epoch."""
+        """Returns the number of windows of an epoch."""
 
     slack: int
     """Largest offset by which an epoch may move all its windows."""
 
     def read(self, order: np.ndarray, start: int, stop: int, offset: int) -> np.ndarray:
-        """Windows order[start:stop] as [stop - start, S + 1] int32; `order` is one epoch of this rank."""
+        """Returns windows order[start:stop] as [stop - start, S + 1] int32; `order` is one epoch of this rank."""
 
 
 class TextSource:
-    """Windows of a stream of tokens in memory, side by side from the epoch's offset on."""
+    """Reads windows of a stream of tokens in memory, side by side from the epoch's offset on."""
 
     def __init__(self, stream: np.ndarray, seq_length: int):
         width = seq_length + 1
@@ -95,7 +95,7 @@ class TextSource:
         return self._count
 
     def read(self, order: np.ndarray, start: int, stop: int, offset: int) -> np.ndarray:
-        """Windows order[start:stop] of the stream, moved by `offset`: [stop - start, S + 1] int32."""
+        """Returns windows order[start:stop] of the stream, moved by `offset`: [stop - start, S + 1] int32."""
         first = offset + order[start:stop].astype(np.int64) * self._width  # [B]
         return self._stream[first[:, None] + np.arange(self._width)].astype(np.int32)  # [B, S+1]
 
@@ -104,7 +104,7 @@ class TrainBatches:
     """Returns training batches by index: `at(i)` for any i >= 0, in any order, on any process.
 
     An epoch moves the windows by an offset and permutes them, both drawn by (seed, epoch). Batch i of the world takes
-    the next `batch_size * world` windows of the permutation and rank r the r-th slice of them: the ranks' batches,
+    the next `batch_size * world` windows of the permutation and rank r the r-th shard of them: the ranks' batches,
     joined, are the batch of one process. The windows that do not fill a last batch wait for another epoch. `start_at`
     lets counting begin elsewhere, see Course.
 
@@ -113,7 +113,7 @@ class TrainBatches:
         batch_size: sequences B of one rank's batch.
         seq_length: tokens S of a sequence.
         seed: of the shuffle.
-        rank, world: which slice of how many.
+        rank, world: which shard of how many.
 
     Raises:
         UserError: fewer tokens than one block, or fewer windows than one batch.
@@ -146,21 +146,16 @@ class TrainBatches:
         """Returns micro-batch `index` of the training."""
         epoch, first = self.course.at(index)
         if epoch != self._epoch:
-            self._order, self._offset = self._shuffle(epoch)
-            self._epoch = epoch
+            rng = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
+            self._offset, self._epoch = int(rng.integers(self._source.slack + 1)), epoch
+            order = rng.permutation(len(self._source))[self.course.first_of(epoch) :]
+            count = len(order) // self.course.together
+            order = order[: count * self.course.together].reshape(count, self._world, self._batch_size)
+            self._order = order[:, self._rank].reshape(-1)  # windows of this rank, in the order of its batches
         start = (first - self.course.first_of(epoch)) // self._world
         windows = self._source.read(self._order, start, start + self._batch_size, self._offset)  # [B, S+1]
         tokens, labels = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])  # [B, S] each
         return Batch(tokens, labels, np.ones(tokens.shape, np.float32))
-
-    def _shuffle(self, epoch: int) -> tuple[np.ndarray, int]:
-        """Returns (window indices of this rank in the order of its batches, offset of all windows)."""
-        rng = np.random.default_rng((SHUFFLE_STREAM, self._seed, epoch))
-        offset = int(rng.integers(self._source.slack + 1))
-        order = rng.permutation(len(self._source))[self.course.first_of(epoch) :]
-        count = len(order) // self.course.together
-        order = order[: count * self.course.together].reshape(count, self._world, self._batch_size)
-        return order[:, self._rank].reshape(-1), offset
 
 
 class EvalBatches:
@@ -196,8 +191,3 @@ class EvalBatches:
         tokens, labels, valid = np.zeros(size, np.int32), np.zeros(size, np.int32), np.zeros(size, np.float32)
         tokens[:real], labels[:real], valid[:real] = piece[:-1], piece[1:], 1.0
         return Batch(tokens.reshape(shape), labels.reshape(shape), valid.reshape(shape))  # [B*S] -> [B, S]
-
-
-def eval_batches(tokens: np.ndarray, batch_size: int, seq_length: int) -> EvalBatches:
-    """Batches that cover the stream `tokens` [T] once (UserError if T < 2)."""
-    return EvalBatches(tokens, batch_size, seq_length)

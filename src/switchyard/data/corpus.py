@@ -1,4 +1,4 @@
-"""Text in: one file, a folder, a glob or the standard library becomes two lists of documents.
+"""Reads one file, a folder, a glob or the standard library as two lists of documents.
 
 Documents stay raw bytes until a tokenizer asks for characters, so that the byte tokenizer never decodes.
 """
@@ -23,7 +23,7 @@ BINARY_PROBE = 8192  # bytes of a library source that are searched for a NUL
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to learn from and documents held out; `description` is one line for logs."""
+    """Holds documents to learn from and documents held out; `description` is one line for logs."""
 
     train: tuple[Document, ...]
     validation: tuple[Document, ...]
@@ -52,10 +52,12 @@ def load_text(data: DataConfig) -> Corpus:
         return _with_validation(found, data)
     divide = split.split_by_hash if data.path is None else split.split
     parts = divide(found.documents, data.val_fraction)
-    return Corpus(parts.train, parts.validation, f"{found.description}, {_describe(parts)}")
+    counts = f"{len(parts.train):,} train / {len(parts.validation):,} validation, " if "hash" in parts.rule else ""
+    share = f"validation {100 * parts.share:.3g} % of it ({parts.rule})"  # close to data.val_fraction
+    return Corpus(parts.train, parts.validation, f"{found.description}, {counts}{share}")
 
 
-def load_whole(data: DataConfig) -> Corpus:
+def load_full(data: DataConfig) -> Corpus:
     """Reads the text of `data.val_path`, or else of `data.path`, and holds out all of it (UserError as load_text)."""
     found = _find(data) if data.val_path is None else read_documents(data.val_path, "data.val_path")
     return Corpus((), tuple(found.documents), f"{found.description}, evaluated in full")
@@ -177,12 +179,6 @@ def _is_utf8(raw: bytes) -> bool:
 
 def _counted(what: str, documents: list[Document]) -> str:
     return f"{what}: {len(documents):,} files, {_size(sum(len(document.raw) for document in documents))}"
-
-
-def _describe(parts: Split) -> str:
-    """Describes the real shares of a split, which differ slightly from data.val_fraction."""
-    counts = f"{len(parts.train):,} train / {len(parts.validation):,} validation, " if "hash" in parts.rule else ""
-    return f"{counts}validation {100 * parts.share:.3g} % of it ({parts.rule})"
 
 
 def _size(count: int) -> str:

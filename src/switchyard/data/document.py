@@ -1,4 +1,4 @@
-"""One text: its name and its bytes."""
+"""Defines a text: its name and its bytes."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from switchyard.errors import UserError
 
 @dataclass(frozen=True)
 class Document:
-    """One text.
+    """Holds one text.
 
     Attributes:
         name: for messages, the path as the user would find it.
@@ -20,7 +20,7 @@ class Document:
     key: str = "data.path"
 
     def text(self) -> str:
-        """The characters, with the file's own line ends.
+        """Returns the characters, with the file's own line ends.
 
         Raises:
             UserError: the bytes are not UTF-8; names the file and the offset of the first bad byte.

@@ -38,21 +38,21 @@ def of_corpus(corpus: Corpus) -> dict[str, Any]:
 
 
 def _listed(documents: Iterable[tuple[Document, Any]]) -> list[list]:
-    """Returns the files by name, each with the digest of the whole file, wherever it was cut to train and validate.
+    """Returns the files by name, each with the digest of the whole file, wherever it was divided to train and validate.
 
     Args:
         documents: (document, hash object of its bytes), those for training first.
     """
     sizes: dict[str, int] = {}
-    whole: dict[str, Any] = {}
+    digests: dict[str, Any] = {}
     for document, made in documents:
         name = document.name
         sizes[name] = sizes.get(name, 0) + len(document.raw)
-        if name in whole:
-            whole[name].update(document.raw)  # the part that validates, behind the part that trains
+        if name in digests:
+            digests[name].update(document.raw)  # the part that validates, behind the part that trains
         else:
-            whole[name] = made.copy()
-    return [[name, size, whole[name].hexdigest()[:DIGITS]] for name, size in sizes.items()]
+            digests[name] = made.copy()
+    return [[name, size, digests[name].hexdigest()[:DIGITS]] for name, size in sizes.items()]
 
 
 def of_records(manifest: Manifest) -> dict[str, Any]:
@@ -96,14 +96,14 @@ def _of_files(before: list[list], now: list[list]) -> str | None:
         return None
     words = [f"'{name}' is missing" for name in old if name not in new]
     words += [f"'{name}' is new" for name in new if name not in old]
-    words = [_of_file(name, old[name], new[name]) for name in new if name in old and old[name] != new[name]] + words
+    changed = []
+    for name, (size, digest) in new.items():
+        if old.get(name, [size, digest]) != [size, digest]:
+            what = f"has {size:,} bytes instead of {old[name][0]:,}" if size != old[name][0] else "has other content"
+            changed.append(f"'{name}' {what}")
+    words = changed + words
     further = f" and {len(words) - 3} more" if len(words) > 3 else ""
     return ", ".join(words[:3]) + further or None
-
-
-def _of_file(name: str, before: list, now: list) -> str:
-    what = f"has {now[0]:,} bytes instead of {before[0]:,}" if now[0] != before[0] else "has other content"
-    return f"'{name}' {what}"
 
 
 def _of_split(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Data that `eval.py` or `export.py` was given for a checkpoint: scored whole, with the checkpoint's own tokenizer."""
+"""Reads the data that `eval.py` or `export.py` scores in full, with the tokenizer of the checkpoint."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -7,8 +7,8 @@ import numpy as np
 
 from switchyard.config import Config
 from switchyard.data import mindrecord
-from switchyard.data.corpus import load_text, load_whole
-from switchyard.data.images import ImageEvalBatches, classes_of, load_all
+from switchyard.data.corpus import load_full, load_text
+from switchyard.data.images import classes_of, load_all
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, read_tokenizer, reconcile, unknown_note
 from switchyard.errors import UserError
 
@@ -18,17 +18,12 @@ if TYPE_CHECKING:
 PATHS = frozenset({"data.path", "data.val_path"})
 
 
-def keys_of(overrides: Sequence[str]) -> frozenset[str]:
-    """Returns the keys that `section.key=value` overrides change."""
-    return frozenset(override.partition("=")[0].strip() for override in overrides)
-
-
 def load_scored(config: Config, tokenizer_json: str, overrides: Sequence[str]) -> "Data":
     """Reads what a checkpoint is to be scored on.
 
     Without data.path and data.val_path among the overrides this is the run's own validation set. A text, a prepared
-    folder or images that they name are scored whole, with the checkpoint's tokenizer; with data.val_fraction among the
-    overrides, too, the validation part of the text.
+    folder or images that they name are scored in full, with the checkpoint's tokenizer; with data.val_fraction among
+    the overrides, too, the validation part of the text.
 
     Args:
         config: with the overrides in it.
@@ -40,7 +35,7 @@ def load_scored(config: Config, tokenizer_json: str, overrides: Sequence[str]) -
     """
     from switchyard.data import load_data
 
-    keys = keys_of(overrides)
+    keys = frozenset(override.partition("=")[0].strip() for override in overrides)
     if config.data.val_path is None:
         keys -= {"data.val_path"}
     if keys >= PATHS:
@@ -58,37 +53,30 @@ def load_scored(config: Config, tokenizer_json: str, overrides: Sequence[str]) -
     if "data.val_path" not in keys:
         changed["val_path"] = None
     config = config.model_copy(update={"data": config.data.model_copy(update=changed)})
-    return _text(config, tokenizer, whole="data.val_fraction" not in keys)
+    return _text(config, tokenizer, full="data.val_fraction" not in keys)
 
 
-def _text(config: Config, tokenizer: Tokenizer, whole: bool) -> "Data":
+def _text(config: Config, tokenizer: Tokenizer, full: bool) -> "Data":
     """Returns the text of data.val_path, or else of data.path, or its validation part."""
-    from switchyard.data import Data, eval_batches
+    from switchyard.data import text_data
 
     path, key = config.data.path, "data.path"
     if config.data.val_path is not None:
         path, key = config.data.val_path, "data.val_path"
     folder = mindrecord.locate(path, key)
     if folder is not None:
-        stream, description = _records(folder, tokenizer, whole, key)
+        stream, description = _records(folder, tokenizer, full, key)
     else:
-        corpus = load_whole(config.data) if whole else load_text(config.data)
+        corpus = load_full(config.data) if full else load_text(config.data)
         stream, description = tokenizer.encode_documents(corpus.validation), corpus.description
     if len(stream) < 2:
         raise UserError(f"{key}: '{path}'; gives {len(stream)} tokens, at least 2 are needed; give more text")
-    batch_size, seq_length = config.data.batch_size, config.model.seq_length
-    return Data(
-        tokenizer=tokenizer,
-        train=None,
-        validation=lambda: eval_batches(stream, batch_size, seq_length),
-        validation_tokens=len(stream) - 1,
-        validation_bytes=tokenizer.byte_length(stream[1:]),
-        description=f"{description}; the checkpoint's vocabulary of {tokenizer.vocab_size:,} ({tokenizer.kind})"
-        f"{unknown_note(tokenizer, stream)}; {len(stream):,} tokens, all but the first predicted",
-    )
+    description += f"; the checkpoint's vocabulary of {tokenizer.vocab_size:,} ({tokenizer.kind})"
+    description += f"{unknown_note(tokenizer, stream)}; {len(stream):,} tokens, all but the first predicted"
+    return text_data(config, tokenizer, stream, description)
 
 
-def _records(folder, tokenizer: Tokenizer, whole: bool, key: str) -> tuple[np.ndarray, str]:
+def _records(folder, tokenizer: Tokenizer, full: bool, key: str) -> tuple[np.ndarray, str]:
     """Returns (stream [T], description) of a prepared folder: both parts with a separator between them, or the
     second."""
     manifest, its_tokenizer = mindrecord.read_manifest(folder)
@@ -99,7 +87,7 @@ def _records(folder, tokenizer: Tokenizer, whole: bool, key: str) -> tuple[np.nd
         )
     description = f"MindRecord '{folder}' of {manifest.source}"
     stream = mindrecord.read_stream(folder, manifest, manifest.validation)
-    if not whole:
+    if not full:
         return stream, f"{description}, its validation part"
     mark = np.array([] if tokenizer.separator is None else [tokenizer.separator], stream.dtype)
     train = mindrecord.read_stream(folder, manifest, manifest.train)
@@ -120,21 +108,12 @@ def _check_named(name: str, tokenizer: Tokenizer) -> None:
 
 def _images(config: Config, classes_json: str) -> "Data":
     """Returns the images of data.path: its t10k files where it has some, otherwise all."""
-    from switchyard.data import Data
+    from switchyard.data import image_data
 
-    vision, batch_size = config.vision, config.data.batch_size
     if config.data.val_path is not None:
         raise UserError(
             f"data.val_path: '{config.data.val_path}'; names text, but the model reads images; give data.path"
         )
-    classes = classes_of(vision, classes_json)
+    classes = classes_of(config.vision, classes_json)
     images, labels, description = load_all(config)
-    answers = classes.answers(labels)
-    return Data(
-        tokenizer=classes,
-        train=None,
-        validation=lambda: ImageEvalBatches(images, answers, batch_size),
-        validation_tokens=answers.size,
-        validation_bytes=answers.size,
-        description=f"{description}; tasks: {', '.join(vision.tasks)}",
-    )
+    return image_data(config, classes, images, classes.answers(labels), description)

@@ -1,4 +1,4 @@
-"""Images to batches: scikit-learn's digits, which come with it, or IDX files as those of MNIST, by path.
+"""Makes batches of images: scikit-learn's digits, which come with it, or IDX files as those of MNIST, by path.
 
 Training batches are read by index, a pure function of (seed, index), as those of text.
 
@@ -67,18 +67,18 @@ class Classes:
         return np.stack([rules[task] for task in self.tasks], -1).astype(np.int32)
 
 
-def classes_of(vision: VisionConfig, held: str | None) -> Classes:
+def classes_of(vision: VisionConfig, known: str | None) -> Classes:
     """Returns the classes that the configuration asks for.
 
     Args:
         vision: tasks and classes.
-        held: those of a checkpoint, as `Classes.to_json` wrote them; None for a new run.
+        known: those of a checkpoint, as `Classes.to_json` wrote them; None for a new run.
 
     Raises:
         UserError: the checkpoint was trained on others.
     """
     classes = Classes(tuple(vision.tasks), vision.task_classes, vision.classes)
-    if held is not None and held != classes.to_json():
+    if known is not None and known != classes.to_json():
         raise UserError(f"vision.tasks: {vision.tasks}; the checkpoint was trained on other tasks or classes")
     return classes
 
@@ -94,7 +94,7 @@ class ImageBatches:
         answers: [N, T] int32.
         batch_size: images B of one rank's batch.
         seed: of the shuffle.
-        rank, world: which slice of how many.
+        rank, world: which shard of how many.
 
     Raises:
         UserError: fewer images than one batch.
@@ -170,24 +170,25 @@ def load_split(config: Config) -> Split:
     """Returns the images that data.path names, or scikit-learn's digits (UserError where they cannot be read or do not
     fit).
     """
+    images, labels, name = _read_part(config, TRAIN)
     path = config.data.path
-    if path is None:
-        images, labels, name = (*load_digits(), "scikit-learn's digits")
-    else:
-        images, labels = read_images(Path(path).expanduser(), TRAIN)
-        name = f"'{path}'"
-    held_out = None
     if path is not None and find_file(Path(path).expanduser(), TEST, "images") is not None:
-        held_out = read_images(Path(path).expanduser(), TEST)
-    for some, their in filter(None, ((images, labels), held_out)):
-        check_fit(some, their, config.vision)
-    if held_out is None:
+        *held_out, _ = _read_part(config, TEST)
+    else:
         order = np.random.default_rng(SPLIT_STREAM).permutation(len(images))  # the same for every seed
         count = max(1, round(config.data.val_fraction * len(images)))
         rest, out = np.sort(order[count:]), np.sort(order[:count])
         held_out, images, labels = (images[out], labels[out]), images[rest], labels[rest]
     description = f"{name}, {len(images):,} training and {len(held_out[0]):,} validation images"
-    return Split((images, labels), held_out, description)
+    return Split((images, labels), tuple(held_out), description)
+
+
+def _read_part(config: Config, part: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """Returns the images, the labels and a name of one part of data.path, checked against the configuration."""
+    path = config.data.path
+    images, labels = load_digits() if path is None else read_images(Path(path).expanduser(), part)
+    check_fit(images, labels, config.vision)
+    return images, labels, "scikit-learn's digits" if path is None else f"'{path}'"
 
 
 def load_all(config: Config) -> tuple[np.ndarray, np.ndarray, str]:
@@ -197,19 +198,16 @@ def load_all(config: Config) -> tuple[np.ndarray, np.ndarray, str]:
     Raises:
         UserError: as load_split.
     """
-    path = config.data.path
-    if path is None:
-        images, labels, name = (*load_digits(), "scikit-learn's digits")
-    else:
-        folder = Path(path).expanduser()
-        part = TRAIN if find_file(folder, TEST, "images") is None else TEST
-        images, labels, name = (*read_images(folder, part), f"'{path}' ({part} files)")
-    check_fit(images, labels, config.vision)
+    path, part = config.data.path, TRAIN
+    if path is not None and find_file(Path(path).expanduser(), TEST, "images") is not None:
+        part = TEST
+    images, labels, name = _read_part(config, part)
+    name += f" ({part} files)" if path is not None else ""
     return images, labels, f"{name}, {len(images):,} images, all evaluated"
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's digits: 1,797 images [N, 1, 8, 8] and labels [N] (UCI, Alpaydin and Kaynak, 1998).
+    """Returns scikit-learn's digits: 1,797 images [N, 1, 8, 8] and labels [N] (UCI, Alpaydin and Kaynak, 1998).
 
     Raises:
         UserError: scikit-learn is not installed.

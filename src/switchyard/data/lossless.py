@@ -28,9 +28,9 @@ def may_drop(tree: dict[str, Any], byte_letters: list[str]) -> bool:
         return False
     if model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(BYTES)):
         return False
-    whole = not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+    unmarked = not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
     by_bytes = '"ByteLevel"' in json.dumps([tree.get("normalizer"), tree.get("pre_tokenizer")], allow_nan=False)
-    return not (whole and by_bytes and all(letter in vocabulary for letter in byte_letters))
+    return not (unmarked and by_bytes and all(letter in vocabulary for letter in byte_letters))
 
 
 def unknown_token(tree: dict[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Prepared data: a folder of two MindRecord files, the tokenizer and a manifest. MindSpore is imported on use.
+"""Reads and writes a folder of two MindRecord files, the tokenizer and a manifest. MindSpore is imported on use.
 
     DIR/train.mindrecord       blocks of seq_length + 1 tokens, read by index through `mindspore.dataset`
     DIR/validation.mindrecord  the same blocks; read whole and joined to a stream
@@ -8,7 +8,6 @@
 The last block of a file is filled up with token 0; the manifest's token count says where the text ends.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from switchyard.data.tokenizer import Tokenizer, smallest_dtype
 from switchyard.errors import UserError
 from switchyard.file_errors import check_room, line_of, writing
-from switchyard.files import UnfitError, follow_umask, read_regular, require_text
+from switchyard.files import UnfitError, follow_umask, read_regular, require_text, sha256_of
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -70,11 +69,8 @@ def locate(path: str | None, key: str = "data.path") -> Path | None:
         return None
     place = Path(os.path.expanduser(path))
     if place.suffix == ".mindrecord":
-        require_text(place, key)
-        if not os.path.isfile(place.parent / MANIFEST):
-            raise UserError(f"{key}: '{path}'; no {MANIFEST} beside it; create the folder with {PREPARE}")
-        return place.parent
-    if not os.path.isdir(place) or not any(place.glob("*.mindrecord")):
+        place = place.parent
+    elif not os.path.isdir(place) or not any(place.glob("*.mindrecord")):
         return None
     require_text(place, key)
     if not os.path.isfile(place / MANIFEST):
@@ -88,7 +84,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, Tokenizer]:
     Sizes are compared, not checksums: hashing every byte at each start would cost minutes on large data.
 
     Raises:
-        UserError: a file is missing, cut or altered.
+        UserError: a file is missing, truncated or altered.
     """
     try:
         manifest = Manifest.model_validate_json(read_regular(folder / MANIFEST, LONGEST, folder))
@@ -124,7 +120,7 @@ def write_split(file: Path, stream: np.ndarray, seq_length: int, advance: Callab
         raise UserError(f"--out: '{file.parent}': {str(error).strip().splitlines()[0]}; free some space") from None
     follow_umask(file.parent)  # the writer gives modes of its own
     with open(file, "rb") as handle:
-        digest = _sha256(handle)
+        digest = sha256_of(handle)
     return Split(file=file.name, tokens=len(stream), blocks=count, size=file.stat().st_size, sha256=digest)
 
 
@@ -161,12 +157,12 @@ def read_stream(folder: Path, manifest: Manifest, split: Split) -> np.ndarray:
 
 
 class RecordSource:
-    """Blocks of one MindRecord file as a source of training windows.
+    """Reads blocks of one MindRecord file as a source of training windows.
 
     Batches asked for in order come from one open pipeline; any other index opens a new one there.
     """
 
-    slack = 0  # blocks were cut when they were written
+    slack = 0  # blocks were made when they were written
 
     def __init__(self, file: Path, blocks: int):
         self._file, self._blocks = file, blocks
@@ -178,7 +174,7 @@ class RecordSource:
         return self._blocks
 
     def read(self, order: np.ndarray, start: int, stop: int, offset: int) -> np.ndarray:
-        """Blocks order[start:stop] as [stop - start, S + 1] int32."""
+        """Returns blocks order[start:stop] as [stop - start, S + 1] int32."""
         if order is not self._order or start != self._next:
             self._rows = self._stream(order, start)
         self._order, self._next = order, stop
@@ -191,7 +187,7 @@ class RecordSource:
             yield self.read(order, start, min(start + WRITE_BLOCKS, self._blocks), 0)
 
     def _stream(self, order: np.ndarray, start: int) -> Iterator[np.ndarray]:
-        """Blocks order[start:] one by one."""
+        """Yields blocks order[start:] one by one."""
         import mindspore.dataset as dataset
 
         for first in range(start, len(order), STREAM_BLOCKS):
@@ -201,11 +197,3 @@ class RecordSource:
             )
             for (row,) in pipeline.create_tuple_iterator(num_epochs=1, output_numpy=True):
                 yield row
-
-
-def _sha256(handle: Any) -> str:
-    """Returns the sha256 of an open file (`hashlib.file_digest` needs Python 3.11)."""
-    digest = hashlib.sha256()
-    while piece := handle.read(1 << 20):
-        digest.update(piece)
-    return digest.hexdigest()

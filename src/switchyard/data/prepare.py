@@ -1,6 +1,6 @@
-"""`python -m switchyard.data.prepare`: text to a folder of MindRecord files, with a byte-level BPE trained on the way.
+"""Prepares text as a folder of MindRecord files, with a byte-level BPE: `python -m switchyard.data.prepare`.
 
-The folder appears whole or not at all; `data.path` takes it.
+The folder appears in full or not at all; `data.path` takes it.
 """
 
 import os
@@ -18,8 +18,10 @@ from switchyard.file_errors import line_of
 from switchyard.files import flush_tree, require_text, unfinished
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from switchyard.data.document import Document
-    from switchyard.data.tokenizer import LibraryTokenizer
+    from switchyard.data.tokenizer import LibraryTokenizer, Tokenizer
 
 SMALLEST_VOCABULARY = 257  # 256 bytes and the separator
 STOPPED_BY_SIGINT = 130  # as shells report it
@@ -86,7 +88,7 @@ def prepare(
     _check(out, vocab_size, seq_length, val_fraction, tokenizer)
     from switchyard.config import DataConfig
     from switchyard.data import mindrecord
-    from switchyard.data.batches import TextSource, eval_batches
+    from switchyard.data.batches import EvalBatches, TextSource
     from switchyard.data.corpus import load_text
     from switchyard.data.tokenizer import load_tokenizer, unknown_note
 
@@ -105,49 +107,48 @@ def prepare(
     made = load_tokenizer(data, corpus) if tokenizer else train_bpe(corpus.train, vocab_size)
     train, validation = made.encode_documents(corpus.train), made.encode_documents(corpus.validation)
     TextSource(train, seq_length)  # both refuse too little text, before anything is written
-    eval_batches(validation, 1, seq_length)
+    EvalBatches(validation, 1, seq_length)
     share = 100 * len(validation) / (len(train) + len(validation))
     print(
         f"vocabulary of {made.vocab_size:,}; {len(train):,} train / {len(validation):,} validation tokens "
         f"({share:.3g} % validation){unknown_note(made, train, validation)}",
         flush=True,
     )
-    with _partial(out) as partial:
-        width = seq_length + 1
-        with _progress(-(-len(train) // width) - (-len(validation) // width)) as advance:
-            splits = {
-                name: mindrecord.write_split(partial / f"{name}.mindrecord", stream, seq_length, advance)
-                for name, stream in (("train", train), ("validation", validation))
-            }
-        manifest = mindrecord.Manifest(
-            source=corpus.description,
-            seq_length=seq_length,
-            vocab_size=made.vocab_size,
-            tokenizer_fingerprint=made.fingerprint,
-            **splits,
-        )
-        mindrecord.write_manifest(partial, manifest, made)
-        flush_tree(partial)
-        os.rename(partial, out)
+    _write(out, {"train": train, "validation": validation}, seq_length, made, corpus.description)
     return out
 
 
-@contextmanager
-def _partial(out: Path) -> Iterator[Path]:
-    """Makes a folder beside `out` to write into; see files.unfinished (UserError: it cannot be created)."""
+def _write(out: Path, streams: dict[str, "np.ndarray"], seq_length: int, tokenizer: "Tokenizer", source: str) -> None:
+    """Writes the folder `out` beside its place and renames it (UserError: it cannot be created)."""
+    from switchyard.data import mindrecord
+
     with ExitStack() as stack:
         try:
-            folder = stack.enter_context(unfinished(out.absolute()))
+            partial = stack.enter_context(unfinished(out.absolute()))
         except OSError as error:
             raise UserError(f"--out: '{out}'; {error.strerror}; give a folder that can be created") from None
-        yield folder
+        with _progress(sum(-(-len(stream) // (seq_length + 1)) for stream in streams.values())) as advance:
+            splits = {
+                name: mindrecord.write_split(partial / f"{name}.mindrecord", stream, seq_length, advance)
+                for name, stream in streams.items()
+            }
+        manifest = mindrecord.Manifest(
+            source=source,
+            seq_length=seq_length,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            **splits,
+        )
+        mindrecord.write_manifest(partial, manifest, tokenizer)
+        flush_tree(partial)
+        os.rename(partial, out)
 
 
 def train_bpe(documents: Iterable["Document"], vocab_size: int) -> "LibraryTokenizer":
     """Trains a byte-level BPE tokenizer (arXiv 1508.07909, bytes as in GPT-2) on the text of `documents`.
 
     The end-of-text token separates documents. The vocabulary is smaller than asked if the text has no more pairs.
-    Runs of letters, digits, signs or white space are cut after every LONGEST_RUN characters, so that training takes
+    Runs of letters, digits, signs or white space are divided after every LONGEST_RUN characters, so that training takes
     seconds on text without spaces, too. The vocabulary of other text does not depend on that rule.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -168,17 +169,11 @@ def train_bpe(documents: Iterable["Document"], vocab_size: int) -> "LibraryToken
     )
     print(f"training a byte-level BPE of {vocab_size:,} tokens ...", flush=True)
     start = time.perf_counter()
-    library.train_from_iterator(_pieces(documents), trainer)
+    texts = (document.text() for document in documents)  # in pieces that the trainer can count in parallel
+    pieces = (text[place : place + TRAINING_PIECE] for text in texts for place in range(0, len(text), TRAINING_PIECE))
+    library.train_from_iterator(pieces, trainer)
     print(f"trained in {time.perf_counter() - start:.1f} s", flush=True)
     return LibraryTokenizer(library.to_str())
-
-
-def _pieces(documents: Iterable["Document"]) -> Iterator[str]:
-    """Yields the text in pieces that the trainer can count in parallel."""
-    for document in documents:
-        text = document.text()
-        for start in range(0, len(text), TRAINING_PIECE):
-            yield text[start : start + TRAINING_PIECE]
 
 
 def _check(out: Path, vocab_size: int, seq_length: int, val_fraction: float, tokenizer: str | None) -> None:

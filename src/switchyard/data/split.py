@@ -15,7 +15,7 @@ TOLERANCE = 0.5  # of the fraction: a split by hash that is further off gives wa
 
 @dataclass(frozen=True)
 class Split:
-    """Documents to learn from, documents held out, and the rule in words."""
+    """Holds documents to learn from, documents held out, and the rule in words."""
 
     train: tuple[Document, ...]
     validation: tuple[Document, ...]
@@ -33,23 +33,17 @@ def split(documents: Sequence[Document], fraction: float) -> Split:
 
     From MANY_FILES documents on, those whose name hashes below the fraction validate, so a file keeps its side when
     others come and go. Fewer documents, or sizes so uneven that the share would be off by more than TOLERANCE of the
-    fraction, are each cut in two: the last part validates.
+    fraction, are each divided in two: the last part validates.
     """
     if len(documents) == 1:
-        return split_one(documents[0], fraction)
+        text = documents[0].text()  # between two characters, as nanoGPT does
+        head, tail = _halves(documents[0], len(text[: int(len(text) * (1 - fraction))].encode("utf-8")))
+        return Split((head,), (tail,), "its last part")
     if len(documents) >= MANY_FILES:
         by_hash = split_by_hash(documents, fraction)
         if abs(by_hash.share - fraction) <= TOLERANCE * fraction:
             return by_hash
     return split_each(documents, fraction)
-
-
-def split_one(document: Document, fraction: float) -> Split:
-    """Cuts one text between two characters at `int(characters * (1 - fraction))`, as nanoGPT does."""
-    text = document.text()
-    cut = len(text[: int(len(text) * (1 - fraction))].encode("utf-8"))
-    head, tail = _halves(document, cut)
-    return Split((head,), (tail,), "its last part")
 
 
 def split_each(documents: Sequence[Document], fraction: float) -> Split:
@@ -59,8 +53,10 @@ def split_each(documents: Sequence[Document], fraction: float) -> Split:
     for document in documents:
         seen += len(document.raw)
         wanted = min(max(round(fraction * seen), seen == total), total - 1)  # neither side stays empty
-        cut = _boundary(document.raw, min(len(document.raw), len(document.raw) - (wanted - held_out)))
-        head, tail = _halves(document, cut)
+        place = max(min(len(document.raw), len(document.raw) - (wanted - held_out)), 0)
+        while 0 < place < len(document.raw) and document.raw[place] & 0xC0 == 0x80:  # in the middle of a character
+            place -= 1
+        head, tail = _halves(document, place)
         held_out += len(tail.raw)
         train.append(head)
         validation.append(tail)
@@ -84,16 +80,8 @@ def hash_fraction(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
 
 
-def _boundary(raw: bytes, cut: int) -> int:
-    """Returns the nearest position at or before `cut` where a UTF-8 character begins."""
-    cut = max(cut, 0)
-    while 0 < cut < len(raw) and raw[cut] & 0xC0 == 0x80:
-        cut -= 1
-    return cut
-
-
-def _halves(document: Document, cut: int) -> tuple[Document, Document]:
-    return replace(document, raw=document.raw[:cut]), replace(document, raw=document.raw[cut:])
+def _halves(document: Document, place: int) -> tuple[Document, Document]:
+    return replace(document, raw=document.raw[:place]), replace(document, raw=document.raw[place:])
 
 
 def _filled(documents: list[Document]) -> tuple[Document, ...]:

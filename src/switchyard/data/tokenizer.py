@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, characters, or a `tokenizer.json` of the `tokenizers` library.
+"""Converts text to token ids and back: bytes, characters, or a `tokenizer.json` of the `tokenizers` library.
 
 Documents are joined by one separator token. It stands for one NUL byte, which text does not hold, in every tokenizer:
 bits per byte of different tokenizers then have the same denominator. A byte model needs no 257th token for it.
@@ -41,7 +41,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Ids [T] int32 of a text, the separator's never among them.
+        """Returns the ids [T] int32 of a text, the separator's never among them.
 
         Raises:
             UserError: a character that the vocabulary lacks, named with its position; text that becomes the separator.
@@ -75,13 +75,14 @@ class Tokenizer(ABC):
         try:
             tree = parse_json(text)
         except ValueError:
-            tree = None
-        if isinstance(tree, dict) and tree.get("kind") == "byte":
-            return ByteTokenizer()
-        if isinstance(tree, dict) and tree.get("kind") == "char" and _is_alphabet(tree):
-            return CharTokenizer(tree["characters"], separated=tree.get("separated") is True)
-        if isinstance(tree, dict) and "model" in tree:
-            return LibraryTokenizer(text, name)
+            tree = {}
+        if isinstance(tree, dict):
+            if tree.get("kind") == "byte":
+                return ByteTokenizer()
+            if tree.get("kind") == "char" and _is_alphabet(tree):
+                return CharTokenizer(tree["characters"], separated=tree.get("separated") is True)
+            if "model" in tree:
+                return LibraryTokenizer(text, name)
         raise UserError(f"tokenizer '{name}': not a tokenizer.json; give byte, char, or a file that `tokenizers` wrote")
 
     def encode_documents(self, documents: Iterable[Document]) -> np.ndarray:
@@ -101,7 +102,7 @@ class Tokenizer(ABC):
         return np.concatenate(pieces[:-1]) if pieces else np.zeros(0, dtype)
 
     def _encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
-        """Ids of each document."""
+        """Yields the ids of each document."""
         for document in documents:
             text = document.text()
             try:
@@ -278,7 +279,7 @@ class LibraryTokenizer(Tokenizer):
         yield from self._encode_together(batch)
 
     def _encode_together(self, documents: list[Document]) -> Iterator[np.ndarray]:
-        """Ids of documents that are one batch, or of one that is longer than that."""
+        """Yields the ids of documents that are one batch, or of one that is longer than that."""
         texts = [document.text() for document in documents]
         try:
             if sum(len(document.raw) for document in documents) > self._BATCH_SIZE:
@@ -292,9 +293,7 @@ class LibraryTokenizer(Tokenizer):
     def _encode_batch(self, texts: list[str]) -> Iterator[np.ndarray]:
         try:
             encodings = self._library.encode_batch(texts, add_special_tokens=False)
-        except (
-            Exception
-        ) as error:  # the library raises bare Exception; models without an unknown token do at unknown text
+        except Exception as error:  # the library raises bare Exception, at unknown text too
             for text in texts:
                 lossless.refuse_lost(self._library, text)
             raise UserError(f"text: the tokenizers library refuses it: {' '.join(str(error).split())}") from None
@@ -307,7 +306,11 @@ class LibraryTokenizer(Tokenizer):
 
     def _parts(self, text: str) -> Iterator[list[str]]:
         """Yields a long text as lists of pieces, split after lone line ends where that does not change the ids."""
-        if not self._may_be_cut():
+        try:  # a line end must separate what goes before from what follows
+            apart = [*self.encode("a\n"), *self.encode("b")] == list(self.encode("a\nb"))
+        except UserError:  # a vocabulary without these letters
+            apart = False
+        if not apart:
             yield [text]
             return
         lone_end = re.compile(r"(?<=\S)\n(?=\S)")
@@ -321,14 +324,6 @@ class LibraryTokenizer(Tokenizer):
                 yield part
                 part = []
         yield part
-
-    def _may_be_cut(self) -> bool:
-        """Tells whether a line end separates what goes before from what follows."""
-        try:
-            whole, apart = self.encode("a\nb").tolist(), self.encode("a\n").tolist() + self.encode("b").tolist()
-        except UserError:  # a vocabulary without these letters
-            return False
-        return whole == apart
 
 
 def load_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:

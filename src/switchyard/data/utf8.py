@@ -1,4 +1,4 @@
-"""Bytes of a user's text file to UTF-8 text: the byte-order mark is dropped, other encodings and binary are refused."""
+"""Reads a user's text file as UTF-8: drops the byte-order mark, refuses other encodings and binary files."""
 
 import codecs
 import unicodedata
@@ -75,9 +75,9 @@ def _has_stray_nuls(raw: bytes) -> bool:
 
 def _reads_as_text(raw: bytes, codec: str, mark: bytes = b"") -> bool:
     """Tells whether the first bytes decode to characters that text is made of."""
-    whole = len(raw) <= PROBE
+    complete = len(raw) <= PROBE
     try:
-        text = codecs.getincrementaldecoder(codec)().decode(mark + raw[:PROBE], final=whole)
+        text = codecs.getincrementaldecoder(codec)().decode(mark + raw[:PROBE], final=complete)
     except UnicodeDecodeError:
         return False
     return all(unicodedata.category(character) not in NO_TEXT or character in "\t\n\r\f" for character in text)

@@ -1,1 +1,1 @@
-"""How the program is cut over devices. Nothing here imports MindSpore: the modules inside do where they must."""
+"""Shards the program over devices. Nothing here imports MindSpore: the modules inside do where they must."""

@@ -1,4 +1,4 @@
-"""Functions of a fixed number of arguments: `ops.Morph` takes no others."""
+"""Makes functions of a fixed number of arguments: `ops.Morph` takes no others."""
 
 import inspect
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Processes that exchange inside their graphs: where MindSpore's compiler does not shard the graph itself.
+"""Lets processes exchange inside their graphs, where MindSpore's compiler does not shard the graph itself.
 
 On CPU it cannot, and its collectives are AllReduce (sum) and AllGather over all processes; so AlltoAll is AllGather and
 a slice here, with the gradient written out, since the one of AllGather would be ReduceScatter, which is missing too.
@@ -15,12 +15,12 @@ from mindspore import Tensor, nn, ops
 from switchyard.config import Config
 from switchyard.distributed.gradients import GlobalNorm
 from switchyard.distributed.mesh import LocalMesh, Total
-from switchyard.distributed.placement import EXPERT, full_shape, placement, slice_of
+from switchyard.distributed.placement import EXPERT, full_shape, placement, shard_slices
 from switchyard.distributed.processes import Processes, local_config
 
 
 class ProcessMesh(LocalMesh):
-    """Processes that shard the batch, and experts.
+    """Shards the batch, and experts, over processes.
 
     Each process minimises its own part of one loss: its tokens' cross-entropy over the number of all valid tokens, and
     its groups' auxiliary losses over the number of all real tokens. So gradients are summed, never averaged: those of
@@ -48,7 +48,7 @@ class ProcessMesh(LocalMesh):
                 cell.exchange_over(ToExperts(self.processes), ToTokens(self.processes))
         for parameter in model.get_parameters():
             shape = tuple(parameter.shape)
-            box = slice_of(shape, placement(parameter.name, shape, self.degrees), self.degrees, self.processes.rank)
+            box = shard_slices(shape, placement(parameter.name, shape, self.degrees), self.degrees, self.processes.rank)
             if parameter.has_init:  # its numbers were not drawn
                 parameter.set_data(Tensor(parameter.initial.draw(box)), slice_shape=True)
             elif any(part.stop - part.start != size for part, size in zip(box, shape)):
@@ -77,26 +77,26 @@ class ProcessMesh(LocalMesh):
 
 
 class _Swap(nn.Cell):
-    """Base of the two ways of an AlltoAll within the expert-parallel group of this process."""
+    """Exchanges rows by AlltoAll, in both directions, within the expert-parallel group of this process."""
 
     def __init__(self, processes: Processes):
         super().__init__()
         group = processes.degrees.expert_group(processes.rank)  # neighbours: see ParallelDims
         self.all, self.first, self.size = processes.size, group[0], len(group)
         self.place = group.index(processes.rank)
-        self.gather, self.turn = ops.AllGather(), ops.Transpose()
+        self.gather, self.transpose = ops.AllGather(), ops.Transpose()
 
     def scatter(self, rows: Tensor) -> Tensor:
-        """[E, S, ...] -> [e, g * S, ...]: the rows that the group has for this process's experts."""
+        """Returns the rows that the group has for this process's experts: [E, S, ...] -> [e, g * S, ...]."""
         shape = rows.shape
         own = shape[0] // self.size
         gathered = self.gather(rows.reshape(*shape[:2], -1)).reshape(self.all, *shape[:2], -1)  # [W, E, S, D]
         start = self.place * own
         parts = gathered[self.first : self.first + self.size, start : start + own]  # [g, e, S, D]
-        return self.turn(parts, (1, 0, 2, 3)).reshape(own, self.size * shape[1], *shape[2:])
+        return self.transpose(parts, (1, 0, 2, 3)).reshape(own, self.size * shape[1], *shape[2:])
 
     def collect(self, rows: Tensor) -> Tensor:
-        """[e, g * S, ...] -> [E, S, ...]: the inverse."""
+        """Returns the inverse of `scatter`: [e, g * S, ...] -> [E, S, ...]."""
         shape = rows.shape
         slots = shape[1] // self.size
         gathered = self.gather(rows.reshape(*shape[:2], -1))  # [W * e, g * S, D]
@@ -106,7 +106,7 @@ class _Swap(nn.Cell):
 
 
 class ToExperts(_Swap):
-    """Rows of this process for all experts -> rows of its group for its own experts: [E, S, ...] -> [e, g * S, ...]."""
+    """Sends rows of this process to their experts: [E, S, ...] -> rows of the group for its own [e, g * S, ...]."""
 
     def construct(self, rows: Tensor) -> Tensor:
         return self.scatter(rows)
@@ -116,7 +116,7 @@ class ToExperts(_Swap):
 
 
 class ToTokens(_Swap):
-    """The way back: [e, g * S, ...] -> [E, S, ...]."""
+    """Sends rows back to their tokens: [e, g * S, ...] -> [E, S, ...]."""
 
     def construct(self, rows: Tensor) -> Tensor:
         return self.collect(rows)
@@ -133,17 +133,17 @@ class TotalOfProcesses(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.own, self.reduce, self.lift = Total(), ops.AllReduce(), ops.ExpandDims()
+        self.own, self.reduce, self.expand_dims = Total(), ops.AllReduce(), ops.ExpandDims()
 
     def construct(self, figures: Tensor) -> Tensor:
         return self.reduce(self.own(figures))
 
     def bprop(self, figures, out, d_out):
-        return (self.lift(d_out, 0),)
+        return (self.expand_dims(d_out, 0),)
 
 
 class GradientSum(nn.Cell):
-    """Gradients of this process's part of the loss -> those of the whole loss, of this process's parameters.
+    """Sums gradients of this process's part of the loss to those of the full loss, for this process's parameters.
 
     Args:
         processes: this one and the others.
@@ -159,7 +159,7 @@ class GradientSum(nn.Cell):
         self.reduce = ops.AllReduce()
 
     def construct(self, gradients: tuple) -> tuple:
-        """One gradient for each parameter."""
+        """Takes one gradient for each parameter."""
         summed = ()
         for index, gradient in enumerate(gradients):
             if not self.is_sharded[index]:
@@ -183,7 +183,7 @@ class GradientSum(nn.Cell):
 
 
 class NormOfProcesses(nn.Cell):
-    """Root of the sum of squares of the full gradient: a shard counts once, whatever holds it."""
+    """Computes the norm of the full gradient: a shard counts once, however many processes hold it."""
 
     def __init__(self, processes: Processes, parameters):
         super().__init__(auto_prefix=False)
@@ -192,7 +192,7 @@ class NormOfProcesses(nn.Cell):
         self.norm_full, self.norm_sharded, self.reduce = GlobalNorm(), GlobalNorm(), ops.AllReduce()
 
     def construct(self, gradients: tuple) -> Tensor:
-        """One gradient for each parameter -> []."""
+        """Takes one gradient for each parameter; returns []."""
         full, sharded = (), ()
         for index, gradient in enumerate(gradients):
             if self.is_sharded[index]:

@@ -149,8 +149,13 @@ def value_of(proto):
     if kind in (TUPLE, LIST):
         return tuple(value_of(part) for part in proto.values)
     if kind in (TENSORS, TENSOR):
-        arrays = tuple(_array(tensor) for tensor in (proto.tensors or [proto.t]))
-        return arrays[0] if len(arrays) == 1 else arrays
+        arrays = []
+        for tensor in proto.tensors or [proto.t]:
+            array = TENSOR_TYPES.get(tensor.data_type)  # a type alone, such as that of what a Receive waits for
+            if tensor.raw_data or 0 in tensor.dims:
+                array = np.frombuffer(tensor.raw_data, TENSOR_TYPES[tensor.data_type]).reshape(tuple(tensor.dims))
+            arrays.append(array)
+        return arrays[0] if len(arrays) == 1 else tuple(arrays)
     if kind == STRING:
         text = proto.s or (proto.strings[0] if proto.strings else b"")
         return text.decode() if isinstance(text, bytes) else text
@@ -168,13 +173,6 @@ def value_of(proto):
     raise NotImplementedError(f"MindIR attribute '{proto.name}' of type {kind}")
 
 
-def _array(tensor):
-    if not tensor.raw_data and 0 not in tensor.dims:  # a type, such as that of what a Receive waits for
-        return TENSOR_TYPES.get(tensor.data_type)
-    array = np.frombuffer(tensor.raw_data, TENSOR_TYPES[tensor.data_type])
-    return array.reshape(tuple(tensor.dims))
-
-
 @dataclass(frozen=True)
 class Collective:
     """Describes one communication operator of the graph of a rank.
@@ -184,8 +182,8 @@ class Collective:
         group: the ranks that take part.
         direction: forward, recompute (forward again in the backward pass), backward or optimizer.
         layer: where in the network: `layers.0.feed_forward`, `embedding`, `loss`, ...
-        cause: why the compiler put it there: forward (a sum or such of a cut axis), redistribution, mirror (gradients
-            summed over replicas), optimizer (slices of ZeRO), own (written in the network).
+        cause: why the compiler put it there: forward (a sum or such of a sharded axis), redistribution, mirror
+            (gradients summed over replicas), optimizer (shards of ZeRO), own (written in the network).
         parameter: whose gradient it sums, for mirrors.
         shape, bytes: of the rank's tensor: what goes in; of AllGather what comes out. Unknown sizes count as 0.
     """

@@ -1,12 +1,12 @@
-"""Global norm of gradients, also where every device holds a shard of them."""
+"""Computes the global norm of gradients, also where every device holds a shard of them."""
 
 from mindspore import Tensor, nn, ops
 
-from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement
+from switchyard.distributed.placement import ParallelDims, optimizer_shards, placement
 
 
 class GlobalNorm(nn.Cell):
-    """Root of the sum of squares over all gradients: tuple of float32 tensors -> [] float32.
+    """Computes the root of the sum of squares over all gradients: tuple of float32 tensors -> [] float32.
 
     It is not finite when any gradient is not.
     """
@@ -24,7 +24,7 @@ class GlobalNorm(nn.Cell):
 
 
 class ShardedNorm(nn.Cell):
-    """Global norm of gradients of which every device holds a shard: one AllReduce of a scalar.
+    """Computes the global norm of gradients of which every device holds a shard: one AllReduce of a scalar.
 
     Args:
         parameters: those that the gradients are of.
@@ -46,4 +46,4 @@ class ShardedNorm(nn.Cell):
 def share_of(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> float:
     """Returns one by the devices of a stage that hold the same shard of a parameter's gradient."""
     axes = placement(name, shape, degrees)
-    return optimizer_slices(shape, axes, degrees, 0) / len(degrees.replicas(axes, 0))
+    return optimizer_shards(shape, axes, degrees, 0) / len(degrees.replicas(axes, 0))

@@ -1,4 +1,4 @@
-"""The one object in which devices differ: what is local to a device, and what devices send each other.
+"""Defines the one object in which devices differ: what is local to a device, and what devices send each other.
 
 There are three meshes, and the rest of the program asks them the same questions:
     LocalMesh     one device: every collective is the identity.
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mindspore import Tensor, get_context, nn, ops
-from mindspore.communication import create_group
+from mindspore.communication import create_group, get_rank
 from mindspore.parallel import Layout
 from mindspore.parallel.auto_parallel import AutoParallel
 
@@ -25,7 +25,7 @@ from switchyard.config import Config
 from switchyard.distributed.arity import fixed
 from switchyard.distributed.compiled_graph import Graph, compiled_model, read_graph
 from switchyard.distributed.gradients import GlobalNorm, ShardedNorm
-from switchyard.distributed.placement import ParallelDims, updates
+from switchyard.distributed.placement import ParallelDims, is_updater
 from switchyard.distributed.processes import SINGLE, Processes
 
 SPEED_UP = "parallel_speed_up.json"  # name of the file that hands parallel.transformer_opt to the compiler
@@ -35,7 +35,7 @@ NAMES = {None: "None", "data": ("outer", "expert"), "outer": "outer", "expert": 
 
 
 class LocalMesh:
-    """One device.
+    """Is one device.
 
     Attributes:
         processes: the processes of the job; a mesh on the host talks to them between steps.
@@ -73,6 +73,10 @@ class LocalMesh:
         """Returns a cell that sums figures over the devices: [devices, X] -> [X]."""
         return Total()
 
+    def data_slice(self) -> int:
+        """Returns which part of the batch this device reads, from 0."""
+        return self.degrees.data_slice(self.processes.rank)
+
     def everywhere(self, axes: int) -> Callable:
         """Returns what gives every device the rows [B, ...] of all devices, a tensor of so many axes."""
         return nn.Identity()
@@ -86,8 +90,8 @@ class LocalMesh:
         return GlobalNorm()
 
     def differentiate(self, loss: nn.Cell, parameters) -> Callable:
-        """Returns a function: the arguments of `loss` -> (what it returns, gradients of its first result)."""
-        return ops.value_and_grad(loss, None, parameters, has_aux=True)
+        """Returns a function: the arguments of `loss` -> (what it returns, the gradients of that)."""
+        return ops.value_and_grad(loss, None, parameters)
 
     def program(self, graph: nn.Cell, inputs: tuple) -> Callable:
         """Returns the program of the devices, to be called with a device's shards of the inputs."""
@@ -120,7 +124,7 @@ class Total(nn.Cell):
         self.sum = ops.ReduceSum()
 
     def construct(self, figures: Tensor) -> Tensor:
-        """Figures [devices, X] -> [X]."""
+        """Takes figures [devices, X] -> [X]."""
         return self.sum(figures, 0)
 
 
@@ -128,7 +132,7 @@ LOCAL = LocalMesh()
 
 
 class CompiledMesh(LocalMesh):
-    """The devices of one pipeline stage, by outer data shard, expert shard and model shard.
+    """Shards a graph over the devices of one pipeline stage, by outer data shard, expert shard and model shard.
 
     Attributes:
         groups: routing groups G in all; a device holds G / data_parallel of them.
@@ -201,6 +205,10 @@ class CompiledMesh(LocalMesh):
         total.sum.shard(((self.degrees.data_parallel, 1),))
         return total
 
+    def data_slice(self) -> int:
+        """Returns which part of the batch this device reads, from 0."""
+        return self.degrees.data_slice(get_rank())
+
     def everywhere(self, axes: int) -> Callable:
         """Returns an operator that gathers rows [B, ...] of data shards on every device."""
         full = self.cut(*(None,) * axes)
@@ -211,21 +219,21 @@ class CompiledMesh(LocalMesh):
         return ShardedNorm(parameters, self.degrees)
 
     def differentiate(self, loss: nn.Cell, parameters) -> nn.Cell:
-        """Returns a cell: the arguments of `loss` -> ((its first result, ()), the gradients of that)."""
+        """Returns a cell: the arguments of `loss` -> (what it returns, the gradients of that)."""
         return LossAndGradients(loss, parameters)
 
     def program(self, graph: nn.Cell, inputs: tuple) -> AutoParallel:
         """Returns the network to compile; its parts know their layouts, `inputs` how its arguments are sharded."""
-        cut = self.full_config.parallel
+        parallel = self.full_config.parallel
         step = AutoParallel(graph, parallel_mode="semi_auto")
         step.dataset_strategy(inputs)
         step.no_init_parameters_in_compile()  # a parameter without numbers takes no memory, however large the full one
-        if cut.pipeline_stage > 1:
-            step.pipeline(stages=cut.pipeline_stage, scheduler="1f1b")
-        if cut.optimizer_shard:
-            step.hsdp(shard_size=-1, threshold=0, optimizer_level=f"level{cut.optimizer_shard}")
-        if cut.comm_fusion:
-            step.comm_fusion({"openstate": True} | {kind: fused(size) for kind, size in cut.comm_fusion.items()})
+        if parallel.pipeline_stage > 1:
+            step.pipeline(stages=parallel.pipeline_stage, scheduler="1f1b")
+        if parallel.optimizer_shard:
+            step.hsdp(shard_size=-1, threshold=0, optimizer_level=f"level{parallel.optimizer_shard}")
+        if parallel.comm_fusion:
+            step.comm_fusion({"openstate": True} | {kind: fused(size) for kind, size in parallel.comm_fusion.items()})
         return step
 
     def compile(self, program: AutoParallel, inputs: Callable[[], tuple]) -> None:
@@ -246,27 +254,15 @@ class CompiledMesh(LocalMesh):
     def updated(self, tensors: dict) -> dict:
         """Returns those of named tensors that this device's stage of the pipeline updates."""
         rank, layers = self.processes.rank, self.full_config.model.num_layers
-        return {name: one for name, one in tensors.items() if updates(name, self.degrees, rank, layers)}
+        return {name: one for name, one in tensors.items() if is_updater(name, self.degrees, rank, layers)}
 
     def compiled_graph(self, program: AutoParallel) -> Graph:
         """Returns this device's graph of a program that was compiled."""
         return read_graph(compiled_model(program))
 
 
-class FirstResult(nn.Cell):
-    """The first result of a loss, by itself: the parallel compiler differentiates a cell with one result only."""
-
-    def __init__(self, loss: nn.Cell):
-        super().__init__(auto_prefix=False)
-        self.loss = loss
-
-    def construct(self, *batch) -> Tensor:
-        """The arguments of the loss."""
-        return self.loss(*batch)[0]
-
-
 class LossAndGradients(nn.Cell):
-    """The first result of a loss, and its gradients.
+    """Computes a loss, which is one tensor, and its gradients.
 
     The compiler joins the two forward passes because both call the same cell. It would not join the pass of a cell with
     several results, and compute the layers twice.
@@ -274,13 +270,12 @@ class LossAndGradients(nn.Cell):
 
     def __init__(self, loss: nn.Cell, parameters):
         super().__init__(auto_prefix=False)
-        self.loss, self.parameters = FirstResult(loss), parameters
+        self.loss, self.parameters = loss, parameters
         self.gradient = ops.GradOperation(get_by_list=True)
 
     def construct(self, *batch) -> tuple:
-        """The arguments of the loss."""
-        first_result = self.loss(*batch)
-        return (first_result, ()), self.gradient(self.loss, self.parameters)(*batch)
+        """Takes the arguments of the loss."""
+        return self.loss(*batch), self.gradient(self.loss, self.parameters)(*batch)
 
 
 def fused(size: int | str) -> dict:

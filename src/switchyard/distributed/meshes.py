@@ -1,4 +1,4 @@
-"""Which mesh a job runs on."""
+"""Chooses the mesh that a job runs on."""
 
 from switchyard.config import Config
 from switchyard.distributed.collectives import ProcessMesh

@@ -1,6 +1,6 @@
-"""Who holds what: the coordinates of a rank, its groups, and the slice of every parameter. No MindSpore in here.
+"""Computes what a rank holds: its coordinates, its groups, the shard of every parameter. No MindSpore in here.
 
-Ranks are numbered stage by stage; within a stage outer data slices, expert slices, then model slices, the fastest:
+Ranks are numbered stage by stage; within a stage outer data shards, expert shards, then model shards, the fastest:
 
     rank = ((stage * outer + o) * expert_parallel + e) * model_parallel + t,   data_parallel = outer * expert_parallel
 
@@ -15,16 +15,16 @@ from switchyard.config import ParallelConfig
 from switchyard.errors import UserError
 
 EXPERT, MODEL = "expert", "model"
-Placement = tuple[str | None, ...]  # for each axis of a parameter: what cuts it, or None
-# The layout of each parameter, by the end of its name. What is not listed is whole on every rank of its stage. Matrices
-# of attention and feed-forward are cut along heads and hidden width, the first along its columns and the second along
-# its rows, so that one sum joins them (Megatron-LM, arXiv 1909.08053, section 3).
+Placement = tuple[str | None, ...]  # for each axis of a parameter: what shards it, or None
+# The layout of each parameter, by the end of its name. What is not listed is full on every rank of its stage. Matrices
+# of attention and feed-forward are sharded along heads and hidden width, the first along its columns and the second
+# along its rows, so that one sum joins them (Megatron-LM, arXiv 1909.08053, section 3).
 MATRICES: dict[str, Placement] = {"qkv.weight": (None, MODEL), "attention.out.weight": (MODEL, None)}
 STACKED: dict[str, Placement] = {"w_in": (None, MODEL), "w_gate": (None, MODEL), "w_out": (MODEL, None)}  # of [E, ., .]
 
 
 class Coordinates(NamedTuple):
-    """Where a rank stands: its stage, outer data slice, expert slice and model slice, each from 0."""
+    """Locates a rank: its stage, outer data shard, expert shard and model shard, each from 0."""
 
     stage: int
     outer: int
@@ -34,7 +34,7 @@ class Coordinates(NamedTuple):
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Into how many slices each axis is cut; the words are those of the section `parallel`."""
+    """Holds into how many shards each axis is divided; the words are those of the section `parallel`."""
 
     data_parallel: int = 1
     expert_parallel: int = 1
@@ -44,31 +44,26 @@ class ParallelDims:
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> "ParallelDims":
-        """The degrees of a configuration."""
+        """Returns the degrees of a configuration."""
         return cls(**{name: getattr(parallel, name) for name in cls.__dataclass_fields__})
 
     @property
     def outer(self) -> int:
-        """Data slices that hold the same experts."""
+        """Returns the number of data shards that hold the same experts."""
         return self.data_parallel // self.expert_parallel
 
     @property
     def stage_devices(self) -> int:
-        """Devices of one pipeline stage."""
+        """Returns the number of devices of one pipeline stage."""
         return self.data_parallel * self.model_parallel
 
     @property
     def devices(self) -> int:
-        """All devices."""
+        """Returns the number of all devices."""
         return self.pipeline_stage * self.stage_devices
 
-    def rank_of(self, place: Coordinates) -> int:
-        """The rank that stands there."""
-        data = (place.stage * self.outer + place.outer) * self.expert_parallel + place.expert
-        return data * self.model_parallel + place.model
-
     def coordinates(self, rank: int) -> Coordinates:
-        """Where a rank stands (UserError: there is no such rank)."""
+        """Returns where a rank stands (UserError: there is no such rank)."""
         if not 0 <= rank < self.devices:
             raise UserError(f"rank: {rank}; these degrees have ranks 0 to {self.devices - 1}")
         rest, model = divmod(rank, self.model_parallel)
@@ -76,61 +71,53 @@ class ParallelDims:
         stage, outer = divmod(rest, self.outer)
         return Coordinates(stage, outer, expert, model)
 
-    def data_slice(self, rank: int) -> int:
-        """Which part of the batch a rank reads, from 0 below data_parallel."""
+    def data_shard(self, rank: int) -> int:
+        """Returns which part of the batch a rank reads, from 0 below data_parallel."""
         place = self.coordinates(rank)
         return place.outer * self.expert_parallel + place.expert
 
-    def _along(self, rank: int, *axes: str) -> tuple[int, ...]:
-        """The ranks that differ from this one in the named coordinates only, in order."""
+    def along(self, rank: int, *axes: str) -> tuple[int, ...]:
+        """Returns the ranks that differ from this one in the named coordinates only, in order.
+
+        Gradients of experts are summed along "outer", all others along "outer" and "expert"; rows go on from one stage
+        to the next along "stage".
+        """
         places, sizes = [self.coordinates(rank)], {"outer": self.outer, "expert": self.expert_parallel}
         sizes |= {"model": self.model_parallel, "stage": self.pipeline_stage}
         for axis in axes:
             places = [place._replace(**{axis: index}) for place in places for index in range(sizes[axis])]
-        return tuple(sorted(self.rank_of(place) for place in places))
+        ranks = []
+        for place in places:
+            data = (place.stage * self.outer + place.outer) * self.expert_parallel + place.expert
+            ranks.append(data * self.model_parallel + place.model)
+        return tuple(sorted(ranks))
 
     def expert_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the slices of one set of experts: rows go to and fro among them (AlltoAll)."""
-        return self._along(rank, "expert")
-
-    def expert_replicas(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the same expert slice: gradients of experts are summed over them."""
-        return self._along(rank, "outer")
-
-    def data_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the same slice of what is not an expert: its gradients are summed over them."""
-        return self._along(rank, "outer", "expert")
+        """Returns the ranks that hold the shards of one set of experts: rows go to and fro among them (AlltoAll)."""
+        return self.along(rank, "expert")
 
     def model_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the slices of one network (tensor parallel)."""
-        return self._along(rank, "model")
+        """Returns the ranks that hold the shards of one network (tensor parallel)."""
+        return self.along(rank, "model")
 
-    def pipeline_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks at the same place in each pipeline stage: rows go on from one to the next."""
-        return self._along(rank, "stage")
+    def replicas(self, axes: Placement, rank: int) -> tuple[int, ...]:
+        """Returns the ranks that hold the same shard of a parameter placed so."""
+        other = ["outer"] + ([] if EXPERT in axes else ["expert"]) + ([] if MODEL in axes else ["model"])
+        return self.along(rank, *other)
 
-    def stage_group(self, rank: int) -> tuple[int, ...]:
-        """All ranks of this pipeline stage."""
-        return self._along(rank, "outer", "expert", "model")
-
-    def replicas(self, cut: Placement, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the same slice of a parameter placed so."""
-        axes = ["outer"] + ([] if EXPERT in cut else ["expert"]) + ([] if MODEL in cut else ["model"])
-        return self._along(rank, *axes)
-
-    def replica(self, cut: Placement, rank: int) -> tuple[int, int]:
-        """(which of `replicas` a rank is, from 0; how many there are), without listing them."""
+    def replica(self, axes: Placement, rank: int) -> tuple[int, int]:
+        """Returns (which of `replicas` a rank is, from 0; how many there are), without listing them."""
         place = self.coordinates(rank)
         index, count = place.outer, self.outer
-        if EXPERT not in cut:
+        if EXPERT not in axes:
             index, count = index * self.expert_parallel + place.expert, count * self.expert_parallel
-        if MODEL not in cut:
+        if MODEL not in axes:
             index, count = index * self.model_parallel + place.model, count * self.model_parallel
         return index, count
 
 
 def axes_of(name: str, dimensions: int) -> Placement:
-    """Returns what cuts each axis of a parameter, by its name (also of its moments: `moment1.NAME`).
+    """Returns what shards each axis of a parameter, by its name (also of its moments: `moment1.NAME`).
 
     This is the only place that knows. Every Cell asks it in `shard(mesh)`; checkpoint and planner ask `placement`.
     """
@@ -145,41 +132,41 @@ def placement(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> Place
     """Returns `axes_of` a parameter of that shape.
 
     Raises:
-        UserError: an axis that is to be cut does not divide by its degree.
+        UserError: an axis that is to be sharded does not divide by its degree.
     """
-    cut = axes_of(name, len(shape))
-    for size, axis in zip(shape, cut):
-        if axis is not None and size % slices(axis, degrees):
-            raise UserError(f"{name}: {tuple(shape)}; {axis}_parallel ({slices(axis, degrees)}) must divide {size}")
-    return cut
+    axes = axes_of(name, len(shape))
+    for size, axis in zip(shape, axes):
+        if axis is not None and size % degree_of(axis, degrees):
+            raise UserError(f"{name}: {tuple(shape)}; {axis}_parallel ({degree_of(axis, degrees)}) must divide {size}")
+    return axes
 
 
-def slices(axis: str | None, degrees: ParallelDims) -> int:
-    """Into how many an axis of a placement is cut."""
+def degree_of(axis: str | None, degrees: ParallelDims) -> int:
+    """Returns into how many shards an axis of a placement is divided."""
     return {EXPERT: degrees.expert_parallel, MODEL: degrees.model_parallel, None: 1}[axis]
 
 
-def slice_of(shape: tuple[int, ...], cut: Placement, degrees: ParallelDims, rank: int) -> tuple[slice, ...]:
-    """The part of an array of that shape that a rank holds, before any cut of the optimizer."""
+def shard_slices(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims, rank: int) -> tuple[slice, ...]:
+    """Returns the part of an array of that shape that a rank holds, before any shard of the optimizer."""
     place = degrees.coordinates(rank)
     where = {EXPERT: place.expert, MODEL: place.model, None: 0}
     parts = []
-    for size, axis in zip(shape, cut):
-        length = size // slices(axis, degrees)
+    for size, axis in zip(shape, axes):
+        length = size // degree_of(axis, degrees)
         parts.append(slice(where[axis] * length, (where[axis] + 1) * length))
     return tuple(parts)
 
 
-def optimizer_slices(shape: tuple[int, ...], cut: Placement, degrees: ParallelDims, rank: int) -> int:
-    """Into how many parts along axis 0 ZeRO cuts a rank's slice: its replicas, or 1 where they do not divide it."""
+def optimizer_shards(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims, rank: int) -> int:
+    """Returns into how many parts along axis 0 ZeRO divides a rank's shard: its replicas, or 1 where they cannot."""
     if degrees.optimizer_shard == 0 or not shape:
         return 1
-    _, count = degrees.replica(cut, rank)
-    return count if (shape[0] // slices(cut[0], degrees)) % count == 0 else 1
+    _, count = degrees.replica(axes, rank)
+    return count if (shape[0] // degree_of(axes[0], degrees)) % count == 0 else 1
 
 
 def stages_of(name: str, layers: int, degrees: ParallelDims) -> tuple[int, ...]:
-    """The pipeline stages that hold a parameter: layers in equal runs, embedding first, final norm and head last.
+    """Returns the stages that hold a parameter: layers in equal runs, embedding first, final norm and head last.
 
     The table of a tied head is on the first stage and on the last; whether a table is tied is not seen in its name, so
     both are said for every `embedding.table`.
@@ -195,11 +182,11 @@ def stages_of(name: str, layers: int, degrees: ParallelDims) -> tuple[int, ...]:
     return (stages - 1,)
 
 
-def updates(name: str, degrees: ParallelDims, rank: int, layers: int) -> bool:
+def is_updater(name: str, degrees: ParallelDims, rank: int, layers: int) -> bool:
     """Returns whether a rank's stage updates a tensor of the model or the optimizer; counters are of all stages."""
     return "." not in name or degrees.coordinates(rank).stage == stages_of(name, layers, degrees)[0]
 
 
 def full_shape(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> tuple[int, ...]:
     """Returns the shape of the full tensor of which a rank holds a shard of `shape`, without ZeRO's."""
-    return tuple(size * slices(axis, degrees) for size, axis in zip(shape, placement(name, shape, ParallelDims())))
+    return tuple(size * degree_of(axis, degrees) for size, axis in zip(shape, placement(name, shape, ParallelDims())))

@@ -1,4 +1,4 @@
-"""The processes of one job that msrun started: how many, which one this is, and what they tell each other.
+"""Joins the processes of one job that msrun started: how many, which one this is, what they tell each other.
 
 Between steps they exchange NumPy arrays, which is all that evaluation, checkpoints and signals need; what a step
 itself exchanges stands in its graph (distributed.collectives). One process alone is the usual case, `SINGLE`.
@@ -65,7 +65,7 @@ class Processes:
     Attributes:
         rank: which one this is, from 0.
         size: how many there are.
-        degrees: how the model is cut over them.
+        degrees: how the model is sharded over them.
     """
 
     rank: int = 0
@@ -78,9 +78,9 @@ class Processes:
         return self.rank == 0
 
     @property
-    def data_slice(self) -> int:
+    def data_shard(self) -> int:
         """Returns the index, from 0, of the data-parallel shard that this process reads."""
-        return self.degrees.data_slice(self.rank)
+        return self.degrees.data_shard(self.rank)
 
     def gather(self, array: np.ndarray) -> np.ndarray:
         """Gathers the arrays of all processes, which have one shape and type, on each process: [...] -> [size, ...]."""
@@ -108,14 +108,14 @@ class Processes:
         """Returns the shard of the batch of this process: an even part of `axis`."""
         if self.size == 1:
             return array
-        length, index = array.shape[axis] // self.degrees.data_parallel, self.data_slice
+        length, index = array.shape[axis] // self.degrees.data_parallel, self.data_shard
         return array.take(range(index * length, (index + 1) * length), axis)
 
     def full(self, array: np.ndarray, axis: int) -> np.ndarray:
         """Returns the inverse of `part`, on every process."""
         if self.size == 1:
             return array
-        ranks = {self.degrees.data_slice(rank): rank for rank in range(self.size)}
+        ranks = {self.degrees.data_shard(rank): rank for rank in range(self.size)}
         parts = self.gather(array)
         return np.concatenate([parts[rank] for _, rank in sorted(ranks.items())], axis)
 
@@ -148,8 +148,8 @@ def must_block(config: Config) -> bool:
     """
     if config.context.launch_blocking is not None:
         return config.context.launch_blocking
-    cut = config.parallel
-    return (cut.data_parallel > 1 and cut.optimizer_shard == 0) or cut.model_parallel > 1
+    parallel = config.parallel
+    return (parallel.data_parallel > 1 and parallel.optimizer_shard == 0) or parallel.model_parallel > 1
 
 
 def waits_for_nothing(config: Config, processes: Processes) -> bool:

@@ -1,4 +1,4 @@
-"""The guard of replicas: what several devices hold alike must be bit-equal on all of them.
+"""Checks replicas: what several devices hold alike must be bit-equal on all of them.
 
 Data-parallel training is right only while every replica makes the same update; a lost or doubled sum goes on without a
 word. So now and then each rank takes two numbers of every tensor that it holds, all ranks see those of all, and a run
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement
+from switchyard.distributed.placement import ParallelDims, optimizer_shards, placement
 from switchyard.distributed.processes import Processes
 from switchyard.errors import UserError
 
@@ -28,13 +28,13 @@ def replica_groups(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> 
 
     Args:
         name: of a parameter or of an optimizer's tensor.
-        shape: of the whole tensor.
+        shape: of the full tensor.
     """
-    cut, seen = placement(name, shape, degrees), set()
+    axes, seen = placement(name, shape, degrees), set()
     for rank in range(degrees.devices):
-        if rank in seen or optimizer_slices(shape, cut, degrees, rank) > 1:
+        if rank in seen or optimizer_shards(shape, axes, degrees, rank) > 1:
             continue
-        group = degrees.replicas(cut, rank)
+        group = degrees.replicas(axes, rank)
         seen.update(group)
         if len(group) > 1:
             yield group
@@ -50,8 +50,8 @@ def check_replicas(
     """Compares what the ranks hold; all of them call it at the same step and come to the same end.
 
     Args:
-        arrays: name -> this rank's slice; every rank of a stage has the same names.
-        shapes: name -> shape of the whole tensor.
+        arrays: name -> this rank's shard; every rank of a stage has the same names.
+        shapes: name -> shape of the full tensor.
         processes: this one and the others.
         step: optimizer steps taken.
         kept: returns the newest good checkpoint in words, for the message.

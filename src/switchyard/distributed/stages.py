@@ -1,4 +1,4 @@
-"""Pipeline stages and the micro-batches that go through them. No MindSpore in here.
+"""Describes pipeline stages and what they exchange. No MindSpore in here.
 
 Legend: A micro-batches.
 """
@@ -26,13 +26,11 @@ def stage_config(config: Config, stage: int) -> Config:
     )
 
 
-def ways(config: Config, stage: int) -> list[int]:
-    """Returns what a stage exchanges with others for each micro-batch, one way forward and the other way backward: of
-    each exchange the conditional layers whose tallies it carries, or -1 for rows between two layers.
+def stage_exchanges(config: Config, stage: int) -> list[int]:
+    """Returns what a stage exchanges with others for each micro-batch, forward in one direction and backward in the
+    other: of each exchange the number of conditional layers whose statistics it carries, or -1 for rows between layers.
     """
     stages, of = config.parallel.pipeline_stage, stages_of_layers(config)
-    tallies = [
-        sum(of[index] == one for index in config.moe_layers) for one in range(stages - 1)
-    ]  # go to the last stage
+    layers = [sum(of[index] == one for index in config.moe_layers) for one in range(stages - 1)]  # to the last stage
     rows = [-1] * ((stage > 0) + (stage < stages - 1))
-    return rows + [count for one, count in enumerate(tallies) if count and stage in (one, stages - 1)]
+    return rows + [count for one, count in enumerate(layers) if count and stage in (one, stages - 1)]

@@ -85,14 +85,14 @@ class Job:
         The rank is None where the worker ended before it was seen and its log does not tell it from the others.
         """
         found = FAILED.search((self.log_dir / LAUNCHER_LOG).read_text(encoding="utf-8", errors="replace"))
-        return (self.ranks.get(int(found[1]), self._loudest()), int(found[2])) if found else None
-
-    def _loudest(self) -> int | None:
-        """Returns the lowest rank whose log holds an error."""
+        if found is None:
+            return None
+        loudest = None  # the lowest rank whose log holds an error
         for rank, log in sorted((int(log.stem.split("_")[1]), log) for log in self.log_dir.glob("worker_*.log")):
-            if first_error(log)[:1] and first_error(log)[0].startswith((*SPOKEN, TRACEBACK)):
-                return rank
-        return None
+            said = first_error(log)
+            if loudest is None and said and said[0].startswith((*SPOKEN, TRACEBACK)):
+                loudest = rank
+        return self.ranks.get(int(found[1]), loudest), int(found[2])
 
     def exit_code(self) -> int:
         """Returns the exit code of the full job."""
@@ -136,7 +136,12 @@ class Job:
 
     def _alive(self, pids) -> list[int]:
         """Returns the processes that still run."""
-        return [pid for pid in pids if _runs(self._seen[pid])]
+        alive = []
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):
+                if self._seen[pid].is_running() and self._seen[pid].status() != psutil.STATUS_ZOMBIE:
+                    alive.append(pid)
+        return alive
 
     def _kill_all(self) -> None:
         """Ends msrun and all that it started."""
@@ -165,13 +170,6 @@ def _rank_of(process: psutil.Process, launcher: int) -> int | None:
         return int(environment["RANK_ID"])
     except (psutil.Error, KeyError):
         return None
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def first_error(log: Path) -> list[str]:

@@ -53,7 +53,7 @@ class Stage(nn.Cell):
 
 
 class Cascade(nn.Cell):
-    """Images [B, C, H, W] -> (logits, (), ()): those of all exits in training, [X * B, V], exit by exit.
+    """Maps images [B, C, H, W] to (logits, (), ()): those of all exits in training, [X * B, V], exit by exit.
 
     At evaluation [B, V], each sample's at its exit; but every stage works, as a compiled graph of fixed shape has it.
     `EarlyExit` is the evaluation that saves the work.

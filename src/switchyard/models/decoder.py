@@ -18,6 +18,7 @@ from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.granularity import first_of_slices, from_slices, to_slices
 from switchyard.moe.layer import MoELayer
 from switchyard.moe.routing.base import require_causal
+from switchyard.moe.statistics import Beside
 from switchyard.nn.cast import Cast
 from switchyard.nn.fused import fused_operators
 from switchyard.nn.initializers import InitialWeights
@@ -94,7 +95,7 @@ class Block(nn.Cell):
 
     # ---- local to one device
     def to_windows(self, tokens: Tensor) -> tuple:
-        """Tokens [N, D] -> (the first token of each window [N / w, D], the windows [N / w, w * D])."""
+        """Cuts tokens [N, D] into (the first token of each window [N / w, D], the windows [N / w, w * D])."""
         return first_of_slices(tokens, self.window), to_slices(tokens, self.window)
 
     def to_tokens(self, windows: Tensor) -> Tensor:
@@ -102,15 +103,15 @@ class Block(nn.Cell):
         return from_slices(windows, self.window)
 
     def first_ids(self, ids: Tensor) -> Tensor:
-        """[N] -> [N / w]."""
+        """Takes the first of each window: [N] -> [N / w]."""
         return ids[:: self.window]
 
     def first_valid(self, valid: Tensor) -> Tensor:
-        """[G, N / G] -> [G, N / G / w]."""
+        """Takes the first of each window: [G, N / G] -> [G, N / G / w]."""
         return valid[:, :: self.window]
 
     def first_noise(self, noise: Tensor) -> Tensor:
-        """[.., N, D] -> [.., N / w, D]."""
+        """Takes the first of each window: [.., N, D] -> [.., N / w, D]."""
         return noise[:, :: self.window]
 
     def shard(self, mesh: CompiledMesh) -> None:
@@ -189,10 +190,10 @@ def feed_forward(
 
 
 class Decoder(nn.Cell):
-    """Maps tokens [B, S] to (logits [N, V] float32, statistics [G, M * (6 + 2 E)], choices [N, M, K]).
+    """Maps tokens [B, S] to (logits [N, V] float32, statistics [G, M * (6 + 2 E)], choices [N, M * K]).
 
     The statistics are those of the M conditional layers side by side, see moe.metrics, () where there are none; the
-    choices are those of the routers where moe.record asks for them, else ().
+    choices are those of the routers, side by side too, where moe.record asks for them, else ().
 
     Args:
         config: the whole configuration.
@@ -247,11 +248,11 @@ class Decoder(nn.Cell):
         self.tied_product = ops.MatMul(transpose_b=True)
         self.cast_x, self.cast_table, self.to_float32 = Cast(self.dtype), Cast(self.dtype), Cast(mstype.float32)
         self.local_hide, self.local_places = self.hide_padding, self.add_positions
-        self.local_groups, self.local_ids, self.local_beside = self.to_groups, self.to_ids, self.put_beside
-        self.stack = ops.Stack(axis=1)
+        self.local_groups, self.local_ids = self.to_groups, self.to_ids
+        self.beside, self.beside_choices, self.records = Beside(), Beside(), config.moe.record is not None
 
     def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor = None):
-        """Tokens [B, S] int32, valid [B, S] float32, noise [max(noise_slices, 1), N, D] of U(0, 1).
+        """Takes tokens [B, S] int32, valid [B, S] float32, noise [max(noise_slices, 1), N, D] of U(0, 1).
 
         At evaluation the noise is not read: any [1, 1, 1] serves. replay [M, N, K] int32: choices of experts to force,
         -1 where the router's own stand, see moe.routing.replay.
@@ -263,7 +264,7 @@ class Decoder(nn.Cell):
             x, own, chosen = layer(x, ids, grouped, noise, tokens.shape[0], replay)
             if layer.conditional:
                 stats, choices = (*stats, own), (*choices, chosen)
-        return self.logits(x), self.beside(stats), self.stacked(choices)
+        return self.logits(x), self.beside(stats), self.beside_choices(choices) if self.records else ()
 
     def embed(self, tokens: Tensor, valid: Tensor) -> Tensor:
         """Embeds tokens [B, S], valid [B, S] -> [N, D]; what padding holds reaches nothing."""
@@ -279,21 +280,6 @@ class Decoder(nn.Cell):
             return self.to_float32(self.tied_product(self.cast_x(x), self.cast_table(self.embedding.table)))
         return self.to_float32(self.head(x))
 
-    def beside(self, stats: tuple):
-        """Puts statistics of conditional layers side by side: [G, 6 + 2 E] each -> [G, M * (6 + 2 E)], () of none."""
-        if len(stats) == 0:
-            return ()
-        joined = stats[0]
-        for more in stats[1:]:
-            joined = self.local_beside(joined, more)
-        return joined
-
-    def stacked(self, choices: tuple):
-        """Stacks choices of conditional layers: [N, K] each -> [N, M, K], () where moe.record asks for none."""
-        if len(choices) == 0 or len(choices[0]) == 0:
-            return ()
-        return self.stack(choices)
-
     # ---- local to one device
     def add_positions(self, x: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
         """Adds to x [N, D] the entry of each token's position in the table [S, D]; tokens [B, S]."""
@@ -305,16 +291,12 @@ class Decoder(nn.Cell):
         return keep_where(x, valid.reshape(-1))
 
     def to_groups(self, valid: Tensor) -> Tensor:
-        """[B, S] -> [G, N / G]."""
+        """Reshapes [B, S] -> [G, N / G]."""
         return valid.reshape(self.groups, -1)
 
     def to_ids(self, tokens: Tensor) -> Tensor:
-        """[B, S] -> [N]."""
+        """Reshapes [B, S] -> [N]."""
         return tokens.reshape(-1)
-
-    def put_beside(self, left: Tensor, right: Tensor) -> Tensor:
-        """[G, X], [G, Y] -> [G, X + Y]."""
-        return ops.concat((left, right), 1)
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Leaves tables full everywhere; every model shard makes all logits of its tokens.
@@ -329,9 +311,6 @@ class Decoder(nn.Cell):
         def grouped(valid):
             return [groups, valid[0] * valid[1] // groups]
 
-        def joined(left, right):
-            return [left[0], left[1] + right[1]]
-
         def length(tokens):
             return [tokens[0] * tokens[1]]
 
@@ -339,9 +318,7 @@ class Decoder(nn.Cell):
         self.local_hide = mesh.local(self.hide_padding, (pair, pair), (pair,), first, first)
         self.local_groups = mesh.local(self.to_groups, (pair,), (pair,), grouped, first)
         self.local_ids = mesh.local(self.to_ids, (pair,), (row,), length, first)
-        self.local_beside = mesh.local(self.put_beside, (pair, pair), (pair,), joined, first)
-        self.stack.shard(tuple(((data, 1),) * len(self.moe_layers)))
-        for cell in (self.embedding, self.dropout, *self.layers, self.norm):
+        for cell in (self.embedding, self.dropout, *self.layers, self.norm, self.beside, self.beside_choices):
             cell.shard(mesh)
         self.cast_x.shard(mesh, "data", None)
         self.cast_table.shard(mesh, None, None)

@@ -19,12 +19,14 @@ from switchyard.models.decoder import Decoder
 from switchyard.moe.dispatch.dispatchers import BlockDispatcher
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.layer import MoELayer
-from switchyard.nn.layers import MASKED, Linear, Rotary
+from switchyard.moe.routing.base import make_context
+from switchyard.nn.layers import MASKED, Linear
+from switchyard.nn.rotary import halves_swapped, rotation_tables
 from switchyard.nn.softmax import Softmax
 
 
 class _Half(nn.Cell):
-    """What both halves share: embedding, projections turned to their places, the head."""
+    """Holds what both halves share: embedding, projections turned to their places, the head."""
 
     def __init__(self, decoder: Decoder, max_length: int):
         super().__init__()
@@ -35,7 +37,7 @@ class _Half(nn.Cell):
         self.turns = attention.rotary is not None
         cos, sin = rotation_tables(attention.rotary, max_length, self.repeat, self.size, attention.scale)
         self.cos, self.sin = Tensor(cos), Tensor(sin)
-        self.swap = Tensor(np.roll(np.eye(self.size, dtype=np.float32), self.size // 2, 1))
+        self.swap = Tensor(halves_swapped(self.size))
         self.norms = nn.CellList([PlainNorm(norm) for norm in _norms(decoder)])
         self.by_choice = chooses_tokens(decoder)
         self.nothing = Tensor(np.zeros((1, 1, 1), np.float32))
@@ -53,7 +55,7 @@ class _Half(nn.Cell):
         return x
 
     def turn(self, position: Tensor) -> tuple:
-        """What projections at positions [N] are multiplied by: two [N, W]."""
+        """Returns what projections at positions [N] are multiplied by: two [N, W]."""
         cos, sin = self.take(self.cos, position, 0), self.take(self.sin, position, 0)  # [N, (R + 2) * h]
         return ops.tile(cos, (1, self.heads)), ops.tile(sin, (1, self.heads))
 
@@ -74,7 +76,7 @@ class _Half(nn.Cell):
         return ops.split(qkv, [self.repeat, 1, 1], 2)
 
     def feed(self, layer: nn.Cell, x: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-        """The feed-forward of normed rows [N, D] of tokens [1, N], valid [1, N] -> [N, D]."""
+        """Applies the feed-forward to normed rows [N, D] of tokens [1, N], valid [1, N] -> [N, D]."""
         rows = ops.expand_dims(x, 0)  # [1, N, D]
         if not layer.conditional:
             return layer.feed_forward(rows).reshape(-1, self.width)
@@ -88,17 +90,16 @@ class _Half(nn.Cell):
         return out
 
     def decide(self, router: nn.Cell, x: Tensor, rows: Tensor, tokens: Tensor, valid: Tensor) -> dict:
-        """Rows [N, D] and the same [1, N, D], tokens and valid [1, N] -> the Routing of one group."""
+        """Routes rows [N, D], the same [1, N, D], of tokens and valid [1, N], as one group."""
+        context, scores = make_context(valid, self.nothing, tokens, None, router.state(), None), ()
         if router.overrides_construct:
-            return router(rows, {"valid": valid, "noise": self.nothing, "token_ids": tokens, "task_ids": None})
-        state, scores = router.state(), ()
-        context = {"valid": valid, "noise": self.nothing, "token_ids": tokens, "task_ids": None, "state": state}
+            return router(rows, context)
         for part in router.scores(x, tokens.reshape(-1), None):
             scores = (*scores, ops.expand_dims(part, 0))  # [1, N, X]
         return router.route(scores, context)
 
     def logits(self, x: Tensor) -> Tensor:
-        """[B, D] -> [B, V] float32."""
+        """Projects [B, D] on the vocabulary: [B, V] float32."""
         decoder, x = self.decoder, self.norms[-1](x)
         if decoder.tied:
             table = decoder.embedding.table.astype(self.dtype)
@@ -279,23 +280,6 @@ class PlainNorm(nn.Cell):
         return x
 
 
-def rotation_tables(rotary: Rotary | None, length: int, repeat: int, size: int, scale: float):
-    """What one head group [R + 2, h] of (queries, key, value) at each place is multiplied by: two [M, (R + 2) * h].
-
-    x * cos + swapped(x) * sin is the rotation, halves swapped; the scale of the scores is folded into the queries'
-    part, and the value's part is 1 and 0.
-    """
-    cos = np.ones((length, repeat + 2, size), np.float32)
-    sin = np.zeros((length, repeat + 2, size), np.float32)
-    if rotary is not None:
-        cosine, sine = (table.asnumpy()[:length, None] for table in (rotary.cos_table, rotary.sin_table))  # [M, 1, h/2]
-        cos[:, : repeat + 1] = np.concatenate((cosine, cosine), -1)
-        sin[:, : repeat + 1] = np.concatenate((-sine, sine), -1)
-    cos[:, :repeat] *= scale
-    sin[:, :repeat] *= scale
-    return cos.reshape(length, -1), sin.reshape(length, -1)
-
-
 def chooses_tokens(decoder: Decoder) -> bool:
     """Returns whether every conditional layer is the shipped one and its tokens choose experts without drops."""
     layers = [layer.feed_forward for layer in decoder.layers if layer.conditional]
@@ -311,7 +295,7 @@ def cast_products(decoder: Decoder) -> None:
 
 
 def _norms(decoder: Decoder) -> list:
-    """The norms in the order of their use."""
+    """Returns the norms in the order of their use."""
     found = []
     for layer in decoder.layers:
         found += [layer.attention_norm, layer.feed_forward_norm]

@@ -16,6 +16,7 @@ from switchyard.moe.conv_experts import ConvolutionExperts
 from switchyard.moe.dispatch.capacity import check_sort_keys
 from switchyard.moe.granularity import ImageFold
 from switchyard.moe.layer import MoELayer
+from switchyard.moe.statistics import Beside
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.masks import keep_where
 from switchyard.nn.noise import NoiseSlices
@@ -114,7 +115,7 @@ class ConvolutionLayer(nn.Cell):
         return out, stats, choices
 
     def route(self, x: Tensor, tasks: Tensor, valid: Tensor, noise: Tensor, groups: int):
-        """The conditional layer on the rows of the maps: -> (maps [B, H, W, D], statistics, choices)."""
+        """Applies the conditional layer to the rows of the maps -> (maps [B, H, W, D], statistics, choices)."""
         high, wide, _ = self.shape
         rows = self.fold(x)  # [N, h, w, c]
         view = self.view(rows)  # [N, D]
@@ -127,7 +128,7 @@ class ConvolutionLayer(nn.Cell):
 
 
 class Vision(nn.Cell):
-    """Images [B, C, H, W] -> (logits [B * T, V] float32, statistics, choices), see models.Decoder for the last two.
+    """Maps images [B, C, H, W] to (logits [B * T, V] float32, statistics, choices), the last two as models.Decoder.
 
     Each of the T tasks has a head; `valid` [B, T] says which one an image is asked, and so which task it belongs to.
 
@@ -159,6 +160,7 @@ class Vision(nn.Cell):
         self.offset = Tensor(class_offsets(self.task_classes))
         self.task_of = ops.Argmax(axis=-1, output_type=mstype.int32)
         self.turn = ops.Transpose()
+        self.beside, self.beside_choices, self.records = Beside(), Beside(), config.moe.record is not None
 
     def construct(self, images: Tensor, valid: Tensor, noise: Tensor):
         """images [B, C, H, W] float32, valid [B, T] float32: 1 at the task of an image, all 0 for padding; noise
@@ -173,27 +175,17 @@ class Vision(nn.Cell):
                 stats, choices = (*stats, own), (*choices, chosen)
             if index == 0 and self.pool > 1:
                 x = self.pooled(x)
-        return self.logits(x), beside(stats), stacked(choices)
+        return self.logits(x), self.beside(stats), self.beside_choices(choices) if self.records else ()
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Means over pool x pool squares: [B, H, W, D] -> [B, H / pool, W / pool, D]."""
+        """Takes means over pool x pool squares: [B, H, W, D] -> [B, H / pool, W / pool, D]."""
         side = self.side // self.pool
         return x.reshape(-1, side, self.pool, side, self.pool, x.shape[3]).mean((2, 4))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Maps [B, H, W, D] -> [B * T, V]."""
+        """Projects maps [B, H, W, D] on the classes: [B * T, V]."""
         x = self.norm(x.reshape(-1, x.shape[3])).reshape(x.shape)
         return (self.heads(x) + self.offset).reshape(-1, self.vocab_size)  # [B, T * V] -> [B * T, V]
-
-
-def beside(stats: tuple):
-    """Puts statistics of conditional layers side by side: [G, 6 + 2 E] each -> [G, M * (6 + 2 E)], () of none."""
-    return ops.concat(stats, 1) if len(stats) > 0 else ()
-
-
-def stacked(choices: tuple):
-    """Stacks choices of conditional layers: [N, K] each -> [N, M, K], () where moe.record asks for none."""
-    return ops.stack(choices, 1) if len(choices) > 0 and len(choices[0]) > 0 else ()
 
 
 def class_offsets(task_classes: tuple[int, ...]) -> np.ndarray:

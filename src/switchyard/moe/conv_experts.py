@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.distributed.mesh import CompiledMesh, first
-from switchyard.distributed.placement import EXPERT
+from switchyard.distributed.placement import axes_of
 from switchyard.moe.experts import FeedForwardExperts
 
 SIDE = 3  # of a convolution's window
@@ -136,13 +136,14 @@ class SliceExperts(nn.Cell):
         return rows.reshape(rows.shape[0], -1, rows.shape[2] // self.length)
 
     def fold(self, rows: Tensor) -> Tensor:
-        """The inverse: [X, S * length, D] -> [X, S, length * D]."""
+        """Folds tokens back into windows: [X, S * length, D] -> [X, S, length * D]."""
         return rows.reshape(rows.shape[0], -1, rows.shape[2] * self.length)
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Windows are sharded as the network's rows are; a window lies within one device."""
         self.network.shard(mesh)
-        layout, length = mesh.cut(EXPERT, "outer", None), self.length
+        experts = axes_of(self.network.w_in.name, 3)[0]
+        layout, length = mesh.cut(experts, "data" if experts is None else "outer", None), self.length
 
         def tokens(rows):
             return [rows[0], rows[1] * length, rows[2] // length]

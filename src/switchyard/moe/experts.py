@@ -15,7 +15,7 @@ from switchyard.nn.initializers import InitialWeights
 
 
 class FeedForwardExperts(nn.Cell):
-    """E feed-forward networks: [E, S, D] -> [E, S, D], parameters stacked on E (never a loop over experts).
+    """Applies E feed-forward networks: [E, S, D] -> [E, S, D], parameters stacked on E (never a loop over experts).
 
     ReLU and GELU: act(x W_in) W_out. SwiGLU (arXiv 2002.05202, eq. 6): (silu(x W_gate) * x W_in) W_out.
 
@@ -25,6 +25,7 @@ class FeedForwardExperts(nn.Cell):
         dtype: of the matrix products; parameters and result stay float32.
         out: width of the result, where it is not D.
         fused: operators of the device, see nn.fused.
+        half_rows: the result has the type of the products.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class FeedForwardExperts(nn.Cell):
         dtype,
         out: int | None = None,
         fused: frozenset[str] = NONE,
+        half_rows: bool = False,
     ):
         super().__init__()
         self.dtype = dtype
@@ -52,24 +54,24 @@ class FeedForwardExperts(nn.Cell):
         self.product_in = ops.BatchMatMul()
         self.product_gate = ops.BatchMatMul()
         self.product_out = ops.BatchMatMul()
-        self.activation = SwiGLU("Swiglu" in fused) if self.gated else create_activation(activation)
-        self.to_dtype, self.widen = Cast(dtype), Cast(mstype.float32)
+        self.activation = SwiGLU("Swiglu" in fused, "SiLU" in fused) if self.gated else create_activation(activation)
+        self.to_dtype, self.widen = Cast(dtype), Cast(dtype if half_rows else mstype.float32)
         self.narrow_in, self.narrow_gate, self.narrow_out = Cast(dtype), Cast(dtype), Cast(dtype)
         self.local = self.gate_hidden if self.gated else self.bend_hidden
         self.take = ops.Gather()
         self.mix = ops.MatMul()
 
     def construct(self, rows: Tensor) -> Tensor:
-        """Rows [E, S, D], those of expert e in slice e."""
+        """Applies expert e to slice e of rows [E, S, D]."""
         return self._work(rows, self.w_in, self.w_gate, self.w_out)
 
     def blocks(self, rows: Tensor, block_expert: Tensor) -> Tensor:
-        """Rows [P, b, D], those of block p all of expert `block_expert` [P]: the chosen experts' weights only."""
+        """Applies expert `block_expert` [P] to rows [P, b, D] of each block, reads the chosen experts' weights only."""
         w_gate = self.take(self.w_gate, block_expert, 0) if self.gated else None  # [P, D, F]
         return self._work(rows, self.take(self.w_in, block_expert, 0), w_gate, self.take(self.w_out, block_expert, 0))
 
     def merged(self, rows: Tensor, gates: Tensor) -> Tensor:
-        """Rows [G, N, D] through one network a group: the experts' parameters weighted by gates [G, E] and summed."""
+        """Applies one network a group to rows [G, N, D]: the experts' parameters weighted by gates [G, E]."""
         w_gate = self._mean(self.w_gate, gates) if self.gated else None  # [G, D, F]
         return self._work(rows, self._mean(self.w_in, gates), w_gate, self._mean(self.w_out, gates))
 
@@ -88,11 +90,11 @@ class FeedForwardExperts(nn.Cell):
         return self.widen(self.product_out(hidden, self.narrow_out(w_out)))  # [E, S, D]
 
     def gate_hidden(self, gate: Tensor, hidden: Tensor) -> Tensor:
-        """Hidden [E, S, F] weighted by the non-linearity of its gate."""
+        """Weights hidden [E, S, F] by the non-linearity of its gate."""
         return self.activation(gate, hidden)
 
     def bend_hidden(self, hidden: Tensor) -> Tensor:
-        """The non-linearity of hidden [E, S, F]."""
+        """Applies the non-linearity to hidden [E, S, F]."""
         return self.activation(hidden)
 
     def shard(self, mesh: CompiledMesh) -> None:

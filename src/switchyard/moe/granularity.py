@@ -63,7 +63,7 @@ def first_of_slices(values: Tensor, length: int) -> Tensor:
 
 
 class ImageFold(nn.Cell):
-    """Maps to the rows of a granularity and back.
+    """Turns maps into the rows of a granularity and back.
 
     sample: an image is a row. task: too, for a router that goes by the task id of the image. region: each of
     vision.regions^2 parts is a row. channel: each of vision.channel_groups groups of channels.

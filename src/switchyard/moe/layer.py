@@ -13,14 +13,13 @@ from mindspore.parallel import Layout
 
 from switchyard.config import Config, MoEConfig
 from switchyard.distributed.mesh import LOCAL, CompiledMesh, LocalMesh, first
-from switchyard.errors import UserError
 from switchyard.moe.dispatch.dispatchers import Dispatcher, create_dispatcher
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.metrics import width
 from switchyard.moe.own_classes import require_cut_experts
 from switchyard.moe.own_experts import own_experts
 from switchyard.moe.routing import create_router
-from switchyard.moe.routing.base import require_choices, require_learnable
+from switchyard.moe.routing.base import find_router, make_context, require_choices, require_learnable
 from switchyard.moe.routing.losses import WeightedLosses
 from switchyard.moe.routing.own_routers import require_sharded_router
 from switchyard.moe.shared_experts import SharedExperts
@@ -93,7 +92,8 @@ class MoELayer(nn.Cell):
         self.slice = slices.take(self.jitter > 0)
         self.priority = UniformRows(slices, config.model.hidden_size, 1) if moe.drop_order == "random" else None
         self.router = create_router(config, random, slices, vocab_size, has_tasks)
-        self.decides_whole, self.state_num = self.router.overrides_construct, len(self.router.state())
+        self.decides_whole = self.router.overrides_construct
+        self.state_num = 0 if self.decides_whole else len(self.router.state())
         self.takes_tokens = vocab_size is not None and "token_ids" in self.router.needs
         self.takes_tasks = has_tasks and "task_ids" in self.router.needs
         self.experts, self.shared = create_experts(config, std, random, dtype, make_experts, fused)
@@ -102,12 +102,10 @@ class MoELayer(nn.Cell):
         self.train_dispatcher = create_dispatcher(self.router, config, True, self.experts, fused, mesh)
         self.eval_dispatcher = create_dispatcher(self.router, config, False, self.experts, fused, mesh)
         self.records = moe.record is not None
-        self.rest_num = 1 + self.records  # of what `send` returns besides what travels
         require_able(moe)
         self.losses = WeightedLosses(moe, self.router, config.model.seq_length // config.row_tokens)
         self.local_hide, self.local_jitter = self.hide_padding, self.add_jitter
-        self.local_train, self.local_eval = self.send, self.send
-        self.local_train_forced, self.local_eval_forced = self.send_forced, self.send_forced
+        self.local_train, self.local_eval = (self.send, self.send_forced), (self.send, self.send_forced)
 
     def construct(
         self,
@@ -130,36 +128,28 @@ class MoELayer(nn.Cell):
             view: [F, D], what the router sees where it is not the tokens, which may then be of any width.
         """
         tokens = self.local_hide(flat(tokens), valid)  # [F, D]
-        inputs = self.router_inputs(self.seen(tokens, valid, noise, view), token_ids, task_ids)
-        sent = self.dispatched(tokens, valid, noise, replay, inputs)  # local to a device
-        # Branches stand in methods: behind one, the compiler of a recomputed layer knows no shape of what is in `sent`
-        stats, out = sent[-self.rest_num], self.through_experts(sent[: -self.rest_num], tokens)
-        return out, stats, sent[-1] if self.records else ()
-
-    def seen(self, tokens: Tensor, valid: Tensor, noise: Tensor, view: Tensor) -> Tensor:
-        """Returns what the router sees: [F, D]."""
-        seen = tokens if view is None else self.local_hide(flat(view), valid)
-        return self.local_jitter(seen, noise) if self.training and self.jitter > 0 else seen
-
-    def dispatched(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> tuple:
-        """Returns what is sent to the experts in training or at evaluation, see `send`."""
-        if self.training:
-            return self.decide(self.local_train, self.local_train_forced, tokens, valid, noise, replay, inputs)
-        return self.decide(self.local_eval, self.local_eval_forced, tokens, valid, noise, replay, inputs)
-
-    def through_experts(self, sent: tuple, tokens: Tensor) -> Tensor:
-        """Returns what the experts make of what was sent, and the shared experts of all tokens: [F, D]."""
-        if self.training:
-            out = self.train_dispatcher.apply(self.experts, sent)
+        inputs = self.router_inputs(tokens, valid, noise, token_ids, task_ids, view)
+        # Functions are chosen, no branch holds what they return: the compiler of a cluster would lose its shapes
+        send, send_forced = self.local_train if self.training else self.local_eval
+        dispatcher = self.train_dispatcher if self.training else self.eval_dispatcher
+        if replay is None:
+            sent = send(tokens, valid, noise, *inputs)
         else:
-            out = self.eval_dispatcher.apply(self.experts, sent)
+            sent = send_forced(tokens, valid, noise, replay, *inputs)
+        rest = len(sent) - 1 - self.records
+        out = dispatcher.apply(self.experts, sent[:rest])
         if self.shared is not None:
             out = self.add(out, self.shared(self.expand_dims(tokens, 0)).reshape(out.shape))
-        return out
+        return out, sent[rest], sent[-1] if self.records else ()
 
-    def router_inputs(self, seen: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
-        """Returns what the decision is made of: ids [F] where the router reads them, its state, its scores [F, X]."""
-        ids = ()
+    def router_inputs(self, tokens: Tensor, valid: Tensor, noise: Tensor, token_ids, task_ids, view) -> tuple:
+        """Returns what the decision is made of: ids [F] where the router reads them, its state, its scores [F, X].
+
+        The arguments are those of `construct`; padding is hidden in the tokens [F, D].
+        """
+        seen, ids = tokens if view is None else self.local_hide(flat(view), valid), ()
+        if self.training and self.jitter > 0:
+            seen = self.local_jitter(seen, noise)
         if self.takes_tokens:
             token_ids = flat_ids(token_ids)
             ids = (*ids, token_ids)
@@ -170,12 +160,6 @@ class MoELayer(nn.Cell):
             return (*ids, seen)
         return (*ids, *self.router.state(), *self.router.scores(seen, token_ids, task_ids))
 
-    def decide(self, send: Callable, send_forced: Callable, tokens, valid, noise, replay, inputs: tuple) -> tuple:
-        """Returns what `send` does, with choices that are forced where `replay` is not None."""
-        if replay is None:
-            return send(tokens, valid, noise, *inputs)
-        return send_forced(tokens, valid, noise, replay, *inputs)
-
     # ---- from here to `shard` everything is local to one device and reads no Parameter
     def hide_padding(self, tokens: Tensor, valid: Tensor) -> Tensor:
         """Returns tokens [F, D], zeros where valid [G, N] is 0."""
@@ -185,30 +169,18 @@ class MoELayer(nn.Cell):
         """Multiplies tokens [F, D] by factors near 1 (arXiv 2101.03961, appendix C)."""
         return tokens * (1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice])
 
-    def send(self, tokens: Tensor, valid: Tensor, noise: Tensor, *inputs) -> tuple:
-        """Routes tokens [F, D], and fills what travels.
+    def send(self, tokens: Tensor, valid: Tensor, noise: Tensor, *inputs, replay: Tensor = None) -> tuple:
+        """Routes tokens [F, D], and fills what travels; replay [G, N, K] int32: choices that are forced.
 
         Returns:
             What the dispatcher sends..., statistics [G, 6 + 2 E], and with moe.record choices [F, K].
         """
-        replay = self.round_robin(valid) if self.round_robin is not None else None
-        return self.route_and_fill(tokens, valid, noise, replay, inputs)
-
-    def send_forced(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, *inputs) -> tuple:
-        """Does what `send` does, with choices that are forced: replay [M, F, K] int32."""
-        return self.route_and_fill(tokens, valid, noise, replay[self.place].reshape(*valid.shape, -1), inputs)
-
-    def route_and_fill(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> tuple:
-        """Does what `send` does; replay [G, N, K] int32 or None."""
+        if self.round_robin is not None and replay is None:
+            replay = self.round_robin(valid)
         routing, tokens = self.route(valid, noise, replay, inputs), tokens.reshape(*valid.shape, -1)  # [G, N, D]
-        if not self.training:
-            return self.fill(self.eval_dispatcher, tokens, valid, routing)
-        if self.priority is not None:
+        if self.training and self.priority is not None:
             routing["priority"] = self.priority(noise).reshape(valid.shape)  # [G, N]
-        return self.fill(self.train_dispatcher, tokens, valid, routing)
-
-    def fill(self, dispatcher: Dispatcher, tokens: Tensor, valid: Tensor, routing: dict) -> tuple:
-        """Returns what `send` does, of tokens [G, N, D] and the router's decision."""
+        dispatcher = self.train_dispatcher if self.training else self.eval_dispatcher
         sent = dispatcher.send(tokens, routing)
         kept = dispatcher.num_kept(routing, sent)
         stats = statistics(routing, self.losses(routing, valid), kept, valid)
@@ -216,24 +188,23 @@ class MoELayer(nn.Cell):
             return (*sent, stats, ops.stop_gradient(routing["expert_index"]).reshape(-1, self.choices))
         return (*sent, stats)
 
+    def send_forced(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor, *inputs) -> tuple:
+        """Does what `send` does with the choices of this layer in replay [M, F, K] int32."""
+        own = replay[self.place].reshape(*valid.shape, -1)  # [G, N, K]
+        return self.send(tokens, valid, noise, *inputs, replay=own)
+
     def route(self, valid: Tensor, noise: Tensor, replay: Tensor, inputs: tuple) -> dict:
-        """Returns the router's decision; inputs: see `router_inputs`."""
-        groups, context = valid.shape[0], {"valid": valid, "noise": noise, "token_ids": None, "task_ids": None}
+        """Returns the router's decision in groups [G, N]; inputs: see `router_inputs`."""
+        token_ids, task_ids = None, None
         if self.takes_tokens:
-            context["token_ids"] = inputs[0].reshape(valid.shape)
-            inputs = inputs[1:]
+            token_ids, inputs = inputs[0].reshape(valid.shape), inputs[1:]  # [G, N]
         if self.takes_tasks:
-            context["task_ids"] = inputs[0].reshape(valid.shape)
-            inputs = inputs[1:]
-        if replay is not None:
-            context["replay"] = replay
-        if self.decides_whole:
-            return self.router(inputs[0].reshape(groups, valid.shape[1], -1), context)
-        states = self.state_num
-        context["state"], scores = inputs[:states], ()
-        for score in inputs[states:]:
-            scores = (*scores, score.reshape(groups, valid.shape[1], -1))  # [G, N, X]
-        return self.router.route(scores, context)
+            task_ids, inputs = inputs[0].reshape(valid.shape), inputs[1:]
+        state, grouped = inputs[: self.state_num], ()
+        for part in inputs[self.state_num :]:
+            grouped = (*grouped, part.reshape(*valid.shape, -1))  # [G, N, X]
+        context = make_context(valid, noise, token_ids, task_ids, state, replay)
+        return self.router(grouped[0], context) if self.decides_whole else self.router.route(grouped, context)
 
     # ---- layouts
     def shard(self, mesh: CompiledMesh) -> None:
@@ -255,17 +226,15 @@ class MoELayer(nn.Cell):
         self.local_hide = mesh.local(self.hide_padding, (pair, pair), (pair,), first, first)
         if self.jitter > 0:
             self.local_jitter = mesh.local(self.add_jitter, (pair, mesh.noise), (pair,), first, first)
-        self.local_train, self.local_train_forced = self._sharded(mesh, self.train_dispatcher, mesh.noise)
-        self.local_eval, self.local_eval_forced = self._sharded(mesh, self.eval_dispatcher, mesh.no_noise)
+        self.local_train = self._sharded(mesh, self.train_dispatcher, mesh.noise)
+        self.local_eval = self._sharded(mesh, self.eval_dispatcher, mesh.no_noise)
 
     def _require_shards(self) -> None:
         """Refuses experts of a user's own that cannot be sharded (UserError)."""
         moe, run = self.config.moe, self.train_dispatcher.runs_experts and self.eval_dispatcher.runs_experts
         require_cut_experts(self.experts, self.expert_num, None if run else moe.dispatch)
-        if self.shared is not None and not isinstance(self.shared, SharedExperts):
-            raise UserError(
-                f"moe.shared_expert_num: {moe.shared_expert_num}; your own shared experts are not sharded: set it to 0"
-            )
+        if self.shared is not None:
+            require_cut_experts(self.shared, 1)
 
     def _sharded(self, mesh: CompiledMesh, dispatcher: Dispatcher, noise: Layout) -> tuple[Callable, Callable]:
         """Returns `send` and `send_forced` of a dispatcher as operators of one device."""
@@ -306,7 +275,10 @@ def create_experts(
         experts = make(moe.expert_num, hidden)
     else:
         size, kind = config.model.hidden_size, config.model.activation
-        experts = FeedForwardExperts(moe.expert_num, size, hidden, kind, std, random, dtype, fused=fused)
+        half = "HalfRows" in fused and find_router(moe.router).form == "token_choice" and moe.dispatcher is None
+        experts = FeedForwardExperts(
+            moe.expert_num, size, hidden, kind, std, random, dtype, fused=fused, half_rows=half
+        )
     if moe.shared_expert_num and make is not None:
         shared = make(1, hidden * moe.shared_expert_num)
     elif moe.shared_expert_num:
@@ -343,7 +315,7 @@ class RoundRobinRouting(nn.Cell):
         self.each, self.copies, self.size = moe.num_experts_chosen, moe.copies, moe.expert_num // moe.copies
 
     def construct(self, valid: Tensor) -> Tensor:
-        """Valid [G, N] -> experts [G, N, K] int32."""
+        """Takes valid [G, N], returns experts [G, N, K] int32."""
         rows = ops.arange(valid.shape[1]) * self.each  # [N]
         experts = ()
         for choice in range(self.each * self.copies):

@@ -31,6 +31,11 @@ def loads(stats: np.ndarray, experts: int) -> np.ndarray:
     return by_layer(stats, experts)[:, first : first + experts]
 
 
+def recorded(choices: np.ndarray, layers: int, each: int) -> np.ndarray:
+    """Returns recorded choices as a step hands them out, [A, N * M * K] of A micro-batches, as int32 [A, M, N, K]."""
+    return choices.reshape(len(choices), -1, layers, each).transpose(0, 2, 1, 3).astype(np.int32)
+
+
 def max_violation(loads: np.ndarray) -> np.ndarray:
     """Returns MaxVio, the largest load / the mean load - 1 (arXiv 2408.15664, eq. 4): [M, E] -> [M]."""
     return loads.max(-1) / np.maximum(loads.mean(-1), 1e-9) - 1.0

@@ -40,7 +40,7 @@ class SharedExperts(FeedForwardExperts):
         self.local_weigh = self.weigh
 
     def construct(self, rows: Tensor) -> Tensor:
-        """Rows [1, N, D] -> [1, N, D]."""
+        """Applies the shared experts to rows [1, N, D]: [1, N, D]."""
         out = self._work(rows, self.w_in, self.w_gate, self.w_out)
         if self.gate is not None:
             out = self.local_weigh(out, self.product(rows.astype(mstype.float32), self.gate))  # [1, N, 1]

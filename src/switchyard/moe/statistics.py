@@ -3,8 +3,9 @@
 Legend: G routing groups, N tokens of a group, E experts.
 """
 
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
+from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.moe.metrics import AUXILIARY, BALANCE, ENTROPY, Z
 from switchyard.moe.routing.losses import entropy_sums, importance, load
 
@@ -38,3 +39,33 @@ def weighted_losses(stats: Tensor, count: Tensor, balance_factor: float, z_facto
     means = stats[:, :ENTROPY] / ops.maximum(count, 1.0)  # [M, 3]
     balance, z = means[:, BALANCE].sum(), means[:, Z].sum()
     return balance_factor * balance + z_factor * z + means[:, AUXILIARY].sum()
+
+
+class Beside(nn.Cell):
+    """Puts what M conditional layers return side by side: statistics [G, X] or choices [N, K] of each; () of none."""
+
+    def __init__(self):
+        super().__init__()
+        self.local_join = self.join
+
+    def construct(self, parts: tuple):
+        """Joins M tensors [G, X]: [G, M * X]."""
+        if len(parts) == 0:
+            return ()
+        joined = parts[0]
+        for more in parts[1:]:
+            joined = self.local_join(joined, more)
+        return joined
+
+    def join(self, left: Tensor, right: Tensor) -> Tensor:
+        """Joins [G, X] and [G, Y]: [G, X + Y]."""
+        return ops.concat((left, right), 1)
+
+    def shard(self, mesh: CompiledMesh) -> None:
+        """Declares the layouts: groups and tokens are sharded by data shards."""
+        pair = mesh.cut("data", None)
+
+        def joined(left, right):
+            return [left[0], left[1] + right[1]]
+
+        self.local_join = mesh.local(self.join, (pair, pair), (pair,), joined, first)

@@ -60,7 +60,8 @@ class AdamW(nn.Cell):
         self.one_kernel = (device_target or ms.get_context("device_target")) != "CPU"
         self.zero, self.one = Tensor(0.0, mstype.float32), Tensor(1.0, mstype.float32)
         self.adam, self.adam_decay, self.assign = ops.Adam(), ops.AdamWeightDecay(), ops.Assign()
-        self.sqrt, self.select, self.multiply = ops.Sqrt(), ops.Select(), ops.MulNoNan()
+        self.sqrt, self.select = ops.Sqrt(), ops.Select()
+        self.multiply, self.divide, self.fill = ops.MulNoNan(), ops.DivNoNan(), ops.FillV2()
 
     def construct(self, gradients: tuple, learning_rate, alive, factor=None, scale=None) -> Tensor:
         """One update by `gradients` (one for each parameter, same shapes) and a float32 scalar: returns 0.
@@ -83,7 +84,9 @@ class AdamW(nn.Cell):
         # A refused update: betas of 1 and a rate of 0 leave everything as it is, if the gradient is finite.
         learning_rate = self.select(alive, learning_rate, self.zero)
         beta1, beta2 = self.select(alive, beta1, self.one), self.select(alive, beta2, self.one)
-        kept = self.select(alive, self.one if scale is None or self.one_kernel else scale, self.zero)
+        scale = self.one if scale is None else scale
+        kept = self.select(alive, scale, self.zero)
+        divisor = self.select(alive, 1.0 / scale, self.zero)
         rate, shrink = learning_rate * root / correction1, 1.0 - learning_rate * self.weight_decay
         other_rate, other_shrink = rate, shrink
         if factor is not None:
@@ -91,9 +94,12 @@ class AdamW(nn.Cell):
         self.assign(self.correction1, self.select(alive, correction1, self.correction1))
         self.assign(self.correction2, self.select(alive, correction2, self.correction2))
         for index, gradient in enumerate(gradients):
-            gradient = self.multiply(gradient, kept)  # 0 times NaN is 0: refusing costs no pass of its own
-            if self.one_kernel and scale is not None:  # a GPU's MulNoNan takes what is below 2e-7 for 0
-                gradient = gradient * scale
+            # 0 times NaN is 0, and NaN by 0, too: refusing costs no pass of its own. A GPU's MulNoNan takes a factor
+            # below 2e-7 for 0, and a scale can be smaller.
+            if self.one_kernel:  # by a tensor of the same shape, of which there is one: by a scalar it takes 2.7 times
+                gradient = self.divide(gradient, self.fill(gradient.shape, divisor))
+            else:
+                gradient = self.multiply(gradient, kept)
             parameter, m, v = self.parameters[index], self.moment1[index], self.moment2[index]
             own_rate = other_rate if self.apart[index] else rate
             if self.one_kernel:

@@ -1,31 +1,54 @@
-"""Which fused operators of Ascend a network is made of.
+"""Which operators a network is made of on the device, where the composition for CPU is slower.
 
 No MindSpore in here: the planner asks it too. Each stands beside its composed twin in one Cell, which takes the
 operator where its name is among these:
 
-    RmsNorm              nn.norm.RMSNorm
-    FlashAttentionScore  nn.layers.Attention
-    Swiglu               nn.activation.SwiGLU
-    MoeTokenPermute      moe.dispatch.alltoallv.Dropless, MoeTokenUnpermute with it
+    Ascend, fused operators
+        RmsNorm              nn.norm.RMSNorm
+        FlashAttentionScore  nn.layers.Attention
+        Swiglu               nn.activation.SwiGLU
+        MoeTokenPermute      moe.dispatch.alltoallv.Dropless, MoeTokenUnpermute with it
+    GPU
+        LayerNorm            nn.norm.LayerNorm
+        HalfAttention        nn.half_attention.HalfAttention and nn.rotary.RotationOfAll, float16
+        SiLU                 nn.activation.SwiGLU
+        CountedOrder         moe.dispatch.counted_order.CountedOrder
+        HalfRows             moe.dispatch.dispatchers.SlotDispatcher: float16 rows to the experts and back
 
 GroupedMatmulV4 of moe.dispatch.alltoallv has no twin on other devices: they train without drops by blocks.
 """
 
 from switchyard.config import Config
+from switchyard.config.schema import ModelConfig
 
 NONE: frozenset[str] = frozenset()
 HALVES = ("float16", "bfloat16")  # the only types that FlashAttentionScore computes in
+MASK_LIMIT = 2**25  # values of the mask of HalfAttention: 64 MiB in float16
 
 
 def fused_operators(config: Config, target: str) -> frozenset[str]:
-    """Names of the operators that the decoder takes on the device `target` (Ascend, GPU or CPU).
+    """Returns the names of the operators that the decoder takes on the device `target` (Ascend, GPU or CPU).
 
-    An operator is left out where its documented limits do not hold: FlashAttentionScore wants half precision and heads
-    of 16, 32, .. 512 columns.
+    An operator is left out where its limits do not hold: FlashAttentionScore wants half precision and heads of 16, 32,
+    .. 512 columns; HalfAttention wants float16 and a mask of at most MASK_LIMIT values.
     """
-    model = config.model
-    if target != "Ascend" or not config.context.fused_operators or model.type != "decoder":
+    if not config.context.fused_operators or config.model.type != "decoder":
         return NONE
+    if target == "Ascend":
+        return of_ascend(config.model)
+    return of_gpu(config.model) if target == "GPU" else NONE
+
+
+def of_ascend(model: ModelConfig) -> frozenset[str]:
+    """Returns the fused operators of Ascend that fit a model."""
     size = model.hidden_size // model.num_heads
     fits = model.compute_dtype in HALVES and size % 16 == 0 and size <= 512
     return frozenset({"RmsNorm", "Swiglu", "MoeTokenPermute"} | ({"FlashAttentionScore"} if fits else set()))
+
+
+def of_gpu(model: ModelConfig) -> frozenset[str]:
+    """Returns the operators that are faster on a GPU than the composition for CPU, and fit a model."""
+    mask = model.num_heads // (model.n_kv_heads or model.num_heads) * model.seq_length**2
+    half = model.compute_dtype == "float16"
+    found = {"LayerNorm", "SiLU", "CountedOrder"} | ({"HalfRows"} if half else set())
+    return frozenset(found | ({"HalfAttention"} if half and mask <= MASK_LIMIT else set()))

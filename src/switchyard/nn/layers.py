@@ -14,8 +14,10 @@ from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.distributed.placement import axes_of
 from switchyard.nn.cast import Cast
 from switchyard.nn.fused import NONE
+from switchyard.nn.half_attention import HalfAttention, flat_mask
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
+from switchyard.nn.rotary import Rotary, SplitAndRotate, rotation_tables
 from switchyard.nn.softmax import Softmax
 
 MASKED = -1e9  # added to the score of a position that must not be seen
@@ -99,29 +101,6 @@ class Dropout(nn.Cell):
         self.local = mesh.local(self.drop, (rows, mesh.cut(None, "rows", None)), (rows,), first, first)
 
 
-class Rotary(nn.Cell):
-    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34), halves paired: [..., S, h] with tables [S, h / 2]."""
-
-    def __init__(self, length: int, head_size: int, theta: float):
-        super().__init__()
-        half = head_size // 2
-        angles = np.outer(np.arange(length), theta ** (-np.arange(half) / half))
-        self.cos_table = Tensor(np.cos(angles).astype(np.float32))
-        self.sin_table = Tensor(np.sin(angles).astype(np.float32))
-        self.split = ops.Split(-1, 2)
-        self.join = ops.Concat(-1)
-        self.take = ops.Gather()
-
-    def tables(self, positions: Tensor):
-        """Cosines and sines of positions [...]: two tensors [..., h / 2]."""
-        return self.take(self.cos_table, positions, 0), self.take(self.sin_table, positions, 0)
-
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = self.split(x)  # [..., S, h / 2]
-        cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-        return self.join((first * cos - second * sin, second * cos + first * sin))
-
-
 def causal_mask(length: int) -> Tensor:
     """What is added to scores [S, S]: 0 where a position may look, MASKED where it may not."""
     return Tensor(np.triu(np.full((length, length), MASKED, np.float32), 1))
@@ -140,7 +119,8 @@ class Attention(nn.Cell):
 
     Args:
         causal: `causal_mask` of the longest sequence, `hidden_mask` where attention is fused; the layers share one.
-        fused: operators of the device, see nn.fused. FlashAttentionScore makes scores, softmax and what they bring
+        fused: operators of the device, see nn.fused. HalfAttention serves sequences of model.seq_length.
+            FlashAttentionScore makes scores, softmax and what they bring
             together in one, and keeps no [S, S] matrix for the backward pass.
     """
 
@@ -173,6 +153,11 @@ class Attention(nn.Cell):
         self.widen = Cast(mstype.float32)
         self.local = self.mix_heads
         self.fused = self._fused() if "FlashAttentionScore" in fused else None
+        self.half, self.length = None, model.seq_length
+        if "HalfAttention" in fused:
+            self.half = HalfAttention(flat_mask(self.length, self.repeat, dtype), self.head_size)
+            tables = rotation_tables(self.rotary, self.length, self.repeat, self.head_size, self.scale)
+            self.rotate = SplitAndRotate(tables, self.kv_heads, self.repeat, self.head_size, dtype)
 
     def construct(self, x: Tensor, batch: int) -> Tensor:
         """Every position sees itself and those before it."""
@@ -180,6 +165,8 @@ class Attention(nn.Cell):
 
     def mix_heads(self, qkv: Tensor, batch: int) -> Tensor:
         """Projections [N, J * (R + 2) * h] -> what the heads bring together [N, J * R * h]."""
+        if self.half is not None and qkv.shape[0] == batch * self.length:
+            return self._attend_half(qkv, batch)
         query, key, value = self._split_heads(qkv, batch)
         length = query.shape[3]
         if self.rotary is not None:
@@ -197,6 +184,8 @@ class Attention(nn.Cell):
         self.widen.shard(mesh, "rows", None)
         self.kv_heads = self.kv_heads // mesh.degrees.model_parallel
         self.fused = None if self.fused is None else self._fused()
+        if self.half is not None:
+            self.rotate.kv_heads = self.kv_heads
         heads, repeat, length = mesh.cut("data", axes_of(self.qkv.weight.name, 2)[1]), self.repeat, mesh.length
 
         def shape(qkv):
@@ -243,6 +232,20 @@ class Attention(nn.Cell):
         batch, heads, repeat, length, size = query.shape
         query = query.reshape(batch, heads * repeat, length, size)  # [B, H, S, h]
         return self._join_heads(self.fused(query, key, value, None, None, None, mask, None, None, None)[3])
+
+    def _attend_half(self, qkv, batch):
+        """`mix_heads` by operators that are fast on a GPU: projections [N, J * (R + 2) * h] -> [N, J * R * h]."""
+        heads, size = batch * self.kv_heads, self.head_size
+        query, key, value = self.rotate(qkv)  # [N * J, R * h], [N * J, h] twice
+        query = query.reshape(batch, self.length, self.kv_heads, self.repeat, size)
+        query = self.transpose(query, (0, 2, 3, 1, 4)).reshape(heads, -1, size)  # [B * J, R * S, h]
+        mixed = self.half(query, self._by_head(key, batch), self._by_head(value, batch))  # [B * J, R * S, h]
+        return self._join_heads(mixed.reshape(batch, -1, self.length, size))
+
+    def _by_head(self, rows, batch):
+        """[B * S * J, h] -> [B * J, S, h]."""
+        rows = rows.reshape(batch, self.length, self.kv_heads, self.head_size)
+        return self.transpose(rows, (0, 2, 1, 3)).reshape(batch * self.kv_heads, self.length, self.head_size)
 
     def _join_heads(self, mixed):
         """[B, H, S, h] -> [B * S, H * h]."""

@@ -7,11 +7,11 @@ from mindspore import Tensor, ops
 
 
 def keep_where(values: Tensor, mask: Tensor) -> Tensor:
-    """Values where the mask is above 0, else 0: [G, N, ...] and a mask of its first axes, or of all -> [G, N, ...].
+    """Keeps values where the mask is above 0, else 0: [G, N, ...] and a mask of its first axes, or of all.
 
     The gradient is selected, too. It stops a NaN behind the mask only where what made the value is finite: hide the
     inputs as well.
     """
     for _ in range(len(values.shape) - len(mask.shape)):
         mask = ops.expand_dims(mask, -1)
-    return ops.where(mask > 0, values, ops.zeros_like(values))
+    return ops.where(mask > 0, values, 0.0)  # zeros of the values' shape would be a constant of the compiled graph

@@ -12,7 +12,7 @@ class NoiseSlices:
         self.count = 0
 
     def take(self, used: bool) -> int:
-        """Index of a slice of one's own, or 0 for a reader that will not read."""
+        """Returns the index of a slice of one's own, or 0 for a reader that will not read."""
         if not used:
             return 0
         self.count += 1
@@ -20,7 +20,7 @@ class NoiseSlices:
 
 
 class UniformRows(nn.Cell):
-    """The noise of a reader that wants some columns of U(0, 1) a row: noise [J, N, D] -> [N, columns].
+    """Takes some columns of U(0, 1) a row for a reader of noise: [J, N, D] -> [N, columns].
 
     Args:
         slices: as many are taken as the columns need.
@@ -42,7 +42,7 @@ class UniformRows(nn.Cell):
 
 
 class NormalRows(nn.Cell):
-    """Standard normals from uniforms by the Box-Muller transform: noise [J, N, D] -> [N, columns]."""
+    """Makes standard normals of uniforms by the Box-Muller transform: noise [J, N, D] -> [N, columns]."""
 
     def __init__(self, slices: NoiseSlices, width: int, columns: int):
         super().__init__()

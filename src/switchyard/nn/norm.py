@@ -51,11 +51,12 @@ class RMSNorm(nn.Cell):
 class LayerNorm(RMSNorm):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * gain + bias (arXiv 1607.06450, eq. 4): [N, D] -> [N, D], in float32.
 
-    That is RMSNorm of the centred rows, and a bias.
+    That is RMSNorm of the centred rows, and a bias. `fused`: by one operator, which is the faster one on a GPU.
     """
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, fused: bool = False):
         super().__init__(width, eps)
+        self.one = ops.LayerNorm(1, 1, eps) if fused else None
         self.bias = Parameter(Tensor(np.zeros(width, np.float32)), name="bias")
 
     def construct(self, x: Tensor) -> Tensor:
@@ -63,6 +64,8 @@ class LayerNorm(RMSNorm):
 
     def normalise(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         """The equation itself: x [N, D], gain and bias [D]."""
+        if self.one is not None:
+            return self.one(x, gain, bias)[0]
         mean = self.mean(x, -1)  # [N, 1]
         gained = super().normalise(x - self.broadcast(mean, self.ones), gain)
         return gained + self.broadcast(ops.ones_like(mean), bias.reshape(1, -1))
@@ -71,5 +74,5 @@ class LayerNorm(RMSNorm):
 def create_norm(kind: str, width: int, eps: float, fused: frozenset[str] = NONE) -> nn.Cell:
     """The norm that `model.norm` names; `fused`: see nn.fused."""
     if kind == "layernorm":
-        return LayerNorm(width, eps)
+        return LayerNorm(width, eps, "LayerNorm" in fused)
     return RMSNorm(width, eps, "RmsNorm" in fused)

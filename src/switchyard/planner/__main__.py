@@ -1,4 +1,4 @@
-"""`python -m switchyard.planner`: see `search`."""
+"""Runs `python -m switchyard.planner`, see `search`."""
 
 import sys
 

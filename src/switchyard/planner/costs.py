@@ -3,7 +3,7 @@
 Parameters, optimizer state and exchanges are those of the graph that the compiler makes of `training.step`, to
 the byte (tests/planner/test_costs.py); activations are an estimate.
 
-Legend: N tokens and G groups of all devices together; n = N / data_parallel rows and g groups of a data slice; D width,
+Legend: N tokens and G groups of all devices together; n = N / data_parallel rows and g groups of a data shard; D width,
 F hidden width, E experts, C slots, V vocabulary, X columns of the projection to queries, keys and values.
 """
 
@@ -13,26 +13,26 @@ from dataclasses import dataclass, replace
 
 from switchyard.config import Config
 from switchyard.distributed.placement import EXPERT, MODEL, ParallelDims, placement
-from switchyard.distributed.stages import stage_config, ways
+from switchyard.distributed.stages import stage_config, stage_exchanges
 from switchyard.moe.dispatch.capacity import buffer_slots, check_dropless, check_sort_keys, slot_shape
 from switchyard.moe.metrics import width
 from switchyard.nn.fused import fused_operators
 from switchyard.planner.host import noise_slices
-from switchyard.planner.sizes import FLOAT, Shape, held, parameters, product_bytes, projection, worked_rows
-from switchyard.training.limits import check_offered
+from switchyard.planner.sizes import FLOAT, Shape, parameters, product_bytes, projection, shard_sizes, worked_rows
+from switchyard.training.limits import refusals, refuse
 
-SCALARS = 3  # of the optimizer: two bias corrections and the learning rate; further ones see `_scalars`
+SCALARS = 3  # of the optimizer: two bias corrections and the learning rate
 IN_PRODUCT_TYPE = ("qkv.weight", "out.weight", "head.weight", "w_in", "w_gate", "w_out")  # model.compute_dtype
 SENT = ("Send", "Receive")
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Collectives that are alike.
+    """Describes collectives that are alike.
 
     Attributes:
         kind: AllReduce, AlltoAll, AlltoAllV, AllGather, ReduceScatter, Send, Receive.
-        group: expert, replicas (of an expert slice), data, model or stage, see `ParallelDims`; of a pipeline also all
+        group: expert, replicas (of an expert shard), data, model or stage, see `ParallelDims`; of a pipeline also all
             devices, and pipeline, the devices at the same place in each stage.
         ranks: size of the group.
         bytes: of one of them, as `graph.Collective` counts: what goes in, of AllGather what comes out. Of AlltoAllV
@@ -86,10 +86,10 @@ class Costs:
 
 
 def costs(config: Config, vocab: int) -> Costs:
-    """Costs of a configuration's layout, of a pipeline those of the stage that holds most; vocab: entries V.
+    """Returns the costs of a layout, of a pipeline those of the stage that holds most; vocab: entries V.
 
     Raises:
-        UserError: the training step cannot be cut so.
+        UserError: the training step cannot be sharded so, or is not counted here.
     """
     return heaviest(stage_costs(config, vocab))
 
@@ -100,43 +100,35 @@ def heaviest(stages: list[Costs]) -> Costs:
 
 
 def stage_costs(config: Config, vocab: int) -> list[Costs]:
-    """Costs of a device of each stage (UserError as in `costs`)."""
-    check_counted(config)
+    """Returns the costs of a device of each stage (UserError as in `costs`)."""
+    refuse(refusals(config))
+    check_sort_keys(config)
+    if config.devices > 1:
+        check_dropless(config)
     return [_costs(config, vocab, stage) for stage in range(config.parallel.pipeline_stage)]
 
 
 def _costs(config, vocab, stage):
-    degrees, whole = ParallelDims.of(config.parallel), parameters(config, vocab, stage)
-    sizes = {name: held(name, shape, degrees) for name, shape in whole.items()}  # (slice, of it with ZeRO)
-    weights, cut = (FLOAT * sum(each[part] for each in sizes.values()) for part in (1, 0))
-    gathered = cut - weights
+    degrees, shapes = ParallelDims.of(config.parallel), parameters(config, vocab, stage)
+    sizes = {name: shard_sizes(name, shape, degrees) for name, shape in shapes.items()}  # (slice, of it with ZeRO)
+    weights, sharded = (FLOAT * sum(each[part] for each in sizes.values()) for part in (1, 0))
+    gathered = sharded - weights
     if degrees.optimizer_shard == 3:
-        gathered = max(FLOAT * (cut - kept) for cut, kept in sizes.values())
-    summed = weights * (config.train.gradient_accumulation_steps > 1)  # those of the calls before
+        gathered = max(FLOAT * (sharded - kept) for sharded, kept in sizes.values())
+    several = config.train.gradient_accumulation_steps > 1
+    half, freezes = config.model.compute_dtype == "float16", config.moe.router_freeze_step is not None
+    # numbers of the optimizer that are no moments, see training.optimizer.OptimizerStep
+    scalars = SCALARS + half + (freezes and bool(config.moe_layers)) + 2 * several
+    summed = weights * several  # gradients of the calls before
     return Costs(
         weights=weights,
-        gradients=summed + (weights if degrees.pipeline_stage == 1 else cut),
-        optimizer=2 * weights + _scalars(config) * FLOAT,
+        gradients=summed + (weights if degrees.pipeline_stage == 1 else sharded),
+        optimizer=2 * weights + scalars * FLOAT,
         gathered=gathered,
-        activations=activation_bytes(config, vocab, whole, stage),
+        activations=activation_bytes(config, vocab, shapes, stage),
         exchanges=tuple(exchanges(config, vocab, stage)),
         flops=flops(config, vocab, stage),
     )
-
-
-def _scalars(config):
-    """Numbers of the optimizer that are no moments, see training.optimizer.OptimizerStep."""
-    half, freezes = config.model.compute_dtype == "float16", config.moe.router_freeze_step is not None
-    several = config.train.gradient_accumulation_steps > 1
-    return SCALARS + half + (freezes and bool(config.moe_layers)) + 2 * several
-
-
-def check_counted(config: Config) -> None:
-    """Refuses what the compiler does not cut, and what is not counted here (UserError)."""
-    check_offered(config)
-    check_sort_keys(config)
-    if config.devices > 1:
-        check_dropless(config)
 
 
 def exchanges(config: Config, vocab: int, stage: int = 0) -> Iterator[Exchange]:
@@ -166,14 +158,9 @@ def micro_batches_of_call(config: Config) -> int:
     return config.micro_batches // config.train.gradient_accumulation_steps
 
 
-def _tally(config):
-    """Figures of a conditional layer."""
-    return width(config.moe.expert_num)
-
-
 def _figures(config):
-    """Figures of a micro-batch: the loss, the cross-entropy, and those of the layers."""
-    return 2 + len(config.moe_layers) * _tally(config)
+    """Returns the number of figures of a micro-batch: the loss, the cross-entropy, and those of the layers."""
+    return 2 + len(config.moe_layers) * width(config.moe.expert_num)
 
 
 def _of_micro_batch(config, stage):
@@ -194,8 +181,8 @@ def _of_micro_batch(config, stage):
     groups = config.groups // degrees.data_parallel
     rows = config.rows // degrees.data_parallel * config.model.hidden_size
     rows //= degrees.model_parallel if config.parallel.sequence_parallel else 1
-    for tallies in ways(config, stage):
-        size = FLOAT * (rows if tallies < 0 else groups * tallies * _tally(config))
+    for layers in stage_exchanges(config, stage):
+        size = FLOAT * (rows if layers < 0 else groups * layers * width(config.moe.expert_num))
         for kind in SENT:  # forward one of them, backward the other
             yield Exchange(kind, "pipeline", stages, size)
 
@@ -204,28 +191,22 @@ def _of_gradient(name, shape, config, degrees):
     """Yields the sum of a gradient over the ranks with the same shard; with ZeRO also the gather of the shard before
     its use.
     """
-    cut = placement(name, shape, degrees)
-    ranks, (size, kept) = degrees.replica(cut, 0)[1], held(name, shape, degrees)
-    group = "replicas" if EXPERT in cut else "data" if MODEL in cut else "stage"
+    axes = placement(name, shape, degrees)
+    ranks, (size, kept) = degrees.replica(axes, 0)[1], shard_sizes(name, shape, degrees)
+    group = "replicas" if EXPERT in axes else "data" if MODEL in axes else "stage"
     if ranks == 1:
         return
     if kept == size:
         yield Exchange("AllReduce", group, ranks, FLOAT * size)
         return
-    again = degrees.optimizer_shard == 3 and _read_again(name, config)
+    kind = name.rsplit(".", 1)[1]  # the backward pass reads products and fused norms again, other gains and tables not
+    again = kind not in ("bias", "table") or (name == "embedding.table" and config.model.tie_word_embeddings)
+    if kind == "gain":
+        again = config.model.norm == "rmsnorm" and _takes(config, "RmsNorm")
+    again = degrees.optimizer_shard == 3 and again
     wide = product_bytes(config) if name.endswith(IN_PRODUCT_TYPE) else FLOAT  # cast before they are gathered
     yield Exchange("AllGather", group, ranks, wide * size, 2 if again else 1)
     yield Exchange("ReduceScatter", group, ranks, FLOAT * size)
-
-
-def _read_again(name, config):
-    """Returns whether the backward pass reads a parameter: true for products and fused norms, false for other gains and
-    biases and for lookup tables.
-    """
-    kind, model = name.rsplit(".", 1)[1], config.model
-    if kind == "gain":
-        return model.norm == "rmsnorm" and _takes(config, "RmsNorm")
-    return kind not in ("bias", "table") or (name == "embedding.table" and model.tie_word_embeddings)
 
 
 def _takes(config, name):
@@ -255,11 +236,11 @@ def _of_experts(config, degrees, repeated):
 
 
 def _of_model_slices(config, degrees, repeated, last):
-    """Sums of what the model slices of a network make, and rows put together again where they are cut."""
-    model, moe, cut = config.model, config.moe, config.parallel
+    """Yields the sums of what model shards make, and the gathers of rows that are sharded between two layers."""
+    model, moe, parallel = config.model, config.moe, config.parallel
     tensor, layers, conditional = degrees.model_parallel, model.num_layers, len(config.moe_layers)
     rows, wide = config.rows // degrees.data_parallel * model.hidden_size, product_bytes(config)
-    shared, again = conditional if moe.shared_expert_num else 0, int(cut.recompute)
+    shared, again = conditional if moe.shared_expert_num else 0, int(parallel.recompute)
 
     def reduce(numbers, count):
         return Exchange("AllReduce", "model", tensor, wide * numbers, count)
@@ -271,7 +252,7 @@ def _of_model_slices(config, degrees, repeated, last):
         yield Exchange("AllReduce", "model", tensor, FLOAT * rows, (2 + repeated) * conditional)
     if moe.use_shared_expert_gating:
         yield reduce(rows, again * shared)  # the gate's gradient reads the sum
-    if not cut.sequence_parallel:
+    if not parallel.sequence_parallel:
         yield reduce(rows, layers * (2 + again))
         return
     yield Exchange("AllGather", "model", tensor, FLOAT * rows, layers * (2 + 2 * again) + last)
@@ -290,8 +271,8 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
     stages, micro = config.parallel.pipeline_stage, config.micro_batches
     if stages > 1:
         config = stage_config(config, stage)
-    model, moe, cut = config.model, config.moe, config.parallel
-    rows, tensor, width = config.rows // cut.data_parallel, cut.model_parallel, model.hidden_size
+    model, moe, parallel = config.model, config.moe, config.parallel
+    rows, tensor, width = config.rows // parallel.data_parallel, parallel.model_parallel, model.hidden_size
     conditional, matrices = len(config.moe_layers), 3 if model.activation == "swiglu" else 2
     attention = width * (projection(config) + width) + 2 * model.seq_length * width
     blocks = model.num_layers * rows * attention / tensor
@@ -300,12 +281,12 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
         slots = worked_rows(config) + moe.shared_expert_num * rows
         blocks += conditional * slots * matrices * width * config.expert_width / tensor
         blocks += conditional * rows * width * moe.expert_num
-    passes = 4 if cut.recompute else 3
+    passes = 4 if parallel.recompute else 3
     head = 3 * rows * width * vocab if stage == stages - 1 else 0
     return 2.0 * micro * (passes * blocks + head)
 
 
-def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage: int = 0) -> int:
+def activation_bytes(config: Config, vocab: int, shapes: dict[str, Shape], stage: int = 0) -> int:
     """Estimates the bytes that the forward pass keeps for the backward pass on a device.
 
     Of each block: its residual rows, both norms' results and their copies in the type of the products, projections,
@@ -318,13 +299,14 @@ def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage:
     stages, micro = config.parallel.pipeline_stage, micro_batches_of_call(config)
     if stages > 1:
         config = stage_config(config, stage)
-    model, cut, degrees = config.model, config.parallel, ParallelDims.of(config.parallel)
-    rows, width, wide = config.rows // cut.data_parallel, model.hidden_size, product_bytes(config)
-    between = rows * width * FLOAT // (cut.model_parallel if cut.sequence_parallel else 1)  # rows between the parts
+    model, parallel, degrees = config.model, config.parallel, ParallelDims.of(config.parallel)
+    rows, width, wide = config.rows // parallel.data_parallel, model.hidden_size, product_bytes(config)
+    between = rows * width * FLOAT  # rows between the parts
+    between //= parallel.model_parallel if parallel.sequence_parallel else 1
     blocks = [_block_bytes(config, index, rows, between) for index in range(model.num_layers)]
-    kept = model.num_layers * between + max(blocks) if cut.recompute else sum(blocks)
+    kept = model.num_layers * between + max(blocks) if parallel.recompute else sum(blocks)
     kept *= min(micro, stages - stage)
-    copies = sum(held(name, shape, degrees)[0] for name, shape in whole.items() if len(shape) > 1)
+    copies = sum(shard_sizes(name, shape, degrees)[0] for name, shape in shapes.items() if len(shape) > 1)
     kept += copies * wide if wide != FLOAT else 0
     kept += rows * vocab * (wide + 2 * FLOAT) * (stage == stages - 1)
     return int(kept + noise_slices(config) * micro * rows * width * FLOAT)
@@ -332,8 +314,8 @@ def activation_bytes(config: Config, vocab: int, whole: dict[str, Shape], stage:
 
 def _block_bytes(config, index, rows, between):
     """Returns the activation bytes of one block without recompute."""
-    model, moe, cut = config.model, config.moe, config.parallel
-    width, wide, tensor = model.hidden_size, product_bytes(config), cut.model_parallel
+    model, moe, parallel = config.model, config.moe, config.parallel
+    width, wide, tensor = model.hidden_size, product_bytes(config), parallel.model_parallel
     hidden_copies = 3 if model.activation == "swiglu" else 2  # before and after the non-linearity, and the gate
     weights = model.seq_length * (FLOAT + (wide if wide != FLOAT else 0))  # [S] of a row and head, before the product
     if _takes(config, "FlashAttentionScore"):
@@ -347,7 +329,7 @@ def _block_bytes(config, index, rows, between):
     slots = worked_rows(config)
     kept += slots * hidden_copies * config.expert_width * wide // tensor
     if moe.dispatch == "dropless_static":
-        slots = cut.expert_parallel * buffer_slots(config)
+        slots = parallel.expert_parallel * buffer_slots(config)
     kept += slots * width * (2 * FLOAT + wide if moe.dispatch == "capacity" else 3 * wide)
     kept += rows * moe.shared_expert_num * hidden_copies * config.expert_width * wide // tensor
     return kept + 4 * rows * moe.expert_num * FLOAT  # logits, probabilities, choices of the router

@@ -5,7 +5,7 @@ the degrees, prints what the configuration's own layout costs a device, then the
 
 Rank: seconds of a micro-batch = FLOPs of a device / --tflops + bytes that leave it / --bandwidth, the lowest first;
 equal ones by memory. Of a pipeline it is the slowest stage's, times (A + stages - 1) / A for A micro-batches: stages
-wait for the first rows and for the last gradients. Nothing is said to overlap, nor products to be slow where slices are
+wait for the first rows and for the last gradients. Nothing is said to overlap, nor products to be slow where shards are
 thin: it is an order, not a forecast.
 """
 
@@ -69,7 +69,7 @@ class Candidate:
 
     Attributes:
         parallel: its keys of the section `parallel`.
-        costs, dropped, seconds, host: None where it cannot be cut so.
+        costs, dropped, seconds, host: None where it cannot be sharded so.
         refusal: why it is not feasible, one line; None where it is.
     """
 
@@ -105,27 +105,19 @@ def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, sp
             continue
         if own.groups not in drops:
             drops[own.groups] = load.dropped(own)
-        cost, seconds = heaviest(stages), seconds_of(stages, own.micro_batches, speed)
+        cost, micro = heaviest(stages), own.micro_batches
+        slowest = max(one.flops / speed.flops + one.sent / speed.bandwidth for one in stages)
+        seconds = slowest / micro * (micro + len(stages) - 1) / micro  # of a micro-batch, see the rule at the top
         over = None if cost.memory <= memory else f"memory: more than the {memory / 1e9:g} GB of a device"
         found.append(Candidate(parallel, cost, drops[own.groups], seconds, over, host_costs(own)))
-    return sorted(found, key=_order)
+    known = (one for one in found if one.costs)
+    known = sorted(known, key=lambda one: (one.refusal is not None, one.seconds, one.costs.memory))
+    return known + [one for one in found if not one.costs]
 
 
 def target_of(config: Config) -> str:
     """Returns the devices that are planned for: GPU where the configuration says so, else Ascend."""
     return "GPU" if config.context.device_target == "GPU" else "Ascend"
-
-
-def seconds_of(stages: list[Costs], micro: int, speed: Speed) -> float:
-    """Returns the seconds of one of `micro` micro-batches, from the costs of each stage: see the rule at the top."""
-    slowest = max(cost.flops / speed.flops + cost.sent / speed.bandwidth for cost in stages)
-    return slowest / micro * (micro + len(stages) - 1) / micro
-
-
-def _order(candidate):
-    if candidate.costs is None:
-        return 2, 0.0, 0
-    return int(candidate.refusal is not None), candidate.seconds, candidate.costs.memory
 
 
 def combinations(config: Config, devices: int) -> Iterator[dict]:
@@ -137,7 +129,7 @@ def combinations(config: Config, devices: int) -> Iterator[dict]:
         experts = divisors(data) if config.moe_layers else [1]
         sequence = [False, True] if tensor > 1 else [False]
         zero = [0, 1, 3] if data > 1 else [0]
-        for expert, cut, level, recompute in itertools.product(experts, sequence, zero, [False, True]):
+        for expert, sharded, level, recompute in itertools.product(experts, sequence, zero, [False, True]):
             yield {
                 "data_parallel": data,
                 "expert_parallel": expert,
@@ -145,7 +137,7 @@ def combinations(config: Config, devices: int) -> Iterator[dict]:
                 "pipeline_stage": stages,
                 "micro_batch_num": stages,
                 "optimizer_shard": level,
-                "sequence_parallel": cut,
+                "sequence_parallel": sharded,
                 "recompute": recompute,
             }
 
@@ -217,44 +209,37 @@ def _reasons(refused):
         key, rest = one.refusal.split(": ", 1)
         alike.setdefault((key, rest.split("; ", 1)[-1]), []).append(one)
     lines = ["", "not feasible:"] if alike else []
-    for (key, reason), held in sorted(alike.items(), key=lambda item: -len(item[1])):
-        values = dict.fromkeys(one.refusal.split(": ", 1)[1].split("; ", 1)[0] for one in held)
-        least = min((one for one in held if one.costs), key=lambda one: one.costs.memory, default=None)
+    for (key, reason), group in sorted(alike.items(), key=lambda item: -len(item[1])):
+        values = dict.fromkeys(one.refusal.split(": ", 1)[1].split("; ", 1)[0] for one in group)
+        least = min((one for one in group if one.costs), key=lambda one: one.costs.memory, default=None)
         if least is None:
-            lines.append(f"  {len(held):4} x {key}: {', '.join(values)}; {reason}")
+            lines.append(f"  {len(group):4} x {key}: {', '.join(values)}; {reason}")
         else:
             near = f"{giga(least.costs.memory)} GB, with {describe(least.parallel)}"
-            lines.append(f"  {len(held):4} x {key}: {reason}; the smallest needs {near}")
+            lines.append(f"  {len(group):4} x {key}: {reason}; the smallest needs {near}")
     return lines
 
 
 def _row(one):
-    cut, cost = one.parallel, one.costs
-    flags = ["yes" if cut[name] else "-" for name in ("sequence_parallel", "recompute")]
-    degrees = [str(cut[name]) for name in (*SHORT, "optimizer_shard")]
+    parallel, cost = one.parallel, one.costs
+    flags = ["yes" if parallel[name] else "-" for name in ("sequence_parallel", "recompute")]
+    degrees = [str(parallel[name]) for name in (*SHORT, "optimizer_shard")]
     sizes = [giga(size) for size in (cost.memory, *map(cost.exchanged, KINDS), cost.sent)]
     return [*degrees, *flags, *sizes, f"{cost.flops / 1e12:.2f}", f"{one.dropped:.2%}", f"{one.seconds:.3f}"]
 
 
 def to_json(found: list[Candidate]) -> list[dict]:
     """Returns all known figures of each combination."""
-    return [
-        {
-            **one.parallel,
-            "refusal": one.refusal,
-            "dropped": one.dropped,
-            "seconds": one.seconds,
-            "costs": one.costs and _costs_json(one.costs),
-            "host": one.host and vars(one.host),
-        }
-        for one in found
-    ]
-
-
-def _costs_json(cost):
     names = ("weights", "gradients", "optimizer", "gathered", "activations", "memory", "flops", "sent")
-    exchanges = [vars(one) for one in cost.exchanges]
-    return {name: getattr(cost, name) for name in names} | {"exchanges": exchanges}
+    trees = []
+    for one in found:
+        tree = {**one.parallel, "refusal": one.refusal, "dropped": one.dropped, "seconds": one.seconds, "costs": None}
+        tree["host"] = one.host and vars(one.host)
+        if one.costs:
+            exchanges = [vars(exchange) for exchange in one.costs.exchanges]
+            tree["costs"] = {name: getattr(one.costs, name) for name in names} | {"exchanges": exchanges}
+        trees.append(tree)
+    return trees
 
 
 def create_parser() -> cli.Parser:

@@ -1,4 +1,4 @@
-"""Sizes of a decoder: its parameters, and the rows that its experts work on. No MindSpore in here.
+"""Computes sizes of a decoder: its parameters, and the rows that its experts work on. No MindSpore in here.
 
 Legend: D width, E experts, V vocabulary, X columns of the projection to queries, keys and values.
 """
@@ -6,7 +6,7 @@ Legend: D width, E experts, V vocabulary, X columns of the projection to queries
 import math
 
 from switchyard.config import Config
-from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement, slices, stages_of
+from switchyard.distributed.placement import ParallelDims, degree_of, optimizer_shards, placement, stages_of
 from switchyard.moe.dispatch.capacity import slot_shape, zero_rows
 
 FLOAT = 4  # bytes of float32: parameters, gradients, moments, rows between the parts of a layer
@@ -68,11 +68,11 @@ def _feed_forward(config, index, prefix):
     return found
 
 
-def held(name, shape, degrees):
-    """(numbers of a rank's slice, numbers of it that the rank keeps between steps)."""
-    cut = placement(name, shape, degrees)
-    size = math.prod(shape) // math.prod(slices(axis, degrees) for axis in cut)
-    return size, size // optimizer_slices(shape, cut, degrees, 0)
+def shard_sizes(name, shape, degrees):
+    """Returns (numbers of a rank's shard, numbers of it that the rank keeps between steps)."""
+    axes = placement(name, shape, degrees)
+    size = math.prod(shape) // math.prod(degree_of(axis, degrees) for axis in axes)
+    return size, size // optimizer_shards(shape, axes, degrees, 0)
 
 
 def worked_rows(config: Config) -> int:

@@ -1,1 +1,1 @@
-"""A cluster's graphs, compiled and executed without a cluster."""
+"""Compiles and executes a cluster's graphs without a cluster."""

@@ -1,9 +1,9 @@
-"""The process that trains on one device what a virtual cluster is compared with.
+"""Trains on one device, in a process of its own, what an emulated cluster is compared with.
 
 `python -m switchyard.simulation.baseline FOLDER` reads FOLDER/job.json and FOLDER/batches.npz and writes
 FOLDER/reference.npz: losses, norms of the gradients and loads of experts of each step; parameters and moments before
 the first step, after each (`step1:NAME`, ...) and after the last. It runs on CPU, with the kernels of MindSpore, and
-routes in as many groups as the cluster has data slices.
+routes in as many groups as the cluster has data shards.
 """
 
 import json
@@ -31,8 +31,8 @@ def main(arguments: list[str]) -> None:
 
     model = create_model(config, job["vocab"])
     step = TrainStep(model, config)
-    held = {parameter.name: parameter for parameter in model.get_parameters()} | step.optimizer_state()
-    found = {BEFORE + name: parameter.asnumpy().copy() for name, parameter in held.items()}
+    tensors = {parameter.name: parameter for parameter in model.get_parameters()} | step.optimizer_state()
+    found = {BEFORE + name: parameter.asnumpy().copy() for name, parameter in tensors.items()}
     figures = {"losses": [], "norms": [], "loads": []}
     with np.load(folder / BATCHES) as batches:
         count = len(batches["tokens"])
@@ -42,9 +42,10 @@ def main(arguments: list[str]) -> None:
             made = step(*parts, float(batches["rates"][index]), replay)
             figures["losses"].append(made["loss"])
             figures["norms"].append(made["gradient_norm"])
-            figures["loads"].append(made["audit"]["load"] if made["audit"] else np.zeros((0, 0)))  # [M, E]
+            figures["loads"].append(made["routers"]["load"] if made["routers"] else np.zeros((0, 0)))  # [M, E]
+            figures.setdefault("choices", []).append(made.get("choices", 0))  # [A, M, N, K], 0: not recorded
             mark = AFTER if index == count - 1 else STEP.format(index + 1)
-            found |= {mark + name: parameter.asnumpy().copy() for name, parameter in held.items()}
+            found |= {mark + name: parameter.asnumpy().copy() for name, parameter in tensors.items()}
     np.savez(folder / RESULT, **{name: np.array(values) for name, values in figures.items()}, **found)
 
 
@@ -53,10 +54,10 @@ def one_device(tree: dict) -> dict:
     micro-batches."""
     groups = tree["moe"]["groups"] or tree["parallel"]["data_parallel"]
     context = tree["context"] | {"device_target": "CPU", "device_id": None}
-    cut, train = tree["parallel"], tree["train"]
-    if cut["pipeline_stage"] > 1:
+    parallel, train = tree["parallel"], tree["train"]
+    if parallel["pipeline_stage"] > 1:
         each = train["gradient_accumulation_steps"]
-        train = train | {"gradient_accumulation_steps": each * cut["micro_batch_num"]}
+        train = train | {"gradient_accumulation_steps": each * parallel["micro_batch_num"]}
     return {**tree, "train": train, "parallel": {}, "moe": tree["moe"] | {"groups": groups}, "context": context}
 
 

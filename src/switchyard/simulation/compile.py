@@ -6,6 +6,7 @@ layer and bytes, and what the rank holds. The compile runs in a process of its o
 
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -34,6 +35,7 @@ from switchyard.trust import check_trusted_section
 COLUMNS = ["collective", "direction", "where", "why", "ranks", "number", "bytes each"]
 CONTROLS = ("learning_rate", "unscale", "routers_learn", "begins", "ends")  # parameters that the host sets
 SUMS = ("accumulated.", "accu_grads.")  # of gradients: of several calls, of a pipeline's micro-batches
+TIMEOUT = 600.0  # seconds that a process may take
 OPTIMIZER_STATE = ("moment1.", "moment2.", "correction", *SUMS, *CONTROLS)
 
 
@@ -79,25 +81,20 @@ class Report:
     @property
     def held_bytes(self) -> dict[str, int]:
         """Returns the bytes of weights, of optimizer state and of sums of gradients, if any, that the rank holds."""
-        held = Counter({"weights": 0, "optimizer state": 0})
+        sizes = Counter({"weights": 0, "optimizer state": 0})
         for name, shape, dtype in self.graph.parameters.values():
             kind = "optimizer state" if name.startswith(OPTIMIZER_STATE) else "weights"
             kind = "gradients" if name.startswith(SUMS) else kind
-            size = dtype().itemsize
-            for length in shape:
-                size *= length
-            held[kind] += size
-        return dict(held)
+            sizes[kind] += math.prod(shape) * dtype().itemsize
+        return dict(sizes)
 
     def count(self, kind: str, direction: str | None = None, layer: str = "") -> int:
-        """Collectives of a kind, of one direction if given, in layers that begin so."""
+        """Counts the collectives of a kind, of one direction if given, in layers that begin so."""
         found = [one for one in self.collectives if one.kind == kind and one.layer.startswith(layer)]
         return sum(direction in (None, one.direction) for one in found)
 
 
-def compile_step(
-    config: Config | dict, devices: int, rank: int = 0, vocab: int | None = None, timeout: float = 600
-) -> Report:
+def compile_step(config: Config | dict, devices: int, rank: int = 0, vocab: int | None = None) -> Report:
     """Compiles the training step of one rank for `devices` simulated Ascend devices.
 
     Args:
@@ -105,13 +102,12 @@ def compile_step(
         devices: must be what the degrees of `parallel` ask for.
         rank: whose graph.
         vocab: entries of the vocabulary; None asks `data.tokenizer`.
-        timeout: seconds that the compile may take.
 
     Raises:
         UserError: devices or rank that do not fit, a machine on which this does not work, a graph that the compiler
             refuses.
     """
-    return compile_ranks(config, devices, [rank], vocab, timeout)[0]
+    return compile_ranks(config, devices, [rank], vocab)[0]
 
 
 def compile_ranks(
@@ -119,7 +115,6 @@ def compile_ranks(
     devices: int,
     ranks: Sequence[int],
     vocab: int | None = None,
-    timeout: float = 600,
     step: str = TRAINING_STEP,
 ) -> list[Report]:
     """Compiles several ranks, at most two at a time, in one process that imports MindSpore once.
@@ -137,10 +132,12 @@ def compile_ranks(
         job = {"config": config.model_dump(), "vocab": vocab, "devices": devices, "ranks": list(ranks), "step": step}
         (folder / JOB).write_text(json.dumps(job | {"jobs": min(2, os.cpu_count() or 1)}, allow_nan=False))
         command = [sys.executable, "-m", "switchyard.simulation.compile_worker", str(folder)]
-        done = run_child(command, environment, timeout, f"compile for {devices} devices")
+        done = run_child(command, environment, TIMEOUT, f"compile for {devices} devices")
         if done.returncode:
             raise UserError(_reason(folder, done))
-        return [_report(folder, devices, rank) for rank in ranks]
+        found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]
+        blobs = [(folder / f"rank{rank}.mindir").read_bytes() for rank in ranks]
+        return [Report(devices, *parts, **more) for *parts, more in zip(ranks, blobs, found)]
 
 
 def with_source(source: str, path: str | None) -> str:
@@ -174,14 +171,15 @@ def run_child(command: list[str], environment: dict, timeout: float, what: str) 
 
 def check_devices(config: Config, devices: int, ranks: Sequence[int]) -> None:
     """Refuses numbers of devices and ranks that the degrees do not have (UserError)."""
-    cut = config.parallel
+    degrees = ParallelDims.of(config.parallel)
     if config.devices != devices:
         raise UserError(
-            f"--devices: {devices}; parallel.data_parallel * model_parallel * pipeline_stage is {cut.data_parallel} * "
-            f"{cut.model_parallel} * {cut.pipeline_stage} = {config.devices}: they must be equal"
+            f"--devices: {devices}; parallel.data_parallel * model_parallel * pipeline_stage is "
+            f"{degrees.data_parallel} * {degrees.model_parallel} * {degrees.pipeline_stage} = {config.devices}: "
+            "they must be equal"
         )
     for rank in ranks:
-        ParallelDims.of(cut).coordinates(rank)  # refuses ranks that are not there
+        degrees.coordinates(rank)  # refuses ranks that are not there
 
 
 def _reason(folder: Path, done: subprocess.CompletedProcess) -> str:
@@ -190,11 +188,6 @@ def _reason(folder: Path, done: subprocess.CompletedProcess) -> str:
         return f"rank {path.stem[4:]}: the step does not compile: {path.read_text()}"
     lines = [line for line in (done.stdout or "").splitlines() if line.strip()]
     return f"the compile ended with code {done.returncode}: {lines[-1] if lines else 'it printed nothing'}"
-
-
-def _report(folder: Path, devices: int, rank: int) -> Report:
-    found = json.loads((folder / f"rank{rank}.json").read_text())
-    return Report(devices, rank, (folder / f"rank{rank}.mindir").read_bytes(), **found)
 
 
 def render(report: Report, config: Config, brief: bool = False) -> str:
@@ -211,11 +204,15 @@ def render(report: Report, config: Config, brief: bool = False) -> str:
         "",
     ]
     if not brief:
-        text += [*table(["parameter", "whole", "this rank's"], parameter_rows(report)), ""]
-    held = report.held_bytes
+        rows = []
+        for name, shape in sorted(report.parameters.items()):
+            if not name.startswith(OPTIMIZER_STATE):
+                rows.append([name, str(list(full_shape(report.layouts.get(name), shape))), str(list(shape))])
+        text += [*table(["parameter", "full", "this rank's"], rows), ""]
+    sizes = report.held_bytes
     sent = sum(one.bytes for one in report.collectives)
     text += [
-        f"holds {held['weights']:,} bytes of weights and {held['optimizer state']:,} of optimizer state; "
+        f"holds {sizes['weights']:,} bytes of weights and {sizes['optimizer state']:,} of optimizer state; "
         f"{len(report.collectives)} collectives of {sent:,} bytes per step",
         f"compiled in {report.seconds:.1f} s (network built in {report.build_seconds:.1f} s), "
         f"peak memory {report.megabytes:,.0f} MB, graph of {sum(report.operators.values()):,} nodes",
@@ -224,7 +221,7 @@ def render(report: Report, config: Config, brief: bool = False) -> str:
 
 
 def collective_rows(report: Report, brief: bool = False) -> list[list[str]]:
-    """Collectives that are alike in one row, in order of first appearance; `brief`: whatever layer they are of."""
+    """Returns equal collectives as one row, in order of first appearance; `brief`: whatever layer they are of."""
     alike = Counter()
     for one in report.collectives:
         layer = re.sub(r"^layers\.\d+", "layers.*", one.layer) if brief else one.layer
@@ -232,27 +229,17 @@ def collective_rows(report: Report, brief: bool = False) -> list[list[str]]:
     return [[*map(str, key[:5]), str(number), f"{key[5]:,}"] for key, number in alike.items()]
 
 
-def parameter_rows(report: Report) -> list[list[str]]:
-    """Weights with whole and local shape."""
-    rows = []
-    for name, shape in sorted(report.parameters.items()):
-        if not name.startswith(OPTIMIZER_STATE):
-            whole = whole_shape(report.layouts.get(name), shape)
-            rows.append([name, str(list(whole)), str(list(shape))])
-    return rows
-
-
-def whole_shape(layout: list | None, local: tuple[int, ...]) -> tuple[int, ...]:
+def full_shape(layout: list | None, local: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the full shape of a sharded parameter: (device matrix, tensor map, local shape) as the compiler says."""
     if layout is None:
         return tuple(local)
-    matrix, axes, sliced = layout
-    whole = []
-    for axis, length in zip(axes, sliced):
+    matrix, axes, shard = layout
+    full = []
+    for axis, length in zip(axes, shard):
         for part in axis if isinstance(axis, list | tuple) else [axis]:
             length *= 1 if part < 0 else matrix[len(matrix) - 1 - part]
-        whole.append(length)
-    return tuple(whole)
+        full.append(length)
+    return tuple(full)
 
 
 def ranks_text(group: tuple[int, ...], devices: int) -> str:
@@ -268,16 +255,11 @@ def ranks_text(group: tuple[int, ...], devices: int) -> str:
 
 def to_json(report: Report) -> dict:
     """Returns the fields of a report except the graph."""
-    return {
-        "devices": report.devices,
-        "rank": report.rank,
+    names = ("devices", "rank", "held_bytes", "build_seconds", "seconds", "megabytes")
+    return {name: getattr(report, name) for name in names} | {
         "collectives": [asdict(one) for one in report.collectives],
         "parameters": {name: list(shape) for name, shape in report.parameters.items()},
-        "held_bytes": report.held_bytes,
         "operators": dict(report.operators),
-        "build_seconds": report.build_seconds,
-        "seconds": report.seconds,
-        "megabytes": report.megabytes,
     }
 
 

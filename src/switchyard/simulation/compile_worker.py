@@ -1,4 +1,4 @@
-"""The process that compiles some ranks.
+"""Compiles some ranks, in a process of its own.
 
 It is started in the environment of `fake_cann`. `python -m switchyard.simulation.compile_worker FOLDER` reads
 FOLDER/job.json and writes, of each rank, the final graph (rank3.mindir) and what is known of it (rank3.json).
@@ -63,14 +63,14 @@ def _fork(folder: Path, job: dict, rank: int) -> int:
 def training_step(config, vocab: int) -> tuple:
     """Returns what is compiled if the job names nothing else: (the training step, its inputs on one device)."""
     from switchyard.distributed.mesh import CompiledMesh
-    from switchyard.training.limits import check_offered
+    from switchyard.training.limits import refusals, refuse
     from switchyard.training.step import create_step, sample_inputs
 
-    check_offered(config)
+    refuse(refusals(config))
     mesh = CompiledMesh(config)
     step = create_step(config, vocab, mesh)
     mesh.speed_up(step.program, Path())
-    return step.program, sample_inputs(config, step.model, step.graph)
+    return step.program, sample_inputs(config, step.model)
 
 
 def compile_rank(folder: Path, job: dict, rank: int) -> None:
@@ -94,7 +94,7 @@ def compile_rank(folder: Path, job: dict, rank: int) -> None:
     parallel.compile(*inputs)
     seconds = time.perf_counter() - built
     (folder / f"rank{rank}.mindir").write_bytes(compiled_model(parallel))
-    layouts = {name: [list(part) for part in held[:3]] for name, held in parallel.parameter_layout_dict.items()}
+    layouts = {name: [list(part) for part in layout[:3]] for name, layout in parallel.parameter_layout_dict.items()}
     found = {
         "build_seconds": built - began,
         "seconds": seconds,

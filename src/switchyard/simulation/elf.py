@@ -1,4 +1,4 @@
-"""Shared objects read and written byte by byte.
+"""Reads and writes shared objects byte by byte.
 
 What an Ascend plugin asks of its libraries is read, and libraries that stand in for them are written. Structures and
 constants are those of the System V ABI, chapters 4 and 5, and of its x86-64 supplement: ELF64, little endian. Pure
@@ -12,7 +12,7 @@ from pathlib import Path
 
 ELF64_LITTLE = b"\x7fELF\x02\x01"
 SHARED_OBJECT, X86_64, CURRENT = 3, 62, 1  # e_type, e_machine, e_version
-HEADER, PROGRAM_HEADER, SECTION_HEADER, SYMBOL, RELOCATION, DYNAMIC_ENTRY = 64, 56, 64, 24, 24, 16  # bytes of each
+HEADER, PROGRAM_HEADER, SYMBOL, RELOCATION, DYNAMIC_ENTRY = 64, 56, 24, 24, 16  # bytes of each
 
 SECTION_DYNAMIC, SECTION_DYNAMIC_SYMBOLS, SECTION_VERSIONS = 6, 11, 0x6FFFFFFF  # sh_type
 GLOBAL, WEAK, UNIQUE, FUNCTION = 1, 2, 10, 2  # symbol bindings; symbol type
@@ -75,7 +75,10 @@ def read_symbols(path: Path) -> Symbols:
             if section[1] == SECTION_DYNAMIC_SYMBOLS:
                 _read_table(found, body(section), body(sections[section[6]]), versions)
             elif section[1] == SECTION_DYNAMIC:
-                _read_needed(found, body(section), body(sections[section[6]]))
+                strings = body(sections[section[6]])
+                for tag, value in struct.iter_unpack("<qQ", body(section)):
+                    if tag == NEEDED:
+                        found.needed.append(_text(strings, value))
     return found
 
 
@@ -95,13 +98,6 @@ def _read_table(found: Symbols, table: bytes, strings: bytes, versions: bytes) -
                 version = struct.unpack_from("<H", versions, index * 2)[0] & VERSION_MASK
             if version <= UNVERSIONED:
                 found.undefined.add(_text(strings, name))
-
-
-def _read_needed(found: Symbols, entries: bytes, strings: bytes) -> None:
-    for index in range(len(entries) // DYNAMIC_ENTRY):
-        tag, value = struct.unpack_from("<qQ", entries, index * DYNAMIC_ENTRY)
-        if tag == NEEDED:
-            found.needed.append(_text(strings, value))
 
 
 def write_library(path: Path, name: str, functions: set[str]) -> None:

@@ -9,6 +9,9 @@ Exit codes: 0 equal; 1 DIFFERENT, or graphs that cannot work together; 2 what ca
 
 A router may be so undecided between two experts that rounding decides. Where loads of experts differ and the verdict is
 DIFFERENT, the whole is repeated with other batches, at most DRAWS times: a fault stays, a tie does not.
+
+ReLU has a kink: a hidden value that is 1e-8 on one side and -1e-8 on the other has a gradient on one side only. Where
+losses agree and gradients do not, the whole is repeated with GELU, which has none: a fault of the layout stays.
 """
 
 import json
@@ -16,6 +19,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +28,7 @@ from switchyard import cli
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.data.tokenizer import expected_vocabulary
-from switchyard.distributed.placement import ParallelDims, optimizer_slices, placement, slice_of
+from switchyard.distributed.placement import ParallelDims, optimizer_shards, placement, shard_slices
 from switchyard.errors import UserError
 from switchyard.files import scratch
 from switchyard.moe import metrics
@@ -36,9 +40,11 @@ from switchyard.simulation.interpreter import EXCHANGES, Arrays, ClusterError, N
 from switchyard.simulation.verdict import TOLERANCE, Comparison, Judge
 from switchyard.text_table import table
 from switchyard.training.limits import require_trainable
+from switchyard.training.micro_batches import call_inputs, forces_choices
 from switchyard.trust import check_trusted_section
 
 DRAWS = 3  # of batches, where choices of experts fell otherwise
+SMOOTH = "With relu the losses were equal and gradients were not, as at a value near 0: compared with gelu instead."
 HEAD = 2  # figures of a micro-batch before those of its layers, see training.loss
 
 
@@ -59,14 +65,14 @@ def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, 
         noise = rng.random((steps, count, noise_slices, config.rows, config.model.hidden_size), np.float32)
     rates = np.full(steps, config.schedule.learning_rate, np.float32)
     drawn = {"tokens": tokens[..., :-1], "labels": tokens[..., 1:], "valid": valid, "noise": noise, "rates": rates}
-    moe = config.moe
-    if config.moe_layers and (moe.replay is not None or moe.router_warmup_steps > 0):
+    if forces_choices(config):
+        moe = config.moe
         order = rng.random((steps, count, len(config.moe_layers), config.rows, moe.expert_num)).argsort(-1)
         drawn["replay"] = np.where(np.arange(config.rows)[:, None] % 2, order[..., : moe.choices], -1).astype(np.int32)
     return drawn
 
 
-def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float = 600) -> Arrays:
+def train_reference(config: Config, vocab: int, batches: Arrays) -> Arrays:
     """Trains on one CPU device in a process of its own: see `reference` for what comes back."""
     with scratch("reference") as folder:
         (folder / JOB).write_text(json.dumps({"config": config.model_dump(), "vocab": vocab}, allow_nan=False))
@@ -74,7 +80,10 @@ def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float 
         source = str(Path(__file__).resolve().parents[2])
         environment = {**os.environ, "PYTHONPATH": simulate.with_source(source, os.environ.get("PYTHONPATH"))}
         done = simulate.run_child(
-            [sys.executable, "-m", "switchyard.simulation.baseline", str(folder)], environment, timeout, "the reference"
+            [sys.executable, "-m", "switchyard.simulation.baseline", str(folder)],
+            environment,
+            simulate.TIMEOUT,
+            "the reference",
         )
         if done.returncode:
             lines = [line for line in done.stdout.splitlines() if line.strip()]
@@ -83,26 +92,26 @@ def train_reference(config: Config, vocab: int, batches: Arrays, timeout: float 
             return dict(found)
 
 
-def held_by(name: str, whole: np.ndarray, local: tuple[int, ...], degrees: ParallelDims, rank: int) -> np.ndarray:
+def shard_of_rank(name: str, full: np.ndarray, local: tuple[int, ...], degrees: ParallelDims, rank: int) -> np.ndarray:
     """Returns the shard of a parameter that a rank holds, sharded further along axis 0 where ZeRO does.
 
     Raises:
         ClusterError: the compiler's local shape is another one than `placement` says.
     """
-    cut = placement(name, whole.shape, degrees)
-    part = whole[slice_of(whole.shape, cut, degrees, rank)]
-    if part.shape != local and optimizer_slices(whole.shape, cut, degrees, rank) > 1:
-        replicas = degrees.replicas(cut, rank)
+    axes = placement(name, full.shape, degrees)
+    part = full[shard_slices(full.shape, axes, degrees, rank)]
+    if part.shape != local and optimizer_shards(full.shape, axes, degrees, rank) > 1:
+        replicas = degrees.replicas(axes, rank)
         part = np.split(part, len(replicas))[replicas.index(rank)]
     if part.shape != local:
-        raise ClusterError(f"{name}: the compiler says {local}, the placement {part.shape} of {whole.shape}")
+        raise ClusterError(f"{name}: the compiler says {local}, the placement {part.shape} of {full.shape}")
     return part.copy()
 
 
 def batch_of(batches: Arrays, step: int, degrees: ParallelDims, rank: int, noisy: bool) -> list[np.ndarray]:
-    """What a rank reads at a step: tokens, labels, valid [A, B, S], noise [A, max(J, 1), N, D], and where choices are
-    forced replay [A, M, N, K]."""
-    index, own = degrees.data_slice(rank), []
+    """Returns what a rank reads at a step: tokens, labels, valid [A, B, S], noise [A, max(J, 1), N, D], and where
+    choices are forced replay [A, M, N, K]."""
+    index, own = degrees.data_shard(rank), []
     for name in ("tokens", "labels", "valid"):
         own.append(np.split(batches[name][step], degrees.data_parallel, 1)[index])
     noise = batches["noise"][step]
@@ -110,22 +119,6 @@ def batch_of(batches: Arrays, step: int, degrees: ParallelDims, rank: int, noisy
     if "replay" in batches:
         own.append(np.split(batches["replay"][step], degrees.data_parallel, 2)[index])
     return own
-
-
-def inputs_of(config: Config, arrays: list[np.ndarray], weights: np.ndarray) -> list[np.ndarray]:
-    """What a rank reads in one call: `arrays` [A, ..] of `batch_of` and weights [A] of the losses."""
-    weights = np.asarray(weights, np.float32)
-    if config.parallel.pipeline_stage == 1:
-        parts = [np.ascontiguousarray(part[0]) for part in arrays]
-        return [*parts[:4], weights.reshape(1, 1), *parts[4:]]
-    turned = (*arrays[:3], arrays[3].transpose(0, 2, 1, 3))  # noise [A, N, J, D]
-    return [np.ascontiguousarray(part).reshape(-1, *part.shape[2:]) for part in turned] + [np.diag(weights)]
-
-
-def shares_of(valid: np.ndarray) -> np.ndarray:
-    """Returns the share of each micro-batch in a step's valid tokens [A, B, S]: [A]."""
-    counts = valid.sum((1, 2))
-    return counts / counts.sum()
 
 
 def compare(
@@ -150,53 +143,53 @@ def compare(
     """
     degrees, graphs = ParallelDims.of(config.parallel), [report.graph for report in reports]
     scale = config.train.init_loss_scale if config.model.compute_dtype == "float16" else 1.0
-    states, losses, norms, met, strayed = states_of(reference, len(batches["rates"])), [], [], Counter(), 0
-    judge = Judge(config.optimizer, lambda name, whole, shape, rank: held_by(name, whole, shape, degrees, rank))
-    weights = [empty_sums(report) for report in reports]
+    losses, norms, met, strayed = [], [], Counter(), 0
+    marks = [BEFORE, *(STEP.format(step) for step in range(1, len(batches["rates"]))), AFTER]
+    states = [{name.removeprefix(mark): a for name, a in reference.items() if name.startswith(mark)} for mark in marks]
+    judge = Judge(config.optimizer, lambda name, full, shape, rank: shard_of_rank(name, full, shape, degrees, rank))
+    shapes = [report.parameters.items() for report in reports]
+    weights = [{name: np.zeros(shape, np.float32) for name, shape in own if name.startswith(SUMS)} for own in shapes]
     for step, rate in enumerate(batches["rates"]):
         for report, own in zip(reports, weights):
-            own |= _held_at_first(report, states[step], degrees, float(rate), scale)
+            own |= _first_tensors(report, states[step], degrees, float(rate), scale)
             if spoil is not None and step == 0:
                 spoil(report.rank, own)
-        shares = shares_of(batches["valid"][step])
-        outputs, met = run_step(config, batches, step, graphs, weights, exchanges, scale)
+        counts = batches["valid"][step].sum((1, 2))
+        shares = counts / counts.sum()  # of each micro-batch in the valid tokens, [A]
+        outputs, met = run_step(config, batches, step, graphs, weights, exchanges, scale * shares)
         figures = figures_of(config, outputs)
-        losses.append((float(reference["losses"][step]), loss_of(figures, shares)))
-        norms.append(norms_of(float(reference["norms"][step]), outputs))
-        strayed += strayed_of(config, reference["loads"][step], figures)
+        losses.append((float(reference["losses"][step]), float(shares @ figures[:, 1])))
+        norms.append(farthest(float(reference["norms"][step]), [_flat(out)[-1] for out in outputs[-1]]))
+        strayed += strayed_of(config, reference, step, figures, outputs)
         for report, own in zip(reports, weights):
             move_bias(config, own, figures, report.rank)
-        held = [{name: array for name, array in own.items() if _is_state(name)} for own in weights]
-        judge.judge(held, states[step], states[step + 1], float(rate))
+        states_of_ranks = [{name: array for name, array in own.items() if _is_state(name)} for own in weights]
+        judge.judge(states_of_ranks, states[step], states[step + 1], float(rate))
     moved = {name: float(np.abs(end - states[0][name]).max()) for name, end in states[-1].items()}
     return judge.found(losses, norms, moved, met, strayed)
 
 
-def run_step(config, batches, step: int, graphs, weights, exchanges, scale: float) -> tuple[list[list], Counter]:
+def run_step(config, batches, step: int, graphs, weights, exchanges, factors: np.ndarray) -> tuple[list[list], Counter]:
     """Calls the program of all ranks as often as a step does: (outputs of each rank in each call, collectives met)."""
     degrees, calls = ParallelDims.of(config.parallel), config.train.gradient_accumulation_steps
-    noisy, factors, met = batches["noise"].shape[-1] > 1, scale * shares_of(batches["valid"][step]), Counter()
+    noisy, met = batches["noise"].shape[-1] > 1, Counter()
     arrays = [batch_of(batches, step, degrees, rank, noisy) for rank in range(len(graphs))]
     outputs, each = [], len(factors) // calls
     for call in range(calls):
         part = slice(call * each, (call + 1) * each)
+        controls = {"begins": np.float32(call == 0), "ends": np.float32(call == calls - 1)}
         for own in weights:
-            _control(own, begins=float(call == 0), ends=float(call == calls - 1))
-        inputs = [inputs_of(config, [array[part] for array in own], factors[part]) for own in arrays]
+            own |= {name: value for name, value in controls.items() if name in own}
+        inputs = [call_inputs(config, [array[part] for array in own], factors[part]) for own in arrays]
         made, found = run_cluster(graphs, inputs, weights, exchanges)
         outputs.append(made)
         met += found
     return outputs, met
 
 
-def _control(own: Arrays, **values: float) -> None:
-    """Sets those of the named controls that a rank's graph reads."""
-    own |= {name: np.float32(value) for name, value in values.items() if name in own}
-
-
 def move_bias(config: Config, own: Arrays, figures: np.ndarray, rank: int) -> None:
     """Does what the host does behind a step: moves a rank's part of the bias of `sigmoid`; figures [A, W]."""
-    moe = config.moe
+    moe, degrees = config.moe, ParallelDims.of(config.parallel)
     if moe.router != "sigmoid" or not config.moe_layers:
         return
     names = ["bias"] if moe.copies == 1 else [f"routers.{index}.bias" for index in range(moe.copies)]
@@ -205,51 +198,34 @@ def move_bias(config: Config, own: Arrays, figures: np.ndarray, rank: int) -> No
             name = f"layers.{layer}.feed_forward.router.{last}"
             if name in own:  # of a pipeline only the layers of the stage
                 moved = metrics.bias_step(load, moe.router.options.topk_bias_update_rate)
-                own[name] = own[name] + held_by(name, moved, own[name].shape, ParallelDims.of(config.parallel), rank)
-
-
-def states_of(reference: Arrays, steps: int) -> list[Arrays]:
-    """Parameters and moments of one device before the first step and after each."""
-    marks = [BEFORE, *(STEP.format(step) for step in range(1, steps)), AFTER]
-    return [{name.removeprefix(mark): a for name, a in reference.items() if name.startswith(mark)} for mark in marks]
+                own[name] = own[name] + shard_of_rank(name, moved, own[name].shape, degrees, rank)
 
 
 def _is_state(name: str) -> bool:
-    """Whether one device has it too: not what the host sets, nor sums of gradients."""
+    """Returns whether one device has it too: not what the host sets, nor sums of gradients."""
     return name not in CONTROLS and not name.startswith(SUMS)
 
 
-def empty_sums(report: Report) -> Arrays:
-    """Sums of gradients of a pipeline's micro-batches before the first step; each step leaves them as it must."""
-    shapes = report.parameters.items()
-    return {name: np.zeros(shape, np.float32) for name, shape in shapes if name.startswith(SUMS)}
-
-
-def _held_at_first(report: Report, before: Arrays, degrees: ParallelDims, rate: float, scale: float) -> Arrays:
+def _first_tensors(report: Report, before: Arrays, degrees: ParallelDims, rate: float, scale: float) -> Arrays:
     """Returns the parameters of a rank before a step: its shards of `before`, and what the host sets."""
-    names = report.parameters
-    held = {
-        name: held_by(name, _whole(before, name), shape, degrees, report.rank)
-        for name, shape in names.items()
-        if _is_state(name)
-    }
+    names, tensors = report.parameters, {}
+    for name, shape in names.items():
+        if _is_state(name):
+            if name not in before:
+                raise ClusterError(f"{name}: one device has no such parameter")
+            tensors[name] = shard_of_rank(name, np.asarray(before[name]), shape, degrees, report.rank)
     by_host = dict.fromkeys(CONTROLS, np.float32(1)) | {"learning_rate": np.float32(rate)}
     by_host["unscale"] = np.float32(1 / scale)
-    return held | {name: value for name, value in by_host.items() if name in names}
-
-
-def _whole(arrays: Arrays, name: str) -> np.ndarray:
-    if name not in arrays:
-        raise ClusterError(f"{name}: one device has no such parameter")
-    return np.asarray(arrays[name])
+    return tensors | {name: value for name, value in by_host.items() if name in names}
 
 
 def figures_of(config: Config, outputs: Sequence[Sequence[tuple]]) -> np.ndarray:
-    """The figures of each micro-batch in the outputs of all calls, equal on all ranks that have them: [A, W]."""
+    """Returns the figures of each micro-batch in all calls, equal on all ranks that have them: [A, W]."""
     width = HEAD + len(config.moe_layers) * metrics.width(config.moe.expert_num)
     rows = []
     for ranks in outputs:
-        found = [np.array(flat[:-1]).reshape(-1, width) for out in ranks if len(flat := _flat(out)) > 1]
+        end = None if config.moe.record is None else width  # choices come behind the figures
+        found = [np.array(flat[:-1][:end]).reshape(-1, width) for out in ranks if len(flat := _flat(out)) > 1]
         losses = [part[:, 1] for part in found]
         if not found or np.ptp(losses, axis=0).max() > TOLERANCE:
             raise ClusterError(f"loss: the ranks differ, {sorted({float(loss[0]) for loss in losses})}")
@@ -257,21 +233,20 @@ def figures_of(config: Config, outputs: Sequence[Sequence[tuple]]) -> np.ndarray
     return np.concatenate(rows)
 
 
-def loss_of(figures: np.ndarray, shares: Sequence[float] = (1.0,)) -> float:
-    """The cross-entropy of a step: figures [A, W], shares [A] of its micro-batches."""
-    return float(np.asarray(shares) @ figures[:, 1])
-
-
-def norms_of(one: float, outputs: Sequence[Sequence[tuple]]) -> tuple[float, float]:
-    """(one device's norm of the gradients, that of the rank which is farthest from it), of the last call."""
-    norms = [_flat(out)[-1] for out in outputs[-1]]
+def farthest(one: float, norms: list[float]) -> tuple[float, float]:
+    """Returns (one device's norm of the gradients, the rank's norm that is farthest from it)."""
     return one, max(norms, key=lambda norm: np.inf if np.isnan(norm) else abs(norm - one))
 
 
-def strayed_of(config: Config, loads: np.ndarray, figures: np.ndarray) -> int:
-    """Choices of experts that fell otherwise than on one device, whose loads are [M, E]; figures [A, W]."""
+def strayed_of(config: Config, reference: Arrays, step: int, figures: np.ndarray, outputs) -> int:
+    """Counts the choices of experts that fell otherwise than on one device, recorded or by loads; figures [A, W]."""
+    loads = reference["loads"][step]  # [M, E]
     if not loads.size:
         return 0
+    if config.moe.record is not None:
+        rows = np.array([_flat(ranks[0])[figures.shape[1] : -1] for ranks in outputs])  # every rank has those of all
+        found = metrics.recorded(rows, len(loads), config.moe.choices)  # [A, M, N, K]
+        return int((found != reference["choices"][step]).sum())
     found = metrics.loads(figures[:, HEAD:].sum(0), loads.shape[1])
     return int(np.abs(found - loads).sum() / 2)
 
@@ -283,7 +258,19 @@ def _flat(value) -> list[float]:
 
 
 def prove(config: Config, devices: int, steps: int = 3, vocab: int | None = None) -> Comparison:
-    """Compiles, executes, trains on one device and compares (UserError as in `compile.compile_step`)."""
+    """Compiles, executes, trains on one device and compares (UserError as in `compile.compile_step`).
+
+    The comparison is that of GELU where ReLU's kink may be what sets the two apart, see above.
+    """
+    found = prove_once(config, devices, steps, vocab)
+    if found.equal or not found.losses_agree or config.model.activation != "relu":
+        return found
+    smooth = config.model.model_copy(update={"activation": "gelu"})
+    return replace(prove_once(config.model_copy(update={"model": smooth}), devices, steps, vocab), smooth=True)
+
+
+def prove_once(config: Config, devices: int, steps: int, vocab: int | None) -> Comparison:
+    """Does what `prove` does, with the activation that the configuration names."""
     if config.model.compute_dtype != "float32":  # rounding would be larger than what the rule allows
         raise UserError(
             f"model.compute_dtype: {config.model.compute_dtype}; the cluster emulation compares in float32, set float32"
@@ -300,7 +287,7 @@ def prove(config: Config, devices: int, steps: int = 3, vocab: int | None = None
 
 
 def noise_slices(config: Config, report: Report) -> int:
-    """Slices J of noise that the step reads, as [J, N, D], of a pipeline as [A * N, J, D]; 0: none."""
+    """Returns the shards J of noise that the step reads, as [J, N, D], of a pipeline as [A * N, J, D]; 0: none."""
     shape = report.graph.input_shapes[3]
     axis = 0 if config.parallel.pipeline_stage == 1 else 1
     return shape[axis] if shape[-1] > 1 else 0
@@ -312,8 +299,9 @@ def render(found: Comparison) -> str:
     farthest = sorted(found.differences.items(), key=lambda item: -item[1][0])
     rows = []
     for name, (far, moved) in farthest:
+        remark = f"explained ({found.explained[name]})" if name in found.explained else ""
         gradient = f"{found.gradients[name]:.2e}" if name in found.gradients else ""
-        rows.append([name, f"{far:.2e}", f"{moved:.2e}", gradient, _remark(found, name)])
+        rows.append([name, f"{far:.2e}", f"{moved:.2e}", gradient, remark])
     heads = ["parameter", "largest difference", "moved by", "of its gradient", ""]
     count, strayed = sum(found.explained.values()), f"; {found.strayed} expert choices differ"
     explained = f"; {count} entries differ, as gradients near zero explain" if count else ""
@@ -324,15 +312,12 @@ def render(found: Comparison) -> str:
             *table(heads, rows),
             "",
             *found.reasons,
+            *([SMOOTH] if found.smooth else []),
             f"{sum(found.met.values())} collectives per step over all ranks; largest difference of losses and "
             f"parameters {found.largest:.2e}, allowed {TOLERANCE:g}{explained}{strayed if found.strayed else ''}: "
             f"{'equal' if found.equal else 'DIFFERENT'}",
         ]
     )
-
-
-def _remark(found: Comparison, name: str) -> str:
-    return f"explained ({found.explained[name]})" if name in found.explained else ""
 
 
 def main(arguments: list[str]) -> int:

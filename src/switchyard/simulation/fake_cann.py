@@ -1,4 +1,4 @@
-"""Stand-in CANN libraries, to compile without Ascend.
+"""Writes stand-in CANN libraries, to compile without Ascend.
 
 MindSpore's wheel for Linux carries the Ascend plugin, which loads the CANN toolkit's libraries. Those that stand in
 for them define every symbol that the plugin asks for and compute nothing: they serve the graph compiler of a
@@ -25,7 +25,7 @@ LAYOUT = 1  # raised when what is written changes, so that older caches are not 
 
 
 def simulation_environment() -> dict[str, str]:
-    """Variables that a Python process must be started with to compile for simulated Ascend devices.
+    """Returns the variables that a Python process must be started with to compile for simulated Ascend devices.
 
     Writes the stand-ins into the cache folder (`XDG_CACHE_HOME`, else ~/.cache, else a temporary folder) when they are
     not there yet; it takes about a second. RANK_SIZE and RANK_ID are the caller's.
@@ -34,7 +34,8 @@ def simulation_environment() -> dict[str, str]:
         UserError: another machine than x86-64 Linux, or a MindSpore without the Ascend plugin.
     """
     common = {"MS_SIMULATION_LEVEL": "0", "GLOG_v": "3", "OMP_NUM_THREADS": "1"}
-    if has_cann():
+    home = os.environ.get("ASCEND_HOME_PATH", "")
+    if os.path.isdir(home) or importlib.util.find_spec("acl") is not None:  # the CANN toolkit, its environment set
         return common
     package = mindspore_folder()
     check_machine(package)
@@ -45,12 +46,6 @@ def simulation_environment() -> dict[str, str]:
         "LD_LIBRARY_PATH": _joined(map(str, libraries), "LD_LIBRARY_PATH"),
         "PYTHONPATH": _joined([str(folder / "python")], "PYTHONPATH"),
     }
-
-
-def has_cann() -> bool:
-    """Returns whether the CANN toolkit is installed and its environment set."""
-    home = os.environ.get("ASCEND_HOME_PATH", "")
-    return bool(home and os.path.isdir(home)) or importlib.util.find_spec("acl") is not None
 
 
 def check_machine(package: Path) -> None:
@@ -68,8 +63,7 @@ def prepared(package: Path) -> Path:
     """Returns the folder of the stand-ins for this wheel; the folder is complete or absent, even with several
     writers."""
     name = f"cann-stand-ins-{metadata.version('mindspore')}-{LAYOUT}"
-    cache = _cache_folder()
-    folder = cache / name
+    folder = _cache_folder() / name
     if folder.is_dir():
         return folder
     with unfinished(folder) as own:
@@ -95,8 +89,13 @@ def write_stand_ins(folder: Path, package: Path) -> tuple[int, list[str]]:
 
 
 def wanted(package: Path) -> tuple[set[str], list[str]]:
-    """Symbols that the plugin's libraries leave undefined, and libraries that they need and nobody has."""
-    plugins, others = _libraries(package)
+    """Returns the symbols that the plugin's libraries leave undefined, and libraries that they need and nobody has."""
+    plugin = package / "lib" / "plugin"
+    plugins = [plugin / "libmindspore_ascend.so.2", plugin / "libmindspore_ops_ascend.so"]
+    plugins += [path for path in (plugin / "ascend").rglob("*") if ".so" in path.name]
+    plugins = sorted({path for path in plugins if path.is_file()})
+    others = [path for folder in (package, package / "lib") for path in folder.iterdir() if ".so" in path.name]
+    others = sorted(path for path in others if path.is_file() and path not in plugins)
     defined, undefined, needed = set(), set(), set()
     for path in plugins:
         found: Symbols = read_symbols(path)
@@ -105,20 +104,10 @@ def wanted(package: Path) -> tuple[set[str], list[str]]:
         needed |= set(found.needed)
     for path in others:
         defined |= read_symbols(path).defined
-    present = {path.name for path in (*plugins, *others)} | set(os.listdir(package / "lib" / "plugin"))
+    present = {path.name for path in (*plugins, *others)} | set(os.listdir(plugin))
     symbols = {name for name in undefined - defined if not name.startswith(("Py", "_Py"))}
     missing = sorted(needed - present - NEVER - {MAIN_LIBRARY})
     return symbols, [name for name in missing if not name.startswith("ld-linux") and not _system_has(name)]
-
-
-def _libraries(package: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the shared objects of the wheel: those of the Ascend plugin, and all others."""
-    plugin = package / "lib" / "plugin"
-    own = [plugin / "libmindspore_ascend.so.2", plugin / "libmindspore_ops_ascend.so"]
-    own += [path for path in (plugin / "ascend").rglob("*") if ".so" in path.name]
-    own = sorted({path for path in own if path.is_file()})
-    others = [path for folder in (package, package / "lib") for path in folder.iterdir() if ".so" in path.name]
-    return own, sorted(path for path in others if path.is_file() and path not in own)
 
 
 def _system_has(name: str) -> bool:
@@ -143,5 +132,5 @@ def _cache_folder() -> Path:
 
 
 def _joined(paths, variable: str) -> str:
-    """Paths in front of what a variable of the environment holds."""
+    """Returns paths in front of what a variable of the environment holds."""
     return os.pathsep.join([*paths, *filter(None, [os.environ.get(variable)])])

@@ -27,21 +27,6 @@ class NotExecutable(ClusterError):
 
 
 # ---- operators that change parameters: -> (result, {position of an input: its new value})
-def assign(_, parameter, value, *rest):
-    """Computes parameter <- value."""
-    return value, {0: value}
-
-
-def assign_add(_, parameter, value, *rest):
-    """Computes parameter <- parameter + value."""
-    return parameter + value, {0: parameter + value}
-
-
-def assign_sub(_, parameter, value, *rest):
-    """Computes parameter <- parameter - value."""
-    return parameter - value, {0: parameter - value}
-
-
 def adam(attributes, p, m, v, power1, power2, rate, beta1, beta2, eps, gradient, *rest):
     """Computes Adam (arXiv 1412.6980, algorithm 1); the powers are those of the betas."""
     assert not attributes.get("use_nesterov"), "Adam with Nesterov momentum"
@@ -60,68 +45,53 @@ def adam_weight_decay(_, p, m, v, rate, beta1, beta2, eps, decay, gradient, *res
 
 
 UPDATES = {
-    "Assign": assign,
-    "AssignAdd": assign_add,
-    "AssignSub": assign_sub,
+    "Assign": lambda _, parameter, value, *rest: (value, {0: value}),
+    "AssignAdd": lambda _, parameter, value, *rest: (parameter + value, {0: parameter + value}),
+    "AssignSub": lambda _, parameter, value, *rest: (parameter - value, {0: parameter - value}),
     "Adam": adam,
     "AdamWeightDecay": adam_weight_decay,
 }
 
 
 # ---- collectives: (attributes, what each member holds, in order of the group) -> what each gets
-def all_reduce(attributes, held):
+def all_reduce(attributes, inputs):
     """Gives every member the sum, or the largest or smallest."""
     join = {"sum": sum, "max": np.maximum.reduce, "min": np.minimum.reduce}[attributes["op"]]
-    return [join(held)] * len(held)
+    return [join(inputs)] * len(inputs)
 
 
-def all_to_all(attributes, held):
+def all_to_all(attributes, inputs):
     """Sends part q of member r, split along split_dim, to member q, which joins what it receives along concat_dim."""
-    parts = [np.split(x, len(held), attributes["split_dim"]) for x in held]
-    return [np.concatenate([part[r] for part in parts], attributes["concat_dim"]) for r in range(len(held))]
+    parts = [np.split(x, len(inputs), attributes["split_dim"]) for x in inputs]
+    return [np.concatenate([part[r] for part in parts], attributes["concat_dim"]) for r in range(len(inputs))]
 
 
-def all_gather(_, held):
-    """Gives every member the inputs of all members, joined along axis 0."""
-    return [np.concatenate(held, 0)] * len(held)
-
-
-def reduce_scatter(_, held):
-    """Gives every member its part of the sum, along axis 0."""
-    return np.split(sum(held), len(held), 0)
-
-
-def all_to_all_v(attributes, held):
+def all_to_all_v(attributes, inputs):
     """Exchanges parts of any size: (flat x, counts sent, counts received), in units of block_size."""
-    block, cuts = int(attributes["block_size"]), []
-    for x, sent, _ in held:
+    block, parts = int(attributes["block_size"]), []
+    for x, sent, _ in inputs:
         sizes = [int(count) * block for count in np.ravel(sent)]
-        if x.ndim != 1 or len(sizes) != len(held) or sum(sizes) != x.size:
+        if x.ndim != 1 or len(sizes) != len(inputs) or sum(sizes) != x.size:
             raise ClusterError(f"AlltoAllV: {x.shape} does not hold what is sent, {sizes}")
-        cuts.append(np.split(x, np.cumsum(sizes)[:-1]))
+        parts.append(np.split(x, np.cumsum(sizes)[:-1]))
     out = []
-    for r, (_, _, received) in enumerate(held):
+    for r, (_, _, received) in enumerate(inputs):
         sizes = [int(count) * block for count in np.ravel(received)]
-        if sizes != [cut[r].size for cut in cuts]:
-            raise ClusterError(f"AlltoAllV: a member expects {sizes}, others send {[cut[r].size for cut in cuts]}")
+        if sizes != [part[r].size for part in parts]:
+            raise ClusterError(f"AlltoAllV: a member expects {sizes}, others send {[part[r].size for part in parts]}")
         if not sum(sizes):
             raise ClusterError("AlltoAllV: a rank receives nothing; its output is undefined on the device")
-        out.append(np.concatenate([cut[r] for cut in cuts]))
+        out.append(np.concatenate([part[r] for part in parts]))
     return out
 
 
-def all_to_all_vc(attributes, held):
+def all_to_all_vc(attributes, inputs):
     """Exchanges parts by one matrix [source, destination] for all members; `transpose` reads it transposed."""
-    matrices = [np.asarray(counts).reshape(len(held), len(held)) for _, counts in held]
+    matrices = [np.asarray(counts).reshape(len(inputs), len(inputs)) for _, counts in inputs]
     if not all(np.array_equal(matrices[0], matrix) for matrix in matrices):
         raise ClusterError("AlltoAllVC: members hold different matrices")
     counts = matrices[0].T if attributes["transpose"] else matrices[0]
-    return all_to_all_v(attributes, [(x, counts[r], counts[:, r]) for r, (x, _) in enumerate(held)])
-
-
-def hand_over(_, held):
-    """Passes the value of a Send to the Receive."""
-    return held
+    return all_to_all_v(attributes, [(x, counts[r], counts[:, r]) for r, (x, _) in enumerate(inputs)])
 
 
 EXCHANGES = {
@@ -129,9 +99,9 @@ EXCHANGES = {
     "AlltoAll": all_to_all,
     "AlltoAllV": all_to_all_v,
     "AlltoAllVC": all_to_all_vc,
-    "AllGather": all_gather,
-    "ReduceScatter": reduce_scatter,
-    "Send": hand_over,
+    "AllGather": lambda _, inputs: [np.concatenate(inputs, 0)] * len(inputs),
+    "ReduceScatter": lambda _, inputs: np.split(sum(inputs), len(inputs), 0),
+    "Send": lambda _, inputs: inputs,  # to the Receive
 }
 WITH_COUNTS = ("AlltoAllV", "AlltoAllVC")
 TRANSFERS = ("Send", "Receive")
@@ -150,7 +120,7 @@ class Closure:
     pass."""
 
     function: Graph
-    held: tuple
+    captured: tuple
 
 
 HANDED_ON = ("Depend", "MakeTuple", "TupleGetItem")  # they hand on a parameter, and read nothing of it
@@ -177,35 +147,35 @@ def _run(graph, inputs, weights, functions, constants) -> Generator:
         if node.kind == CONSTANT:
             continue
         if node.kind == "Partial":
-            held = tuple(values[name] for name in node.inputs[1:])
-            values[node.output] = Closure(functions[node.inputs[0]], held)
+            captured = tuple(values[name] for name in node.inputs[1:])
+            values[node.output] = Closure(functions[node.inputs[0]], captured)
             continue
         given = [values[name] for name in node.inputs]
         if node.kind.startswith(CALL):
             called = node.kind.removeprefix(CALL)
             part = Closure(functions[called], ()) if called in functions else values[called]
-            given = (*part.held, *given)
+            given = (*part.captured, *given)
             (values[node.output],) = yield from _run(part.function, given, weights, functions, constants)
             continue
-        held = given if node.kind in HANDED_ON else [_read(value, weights) for value in given]
+        operands = given if node.kind in HANDED_ON else [_read(value, weights) for value in given]
         if node.kind in EXCHANGES or node.kind == "Receive":
-            out = yield node, tuple(held) if node.kind in WITH_COUNTS else held[0]
+            out = yield node, tuple(operands) if node.kind in WITH_COUNTS else operands[0]
         elif node.kind in UPDATES:
-            out, changed = _computed(UPDATES, node, held)
+            out, changed = _computed(UPDATES, node, operands)
             for place, value in changed.items():  # bound anew, never in place: others may hold the old value
-                weights[given[place].name] = np.asarray(value).astype(held[place].dtype)
+                weights[given[place].name] = np.asarray(value).astype(operands[place].dtype)
         else:
-            out = _computed(OPERATORS, node, held)
+            out = _computed(OPERATORS, node, operands)
         values[node.output] = checked(node, out)
     return tuple(values[name] for name in graph.outputs)
 
 
-def _computed(known, node, held):
+def _computed(known, node, operands):
     """Computes one operator (ClusterError: inputs that it does not allow; NotExecutable)."""
     if node.kind not in known:
         raise NotExecutable(f"operator {node.kind}: cannot be executed ({node.scope})")
     try:
-        return known[node.kind](node.attributes, *held)
+        return known[node.kind](node.attributes, *operands)
     except IllegalInput as error:
         raise ClusterError(f"operator {node.kind}: {error} ({node.scope})") from None
     except (AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -300,8 +270,8 @@ def _transfer(rank, waiting, answers, met, exchanges) -> None:
             f"rank {rank} is at {node.kind} {tag}, rank {partner} at its {other.kind} {other.attributes['sr_tag']}"
         )
     sender, receiver = (rank, partner) if node.kind == "Send" else (partner, rank)
-    node, held = waiting[sender]
-    (out,) = exchanges["Send"](node.attributes, [held])
+    node, sent = waiting[sender]
+    (out,) = exchanges["Send"](node.attributes, [sent])
     met["Send", (sender, receiver)] += 1
-    answers[sender], answers[receiver] = held, out
+    answers[sender], answers[receiver] = sent, out
     del waiting[sender], waiting[receiver]

@@ -1,4 +1,4 @@
-"""Fused operators of Ascend in numpy.
+"""Implements fused operators of Ascend in numpy.
 
 They do what MindSpore 2.9 documents of them; see interpreter_ops.
 
@@ -30,14 +30,14 @@ def rms_norm_grad(_, d_out, x, scale, gain):
 def swiglu(_, x, axis):
     """Returns a * sigmoid(a) * b of the halves a, b along an axis."""
     a, b = np.split(x, 2, int(axis))
-    return a * sigmoid(None, a) * b
+    return a * sigmoid(a) * b
 
 
 @operator("SwigluGrad")
 def swiglu_grad(_, d_out, x, axis):
     """Returns the gradient of both halves."""
     a, b = np.split(x, 2, int(axis))
-    gate = sigmoid(None, a)
+    gate = sigmoid(a)
     return np.concatenate([d_out * b * gate * (1 + a * (1 - gate)), d_out * a * gate], int(axis))
 
 

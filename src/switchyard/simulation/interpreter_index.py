@@ -1,8 +1,8 @@
-"""Operators that go by index (sort, gather, scatter) and those of grouped experts, in numpy; see interpreter_ops."""
+"""Implements operators by index (sort, gather, scatter) and grouped experts, in numpy; see interpreter_ops."""
 
 import numpy as np
 
-from switchyard.simulation.interpreter_ops import IllegalInput, axes_of, operator
+from switchyard.simulation.interpreter_ops import OPERATORS, IllegalInput, axes_of, operator
 
 
 def legal(index: np.ndarray, size: int) -> np.ndarray:
@@ -20,19 +20,16 @@ def top_k(_, x, count):
     return np.take_along_axis(x, index, -1), index.astype(np.int32)
 
 
-@operator("Sort")
-def sort(attributes, x):
-    """Returns x sorted along an axis, and the index of each value."""
-    axis = attributes["axis"]
-    index = np.argsort(-x if attributes["descending"] else x, axis=axis, kind="stable")
-    return np.take_along_axis(x, index, axis), index.astype(np.int32)
-
-
-@operator("SortExt")
-def sort_ext(_, x, axis, descending, stable):
+def sort(x, axis, descending, index_type):
     """Returns x sorted along an axis, and the index of each value."""
     index = np.argsort(-x if descending else x, axis=int(axis), kind="stable")
-    return np.take_along_axis(x, index, int(axis)), index.astype(np.int64)
+    return np.take_along_axis(x, index, int(axis)), index.astype(index_type)
+
+
+OPERATORS |= {
+    "Sort": lambda attributes, x: sort(x, attributes["axis"], attributes["descending"], np.int32),
+    "SortExt": lambda _, x, axis, descending, stable: sort(x, axis, descending, np.int64),
+}
 
 
 @operator("OneHot")
@@ -43,21 +40,21 @@ def one_hot(_, index, depth, on, off, axis):
 
 
 # ---- gather and scatter
+OPERATORS |= {
+    "GatherD": lambda _, x, axis, index: np.take_along_axis(x, legal(index, x.shape[int(axis)]), int(axis)),
+    "IndexSelect": lambda _, x, axis, index: np.take(x, legal(index, x.shape[int(axis)]), int(axis)),
+}
+
+
 @operator("Gather")
 def gather(_, x, index, axis, batch_dims=0):
-    """Entries of x along an axis; batch_dims 1: of each group by itself."""
+    """Returns entries of x along an axis; batch_dims 1: of each group by itself."""
     axis = int(axis)
     legal(index, x.shape[axis])
     if int(batch_dims) == 0:
         return np.take(x, index, axis)
     assert int(batch_dims) == 1 and axis == 1, "batch_dims of Gather"
     return np.stack([np.take(part, places, 0) for part, places in zip(x, index)])
-
-
-@operator("GatherD")
-def gather_d(_, x, axis, index):
-    """Entries of x along an axis, elsewhere in place."""
-    return np.take_along_axis(x, legal(index, x.shape[int(axis)]), int(axis))
 
 
 @operator("GatherDGradV2")
@@ -70,12 +67,6 @@ def gather_d_grad(_, x, axis, index, d_out):
     return out
 
 
-@operator("IndexSelect")
-def index_select(_, x, axis, index):
-    """Entries of x along an axis by a vector of indices."""
-    return np.take(x, legal(index, x.shape[int(axis)]), int(axis))
-
-
 @operator("InplaceIndexAddExt")
 def index_add(_, x, axis, index, values, factor):
     """Adds values to rows of x, really in place: an aliasing error of the compiler would show."""
@@ -86,7 +77,7 @@ def index_add(_, x, axis, index, values, factor):
 
 @operator("ScatterNd")
 def scatter_nd(_, index, values, to):
-    """Zeros of a shape with values added at indices."""
+    """Returns zeros of a shape with values added at indices."""
     out = np.zeros(axes_of(to), values.dtype)
     np.add.at(out, tuple(np.moveaxis(index, -1, 0)), values)
     return out

@@ -1,4 +1,4 @@
-"""Implements each operator of a compiled graph in numpy: one function per operator, by family.
+"""Implements the operators of a compiled graph in numpy, by family; one of a single expression is an entry of a table.
 
 A function gets the operator's attributes and its inputs, and returns its output (a tuple where there are several). The
 order of inputs is that of MindSpore 2.9's primitives. Where a device would read garbage (an index out of range) an
@@ -37,6 +37,11 @@ def axes_of(value) -> tuple[int, ...]:
     return tuple(int(part) for part in np.ravel(value)) if value is not None else ()
 
 
+def sigmoid(x):
+    """Returns 1 / (1 + exp(-x))."""
+    return 1 / (1 + np.exp(-x))
+
+
 def type_of(number, otherwise):
     """Returns the numpy type of a mindspore.dtype number."""
     return otherwise if number is None else TYPE_NUMBERS[int(number)]
@@ -55,184 +60,45 @@ UNARY = {
     "Neg": np.negative, "Square": np.square, "Exp": np.exp, "Log": np.log, "Sqrt": np.sqrt, "Tanh": np.tanh,
     "Abs": np.abs, "Floor": np.floor, "LogicalNot": np.logical_not, "Cos": np.cos, "Sin": np.sin,
     "IsFinite": np.isfinite, "ZerosLike": np.zeros_like, "OnesLike": np.ones_like, "Reciprocal": np.reciprocal,
-    "StopGradient": np.asarray,
+    "StopGradient": np.asarray, "TensorMove": np.array,  # a copy, which a later update of x in place does not change
+    "ReLU": lambda x: np.maximum(x, 0), "Sigmoid": sigmoid, "Rsqrt": lambda x: 1 / np.sqrt(x),
+    "Softplus": lambda x: np.logaddexp(np.zeros_like(x), x), "Max": np.max,
 }  # fmt: skip
-
-
-def _of_one(function):
-    return lambda attributes, x: function(x)  # a further input would be numpy's `out`
-
-
-def _of_two(function):
-    return lambda attributes, x, y: function(x, y)
-
-
-OPERATORS.update({name: _of_one(function) for name, function in UNARY.items()})
-OPERATORS.update({name: _of_two(function) for name, function in BINARY.items()})
-
-
-@operator("Muls")
-def muls(_, x, scalar):
-    """Returns x times a number, in x's type."""
-    return x * np.asarray(scalar).astype(x.dtype)
-
-
-@operator("Divs")
-def divs(_, x, scalar):
-    """Returns x divided by a number, in x's type."""
-    return x / np.asarray(scalar).astype(x.dtype)
-
-
-@operator("AddScalar")
-def add_scalar(_, x, scalar, factor=1):
-    """Returns x plus a number times a factor, in x's type."""
-    return x + np.asarray(scalar * factor).astype(x.dtype)
-
-
-@operator("SubScalar")
-def sub_scalar(_, x, scalar, factor=1):
-    """Returns x minus a number times a factor, in x's type."""
-    return x - np.asarray(scalar * factor).astype(x.dtype)
-
-
-@operator("PowTensorScalar")
-def pow_scalar(_, x, scalar):
-    """Returns x to the power of a number."""
-    return x ** np.asarray(scalar).astype(x.dtype)
-
-
-@operator("ReLU")
-def relu(_, x):
-    """Returns max(x, 0)."""
-    return np.maximum(x, 0)
-
-
-@operator("ReluGrad")
-def relu_grad(_, d_out, out):
-    """Returns the gradient of ReLU by its output."""
-    return d_out * (out > 0)
-
-
-@operator("Sigmoid")
-def sigmoid(_, x):
-    """Returns 1 / (1 + exp(-x))."""
-    return 1 / (1 + np.exp(-x))
-
-
-@operator("SigmoidGrad")
-def sigmoid_grad(_, out, d_out):
-    """Returns the gradient of Sigmoid by its output."""
-    return d_out * out * (1 - out)
-
-
-@operator("Softplus")
-def softplus(_, x):
-    """Returns log(1 + exp(x))."""
-    return np.logaddexp(np.zeros_like(x), x)
-
-
-@operator("SoftplusGrad")
-def softplus_grad(_, d_out, x):
-    """Returns the gradient of Softplus by its input."""
-    return d_out / (1 + np.exp(-x))
-
-
-@operator("Rsqrt")
-def rsqrt(_, x):
-    """Returns 1 / sqrt(x)."""
-    return 1 / np.sqrt(x)
-
-
-@operator("RsqrtGrad")
-def rsqrt_grad(_, out, d_out):
-    """Returns the gradient of Rsqrt by its output."""
-    return -0.5 * d_out * out**3
-
-
-@operator("SqrtGrad")
-def sqrt_grad(_, out, d_out):
-    """Returns the gradient of Sqrt by its output."""
-    return d_out * 0.5 / out
-
-
-@operator("ReciprocalGrad")
-def reciprocal_grad(_, out, d_out):
-    """Returns the gradient of Reciprocal by its output."""
-    return -d_out * out * out
-
-
-@operator("TanhGrad")
-def tanh_grad(_, out, d_out):
-    """Returns the gradient of Tanh by its output."""
-    return d_out * (1 - out * out)
-
-
-@operator("MaximumGrad", "MinimumGrad")
-def maximum_grad(attributes, x, y, d_out, *rest):
-    """Returns the gradient of Maximum to whichever is larger (Minimum is differentiated by Select)."""
-    first = x >= y
-    return d_out * first, d_out * ~first
-
-
-@operator("MulNoNan")
-def multiply_no_nan(_, x, y):
-    """Returns x times y, and 0 where y is 0, whatever x is."""
-    return np.where(y == 0, np.zeros_like(x), x * y)
-
-
-@operator("Select")
-def select(_, condition, x, y):
-    """Returns x where the condition holds, else y."""
-    return np.where(condition, x, y)
-
-
-@operator("Cast")
-def cast(_, x, kind):
-    """Returns x in another type."""
-    return np.asarray(x).astype(TYPE_NUMBERS[int(kind)])
-
-
-@operator("ScalarCast")
-def scalar_cast(_, x, kind):
-    """Returns a number in another type."""
-    return TYPE_NUMBERS[int(kind)](x)
-
-
-@operator("AddN")
-def add_n(_, parts):
-    """Returns the sum of a tuple of tensors."""
-    return sum(parts[1:], parts[0])
-
+# gradients by the operator's own output; those of Softplus and ReLU are below, with their inputs the other way round
+BY_OUTPUT = {
+    "SigmoidGrad": lambda out, d_out: d_out * out * (1 - out),
+    "RsqrtGrad": lambda out, d_out: -0.5 * d_out * out**3,
+    "SqrtGrad": lambda out, d_out: d_out * 0.5 / out,
+    "ReciprocalGrad": lambda out, d_out: -d_out * out * out,
+    "TanhGrad": lambda out, d_out: d_out * (1 - out * out),
+}
+OPERATORS |= {name: lambda _, x, function=function: function(x) for name, function in UNARY.items()}
+OPERATORS |= {
+    name: lambda _, x, y, function=function: function(x, y) for name, function in (BINARY | BY_OUTPUT).items()
+}
+OPERATORS |= {
+    "Muls": lambda _, x, scalar: x * np.asarray(scalar).astype(x.dtype),
+    "Divs": lambda _, x, scalar: x / np.asarray(scalar).astype(x.dtype),
+    "AddScalar": lambda _, x, scalar, factor=1: x + np.asarray(scalar * factor).astype(x.dtype),
+    "SubScalar": lambda _, x, scalar, factor=1: x - np.asarray(scalar * factor).astype(x.dtype),
+    "PowTensorScalar": lambda _, x, scalar: x ** np.asarray(scalar).astype(x.dtype),
+    "ReluGrad": lambda _, d_out, out: d_out * (out > 0),
+    "SoftplusGrad": lambda _, d_out, x: d_out / (1 + np.exp(-x)),
+    # to whichever is larger; Minimum is differentiated by Select
+    "MaximumGrad": lambda _, x, y, d_out, *rest: (d_out * (x >= y), d_out * ~(x >= y)),
+    "MulNoNan": lambda _, x, y: np.where(y == 0, np.zeros_like(x), x * y),  # 0 where y is 0, whatever x is
+    "Select": lambda _, condition, x, y: np.where(condition, x, y),
+    "Cast": lambda _, x, kind: np.asarray(x).astype(TYPE_NUMBERS[int(kind)]),
+    "ScalarCast": lambda _, x, kind: TYPE_NUMBERS[int(kind)](x),
+    "AddN": lambda _, parts: sum(parts[1:], parts[0]),
+}
+OPERATORS["MinimumGrad"] = OPERATORS["MaximumGrad"]
 
 # ---- order and tuples: no arithmetic
-@operator("Load", "Depend", "MoveTo")
-def first_input(_, x, *rest):
-    """Returns the first input as it is."""
-    return x
-
-
-@operator("TensorMove")
-def copy(_, x):
-    """Returns a copy, which a later update of x in place does not change."""
-    return np.array(x)
-
-
-@operator("UpdateState")
-def update_state(_, *inputs):
-    """Orders side effects."""
-    return Monad()
-
-
-@operator("MakeTuple", "MakeList")
-def make_tuple(_, *inputs):
-    """Returns the inputs as a tuple."""
-    return tuple(inputs)
-
-
-@operator("TupleGetItem", "ListGetItem")
-def tuple_item(_, parts, index):
-    """Returns one entry of a tuple."""
-    return parts[int(index)]
+OPERATORS |= dict.fromkeys(("Load", "Depend", "MoveTo"), lambda _, x, *rest: x)
+OPERATORS |= dict.fromkeys(("MakeTuple", "MakeList"), lambda _, *inputs: inputs)
+OPERATORS |= dict.fromkeys(("TupleGetItem", "ListGetItem"), lambda _, parts, index: parts[int(index)])
+OPERATORS["UpdateState"] = lambda _, *inputs: Monad()
 
 
 # ---- products and reductions
@@ -244,51 +110,21 @@ def matmul(_, a, b, transpose_a, transpose_b):
     return np.matmul(a.astype(wide), b.astype(wide)).astype(a.dtype)
 
 
-def _reduced(function, x, axes, keep):
+def reduced(function, x, axes, keep, kind=None):
+    """Returns a reduction of x over axes, all where none is named, in x's type and then in the named type."""
     axes = axes_of(axes) or tuple(range(np.ndim(x)))
-    return function(x, axis=axes, keepdims=bool(keep)).astype(x.dtype)
+    return function(x, axis=axes, keepdims=bool(keep)).astype(x.dtype).astype(type_of(kind, x.dtype))
 
 
-@operator("ReduceSum")
-def reduce_sum(_, x, axes, keep, skip):
-    """Returns the sum over axes."""
-    return x if skip and not axes_of(axes) else _reduced(np.sum, x, axes, keep)
-
-
-@operator("SumExt")
-def sum_ext(_, x, axes, keep, kind):
-    """Returns the sum over axes, in another type if one is named."""
-    return _reduced(np.sum, x, axes, keep).astype(type_of(kind, x.dtype))
-
-
-@operator("ReduceMean")
-def reduce_mean(_, x, axes, keep):
-    """Returns the mean over axes."""
-    return _reduced(np.mean, x, axes, keep)
-
-
-@operator("MeanExt")
-def mean_ext(_, x, axes, keep, kind):
-    """Returns the mean over axes, in another type if one is named."""
-    return _reduced(np.mean, x, axes, keep).astype(type_of(kind, x.dtype))
-
-
-@operator("ReduceMax")
-def reduce_max(_, x, axes, keep):
-    """Returns the largest value over axes."""
-    return _reduced(np.max, x, axes, keep)
-
-
-@operator("ReduceMin")
-def reduce_min(_, x, axes, keep):
-    """Returns the smallest value over axes."""
-    return _reduced(np.min, x, axes, keep)
-
-
-@operator("Max")
-def largest(_, x):
-    """Returns the largest value."""
-    return np.max(x)
+OPERATORS |= {
+    "ReduceSum": lambda _, x, axes, keep, skip: x if skip and not axes_of(axes) else reduced(np.sum, x, axes, keep),
+    "ReduceMean": lambda _, x, axes, keep: reduced(np.mean, x, axes, keep),
+    "ReduceMax": lambda _, x, axes, keep: reduced(np.max, x, axes, keep),
+    "ReduceMin": lambda _, x, axes, keep: reduced(np.min, x, axes, keep),
+    "SumExt": lambda _, x, axes, keep, kind: reduced(np.sum, x, axes, keep, kind),
+    "MeanExt": lambda _, x, axes, keep, kind: reduced(np.mean, x, axes, keep, kind),
+    "CumsumExt": lambda _, x, axis, kind: np.cumsum(x, int(axis), dtype=type_of(kind, x.dtype)),
+}
 
 
 @operator("Argmax")
@@ -305,12 +141,6 @@ def cumsum(_, x, axis, exclusive, reverse):
     total = np.cumsum(x, axis, dtype=x.dtype)
     total = total - x if exclusive else total
     return np.flip(total, axis) if reverse else total
-
-
-@operator("CumsumExt")
-def cumsum_ext(_, x, axis, kind):
-    """Returns the running sum along an axis."""
-    return np.cumsum(x, int(axis), dtype=type_of(kind, x.dtype))
 
 
 # ---- softmax

@@ -1,51 +1,45 @@
-"""Operators that move or make values without arithmetic, in numpy; see interpreter_ops."""
+"""Implements operators that move or make values without arithmetic, in numpy; see interpreter_ops."""
 
 import numpy as np
 
-from switchyard.simulation.interpreter_ops import TYPE_NUMBERS, axes_of, operator
+from switchyard.simulation.interpreter_ops import OPERATORS, TYPE_NUMBERS, axes_of, operator
 
 
-# ---- shape
-@operator("Shape")
-def shape(_, x):
-    """Returns the local shape."""
-    return tuple(x.shape)
+def axis_of(attributes, axis) -> int:
+    """Returns the axis that an operator's input names, else the axis of its attributes."""
+    return int(attributes["axis"] if axis is None else axis)
 
 
-@operator("Reshape")
-def reshape(_, x, to):
-    """Returns the same values in another shape."""
-    return np.reshape(x, axes_of(to))
-
-
-@operator("Transpose")
-def transpose(_, x, order):
-    """Axes in another order."""
-    return np.transpose(x, axes_of(order))
-
-
-@operator("TransposeExtView")
-def swap_axes(_, x, first, second):
-    """Exchanges two axes; a view."""
-    return np.swapaxes(x, int(first), int(second))
-
-
-@operator("ExpandDims")
-def expand_dims(_, x, axis):
-    """Adds an axis of length 1."""
-    return np.expand_dims(x, int(axis))
+OPERATORS |= {
+    "Shape": lambda _, x: tuple(x.shape),  # of the rank's shard
+    "Reshape": lambda _, x, to: np.reshape(x, axes_of(to)),
+    "Transpose": lambda _, x, order: np.transpose(x, axes_of(order)),
+    "TransposeExtView": lambda _, x, first, second: np.swapaxes(x, int(first), int(second)),
+    "ExpandDims": lambda _, x, axis: np.expand_dims(x, int(axis)),
+    "Tile": lambda _, x, times: np.tile(x, axes_of(times)),
+    "Concat": lambda attributes, parts, axis=None: np.concatenate(parts, axis_of(attributes, axis)),
+    "Stack": lambda attributes, parts: np.stack(parts, int(attributes["axis"])),
+    "Unstack": lambda attributes, x: tuple(np.moveaxis(x, int(attributes["axis"]), 0)),
+    "SplitWithSize": lambda _, x, sizes, axis: tuple(np.split(x, np.cumsum(axes_of(sizes))[:-1], int(axis))),
+    "RepeatInterleaveTensor": lambda _, x, times, axis, size: np.repeat(x, times, int(axis)),
+    # an unknown functor of the compiler is a KeyError
+    "ShapeCalc": lambda attributes, *inputs: SHAPES[attributes["functor"]](*inputs),
+    # constants of a shape
+    "Zeros": lambda _, to, kind: np.zeros(axes_of(to), TYPE_NUMBERS[int(kind)]),
+    "Ones": lambda _, to, kind: np.ones(axes_of(to), TYPE_NUMBERS[int(kind)]),
+    "FillV2": lambda _, to, value: np.full(axes_of(to), value),
+    "ZerosLikeExt": lambda _, x, *rest: np.zeros_like(x),
+    "Range": lambda _, first, last, step, *rest: np.arange(first, last, step, dtype=np.asarray(first).dtype),
+    "Arange": lambda _, first, last, step, kind: np.arange(int(first), int(last), int(step)).astype(
+        TYPE_NUMBERS[int(kind)]
+    ),
+}
 
 
 @operator("Squeeze")
 def squeeze(attributes, x, axis=None):
     """Removes axes of length 1."""
     return np.squeeze(x, axes_of(attributes["axis"] if axis is None else axis) or None)
-
-
-@operator("Tile")
-def tile(_, x, times):
-    """Returns x repeated along each axis."""
-    return np.tile(x, axes_of(times))
 
 
 @operator("BroadcastTo")
@@ -56,35 +50,11 @@ def broadcast_to(attributes, x, to=None):
     return np.broadcast_to(x, tuple(old if new == -1 else new for old, new in zip(kept, to))).copy()
 
 
-@operator("Concat")
-def concat(attributes, parts, axis=None):
-    """Tensors behind each other along an axis."""
-    return np.concatenate(parts, int(attributes["axis"] if axis is None else axis))
-
-
-@operator("Stack")
-def stack(attributes, parts):
-    """Tensors of one shape along a new axis."""
-    return np.stack(parts, int(attributes["axis"]))
-
-
-@operator("Unstack")
-def unstack(attributes, x):
-    """Returns the tensors stacked along an axis."""
-    return tuple(np.moveaxis(x, int(attributes["axis"]), 0))
-
-
 @operator("Split")
 def split(attributes, x, axis=None, number=None):
     """Splits x into equal parts along an axis."""
     number = attributes["output_num"] if number is None else number
-    return tuple(np.split(x, int(number), int(attributes["axis"] if axis is None else axis)))
-
-
-@operator("SplitWithSize")
-def split_with_size(_, x, sizes, axis):
-    """Parts of given sizes along an axis."""
-    return tuple(np.split(x, np.cumsum(axes_of(sizes))[:-1], int(axis)))
+    return tuple(np.split(x, int(number), axis_of(attributes, axis)))
 
 
 @operator("StridedSlice")
@@ -103,7 +73,7 @@ def strided_slice(_, x, begin, end, step, begin_mask, end_mask, ellipsis, new_ax
 
 @operator("StridedSliceGrad")
 def strided_slice_grad(attributes, d_out, to, begin, end, step, *masks):
-    """Zeros of a shape with d_out where StridedSlice took it from."""
+    """Returns zeros of a shape with d_out where StridedSlice took it from."""
     names = ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
     out = np.zeros(axes_of(to), d_out.dtype)
     strided_slice(None, out, begin, end, step, *(masks or [attributes[name] for name in names]))[...] = d_out
@@ -118,12 +88,6 @@ def slice_from(_, x, begin, size):
     return x[tuple(slice(first, last) for first, last in zip(begin, ends))]
 
 
-@operator("RepeatInterleaveTensor")
-def repeat_interleave(_, x, times, axis, size):
-    """Returns each entry as often as `times` says."""
-    return np.repeat(x, times, int(axis))
-
-
 # ---- what gradients ask of shapes that are known at run time only
 def concat_offsets(parts, axis):
     """Returns the offset of each tensor in the result of Concat."""
@@ -135,66 +99,18 @@ def concat_offsets(parts, axis):
 
 def broadcast_axes(x, y):
     """Returns the axes over which the gradients of two operands are summed after a broadcast of both."""
-    both = np.broadcast_shapes(x.shape, y.shape)
-    return tuple(_repeated(shape, both) for shape in (x.shape, y.shape))
-
-
-def _repeated(shape, both):
-    padded = (1,) * (len(both) - len(shape)) + shape
-    new = len(both) - len(shape)
-    return tuple(i for i, (own, joint) in enumerate(zip(padded, both)) if i < new or (own == 1 and joint != 1))
-
-
-def permuted_choices(index):
-    """Returns the shapes that the gradient of MoeTokenPermute asks for: only K, the second, is read."""
-    return None, (index.shape[1] if index.ndim == 2 else 1,)
+    both, axes = np.broadcast_shapes(x.shape, y.shape), ()
+    for shape in (x.shape, y.shape):
+        new = len(both) - len(shape)
+        padded = (1,) * new + shape
+        repeated = (i for i, (own, joint) in enumerate(zip(padded, both)) if i < new or (own == 1 and joint != 1))
+        axes = (*axes, tuple(repeated))
+    return axes
 
 
 SHAPES = {
     "ShapeCalc_g_concat": concat_offsets,
     "ShapeCalc_BroadcastGradientArgs": broadcast_axes,
-    "ShapeCalc_moe_token_permute_shapecalc": permuted_choices,
+    # of MoeTokenPermute's gradient only K, the second, is read
+    "ShapeCalc_moe_token_permute_shapecalc": lambda index: (None, (index.shape[1] if index.ndim == 2 else 1,)),
 }
-
-
-@operator("ShapeCalc")
-def shape_calc(attributes, *inputs):
-    """Computes shapes by a functor of the compiler; an unknown functor is a KeyError."""
-    return SHAPES[attributes["functor"]](*inputs)
-
-
-# ---- constants of a shape
-@operator("Zeros")
-def zeros(_, to, kind):
-    """Zeros of a shape."""
-    return np.zeros(axes_of(to), TYPE_NUMBERS[int(kind)])
-
-
-@operator("Ones")
-def ones(_, to, kind):
-    """Ones of a shape."""
-    return np.ones(axes_of(to), TYPE_NUMBERS[int(kind)])
-
-
-@operator("FillV2")
-def fill(_, to, value):
-    """Returns a tensor of one value."""
-    return np.full(axes_of(to), value)
-
-
-@operator("ZerosLikeExt")
-def zeros_like(_, x, *rest):
-    """Zeros of x's shape and type."""
-    return np.zeros_like(x)
-
-
-@operator("Arange")
-def arange(_, first, last, step, kind):
-    """Returns first, first + step, ... below last."""
-    return np.arange(int(first), int(last), int(step)).astype(TYPE_NUMBERS[int(kind)])
-
-
-@operator("Range")
-def range_of(_, first, last, step, *rest):
-    """Returns first, first + step, ... below last, in their type."""
-    return np.arange(first, last, step, dtype=np.asarray(first).dtype)

@@ -1,8 +1,8 @@
 """Decides whether an emulated cluster and one device agree, and why a parameter may still differ.
 
 AdamW divides a gradient by its own size, so a gradient near zero, whose sign is rounding, moves a parameter by up to
-twice the learning rate. Therefore parameters alone do not decide. Every step begins from the state of one device, cut,
-and is judged by itself:
+twice the learning rate. Therefore parameters alone do not decide. Every step begins from the state of one device, in
+shards, and is judged by itself:
 
     loss        differs by at most TOLERANCE, relative to its size (at least 1)
     norm        of the gradients: by at most GRADIENTS, relative to its size
@@ -12,7 +12,7 @@ and is judged by itself:
                 their gradients are equal by the rule above, and AdamW alone has set them apart
     the rest    (bias corrections) by at most TOLERANCE
 
-Whatever breaks one of these makes the verdict DIFFERENT. A sum that is missing, a factor or a wrong slice changes
+Whatever breaks one of these makes the verdict DIFFERENT. A sum that is missing, a factor or a wrong shard changes
 gradients by their own size, a thousand times more than what is allowed.
 """
 
@@ -45,6 +45,7 @@ class Comparison:
         explained: parameter -> entries that moved otherwise for gradients near zero.
         wrong: parameter -> how far it is from what AdamW makes of its own moments, where that is too far.
         strayed: choices of experts that fell otherwise, in all steps.
+        smooth: GELU was compared in the place of ReLU, see `emulate`.
     """
 
     losses: list[tuple[float, float]]
@@ -55,6 +56,7 @@ class Comparison:
     explained: dict[str, int] = field(default_factory=dict)
     wrong: dict[str, float] = field(default_factory=dict)
     strayed: int = 0
+    smooth: bool = False
 
     @property
     def largest(self) -> float:
@@ -67,13 +69,21 @@ class Comparison:
         return not name.startswith((FIRST, SECOND)) and name not in self.explained
 
     @property
-    def reasons(self) -> list[str]:
-        """Returns one line for each difference; empty where all is equal."""
-        lines = [
+    def losses_agree(self) -> bool:
+        """Returns whether the loss of every step agrees."""
+        return not self._of_losses()
+
+    def _of_losses(self) -> list[str]:
+        return [
             f"loss of step {step}: {cluster:.8f}, one device {one:.8f}"
             for step, (one, cluster) in enumerate(self.losses, 1)
             if not abs(one - cluster) <= TOLERANCE * max(1.0, abs(one))
         ]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Returns one line for each difference; empty where all is equal."""
+        lines = self._of_losses()
         lines += [
             f"norm of the gradients of step {step}: {cluster:.6g}, one device {one:.6g}"
             for step, (one, cluster) in enumerate(self.norms, 1)
@@ -104,11 +114,11 @@ class Judge:
 
     Args:
         optimizer: betas, eps, decay.
-        cut: (name, whole array, local shape, rank) -> the slice that the rank should hold.
+        shard: (name, full array, local shape, rank) -> the shard that the rank should hold.
     """
 
-    def __init__(self, optimizer: OptimizerConfig, cut: Callable):
-        self.optimizer, self.cut = optimizer, cut
+    def __init__(self, optimizer: OptimizerConfig, shard: Callable):
+        self.optimizer, self.shard = optimizer, shard
         self.differences: dict[str, float] = {}
         self.gradients: dict[str, float] = {}
         self.explained: Counter = Counter()
@@ -117,53 +127,44 @@ class Judge:
     def judge(self, ranks: list[Arrays], before: Arrays, after: Arrays, rate: float) -> None:
         """Judges one step: the parameters of the ranks after it, and the full state of one device before and after
         it."""
-        sizes = self._sizes(before, after)
+        sizes, beta1 = {}, self.optimizer.beta1  # of gradients: the largest entry, or that of the moment it updates
+        for moment in (name for name in after if name.startswith(FIRST)):
+            gradient = (after[moment] - beta1 * before[moment]) / (1 - beta1)
+            sizes[moment.removeprefix(FIRST)] = float(max(np.abs(gradient).max(), np.abs(after[moment]).max()))
         floor = NOISE * max(sizes.values(), default=0.0)
         for rank, own in enumerate(ranks):
             for name in sorted(own):
-                end = self.cut(name, after[name], own[name].shape, rank)
+                end = self.shard(name, after[name], own[name].shape, rank)
                 self._note(self.differences, name, float(np.abs(own[name] - end).max(initial=0.0)))
             for name, size in sizes.items():
                 if name in own:
                     self._judge_parameter(name, own, (before, after), rank, max(size, floor), rate)
 
-    def _sizes(self, before: Arrays, after: Arrays) -> dict[str, float]:
-        """Returns parameter -> largest entry of its gradient on one device, or of the moment that it updates."""
-        found, rest = {}, 1 - self.optimizer.beta1
-        for moment in (name for name in after if name.startswith(FIRST)):
-            gradient = (after[moment] - self.optimizer.beta1 * before[moment]) / rest
-            found[moment.removeprefix(FIRST)] = float(max(np.abs(gradient).max(), np.abs(after[moment]).max()))
-        return found
-
     def _judge_parameter(self, name: str, own: Arrays, states: tuple, rank: int, size: float, rate: float) -> None:
         """Judges the gradient by the moments, and the parameter by AdamW of these moments."""
         optimizer, (before, after) = self.optimizer, states
-        held = [self._held(kind + name, own, after, rank) for kind in (FIRST, SECOND)]
-        if None in (held[0], held[1]):
+        mean, square = FIRST + name, SECOND + name
+        if mean not in own or square not in own:
             return
-        first = _beyond_rounding(*held[0]) / (1 - optimizer.beta1)  # of g
-        second = _beyond_rounding(*held[1]) / (1 - optimizer.beta2)  # of g^2
+        first, second = (
+            _beyond_rounding(own[moment], self.shard(moment, after[moment], own[moment].shape, rank)) / (1 - beta)
+            for moment, beta in ((mean, optimizer.beta1), (square, optimizer.beta2))  # of g and of g^2
+        )
         self._note(self.gradients, name, worst((_relative(first, size), _relative(second, 2 * size**2))))
-        start = self.cut(name, before[name], own[name].shape, rank)
-        end = self.cut(name, after[name], own[name].shape, rank)
-        made = self._moved(name, start, own, after, rate)
+        start = self.shard(name, before[name], own[name].shape, rank)
+        end = self.shard(name, after[name], own[name].shape, rank)
+        decay = optimizer.weight_decay if start.ndim >= 2 else 0.0
+        first_moment = own[mean].astype(np.float64) / float(after["correction1"])
+        root = np.sqrt(own[square].astype(np.float64) / float(after["correction2"]))
+        made = start * (1 - rate * decay) - rate * first_moment / (
+            root + optimizer.eps
+        )  # AdamW as nn.adamw, in float64
         far = np.abs(own[name] - made)
         if not (far <= 1e-3 * rate + 1e-6 * np.abs(start) + 1e-9).all():
             self._note(self.wrong, name, float(far.max()))
         odd = int((~(np.abs(own[name] - end) <= TOLERANCE)).sum())
         if odd:
             self.explained[name] = max(self.explained[name], odd)
-
-    def _held(self, name, own, after, rank):
-        """Returns (the tensor of a rank, the expected tensor), or None where the rank holds none."""
-        return (own[name], self.cut(name, after[name], own[name].shape, rank)) if name in own else None
-
-    def _moved(self, name: str, start: np.ndarray, own: Arrays, after: Arrays, rate: float) -> np.ndarray:
-        """Computes AdamW of the rank's own moments (nn.adamw), in float64."""
-        decay = self.optimizer.weight_decay if start.ndim >= 2 else 0.0
-        mean = own[FIRST + name].astype(np.float64) / float(after["correction1"])
-        root = np.sqrt(own[SECOND + name].astype(np.float64) / float(after["correction2"]))
-        return start * (1 - rate * decay) - rate * mean / (root + self.optimizer.eps)
 
     @staticmethod
     def _note(where: dict, name: str, value: float) -> None:

@@ -1,1 +1,1 @@
-"""Training room: the compiled step, its schedule, checkpoints, metrics, the loop and evaluation."""
+"""Trains and evaluates: the compiled step, its schedule, checkpoints, metrics and the loop."""

@@ -21,8 +21,8 @@ from switchyard.models import create_model
 from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilities
 from switchyard.moe import metrics
 from switchyard.moe.routing.replay import Recorder, Replayer
-from switchyard.training.audit import layer_line, whole_numbers
 from switchyard.training.finite import check_evaluation
+from switchyard.training.router_metrics import integers, layer_line
 from switchyard.training.scores import eval_program
 from switchyard.trust import check_trusted_section
 
@@ -64,10 +64,10 @@ class Evaluation:
         loss_ci95: 95 % confidence interval of it: (low, high).
         bits_per_byte: loss in bits over the UTF-8 bytes that the tokens stand for.
         tokens: predictions that were scored.
-        layers: audits of the conditional layers, [] when dense: {layer (index from 0), load [E], importance [E],
+        layers: metrics of the conditional layers, [] when dense: {layer (index from 0), load [E], importance [E],
             dropped, entropy, max_violation, z}. load and importance are sums over the set, max_violation is that of
             the summed load, dropped a share of all choices, entropy and z are means over the real rows: the same
-            however the set is cut into batches and groups.
+            however the set is divided into batches and groups.
     """
 
     loss: float
@@ -84,14 +84,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what `eval.py --json` prints: loss, loss_ci95, perplexity, bits_per_byte, tokens, layers."""
-        return {
-            "loss": self.loss,
-            "loss_ci95": list(self.loss_ci95),
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-            "layers": self.layers,
-        }
+        figures = {name: getattr(self, name) for name in ("perplexity", "bits_per_byte", "tokens", "layers")}
+        return {"loss": self.loss, "loss_ci95": list(self.loss_ci95), **figures}
 
     @property
     def headline(self) -> str:
@@ -100,11 +94,9 @@ class Evaluation:
 
     def to_text(self) -> str:
         """Returns the figures for people: a line, and one for each conditional layer."""
-        lines = [
-            f"loss {self.loss:.4f} ({self.loss_ci95[0]:.4f}..{self.loss_ci95[1]:.4f} at 95 %)  "
-            f"{self.headline}  {self.tokens:,} {self.unit}"
-        ]
-        return "\n".join([*lines, *map(layer_line, self.layers)])
+        low, high = self.loss_ci95
+        line = f"loss {self.loss:.4f} ({low:.4f}..{high:.4f} at 95 %)  {self.headline}  {self.tokens:,} {self.unit}"
+        return "\n".join([line, *map(layer_line, self.layers)])
 
 
 @dataclass(frozen=True)
@@ -168,13 +160,18 @@ class Evaluator:
         for index, batch in enumerate(batches):
             found, stats, choices = self._program(*self._inputs(index, batch))
             if self._recorder:
-                self._recorder.add(index, batch.tokens, choices.asnumpy().transpose(1, 0, 2))
+                self._recorder.add(index, batch.tokens, self._recorded(choices))
             scores.append(found.asnumpy())  # [B, 3]
             if len(stats):
                 summed = summed + stats.asnumpy().astype(np.float64)
             self.is_compiled = True
             on_batch(index + 1)
         return self._evaluation(np.concatenate(scores).astype(np.float64), summed)
+
+    def _recorded(self, choices: Tensor) -> np.ndarray:
+        """Returns choices [N, M * K] of a batch as [M, N, K]."""
+        flat = choices.asnumpy().reshape(1, -1)
+        return metrics.recorded(flat, len(self._config.moe_layers), self._config.moe.choices)[0]
 
     def _inputs(self, index: int, batch: Batch) -> list[Tensor]:
         """Returns this device's part of a batch, and the choices that are replayed in it."""
@@ -202,7 +199,7 @@ class Evaluator:
         return [
             {
                 "layer": layer,
-                "load": whole_numbers(found["load"][place]),
+                "load": integers(found["load"][place]),
                 "importance": [float(mass) for mass in found["importance"][place]],
                 **{name: float(found[name][place]) for name in metrics.MEANS},
             }
@@ -243,18 +240,11 @@ class CascadeEvaluator:
         return ImageEvaluation(loss, interval, loss / math.log(2), len(losses), [], accuracy, cascade)
 
 
-def create_evaluator(
-    model: nn.Cell,
-    config: Config,
-    tokens_per_byte: float,
-    recorder: Recorder | None = None,
-    replayer: Replayer | None = None,
-    mesh: LocalMesh = LOCAL,
-) -> Evaluator | CascadeEvaluator:
-    """Returns the evaluator of a model, see Evaluator and CascadeEvaluator."""
+def create_evaluator(model: nn.Cell, config: Config, tokens_per_byte: float, **more) -> Evaluator | CascadeEvaluator:
+    """Returns the evaluator of a model; arguments as of Evaluator."""
     if config.model.type == "cascade":
         return CascadeEvaluator(model)
-    return Evaluator(model, config, tokens_per_byte, recorder, replayer, mesh)
+    return Evaluator(model, config, tokens_per_byte, **more)
 
 
 def mean_with_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -307,27 +297,27 @@ def evaluate(
         >>> len(found.layers[0]["load"])  # doctest: +SKIP
         8
     """
-    held = checkpoint.read(path, with_optimizer=False)
-    config = overridden(held.config, overrides)
+    loaded = checkpoint.read(path, with_optimizer=False)
+    config = overridden(loaded.config, overrides)
     check_trusted_section(config.moe, trust_code, say, overrides)
     for line in configuration.notes_of_checkpoint(config, overrides):
         say(line)
     require_one_device(config)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
-    data = load_scored(config, held.tokenizer_json, overrides)
-    say(f"checkpoint: {held.path}")
+    data = load_scored(config, loaded.tokenizer_json, overrides)
+    say(f"checkpoint: {loaded.path}")
     say(f"data: {data.description}")
     model = create_model(config, data.tokenizer.vocab_size)
-    checkpoint.load_weights(model, held.weights)
+    checkpoint.load_weights(model, loaded.weights)
     batches, moe = data.validation(), config.moe
     recorder = Recorder(moe.record, config, "evaluation") if moe.record else None
     replayer = Replayer(moe.replay, config, "evaluation") if moe.replay else None
     tokens_per_byte = data.validation_tokens / data.validation_bytes
-    evaluator = create_evaluator(model, config, tokens_per_byte, recorder, replayer)
+    evaluator = create_evaluator(model, config, tokens_per_byte, recorder=recorder, replayer=replayer)
     found = evaluator(batches, lambda done: on_batch(done, len(batches)))
     if recorder:
         recorder.save()
-    check_evaluation(found.to_dict(), f"'{held.path}'", "evaluate an earlier checkpoint, or use float32")
+    check_evaluation(found.to_dict(), f"'{loaded.path}'", "evaluate an earlier checkpoint, or use float32")
     return found
 
 
@@ -336,10 +326,8 @@ def overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config
     tree = on_one_device(config).model_dump()
     tree["moe"] |= {"record": None, "replay": None}  # those of the training run
     changed = configuration.build(tree, overrides, inherited=True)
-    keys = SHAPE_KEYS
-    if config.model.position == "learned":
-        keys = (*keys, "model.seq_length")
-    for key in keys:
+    learned = config.model.position == "learned"
+    for key in (*SHAPE_KEYS, "model.seq_length") if learned else SHAPE_KEYS:
         section, name = key.split(".")
         old, new = getattr(getattr(config, section), name), getattr(getattr(changed, section), name)
         if old != new:

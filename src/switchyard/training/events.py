@@ -1,4 +1,4 @@
-"""TensorBoard's event file, written where the events are made.
+"""Writes TensorBoard's event file where the events are made.
 
 tensorboardX's own writer has a thread. When a disk is full the thread ends with a traceback of its own, and the
 training then waits for a queue that nobody empties.

@@ -1,4 +1,4 @@
-"""Which figures are finite: what is not is never applied and never called a result."""
+"""Checks that figures are finite: what is not is never applied and never called a result."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping

@@ -16,7 +16,7 @@ TARGETS = ("Ascend", "GPU", "CPU")
 
 
 def main(arguments: list[str]) -> None:
-    """See the module."""
+    """Runs `python -m switchyard.training.launch`, see the module."""
     parser = cli.create_parser("python -m switchyard.training.launch", "Checks keys and degrees of a job of N devices.")
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see config/")
     parser.add_argument("--devices", required=True, type=int, metavar="N", help="devices of all nodes together")

@@ -14,15 +14,11 @@ from switchyard.device import COMPUTE_DTYPES
 from switchyard.errors import UserError
 from switchyard.moe.dispatch.capacity import check_dropless, check_sort_keys
 
-WHOLE_ROUTERS = ("merged", "soft", "tree")  # that override `construct`; see moe.routing.base.why_not_sharded
+UNSHARDED_ROUTERS = ("merged", "soft", "tree")  # that override `construct`; see moe.routing.base.why_not_sharded
 NEED_A_COMPILER = (
-    "model_parallel",
-    "pipeline_stage",
-    "micro_batch_num",
-    "optimizer_shard",
-    "sequence_parallel",
+    "model_parallel", "pipeline_stage", "micro_batch_num", "optimizer_shard", "sequence_parallel",
     "recompute",
-)
+)  # fmt: skip
 LAUNCH = "bash scripts/run_distribute_train_ascend.sh --devices {count} starts them, with DEVICE=cpu on this machine"
 
 
@@ -52,13 +48,6 @@ def refusals(config: Config, target: str = "Ascend") -> Iterator[Refusal]:
         yield Refusal("model.type", config.model.type, "only a decoder is sharded over devices", True)
     if target == "GPU" and config.moe_layers and moe.dispatch != "capacity":
         yield Refusal("moe.dispatch", moe.dispatch, "the compiler shards it for Ascend", True)
-    if (
-        config.moe_layers and moe.record and config.devices > config.parallel.pipeline_stage == 1
-    ):  # see mesh.LossAndGradients
-        yield Refusal("moe.record", moe.record, "a compiled program hands out no choices: set it to null", True)
-    if config.moe_layers and config.granularity == "slice" and moe.shared_expert_num:
-        why = "shared experts of windows are not sharded: set it to 0"
-        yield Refusal("moe.shared_expert_num", moe.shared_expert_num, why, True)
     if config.moe_layers and (reason := why_not_sharded(moe.router)):
         yield Refusal("moe.router", moe.router, reason, True)
     yield from _of_pipelines(config, target)
@@ -87,11 +76,8 @@ def _of_pipelines(config: Config, target: str) -> Iterator[Refusal]:
 def why_not_sharded(router: str) -> str | None:
     """Says why a compiled cluster cannot run a router, by its YAML name (UserError: there is no such); None: it can."""
     if "." not in router:
-        return (
-            "overrides `construct`, which a compiled cluster does not call: take another router"
-            if router in WHOLE_ROUTERS
-            else None
-        )
+        why = "overrides `construct`, which a compiled cluster does not call: take another router"
+        return why if router in UNSHARDED_ROUTERS else None
     from switchyard.moe.routing.base import find_router
     from switchyard.moe.routing.base import why_not_sharded as why_class_is_not
 
@@ -111,15 +97,16 @@ def of_processes(config: Config, why: str = "") -> Iterator[Refusal]:
 
     `why`: what the compiler cannot shard, where it would be asked otherwise.
     """
-    cut, moe, only = config.parallel, config.moe, "training in processes cuts data_parallel and expert_parallel only"
+    parallel, moe = config.parallel, config.moe
+    only = "training in processes shards data_parallel and expert_parallel only"
     for name in NEED_A_COMPILER:
-        value = getattr(cut, name)
-        if value != type(cut).model_fields[name].default:
+        value = getattr(parallel, name)
+        if value != type(parallel).model_fields[name].default:
             rest = f"; leave it at its default{f' ({why})' if why else ''}"
             yield Refusal(f"parallel.{name}", value, only + rest, False)
-    if cut.expert_parallel > 1 and moe.router == "merged":
+    if parallel.expert_parallel > 1 and moe.router == "merged":
         reason = "merged experts need all their parameters in one place; set it to 1"
-        yield Refusal("parallel.expert_parallel", cut.expert_parallel, reason, False)
+        yield Refusal("parallel.expert_parallel", parallel.expert_parallel, reason, False)
 
 
 def of_several(config: Config) -> Iterator[Refusal]:
@@ -193,11 +180,6 @@ def require_trainable(config: Config, target: str = "Ascend") -> None:
         refuse(refusals(config, target))
         refuse(of_evaluation(config))
     refuse(of_sizes(config, target))
-
-
-def check_offered(config: Config, target: str = "Ascend") -> None:
-    """Refuses what the compiler does not shard for a device (UserError, one line)."""
-    refuse(refusals(config, target))
 
 
 def refuse(found: Iterator[Refusal] | list[Refusal] | tuple) -> None:

@@ -1,4 +1,4 @@
-"""A run folder is trained by one job at a time: a lock file says by whom.
+"""Lets one job at a time train in a run folder: a lock file says which one.
 
 The file holds host, pid and start of the process. It is made with its content in one move, taken over where its
 process has ended (killed, its pid given to another, the machine started anew), and removed at the end.

@@ -12,7 +12,8 @@ import numpy as np
 from switchyard.checkpoint import store as checkpoint
 from switchyard.checkpoint.finite import REMEDY
 from switchyard.checkpoint.health import Healthy
-from switchyard.checkpoint.layout import keep_groups, whole_shape
+from switchyard.checkpoint.layout import full_shape_of, keep_groups
+from switchyard.checkpoint.store import Checkpoint
 from switchyard.config import Config
 from switchyard.data import Data, load_data
 from switchyard.device import set_context, target_of
@@ -39,19 +40,19 @@ from switchyard.training.limits import check_mesh, with_defaults
 from switchyard.training.lock import locked
 from switchyard.training.loggers import check_loggers, open_loggers
 from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_line, load_range, train_figures
-from switchyard.training.optimizer import forces_choices
+from switchyard.training.micro_batches import forces_choices
 from switchyard.training.randomness import NOISE_RULE, draw_noise, random_state
 from switchyard.training.resume import (
     RESULT,
     agreed,
     changed_keys,
     check_corpus,
-    consent_used,
     find_start,
     finished,
     resumed,
     start_reading,
 )
+from switchyard.training.router_metrics import MOST_SHOWN, layer_line
 from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.sample import NOWHERE, SAMPLE, create_sampler
 from switchyard.training.schedule import learning_rate
@@ -94,7 +95,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
 
 
 def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existed: bool) -> dict[str, Any]:
-    """`train` in a run folder that no other job trains in.
+    """Does `train` in a run folder that no other job trains in.
 
     Args:
         config, compiled: see `choose_mesh`.
@@ -102,10 +103,10 @@ def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existe
         resume: see `train`.
         existed: whether the folder was there before it was locked.
     """
-    held = find_start(run, config, resume, existed)
-    changes = changed_keys(held.config, keep_groups(held.config, config)) if held else {}
-    config = resumed(held.config, config) if held else config
-    if held and (result := finished(run, config)):
+    loaded = find_start(run, config, resume, existed)
+    changes = changed_keys(loaded.config, keep_groups(loaded.config, config)) if loaded else {}
+    config = resumed(loaded.config, config) if loaded else config
+    if loaded and (result := finished(run, config)):
         print(
             f"Run '{run}' already finished its {config.train.steps} steps; increase train.steps to continue.",
             flush=True,
@@ -116,50 +117,51 @@ def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existe
     processes = init_process_group(config)  # nothing was written before all have seen what is there
     if is_scheduler():
         return {}
-    held = agreed(held, run, config, processes)
-    slices = config.parallel.data_parallel if processes.size > 1 else 1
+    loaded = agreed(loaded, run, config, processes)
+    shards = config.parallel.data_parallel if processes.size > 1 else 1
     compared: list[str | None] = []
     data = load_data(
         config,
-        held.tokenizer_json if held else None,
-        processes.data_slice,
-        slices,
-        seen=lambda marks: compared.append(check_corpus(held, marks, config, processes)),
+        loaded.tokenizer_json if loaded else None,
+        processes.data_shard,
+        shards,
+        seen=lambda marks: compared.append(check_corpus(loaded, marks, config, processes)),
     )
     other_data = compared[0]
-    if held:
-        start_reading(held, data, changed=other_data is not None)
-    config = consent_used(config)
+    if loaded:
+        start_reading(loaded, data, changed=other_data is not None)
+    consent = {"accept_changed": False}  # which is meant for one resumption only
+    config = config.model_copy(update={"data": config.data.model_copy(update=consent)})
     mesh = create_mesh(config, processes, compiled)
-    step = start_step(config, run, data, held, mesh)
+    step = start_step(config, run, data, loaded, mesh)
     with StopSignals() as stop:
-        state = held.state if held else None
+        state = loaded.state if loaded else None
         trainer = Trainer(config, run, data, step, state, mesh, resume)
         trainer.note_changes(changes, other_data)
         return trainer.run_to_end(stop)
 
 
-def start_step(config: Config, run: Path, data: Data, held: checkpoint.Checkpoint | None, mesh: LocalMesh) -> TrainStep:
+def start_step(config: Config, run: Path, data: Data, loaded: Checkpoint | None, mesh: LocalMesh) -> TrainStep:
     """Returns the step of a model that starts anew, or goes on from a checkpoint; the run folder is there from then on.
 
     Args:
         config: the whole configuration.
         run: the folder.
         data: its tokenizer and how often each token occurs.
-        held: the checkpoint, if any.
+        loaded: the checkpoint, if any.
         mesh: the devices.
     """
     step = create_step(config, data.tokenizer.vocab_size, mesh)
-    if held is None:
+    if loaded is None:
         balance_tables(step.model, data.token_counts)
     if mesh.processes.is_first:
         run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(run / checkpoint.CONFIG, config.to_yaml())
-        checkpoint.write_whole(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
+        checkpoint.write_atomically(run / checkpoint.CONFIG, config.to_yaml())
+        checkpoint.write_atomically(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
     mesh.processes.barrier()
     mesh.speed_up(step.program, run)
-    if held:
-        step.load(held.weights, held.optimizer)
+    if loaded:
+        step.load(loaded.weights, loaded.optimizer)
     else:
         step.initialise()
     return step
@@ -255,7 +257,12 @@ class Trainer:
                 if self._is_due(train.checkpoint_every):
                     self._save()
             self._save()
-            return self._finish(stop)
+            self._write_sample()
+            result = self._result(self._validate(stop) if self.evaluator else None)
+            if self.processes.is_first:
+                checkpoint.write_atomically(self.run / RESULT, to_json(result, indent=1))
+            self.progress.say(f"done: {self.run / RESULT}")
+            return result
 
     def note_changes(self, changes: dict[str, tuple[Any, Any]], other_data: str | None) -> None:
         """Records what a resumed run does otherwise from here on; nothing where nothing changed."""
@@ -274,7 +281,9 @@ class Trainer:
         if config.train.sample_every and self.sampler is None:
             say(NOWHERE.format(every=config.train.sample_every))
         if config.context.mode == "graph" and self.done < config.train.steps:
-            say(f"compiling the training step: takes about {expected_compile_seconds(config):.0f} s on two CPU cores")
+            conditional = len(config.moe_layers)  # the model's width is of no consequence
+            seconds = 1.0 + 0.7 * (config.model.num_layers - conditional) + 2.0 * conditional
+            say(f"compiling the training step: takes about {seconds:.0f} s on two CPU cores")
 
     def _advance(self) -> None:
         """Makes one optimizer step, and writes its line where one is due."""
@@ -391,7 +400,8 @@ class Trainer:
             f"step {self.done}/{self.config.train.steps}  validation loss {found.loss:.4f} "
             f"({found.loss_ci95[0]:.4f}..{found.loss_ci95[1]:.4f})  {found.headline}{part}"
         )
-        self.progress.say_layers(found.layers)
+        for layer in found.layers:
+            self.progress.say(layer_line(layer, MOST_SHOWN))
         self.metrics.write({"kind": "evaluation", "step": self.done, "whole": not part, **found.to_dict()})
         self.metrics.flush()
         return found
@@ -419,9 +429,8 @@ class Trainer:
         weights, optimizer = self._arrays()
         self._compare_replicas(weights | optimizer)  # what is saved has been seen to be right
         self.metrics.flush()
-        texts, shapes = self.data.tokenizer.to_json(), self.step.shapes
-        parts = (texts, weights, optimizer, state, shapes, self.healthy)
-        checkpoint.save_together(self.processes, self.run, config, *parts)
+        parts = (self.data.tokenizer.to_json(), weights, optimizer, state, self.healthy, self.step.shapes)
+        checkpoint.save(self.run, config, *parts, processes=self.processes)
         self.saved = self.done
 
     def _arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -439,7 +448,7 @@ class Trainer:
         arrays = arrays | {"random state": random_state(self.config.train.seed, self.done)}
         known, degrees = self.step.shapes, self.processes.degrees
         shapes = {name: known.get(name) or known.get(name.partition(".")[2]) for name in arrays}
-        shapes = {name: shape or whole_shape(name, arrays[name].shape, degrees) for name, shape in shapes.items()}
+        shapes = {name: shape or full_shape_of(name, arrays[name].shape, degrees) for name, shape in shapes.items()}
         check_replicas(arrays, shapes, self.processes, self.done, self._kept)
         self.compared = self.done
 
@@ -452,23 +461,14 @@ class Trainer:
         if self.processes.is_first:
             checkpoint.mark_best(self.run, self.done, loss)
 
-    def _finish(self, stop: StopSignals) -> dict[str, Any]:
-        """Evaluates, marks the best checkpoint and writes result.json."""
-        self._write_sample()
-        result = self._result(self._validate(stop) if self.evaluator else None)
-        if self.processes.is_first:
-            checkpoint.write_whole(self.run / RESULT, to_json(result, indent=1))
-        self.progress.say(f"done: {self.run / RESULT}")
-        return result
-
     def _validate(self, stop: StopSignals) -> Evaluation:
         """Scores the whole validation set, and marks the best checkpoint."""
-        whole = len(self.sample) == len(self.validation)
-        if self.config.train.eval_every and not whole:
+        full = len(self.sample) == len(self.validation)
+        if self.config.train.eval_every and not full:
             self._evaluate_sample(stop)  # comparable with those before it
         found = self._evaluate(evenly_spaced(len(self.validation), 0), stop)
         check_evaluation(found.to_dict(), f"step {self.done} of '{self.run}'", REMEDY)
-        if (whole or not self.config.train.eval_every) and found.loss < self.best_loss:
+        if (full or not self.config.train.eval_every) and found.loss < self.best_loss:
             self._mark_best(found.loss)
         return found
 
@@ -492,9 +492,3 @@ class Trainer:
             "checkpoint": checkpoint.name_of(self.done),
             "best_checkpoint": best[0].name if best else None,
         }
-
-
-def expected_compile_seconds(config: Config) -> float:
-    """Estimates how long the training step compiles on two CPU cores; the model's width is of no consequence."""
-    conditional = len(config.moe_layers)
-    return 1.0 + 0.7 * (config.model.num_layers - conditional) + 2.0 * conditional

@@ -1,8 +1,10 @@
 """Computes the loss that training minimises, and the figures of a step, on any mesh.
 
 Legend: B batch, S sequence, N = B * S tokens, D width, V vocabulary, M conditional layers, E experts, J noise slices,
-G routing groups, W = 2 + M * (6 + 2 E) figures.
+G routing groups, K choices of a token, W = 2 + M * (6 + 2 E) figures.
 """
+
+import math
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -47,27 +49,30 @@ class TrainLoss(nn.Cell):
         self.balance_factor, self.z_factor = moe.aux_loss_factor, z_loss_factor(config)
         self.consistency = moe.consistency_loss_factor if self.layers else 0.0
         self.window, self.units, self.columns = config.row_tokens, config.units, metrics.width(moe.expert_num)
+        self.width = figures_num(config)
         self.log_softmax, self.total, self.total_counts = ops.LogSoftmax(-1), mesh.total(), mesh.total()
-        self.everywhere = mesh.everywhere(3)
+        self.own = None  # 1 in the place of this device's data shard [data_parallel, 1], where choices are recorded
+        if moe.record is not None and self.layers:
+            self.own = Tensor(np.eye(mesh.degrees.data_parallel, dtype=np.float32)[:, mesh.data_slice() :][:, :1])
         self.local_counts, self.local_part = self.counts, self.part
         self.local_second, self.places = self.second_half, places(config)
         self.shard(mesh)
 
     def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor, factor: Tensor, replay=None):
-        """Returns (figures [W] of all devices, choices) of tokens, labels [B, S] int32, valid [B, S] float32, noise
-        [max(J, 1), N, D], factor [1, 1] of the loss and replay [M, N, K] int32; see models.Decoder.
+        """Returns figures [W] of all devices, with moe.record [W + N * M * K], of tokens, labels [B, S] int32, valid
+        [B, S] float32, noise [max(J, 1), N, D], factor [1, 1] of the loss and replay [M, N, K] int32; see
+        models.Decoder.
 
         The first figure is the loss times the factor, the only one that carries a gradient; the second the
-        cross-entropy; then come the router statistics, summed over groups, see moe.metrics. No operator reads the
-        figures behind their sum over the devices: on GPU it could race with that sum.
+        cross-entropy; then come the router statistics, summed over groups, see moe.metrics, and recorded choices, by
+        token and layer. They are one tensor because the parallel compiler differentiates a cell with one result only.
+        No operator reads the figures behind their sum over the devices: on GPU it could race with that sum.
         """
-        logits, stats, choices = self.read(tokens, valid, noise, replay)  # [N, V], [G, M * (6 + 2 E)]
+        logits, stats, choices = self.read(tokens, valid, noise, replay)  # [N, V], [G, M * (6 + 2 E)], [N, M * K]
         other = logits
         if self.consistency > 0:
             other, _, _ = self.read(tokens, valid, self.local_second(noise), replay)  # [N, V]
-        if len(choices) > 0:
-            choices = self.everywhere(choices)  # [N, M, K] of all devices
-        return self.figures(logits, other, labels, valid, factor, stats), choices
+        return self.figures(logits, other, labels, valid, factor, stats, choices)
 
     def read(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor):
         """Runs the model on a batch; only a run that forces choices hands it some."""
@@ -75,12 +80,12 @@ class TrainLoss(nn.Cell):
             return self.model(tokens, valid, noise)
         return self.model(tokens, valid, noise, replay)
 
-    def figures(self, logits: Tensor, other: Tensor, labels: Tensor, valid: Tensor, factor: Tensor, stats) -> Tensor:
+    def figures(self, logits: Tensor, other: Tensor, labels, valid, factor, stats, choices=()) -> Tensor:
         """Sums figures over the devices: logits [N, V] of one pass and of the other, labels and valid [B, S] -> [W]."""
-        counts = self.total_counts(self.local_counts(valid))  # [2]
-        if self.layers == 0:
-            return self.total(self.local_part(logits, other, labels, valid, counts, factor))
-        return self.total(self.local_part(logits, other, labels, valid, counts, factor, stats))
+        counts, routed = self.total_counts(self.local_counts(valid)), ()  # [2]
+        if self.layers > 0:
+            routed = (stats,) if self.own is None else (stats, choices)
+        return self.total(self.local_part(logits, other, labels, valid, counts, factor, *routed))
 
     # ---- local to one device
     def second_half(self, noise: Tensor) -> Tensor:
@@ -92,9 +97,10 @@ class TrainLoss(nn.Cell):
         routed = valid.reshape(-1)[:: self.window].sum() * self.units
         return ops.stack((valid.sum(), routed)).reshape(1, 2)
 
-    def part(self, logits, other, labels, valid, counts, factor, *stats) -> Tensor:
+    def part(self, logits, other, labels, valid, counts, factor, *routed) -> Tensor:
         """Computes what a device adds to the figures: [1, W], or at its micro-batch's place in [1, A * W]; counts [2]
-        of all devices, factor [1, 1] or [1, A], stats [G, M * (6 + 2 E)] where there are conditional layers."""
+        of all devices, factor [1, 1] or [1, A], routed: statistics [G, M * (6 + 2 E)] where there are conditional
+        layers, then choices [N, M * K] where they are recorded."""
         labels, weights = labels.reshape(-1), valid.reshape(-1)  # [N] each
         if self.exits > 1:  # of a cascade: the mean over all exits (BranchyNet, arXiv 1709.01686, section III-B)
             labels, weights = ops.tile(labels, (self.exits,)), ops.tile(weights, (self.exits,))
@@ -104,9 +110,12 @@ class TrainLoss(nn.Cell):
             losses = (losses + self.token_losses(other, labels)) / 2
         loss = keep_where(losses, weights).sum() / tokens
         total, summed = loss, ()
-        if len(stats) > 0:
-            layers = stats[0].sum(0).reshape(self.layers, self.columns)
+        if len(routed) > 0:
+            layers = routed[0].sum(0).reshape(self.layers, self.columns)
             total, summed = loss + self.auxiliary(layers, counts[1]), (ops.stop_gradient(layers).reshape(-1),)
+        if self.own is not None:
+            chosen = routed[1].reshape(1, -1).astype(mstype.float32)  # exact: numbers of experts are small
+            summed = (*summed, (self.own * chosen).reshape(-1))  # [data_parallel * N * M * K], 0 for other devices
         if self.consistency > 0:
             apart = keep_where(self.divergence(logits, other), weights).sum() / tokens
             total = total + self.consistency * apart
@@ -132,7 +141,7 @@ class TrainLoss(nn.Cell):
     def shard(self, mesh: LocalMesh) -> None:
         """Shards tokens by data shards, over which the figures are summed."""
         data, pair, full = mesh.degrees.data_parallel, mesh.cut("data", None), mesh.cut(None, None)
-        width = self.places * (STATISTICS + self.layers * self.columns)
+        width = self.places * self.width
 
         def half(noise):
             return [noise[0] // 2, *noise[1:]]
@@ -141,12 +150,18 @@ class TrainLoss(nn.Cell):
             return [data, 2]
 
         def summed(*shapes):
-            return [data, width]
+            return [data, width + (0 if self.own is None else math.prod(shapes[-1]))]
 
-        inputs = (pair, pair, pair, pair, mesh.cut(None), full, *((pair,) if self.layers else ()))
+        routed = () if not self.layers else (pair,) if self.own is None else (pair, pair)
+        inputs = (pair, pair, pair, pair, mesh.cut(None), full, *routed)
         self.local_second = mesh.local(self.second_half, (mesh.noise,), (mesh.noise,), half, first)
         self.local_counts = mesh.local(self.counts, (pair,), (pair,), counted, first)
         self.local_part = mesh.local(self.part, inputs, (pair,), summed, first)
+
+
+def figures_num(config: Config) -> int:
+    """Returns the number W of figures of a micro-batch, without recorded choices."""
+    return STATISTICS + len(config.moe_layers) * metrics.width(config.moe.expert_num)
 
 
 def places(config: Config) -> int:
@@ -160,7 +175,7 @@ def z_loss_factor(config: Config) -> float:
 
 
 def name_figures(figures: np.ndarray, config: Config, shares: np.ndarray) -> dict:
-    """Returns the metrics of a step: {loss, balance_loss, z_loss, audit: {...} of moe.metrics, {} when dense}.
+    """Returns the metrics of a step: {loss, balance_loss, z_loss, routers: {...} of moe.metrics, {} when dense}.
 
     Args:
         figures: of each micro-batch, [A, W].
@@ -175,7 +190,7 @@ def name_figures(figures: np.ndarray, config: Config, shares: np.ndarray) -> dic
         "loss": float(shares @ rows[:, CROSS_ENTROPY]),
         "balance_loss": float(balance),
         "z_loss": float(z) if z_loss_given(config) else 0.0,
-        "audit": {name: sum(w * part[name] for w, part in zip(weights[name], parts)) for name in parts[0]},
+        "routers": {name: sum(w * part[name] for w, part in zip(weights[name], parts)) for name in parts[0]},
     }
 
 

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from switchyard.errors import UserError
 from switchyard.file_errors import append, writing
 from switchyard.json_text import to_json
-from switchyard.training.audit import MOST_SHOWN, histograms, layer_audits, layer_line, scalars, step_arrays
 from switchyard.training.events import EventFile
 from switchyard.training.loggers import Logger
+from switchyard.training.router_metrics import histograms, layer_metrics, scalars, step_arrays
 
 METRICS = "metrics.jsonl"
 EVALUATION, RESUMED = "evaluation", "resumed"  # kinds of lines
@@ -35,7 +35,7 @@ class MetricsLog:
         run: the run folder.
         resume_step: lines and events after this step are dropped; 0 starts anew.
         writes: False leaves both to another process, and only knows what they hold.
-        layers: indices of the conditional layers, which the figures of their audits are named by.
+        layers: indices of the conditional layers, which the events of their metrics are named by.
         open_loggers: makes the loggers; None makes that of TensorBoard.
 
     Raises:
@@ -76,7 +76,7 @@ class MetricsLog:
             self.close(completed=kind is None)
 
     def write(self, figures: dict[str, Any]) -> None:
-        """Appends one object; loggers get its numbers, named kind/key, see also `audit.scalars`.
+        """Appends one object; loggers get its numbers, named kind/key, see also `router_metrics.scalars`.
 
         An evaluation that is there already, made again by a resumed run, takes the place of the first.
         """
@@ -95,13 +95,13 @@ class MetricsLog:
         self._log(figures)
 
     def _log(self, figures: dict[str, Any]) -> None:
-        """Hands the numbers of a line, and the audit of every conditional layer, to the loggers."""
-        kind, step, audits = figures["kind"], figures["step"], layer_audits(figures, self._layers)
+        """Hands the numbers of a line, and the metrics of every conditional layer, to the loggers."""
+        kind, step, layers = figures["kind"], figures["step"], layer_metrics(figures, self._layers)
         numbers = {f"{kind}/{name}": value for name, value in figures.items() if isinstance(value, (int, float))}
         del numbers[f"{kind}/step"]  # the axis
-        numbers |= scalars(kind, audits)
+        numbers |= scalars(kind, layers)
         for logger in self._loggers:
-            logger.log(step, numbers, dict(histograms(kind, audits)))
+            logger.log(step, numbers, dict(histograms(kind, layers)))
 
     def evaluated(self, step: int, whole: bool) -> float | None:
         """Returns the loss of an evaluation that the lines of the run hold, of the whole validation set or of a part.
@@ -130,7 +130,7 @@ class MetricsLog:
 
 @dataclass
 class Clock:
-    """Seconds of training steps alone: compiling, evaluations and checkpoints are not counted.
+    """Counts the seconds of training steps alone: compiling, evaluations and checkpoints are not counted.
 
     Attributes:
         seconds: in all.
@@ -181,11 +181,6 @@ class Progress:
         else:
             print(text, flush=True)
 
-    def say_layers(self, audits: list[dict[str, Any]]) -> None:
-        """Prints one line for each conditional layer, see `audit.layer_line`."""
-        for audit in audits:
-            self.say(layer_line(audit, MOST_SHOWN))
-
     def close(self) -> None:
         """Ends the bar."""
         if self._bar is not None:
@@ -224,7 +219,7 @@ def train_figures(
     Returns:
         kind, step, loss, balance_loss, z_loss, gradient_norm, learning_rate, tokens_per_second; of a conditional model
         also load_min and load_max (over layers and experts, relative to the mean load of the layer), dropped (mean
-        over layers, a fraction) and the lists of `audit.step_arrays`; with float16 also loss_scale and skipped.
+        over layers, a fraction) and the lists of `step_arrays`; with float16 also loss_scale and skipped.
     """
     out = {"kind": "train", "step": step}
     for name in ("loss", "balance_loss", "z_loss", "gradient_norm"):
@@ -233,11 +228,10 @@ def train_figures(
     if "loss_scale" in figures:
         out["loss_scale"] = float(figures["loss_scale"])
         out["skipped"] = int(figures["skipped"])
-    if figures["audit"]:
-        audit = figures["audit"]
-        low, high = load_range(audit["load"])
-        out |= {"load_min": low, "load_max": high, "dropped": float(audit["dropped"].mean())}
-        out |= step_arrays(audit)
+    if routers := figures["routers"]:
+        low, high = load_range(routers["load"])
+        out |= {"load_min": low, "load_max": high, "dropped": float(routers["dropped"].mean())}
+        out |= step_arrays(routers)
     return out
 
 

@@ -1,7 +1,4 @@
-"""Updates the weights by gradients, and says how a step calls its program.
-
-Legend: A micro-batches, B batch, S sequence, N = B * S tokens, D width, M conditional layers, J noise slices.
-"""
+"""Updates the weights by gradients."""
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -98,26 +95,3 @@ class OptimizerStep(nn.Cell):
 def control(name: str) -> Parameter:
     """Returns a scalar that the host sets."""
     return Parameter(Tensor(1.0, mstype.float32), name, False)
-
-
-def calls_of(config: Config) -> int:
-    """Returns how often a step calls its program; a pipeline works on several micro-batches in each call."""
-    return config.train.gradient_accumulation_steps
-
-
-def input_shards(config: Config) -> tuple:
-    """Returns how the arguments of a step's program are sharded, by axis.
-
-    The noise is, even the [1, 1, 1] of each device where nobody reads it: the compiler wants the argument with most
-    axes to be sharded.
-    """
-    data, replay = config.parallel.data_parallel, ()
-    noise = (1, data, 1) if config.parallel.pipeline_stage == 1 else (data, 1, 1)
-    if forces_choices(config):
-        replay = ((1, data, 1),)
-    return ((data, 1), (data, 1), (data, 1), noise, (1, 1), *replay)
-
-
-def forces_choices(config: Config) -> bool:
-    """Returns whether steps are handed choices of experts: from a record, or while routers warm up."""
-    return bool(config.moe_layers) and (config.moe.replay is not None or config.moe.router_warmup_steps > 0)

@@ -16,7 +16,6 @@ E experts, J noise slices, G routing groups; W = 2 + M * (6 + 2 E) figures of a 
 
 import os
 
-import numpy as np
 from mindspore import Tensor, lazy_inline, nn, ops
 
 from switchyard.config import Config
@@ -25,11 +24,11 @@ from switchyard.distributed.mesh import CompiledMesh
 from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.stages import stages_of_layers
 from switchyard.training.loss import TrainLoss
-from switchyard.training.optimizer import OptimizerStep, calls_of, input_shards
+from switchyard.training.micro_batches import calls_of, input_shards
+from switchyard.training.optimizer import OptimizerStep
 
-SLICES_STAY_SHARDED = (
-    "PIPELINE_SLICE_SKIP_REDISTRIBUTION"  # else the compiler gathers a batch before it takes a part of it
-)
+# else the compiler gathers a batch before it takes a part of it
+SLICES_STAY_SHARDED = "PIPELINE_SLICE_SKIP_REDISTRIBUTION"
 
 
 class FirstCell(nn.Cell):
@@ -40,7 +39,7 @@ class FirstCell(nn.Cell):
         self.model, self.pipeline_stage = model, 0
 
     def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor) -> Tensor:
-        """Tokens [B, S] int32, valid [B, S], noise [J, N, D] -> x [N, D]."""
+        """Takes tokens [B, S] int32, valid [B, S], noise [J, N, D] -> x [N, D]."""
         return self.model.dropout(self.model.embed(tokens, valid), noise)
 
 
@@ -52,7 +51,7 @@ class StageInputs(nn.Cell):
         self.model, self.pipeline_stage = model, stage
 
     def construct(self, tokens: Tensor, valid: Tensor) -> tuple:
-        """Tokens and valid [B, S] -> (ids [N], valid [G, N / G])."""
+        """Takes tokens and valid [B, S] -> (ids [N], valid [G, N / G])."""
         return self.model.local_ids(tokens), self.model.local_groups(valid)
 
 
@@ -65,8 +64,8 @@ class JoinedStatistics(nn.Cell):
         self.negative = ops.Neg().shard(((mesh.degrees.data_parallel, 1),))
 
     def construct(self, *stats) -> Tensor:
-        """Statistics [G, X] of some layers -> the negative of [G, Y], for the compiler sends behind a plain operator;
-        LastCell turns it back."""
+        """Returns statistics [G, X] of some layers as the negative of [G, Y], for the compiler sends behind a plain
+        operator; LastCell negates it again."""
         return self.negative(self.model.beside(stats))
 
 
@@ -80,15 +79,15 @@ class LastCell(TrainLoss):
     def __init__(self, model: nn.Cell, config: Config, mesh: CompiledMesh):
         super().__init__(model, config, mesh)
         self.pipeline_stage = config.parallel.pipeline_stage - 1
-        self.turned = ops.Neg().shard(((mesh.degrees.data_parallel, 1),))
+        self.negative = ops.Neg().shard(((mesh.degrees.data_parallel, 1),))
 
     def construct(self, x: Tensor, labels: Tensor, valid: Tensor, factors: Tensor, *stats) -> Tensor:
-        """x [N, D], labels [B, S] int32, valid [B, S] float32, factors [1, A], of a micro-batch its factor of the loss
-        at its place and 0 else; statistics of JoinedStatistics -> [A * W]: its figures at its place and 0 else."""
-        turned, logits = (), self.model.logits(x)
+        """Takes x [N, D], labels [B, S] int32, valid [B, S] float32, factors [1, A], of a micro-batch its factor of the
+        loss at its place and 0 else; statistics of JoinedStatistics -> [A * W]: its figures at its place and 0 else."""
+        negative, logits = (), self.model.logits(x)
         for part in stats:
-            turned = (*turned, self.turned(part))
-        return self.figures(logits, logits, labels, valid, factors, self.model.beside(turned))
+            negative = (*negative, self.negative(part))
+        return self.figures(logits, logits, labels, valid, factors, self.model.beside(negative))
 
 
 class MicroBatch(nn.Cell):
@@ -112,11 +111,11 @@ class MicroBatch(nn.Cell):
         self.runs = tuple(tuple(k for k, own in enumerate(of) if own == stage) for stage in sorted(set(of)))
         joined = [JoinedStatistics(model, mesh, stage) for stage in sorted(set(of))]
         self.joined = nn.CellList(joined, auto_prefix=False)
-        self.turn = ops.Transpose().shard(((mesh.degrees.data_parallel, 1, 1),))
+        self.transpose = ops.Transpose().shard(((mesh.degrees.data_parallel, 1, 1),))
 
     def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, noise: Tensor, factors: Tensor) -> Tensor:
-        """tokens, labels [B, S] int32, valid [B, S] float32, noise [N, J, D], factors [1, A] -> see LastCell."""
-        noise = self.turn(noise, (1, 0, 2))  # [J, N, D]
+        """Takes tokens, labels [B, S] int32, valid [B, S] float32, noise [N, J, D], factors [1, A]; see LastCell."""
+        noise = self.transpose(noise, (1, 0, 2))  # [J, N, D]
         x, stats, joined, read = self.first(tokens, valid, noise), (), (), ()
         for inputs in self.stage_inputs:
             read = (*read, inputs(tokens, valid))
@@ -134,7 +133,7 @@ class MicroBatch(nn.Cell):
 
 
 class SharedMicroBatch(MicroBatch):
-    """Is MicroBatch as one function of the graph that all micro-batches call: compiled once. Not on GPU."""
+    """Runs MicroBatch as one function of the graph that all micro-batches call: compiled once. Not on GPU."""
 
     @lazy_inline
     def __init__(self, model: nn.Cell, config: Config, mesh: CompiledMesh):
@@ -160,16 +159,16 @@ class Pipelined(nn.Cell):
         self.adds = [add.shard(((1,), (1,))) for add in sums]
 
     def construct(self, *inputs) -> Tensor:
-        """Inputs [A * X, ..] -> the sum of what comes of each micro-batch [X, ..], which is [Y]."""
+        """Takes inputs [A * X, ..] -> the sum of what comes of each micro-batch [X, ..], which is [Y]."""
         total = None
         for micro in range(self.micro_size):
             parts = ()
             for index in range(self.inputs):
-                whole = inputs[index].shape
-                length, rest = whole[0] // self.micro_size, len(whole) - 1
-                begin, end = (micro * length, *(0,) * rest), ((micro + 1) * length, *whole[1:])
+                shape = inputs[index].shape
+                length, rest = shape[0] // self.micro_size, len(shape) - 1
+                begin, end = (micro * length, *(0,) * rest), ((micro + 1) * length, *shape[1:])
                 take = self.slices[micro * self.inputs + index]
-                parts = (*parts, take(inputs[index], begin, end, (1,) * len(whole)))
+                parts = (*parts, take(inputs[index], begin, end, (1,) * len(shape)))
             figures = self.network(*parts)
             total = figures if total is None else self.adds[micro](total, figures)
         return total
@@ -200,7 +199,7 @@ class PipelineStepGraph(nn.Cell):
 
     def construct(self, *batch) -> tuple:
         """Takes the arguments of MicroBatch, of all micro-batches, and factors [A, A] with those of each on the
-        diagonal; returns (figures [A * W], global norm of the gradients before the clip [], ())."""
+        diagonal; returns (figures [A * W], global norm of the gradients before the clip [])."""
         figures = self.loss(*batch)
         sums = self.gradient(self.loss, self.parameters)(*batch)
         gradients = sums if self.sharded else ops.depend(self.accumulated, sums)
@@ -212,15 +211,7 @@ class PipelineStepGraph(nn.Cell):
         norm, cleared = self.optimizer.update(gradients, norm), ()
         for total in self.accumulated:
             cleared = (*cleared, self.clear(total, ops.zeros_like(total)))
-        return ops.depend(figures, cleared), norm, ()
-
-    def inputs(self, arrays: list[np.ndarray], weights: np.ndarray) -> tuple[Tensor, ...]:
-        """Returns the inputs of one call: tokens, labels, valid [A, B, S], noise [A, max(J, 1), N, D] and weights [A]
-        of the losses; micro-batches stand one after the other."""
-        tokens, labels, valid, noise = arrays
-        noise = noise.transpose(0, 2, 1, 3)  # [A, N, J, D]
-        parts = [np.ascontiguousarray(part).reshape(-1, *part.shape[2:]) for part in (tokens, labels, valid, noise)]
-        return tuple(Tensor(part) for part in (*parts, np.diag(np.asarray(weights, np.float32))))
+        return ops.depend(figures, cleared), norm
 
 
 class SquaresAndFigures(nn.Cell):
@@ -236,13 +227,14 @@ class SquaresAndFigures(nn.Cell):
         self.shares = tuple(share_of(parameter.name, parameter.shape, degrees) for parameter in parameters)
         self.devices = degrees.stage_devices
         self.square, self.sum, self.add = ops.Square(), ops.ReduceSum(), ops.AddN()
-        self.sqrt, self.over_devices, self.lift = ops.Sqrt(), ops.AllReduce(), ops.ExpandDims()
+        self.sqrt, self.over_devices, self.expand_dims = ops.Sqrt(), ops.AllReduce(), ops.ExpandDims()
 
     def construct(self, gradients: tuple, figures: Tensor) -> tuple:
-        """Gradients of this device; figures [X], those of the last stage, 0 on the others -> (norm [], figures [X])."""
+        """Takes gradients of this device; figures [X] of the last stage, 0 on the others -> (norm [], figures [X])."""
         squares = ()
         for index, gradient in enumerate(gradients):
             squares = (*squares, self.sum(self.square(gradient)) * self.shares[index])
-        squares = self.lift(self.add(squares), 0)  # of the parameters of this stage: the others fall out of a tuple
+        # of the parameters of this stage: the others fall out of a tuple
+        squares = self.expand_dims(self.add(squares), 0)
         total = self.over_devices(ops.concat((squares, figures / self.devices)))
         return self.sqrt(total[0]), total[1:]

@@ -53,30 +53,13 @@ FREE_ON_RESUME = (
 
 # keys that change the losses to come but not what weights and moments mean: allowed, and said
 ANNOUNCED_ON_RESUME = (
-    "model.dropout",
-    "moe.dispatch",
-    "moe.capacity_factor",
-    "moe.drop_order",
-    "moe.min_capacity",
-    "moe.reroute",
-    "moe.aux_loss_factor",
-    "moe.z_loss_factor",
-    "moe.losses",
-    "moe.router.consistency_loss_factor",
-    "moe.router.topk_bias_update_rate",
-    "moe.jitter",
-    "moe.router_warmup_steps",
-    "moe.router_freeze_step",
-    "data.batch_size",
-    "optimizer.weight_decay",
-    "optimizer.clip_grad",
-    "schedule.type",
-    "schedule.learning_rate",
-    "schedule.lr_end",
-    "schedule.warmup_steps",
-    "schedule.total_steps",
+    "model.dropout", "moe.dispatch", "moe.capacity_factor", "moe.drop_order", "moe.min_capacity", "moe.reroute",
+    "moe.aux_loss_factor", "moe.z_loss_factor", "moe.losses", "moe.router.consistency_loss_factor",
+    "moe.router.topk_bias_update_rate", "moe.jitter", "moe.router_warmup_steps", "moe.router_freeze_step",
+    "data.batch_size", "optimizer.weight_decay", "optimizer.clip_grad", "schedule.type",
+    "schedule.learning_rate", "schedule.lr_end", "schedule.warmup_steps", "schedule.total_steps",
     "train.gradient_accumulation_steps",
-)
+)  # fmt: skip
 
 
 def find_start(run: Path, config: Config, resume: bool, existed: bool = True) -> Checkpoint | None:
@@ -92,27 +75,28 @@ def find_start(run: Path, config: Config, resume: bool, existed: bool = True) ->
         return None
     if not existed:
         raise UserError(f"--resume: train.name: {config.train.name}; {no_run(run)}; leave --resume out to start it")
-    held = newest(run, config)
-    if held is None and checkpoint.listed(run):
+    loaded = newest(run, config)
+    if loaded is None and checkpoint.listed(run):
         raise UserError(f"--resume: no checkpoint of '{run}' is complete; train again under another train.name")
-    if held is None:
+    if loaded is None:
         print(f"resume: '{run}' contains no checkpoint yet; starting from step 0", flush=True)
         return None
-    check_resumable(held.config, keep_groups(held.config, config))
-    if held.step > config.train.steps:
+    check_resumable(loaded.config, keep_groups(loaded.config, config))
+    if loaded.step > config.train.steps:
         raise UserError(
-            f"train.steps: {config.train.steps}; the run '{run}' is already at step {held.step}; increase it"
+            f"train.steps: {config.train.steps}; the run '{run}' is already at step {loaded.step}; increase it"
         )
-    say_noise(held.state)
-    return held
+    say_noise(loaded.state)
+    return loaded
 
 
 def say_noise(state: dict[str, Any]) -> None:
-    """Says where dropout, jitter and draws by lot have other numbers than in the run so far: its rule was another."""
+    """Says that dropout, jitter and random priorities have other numbers than so far, if the rule of noise differs."""
     rule = state.get("noise_rule")
     if rule and rule != NOISE_RULE and is_first():
         print(
-            f"resume: noise (dropout, jitter, lots) has other numbers from here on: {NOISE_RULE}; so far {rule}",
+            f"resume: noise (dropout, jitter, random priorities) has other numbers from here on: {NOISE_RULE}; "
+            f"so far {rule}",
             flush=True,
         )
 
@@ -129,27 +113,27 @@ def newest(run: Path, config: Config, limit: float = math.inf) -> Checkpoint | N
     return None
 
 
-def agreed(held: Checkpoint | None, run: Path, config: Config, processes: Processes) -> Checkpoint | None:
+def agreed(loaded: Checkpoint | None, run: Path, config: Config, processes: Processes) -> Checkpoint | None:
     """Returns the checkpoint that all processes start from, and puts newer ones, which are damaged, out of the way.
 
-    Each process reads its own slices, so one may find damage that the others do not see: all take the oldest choice.
+    Each process reads its own shards, so one may find damage that the others do not see: all take the oldest choice.
     A damaged one must neither be counted nor be read as the newest.
 
     Raises:
         UserError: some processes see a checkpoint, others none.
     """
     while processes.size > 1:
-        steps = processes.gather(np.array([held.step if held else -1], np.int64)).reshape(-1)
+        steps = processes.gather(np.array([loaded.step if loaded else -1], np.int64)).reshape(-1)
         if steps.min() == steps.max():
             break
         if steps.min() < 0:
             raise UserError(f"--resume: not all processes find a good checkpoint in '{run}'; see their logs")
-        if held.step > steps.min():
-            held = newest(run, config, int(steps.min()))
-    for path in checkpoint.listed(run) if held and processes.is_first else ():
-        if checkpoint.step_of(path) > held.step:
+        if loaded.step > steps.min():
+            loaded = newest(run, config, int(steps.min()))
+    for path in checkpoint.listed(run) if loaded and processes.is_first else ():
+        if checkpoint.step_of(path) > loaded.step:
             path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
-    return held
+    return loaded
 
 
 def no_run(run: Path) -> str:
@@ -161,14 +145,14 @@ def no_run(run: Path) -> str:
     near = difflib.get_close_matches(run.name, names, MOST_NAMES, cutoff=0.5)
     shown = (near + sorted(set(names) - set(near)))[:MOST_NAMES]
     further = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    held = f"its runs are {', '.join(shown)}{further}" if shown else "it holds no run"
-    return f"no such run in '{run.parent}': {held}"
+    known = f"its runs are {', '.join(shown)}{further}" if shown else "it holds no run"
+    return f"no such run in '{run.parent}': {known}"
 
 
 def resumed(old: Config, new: Config) -> Config:
     """Returns the configuration of the resumed run: `new`, with the routing groups of `old` where possible.
 
-    Prints what was changed, and what a change of layout means: weights and moments are the same numbers, cut otherwise.
+    Prints what was changed, and what a change of layout means: the shards of weights and moments change.
     """
     kept = keep_groups(old, new)
     if is_first():
@@ -182,7 +166,11 @@ def resumed(old: Config, new: Config) -> Config:
                 flush=True,
             )
     if old.parallel != new.parallel and is_first():
-        before, now = (changed_degrees(config) for config in (old, new))
+        usual, layouts = type(new.parallel)(), []
+        for config in (old, new):
+            parts = [f"{key} {value}" for key, value in config.parallel if value != getattr(usual, key)]
+            layouts.append(", ".join(parts) or "one device")
+        before, now = layouts
         print(f"resume: the checkpoint is resharded from {before} to {now}", flush=True)
     if kept.moe_layers and kept.groups != old.groups and new.moe.groups is None and is_first():
         print(
@@ -191,13 +179,6 @@ def resumed(old: Config, new: Config) -> Config:
             flush=True,
         )
     return kept
-
-
-def changed_degrees(config: Config) -> str:
-    """Returns the keys of the section `parallel` that differ from one device."""
-    usual = type(config.parallel)()
-    parts = [f"{key} {value}" for key, value in config.parallel if value != getattr(usual, key)]
-    return ", ".join(parts) or "one device"
 
 
 def finished(run: Path, config: Config) -> dict[str, Any] | None:
@@ -254,7 +235,7 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
 
 
-def check_corpus(held: Checkpoint | None, marks: dict[str, Any], config: Config, processes: Processes) -> str | None:
+def check_corpus(loaded: Checkpoint | None, marks: dict[str, Any], config: Config, processes: Processes) -> str | None:
     """Compares the data with those of the run and describes the difference, None where there is none; `marks` are the
     fingerprints of the data.
 
@@ -270,7 +251,7 @@ def check_corpus(held: Checkpoint | None, marks: dict[str, Any], config: Config,
             f"data.path: {config.data.path}; rank {rank} reads different data from rank 0; "
             "copy the same files to all hosts"
         )
-    before = held.state.get("corpus") if held else None
+    before = loaded.state.get("corpus") if loaded else None
     found = fingerprint.difference(before, marks) if before else None
     if found and not config.data.accept_changed:
         raise UserError(
@@ -282,18 +263,13 @@ def check_corpus(held: Checkpoint | None, marks: dict[str, Any], config: Config,
     return found
 
 
-def consent_used(config: Config) -> Config:
-    """Returns the configuration without data.accept_changed, which is meant for one resumption only."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"accept_changed": False})})
-
-
-def start_reading(held: Checkpoint, data: Data, changed: bool) -> None:
+def start_reading(loaded: Checkpoint, data: Data, changed: bool) -> None:
     """Lets the batches begin where the checkpoint's run has stopped to read.
 
     With another batch size that is the same sequence of the same epoch, see data.batches.Course; other data begin with
     a new epoch.
     """
-    state, size = held.state, held.config.data.batch_size
+    state, size = loaded.state, loaded.config.data.batch_size
     index, epoch, window = state["data_index"], state.get("data_epoch"), state.get("data_window")
     if epoch is None:  # of an earlier version
         each = max(1, data.train.course.windows // size)

@@ -26,7 +26,7 @@ class WarmUp:
         moe, train = config.moe, config.train
         self.steps, self.seed, self.micro_batches = moe.router_warmup_steps, train.seed, config.micro_batches
         self.layers, self.groups, self.rows = len(config.moe_layers), config.groups, config.rows
-        self.copies, self.each, self.size = moe.copies, moe.num_experts_chosen, moe.expert_num // moe.copies
+        self.replicas, self.each, self.size = moe.copies, moe.num_experts_chosen, moe.expert_num // moe.copies
 
     def at(self, step: int, tokens: np.ndarray) -> np.ndarray | None:
         """Draws the choices of a step, counted from 0: [A, M, N, K] int32; None once the warm-up is over.
@@ -36,13 +36,13 @@ class WarmUp:
             return None
         rng = np.random.default_rng((WARM_UP_STREAM, self.seed, step))
         shape = (self.micro_batches, self.layers, self.groups, self.rows // self.groups)
-        copies = []
-        for copy in range(self.copies):
+        choices = []  # of each group of replicas
+        for replica in range(self.replicas):
             order = np.broadcast_to(np.arange(shape[-1]), shape)
             order = rng.permuted(order, axis=-1)[..., None]  # [A, M, G, N / G, 1]
             first = rng.integers(self.size, size=(*shape[:3], 1, 1))  # nobody is always the one with one more
-            copies.append((first + order * self.each + np.arange(self.each)) % self.size + copy * self.size)
-        experts = np.concatenate(copies, -1).astype(np.int32)  # [A, M, G, N / G, K]
+            choices.append((first + order * self.each + np.arange(self.each)) % self.size + replica * self.size)
+        experts = np.concatenate(choices, -1).astype(np.int32)  # [A, M, G, N / G, K]
         return experts.reshape(self.micro_batches, self.layers, self.rows, -1)
 
 

@@ -30,14 +30,14 @@ class EvalStep(nn.Cell):
         self.argmax = ops.Argmax(axis=-1, output_type=mstype.int32)
         self.no_noise = Tensor(np.zeros((1, 1, 1), np.float32))
         self.total, self.local_scores = mesh.total(), self.scores
-        self.everywhere, self.choices_everywhere = mesh.everywhere(2), mesh.everywhere(3)
+        self.everywhere, self.choices_everywhere = mesh.everywhere(2), mesh.everywhere(2)
         self.local_groups = self.sum_groups
         self.shard(mesh)
 
     def construct(self, tokens: Tensor, labels: Tensor, valid: Tensor, replay: Tensor = None):
         """Returns (scores [B, 3] of all devices: sum of losses, valid tokens, right answers; statistics
-        [M * (6 + 2 E)]; choices) of tokens, labels [B, S] int32, valid [B, S] float32 and replay [M, N, K] int32, see
-        models.Decoder."""
+        [M * (6 + 2 E)]; choices [N, M * K]) of tokens, labels [B, S] int32, valid [B, S] float32 and replay [M, N, K]
+        int32, see models.Decoder."""
         if replay is None:
             logits, stats, choices = self.model(tokens, valid, self.no_noise)  # [N, V]
         else:
@@ -78,6 +78,5 @@ class EvalStep(nn.Cell):
 def eval_program(model: nn.Cell, config: Config, mesh: LocalMesh) -> Callable:
     """Returns the program that scores batches with the weights where they lie."""
     data, graph = config.parallel.data_parallel, EvalStep(model, mesh)
-    forced = () if config.moe.replay is None else ((1, data, 1),)
     graph.set_train(False)
-    return mesh.program(graph, ((data, 1), (data, 1), (data, 1), *forced))
+    return mesh.program(graph, ((data, 1), (data, 1), (data, 1)))  # of a cluster, where nothing is replayed

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP as a wish to stop, which a run grants after its step."""
+"""Takes SIGINT, SIGTERM and SIGHUP as a wish to stop, which a run grants after its step."""
 
 import signal
 from typing import Any

@@ -6,22 +6,22 @@ slices, W figures of a micro-batch (see training.loss).
 
 import gc
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from switchyard.checkpoint.layout import held
+from switchyard.checkpoint.layout import shard_of
 from switchyard.checkpoint.store import set_parameters
 from switchyard.config import Config
 from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.models import create_model
 from switchyard.moe import metrics
 from switchyard.nn.initializers import set_initial, shapes_only
-from switchyard.training.loss import STATISTICS, TrainLoss, name_figures
+from switchyard.training.loss import STATISTICS, TrainLoss, figures_num, name_figures
 from switchyard.training.loss_scale import LossScale
-from switchyard.training.optimizer import OptimizerStep, calls_of, forces_choices, input_shards
+from switchyard.training.micro_batches import call_inputs, calls_of, forces_choices, input_shards, inputs_of_calls
+from switchyard.training.optimizer import OptimizerStep
 from switchyard.training.pipeline import PipelineStepGraph
 
 
@@ -41,15 +41,9 @@ class StepGraph(nn.Cell):
         self.differentiate = mesh.differentiate(self.loss, self.optimizer.adamw.parameters)
 
     def construct(self, *batch) -> tuple:
-        """Takes the arguments of TrainLoss, returns (figures [W], global norm of the gradients before the clip [],
-        choices)."""
-        (figures, choices), gradients = self.differentiate(*batch)
-        return figures, self.optimizer(gradients), choices
-
-    def inputs(self, arrays: list[np.ndarray], weights: np.ndarray) -> tuple[Tensor, ...]:
-        """Returns the inputs of one call: `arrays` [1, ..] as of TrainStep, weight [1] of the loss."""
-        parts = [Tensor(np.ascontiguousarray(array[0])) for array in arrays]
-        return (*parts[:4], Tensor(np.asarray(weights, np.float32).reshape(1, 1)), *parts[4:])
+        """Takes the arguments of TrainLoss, returns (its figures, global norm of the gradients before the clip [])."""
+        figures, gradients = self.differentiate(*batch)
+        return figures, self.optimizer(gradients)
 
 
 class TrainStep:
@@ -78,10 +72,11 @@ class TrainStep:
         self.model, self.config, self.mesh, self.scale = model, config, mesh, LossScale(config)
         self.shapes = mesh.full_shapes(model)
         self.size = sum(math.prod(self.shapes[parameter.name]) for parameter in model.trainable_params())
-        self.graph = create_graph(model, config, mesh)
+        self.graph = (StepGraph if config.parallel.pipeline_stage == 1 else PipelineStepGraph)(model, config, mesh)
         self.graph.set_train(True)
         self.program = mesh.program(self.graph, input_shards(config))
-        self.routers = balancing_routers(model)
+        routers = [cell.router for _, cell in model.cells_and_names() if hasattr(cell, "train_dispatcher")]
+        self.routers = routers if any(router.state() for router in routers) else []  # those that balance by a bias
 
     def __call__(self, tokens, labels, valid, noise, learning_rate: float, replay=None, routers_learn=True) -> dict:
         """Makes the step, and waits for it.
@@ -103,20 +98,13 @@ class TrainStep:
         control = self.graph.optimizer
         control.set(learning_rate=learning_rate, unscale=1.0 / scale, routers_learn=float(routers_learn))
         arrays = [tokens, labels, valid, noise] if replay is None else [tokens, labels, valid, noise, replay]
-        figures, choices, norm = [], [], None
+        figures, norm = [], None
         calls = calls_of(self.config)
-        for call, inputs in enumerate(self.graph_inputs(arrays, scale * shares)):
+        for call, inputs in enumerate(inputs_of_calls(self.config, arrays, scale * shares)):
             control.set(begins=float(call == 0), ends=float(call == calls - 1))
-            found, norm, chosen = self.program(*inputs)
+            found, norm = self.program(*map(Tensor.from_numpy, inputs))  # no copy: noise is gigabytes
             figures.append(found)
-            choices += [chosen] if len(chosen) else []
-        return self.finish(figures, float(norm.asnumpy()), choices, shares, routers_learn)
-
-    def graph_inputs(self, arrays: list[np.ndarray], weights: np.ndarray) -> Iterator[tuple[Tensor, ...]]:
-        """Yields the inputs of each call of the program: `arrays` [A, ..], weights [A] of the losses."""
-        each = len(weights) // calls_of(self.config)
-        for start in range(0, len(weights), each):
-            yield self.graph.inputs([array[start : start + each] for array in arrays], weights[start : start + each])
+        return self.finish(figures, float(norm.asnumpy()), shares, routers_learn)
 
     def shares(self, valid: np.ndarray) -> np.ndarray:
         """Returns the share of each micro-batch in the valid tokens of the step, on all devices: [A, B, S] -> [A]."""
@@ -125,40 +113,40 @@ class TrainStep:
         counts = self.mesh.processes.gather(valid.sum((1, 2), dtype=np.float64)).sum(0)  # [A]
         return counts / max(counts.sum(), 1.0)
 
-    def finish(self, figures, norm: float, choices, shares: np.ndarray, routers_learn: bool) -> dict:
+    def finish(self, figures, norm: float, shares: np.ndarray, routers_learn: bool) -> dict:
         """Does what follows a step on the host: metrics, the loss scale, the routers' bias."""
         scale, alive = self.scale.factor, math.isfinite(norm)
-        rows = np.concatenate([part.asnumpy().reshape(-1) for part in figures]).reshape(len(shares), -1)  # [A, W]
+        rows = np.concatenate([part.asnumpy().reshape(-1) for part in figures]).reshape(len(shares), -1)
+        rows, choices = np.split(rows, [figures_num(self.config)], 1)  # [A, W], [A, N * M * K]
         self.scale.adjust(alive)
         if self.routers and alive and routers_learn:
             self.update_routers(rows)
         found = name_figures(rows, self.config, shares)
         found |= {"gradient_norm": norm, "loss_scale": scale, "skipped": float(not alive)}
-        if choices:
-            found["choices"] = np.stack([chosen.asnumpy() for chosen in choices]).transpose(0, 2, 1, 3)  # [A, M, N, K]
+        if choices.size:
+            found["choices"] = metrics.recorded(choices, len(self.config.moe_layers), self.config.moe.choices)
         return found
 
     def update_routers(self, rows: np.ndarray) -> None:
-        """Moves the bias of routers that balance by one, by the load of the whole step; rows [A, W]."""
+        """Moves the bias of routers that balance by one, by the load of the whole step; rows [A, W].
+
+        A router sees its full state. Of a state that ZeRO shards, the entries that other devices hold are zeros.
+        """
         loads = metrics.loads(rows[:, STATISTICS:].sum(0), self.config.moe.expert_num)  # [M, E]
         for router, load in zip(self.routers, loads):
-            parts = self.widened(router)
-            router.update(load)
-            for parameter, box in parts:
-                parameter.set_data(Tensor(np.ascontiguousarray(parameter.asnumpy()[box])), slice_shape=True)
-
-    def widened(self, router: nn.Cell) -> list[tuple[Parameter, tuple]]:
-        """Gives the state of a router that ZeRO shards its full shape, zeros where other devices hold it; returns
-        (parameter, this device's part) of each."""
-        parts, degrees, rank = [], self.mesh.degrees, self.mesh.processes.rank
-        for parameter in router.state():
-            name, shape = parameter.name, self.shapes[parameter.name]
-            if tuple(parameter.shape) != tuple(shape):
-                full, box = np.zeros(shape, np.float32), held(name, shape, degrees, rank, self.config.model.num_layers)
+            state = [(parameter, tuple(self.shapes[parameter.name])) for parameter in router.state()]
+            sharded = [(own, self.box(own.name, shape)) for own, shape in state if tuple(own.shape) != shape]
+            for parameter, box in sharded:
+                full = np.zeros(self.shapes[parameter.name], np.float32)
                 full[box] = parameter.asnumpy()
                 parameter.set_data(Tensor(full), slice_shape=True)
-                parts.append((parameter, box))
-        return parts
+            router.update(load)
+            for parameter, box in sharded:
+                parameter.set_data(Tensor(np.ascontiguousarray(parameter.asnumpy()[box])), slice_shape=True)
+
+    def box(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Returns the part of a full tensor that this device holds, see checkpoint.layout."""
+        return shard_of(name, shape, self.mesh.degrees, self.mesh.processes.rank, self.config.model.num_layers)
 
     def optimizer_state(self) -> dict[str, Parameter | Tensor]:
         """Returns everything besides the weights that the next step reads, by name: this device's shards."""
@@ -167,16 +155,14 @@ class TrainStep:
 
     def compile(self) -> None:
         """Compiles the program where that leaves the parameters only this device's shards."""
-        self.mesh.compile(self.program, lambda: sample_inputs(self.config, self.model, self.graph))
+        self.mesh.compile(self.program, lambda: sample_inputs(self.config, self.model))
 
     def initialise(self) -> None:
         """Gives a new model its initial weights where a device draws its shards alone, and compiles it before."""
         if not self.mesh.draws_late:
             return
         self.compile()
-        degrees, rank, layers = self.mesh.degrees, self.mesh.processes.rank, self.config.model.num_layers
-        parameters = self.graph.get_parameters()
-        set_initial(parameters, lambda name, shape: held(name, shape, degrees, rank, layers))
+        set_initial(self.graph.get_parameters(), self.box)
 
     def load(self, weights: dict[str, np.ndarray], optimizer: dict[str, np.ndarray]) -> None:
         """Sets the model's parameters and the optimizer's state, strictly by name and shape (UserError)."""
@@ -207,27 +193,17 @@ def create_step(config: Config, vocab_size: int, mesh: LocalMesh = LOCAL) -> Tra
         return TrainStep(model, own, mesh)
 
 
-def sample_inputs(config: Config, model: nn.Cell, graph: nn.Cell, seed: int = 0) -> tuple[Tensor, ...]:
-    """Returns random inputs of a step's program, of the shapes that one device reads."""
-    random, size = np.random.default_rng(seed), config.model
+def sample_inputs(config: Config, model: nn.Cell) -> tuple[Tensor, ...]:
+    """Returns inputs to compile a step's program by, of the shapes that one device reads: zeros, which take no memory
+    before somebody writes them."""
+    size = config.model
     micro, batch = config.micro_batches // calls_of(config), config.data.batch_size // config.parallel.data_parallel
-    tokens = random.integers(0, model.vocab_size, (micro, batch, size.seq_length + 1)).astype(np.int32)
-    noise, length = np.zeros((micro, 1, 1, 1), np.float32), batch * size.seq_length
+    tokens, length = np.zeros((micro, batch, size.seq_length), np.int32), batch * size.seq_length
+    noise = np.zeros((micro, 1, 1, 1), np.float32)
     if model.noise_slices:
-        noise = random.random((micro, model.noise_slices, length, size.hidden_size), np.float32)
-    arrays = [tokens[..., :-1], tokens[..., 1:], np.ones((micro, batch, size.seq_length), np.float32), noise]
+        noise = np.zeros((micro, model.noise_slices, length, size.hidden_size), np.float32)
+    arrays = [tokens, tokens, tokens.astype(np.float32), noise]
     if forces_choices(config):
-        arrays.append(np.full((micro, len(config.moe_layers), length, config.moe.choices), -1, np.int32))
-    return graph.inputs(arrays, np.full(micro, 1.0 / config.micro_batches))
-
-
-def create_graph(model: nn.Cell, config: Config, mesh: LocalMesh) -> nn.Cell:
-    """Returns the graph of a step."""
-    kind = StepGraph if config.parallel.pipeline_stage == 1 else PipelineStepGraph
-    return kind(model, config, mesh)
-
-
-def balancing_routers(model: nn.Cell) -> list[nn.Cell]:
-    """Returns the routers of the conditional layers where they balance by a bias, else none."""
-    routers = [cell.router for _, cell in model.cells_and_names() if hasattr(cell, "train_dispatcher")]
-    return routers if any(router.state() for router in routers) else []
+        arrays.append(np.zeros((micro, len(config.moe_layers), length, config.moe.choices), np.int32))
+    inputs = call_inputs(config, arrays, np.full(micro, 1.0 / config.micro_batches))
+    return tuple(map(Tensor.from_numpy, inputs))

@@ -150,12 +150,12 @@ SHORT = (
 @pytest.mark.parametrize("name", long_but(CASES, SHORT))
 def test_further_layouts(name, monkeypatch):
     form, tree = CASES[name]
-    figures, loss_of = [], virtual.loss_of
-    monkeypatch.setattr(virtual, "loss_of", lambda rows, *rest: figures.append(rows[0]) or loss_of(rows, *rest))
+    figures, figures_of = [], virtual.figures_of
+    monkeypatch.setattr(virtual, "figures_of", lambda *given: figures.append(figures_of(*given)) or figures[-1])
     config = layout(form, **{"data_parallel": 2, "expert_parallel": 2} | tree)
     reports = compiled(config)
     assert_equal(config, reports, *trained(config, reports))
-    load, real = metrics.metrics(figures[0][STATISTICS:], config.moe.expert_num)["load"], 28  # of 32 tokens
+    load, real = metrics.metrics(figures[0][0, STATISTICS:], config.moe.expert_num)["load"], 28  # of 32 tokens
     if "refused" in name:
         assert real < load.sum() < 2 * real
     else:
@@ -167,23 +167,25 @@ def test_further_layouts(name, monkeypatch):
     "dispatch, sent", [("dropless", {"AlltoAll": 1, "AlltoAllV": 3}), ("capacity", {"AlltoAll": 3})]
 )
 def test_evaluation_on_devices_is_that_of_one(workers, graph, dispatch, sent):
-    """Losses of each sequence, loads and importances. Nothing is dropped, whatever training drops: there a capacity
-    of half the rows, here buffers of a fixed size."""
-    config = layout(dispatch, moe={"capacity_factor": 0.5}, data_parallel=2, expert_parallel=2)
+    """Losses of each sequence, loads and importances, and choices where they are recorded. Nothing is dropped, whatever
+    training drops: there a capacity of half the rows, here buffers of a fixed size. Nothing is replayed."""
+    files = {"record": "own.safetensors", "replay": "other.safetensors"}
+    config = layout(dispatch, moe={"capacity_factor": 0.5} | files, data_parallel=2, expert_parallel=2)
     reports = simulate.compile_ranks(config, 2, range(2), VOCABULARY, step="oracles.cluster_probe:scores")
     model = create_model(build(one_device(config.model_dump())), VOCABULARY).set_train(False)
     tokens, labels, valid = (virtual.draw_batches(config, VOCABULARY, 1)[name][0, 0] for name in NAMES)  # [B, S]
-    scores, stats, _ = EvalStep(model)(*map(Tensor, (tokens, labels, valid)))
+    scores, stats, choices = EvalStep(model)(*map(Tensor, (tokens, labels, valid)))
     whole, degrees = {each.name: each.asnumpy() for each in model.get_parameters()}, ParallelDims.of(config.parallel)
     weights = [
-        {name: virtual.held_by(name, whole[name], shape, degrees, report.rank) for name, shape in held.items()}
+        {name: virtual.shard_of_rank(name, whole[name], shape, degrees, report.rank) for name, shape in held.items()}
         for report, held in ((report, report.parameters) for report in reports)
     ]
     inputs = [[np.split(part, 2)[rank] for part in (tokens, labels, valid)] for rank in range(2)]
     outputs, met = run_cluster([report.graph for report in reports], inputs, weights)
     one = metrics.metrics(stats.asnumpy(), config.moe.expert_num)
     assert one["load"].sum() == 2 * valid.sum() and one["dropped"] == 0
-    for ((found, summed, *_),) in outputs:
+    for ((found, summed, chosen, *_),) in outputs:
+        np.testing.assert_array_equal(chosen, choices.asnumpy())
         np.testing.assert_allclose(found, scores.asnumpy(), rtol=2e-6)
         cluster = metrics.metrics(summed, config.moe.expert_num)
         assert cluster.keys() == one.keys()

@@ -39,7 +39,7 @@ from switchyard.nn.fused import NONE
 
 
 class AlltoAllV(nn.Cell):
-    """Rows through the experts they chose, on several devices: rows [N, D] -> [N, D]; shapes of all devices together.
+    """Sends rows [N, D] through the experts they chose, on several devices: [N, D]; shapes of all devices together.
 
     Args:
         config: sizes, `moe.dispatch`, the activation.
@@ -91,14 +91,14 @@ class AlltoAllV(nn.Cell):
             self.to_host = ops.MoveTo().add_prim_attr("recompute", False)
 
     def construct(self, rows: Tensor, experts: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, w_gate=None):
-        """Rows [N, D], experts [G, ..] int32 (E = nowhere), gates [G, ..], the experts' matrices -> rows [N, D]."""
+        """Takes rows [N, D], experts [G, ..] int32 (E = nowhere), gates [G, ..], matrices; returns rows [N, D]."""
         if w_gate is None:
             return self.local(rows, experts, gates, w_in, w_out)
         return self.local(rows, experts, gates, w_in, w_out, w_gate)
 
     # ---- from here on shapes are those of one device
     def work(self, rows: Tensor, experts: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, w_gate=None) -> Tensor:
-        """Rows [T, D], experts and gates [g, R / g], matrices [e, D, F], [e, F, D] -> rows [T, D]."""
+        """Takes rows [T, D], experts and gates [g, R / g], matrices [e, D, F], [e, F, D]; returns rows [T, D]."""
         ids = experts.reshape(-1)  # [R]
         real = (ids < self.expert_num).astype(mstype.int32)  # [R]
         if not self.buffered:  # no size may depend on padding: choices that go nowhere go to the experts in turn
@@ -115,7 +115,7 @@ class AlltoAllV(nn.Cell):
         return out if self.over_model is None else self.over_model(out)
 
     def by_permutation(self, rows: Tensor, ids: Tensor, weight: Tensor, weights: tuple) -> Tensor:
-        """Rows [T, D], experts [R + Z], weights of choices [R] -> [T, D], by the fused operators.
+        """Maps rows [T, D], experts [R + Z], weights of choices [R] to [T, D], by the fused operators.
 
         K zero rows are the choices of one further row of zeros, whose result is left out.
         """
@@ -128,7 +128,7 @@ class AlltoAllV(nn.Cell):
         return out[: self.rows]
 
     def by_sorting(self, rows: Tensor, ids: Tensor, real: Tensor, weight: Tensor, weights: tuple) -> Tensor:
-        """The same by sorting and gathering; `real` [R]: which choices go anywhere. The others read a zero row."""
+        """Does the same by sorting and gathering; choices whose `real` [R] is 0 go nowhere and read a zero row."""
         table = ops.concat((rows.astype(self.dtype), self.zero_row.astype(self.dtype)))  # [T + 1, D]
         source = self.rows + (ops.arange(self.routed) // self.choices - self.rows) * real  # [R]: the row each reads
         source = ops.concat((source, ops.full((self.zeros,), self.rows, dtype=source.dtype)))  # [R + Z]
@@ -143,19 +143,19 @@ class AlltoAllV(nn.Cell):
         return self.sum(chosen * weight.reshape(self.rows, self.choices, 1), 1)  # [T, D]
 
     def counts(self, ids: Tensor) -> Tensor:
-        """How often each expert stands in ids: [E]."""
+        """Counts how often each expert stands in ids: [E]."""
         return self.sum(self.one_hot(ids, self.expert_num, self.on, self.off), 0)
 
     def inverse(self, permutation: Tensor) -> Tensor:
-        """Where each number stands in a permutation."""
+        """Returns where each number stands in a permutation."""
         return self.sort(permutation.astype(mstype.float32))[1]
 
     def as_counts(self, rows: Tensor) -> Tensor:
-        """Rows of each group as GroupedMatmul wants them."""
+        """Returns the rows of each group as GroupedMatmul wants them."""
         return rows.astype(mstype.int64)
 
     def through_experts(self, rows: Tensor, ids: Tensor, weights: tuple) -> Tensor:
-        """Rows [R + Z, D] in the order of their experts, ids [R + Z] in any -> what the experts made of them."""
+        """Returns what experts make of rows [R + Z, D] in the order of their experts, ids [R + Z] in any order."""
         counts = self.counts(ids)
         if self.slices == 1:
             return self.multiply(rows, self.as_counts(counts), weights)
@@ -174,7 +174,7 @@ class AlltoAllV(nn.Cell):
         return self.send_rows(out.reshape(-1), received, sent).reshape(-1, self.width)
 
     def multiply_unsorted(self, rows: Tensor, ids: Tensor, counts: Tensor, weights: tuple) -> Tensor:
-        """`multiply` of rows [A, D] in any order, float32 ids [A] of their experts."""
+        """Does what `multiply` does of rows [A, D] in any order, float32 ids [A] of their experts."""
         if self.permute is not None:  # where A is unknown the compiler forgets D, too
             rows, place = self.permute(rows, ids.astype(mstype.int32))
             out = self.multiply(rows.reshape(-1, self.width), counts, weights)
@@ -183,7 +183,7 @@ class AlltoAllV(nn.Cell):
         return self.take(self.multiply(self.take(rows, 0, order), counts, weights), 0, self.inverse(order))
 
     def through_buffers(self, table, ids, source, place, real, weights):
-        """Rows by buffers: (what came back and a zero row [p * C + 1, D], where each choice stands in it [R])."""
+        """Sends rows by buffers -> (what came back and a zero row [p * C + 1, D], where each choice stands in it)."""
         counts = self.counts(ids).reshape(self.slices, self.own)  # [p, e]
         arriving = self.swap(counts)  # [p, e]
         sent = self.sum(counts, 1)  # [p]
@@ -208,7 +208,7 @@ class AlltoAllV(nn.Cell):
         return back, nowhere + (to * self.slots + position - nowhere) * real
 
     def multiply(self, rows: Tensor, counts: Tensor, weights: tuple) -> Tensor:
-        """Rows [A, D], sorted by expert, through the experts, counts [e] each; rows past the last are undefined."""
+        """Applies experts to rows [A, D] sorted by expert, counts [e] each; rows past the last are undefined."""
         hidden = self.grouped(rows, weights[0], counts)  # [A, F]
         if len(weights) == 3:
             hidden = self.activation(self.grouped(rows, weights[2], counts), hidden)
@@ -217,7 +217,7 @@ class AlltoAllV(nn.Cell):
         return self.grouped(hidden, weights[1], counts)  # [A, D]
 
     def grouped(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-        """Rows of each group times its matrix: [A, X], [e, X, Y] -> [A, Y]."""
+        """Multiplies rows of each group by its matrix: [A, X], [e, X, Y] -> [A, Y]."""
         none = None  # bias, scales, offsets, activation inputs: not used
         split, by_rows, as_counts, activation = 3, 0, 1, 0
         settings = (split, by_rows, as_counts, activation, none)

@@ -25,7 +25,7 @@ def capacity(rows: int, experts: int, choices: int, factor: float | None, least:
 
 
 def slot_shape(config: Config) -> tuple[int, int, int, int]:
-    """Slots of training on all devices together: (G, E, C, D)."""
+    """Returns the slots of training on all devices together: (G, E, C, D)."""
     moe, rows = config.moe, config.rows // config.groups
     slots = capacity(rows, moe.expert_num, moe.choices, moe.capacity_factor, moe.min_capacity)
     return config.groups, moe.expert_num, slots, config.model.hidden_size
@@ -84,7 +84,7 @@ def check_dropless(config: Config) -> None:
 
 
 def dropped_share(config: Config, shares: np.ndarray | None = None) -> float:
-    """Expected share of the choices that get no slot in training, by the capacity law: 0 to 1.
+    """Returns the expected share of the choices that get no slot in training, by the capacity law: 0 to 1.
 
     A row chooses expert e with probability K * shares[e], whatever other rows do, so an expert is chosen
     X ~ Binomial(N, K * share) times in a group and drops (X - C)^+ of them; by linearity the share is
@@ -105,7 +105,7 @@ def dropped_share(config: Config, shares: np.ndarray | None = None) -> float:
 
 
 def overflow(rows: int, probabilities: np.ndarray, slots: int) -> np.ndarray:
-    """E[(X - slots)^+] of X ~ Binomial(rows, p) for each p [P]: [P]."""
+    """Returns E[(X - slots)^+] of X ~ Binomial(rows, p) for each p [P]: [P]."""
     if slots >= rows:
         return np.zeros(len(probabilities))
     counts = np.arange(slots + 1, rows + 1)

@@ -16,7 +16,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config, MoEConfig
-from switchyard.distributed.mesh import CompiledMesh, LocalMesh, first
+from switchyard.distributed.mesh import CompiledMesh, LocalMesh
 from switchyard.errors import UserError
 from switchyard.forms import changed, keeps
 from switchyard.moe.dispatch.alltoallv import AlltoAllV
@@ -26,6 +26,7 @@ from switchyard.moe.dispatch.plan import BlockPlan, CapacityPlan
 from switchyard.moe.dispatch.reroute import Reroute
 from switchyard.moe.own_classes import are_matrices, require_stacked
 from switchyard.moe.registry import classes_of
+from switchyard.nn.fused import NONE
 from switchyard.nn.gather import Combine, Dispatch, TakeSlicedRows, index_or_zero_row, with_zero_row
 from switchyard.nn.masks import keep_where
 
@@ -68,7 +69,7 @@ class Crossing(nn.Cell):
 
 
 class Dispatcher(nn.Cell):
-    """Base: slots [G, E, C, D] travel to the experts, `receive` makes tokens [F, D] of what comes back.
+    """Moves slots [G, E, C, D] to the experts, and makes tokens [F, D] of what comes back. The base class.
 
     A new dispatcher defines `send` and `receive`, both local to one device, and for a cluster `shapes`, `types` and
     `received`, which say what the compiler cannot know. Where no slots travel it defines `apply` in place of `receive`.
@@ -142,7 +143,10 @@ class Dispatcher(nn.Cell):
         def tokens(outputs, *plan):
             return self.received(outputs, *plan)
 
-        self.local_receive = mesh.local(self.receive, layouts, (mesh.cut("data", None),), tokens, first)
+        def type_of_gates(outputs, gates, *plan):
+            return gates
+
+        self.local_receive = mesh.local(self.receive, layouts, (mesh.cut("data", None),), tokens, type_of_gates)
 
     def received(self, outputs: list, *plan: list) -> list:
         """Returns the full shape of what `receive` returns, of the full shapes of its arguments."""
@@ -155,15 +159,18 @@ class SlotDispatcher(Dispatcher):
     Args:
         moe: drop policy, rerouting.
         factor: capacity factor; None: as many slots as tokens, so nothing is dropped.
+        dtype: of the experts.
+        fused: operators of the device, see nn.fused.
     """
 
-    def __init__(self, moe: MoEConfig, factor: float | None):
+    def __init__(self, moe: MoEConfig, factor: float | None, dtype=mstype.float32, fused: frozenset[str] = NONE):
         super().__init__(moe)
+        self.dtype, on_gpu = dtype if "HalfRows" in fused else None, "HalfRows" in fused
         self.factor, self.least = factor, moe.min_capacity
         rules = (moe.expert_num, self.choices, factor, moe.drop_order, moe.min_capacity)
-        self.plan = CapacityPlan(*rules)
+        self.plan = CapacityPlan(*rules, counts="CountedOrder" in fused)
         self.reroute = Reroute(*rules, moe.reroute) if moe.reroute and factor is not None else None
-        self.to_slots, self.to_tokens = Dispatch(self.choices), Combine(self.choices)
+        self.to_slots, self.to_tokens = Dispatch(self.choices), Combine(self.choices, on_gpu)
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
         """Returns (slots [G, E, C, D], gates [G, N * K], dispatch_index, combine_index, slot_mask, kept_mask)."""
@@ -175,6 +182,7 @@ class SlotDispatcher(Dispatcher):
         plan = self.plan(index, gates, priority)
         groups, _, width = tokens.shape
         parts = (plan["dispatch_index"], plan["combine_index"], plan["slot_mask"], plan["kept_mask"])
+        tokens = tokens if self.dtype is None else tokens.astype(self.dtype)
         slots = self.to_slots(tokens, *parts).reshape(groups, self.expert_num, -1, width)  # [G, E, C, D]
         return (slots, gates.reshape(groups, -1), *parts)
 
@@ -182,7 +190,7 @@ class SlotDispatcher(Dispatcher):
         """Returns tokens [F, D]: y = sum over k of gates * outputs [G, E, C, D]."""
         slots, width = outputs.reshape(gates.shape[0], -1, outputs.shape[-1]), outputs.shape[-1]  # [G, M, D]
         tokens = self.to_tokens(slots, gates, dispatch_index, combine_index, slot_mask, kept_mask)
-        return tokens.reshape(-1, width)
+        return tokens.reshape(-1, width).astype(gates.dtype)
 
     def num_kept(self, routing: dict, sent: tuple) -> Tensor:
         """Returns the number of choices that got a slot, [G]."""
@@ -197,7 +205,7 @@ class SlotDispatcher(Dispatcher):
 
     def types(self, float_type) -> tuple:
         """See Dispatcher."""
-        return float_type, float_type, mstype.int32, mstype.int32, float_type, float_type
+        return self.dtype or float_type, float_type, mstype.int32, mstype.int32, float_type, float_type
 
     def received(self, outputs: list, *plan: list) -> list:
         """See Dispatcher."""
@@ -237,7 +245,7 @@ class BlockDispatcher(Dispatcher):
         """See Dispatcher."""
         outputs, groups = self.through(experts, sent[0], sent[1]), sent[2].shape[0]
         width = outputs.shape[-1]
-        return self.to_tokens(outputs.reshape(groups, -1, width), *sent[2:]).reshape(-1, width)
+        return self.to_tokens(outputs.reshape(groups, -1, width), *sent[2:]).reshape(-1, width).astype(sent[2].dtype)
 
     def through(self, experts: nn.Cell, blocks: Tensor, block_expert: Tensor) -> Tensor:
         """Runs the experts on blocks [P, b, D], of which block p belongs to expert `block_expert` [P]."""
@@ -420,8 +428,10 @@ def create_dispatcher(
         require_stacked(experts, moe.expert_num)
     if moe.dispatcher is not None:
         return _own_dispatcher(moe, form)
+    if form == "merged" and not keeps(type(experts), "construct", "merged"):
+        name = type(experts).__name__
+        raise UserError(f"moe.router: {moe.router}; {name} has no `merged(rows, gates)` of its own: define it")
     if form in FORMS:
-        _require_merged(form, config, experts)
         return FORMS[form](moe)
     if form == "expert_choice":
         return ExpertChoiceDispatcher(moe, router.train_slots if training else router.eval_slots)
@@ -451,15 +461,8 @@ def _token_choice(config: Config, training: bool, experts: nn.Cell, fused: froze
         mesh.dropless == "alltoallv" and moe.dispatch == "capacity" and not are_matrices(experts)
     )
     if factor is not None or by_slots:
-        return SlotDispatcher(moe, factor)
+        return SlotDispatcher(moe, factor, getattr(experts, "dtype", mstype.float32), fused)
     if mesh.dropless == "alltoallv":
         static = moe.dispatch != "dropless"
         return AlltoAllVDispatcher(config, static, getattr(experts, "dtype", mstype.float32), fused)
     return BlockDispatcher(moe, keeps(type(experts), "construct", "blocks"))
-
-
-def _require_merged(form: str, config: Config, experts: nn.Cell) -> None:
-    """Refuses experts that cannot be merged where the router merges them (UserError)."""
-    if form == "merged" and not keeps(type(experts), "construct", "merged"):
-        name = type(experts).__name__
-        raise UserError(f"moe.router: {config.moe.router}; {name} has no `merged(rows, gates)` of its own: define it")

@@ -37,7 +37,7 @@ class OneHotPlan(nn.Cell):
         return seats.sum(2), (seats * gates.reshape(groups, rows, choices, 1, 1)).sum(2)
 
     def _before(self, gates: Tensor) -> Tensor:
-        """1 where choice j comes before choice i: gates [G, N * K] -> [G, i, j]."""
+        """Returns 1 where choice j comes before choice i: gates [G, N * K] -> [G, i, j]."""
         total = gates.shape[1]
         index = ops.arange(total)
         if self.by_probability:

@@ -18,12 +18,13 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.moe.dispatch.capacity import capacity
+from switchyard.moe.dispatch.counted_order import CountedOrder, countable
 
 LAST = -1e30  # the gate of a choice that comes behind all others
 
 
 def block_size(rows: int, experts: int, choices: int) -> int:
-    """Rows of a dropless block: about a quarter of an expert's fair share, a power of two from 8 to 128.
+    """Returns the rows of a dropless block: about a quarter of an expert's fair share, a power of two from 8 to 128.
 
     With no more choices than experts a block is one row: only the chosen experts' weights are read.
     """
@@ -53,7 +54,7 @@ class ChoiceOrder(nn.Cell):
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
     def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None):
-        """Experts and gates [G, N * K], lot [G, N] where one is drawn -> (order, position, count, start).
+        """Sorts experts and gates [G, N * K], lot [G, N] where one is drawn -> (order, position, count, start).
 
         order [G, N * K]: the choice at each rank; position [G, N * K]: the place of a choice among its expert's;
         count [G, E]: choices of each expert; start [G, E]: the rank of an expert's first. All int32.
@@ -68,7 +69,7 @@ class ChoiceOrder(nn.Cell):
         return order, rank - own_start, count.astype(mstype.int32), start
 
     def _place(self, gates, lot):
-        """Who comes first, from 0, among all choices: gates [G, N * K] -> [G, N * K], or [1, N * K] for all groups."""
+        """Ranks all choices, from 0 on: gates [G, N * K] -> [G, N * K], or [1, N * K] for all groups."""
         if self.kind in ("probability", "batch_priority"):
             gates = ops.where(self.is_finite(gates), gates, ops.full_like(gates, LAST))
         if self.kind == "probability":
@@ -90,23 +91,27 @@ class ChoiceOrder(nn.Cell):
 
 
 class CapacityPlan(nn.Cell):
-    """Every expert owns C slots: M = E * C; choices beyond an expert's C are dropped.
+    """Gives every expert C slots, M = E * C; drops the choices beyond an expert's C.
 
     C is room in memory, so it is that of all N rows of a group, padded ones included: padding takes no slot and leaves
-    the real rows more room.
+    the real rows more room. `counts`: the order "position" is found by counting, see counted_order.
     """
 
-    def __init__(self, experts: int, choices: int, factor: float | None, order: str, least: int = 1):
+    def __init__(
+        self, experts: int, choices: int, factor: float | None, order: str, least: int = 1, counts: bool = False
+    ):
         super().__init__()
         self.experts, self.choices, self.factor, self.least = experts, choices, factor, least
         self.order = ChoiceOrder(experts, choices, order)
+        self.counted = CountedOrder(experts, choices) if counts and order == "position" else None
 
     def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None) -> dict:
-        """Experts [G, N, K] (E = nowhere), gates [G, N, K] and the lot of ChoiceOrder -> Plan."""
+        """Makes a Plan of experts [G, N, K] (E = nowhere), gates [G, N, K] and the lot of ChoiceOrder."""
         groups, rows, choices = experts.shape
         slots = capacity(rows, self.experts, choices, self.factor, self.least)
         experts = experts.reshape(groups, rows * choices)  # [G, N * K]
-        order, position, count, start = self.order(experts, gates.reshape(groups, rows * choices), lot)
+        find = self.order if self.counted is None or not countable(rows * choices) else self.counted
+        order, position, count, start = find(experts, gates.reshape(groups, rows * choices), lot)
         within = ops.expand_dims(ops.expand_dims(ops.arange(slots), 0), 0)  # [1, 1, C]
         rank = (ops.expand_dims(start, 2) + within).reshape(groups, -1)  # [G, E * C]
         filled = (within < ops.expand_dims(count, 2)).astype(mstype.float32).reshape(groups, -1)  # [G, E * C]
@@ -117,7 +122,7 @@ class CapacityPlan(nn.Cell):
 
 
 class BlockPlan(nn.Cell):
-    """No choice is dropped: rows sorted by expert, each expert's padded to blocks of b rows.
+    """Drops no choice: sorts rows by expert, pads each expert's to blocks of b rows.
 
     P = ceil(N * K / b) + E blocks serve any imbalance, M = P * b (the block layout of MegaBlocks, arXiv 2211.15841,
     with a static number of blocks). With b = 1 a block is a choice and nothing is sorted or padded.
@@ -130,7 +135,7 @@ class BlockPlan(nn.Cell):
         self.prefix = ops.CumSum()
 
     def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None) -> dict:
-        """Experts [G, N, K] (E = nowhere) and gates [G, N, K] -> Plan with `block_expert`; nobody draws lots."""
+        """Makes a Plan with `block_expert` of experts [G, N, K] (E = nowhere) and gates [G, N, K]; reads no lot."""
         groups, rows, choices = experts.shape
         total = rows * choices
         block = self.block or block_size(rows, self.experts, choices)
@@ -149,7 +154,8 @@ class BlockPlan(nn.Cell):
         block_expert = ops.minimum(before.sum(2).astype(mstype.int32), self.experts - 1)  # [G, P]
         place = (number - ops.gather_elements(first, 1, block_expert)) * block  # [G, P], within the expert
         place = (ops.expand_dims(place, 2) + ops.arange(block)).reshape(groups, -1)  # [G, P * b]
-        own = _repeat(block_expert, block)  # [G, P * b]
+        own = ops.expand_dims(block_expert, 2) + ops.zeros((1, 1, block), block_expert.dtype)  # [G, P, b]
+        own = own.reshape(groups, -1)  # [G, P * b]
         filled = (place < ops.gather_elements(count, 1, own)).astype(mstype.float32)
         rank = ops.minimum(ops.gather_elements(start, 1, own) + place, total - 1)
         dispatch_index = ops.gather_elements(order, 1, rank)  # [G, P * b]
@@ -157,13 +163,8 @@ class BlockPlan(nn.Cell):
         return _plan(dispatch_index, filled, ops.where(kept > 0, slot, ops.zeros_like(slot)), kept, block_expert)
 
 
-def _repeat(values: Tensor, times: int) -> Tensor:
-    """[G, P] -> [G, P * times], each value `times` times in a row."""
-    return (ops.expand_dims(values, 2) + ops.zeros((1, 1, times), values.dtype)).reshape(values.shape[0], -1)
-
-
 def _plan(dispatch_index, filled, combine_index, kept, block_expert=None) -> dict:
-    """A Plan; no gradient flows through any part of it."""
+    """Returns a Plan; no gradient flows through any part of it."""
     plan = {
         "dispatch_index": ops.stop_gradient(dispatch_index.astype(mstype.int32)),
         "slot_mask": ops.stop_gradient(filled),

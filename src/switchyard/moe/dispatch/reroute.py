@@ -51,11 +51,11 @@ class Reroute(nn.Cell):
         return held, ops.where(held == experts, gates, ops.stack(fresh, -1))
 
     def marks(self, experts: Tensor) -> Tensor:
-        """One-hot of experts, nothing for E: [...] -> [..., E]."""
+        """Returns the one-hot of experts, nothing for E: [...] -> [..., E]."""
         return self.one_hot(experts, self.experts, self.on, self.off)
 
     def admitted(self, experts: Tensor, gates: Tensor, lot: Tensor, room: Tensor) -> Tensor:
-        """Experts asked [G, N, K], gates [G, N * K], free slots [G, E] -> those who get one, E for the others."""
+        """Admits experts asked [G, N, K] by gates [G, N * K] to free slots [G, E]; E for those who get none."""
         flat = experts.reshape(gates.shape)  # [G, N * K]
         _, position, _, _ = self.order(flat, gates, lot)
         own_room = ops.gather_elements(room, 1, ops.minimum(flat, self.experts - 1))  # [G, N * K]
@@ -63,7 +63,7 @@ class Reroute(nn.Cell):
         return ops.where(seated, flat, ops.full_like(flat, self.experts)).reshape(experts.shape)
 
     def asked(self, experts: Tensor, held: Tensor, probabilities: Tensor, room: Tensor) -> Tensor:
-        """The expert that each choice without a slot asks next, E for the others: [G, N, K]."""
+        """Returns the expert that each choice without a slot asks next, E for the others: [G, N, K]."""
         barred = ops.expand_dims((room <= 0).astype(mstype.float32), 1)  # full, [G, 1, E]
         for k in range(self.choices):
             barred = barred + self.marks(held[..., k])  # [G, N, E]

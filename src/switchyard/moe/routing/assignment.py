@@ -18,7 +18,7 @@ FAR = 1e30  # beyond every score
 
 @register("sinkhorn")
 class Sinkhorn(NormalisedRouter):
-    """The K largest of a balanced matrix (arXiv 2202.01169: S-BASE).
+    """Chooses the K largest of a balanced matrix (arXiv 2202.01169: S-BASE).
 
     In training `sinkhorn_iterations` passes scale exp(x W) until each row sums to 1 and each expert's column to its
     share of the rows, in logarithms: an expert that all want has its price raised. The choice is made by the scaled
@@ -34,7 +34,7 @@ class Sinkhorn(NormalisedRouter):
         self.iterations = setting.options.sinkhorn_iterations
 
     def rank(self, logits: Tensor, valid: Tensor) -> Tensor:
-        """In training the logits plus what the balancing adds to each expert; at evaluation the logits."""
+        """Returns in training the logits plus what the balancing adds to each expert; at evaluation the logits."""
         if not self.training:
             return logits
         # a row's own factor does not change its order
@@ -53,7 +53,7 @@ def matched(scores: Tensor, valid: Tensor):
 
 
 def scaling(logits: Tensor, valid: Tensor, iterations: int) -> Tensor:
-    """Logarithm of each expert's factor in Sinkhorn's scaling: logits [G, N, E], valid [G, N] -> [G, 1, E].
+    """Returns the logarithm of each expert's factor in Sinkhorn's scaling: logits [G, N, E], valid [G, N] -> [G, 1, E].
 
     Rows and columns in turn are scaled until a real row sums to 1 and a column to real rows / E.
     """
@@ -73,7 +73,7 @@ class Base(LinearRouter):
     The assignment maximises the sum of the scores x w_e by an auction. Without padding and with E a divisor of
     N an expert gets exactly N / E rows, else at most ceil(N / E); so there is no balance loss to weigh, and a capacity
     factor of 1 drops nothing. At evaluation a row goes to its best expert. The gate is sigmoid(x w_e).
-    The probabilities, of which the audit's entropy is made, are the softmax of the scores.
+    The probabilities, of which the entropy of the metrics is made, are the softmax of the scores.
     """
 
     paper = "arXiv 2103.16716"
@@ -100,7 +100,7 @@ class Base(LinearRouter):
 
 
 class Auction(nn.Cell):
-    """One expert for each real row, at most ceil(real rows / E) rows for an expert, nearly the largest sum of scores.
+    """Seats each real row with an expert, at most ceil(real rows / E) with one, by nearly the largest sum of scores.
 
     Bertsekas' auction for identical seats: a row without a seat bids for the expert with the best score minus price as
     much as leaves it no worse off than its second best, plus a step; an expert keeps its highest bids, and once it is
@@ -123,7 +123,7 @@ class Auction(nn.Cell):
         self.prefix, self.before = ops.CumSum(), ops.CumSum(exclusive=True)
 
     def construct(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """Scores [G, N, E] and valid [G, N] -> expert [G, N] int32, E for a padded row and for one with NaN or Inf."""
+        """Seats rows by scores [G, N, E]: expert [G, N] int32, E for a padded row and for one with NaN or Inf."""
         scores, valid = matched(scores, valid)
         real = valid > 0  # [G, N]
         count = valid.sum(1, keepdims=True).astype(mstype.int32)  # [G, 1]
@@ -142,16 +142,16 @@ class Auction(nn.Cell):
         return self.fill(expert, self.waiting(expert, real), seats)
 
     def range(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """Largest less smallest score of the real rows of each group: scores [G, N, E], valid [G, N] -> [G]."""
+        """Returns the largest less the smallest score of each group's real rows: [G, N, E], valid [G, N] -> [G]."""
         real, far = ops.expand_dims(valid, -1) > 0, ops.full_like(scores, FAR)
         return self.highest(ops.where(real, scores, -far), (1, 2)) - self.lowest(ops.where(real, scores, far), (1, 2))
 
     def waiting(self, expert: Tensor, real: Tensor) -> Tensor:
-        """1 where a real row has no seat: [G, N]."""
+        """Returns 1 where a real row has no seat: [G, N]."""
         return ops.logical_and(expert == self.expert_num, real).astype(mstype.float32)
 
     def offers(self, scores: Tensor, price: Tensor, step: Tensor):
-        """The expert that each row would bid for and its bid: scores [G, N, E], price [G, E] -> [G, N] twice."""
+        """Returns the expert that each row bids for and its bid: scores [G, N, E], price [G, E] -> [G, N] twice."""
         value = scores - ops.expand_dims(price, 1)  # [G, N, E]
         asked = self.argmax(value)
         mask = self.one_hot(asked, self.expert_num, self.on, self.off)  # [G, N, E]
@@ -159,7 +159,7 @@ class Auction(nn.Cell):
         return asked, (scores * mask).sum(-1) - second + step
 
     def settle(self, expert: Tensor, bid: Tensor, price: Tensor, seats: Tensor):
-        """Each expert keeps its highest bids: -> (expert [G, N], those who lost at E, price [G, E])."""
+        """Keeps the highest bids of each expert: -> (expert [G, N], those who lost at E, price [G, E])."""
         _, position, count, _ = self.order(expert, bid)
         expert = ops.where(position < seats, expert, ops.full_like(expert, self.expert_num))
         mask = self.one_hot(expert, self.expert_num, self.on, self.off)  # [G, N, E]

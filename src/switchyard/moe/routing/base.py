@@ -21,7 +21,7 @@ from switchyard.trust import import_class, is_own
 
 
 class Routing(TypedDict):
-    """What a router decided, before any capacity (a dict: compiled graphs keep its gradients).
+    """Holds what a router decided, before any capacity (a dict: compiled graphs keep its gradients).
 
     Every form has, float32 [G, N, E]:
         probabilities   the router's distribution over the experts
@@ -56,7 +56,7 @@ class Routing(TypedDict):
 
 
 class Context(TypedDict):
-    """What a router may look at besides the rows. The layer hands it padded rows as zeros, whatever they held.
+    """Holds what a router may look at besides the rows. The layer hands it padded rows as zeros, whatever they held.
 
     valid [G, N] float32: 1 for a real row, 0 for padding. noise [.., G * N, D] float32 of U(0, 1), read in training
     only. token_ids, task_ids [G, N] int32, None where the network has none. replay [G, N, K] int32: choices that are
@@ -74,7 +74,7 @@ class Context(TypedDict):
 
 @dataclass(frozen=True)
 class RouterSetting:
-    """What a router is built from.
+    """Holds what a router is built from.
 
     moe: its section of the configuration. width: D. random: draws initial weights and tables. slices: hands out the
     slices of noise. vocab_size: of the token ids in the context, None where there are none. has_tasks: whether task ids
@@ -91,7 +91,7 @@ class RouterSetting:
 
     @property
     def options(self) -> Any:
-        """The options of the router, of the class that it names as `Options`."""
+        """Returns the options of the router, of the class that it names as `Options`."""
         return self.moe.router.options
 
 
@@ -110,12 +110,12 @@ def register(name: str):
 
 
 def known_routers() -> dict[str, type]:
-    """Name -> class of every registered router."""
+    """Returns every registered router: name -> class."""
     return dict(sorted(_ROUTERS.items()))
 
 
 def find_router(name: str) -> type:
-    """The class of a YAML name, or of `module.Class` in a file of the user's own (UserError if there is none)."""
+    """Returns the class of a YAML name, or of `module.Class` in a user's own file (UserError if there is none)."""
     if name in _ROUTERS:
         return _ROUTERS[name]
     if not is_own(name):
@@ -129,7 +129,7 @@ def find_router(name: str) -> type:
 def create_router(
     config, random: InitialWeights, slices=None, vocab_size: int | None = None, has_tasks: bool = False
 ) -> nn.Cell:
-    """The router that `moe.router` names; a network with a vocabulary has sequences of model.seq_length.
+    """Returns the router that `moe.router` names; a network with a vocabulary has sequences of model.seq_length.
 
     Raises:
         UserError: no router has that name, or it needs what the network does not give.
@@ -150,7 +150,7 @@ def create_router(
 
 
 def with_options(moe: MoEConfig) -> MoEConfig:
-    """The same with options as the router's class types them; those of a shipped router are typed already.
+    """Returns the section with options as the router's class types them; a shipped router's are typed already.
 
     Raises:
         UserError: no router has that name, or an option is unknown, of another type, out of range or against a law.
@@ -204,7 +204,7 @@ def require_learnable(moe: MoEConfig) -> None:
 
 
 class Router(nn.Cell):
-    """Tokens in, Routing out. Arithmetic is float32 whatever the model computes in (arXiv 2101.03961, section 2.4).
+    """Maps tokens to a Routing. Arithmetic is float32 whatever the model computes in (arXiv 2101.03961, section 2.4).
 
     A subclass states what it is in the class attributes and implements `scores` and `route`: such a router works on
     every mesh. A subclass that implements `construct` instead works on one device and on CPU processes, and a compiled
@@ -251,14 +251,14 @@ class Router(nn.Cell):
         self.expert_num, self.choices = setting.moe.expert_num, setting.moe.num_experts_chosen
 
     def construct(self, tokens: Tensor, context: dict) -> dict:
-        """Tokens [G, N, D] and a Context -> Routing: `scores` of all tokens, then `route` in each group."""
+        """Routes tokens [G, N, D] by a Context: `scores` of all tokens, then `route` in each group."""
         groups, count, width = tokens.shape
         token_ids, task_ids = flat_ids(context, "token_ids"), flat_ids(context, "task_ids")
         grouped = ()
         for part in self.scores(tokens.reshape(groups * count, width), token_ids, task_ids):
             grouped = (*grouped, part.reshape(groups, count, -1))
         state = self.state()
-        return self.route(grouped, beside(context, state, context.get("replay")) if state else context)
+        return self.route(grouped, with_state(context, state, context.get("replay")) if state else context)
 
     def scores(self, tokens: Tensor, token_ids: Tensor, task_ids: Tensor) -> tuple:
         """Computes all that reads a parameter: tokens [N, D], ids [N] or None -> a tuple of `score_num` times [N, X].
@@ -290,28 +290,21 @@ class Router(nn.Cell):
         """Declares the layouts of what `scores` computes; nothing where it has no operator of its own."""
 
 
-def beside(context: dict, state: tuple, replay: Tensor) -> dict:
-    """Returns a Context with a state, and with forced choices where `replay` is not None, in the place of another's.
+def make_context(valid: Tensor, noise: Tensor, token_ids: Tensor, task_ids: Tensor, state: tuple, replay: Tensor):
+    """Returns a Context, with forced choices where `replay` is not None.
 
-    Literals: a compiled graph loses the types of a dict that is made key by key.
+    A literal: a compiled graph loses the types of a dict that is copied key by key.
     """
-    noise, token_ids, task_ids = context.get("noise"), context.get("token_ids"), context.get("task_ids")
-    if replay is None:
-        return {
-            "valid": context["valid"],
-            "noise": noise,
-            "token_ids": token_ids,
-            "task_ids": task_ids,
-            "state": state,
-        }
-    return {
-        "valid": context["valid"],
-        "noise": noise,
-        "token_ids": token_ids,
-        "task_ids": task_ids,
-        "state": state,
-        "replay": replay,
-    }
+    context = {"valid": valid, "noise": noise, "token_ids": token_ids, "task_ids": task_ids, "state": state}
+    if replay is not None:
+        context["replay"] = replay
+    return context
+
+
+def with_state(context: dict, state: tuple, replay: Tensor) -> dict:
+    """Returns a Context with a state and forced choices of its own in the place of another's."""
+    ids = context.get("token_ids"), context.get("task_ids")
+    return make_context(context["valid"], context.get("noise"), *ids, state, replay)
 
 
 def flat_ids(context: dict, name: str):
@@ -331,7 +324,7 @@ def why_not_sharded(router: type) -> str | None:
 
 
 class ReplicaGroups(Router):
-    """Redundancy: r = `moe.copies` groups of E / r experts get a copy of every row, and each has a router of its own.
+    """Sends a copy of every row to r = `moe.copies` groups of E / r experts, each with a router of its own.
 
     The Routing is that of one router over E experts with r * K choices, those of the first group first; its
     distribution is the mean of the groups'. Scores and state are those of the first group's router, then those of the
@@ -351,7 +344,7 @@ class ReplicaGroups(Router):
         self.score_num, self.state_num = self.copies * router.score_num, len(self.routers[0].state())
 
     def construct(self, tokens: Tensor, context: dict) -> dict:
-        """Tokens [G, N, D] and a Context -> the Routing of all groups together."""
+        """Routes tokens [G, N, D] by a Context in all groups of experts together."""
         parts = ()
         for index, router in enumerate(self.routers):
             parts = (*parts, router(tokens, self.view(context, index)))
@@ -390,7 +383,7 @@ class ReplicaGroups(Router):
             router.shard(mesh)
 
     def merge(self, parts: tuple) -> dict:
-        """The Routing of one router over all E experts, of those of the groups."""
+        """Merges the Routings of the groups into that of one router over all E experts."""
         experts = ()
         for index, part in enumerate(parts):
             own = part["expert_index"]  # [G, N, K], E / r for nowhere
@@ -412,7 +405,7 @@ class ReplicaGroups(Router):
         return routing
 
     def view(self, context: dict, index: int) -> dict:
-        """The context as group `index` sees it: its own state, and forced choices of its own experts, from 0 on."""
+        """Returns the context of group `index`: its own state, and forced choices of its own experts, from 0 on."""
         state, replay = (), context.get("replay")
         if "state" in context:
             state = context["state"][index * self.state_num : (index + 1) * self.state_num]
@@ -420,22 +413,22 @@ class ReplicaGroups(Router):
             own = replay[..., index * self.each : (index + 1) * self.each] - index * self.size  # [G, N, K]
             mine = ops.logical_and(own >= 0, own < self.size)
             replay = ops.where(mine, own, ops.full_like(own, -1))
-        return beside(context, state, replay)
+        return with_state(context, state, replay)
 
 
 def router_weight(width: int, experts: int, random: InitialWeights, name: str = "weight") -> Parameter:
-    """The gate's matrix [D, E], small so that no expert starts ahead (arXiv 2101.03961, section 2.4: scale 0.1)."""
+    """Draws the gate's matrix [D, E], small so that no expert starts ahead (arXiv 2101.03961, section 2.4)."""
     scale = 0.1 / np.sqrt(width)
     return random.normal(scale, (width, experts), name)
 
 
 def to_float32(tokens: Tensor) -> Tensor:
-    """Tokens in float32, untouched where they are: an operator more would want a layout on a cluster."""
+    """Returns tokens in float32, untouched where they are: an operator more would want a layout on a cluster."""
     return tokens if tokens.dtype == mstype.float32 else tokens.astype(mstype.float32)
 
 
 class LinearRouter(Router):
-    """A router that scores experts by x W, in float32; W [D, E], or of other columns.
+    """Scores experts by x W, in float32; W [D, E], or of other columns.
 
     A subclass may override the hook `logits(tokens)`; what depends on no parameter belongs into `route`.
     """
@@ -450,11 +443,11 @@ class LinearRouter(Router):
         return (self.logits(tokens),)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Tokens [N, D] -> scores of the experts [N, E]."""
+        """Scores tokens [N, D] for each expert: [N, E]."""
         return self.score(tokens, self.weight)
 
     def score(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """Tokens [N, D] or [G, N, D] times a matrix [D, X] -> [N, X] or [G, N, X]."""
+        """Multiplies tokens [N, D] or [G, N, D] by a matrix [D, X]: [N, X] or [G, N, X]."""
         if tokens.ndim == 2:
             return self.product(to_float32(tokens), weight)
         groups, count, width = tokens.shape
@@ -462,12 +455,12 @@ class LinearRouter(Router):
         return scores.reshape(groups, count, -1)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Tokens are sharded, the matrix is full everywhere."""
+        """Shards tokens, leaves the matrix full everywhere."""
         self.product.shard((mesh.cut("data", None), mesh.cut(None, None)), (mesh.cut("data", None),))
 
 
 def by_rows(experts: Tensor, gates: Tensor, chosen: Tensor, probabilities: Tensor, logits: Tensor) -> dict:
-    """The Routing of form "token_choice" whose importance is the probabilities: entries as they are named there."""
+    """Returns a Routing of form "token_choice" whose importance is the probabilities."""
     return {
         "expert_index": experts,
         "gates": gates,
@@ -479,7 +472,7 @@ def by_rows(experts: Tensor, gates: Tensor, chosen: Tensor, probabilities: Tenso
 
 
 def shares(logits: Tensor, valid: Tensor) -> Tensor:
-    """Gates that sum to 1: the softmax of the chosen experts' logits [G, N, K]; 0 for a padded row, valid [G, N].
+    """Returns gates that sum to 1: the softmax of the chosen experts' logits [G, N, K]; 0 for a padded row.
 
     For probabilities p = exp(logits) / Z that is p / sum of the chosen p, and it stays that where all of them are too
     small for float32, which a quotient with a floor does not.
@@ -488,7 +481,7 @@ def shares(logits: Tensor, valid: Tensor) -> Tensor:
 
 
 class TopChoices(nn.Cell):
-    """The K largest of E, best first: scores [G, N, E] -> (experts [G, N, K] int32, one-hot of each, K x [G, N, E]).
+    """Finds the K largest, best first: scores [G, N, E] -> (experts [G, N, K] int32, one-hot of each, K x [G, N, E]).
 
     K passes of argmax: 1.2 to 5 times faster than TopK on CPU and GPU for the small K of routing.
     """
@@ -501,7 +494,7 @@ class TopChoices(nn.Cell):
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
     def construct(self, scores: Tensor):
-        """No gradient reaches the scores."""
+        """Lets no gradient reach the scores."""
         scores = ops.stop_gradient(scores)
         experts, masks = (), ()
         for _ in range(self.choices):
@@ -513,7 +506,7 @@ class TopChoices(nn.Cell):
 
 
 class Choosing(nn.Cell):
-    """The K best-scored experts of each row; their gates are their probabilities."""
+    """Chooses the K best-scored experts of each row; their gates are their probabilities."""
 
     def __init__(self, experts: int, choices: int):
         super().__init__()
@@ -522,7 +515,7 @@ class Choosing(nn.Cell):
         self.sum = ops.ReduceSum()
 
     def construct(self, scores: Tensor, probabilities: Tensor, context: dict):
-        """[G, N, E] twice and a Context -> (experts [G, N, K], gates [G, N, K], chosen [G, N, E]).
+        """Takes [G, N, E] twice and a Context -> (experts [G, N, K], gates [G, N, K], chosen [G, N, E]).
 
         The gates are the second input's values of the chosen experts, 0 for a padded row: probabilities, or logits of
         which `shares` makes gates that sum to 1.
@@ -531,7 +524,7 @@ class Choosing(nn.Cell):
         return self.weigh(experts, masks, probabilities, context)
 
     def weigh(self, experts: Tensor, masks: tuple, probabilities: Tensor, context: dict):
-        """The same of choices that are made: experts [G, N, K] and the one-hot of each, K x [G, N, E]."""
+        """Does the same of choices that are made: experts [G, N, K] and the one-hot of each, K x [G, N, E]."""
         experts, masks = self.replayed(experts, masks, context)
         valid = ops.expand_dims(context["valid"], -1)  # [G, N, 1]
         gates, chosen = (), masks[0]
@@ -543,7 +536,7 @@ class Choosing(nn.Cell):
         return experts, keep_where(ops.stack(gates, -1), context["valid"]), chosen * valid
 
     def replayed(self, experts: Tensor, masks: tuple, context: dict):
-        """Choices and the one-hot of each, those of the context's `replay` in the place of the router's own."""
+        """Returns choices and the one-hot of each, those of the context's `replay` in the place of the router's own."""
         if "replay" not in context:
             return experts, masks
         experts, forced = replay_choices(experts, context["replay"], self.expert_num), ()
@@ -554,7 +547,7 @@ class Choosing(nn.Cell):
 
 
 def replay_choices(experts: Tensor, replay: Tensor, expert_num: int) -> Tensor:
-    """Choices [G, N, K], or where all K entries of `replay` [G, N, K] name an expert, those."""
+    """Returns choices [G, N, K], or where all K entries of `replay` [G, N, K] name an expert, those."""
     named = ops.logical_and(replay >= 0, replay < expert_num).astype(mstype.float32)
     named = named.sum(-1, keepdims=True) == replay.shape[-1]  # [G, N, 1]
     return ops.where(named, replay, experts)

@@ -39,16 +39,16 @@ class Cosine(NormalisedRouter):
         self.local_compare = self.compare
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Tokens [N, D] -> cosines over the temperature [N, E]."""
+        """Scores tokens [N, D] by cosines over the temperature: [N, E]."""
         return self.local_compare(self.score(tokens, self.weight), self.embeddings, self.scale)
 
     def compare(self, projected: Tensor, embeddings: Tensor, scale: Tensor) -> Tensor:
-        """Tokens [N, d] and experts [d, E] -> cosines of all pairs over the temperature [N, E]."""
+        """Compares tokens [N, d] with experts [d, E]: cosines of all pairs over the temperature [N, E]."""
         cosine = self.inner(directions(projected, -1), directions(embeddings, 0))
         return cosine * ops.exp(ops.minimum(scale, math.log(1.0 / LOWEST_TEMPERATURE)))
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Tokens are sharded, the experts' directions and the temperature are full everywhere."""
+        """Shards tokens, leaves the experts' directions and the temperature full everywhere."""
         super().shard(mesh)
         tokens, experts = mesh.cut("data", None), self.expert_num
 
@@ -60,7 +60,7 @@ class Cosine(NormalisedRouter):
 
 
 def directions(vectors: Tensor, axis: int) -> Tensor:
-    """Vectors along an axis divided by their lengths; a zero stays one."""
+    """Divides vectors along an axis by their lengths; a zero stays one."""
     return vectors / ops.sqrt((vectors * vectors).sum(axis, keepdims=True) + 1e-12)
 
 

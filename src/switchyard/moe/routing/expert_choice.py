@@ -20,13 +20,13 @@ NOBODY = -1e30  # the score of a padded row: taken only where no real row is lef
 
 @ops.constexpr
 def capacities(rows: int, experts: int, choices: int, factor: float) -> Tensor:
-    """The capacity of a list of 0, 1, .. `rows` real rows: [N + 1] int32. A constant of the compiled graph."""
+    """Returns the capacity of a list of 0, 1, .. `rows` real rows: [N + 1] int32. A constant of the compiled graph."""
     each = [capacity(real, experts, choices, factor) for real in range(rows + 1)]
     return Tensor(np.array(each, np.int32))
 
 
 class TopRows(nn.Cell):
-    """The best rows of each list, as many as the capacity of its real rows.
+    """Finds the best rows of each list, as many as the capacity of its real rows.
 
     Args:
         experts, choices, factor: of `capacity`. C is that of N rows, the size of the arrays; of n real rows among them
@@ -39,7 +39,7 @@ class TopRows(nn.Cell):
         self.top, self.take, self.is_finite = ops.TopK(sorted=True), ops.Gather(), ops.IsFinite()
 
     def construct(self, scores: Tensor, valid: Tensor, factor: float):
-        """Scores and valid [L, N] -> (rows [L, C] int32, filled [L, C] of 1 and 0)."""
+        """Takes scores and valid [L, N] -> (rows [L, C] int32, filled [L, C] of 1 and 0)."""
         rows = scores.shape[1]
         scores = ops.stop_gradient(scores)
         known = ops.logical_and(valid > 0, self.is_finite(scores))  # NaN comes last, in whatever order TopK has it
@@ -176,7 +176,7 @@ class MixtureOfDepths(LinearRouter):
         return self.predict_out(inside, out) + bias
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Tokens are sharded, all parameters are full everywhere."""
+        """Shards tokens, leaves all parameters full everywhere."""
         super().shard(mesh)
         tokens, full = mesh.cut("data", None), mesh.cut(None, None)
 
@@ -187,7 +187,7 @@ class MixtureOfDepths(LinearRouter):
         self.local_predict = mesh.local(self.predict, inputs, (tokens,), shape, first)
 
     def take(self, score: Tensor, valid: Tensor) -> dict:
-        """The top rows of each sequence: form "expert_choice" of one expert."""
+        """Takes the top rows of each sequence: form "expert_choice" of one expert."""
         groups, count, _ = score.shape
         length = count
         if self.length is not None and count % self.length == 0:
@@ -203,11 +203,11 @@ class MixtureOfDepths(LinearRouter):
         return {"token_index": taken, "slot_mask": filled, "gates": gates.reshape(groups, 1, -1), "expert_mask": chosen}
 
     def let_through(self, score: Tensor, predicted: Tensor, valid: Tensor) -> dict:
-        """The rows that the classifier lets through: form "token_choice", expert 0 or none."""
+        """Chooses the rows that the classifier lets through: form "token_choice", expert 0 or none."""
         works = ops.expand_dims((predicted > 0).astype(mstype.float32) * valid, -1)  # [G, N, 1]
         experts = (1.0 - works).astype(mstype.int32)  # 1 = E is nowhere
         return {"expert_index": experts, "gates": keep_where(self.sigmoid(score), works), "expert_mask": works}
 
     def prediction_loss(self, predicted: Tensor, taken: Tensor, valid: Tensor) -> Tensor:
-        """Binary cross-entropy of the classifier, summed over the real rows of each group: [G, N] thrice -> [G]."""
+        """Returns the binary cross-entropy of the classifier, summed over each group's real rows: [G]."""
         return sum_over_rows(-log_sigmoid(-predicted) - predicted * taken, valid)

@@ -20,12 +20,12 @@ from switchyard.nn.initializers import InitialWeights
 
 
 def constant(values: np.ndarray, name: str) -> Parameter:
-    """A table that is saved and exported and never trained."""
+    """Makes a table that is saved and exported and never trained."""
     return Parameter(Tensor(values), name=name, requires_grad=False)
 
 
 def balanced_table(size: int, experts: int, random: InitialWeights) -> np.ndarray:
-    """An expert for each of `size` ids, every expert as often as any other (one more at most): [size] int32."""
+    """Draws an expert for each of `size` ids, every expert as often as any other (one more at most): [size]."""
     return (random.permutation(size) % experts).astype(np.int32)
 
 
@@ -59,7 +59,7 @@ def balance_tables(model: nn.Cell, token_counts: Callable[[], np.ndarray]) -> No
 
 
 class Assign(nn.Cell):
-    """Choices without probabilities -> Routing: the distribution is what was chosen, the logits are zero."""
+    """Makes a Routing of choices without probabilities: the distribution is what was chosen, the logits are zero."""
 
     def __init__(self, experts: int, choices: int):
         super().__init__()
@@ -68,7 +68,7 @@ class Assign(nn.Cell):
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
     def construct(self, experts: Tensor, valid: Tensor) -> dict:
-        """Experts [G, N, K] int32 and valid [G, N] -> Routing of form "token_choice"."""
+        """Takes experts [G, N, K] int32 and valid [G, N], returns a Routing of form "token_choice"."""
         valid = ops.expand_dims(valid, -1)  # [G, N, 1]
         picked = self.one_hot(experts, self.expert_num, self.on, self.off).sum(2)  # [G, N, K, E] -> [G, N, E]
         probabilities = picked * self.share
@@ -102,7 +102,7 @@ class FixedRouter(Router):
         return self.assign(experts, context["valid"])
 
     def pick(self, scores: Tensor, context: dict) -> Tensor:
-        """The experts of each row [G, N, K] int32, those of padded rows included, of what `scores` returned."""
+        """Returns the experts of each row [G, N, K] int32, those of padded rows included, of what `scores` returned."""
         return scores
 
 
@@ -129,11 +129,11 @@ class TableRouter(FixedRouter):
         return (self.local_look_up(self.table, token_ids),)
 
     def look_up(self, table: Tensor, ids: Tensor) -> Tensor:
-        """Table [V], ids [N] -> experts [N, 1] int32."""
+        """Looks ids [N] up in a table [V]: experts [N, 1] int32."""
         return ops.expand_dims(self.take(table, ids, 0), -1)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """The table is full everywhere, ids are sharded."""
+        """Leaves the table full everywhere, shards ids."""
         place_look_up(self, mesh, 1)
 
 
@@ -164,7 +164,7 @@ class Hash(TableRouter):
         self.table = constant(table, "table")  # [V]
 
     def balance(self, counts: np.ndarray) -> None:
-        """A table by the occurrences of each id in the training text, counts [V]."""
+        """Makes a table by the occurrences of each id in the training text, counts [V]."""
         self.table.set_data(Tensor(table_by_counts(counts, self.expert_num, self.shuffled)))
 
 
@@ -192,12 +192,12 @@ class HyperplaneHash(FixedRouter):
         return (self.product(to_float32(tokens), self.planes),)
 
     def pick(self, scores: Tensor, context: dict) -> Tensor:
-        """By the cell that the row lies in: [G, N, 1] int32."""
+        """Chooses by the cell that the row lies in: [G, N, 1] int32."""
         experts = ((scores > 0).astype(mstype.int32) * self.place).sum(-1, keepdims=True)
         return ops.stop_gradient(experts.astype(mstype.int32))
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Tokens are sharded, the hyperplanes are full everywhere."""
+        """Shards tokens, leaves the hyperplanes full everywhere."""
         self.product.shard((mesh.cut("data", None), mesh.cut(None, None)), (mesh.cut("data", None),))
 
 
@@ -222,7 +222,7 @@ class Random(TableRouter):
         self.slice = setting.slices.take(self.drawn)
 
     def pick(self, scores: Tensor, context: dict) -> Tensor:
-        """By table of the token, or drawn: [G, N, 1] int32."""
+        """Chooses by table of the token, or by lot: [G, N, 1] int32."""
         if not (self.training and self.drawn):
             return scores
         uniform = context["noise"][self.slice][:, 0].reshape(scores.shape)  # [G, N, 1]
@@ -256,12 +256,12 @@ class RandomInGroup(TableRouter):
         return (self.local_look_up(self.table, token_ids, task_ids),)
 
     def look_up(self, table: Tensor, token_ids: Tensor, task_ids: Tensor) -> Tensor:
-        """By table [n_group * V] of the token, inside the group of the task: ids [N] twice -> experts [N, 1] int32."""
+        """Looks tokens up in a table [n_group * V] inside the group of the task: ids [N] twice -> experts [N, 1]."""
         group = task_ids % self.group_num  # [N]
         return ops.expand_dims(self.take(table, group * self.vocab_size + token_ids, 0), -1)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """The table is full everywhere, ids are sharded."""
+        """Leaves the table full everywhere, shards ids."""
         place_look_up(self, mesh, 2)
 
 
@@ -291,9 +291,9 @@ class Task(TableRouter):
         return (self.local_look_up(self.table, task_ids),)
 
     def look_up(self, table: Tensor, ids: Tensor) -> Tensor:
-        """Table [T, K], task ids [N] -> experts [N, K] int32."""
+        """Looks task ids [N] up in a table [T, K]: experts [N, K] int32."""
         return self.take(table, ids, 0)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """The table is full everywhere, ids are sharded."""
+        """Leaves the table full everywhere, shards ids."""
         place_look_up(self, mesh, 1, axes=2)

@@ -17,12 +17,12 @@ from switchyard.trust import is_own
 
 
 def rows_of(valid: Tensor) -> Tensor:
-    """Real rows of each group, at least 1: [G, N] -> [G]."""
+    """Counts the real rows of each group, at least 1: [G, N] -> [G]."""
     return ops.maximum(valid.sum(1), 1.0)
 
 
 def sum_over_rows(values: Tensor, valid: Tensor) -> Tensor:
-    """Sum of a value of each row over the real rows of each group: [G, N] twice -> [G].
+    """Sums a value of each row over the real rows of each group: [G, N] twice -> [G].
 
     ReduceSum over all axes adds in another order than over one, and faster; one group is summed that way.
     """
@@ -31,28 +31,28 @@ def sum_over_rows(values: Tensor, valid: Tensor) -> Tensor:
 
 
 def times_rows(values: Tensor, valid: Tensor) -> Tensor:
-    """A value of each group times its real rows, 0 for a group of padding: [G] and valid [G, N] -> [G]."""
+    """Multiplies a value of each group by its real rows, 0 for a group of padding: [G] and valid [G, N] -> [G]."""
     rows = valid.sum(1)  # [G]
     return keep_where(values, rows) * rows
 
 
 def mean(sums: Tensor, valid: Tensor) -> Tensor:
-    """Mean over all real rows of what each group has summed over its own: [G] and valid [G, N] -> scalar."""
+    """Returns the mean over all real rows of what each group has summed: [G] and valid [G, N] -> scalar."""
     return sums.sum() / ops.maximum(valid.sum(), 1.0)
 
 
 def importance(mass: Tensor, valid: Tensor) -> Tensor:
-    """What each expert gets of the router's mass (arXiv 1701.06538, eq. 6): [G, N, E] -> [G, E]."""
+    """Returns what each expert gets of the router's mass (arXiv 1701.06538, eq. 6): [G, N, E] -> [G, E]."""
     return keep_where(mass, valid).sum(1)
 
 
 def load(chosen: Tensor) -> Tensor:
-    """Choices that each expert gets, before any is dropped: [G, N, E] -> [G, E]."""
+    """Counts the choices that each expert gets, before any is dropped: [G, N, E] -> [G, E]."""
     return chosen.sum(1)
 
 
 def balance_sums(chosen: Tensor, probabilities: Tensor, valid: Tensor, choices: int) -> Tensor:
-    """E * sum over experts of f * P (arXiv 2101.03961, eq. 4 without its alpha), times the group's real rows: [G].
+    """Returns E * sum over experts of f * P (arXiv 2101.03961, eq. 4 without its alpha), times the real rows: [G].
 
     f: share of the choices that an expert got (eq. 5); P: its mean probability (eq. 6). Only P carries a gradient.
     """
@@ -63,43 +63,43 @@ def balance_sums(chosen: Tensor, probabilities: Tensor, valid: Tensor, choices: 
 
 
 def switch_balance(chosen: Tensor, probabilities: Tensor, valid: Tensor, choices: int) -> Tensor:
-    """The balance loss, 1 when balanced: mean over the groups, weighted by their real rows. Scalar."""
+    """Returns the balance loss, 1 when balanced: mean over the groups, weighted by their real rows. Scalar."""
     return mean(balance_sums(chosen, probabilities, valid, choices), valid)
 
 
 def log_partition(logits: Tensor, axis: int = -1) -> Tensor:
-    """log of the sum of exponentials over the experts, or another axis: [G, N, E] -> [G, N]."""
+    """Returns the log of the sum of exponentials over the experts, or another axis: [G, N, E] -> [G, N]."""
     top = ops.stop_gradient(ops.ReduceMax(keep_dims=True)(logits, axis))  # [G, N, 1]
     return ops.log(ops.exp(logits - top).sum(axis)) + top.squeeze(axis)
 
 
 def z_sums(logits: Tensor, valid: Tensor) -> Tensor:
-    """Squared log-partition (ST-MoE, arXiv 2202.08906, eq. 5), which keeps router logits small: [G]."""
+    """Returns the squared log-partition (ST-MoE, arXiv 2202.08906, eq. 5), which keeps router logits small: [G]."""
     return sum_over_rows(log_partition(logits) ** 2, valid)
 
 
 def z_loss(logits: Tensor, valid: Tensor) -> Tensor:
-    """Mean squared log-partition over the real rows. Scalar."""
+    """Returns the mean squared log-partition over the real rows. Scalar."""
     return mean(z_sums(logits, valid), valid)
 
 
 def entropy_of(probabilities: Tensor) -> Tensor:
-    """Entropy in nats of distributions over the last axis: [..., E] -> [...]."""
+    """Returns the entropy in nats of distributions over the last axis: [..., E] -> [...]."""
     return -(probabilities * ops.log(ops.maximum(probabilities, 1e-20))).sum(-1)
 
 
 def entropy_sums(probabilities: Tensor, valid: Tensor) -> Tensor:
-    """Entropy of the router's distribution in nats: [G]."""
+    """Returns the entropy of the router's distribution in nats: [G]."""
     return sum_over_rows(entropy_of(probabilities), valid)
 
 
 def entropy(probabilities: Tensor, valid: Tensor) -> Tensor:
-    """Mean entropy over the real rows: 0 when certain, log E when uniform. Scalar."""
+    """Returns the mean entropy over the real rows: 0 when certain, log E when uniform. Scalar."""
     return mean(entropy_sums(probabilities, valid), valid)
 
 
 def squared_variation(amounts: Tensor, valid: Tensor) -> Tensor:
-    """Squared coefficient of variation over the experts (arXiv 1701.06538, eq. 7 and 11), times rows: [G, E] -> [G]."""
+    """Returns the squared coefficient of variation (arXiv 1701.06538, eq. 7 and 11), times rows: [G, E] -> [G]."""
     average = amounts.mean(-1, keep_dims=True)  # [G, 1]
     variance = ((amounts - average) ** 2).mean(-1)  # [G]
     return times_rows(variance / (average.squeeze(-1) ** 2 + 1e-10), valid)
@@ -111,12 +111,12 @@ def by_sequence(values: Tensor, length: int) -> Tensor:
 
 
 def importance_sums(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
-    """CV^2 of the experts' importance (arXiv 1701.06538, eq. 6 and 7): [G]."""
+    """Returns CV^2 of the experts' importance (arXiv 1701.06538, eq. 6 and 7): [G]."""
     return squared_variation(importance(routing["importance"], valid), valid)
 
 
 def load_sums(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
-    """CV^2 of the experts' smooth load (arXiv 1701.06538, eq. 8 to 11): [G]."""
+    """Returns CV^2 of the experts' smooth load (arXiv 1701.06538, eq. 8 to 11): [G]."""
     return squared_variation(importance(routing["smooth_load"], valid), valid)
 
 
@@ -130,7 +130,7 @@ def mutual_information_sums(routing: dict, valid: Tensor, choices: int, length: 
 
 
 def sequence_sums(routing: dict, valid: Tensor, choices: int, length: int) -> Tensor:
-    """The balance loss of each sequence by itself (DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20, without its alpha).
+    """Returns the balance loss of each sequence by itself (DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20, without alpha).
 
     Eq. 18 is f, eq. 20 is P, over the S rows of one sequence instead of all: a router that is balanced only on average
     over the sequences is not enough. Each counts by its real rows: [G].
@@ -159,7 +159,7 @@ def add_loss(name: str) -> None:
 
 
 class WeightedLosses(nn.Cell):
-    """(balance loss, z-loss, weighted sum of the auxiliary losses) of a Routing and valid [G, N]: three times [G].
+    """Computes (balance loss, z-loss, weighted sum of the auxiliary losses) of a Routing: three times [G].
 
     Each is a sum over the real rows of a group, see `mean`.
 
@@ -187,7 +187,7 @@ class WeightedLosses(nn.Cell):
                 raise UserError(f"moe.losses.{name}: {'unknown' if name not in LOSSES else 'not available'}; {reason}")
 
     def construct(self, routing: dict, valid: Tensor):
-        """A Routing and valid [G, N] -> three times [G]."""
+        """Takes a Routing and valid [G, N], returns three times [G]."""
         nothing = ops.zeros_like(valid).sum(1)
         balance, auxiliary, router_z = nothing, nothing, z_sums(routing["logits"], valid)
         if self.switch:

@@ -42,12 +42,12 @@ class MultiGate(Router):
         return (self.local_own(self.product(to_float32(tokens), self.weight), task_ids),)
 
     def own_gate(self, logits: Tensor, task_ids: Tensor) -> Tensor:
-        """Scores of all gates [N, T * E], task ids [N] -> those of the token's own gate [N, E]."""
+        """Takes scores of all gates [N, T * E] and task ids [N], returns those of the token's own gate [N, E]."""
         own = self.one_hot(task_ids, self.task_num, self.on, self.off)  # [N, T]
         return keep_where(logits.reshape(-1, self.task_num, self.expert_num), own).sum(1)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Tokens are sharded, the gates are full everywhere."""
+        """Shards tokens, leaves the gates full everywhere."""
         tokens, experts = mesh.cut("data", None), self.expert_num
         self.product.shard((tokens, mesh.cut(None, None)), (tokens,))
 

@@ -76,14 +76,14 @@ class NoisyTopK(LinearRouter):
         }
 
     def kept(self, masks: tuple) -> Tensor:
-        """1 where an expert is among the K: [G, N, E]."""
+        """Returns 1 where an expert is among the K: [G, N, E]."""
         kept = masks[0]
         for mask in masks[1 : self.choices]:
             kept = kept + mask
         return kept
 
     def chance(self, clean: Tensor, scores: Tensor, deviation: Tensor, masks: tuple, kept: Tensor):
-        """P(x, i): that expert i is among the K if its own noise alone is drawn again (eq. 8 and 9): [G, N, E]."""
+        """Returns P(x, i): that expert i is among the K if its own noise is drawn again (eq. 8 and 9): [G, N, E]."""
         last = (scores * masks[self.choices - 1]).sum(-1, keepdims=True)  # the K-th largest score, [G, N, 1]
         following = (scores * masks[self.choices]).sum(-1, keepdims=True)  # the one after it
         threshold = kept * following + (1.0 - kept) * last  # kth_excluding(H, K, i)

@@ -40,7 +40,7 @@ FREE = ("compute_dtype", "dropout", "init_method_std", "norm_eps")  # keys of th
 
 
 def subject(config: Config, kind: str) -> dict[str, Any]:
-    """What choices belong to: of a "training" or an "evaluation", of which layers, experts, batches and model.
+    """Returns what choices belong to: of a "training" or an "evaluation", of which layers, experts, batches and model.
 
     `model` is a fingerprint of the section `model` without the keys in FREE. Router, weights, device and precision may
     differ: they are what a replay compares.
@@ -58,17 +58,17 @@ def subject(config: Config, kind: str) -> dict[str, Any]:
 
 
 def manifest_of(path: str | Path) -> Path:
-    """Where the manifest of a record of version 1 stands."""
+    """Returns where the manifest of a record of version 1 stands."""
     return Path(f"{path}.json")
 
 
 def checksum(tokens: np.ndarray) -> int:
-    """CRC-32 of token ids."""
+    """Returns the CRC-32 of token ids."""
     return zlib.crc32(np.ascontiguousarray(tokens, np.int32).tobytes())
 
 
 def run_of(config: Config) -> dict[str, str]:
-    """Which run a record belongs to."""
+    """Returns which run a record belongs to."""
     folder = Path(config.train.output_dir) / config.train.name
     return {"name": config.train.name, "folder": str(folder.absolute())}
 
@@ -115,7 +115,7 @@ class Recorder:
             raise UserError(f"moe.record: {self.path}; was recorded by {whose}: choose another name, or remove it")
 
     def add(self, step: int, tokens: np.ndarray, experts: np.ndarray) -> None:
-        """The choices [A, M, N, K] of a step, made for tokens [A, B, S]; A may be missing where it is 1."""
+        """Keeps the choices [A, M, N, K] of a step, made for tokens [A, B, S]; A may be missing where it is 1."""
         self.rows[step] = (checksum(tokens), experts.astype(np.int16).reshape(-1, *experts.shape[-3:]))
 
     def save(self) -> None:
@@ -153,7 +153,7 @@ class Replayer:
         self.places = {int(step): place for place, step in enumerate(held["steps"])}
 
     def at(self, step: int, tokens: np.ndarray) -> np.ndarray:
-        """The choices of a step whose tokens are [A, B, S]: [A, M, N, K] int32, UNSET where the record has none.
+        """Returns the choices of a step whose tokens are [A, B, S]: [A, M, N, K] int32, UNSET where there are none.
 
         Raises:
             UserError: the recorded step read other tokens.
@@ -169,7 +169,7 @@ class Replayer:
 
 
 def digest(arrays: dict[str, np.ndarray]) -> str:
-    """sha256 of arrays by name, with types and shapes."""
+    """Returns the sha256 of arrays by name, with types and shapes."""
     found = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         found.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -178,12 +178,12 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 
 
 def read(path: str | Path, wanted: dict[str, Any], key: str) -> dict[str, np.ndarray]:
-    """The arrays of a record that is whole and of the wanted subject (UserError, which names `key`)."""
+    """Returns the arrays of a record that is whole and of the wanted subject (UserError, which names `key`)."""
     return read_whole(path, wanted, key)[0]
 
 
 def read_whole(path: str | Path, wanted: dict[str, Any], key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, manifest) of a record, see `read`."""
+    """Returns (arrays, manifest) of a record, see `read`."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -207,14 +207,14 @@ def read_whole(path: str | Path, wanted: dict[str, Any], key: str) -> tuple[dict
 
 
 def _manifest_in(data: bytes) -> Any:
-    """The manifest in the metadata of a safetensors file; None where it has none (ValueError: it is no JSON)."""
+    """Returns the manifest in the metadata of a safetensors file, None where it has none (ValueError: no JSON)."""
     length = int.from_bytes(data[:8], "little")
     text = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(KEY)
     return None if text is None else json.loads(text)
 
 
 def _manifest_beside(path: str | Path, key: str) -> Any:
-    """The manifest of a record of version 1 (UserError)."""
+    """Returns the manifest of a record of version 1 (UserError)."""
     try:
         return json.loads(manifest_of(path).read_text(encoding="utf-8"))
     except OSError:

@@ -15,13 +15,13 @@ EXCLUDED = -1e30  # the logit of a padded row, which a softmax over rows leaves 
 
 
 def everyone(probabilities: Tensor, valid: Tensor) -> Tensor:
-    """What is chosen where every expert works for every real row: [G, N, E] of 1 and 0."""
+    """Returns what is chosen where every expert works for every real row: [G, N, E] of 1 and 0."""
     return ops.zeros_like(ops.stop_gradient(probabilities)) + ops.expand_dims(valid, -1)
 
 
 @register("dense")
 class Dense(LinearRouter):
-    """The mixture of all experts (Jacobs et al., 1991; arXiv 1701.06538, eq. 1 with no gate closed): the reference.
+    """Mixes all experts (Jacobs et al., 1991; arXiv 1701.06538, eq. 1 with no gate closed): the reference.
 
     y = sum over all E experts of softmax(x W)_e * expert_e(x): E times the work of one expert, and what a sparse router
     saves or loses is measured against it.

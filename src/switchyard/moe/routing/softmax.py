@@ -29,15 +29,15 @@ class SoftmaxRouter(LinearRouter):
         return by_rows(experts, self.weigh(gates) * self.factor, chosen, probabilities, logits)
 
     def rank(self, logits: Tensor, valid: Tensor) -> Tensor:
-        """What the choice goes by: logits [G, N, E] and valid [G, N] -> [G, N, E]."""
+        """Returns what the choice goes by: logits [G, N, E] and valid [G, N] -> [G, N, E]."""
         return logits
 
     def chosen(self, scores: Tensor, logits: Tensor, probabilities: Tensor, context: dict):
-        """What Choosing returns for scores [G, N, E]; the gates are the chosen experts' probabilities."""
+        """Returns what Choosing returns for scores [G, N, E]; the gates are the chosen experts' probabilities."""
         return self.choose(scores, probabilities, context)
 
     def weigh(self, gates: Tensor) -> Tensor:
-        """What becomes of the gates [G, N, K]."""
+        """Returns what becomes of the gates [G, N, K]."""
         return gates
 
 
@@ -62,7 +62,7 @@ class NormalisedRouter(SoftmaxRouter):
         self.normalise = setting.options.norm_topk_prob and self.choices > 1
 
     def chosen(self, scores: Tensor, logits: Tensor, probabilities: Tensor, context: dict):
-        """As of SoftmaxRouter, with gates that sum to 1, or as they are."""
+        """Returns what SoftmaxRouter does, with gates that sum to 1, or as they are."""
         if not self.normalise:
             return self.choose(scores, probabilities, context)
         experts, gates, chosen = self.choose(scores, logits, context)

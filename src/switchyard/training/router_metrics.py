@@ -14,33 +14,33 @@ MOST_SCALARS = 256  # experts of a layer that get a TensorBoard scalar each; mor
 MOST_SHOWN = 16  # experts whose loads stand in a line of the log; of more the least and the largest
 
 
-def step_arrays(audit: dict[str, np.ndarray]) -> dict[str, list]:
-    """Returns the audit of a training step as JSON lists.
+def step_arrays(found: dict[str, np.ndarray]) -> dict[str, list]:
+    """Returns the router metrics of a training step as JSON lists.
 
     Args:
-        audit: load, importance [M, E] and dropped, entropy, z [M], as arrays.
+        found: load, importance [M, E] and dropped, entropy, z [M], as arrays.
 
     Returns:
         load (whole numbers), importance [M][E]; layer_dropped, entropy, max_violation (of the step's load), z [M].
     """
-    load = audit["load"].astype(float)  # [M, E]
+    load = found["load"].astype(float)  # [M, E]
     lists = {
-        "importance": audit["importance"],
-        "layer_dropped": audit["dropped"],  # `dropped` of a line is their mean
-        "entropy": audit["entropy"],
+        "importance": found["importance"],
+        "layer_dropped": found["dropped"],  # `dropped` of a line is their mean
+        "entropy": found["entropy"],
         "max_violation": max_violation(load),
-        "z": audit["z"],
+        "z": found["z"],
     }
-    counts = [whole_numbers(of_layer) for of_layer in load]
+    counts = [integers(of_layer) for of_layer in load]
     return {"load": counts, **{name: array.astype(float).tolist() for name, array in lists.items()}}
 
 
-def whole_numbers(counts: np.ndarray) -> list[int | float]:
+def integers(counts: np.ndarray) -> list[int | float]:
     """Returns counts [E] as whole numbers; one that is not finite, out of a broken model, stays as it is."""
     return [int(count) if math.isfinite(count) else float(count) for count in counts]
 
 
-def layer_audits(figures: dict[str, Any], layers: tuple[int, ...]) -> list[dict[str, Any]]:
+def layer_metrics(figures: dict[str, Any], layers: tuple[int, ...]) -> list[dict[str, Any]]:
     """Returns one dict for each conditional layer of a line of metrics.jsonl.
 
     Args:
@@ -48,7 +48,7 @@ def layer_audits(figures: dict[str, Any], layers: tuple[int, ...]) -> list[dict[
         layers: indices of the conditional layers.
 
     Returns:
-        [{layer, load [E], importance [E], dropped, entropy, max_violation, z}], [] where the line has no audit.
+        [{layer, load [E], importance [E], dropped, entropy, max_violation, z}], [] where the line has none.
     """
     if "layers" in figures:
         return figures["layers"]
@@ -61,42 +61,42 @@ def layer_audits(figures: dict[str, Any], layers: tuple[int, ...]) -> list[dict[
     ]
 
 
-def scalars(kind: str, audits: list[dict[str, Any]]) -> Iterator[tuple[str, float]]:
+def scalars(kind: str, layers: list[dict[str, Any]]) -> Iterator[tuple[str, float]]:
     """Yields (TensorBoard tag, number).
 
     Tags are KIND/layer_L/NAME of a layer's figures and KIND/layer_L/NAME/expert_E of up to MOST_SCALARS experts.
     """
-    for audit in audits:
-        prefix = f"{kind}/layer_{audit['layer']}"
+    for layer in layers:
+        prefix = f"{kind}/layer_{layer['layer']}"
         for name in LAYER_FIGURES:
-            yield f"{prefix}/{name}", audit[name]
+            yield f"{prefix}/{name}", layer[name]
         for name in EXPERT_FIGURES:
-            if len(audit[name]) <= MOST_SCALARS:
-                for expert, value in enumerate(audit[name]):
+            if len(layer[name]) <= MOST_SCALARS:
+                for expert, value in enumerate(layer[name]):
                     yield f"{prefix}/{name}/expert_{expert}", value
 
 
-def histograms(kind: str, audits: list[dict[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
+def histograms(kind: str, layers: list[dict[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (TensorBoard tag, [E]) of the layers whose experts are too many for scalars: KIND/layer_L/NAME."""
-    for audit in audits:
+    for layer in layers:
         for name in EXPERT_FIGURES:
-            if len(audit[name]) > MOST_SCALARS:
-                yield f"{kind}/layer_{audit['layer']}/{name}", np.array(audit[name], float)
+            if len(layer[name]) > MOST_SCALARS:
+                yield f"{kind}/layer_{layer['layer']}/{name}", np.array(layer[name], float)
 
 
-def layer_line(audit: dict[str, Any], most: int | None = None) -> str:
-    """Returns the audit of one layer as a line.
+def layer_line(layer: dict[str, Any], most: int | None = None) -> str:
+    """Returns the router metrics of one layer as a line.
 
     Args:
-        audit: one of `layer_audits`.
+        layer: one of `layer_metrics`.
         most: experts whose loads are shown one by one; of more the least and the largest load. None shows all.
     """
-    relative = np.array(audit["load"], float) / max(np.mean(audit["load"]), 1e-9)  # [E]
+    relative = np.array(layer["load"], float) / max(np.mean(layer["load"]), 1e-9)  # [E]
     if most is None or len(relative) <= most:
         loads = " ".join(f"{value:.2f}" for value in relative)
     else:
         loads = f"{relative.min():.2f}..{relative.max():.2f}"
     return (
-        f"layer {audit['layer']}: load / mean {loads}  MaxVio {audit['max_violation']:.2f}  dropped "
-        f"{100 * audit['dropped']:.1f} %  entropy {audit['entropy']:.2f} nats  z {audit['z']:.2f}"
+        f"layer {layer['layer']}: load / mean {loads}  MaxVio {layer['max_violation']:.2f}  dropped "
+        f"{100 * layer['dropped']:.1f} %  entropy {layer['entropy']:.2f} nats  z {layer['z']:.2f}"
     )

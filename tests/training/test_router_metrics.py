@@ -1,12 +1,12 @@
-"""The audit of every conditional layer: in metrics.jsonl, in TensorBoard's events, in the log and in the evaluation."""
+"""The metrics of every conditional layer: in metrics.jsonl, in TensorBoard's events, in the log, in the evaluation."""
 
 import numpy as np
 import pytest
 from oracles.tiny_run import metrics_of, run_config, write_text
 
-from switchyard.training.audit import MOST_SCALARS, layer_audits, layer_line, scalars
 from switchyard.training.loop import train
 from switchyard.training.metrics import MetricsLog
+from switchyard.training.router_metrics import MOST_SCALARS, layer_line, layer_metrics, scalars
 
 LAYER = {
     "layer": 3,
@@ -40,10 +40,10 @@ def events_of(run) -> dict[str, list[tuple[int, float | None]]]:
 def test_arrays_of_a_step_are_told_apart_by_layer():
     line = {"load": [[6, 2], [1, 3]], "importance": [[5.0, 3.0], [2.0, 2.0]], "layer_dropped": [0.125, 0.25]}
     line |= {"entropy": [0.5, 0.75], "max_violation": [0.5, 0.5], "z": [0.25, 1.0], "dropped": 0.1875}
-    first, second = layer_audits(line, (3, 5))
+    first, second = layer_metrics(line, (3, 5))
     assert first == LAYER
     assert (second["layer"], second["load"], second["dropped"], second["z"]) == (5, [1, 3], 0.25, 1.0)
-    assert layer_audits({"kind": "train", "loss": 1.0}, ()) == []  # a dense model
+    assert layer_metrics({"kind": "train", "loss": 1.0}, ()) == []  # a dense model
 
 
 def test_scalars_are_named_by_layer_and_expert_in_the_words_of_the_evaluation():
@@ -80,7 +80,7 @@ def test_more_experts_than_a_page_of_charts_can_hold_become_one_histogram(tmp_pa
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(run folder, what was printed): layer 1 of 2 conditional, 4 steps, an evaluation in the middle."""
-    folder = tmp_path_factory.mktemp("audit")
+    folder = tmp_path_factory.mktemp("metrics")
     write_text(folder)
     config = run_config(
         folder,
@@ -101,16 +101,16 @@ def test_every_layer_of_every_line_is_in_the_events(run, kind):
     lines = metrics_of(folder, kind)
     assert len(lines) >= 2
     for place, line in enumerate(lines):
-        audits = layer_audits(line, (1,))
-        assert [audit["layer"] for audit in audits] == [1]
-        for audit in audits:
-            prefix = f"{kind}/layer_{audit['layer']}"
+        layers = layer_metrics(line, (1,))
+        assert [layer["layer"] for layer in layers] == [1]
+        for layer in layers:
+            prefix = f"{kind}/layer_{layer['layer']}"
             for name in FIGURES:
                 step, value = events[f"{prefix}/{name}"][place]
-                assert step == line["step"] and value == pytest.approx(audit[name])
+                assert step == line["step"] and value == pytest.approx(layer[name])
             for name in ("load", "importance"):
                 values = [events[f"{prefix}/{name}/expert_{expert}"][place][1] for expert in range(4)]
-                assert values == pytest.approx(audit[name])
+                assert values == pytest.approx(layer[name])
 
 
 def test_the_figures_of_a_line_belong_together(run):
@@ -127,4 +127,4 @@ def test_the_log_shows_every_layer_at_each_evaluation(run):
     places = [place for place, text in enumerate(said) if "validation loss" in text]
     assert len(places) == len(evaluations) == 3  # in the middle, at the end, and the end over the whole set
     for place, line in zip(places, evaluations):
-        assert said[place + 1 : place + 2] == [layer_line(audit) for audit in line["layers"]]
+        assert said[place + 1 : place + 2] == [layer_line(layer) for layer in line["layers"]]

@@ -1,0 +1,67 @@
+"""Attention of operators that are fast on a GPU, held to its plain twin on CPU in float32: values and gradients."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from switchyard.config import build
+from switchyard.nn.fused import fused_operators
+from switchyard.nn.initializers import InitialWeights
+from switchyard.nn.layers import Attention, causal_mask
+
+BATCH, LENGTH, WIDTH = 2, 6, 32
+
+
+def attention(fused=frozenset(), **model):
+    sizes = {"hidden_size": WIDTH, "num_heads": 4, "seq_length": LENGTH, **model}
+    config = build({"model": sizes, "moe": {"expert_num": 1}})
+    return Attention(config.model, causal_mask(LENGTH), 0.3, InitialWeights(3), ms.float32, fused)
+
+
+class Weighed(nn.Cell):
+    """A sum of what attention gives, weighted."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def construct(self, x, weight):
+        return (self.cell(x, BATCH) * weight).sum()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_half_attention_equals_the_plain_one_in_values_and_gradients(kv_heads, position, graph):
+    plain = attention(n_kv_heads=kv_heads, position=position, init_method_std=0.3)
+    half = attention(frozenset({"HalfAttention"}), n_kv_heads=kv_heads, position=position, init_method_std=0.3)
+    random = np.random.default_rng(1)
+    x, weight = (Tensor(random.standard_normal((BATCH * LENGTH, WIDTH)).astype(np.float32)) for _ in range(2))
+    results = []
+    for cell in (plain, half):
+        weighed = ops.GradOperation(get_all=True, get_by_list=True)(Weighed(cell), cell.trainable_params())
+        (d_x, _), d_parameters = weighed(x, weight)
+        results.append([part.asnumpy() for part in (cell(x, BATCH), d_x, *d_parameters)])
+    for expected, found in zip(*results):
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_other_lengths_go_the_plain_way():
+    half = attention(frozenset({"HalfAttention"}), n_kv_heads=2)
+    x = Tensor(np.random.default_rng(1).standard_normal((2 * 4, WIDTH)).astype(np.float32))
+    np.testing.assert_array_equal(half(x, 2).asnumpy(), attention(n_kv_heads=2)(x, 2).asnumpy())
+
+
+@pytest.mark.parametrize(
+    ("model", "missing"),
+    [
+        ({}, set()),
+        ({"compute_dtype": "float32"}, {"HalfAttention", "HalfRows"}),
+        ({"seq_length": 8192}, {"HalfAttention"}),
+    ],
+)
+def test_a_gpu_takes_it_in_float16_where_the_mask_is_small(model, missing):
+    sizes = {"hidden_size": 64, "num_heads": 4, "compute_dtype": "float16", **model}
+    config = build({"model": sizes, "moe": {"expert_num": 1}})
+    everything = {"LayerNorm", "SiLU", "CountedOrder", "HalfRows", "HalfAttention"}
+    assert fused_operators(config, "GPU") == everything - missing
