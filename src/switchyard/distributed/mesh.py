@@ -45,10 +45,11 @@ class LocalMesh:
         draws_full: whether a new model draws all of its initial weights; else a device draws its shards alone, in
             `place`, or with `draws_late` once the program is compiled.
         dropless: how choices reach their experts where none may be dropped, see moe.dispatch.dispatchers.
+        own_shapes: whether shapes inside a program are those of a device's shards; a compiler shards afterwards.
     """
 
     dropless, noise, no_noise, sequence, evaluates = "blocks", None, None, False, True
-    draws_full, draws_late = True, False
+    draws_full, draws_late, own_shapes = True, False, True
 
     def __init__(self, processes: Processes = SINGLE):
         self.samples = type(self) is LocalMesh and processes.size == 1
@@ -154,7 +155,7 @@ class CompiledMesh(LocalMesh):
         self.layout = Layout((degrees.outer, degrees.expert_parallel, degrees.model_parallel), AXES)
         self.noise, self.no_noise = self.cut(None, "data", None), self.cut(None, None, None)
         self.evaluates = self.degrees.pipeline_stage == 1
-        self.draws_full, self.draws_late = False, True
+        self.draws_full, self.draws_late, self.own_shapes = False, True, False
         self.known: set[str] = set()  # names of groups that were made
 
     def cut(self, *axes: str | None) -> Layout:

@@ -31,7 +31,8 @@ class AdamW(nn.Cell):
         parameters: what to update; float32.
         beta1, beta2, eps, weight_decay: as above.
         apart: for each parameter whether its learning rate is multiplied by `factor` of a call; None: of none.
-        device_target: "CPU" takes the kernel that is fastest there; None asks MindSpore's context.
+        device_target: decides which kernels are taken, the fastest there; None asks MindSpore's context.
+        fills: whether the shapes of gradients are those of this device, see `masked`.
 
     `state()` names every parameter of the optimizer: moment1.NAME, moment2.NAME, correction1, correction2.
     """
@@ -45,6 +46,7 @@ class AdamW(nn.Cell):
         weight_decay,
         device_target: str | None = None,
         apart: list[bool] | None = None,
+        fills: bool = True,
     ):
         super().__init__(auto_prefix=False)
         self.parameters = ParameterTuple(parameters)
@@ -57,11 +59,12 @@ class AdamW(nn.Cell):
         self.eps, self.weight_decay = eps, weight_decay
         self.apart = tuple(apart or [False] * len(self.parameters))
         self.decays = tuple(weight_decay > 0 and parameter.ndim >= 2 for parameter in parameters)
-        self.one_kernel = (device_target or ms.get_context("device_target")) != "CPU"
+        target = device_target or ms.get_context("device_target")
+        self.one_kernel, self.divides, self.fill = target != "CPU", target == "GPU", ops.FillV2() if fills else None
         self.zero, self.one = Tensor(0.0, mstype.float32), Tensor(1.0, mstype.float32)
         self.adam, self.adam_decay, self.assign = ops.Adam(), ops.AdamWeightDecay(), ops.Assign()
         self.sqrt, self.select = ops.Sqrt(), ops.Select()
-        self.multiply, self.divide, self.fill = ops.MulNoNan(), ops.DivNoNan(), ops.FillV2()
+        self.multiply, self.divide = ops.MulNoNan(), ops.DivNoNan()
 
     def construct(self, gradients: tuple, learning_rate, alive, factor=None, scale=None) -> Tensor:
         """One update by `gradients` (one for each parameter, same shapes) and a float32 scalar: returns 0.
@@ -84,9 +87,8 @@ class AdamW(nn.Cell):
         # A refused update: betas of 1 and a rate of 0 leave everything as it is, if the gradient is finite.
         learning_rate = self.select(alive, learning_rate, self.zero)
         beta1, beta2 = self.select(alive, beta1, self.one), self.select(alive, beta2, self.one)
-        scale = self.one if scale is None else scale
-        kept = self.select(alive, scale, self.zero)
-        divisor = self.select(alive, 1.0 / scale, self.zero)
+        kept = self.select(alive, self.one if scale is None or self.one_kernel else scale, self.zero)
+        divisor = self.select(alive, self.one if scale is None else 1.0 / scale, self.zero)
         rate, shrink = learning_rate * root / correction1, 1.0 - learning_rate * self.weight_decay
         other_rate, other_shrink = rate, shrink
         if factor is not None:
@@ -94,12 +96,7 @@ class AdamW(nn.Cell):
         self.assign(self.correction1, self.select(alive, correction1, self.correction1))
         self.assign(self.correction2, self.select(alive, correction2, self.correction2))
         for index, gradient in enumerate(gradients):
-            # 0 times NaN is 0, and NaN by 0, too: refusing costs no pass of its own. A GPU's MulNoNan takes a factor
-            # below 2e-7 for 0, and a scale can be smaller.
-            if self.one_kernel:  # by a tensor of the same shape, of which there is one: by a scalar it takes 2.7 times
-                gradient = self.divide(gradient, self.fill(gradient.shape, divisor))
-            else:
-                gradient = self.multiply(gradient, kept)
+            gradient = self.masked(gradient, kept, divisor, scale)
             parameter, m, v = self.parameters[index], self.moment1[index], self.moment2[index]
             own_rate = other_rate if self.apart[index] else rate
             if self.one_kernel:
@@ -110,6 +107,17 @@ class AdamW(nn.Cell):
                     self.assign(parameter, parameter * (other_shrink if self.apart[index] else shrink))
                 self.adam(parameter, m, v, self.zero, self.zero, own_rate, beta1, beta2, eps, gradient)
         return self.zero
+
+    def masked(self, gradient: Tensor, kept: Tensor, divisor: Tensor, scale: Tensor | None) -> Tensor:
+        """Returns a gradient times `scale`, zeros where the update is refused: 0 times NaN is 0, and NaN by 0, too.
+
+        On a GPU a division does both in one pass, since MulNoNan takes a factor below 2e-7 for 0 there; by a tensor of
+        the same shape it takes half as long as by a scalar.
+        """
+        if self.divides:
+            return self.divide(gradient, divisor if self.fill is None else self.fill(gradient.shape, divisor))
+        gradient = self.multiply(gradient, kept)
+        return gradient * scale if self.one_kernel and scale is not None else gradient
 
     def state(self) -> dict[str, Parameter]:
         """Every parameter of the optimizer by name."""

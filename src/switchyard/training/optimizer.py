@@ -29,7 +29,7 @@ class OptimizerStep(nn.Cell):
         optimizer, self.clip = config.optimizer, config.optimizer.clip_grad
         decay = (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay)
         self.of_router = tuple(".router." in parameter.name for parameter in parameters)
-        self.adamw = AdamW(parameters, *decay, apart=self.of_router)
+        self.adamw = AdamW(parameters, *decay, apart=self.of_router, fills=mesh.own_shapes)
         self.sum, self.norm = mesh.gradient_sum(parameters), mesh.gradient_norm(parameters)
         self.is_finite = ops.IsFinite()
         self.scaled, self.several = config.model.compute_dtype == "float16", calls > 1
