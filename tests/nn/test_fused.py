@@ -7,7 +7,7 @@ is itself held to the documentation's examples.
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, ops
 from oracles import fused_probe
 from oracles.fused_probe import BATCH, EPS, TWINS, Mix, Norm, arguments
 
@@ -109,3 +109,26 @@ def test_twins_have_the_same_shapes_types_values_and_gradients(report):
     for one, two in zip(composed, fused):
         assert one.dtype == two.dtype and np.abs(one).max() > 0.1
         np.testing.assert_allclose(two, one, atol=1e-5 if one.dtype == np.float32 else 6e-3)
+
+
+# ---- what stands in for the operators of a GPU, against MindSpore's kernels on CPU
+def test_stand_ins_for_the_operators_of_a_gpu_give_what_the_kernels_give(pynative):
+    random = np.random.default_rng(4)
+    x, d_out = (random.normal(0, 2, (6, 5)).astype(np.float32) for _ in range(2))
+    gain, bias = (random.normal(1, 0.3, 5).astype(np.float32) for _ in range(2))
+    tensors = [Tensor(part) for part in (x, gain, bias)]
+
+    def weighed(*parts):
+        return (ops.LayerNorm(1, 1, EPS)(*parts)[0] * Tensor(d_out)).sum()
+
+    y, mean, variance = OPERATORS["LayerNorm"](None, x, gain, bias, 1, 1, EPS)
+    np.testing.assert_allclose(y, ops.LayerNorm(1, 1, EPS)(*tensors)[0].asnumpy(), atol=1e-5)
+    found = OPERATORS["LayerNormGrad"](None, x, d_out, variance, mean, gain, 1, 1)
+    for mine, kernel in zip(found, ops.grad(weighed, (0, 1, 2))(*tensors)):
+        np.testing.assert_allclose(mine, kernel.asnumpy(), atol=1e-5)
+    np.testing.assert_allclose(OPERATORS["SiLU"](None, x), ops.silu(tensors[0]).asnumpy(), atol=1e-6)
+    slope = ops.grad(lambda x: (ops.silu(x) * Tensor(d_out)).sum())(tensors[0]).asnumpy()
+    np.testing.assert_allclose(OPERATORS["SiLUGrad"](None, d_out, x), slope, atol=1e-5)
+    np.testing.assert_array_equal(OPERATORS["BiasAdd"](None, x, bias, "NCHW"), x + bias)
+    index = np.array([2, 0, 7])
+    np.testing.assert_array_equal(OPERATORS["OneHot"](None, index, 3, 1.0, 0.0, 0), [[0, 1, 0], [0, 0, 0], [1, 0, 0]])

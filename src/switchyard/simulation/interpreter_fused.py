@@ -136,3 +136,42 @@ def token_unpermute_grad(_, y, d_out, place, probabilities, padded, restore):
         return d_rows, np.zeros(0, d_out.dtype)
     d_rows[place] = (d_out[:, None] * probabilities[..., None]).reshape(-1, d_out.shape[1])
     return d_rows, (d_out[:, None] * y[place].reshape(probabilities.shape + y.shape[1:])).sum(-1)
+
+
+# ---- single operators that a GPU takes in the place of compositions
+@operator("LayerNorm")
+def layer_norm(_, x, gain, bias, *axes_and_eps):
+    """Returns the normed rows, the mean and, in the place of the variance, variance + eps of each row [N, 1]."""
+    eps = np.float32(axes_and_eps[-1])
+    wide = x.astype(np.float32)
+    mean = wide.mean(-1, keepdims=True)
+    variance = ((wide - mean) ** 2).mean(-1, keepdims=True) + eps
+    return ((wide - mean) / np.sqrt(variance) * gain + bias).astype(x.dtype), mean, variance
+
+
+@operator("LayerNormGrad")
+def layer_norm_grad(_, x, d_out, variance, mean, gain, *axes):
+    """Returns the gradients of rows, gain and bias; `variance` is that of `layer_norm`."""
+    scale = 1 / np.sqrt(variance)
+    normed, d_normed = (x - mean) * scale, d_out * gain
+    shift = d_normed.mean(-1, keepdims=True) + normed * (d_normed * normed).mean(-1, keepdims=True)
+    return (scale * (d_normed - shift)).astype(x.dtype), (d_out * normed).sum(0), d_out.sum(0)
+
+
+@operator("SiLU")
+def silu(_, x):
+    """Returns x * sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+@operator("SiLUGrad")
+def silu_grad(_, d_out, x):
+    """Returns the gradient of SiLU by its input."""
+    gate = sigmoid(x)
+    return d_out * gate * (1 + x * (1 - gate))
+
+
+@operator("BiasAdd")
+def bias_add(_, x, bias, *layout):
+    """Returns x [N, C] plus a bias [C]."""
+    return x + bias
