@@ -157,7 +157,7 @@ def test_experts_of_own_names_are_not_sharded_over_processes():
     """They would stay whole while their rows are exchanged: refused before anything runs."""
     processes = Processes(0, 2, ParallelDims(data_parallel=2, expert_parallel=2))
     with pytest.raises(
-        UserError, match=r"^parallel\.expert_parallel: '.*matrix' \[4, 6, 6\] would not be cut"
+        UserError, match=r"^parallel\.expert_parallel: '.*matrix' \[4, 6, 6\] would not be sharded"
     ) as caught:
         own_layer(tanh_experts, True, mesh=ProcessMesh(processes))
     assert "w_in, w_gate or w_out" in str(caught.value)

@@ -57,9 +57,9 @@ class CheckingMesh(CompiledMesh):
         self.axes, self.layouts = {}, []
         super().__init__(config)
 
-    def cut(self, *axes):
+    def layout(self, *axes):
         """The layout, with the names of its axes."""
-        layout = super().cut(*axes)
+        layout = super().layout(*axes)
         self.axes[id(layout)] = axes
         self.layouts.append(layout)  # an id is unique as long as the object lives
         return layout

@@ -229,7 +229,7 @@ class MoELayer(nn.Cell):
             raise UserError("return_losses: False; a compiled mesh cannot attach losses: set it to True, add the loss")
         self.moe.shard(mesh)
         self.is_sharded = True
-        shards, width, pair = mesh.degrees.data_parallel, metrics.width(self.moe.expert_num), mesh.cut("data", None)
+        shards, width, pair = mesh.degrees.data_parallel, metrics.width(self.moe.expert_num), mesh.layout("data", None)
 
         def summed(stats):
             return [shards, width]

@@ -128,12 +128,17 @@ def image_laws(config):
 
 def parallel_laws(config):
     """Laws of the degrees: every slice is as large as any other."""
-    model, cut, experts = config.model, config.parallel, config.moe.expert_num
-    kv_heads, stages, tensor = model.n_kv_heads or model.num_heads, cut.pipeline_stage, cut.model_parallel
-    slices, key = cut.data_parallel, "parallel.expert_parallel"
-    yield experts % cut.expert_parallel == 0, key, cut.expert_parallel, f"must divide moe.expert_num ({experts})"
+    model, parallel, experts = config.model, config.parallel, config.moe.expert_num
+    kv_heads, stages, tensor = model.n_kv_heads or model.num_heads, parallel.pipeline_stage, parallel.model_parallel
+    slices, key = parallel.data_parallel, "parallel.expert_parallel"
+    yield (
+        experts % parallel.expert_parallel == 0,
+        key,
+        parallel.expert_parallel,
+        f"must divide moe.expert_num ({experts})",
+    )
     reason = f"must divide parallel.data_parallel ({slices})"
-    yield slices % cut.expert_parallel == 0, key, cut.expert_parallel, reason
+    yield slices % parallel.expert_parallel == 0, key, parallel.expert_parallel, reason
     for size, name in (
         (kv_heads, "the key/value heads"),
         (config.dense_width, "the hidden width of a dense feed-forward"),
@@ -148,14 +153,14 @@ def parallel_laws(config):
     )
     reason = f"must divide model.num_layers ({model.num_layers})"
     yield model.num_layers % stages == 0, "parallel.pipeline_stage", stages, reason
-    micro = cut.micro_batch_num
+    micro = parallel.micro_batch_num
     reason = f"at least parallel.pipeline_stage ({stages}), otherwise a stage is idle"
     yield stages == 1 or micro >= stages, "parallel.micro_batch_num", micro, reason
     yield micro == 1 or stages > 1, "parallel.micro_batch_num", micro, "needs parallel.pipeline_stage of 2 or more"
     groups = config.groups
     yield groups % slices == 0, "moe.groups", groups, f"must be a multiple of parallel.data_parallel ({slices})"
     rows = config.rows // slices
-    whole = not cut.sequence_parallel or rows % tensor == 0
+    whole = not parallel.sequence_parallel or rows % tensor == 0
     yield (
         whole,
         "parallel.sequence_parallel",
@@ -163,7 +168,7 @@ def parallel_laws(config):
         f"model_parallel ({tensor}) must divide the rows of a data-parallel shard ({rows})",
     )
     for degree in ("expert_parallel", "model_parallel", "pipeline_stage"):
-        size = getattr(cut, degree)
+        size = getattr(parallel, degree)
         yield (
             size == 1 or model.type == "decoder",
             f"parallel.{degree}",

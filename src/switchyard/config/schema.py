@@ -291,8 +291,8 @@ class Config(Section):
     @property
     def micro_batches(self) -> int:
         """Returns the micro-batches of a step: those one after the other, times those in a pipeline at a time."""
-        cut, each = self.parallel, self.train.gradient_accumulation_steps
-        return each * cut.micro_batch_num if cut.pipeline_stage > 1 else each
+        parallel, each = self.parallel, self.train.gradient_accumulation_steps
+        return each * parallel.micro_batch_num if parallel.pipeline_stage > 1 else each
 
     @property
     def predictions(self) -> int:
@@ -307,8 +307,8 @@ class Config(Section):
     @property
     def devices(self) -> int:
         """Returns the number of devices that the parallel degrees need."""
-        cut = self.parallel
-        return cut.data_parallel * cut.model_parallel * cut.pipeline_stage
+        parallel = self.parallel
+        return parallel.data_parallel * parallel.model_parallel * parallel.pipeline_stage
 
     def value(self, key: str) -> Any:
         """Returns the value of `section.key`, or of the option `moe.router.key`."""

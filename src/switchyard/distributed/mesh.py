@@ -55,8 +55,8 @@ class LocalMesh:
         self.samples = type(self) is LocalMesh and processes.size == 1
         self.processes, self.degrees = processes, processes.degrees
 
-    def cut(self, *axes: str | None) -> Layout | None:
-        """Returns the layout of a tensor; None: nothing is sharded. See CompiledMesh.cut."""
+    def layout(self, *axes: str | None) -> Layout | None:
+        """Returns the layout of a tensor; None: nothing is sharded. See CompiledMesh.layout."""
         return None
 
     def config(self, config: Config) -> Config:
@@ -152,16 +152,16 @@ class CompiledMesh(LocalMesh):
         self.dropless = "alltoallv" if target == "Ascend" else "slots"
         self.alone = self.degrees.stage_devices == 1 and target == "GPU"
         degrees = self.degrees
-        self.layout = Layout((degrees.outer, degrees.expert_parallel, degrees.model_parallel), AXES)
-        self.noise, self.no_noise = self.cut(None, "data", None), self.cut(None, None, None)
+        self.device_layout = Layout((degrees.outer, degrees.expert_parallel, degrees.model_parallel), AXES)
+        self.noise, self.no_noise = self.layout(None, "data", None), self.layout(None, None, None)
         self.evaluates = self.degrees.pipeline_stage == 1
         self.draws_full, self.draws_late, self.own_shapes = False, True, False
         self.known: set[str] = set()  # names of groups that were made
 
-    def cut(self, *axes: str | None) -> Layout:
+    def layout(self, *axes: str | None) -> Layout:
         """Returns the layout of a tensor: for each axis what shards it, "data", "rows", "outer", "expert", "model" or
         None."""
-        return self.layout(*(self._name(axis) for axis in axes))
+        return self.device_layout(*(self._name(axis) for axis in axes))
 
     def _name(self, axis):
         if axis == "rows":
@@ -212,7 +212,7 @@ class CompiledMesh(LocalMesh):
 
     def everywhere(self, axes: int) -> Callable:
         """Returns an operator that gathers rows [B, ...] of data shards on every device."""
-        full = self.cut(*(None,) * axes)
+        full = self.layout(*(None,) * axes)
         return self.local(unchanged, (full,), (full,), first, first)
 
     def gradient_norm(self, parameters) -> nn.Cell:

@@ -131,7 +131,7 @@ class Block(nn.Cell):
 
     def _shard_windows(self, mesh: CompiledMesh) -> None:
         """Keeps each window within one device."""
-        window, pair, row = self.window, mesh.cut("data", None), mesh.cut("data")
+        window, pair, row = self.window, mesh.layout("data", None), mesh.layout("data")
 
         def windows(rows):
             return [rows[0] // window, rows[1]], [rows[0] // window, rows[1] * window]
@@ -304,8 +304,8 @@ class Decoder(nn.Cell):
         Raises:
             UserError: what cannot be sharded.
         """
-        pair, row, data = mesh.cut("data", None), mesh.cut("data"), mesh.degrees.data_parallel
-        groups, full = mesh.groups, mesh.cut(None, None)
+        pair, row, data = mesh.layout("data", None), mesh.layout("data"), mesh.degrees.data_parallel
+        groups, full = mesh.groups, mesh.layout(None, None)
         self.groups = groups // data
 
         def grouped(valid):

@@ -143,7 +143,7 @@ class SliceExperts(nn.Cell):
         """Windows are sharded as the network's rows are; a window lies within one device."""
         self.network.shard(mesh)
         experts = axes_of(self.network.w_in.name, 3)[0]
-        layout, length = mesh.cut(experts, "data" if experts is None else "outer", None), self.length
+        layout, length = mesh.layout(experts, "data" if experts is None else "outer", None), self.length
 
         def tokens(rows):
             return [rows[0], rows[1] * length, rows[2] // length]

@@ -98,16 +98,16 @@ class FeedForwardExperts(nn.Cell):
         return self.activation(hidden)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Parameters are cut as `axes_of` says: E by experts, F by the model slices, over which the second product's
-        result is summed. Where E is whole, as of a dense feed-forward, all data slices cut the rows.
+        """Shards parameters as `axes_of` says: E by experts, F by the model shards, over which the second product's
+        result is summed. Where E is full, as of a dense feed-forward, rows are sharded over all data shards.
         """
         first_axes, last_axes = axes_of(self.w_in.name, 3), axes_of(self.w_out.name, 3)
         experts, _, hidden = first_axes
         rows = "data" if experts is None else "outer"
-        before, within = mesh.cut(experts, rows, None), mesh.cut(experts, rows, hidden)
+        before, within = mesh.layout(experts, rows, None), mesh.layout(experts, rows, hidden)
         for product in (self.product_in, self.product_gate):
-            product.shard((before, mesh.cut(*first_axes)), (within,))
-        self.product_out.shard((within, mesh.cut(*last_axes)), (before,))
+            product.shard((before, mesh.layout(*first_axes)), (within,))
+        self.product_out.shard((within, mesh.layout(*last_axes)), (before,))
         inputs = (within, within) if self.gated else (within,)
         self.local = mesh.local(self.local, inputs, (within,), first, first)
         self.to_dtype.shard(mesh, experts, rows, None)

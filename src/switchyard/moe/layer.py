@@ -222,7 +222,7 @@ class MoELayer(nn.Cell):
             self.shared.shard(mesh)
             self.expand_dims.shard(((mesh.degrees.data_parallel, 1),))
             self.add.shard(((mesh.degrees.data_parallel, 1),) * 2)
-        pair = mesh.cut("data", None)
+        pair = mesh.layout("data", None)
         self.local_hide = mesh.local(self.hide_padding, (pair, pair), (pair,), first, first)
         if self.jitter > 0:
             self.local_jitter = mesh.local(self.add_jitter, (pair, mesh.noise), (pair,), first, first)
@@ -239,12 +239,12 @@ class MoELayer(nn.Cell):
     def _sharded(self, mesh: CompiledMesh, dispatcher: Dispatcher, noise: Layout) -> tuple[Callable, Callable]:
         """Returns `send` and `send_forced` of a dispatcher as operators of one device."""
         dispatcher.shard(mesh)
-        pair, row, forced = mesh.cut("data", None), mesh.cut("data"), mesh.cut(None, "data", None)
+        pair, row, forced = mesh.layout("data", None), mesh.layout("data"), mesh.layout(None, "data", None)
         ids = (row,) * (self.takes_tokens + self.takes_tasks)
-        state = tuple(mesh.cut(*(None,) * parameter.ndim) for parameter in self.router.state())
+        state = tuple(mesh.layout(*(None,) * parameter.ndim) for parameter in self.router.state())
         inputs = (*ids, *state, *(pair,) * self.router.score_num)
         shapes, types = self._results(dispatcher, mesh.groups)
-        outputs = tuple(mesh.cut("data", *(None,) * (len(shape) - 1)) for shape in shapes((mesh.groups, 1)))
+        outputs = tuple(mesh.layout("data", *(None,) * (len(shape) - 1)) for shape in shapes((mesh.groups, 1)))
         return (
             mesh.local(self.send, (pair, pair, noise, *inputs), outputs, shapes, types),
             mesh.local(self.send_forced, (pair, pair, noise, forced, *inputs), outputs, shapes, types),

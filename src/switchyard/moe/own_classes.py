@@ -1,4 +1,4 @@
-"""Refuses, where a model is cut over devices, classes of a user's own that would be replaced by their parents there.
+"""Refuses a user's own classes that would be replaced by their parents where a model is sharded over devices.
 
 Each function is asked before the first layout is made, and raises one line (UserError).
 """
@@ -26,7 +26,7 @@ def require_partners(cell: nn.Cell, root: type, partners: dict[str, tuple[str, .
 
 
 def require_cut_experts(experts: nn.Cell, number: int, dropless: str | None = None) -> None:
-    """Refuses experts of a user's own that cannot be cut over devices by the compiler.
+    """Refuses experts of a user's own that cannot be sharded over devices by the compiler.
 
     Args:
         experts: of a layer.
@@ -58,6 +58,6 @@ def require_stacked(experts: nn.Cell, number: int) -> None:
         shape, last = tuple(parameter.shape), parameter.name.rsplit(".", 1)[-1]
         if number > 1 and shape[:1] == (number,) and EXPERT not in axes_of(f"experts.{last}", len(shape)):
             raise UserError(
-                f"parallel.expert_parallel: '{parameter.name}' {list(shape)} would not be cut by experts; "
+                f"parallel.expert_parallel: '{parameter.name}' {list(shape)} would not be sharded by experts; "
                 f"name stacked matrices w_in, w_gate or w_out, [E, ., .], or set it to 1"
             )

@@ -35,7 +35,7 @@ class ExpertSetting:
 
         Args:
             shape: of the parameter; [E, ...] where each expert has its own.
-            name: unique within the experts. Expert parallelism cuts stacked matrices that are named w_in [E, D, F],
+            name: unique within the experts. Expert parallelism shards stacked matrices that are named w_in [E, D, F],
                 w_gate [E, D, F] and w_out [E, F, D].
             last: whether the parameter makes the output, whose standard deviation may differ.
         """

@@ -53,6 +53,6 @@ class SharedExperts(FeedForwardExperts):
     def shard(self, mesh: CompiledMesh) -> None:
         """Declares the layouts: tokens are sharded by data shards, the hidden width by model shards."""
         super().shard(mesh)
-        rows = mesh.cut(None, "data", None)
-        self.product.shard((rows, mesh.cut(None, None, None)), (rows,))
+        rows = mesh.layout(None, "data", None)
+        self.product.shard((rows, mesh.layout(None, None, None)), (rows,))
         self.local_weigh = mesh.local(self.weigh, (rows, rows), (rows,), first, first)

@@ -63,7 +63,7 @@ class Beside(nn.Cell):
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Declares the layouts: groups and tokens are sharded by data shards."""
-        pair = mesh.cut("data", None)
+        pair = mesh.layout("data", None)
 
         def joined(left, right):
             return [left[0], left[1] + right[1]]

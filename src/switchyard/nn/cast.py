@@ -1,4 +1,4 @@
-"""A tensor in another type, also where it is cut over devices."""
+"""A tensor in another type, also where it is sharded over devices."""
 
 from mindspore import Tensor, nn
 
@@ -21,10 +21,10 @@ class Cast(nn.Cell):
         return x.astype(self.dtype)
 
     def shard(self, mesh: CompiledMesh, *axes: str | None) -> None:
-        """x is cut along `axes`, before and after."""
-        dtype, cut = self.dtype, mesh.cut(*axes)
+        """Shards x along `axes`, before and after."""
+        dtype, layout = self.dtype, mesh.layout(*axes)
 
         def types(x):
             return dtype
 
-        self.local = mesh.local(self.work, (cut,), (cut,), first, types)
+        self.local = mesh.local(self.work, (layout,), (layout,), first, types)

@@ -15,7 +15,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import initializer
 
 CHUNK = 2**14  # numbers of one counter; a draw that begins inside a chunk makes up to so many for nothing
-BLOCK = 2**18  # numbers that are drawn at a time where the last axes are cut, and then sliced
+BLOCK = 2**18  # numbers that are drawn at a time where the last axes are sharded, and then sliced
 WEIGHT_STREAM = 0x57454947  # keeps these keys apart from those of noise
 
 Box = tuple[slice, ...]  # a part of an array: start and stop for each axis
@@ -103,7 +103,7 @@ class InitialWeights:
         self.seed, self.drawn, self.count = seed, drawn, 0
 
     def normal(self, std: float, shape: tuple[int, ...], name: str, requires_grad: bool = True) -> Parameter:
-        """A parameter of normal numbers of mean 0, float32; `shape` is that of the whole, before any cut."""
+        """A parameter of normal numbers of mean 0, float32; `shape` is that of the full one."""
         stream = NormalStream(self._key(), std, shape)
         with nullcontext() if self.drawn else shapes_only():
             values = Tensor.from_numpy(stream.draw()) if self.drawn else initializer("zeros", shape, mstype.float32)

@@ -40,9 +40,9 @@ class Embedding(nn.Cell):
         return self.take(table, tokens.reshape(-1), 0)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Tokens [B, S] are cut along B, the rows too; the table as `axes_of` says."""
-        cuts = (mesh.cut(*axes_of(self.table.name, 2)), mesh.cut("data", None))
-        self.local = mesh.local(self.look_up, cuts, (mesh.cut("data", None),), row_shape, first)
+        """Tokens [B, S] are sharded along B, the rows too; the table as `axes_of` says."""
+        layouts = (mesh.layout(*axes_of(self.table.name, 2)), mesh.layout("data", None))
+        self.local = mesh.local(self.look_up, layouts, (mesh.layout("data", None),), row_shape, first)
 
 
 def row_shape(table, tokens):
@@ -64,13 +64,13 @@ class Linear(nn.Cell):
         return self.product(self.cast_x(x), self.cast_weight(self.weight))
 
     def shard(self, mesh: CompiledMesh, out: str = "data") -> None:
-        """The weight [I, O] is cut as `axes_of` says, x by rows and as I, the result by `out` and as O.
+        """The weight [I, O] is sharded as `axes_of` says, x by rows and as I, the result by `out` and as O.
 
-        Where I is cut the result is a sum over the model slices: AllReduce, or ReduceScatter where `out` is "rows".
+        Where I is sharded the result is a sum over the model shards: AllReduce, or ReduceScatter where `out` is "rows".
         """
         size_in, size_out = axes_of(self.weight.name, 2)
-        cuts = (mesh.cut("data", size_in), mesh.cut(size_in, size_out))
-        self.product.shard(cuts, (mesh.cut(out, size_out),))
+        layouts = (mesh.layout("data", size_in), mesh.layout(size_in, size_out))
+        self.product.shard(layouts, (mesh.layout(out, size_out),))
         self.cast_x.shard(mesh, "data", size_in)
         self.cast_weight.shard(mesh, size_in, size_out)
 
@@ -96,9 +96,9 @@ class Dropout(nn.Cell):
         return x * ((noise[self.slice] >= self.rate).astype(mstype.float32) * (1.0 / (1.0 - self.rate)))
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Rows are cut, and the noise with them."""
-        rows = mesh.cut("rows", None)
-        self.local = mesh.local(self.drop, (rows, mesh.cut(None, "rows", None)), (rows,), first, first)
+        """Shards rows, and the noise with them."""
+        rows = mesh.layout("rows", None)
+        self.local = mesh.local(self.drop, (rows, mesh.layout(None, "rows", None)), (rows,), first, first)
 
 
 def causal_mask(length: int) -> Tensor:
@@ -178,7 +178,7 @@ class Attention(nn.Cell):
         return self._attend(query, key, value, self.causal[:length, :length])
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Heads are cut over the model slices, sequences over the data slices (arXiv 1909.08053, section 3)."""
+        """Shards heads over the model shards, sequences over the data shards (arXiv 1909.08053, section 3)."""
         self.qkv.shard(mesh)
         self.out.shard(mesh, "rows")
         self.widen.shard(mesh, "rows", None)
@@ -186,7 +186,7 @@ class Attention(nn.Cell):
         self.fused = None if self.fused is None else self._fused()
         if self.half is not None:
             self.rotate.kv_heads = self.kv_heads
-        heads, repeat, length = mesh.cut("data", axes_of(self.qkv.weight.name, 2)[1]), self.repeat, mesh.length
+        heads, repeat, length = mesh.layout("data", axes_of(self.qkv.weight.name, 2)[1]), self.repeat, mesh.length
 
         def shape(qkv):
             return [qkv[0], qkv[1] * repeat // (repeat + 2)]

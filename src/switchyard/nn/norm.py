@@ -42,9 +42,9 @@ class RMSNorm(nn.Cell):
         return self.scale(x * self.broadcast(scale, self.ones), gains)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Rows are cut as `mesh` cuts rows, the parameters as `axes_of` says."""
-        rows = mesh.cut("rows", None)
-        weights = [mesh.cut(*axes_of(parameter.name, 1)) for parameter in self.get_parameters()]  # gain, then bias
+        """Shards rows as `mesh` shards rows, the parameters as `axes_of` says."""
+        rows = mesh.layout("rows", None)
+        weights = [mesh.layout(*axes_of(parameter.name, 1)) for parameter in self.get_parameters()]  # gain, then bias
         self.local = mesh.local(self.normalise, (rows, *weights), (rows,), first, first)
 
 

@@ -140,7 +140,7 @@ class TrainLoss(nn.Cell):
 
     def shard(self, mesh: LocalMesh) -> None:
         """Shards tokens by data shards, over which the figures are summed."""
-        data, pair, full = mesh.degrees.data_parallel, mesh.cut("data", None), mesh.cut(None, None)
+        data, pair, full = mesh.degrees.data_parallel, mesh.layout("data", None), mesh.layout(None, None)
         width = self.places * self.width
 
         def half(noise):
@@ -153,7 +153,7 @@ class TrainLoss(nn.Cell):
             return [data, width + (0 if self.own is None else math.prod(shapes[-1]))]
 
         routed = () if not self.layers else (pair,) if self.own is None else (pair, pair)
-        inputs = (pair, pair, pair, pair, mesh.cut(None), full, *routed)
+        inputs = (pair, pair, pair, pair, mesh.layout(None), full, *routed)
         self.local_second = mesh.local(self.second_half, (mesh.noise,), (mesh.noise,), half, first)
         self.local_counts = mesh.local(self.counts, (pair,), (pair,), counted, first)
         self.local_part = mesh.local(self.part, inputs, (pair,), summed, first)

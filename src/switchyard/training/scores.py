@@ -63,7 +63,7 @@ class EvalStep(nn.Cell):
 
     def shard(self, mesh: LocalMesh) -> None:
         """Shards sequences by data shards; scores are gathered, statistics summed."""
-        pair, data = mesh.cut("data", None), mesh.degrees.data_parallel
+        pair, data = mesh.layout("data", None), mesh.degrees.data_parallel
 
         def scored(logits, labels, valid):
             return [labels[0], 3]

@@ -1,4 +1,4 @@
-"""Experts cut over devices without drops: rows travel to the devices that hold their experts, and back.
+"""Experts sharded over devices without drops: rows travel to the devices that hold their experts, and back.
 
 What is local to a device is one Morph, collectives of the expert-parallel group included; the router stands before it.
 A device sorts its choices by expert, tells the others how many rows it has for each expert (AlltoAll), sends the rows,
@@ -56,7 +56,7 @@ class AlltoAllV(nn.Cell):
         super().__init__()
         moe, degrees = config.moe, mesh.degrees
         if ms.get_context("device_target") != "Ascend":
-            raise UserError(f"moe.dispatch: {moe.dispatch}; 'capacity' where degrees cut a model on GPU or CPU")
+            raise UserError(f"moe.dispatch: {moe.dispatch}; 'capacity' where degrees shard a model on GPU or CPU")
         self.width, self.expert_num, self.choices = config.model.hidden_size, moe.expert_num, moe.choices
         self.slices, self.own = degrees.expert_parallel, moe.expert_num // degrees.expert_parallel
         self.rows = config.rows // degrees.data_parallel
@@ -74,8 +74,8 @@ class AlltoAllV(nn.Cell):
         gated = config.model.activation == "swiglu"
         self.activation = SwiGLU("Swiglu" in fused) if gated else create_activation(config.model.activation)
         self._join(mesh, degrees)
-        rows, within = mesh.cut("data", None), mesh.cut("expert", None, "model")
-        inputs = (rows, rows, rows, within, mesh.cut("expert", "model", None)) + ((within,) if gated else ())
+        rows, within = mesh.layout("data", None), mesh.layout("expert", None, "model")
+        inputs = (rows, rows, rows, within, mesh.layout("expert", "model", None)) + ((within,) if gated else ())
         self.local = mesh.local(self.work, inputs, (rows,), first, first)
 
     def _join(self, mesh: CompiledMesh, degrees) -> None:

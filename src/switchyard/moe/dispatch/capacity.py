@@ -45,9 +45,9 @@ def check_sort_keys(config: Config) -> None:
 def buffer_slots(config: Config) -> int:
     """Slots from one device to another where `moe.dispatch` is dropless_static: every row that may go, since a row goes
     to an expert once, and one zero row for each expert."""
-    cut, moe = config.parallel, config.moe
-    own = moe.expert_num // cut.expert_parallel
-    return config.rows // cut.data_parallel * min(moe.choices, own) + own
+    parallel, moe = config.parallel, config.moe
+    own = moe.expert_num // parallel.expert_parallel
+    return config.rows // parallel.data_parallel * min(moe.choices, own) + own
 
 
 def zero_rows(config: Config, static: bool) -> int:
@@ -64,10 +64,10 @@ def check_sorted_rows(config: Config, static: bool) -> None:
 
     `static`: by buffers.
     """
-    cut, moe = config.parallel, config.moe
-    rows = config.rows // cut.data_parallel * moe.choices + zero_rows(config, static)
+    parallel, moe = config.parallel, config.moe
+    rows = config.rows // parallel.data_parallel * moe.choices + zero_rows(config, static)
     if static:
-        rows = max(rows, cut.expert_parallel * buffer_slots(config))
+        rows = max(rows, parallel.expert_parallel * buffer_slots(config))
     if rows >= EXACT_FLOAT:
         raise UserError(
             f"data.batch_size: {config.data.batch_size}; {rows} rows of a device are sorted at once, must be below "

@@ -63,7 +63,7 @@ class Crossing(nn.Cell):
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Declares the layouts: a transpose changes what is sharded, groups or experts."""
-        groups, experts = mesh.cut("data", None, None, None), mesh.cut(None, "data", None, None)
+        groups, experts = mesh.layout("data", None, None, None), mesh.layout(None, "data", None, None)
         self.turn_there.shard((groups,), (experts,))
         self.turn_back.shard((experts,), (groups,))
 
@@ -138,7 +138,7 @@ class Dispatcher(nn.Cell):
                     f"define it, or train on one device"
                 )
         self.crossing.shard(mesh)
-        layouts = tuple(mesh.cut("data", *(None,) * (len(shape) - 1)) for shape in self.shapes(1, 1, 1))
+        layouts = tuple(mesh.layout("data", *(None,) * (len(shape) - 1)) for shape in self.shapes(1, 1, 1))
 
         def tokens(outputs, *plan):
             return self.received(outputs, *plan)
@@ -146,7 +146,7 @@ class Dispatcher(nn.Cell):
         def type_of_gates(outputs, gates, *plan):
             return gates
 
-        self.local_receive = mesh.local(self.receive, layouts, (mesh.cut("data", None),), tokens, type_of_gates)
+        self.local_receive = mesh.local(self.receive, layouts, (mesh.layout("data", None),), tokens, type_of_gates)
 
     def received(self, outputs: list, *plan: list) -> list:
         """Returns the full shape of what `receive` returns, of the full shapes of its arguments."""

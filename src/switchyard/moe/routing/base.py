@@ -456,7 +456,7 @@ class LinearRouter(Router):
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Shards tokens, leaves the matrix full everywhere."""
-        self.product.shard((mesh.cut("data", None), mesh.cut(None, None)), (mesh.cut("data", None),))
+        self.product.shard((mesh.layout("data", None), mesh.layout(None, None)), (mesh.layout("data", None),))
 
 
 def by_rows(experts: Tensor, gates: Tensor, chosen: Tensor, probabilities: Tensor, logits: Tensor) -> dict:

@@ -50,12 +50,12 @@ class Cosine(NormalisedRouter):
     def shard(self, mesh: CompiledMesh) -> None:
         """Shards tokens, leaves the experts' directions and the temperature full everywhere."""
         super().shard(mesh)
-        tokens, experts = mesh.cut("data", None), self.expert_num
+        tokens, experts = mesh.layout("data", None), self.expert_num
 
         def shape(projected, embeddings, scale):
             return [projected[0], experts]
 
-        inputs = (tokens, mesh.cut(None, None), mesh.cut(None))
+        inputs = (tokens, mesh.layout(None, None), mesh.layout(None))
         self.local_compare = mesh.local(self.compare, inputs, (tokens,), shape, first)
 
 

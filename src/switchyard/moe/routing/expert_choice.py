@@ -178,12 +178,12 @@ class MixtureOfDepths(LinearRouter):
     def shard(self, mesh: CompiledMesh) -> None:
         """Shards tokens, leaves all parameters full everywhere."""
         super().shard(mesh)
-        tokens, full = mesh.cut("data", None), mesh.cut(None, None)
+        tokens, full = mesh.layout("data", None), mesh.layout(None, None)
 
         def shape(tokens, hidden, out, bias):
             return [tokens[0], 1]
 
-        inputs = (tokens, full, full, mesh.cut(None))
+        inputs = (tokens, full, full, mesh.layout(None))
         self.local_predict = mesh.local(self.predict, inputs, (tokens,), shape, first)
 
     def take(self, score: Tensor, valid: Tensor) -> dict:

@@ -113,8 +113,8 @@ def place_look_up(router: Router, mesh: CompiledMesh, ids: int, axes: int = 1) -
     def shape(table, *ids):
         return [ids[0][0], choices]
 
-    inputs = (mesh.cut(*(None,) * axes), *(mesh.cut("data"),) * ids)
-    router.local_look_up = mesh.local(router.look_up, inputs, (mesh.cut("data", None),), shape, first)
+    inputs = (mesh.layout(*(None,) * axes), *(mesh.layout("data"),) * ids)
+    router.local_look_up = mesh.local(router.look_up, inputs, (mesh.layout("data", None),), shape, first)
 
 
 class TableRouter(FixedRouter):
@@ -198,7 +198,7 @@ class HyperplaneHash(FixedRouter):
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Shards tokens, leaves the hyperplanes full everywhere."""
-        self.product.shard((mesh.cut("data", None), mesh.cut(None, None)), (mesh.cut("data", None),))
+        self.product.shard((mesh.layout("data", None), mesh.layout(None, None)), (mesh.layout("data", None),))
 
 
 @register("random")

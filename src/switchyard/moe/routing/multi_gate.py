@@ -48,13 +48,13 @@ class MultiGate(Router):
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Shards tokens, leaves the gates full everywhere."""
-        tokens, experts = mesh.cut("data", None), self.expert_num
-        self.product.shard((tokens, mesh.cut(None, None)), (tokens,))
+        tokens, experts = mesh.layout("data", None), self.expert_num
+        self.product.shard((tokens, mesh.layout(None, None)), (tokens,))
 
         def shape(logits, task_ids):
             return [logits[0], experts]
 
-        self.local_own = mesh.local(self.own_gate, (tokens, mesh.cut("data")), (tokens,), shape, first)
+        self.local_own = mesh.local(self.own_gate, (tokens, mesh.layout("data")), (tokens,), shape, first)
 
     def route(self, scores: tuple, context: dict) -> dict:
         """See Router.route."""
