@@ -8,7 +8,6 @@ compositions for CPU instead of the operators that are fast on a GPU (see nn.fus
 """
 
 import argparse
-import json
 import statistics
 import time
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from switchyard import config as configuration
 from switchyard.device import set_context
+from switchyard.json_text import to_json
 from switchyard.models import create_model
 from switchyard.training.step import TrainStep
 
@@ -54,7 +54,7 @@ def main() -> None:
     chosen = parser.parse_intermixed_args()
     config = configuration.load(chosen.config, chosen.overrides)
     set_context(config.context, config.train.seed, config.model.compute_dtype)
-    print(json.dumps({name: round(value, 4) for name, value in measure(config, chosen.vocab, chosen.steps).items()}))
+    print(to_json({name: round(value, 4) for name, value in measure(config, chosen.vocab, chosen.steps).items()}))
 
 
 if __name__ == "__main__":

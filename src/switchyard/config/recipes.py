@@ -1,5 +1,6 @@
 """Finds the configurations that come with the package: those of config/ in a repository, of recipes/ in a wheel."""
 
+import os
 from pathlib import Path
 
 import switchyard
@@ -37,7 +38,7 @@ def find(path: str | Path) -> Path:
         'my/own.yaml'
     """
     path, place = Path(path), folder()
-    if place is None or path.parent != Path(".") or path.exists():
+    if place is None or path.parent != Path(".") or os.path.exists(path):  # Path.exists fails where a name is too long
         return path
     shipped = place / f"{path.name.removesuffix('.yaml')}.yaml"
-    return shipped if shipped.is_file() else path
+    return shipped if os.path.isfile(shipped) else path

@@ -4,7 +4,6 @@ from switchyard.report.page import write_report
 write_report(["runs/quickstart"])
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from switchyard.device import prepare_environment
 from switchyard.errors import UserError
 from switchyard.file_errors import writing
 from switchyard.files import unfinished
-from switchyard.json_text import with_nulls
+from switchyard.json_text import to_json
 from switchyard.report.colours import expert_colours
 from switchyard.report.curves import curve_charts, heat_maps, idle_experts
 from switchyard.report.records import EVALUATION, SAMPLE, TRAIN, Records, read_records
@@ -193,7 +192,7 @@ def _render(records: Sequence[Records], views: Sequence[View]) -> str:
 
 def _embedded(tree: Any) -> str:
     """Returns JSON that may stand in a script element: no tag can begin or end in it."""
-    text = json.dumps(with_nulls(tree), separators=(",", ":"), allow_nan=False)
+    text = to_json(tree, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -302,4 +301,4 @@ def _sections(config: Config | None) -> list[tuple[str, list[tuple[str, str, boo
 
 
 def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return value if isinstance(value, str) else to_json(value, default=str)

@@ -18,6 +18,7 @@ import numpy as np
 from switchyard.config import Config
 from switchyard.errors import shortened
 from switchyard.file_errors import writing
+from switchyard.json_text import to_json
 from switchyard.optional import require
 from switchyard.training.events import EventFile
 
@@ -260,7 +261,7 @@ def open_loggers(config: Config, run: Path, done: int, say: Callable[[str], None
     trackers = {logger.name: logger.id for logger in found if isinstance(logger, Guarded) and logger.id}
     if trackers:
         with writing(run / IDS):
-            (run / IDS).write_text(json.dumps(known | trackers, indent=1), encoding="utf-8")
+            (run / IDS).write_text(to_json(known | trackers, indent=1), encoding="utf-8")
     return found
 
 
