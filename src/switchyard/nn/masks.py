@@ -14,4 +14,6 @@ def keep_where(values: Tensor, mask: Tensor) -> Tensor:
     """
     for _ in range(len(values.shape) - len(mask.shape)):
         mask = ops.expand_dims(mask, -1)
-    return ops.where(mask > 0, values, 0.0)  # zeros of the values' shape would be a constant of the compiled graph
+    # ops.zeros_like would be a constant of the graph, as large as the values, and a scalar is refused in a pipeline on GPU
+    zeros = ops.broadcast_to(ops.zeros((1,) * len(values.shape), values.dtype), values.shape)
+    return ops.where(mask > 0, values, zeros)
