@@ -14,6 +14,6 @@ def keep_where(values: Tensor, mask: Tensor) -> Tensor:
     """
     for _ in range(len(values.shape) - len(mask.shape)):
         mask = ops.expand_dims(mask, -1)
-    # ops.zeros_like would be a constant of the graph, as large as the values, and a scalar is refused in a pipeline on GPU
+    # ops.zeros_like would be a constant as large as the values, and a scalar does not compile in a pipeline on GPU
     zeros = ops.broadcast_to(ops.zeros((1,) * len(values.shape), values.dtype), values.shape)
     return ops.where(mask > 0, values, zeros)
