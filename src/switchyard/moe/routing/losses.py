@@ -185,6 +185,8 @@ class WeightedLosses(nn.Cell):
             if name not in able:
                 reason = f"router '{moe.router}' gives {', '.join(able) or 'none'}"
                 raise UserError(f"moe.losses.{name}: {'unknown' if name not in LOSSES else 'not available'}; {reason}")
+        # those alone: a compiler reads the source of all that a table holds, and one typed into a terminal has none
+        self.functions = {name: LOSSES[name] for name, _ in self.auxiliary}
 
     def construct(self, routing: dict, valid: Tensor):
         """Takes a Routing and valid [G, N], returns three times [G]."""
@@ -196,7 +198,7 @@ class WeightedLosses(nn.Cell):
             router_z = ops.stop_gradient(router_z)
         if self.training:
             for name, weight in self.auxiliary:
-                auxiliary = auxiliary + weight * LOSSES[name](routing, valid, self.choices, self.length)
+                auxiliary = auxiliary + weight * self.functions[name](routing, valid, self.choices, self.length)
         if "own_loss" in routing:
             auxiliary = auxiliary + routing["own_loss"]
         return balance, router_z, auxiliary
