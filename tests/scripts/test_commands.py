@@ -221,20 +221,22 @@ def test_every_page_of_users_is_there():
     assert [page for page in USERS if not (ROOT / page).is_file()] == []
 
 
+def require_success(done: subprocess.CompletedProcess, line: str) -> None:
+    """Shows the ends of both outputs where a command failed."""
+    said = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{line}: exit code {done.returncode}\n{said}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUN, ids=lambda command: f"{command.document}: {command.text}")
 def test_commands_work_as_they_are_written(ended, command):
-    done = ended[command]
-    said = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    assert done.returncode == 0, f"{to_run(command)}: exit code {done.returncode}\n{said}"
+    require_success(ended[command], to_run(command))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", RUN, ids=lambda command: f"{command.document}: {command.text}")
 def test_commands_work_in_full(ended_in_full, command):
-    done = ended_in_full[command]
-    said = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    assert done.returncode == 0, f"{to_run(command, full=True)}: exit code {done.returncode}\n{said}"
+    require_success(ended_in_full[command], to_run(command, full=True))
 
 
 @pytest.mark.parametrize("pattern", SHORTER)

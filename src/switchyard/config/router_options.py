@@ -63,21 +63,21 @@ class Normalised(RouterOptions):
 
 
 class SwitchOptions(Scaled, OneChoice):
-    """Of `switch`."""
+    """Holds the options of `switch`."""
 
 
 class TopKOptions(Scaled, Normalised):
-    """Of `top_k` and `cosine`."""
+    """Holds the options of `top_k` and `cosine`."""
 
 
 class SinkhornOptions(TopKOptions):
-    """Of `sinkhorn`."""
+    """Holds the options of `sinkhorn`."""
 
     sinkhorn_iterations: Positive = Field(8, description="passes that balance rows and experts in training")
 
 
 class GShardOptions(RouterOptions):
-    """Of `gshard`."""
+    """Holds the options of `gshard`."""
 
     second_expert: Literal["all", "sampling", "threshold"] = Field(
         "all", description="second choices that count: all, by lot in proportion (training), or large gates"
@@ -102,7 +102,7 @@ class GShardOptions(RouterOptions):
 
 
 class PrototypeOptions(RouterOptions):
-    """Of `prototype`."""
+    """Holds the options of `prototype`."""
 
     def laws(self, moe) -> Laws:
         """See RouterOptions.laws."""
@@ -133,7 +133,7 @@ class BestGroupOptions(InGroups):
 
 
 class TwoLevelOptions(BestGroupOptions, Normalised):
-    """Of `two_level`."""
+    """Holds the options of `two_level`."""
 
     def laws(self, moe) -> Laws:
         """See RouterOptions.laws."""
@@ -142,13 +142,13 @@ class TwoLevelOptions(BestGroupOptions, Normalised):
 
 
 class SigmoidOptions(BestGroupOptions, TopKOptions):
-    """Of `sigmoid`."""
+    """Holds the options of `sigmoid`."""
 
     topk_bias_update_rate: Weight = Field(0.001, description="step of the bias that balances the load; 0 = off")
 
 
 class HashOptions(OneChoice):
-    """Of `hash`."""
+    """Holds the options of `hash`."""
 
     hash_table: Literal["balanced", "random"] = Field(
         "balanced",
@@ -157,7 +157,7 @@ class HashOptions(OneChoice):
 
 
 class RandomOptions(OneChoice):
-    """Of `random`."""
+    """Holds the options of `random`."""
 
     random_draw: Literal["token", "step"] = Field(
         "token", description="the expert of a token id is fixed, or drawn anew at each training step (THOR)"
@@ -174,7 +174,7 @@ class RandomOptions(OneChoice):
 
 
 class RandomInGroupOptions(OneChoice, InGroups):
-    """Of `random_in_group`."""
+    """Holds the options of `random_in_group`."""
 
     def laws(self, moe) -> Laws:
         """See RouterOptions.laws."""
@@ -184,13 +184,13 @@ class RandomInGroupOptions(OneChoice, InGroups):
 
 
 class MultiGateOptions(Normalised):
-    """Of `multi_gate`."""
+    """Holds the options of `multi_gate`."""
 
     task_num: Positive = Field(1, description="tasks T that rows may belong to")
 
 
 class TaskOptions(RouterOptions):
-    """Of `task`."""
+    """Holds the options of `task`."""
 
     task_num: Positive = Field(1, description="tasks T that rows may belong to")
     task_experts: list[list[NotNegative]] | None = Field(
@@ -212,13 +212,13 @@ class TaskOptions(RouterOptions):
 
 
 class SoftOptions(RouterOptions):
-    """Of `soft`."""
+    """Holds the options of `soft`."""
 
     slots_per_expert: Positive = Field(1, description="slots of an expert in each group")
 
 
 class DepthsOptions(OneChoice):
-    """Of `mixture_of_depths`."""
+    """Holds the options of `mixture_of_depths`."""
 
     def laws(self, moe) -> Laws:
         """See RouterOptions.laws."""

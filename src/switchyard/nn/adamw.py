@@ -87,8 +87,10 @@ class AdamW(nn.Cell):
         # A refused update: betas of 1 and a rate of 0 leave everything as it is, if the gradient is finite.
         learning_rate = self.select(alive, learning_rate, self.zero)
         beta1, beta2 = self.select(alive, beta1, self.one), self.select(alive, beta2, self.one)
-        kept = self.select(alive, self.one if scale is None or self.one_kernel else scale, self.zero)
-        divisor = self.select(alive, self.one if scale is None else 1.0 / scale, self.zero)
+        kept = self.one if scale is None or self.one_kernel else scale
+        if self.divides and scale is not None:
+            kept = 1.0 / scale
+        kept = self.select(alive, kept, self.zero)
         rate, shrink = learning_rate * root / correction1, 1.0 - learning_rate * self.weight_decay
         other_rate, other_shrink = rate, shrink
         if factor is not None:
@@ -96,7 +98,7 @@ class AdamW(nn.Cell):
         self.assign(self.correction1, self.select(alive, correction1, self.correction1))
         self.assign(self.correction2, self.select(alive, correction2, self.correction2))
         for index, gradient in enumerate(gradients):
-            gradient = self.masked(gradient, kept, divisor, scale)
+            gradient = self.masked(gradient, kept, scale)
             parameter, m, v = self.parameters[index], self.moment1[index], self.moment2[index]
             own_rate = other_rate if self.apart[index] else rate
             if self.one_kernel:
@@ -108,14 +110,14 @@ class AdamW(nn.Cell):
                 self.adam(parameter, m, v, self.zero, self.zero, own_rate, beta1, beta2, eps, gradient)
         return self.zero
 
-    def masked(self, gradient: Tensor, kept: Tensor, divisor: Tensor, scale: Tensor | None) -> Tensor:
+    def masked(self, gradient: Tensor, kept: Tensor, scale: Tensor | None) -> Tensor:
         """Returns a gradient times `scale`, zeros where the update is refused: 0 times NaN is 0, and NaN by 0, too.
 
         On a GPU a division does both in one pass, since MulNoNan takes a factor below 2e-7 for 0 there; by a tensor of
         the same shape it takes half as long as by a scalar.
         """
         if self.divides:
-            return self.divide(gradient, divisor if self.fill is None else self.fill(gradient.shape, divisor))
+            return self.divide(gradient, kept if self.fill is None else self.fill(gradient.shape, kept))
         gradient = self.multiply(gradient, kept)
         return gradient * scale if self.one_kernel and scale is not None else gradient
 

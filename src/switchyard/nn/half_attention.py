@@ -34,7 +34,7 @@ class HalfAttention(nn.Cell):
 
     def __init__(self, mask: Tensor, head_size: int):
         super().__init__()
-        self.mask, self.head_size = mask, head_size
+        self.mask = mask
         self.product, self.product_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
         self.t_product, self.row_sums = ops.BatchMatMul(transpose_a=True), ops.MatMul()
         self.bias, self.softmax, self.join = ops.BiasAdd(), ops.Softmax(-1), ops.Concat(-1)

@@ -38,22 +38,22 @@ class CountedOrder(nn.Cell):
     def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None):
         """Experts [G, T]; gates and lot are not read -> what ChoiceOrder returns."""
         groups, total = experts.shape
-        placed = self.by_place(experts.reshape(groups, -1, self.choices), (0, 2, 1))  # [G, T], first choices first
+        placed = self.by_place(experts.reshape(groups, -1, self.choices))  # [G, T], first choices first
         masks = self.one_hot(placed.reshape(-1), self.experts + 1, self.on, self.off)  # [X, G * T]
         earlier, count = self.counts(masks.reshape(-1, total))  # [X * G, T], [X * G, 1]
         count = count.reshape(-1, groups)  # [X, G]
         start = self.product(count.T, self.before)  # [G, X]: choices of the experts before
         position = self.product(self.ones, masks * earlier.reshape(masks.shape)).reshape(groups, total)
         own_start = self.product(self.ones, masks * ops.repeat_interleave(start.T, total, 1)).reshape(groups, total)
-        place = self.by_place(position.reshape(groups, self.choices, -1), (0, 2, 1)).astype(mstype.int32)
-        rank = self.by_place((position + own_start).reshape(groups, self.choices, -1), (0, 2, 1)).astype(mstype.int32)
+        place = self.by_place(position.reshape(groups, self.choices, -1)).astype(mstype.int32)
+        rank = self.by_place((position + own_start).reshape(groups, self.choices, -1)).astype(mstype.int32)
         order = self.inverse(rank)
         counts, starts = count[:-1].T.astype(mstype.int32), start[:, :-1].astype(mstype.int32)  # [G, E]
         return order, place, counts, starts
 
-    def by_place(self, values: Tensor, axes: tuple) -> Tensor:
-        """[G, N, K] or [G, K, N] -> [G, T], the last two axes turned."""
-        return ops.transpose(values, axes).reshape(values.shape[0], -1)
+    def by_place(self, values: Tensor) -> Tensor:
+        """Turns the last two axes: [G, N, K] or [G, K, N] -> [G, T]."""
+        return ops.transpose(values, (0, 2, 1)).reshape(values.shape[0], -1)
 
     def counts(self, masks: Tensor) -> tuple:
         """Counts ones before each place, and of all: [X * G, T] -> [X * G, T], [X * G, 1]."""

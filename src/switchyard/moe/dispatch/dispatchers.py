@@ -165,12 +165,12 @@ class SlotDispatcher(Dispatcher):
 
     def __init__(self, moe: MoEConfig, factor: float | None, dtype=mstype.float32, fused: frozenset[str] = NONE):
         super().__init__(moe)
-        self.dtype, on_gpu = dtype if "HalfRows" in fused else None, "HalfRows" in fused
+        self.dtype = dtype if "HalfRows" in fused else None
         self.factor, self.least = factor, moe.min_capacity
         rules = (moe.expert_num, self.choices, factor, moe.drop_order, moe.min_capacity)
         self.plan = CapacityPlan(*rules, counts="CountedOrder" in fused)
         self.reroute = Reroute(*rules, moe.reroute) if moe.reroute and factor is not None else None
-        self.to_slots, self.to_tokens = Dispatch(self.choices), Combine(self.choices, on_gpu)
+        self.to_slots, self.to_tokens = Dispatch(self.choices), Combine(self.choices, self.dtype is not None)
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
         """Returns (slots [G, E, C, D], gates [G, N * K], dispatch_index, combine_index, slot_mask, kept_mask)."""
