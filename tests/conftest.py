@@ -7,6 +7,7 @@ import fcntl
 import gc
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def pytest_collection_modifyitems(config, items):
         (chosen if (item.get_closest_marker("long") is not None) == wanted else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
+
+
+@pytest.fixture(autouse=True)
+def own_routers(monkeypatch):
+    """Forgets what a test registers: tables that list every router are the same whatever ran before them."""
+    if routing := sys.modules.get("switchyard.moe.routing.base"):
+        monkeypatch.setattr(routing, "_ROUTERS", dict(routing._ROUTERS))
 
 
 @pytest.fixture(scope="session")
