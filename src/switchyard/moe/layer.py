@@ -27,7 +27,7 @@ from switchyard.moe.statistics import statistics
 from switchyard.nn.fused import NONE
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.masks import keep_where
-from switchyard.nn.noise import NoiseSlices, UniformRows
+from switchyard.nn.noise import NoiseSlice, NoiseSlices, UniformRows
 
 
 class MoELayer(nn.Cell):
@@ -89,7 +89,7 @@ class MoELayer(nn.Cell):
         moe = config.moe
         self.config, self.place = config, place
         self.expert_num, self.choices, self.jitter = moe.expert_num, moe.choices, moe.jitter
-        self.slice = slices.take(self.jitter > 0)
+        self.slice = NoiseSlice(slices, self.jitter > 0)
         self.priority = UniformRows(slices, config.model.hidden_size, 1) if moe.drop_order == "random" else None
         self.router = create_router(config, random, slices, vocab_size, has_tasks)
         self.decides_whole = self.router.overrides_construct
@@ -167,7 +167,7 @@ class MoELayer(nn.Cell):
 
     def add_jitter(self, tokens: Tensor, noise: Tensor) -> Tensor:
         """Multiplies tokens [F, D] by factors near 1 (arXiv 2101.03961, appendix C)."""
-        return tokens * (1.0 - self.jitter + 2.0 * self.jitter * noise[self.slice])
+        return tokens * (1.0 - self.jitter + 2.0 * self.jitter * self.slice(noise))
 
     def send(self, tokens: Tensor, valid: Tensor, noise: Tensor, *inputs, replay: Tensor = None) -> tuple:
         """Routes tokens [F, D], and fills what travels; replay [G, N, K] int32: choices that are forced.

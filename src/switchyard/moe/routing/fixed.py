@@ -17,6 +17,7 @@ from switchyard.config.router_options import HashOptions, OneCell, RandomInGroup
 from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.moe.routing.base import Router, RouterSetting, register, replay_choices, to_float32
 from switchyard.nn.initializers import InitialWeights
+from switchyard.nn.noise import NoiseSlice
 
 
 def constant(values: np.ndarray, name: str) -> Parameter:
@@ -219,13 +220,13 @@ class Random(TableRouter):
         table = setting.random.integers(0, self.expert_num, setting.vocab_size).astype(np.int32)
         self.table = constant(table, "table")  # [V]
         self.drawn = setting.options.random_draw == "step"
-        self.slice = setting.slices.take(self.drawn)
+        self.slice = NoiseSlice(setting.slices, self.drawn)
 
     def pick(self, scores: Tensor, context: dict) -> Tensor:
         """Chooses by table of the token, or by lot: [G, N, 1] int32."""
         if not (self.training and self.drawn):
             return scores
-        uniform = context["noise"][self.slice][:, 0].reshape(scores.shape)  # [G, N, 1]
+        uniform = self.slice(context["noise"])[:, 0].reshape(scores.shape)  # [G, N, 1]
         experts = ops.floor(uniform * self.expert_num).astype(mstype.int32)
         return ops.minimum(experts, self.expert_num - 1)  # a float32 product may round up to E
 
