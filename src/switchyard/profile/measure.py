@@ -1,0 +1,185 @@
+"""Times the parts of a step, their floors and the whole step in turn, and adds them up."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+from tqdm import tqdm
+
+from switchyard.config import Config
+from switchyard.data.batches import TrainBatches
+from switchyard.errors import UserError
+from switchyard.models.decoder import DTYPES
+from switchyard.profile.floors import floor_cells, floor_of
+from switchyard.profile.parts import Part, parts_of
+from switchyard.training.randomness import draw_noise
+from switchyard.training.step import TrainStep, create_step
+
+FLOATS = (mstype.float32, mstype.float16, mstype.bfloat16)
+WARM_UP = 3  # calls before the clock runs: MindSpore tries numbers of threads in the first ones
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; all in seconds of a step.
+
+    Attributes:
+        name: of the part.
+        forward, backward: time of the passes.
+        floor_forward, floor_backward: of the floors; None: there is none.
+        times: how often a step does the part.
+    """
+
+    name: str
+    forward: float
+    backward: float
+    floor_forward: float | None
+    floor_backward: float | None
+    times: int = 1
+
+    @property
+    def total(self) -> float:
+        """Returns the time of both passes."""
+        return self.forward + self.backward
+
+    @property
+    def floor(self) -> float | None:
+        """Returns the floor of both passes."""
+        known = [part for part in (self.floor_forward, self.floor_backward) if part is not None]
+        return sum(known) if known else None
+
+
+class Both(nn.Cell):
+    """A cell forward and backward: its result, and the gradients of the result's sum.
+
+    The result is asked for, too: without it the compiler leaves out the last product of the forward pass.
+
+    Args:
+        cell: float tensors of its inputs.
+        places: of the inputs that gradients are taken of.
+        parameters: that gradients are taken of.
+    """
+
+    def __init__(self, cell: nn.Cell, places: tuple[int, ...], parameters):
+        super().__init__(auto_prefix=False)
+        weights = ms.ParameterTuple(parameters) if len(parameters) else None
+        self.differentiate = ops.value_and_grad(cell, places, weights)
+
+    def construct(self, *inputs):
+        return self.differentiate(*inputs)
+
+
+def measure(config: Config, vocabulary: int, rounds: int) -> tuple[list[Row], float]:
+    """Returns the rows of the table, the largest first, and the seconds of a whole step.
+
+    Raises:
+        UserError: a network other than the decoder, several devices, or several micro-batches.
+    """
+    require_measurable(config)
+    step, (batch, data) = create_step(config, vocabulary), inputs_of(config, vocabulary)
+    step.initialise()
+    parts, contenders = list(parts_of(step, batch(step))), {}
+    for part in tqdm(parts, desc="compiling the parts", leave=False):
+        contenders |= contenders_of(part)
+    for name, cell in floor_cells(parts, DTYPES[config.model.compute_dtype]).items():
+        contenders[f"floor {name}"] = bound(cell, cell.inputs)
+    arrays = [array[None] for array in batch(step)]
+    contenders["step"] = lambda: step(*arrays, 1e-4)
+    contenders["data"] = lambda: [Tensor(array) for array in data(step)]
+    seconds = in_turn(contenders, rounds)
+    rows = [row_of(part, parts, seconds) for part in parts]
+    rows.append(Row("data", seconds["data"], 0.0, None, None))
+    return sorted(rows, key=lambda row: -row.total), seconds["step"]
+
+
+def require_measurable(config: Config) -> None:
+    """Refuses what is not a decoder on one device with one micro-batch (UserError)."""
+    if config.model.type != "decoder":
+        raise UserError(f"model.type: {config.model.type}; the profile takes a step of the decoder apart")
+    if config.devices > 1:
+        raise UserError(f"parallel: {config.devices} devices; the profile measures one, set the degrees to 1")
+    if config.micro_batches > 1:
+        key = "train.gradient_accumulation_steps"
+        raise UserError(f"{key}: {config.micro_batches}; the profile measures one micro-batch, set it to 1")
+
+
+def inputs_of(config: Config, vocabulary: int) -> tuple[Callable, Callable]:
+    """Returns two functions of a step: its batch, (tokens, labels, valid [B, S], noise [J, N, D]), and a new one."""
+    size, length, width = config.data.batch_size, config.model.seq_length, config.model.hidden_size
+    stream = np.random.default_rng(0).integers(0, vocabulary, 64 * size * (length + 1)).astype(np.int32)
+    batches, count = TrainBatches(stream, size, length, config.train.seed), iter(range(10**9))
+
+    def draw(step: TrainStep) -> tuple[np.ndarray, ...]:
+        index = next(count)
+        noise = draw_noise(config.train.seed, index, 1, step.model.noise_slices, range(size), length, width)
+        return (*batches.at(index), noise[0])
+
+    drawn = []
+
+    def first(step: TrainStep) -> tuple[np.ndarray, ...]:
+        if not drawn:
+            drawn.append(draw(step))
+        return drawn[0]
+
+    return first, draw
+
+
+def contenders_of(part: Part) -> dict[str, Callable]:
+    """Compiles a part; returns what to time: "NAME forward" and, where it has a backward pass, "NAME both"."""
+    part.cell.set_train(True)
+    found = {f"{part.name} forward": bound(part.cell, part.inputs)}
+    if part.backward:
+        places = tuple(place for place, one in enumerate(part.inputs) if one.dtype in FLOATS) or None
+        parameters = part.parameters or tuple(part.cell.trainable_params())
+        found[f"{part.name} both"] = bound(Both(part.cell, places, parameters), part.inputs)
+    for run in found.values():
+        run()
+    return found
+
+
+def bound(cell: nn.Cell, inputs: tuple) -> Callable:
+    """Returns a function without arguments that runs a cell on its inputs, and waits for it."""
+    wait = ms.runtime.synchronize if ms.get_context("device_target") != "CPU" else None  # a CPU is waited for anyway
+
+    def call():
+        cell(*inputs)
+        if wait is not None:
+            wait()
+
+    return call
+
+
+def in_turn(contenders: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Runs every contender once a round, so that what else the machine does hits all alike; returns medians."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in tqdm(range(rounds + WARM_UP), desc="measuring in turn", leave=False):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            if number >= WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def row_of(part: Part, parts: list[Part], seconds: dict[str, float]) -> Row:
+    """Returns the line of a part, without the part that it contains."""
+    forward, backward = passes(part, seconds)
+    inner = next((other for other in parts if other.name == part.without), None)
+    if inner is not None:
+        less_forward, less_backward = passes(inner, seconds)
+        forward, backward = forward - less_forward, backward - less_backward
+    floors = {name.removeprefix("floor "): value for name, value in seconds.items() if name.startswith("floor ")}
+    low = [floor_of(part, floors, direction) for direction in (False, True)]
+    scaled = [None if value is None else value * part.times for value in low]
+    return Row(part.name, forward * part.times, backward * part.times, scaled[0], scaled[1], part.times)
+
+
+def passes(part: Part, seconds: dict[str, float]) -> tuple[float, float]:
+    """Returns the seconds of one forward and of one backward pass of a part."""
+    forward = seconds[f"{part.name} forward"]
+    return forward, seconds[f"{part.name} both"] - forward if part.backward else 0.0

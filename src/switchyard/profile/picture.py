@@ -1,0 +1,35 @@
+"""The table as a picture: a bar for each part, forward and backward, and a mark at its floor."""
+
+import os
+from pathlib import Path
+
+from switchyard.file_errors import writing
+from switchyard.files import unfinished
+from switchyard.optional import require
+from switchyard.profile.measure import Row
+
+
+def draw(rows: list[Row], step: float, title: str, path: Path) -> None:
+    """Writes the picture, whole or not at all."""
+    require("matplotlib", "matplotlib", "profile: the picture").use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.42 * len(rows)), layout="constrained")
+    names, places = [row.name for row in rows], range(len(rows))
+    forward = [1e3 * max(row.forward, 0.0) for row in rows]
+    axes.barh(names, forward, color="C0", label="forward")
+    axes.barh(names, [1e3 * max(row.backward, 0.0) for row in rows], left=forward, color="C1", label="backward")
+    floors = [(1e3 * row.floor, place) for row, place in zip(rows, places) if row.floor is not None]
+    axes.scatter(*zip(*floors), marker="|", s=260, linewidths=2.5, color="black", label="floor", zorder=3)
+    for row, place in zip(rows, places):
+        axes.annotate(f"  {row.total / step:.0%}", (1e3 * max(row.total, row.floor or 0.0), place), va="center")
+    axes.invert_yaxis()
+    axes.set_xlabel(f"milliseconds of a step of {1e3 * step:.1f}")
+    axes.set_title(title)
+    axes.legend(loc="lower right")
+    try:
+        with writing(path), unfinished(path.absolute()) as folder:
+            figure.savefig(folder / path.name, format="png", dpi=120)
+            os.replace(folder / path.name, path)
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,79 @@
+"""The profile: a row for each part of a step, beside what the part cannot do without."""
+
+import json
+import re
+
+import pytest
+
+from switchyard.config import build
+from switchyard.errors import UserError
+from switchyard.profile.__main__ import main
+from switchyard.profile.measure import Row, measure
+
+MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "seq_length": 8}
+TREE = {"model": MODEL, "moe": {"expert_num": 2, "layers": [1]}, "data": {"batch_size": 2}}
+PARTS = {"attention", "positions", "norm", "embedding", "dense feed-forward", "router", "dispatch", "experts"}
+PARTS |= {"combine", "head and loss", "optimizer", "data"}
+
+
+@pytest.mark.slow
+def test_every_part_of_a_step_has_a_row(pynative):
+    rows, step = measure(build(TREE), 11, rounds=1)
+    found = {row.name: row for row in rows}
+    assert found.keys() == PARTS and step > 0
+    assert {name: row.times for name, row in found.items() if row.times > 1} == {
+        "norm": 5,
+        "attention": 2,
+        "positions": 2,
+    }
+    assert all(row.floor > 0 for name, row in found.items() if name not in ("dispatch", "combine", "data"))
+    assert found["optimizer"].backward == 0 and found["experts"].forward > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moe", "names"),
+    [
+        ({"router": "dense"}, {"router and dispatch", "experts and combine"}),
+        ({"router": "top_k", "dispatch": "dropless", "shared_expert_num": 1}, {"experts", "combine", "shared experts"}),
+    ],
+)
+def test_other_forms_of_routing_have_rows_of_their_own(pynative, moe, names):
+    rows, _ = measure(build({"model": MODEL, "moe": {"expert_num": 2} | moe, "data": {"batch_size": 2}}), 11, rounds=1)
+    assert names <= {row.name for row in rows}
+
+
+def test_a_row_adds_its_passes_and_its_floors():
+    assert Row("norm", 1.0, 2.0, 0.5, None).total == 3.0
+    assert Row("norm", 1.0, 2.0, 0.5, None).floor == 0.5
+    assert Row("data", 1.0, 0.0, None, None).floor is None
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"model": {"type": "vision"}}, "model.type: vision"),
+        (TREE | {"train": {"gradient_accumulation_steps": 2}}, "train.gradient_accumulation_steps: 2"),
+        (TREE | {"parallel": {"data_parallel": 2}}, "parallel: 2 devices"),
+    ],
+)
+def test_what_cannot_be_taken_apart_is_refused(tree, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        measure(build(tree), 11, rounds=1)
+
+
+def test_bad_numbers_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--rounds: 0; at least 1"):
+        main(["--config", "quickstart", "--rounds", "0"])
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_table_and_writes_numbers_and_a_picture(tmp_path, capsys, pynative):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(json.dumps(TREE | {"context": {"mode": "pynative"}}))
+    files = ["--json", str(tmp_path / "p.json"), "--picture", str(tmp_path / "p.png")]
+    main(["--config", str(config), "--vocab", "11", "--rounds", "1", *files])
+    lines, found = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "p.json").read_text())
+    assert {part["part"] for part in found["parts"]} == PARTS
+    assert any(line.startswith("whole step: ") for line in lines) and any(line.startswith("experts ") for line in lines)
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
