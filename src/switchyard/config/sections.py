@@ -147,6 +147,11 @@ class ContextConfig(Section):
         description="Ascend: fused attention, norm, SwiGLU and permutation; false = the operators of other devices",
     )
     mode: Literal["graph", "pynative"] = Field("graph", description="graph compiles; pynative is for debugging")
+    compile_cache: str | None = Field(
+        None,
+        description="one device: folder for the compiled training step; the next run of the same configuration "
+        "and code starts in seconds; null = no cache",
+    )
     launch_blocking: bool | None = Field(
         None,
         description="several GPUs: synchronous kernel launches; null = only where AllReduce could race with kernels",

@@ -170,6 +170,8 @@ def _by_device(config: Config, target: str) -> Iterator[Unread]:
         yield Unread((*alone, "train.replica_check_every"), "the job runs on one device")
     if config.parallel.model_parallel == 1:
         yield Unread(("parallel.sequence_parallel",), "only parallel.model_parallel above 1 reads it")
+    if config.context.mode == "pynative":
+        yield Unread(("context.compile_cache",), "context.mode pynative compiles no graph")
     if target in ("GPU", "CPU"):
         yield Unread(("parallel.transformer_opt", "context.fused_operators"), "only Ascend reads it")
     if target in ("Ascend", "CPU"):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from switchyard.json_text import to_json
 from switchyard.moe.routing.base import with_options
 from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
+from switchyard.training.compile_cache import compile_cache, require_one_device
 from switchyard.training.evaluate import Evaluation, create_evaluator, evenly_spaced
 from switchyard.training.finite import check_evaluation, check_step
 from switchyard.training.limits import check_mesh, with_defaults
@@ -89,6 +91,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     if is_first():
         check_loggers(config.train.loggers)
     config, compiled = choose_mesh(config, world_size())
+    require_one_device(config)
     run = Path(config.train.output_dir) / config.train.name
     with locked(run, config.train.name, wanted=is_first()) as existed:
         return train_locked(config, compiled, run, resume, existed)
@@ -290,7 +293,9 @@ class Trainer:
         started = time.perf_counter()
         rate, (tokens, *inputs) = learning_rate(self.config, self.done + 1), self._inputs()
         replay = self._forced(tokens)
-        figures = self.step(tokens, *inputs, rate, replay, routers_learn(self.config, self.done))  # waits for the step
+        cache = compile_cache(self.config, self.step.shapes, self.progress.say) if self.compiles else nullcontext()
+        with cache:
+            figures = self.step(tokens, *inputs, rate, replay, routers_learn(self.config, self.done))  # waits for it
         seconds = time.perf_counter() - started
         check_step(self.done + 1, figures["loss"], figures, self._kept)
         self._record(tokens, figures)
@@ -309,6 +314,11 @@ class Trainer:
                 del line["loss_scale"], line["skipped"]
             self.metrics.write(line)
             self.progress.say(self.progress.train_line(line))
+
+    @property
+    def compiles(self) -> bool:
+        """Returns whether the next step compiles the program."""
+        return self.compile_seconds is None and self.config.context.mode == "graph"
 
     def _forced(self, tokens: np.ndarray) -> np.ndarray | None:
         """Returns this process's part of the choices that are forced in the next step, [A, M, N, K] int32 of tokens

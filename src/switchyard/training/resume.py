@@ -47,6 +47,7 @@ FREE_ON_RESUME = (
     "context.device_id",
     "context.mode",
     "context.launch_blocking",
+    "context.compile_cache",
     "export.max_length",
     "export.key_file",
 )
