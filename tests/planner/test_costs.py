@@ -119,9 +119,10 @@ def test_fused_attention_keeps_no_weights():
 
 @pytest.mark.slow
 def test_half_precision_takes_the_fused_operators(compile_layout):
-    """Two attentions; a dense network, a shared expert and the experts, which have a gate each; norms are LayerNorm."""
+    """Two attentions, of which each normalises queries and keys; a dense network, a shared expert and the experts,
+    which have a gate each; the other norms are LayerNorm."""
     operators = compile_layout("rich dp4 ep2 tp2").operators
-    for name, number in (("FlashAttentionScore", 2), ("Swiglu", 3), ("RmsNorm", 0)):
+    for name, number in (("FlashAttentionScore", 2), ("Swiglu", 3), ("RmsNorm", 4)):
         assert operators[name] == number == operators[f"{name}Grad"]
     assert compile_layout("rich dp4 ep2 tp2 dropless recompute zero1").operators["MoeTokenPermute"] == 4  # two again
 

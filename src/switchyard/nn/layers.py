@@ -193,10 +193,10 @@ class Attention(nn.Cell):
             gains = (self.qk_norm.queries.gain, self.qk_norm.keys.gain)
         return self.widen(self.out(self.local(qkv, batch, *gains)))
 
-    def mix_heads(self, qkv: Tensor, batch: int, *gains) -> Tensor:
+    def mix_heads(self, qkv: Tensor, batch: int, query_gain: Tensor = None, key_gain: Tensor = None) -> Tensor:
         """Projections [N, J * (R + 2) * h] -> what the heads bring together [N, J * R * h]; gains: of `qk_norm`."""
         if self.qk_norm is not None:
-            qkv = self.qk_norm.work(qkv, *gains)
+            qkv = self.qk_norm.work(qkv, query_gain, key_gain)
         if self.half is not None and qkv.shape[0] == batch * self.length:
             return self._attend_half(qkv, batch)
         query, key, value = self._split_heads(qkv, batch)
@@ -219,16 +219,21 @@ class Attention(nn.Cell):
         if self.half is not None:
             self.rotate.kv_heads = self.kv_heads
         heads, repeat, length = mesh.layout("data", axes_of(self.qkv.weight.name, 2)[1]), self.repeat, mesh.length
-        gains = () if self.qk_norm is None else self.qk_norm.get_parameters()
-        gains = tuple(mesh.layout(*axes_of(gain.name, 1)) for gain in gains)
 
         def shape(qkv, *gains):
             return [qkv[0], qkv[1] * repeat // (repeat + 2)]
 
-        def of_slice(qkv, *gains):
-            return self.mix_heads(qkv, qkv.shape[0] // length, *gains)
+        def of_slice(qkv):
+            return self.mix_heads(qkv, qkv.shape[0] // length)
 
-        mixed = mesh.local(of_slice, (heads, *gains), (heads,), shape, first)
+        def of_slice_with_gains(qkv, query_gain, key_gain):
+            return self.mix_heads(qkv, qkv.shape[0] // length, query_gain, key_gain)
+
+        work, inputs = of_slice, (heads,)
+        if self.qk_norm is not None:
+            gains = (mesh.layout(*axes_of(gain.name, 1)) for gain in self.qk_norm.get_parameters())
+            work, inputs = of_slice_with_gains, (heads, *gains)
+        mixed = mesh.local(work, inputs, (heads,), shape, first)
 
         def local(qkv, batch, *gains):  # of all devices, of which a device holds a part
             return mixed(qkv, *gains)
