@@ -1,4 +1,4 @@
-"""The keys of attention, such as head size, norms, biases and windows, against loops in NumPy: whole, token by token."""
+"""The keys of attention, such as head size, norms, biases and windows, against loops in NumPy; also by one token."""
 
 import mindspore as ms
 import numpy as np

@@ -16,7 +16,6 @@ from switchyard.distributed.placement import EXPERT, MODEL, ParallelDims, placem
 from switchyard.distributed.stages import stage_config, stage_exchanges
 from switchyard.moe.dispatch.capacity import buffer_slots, check_dropless, check_sort_keys, slot_shape
 from switchyard.moe.metrics import width
-from switchyard.nn.fused import fused_operators
 from switchyard.planner.host import noise_slices
 from switchyard.planner.sizes import (
     FLOAT,
@@ -25,7 +24,9 @@ from switchyard.planner.sizes import (
     parameters,
     product_bytes,
     projection,
+    seen_tokens,
     shard_sizes,
+    takes,
     worked_rows,
 )
 from switchyard.training.limits import refusals, refuse
@@ -211,17 +212,11 @@ def _of_gradient(name, shape, config, degrees):
     kind = name.rsplit(".", 1)[1]  # the backward pass reads products and fused norms again, other gains and tables not
     again = kind not in ("bias", "table") or (name == "embedding.table" and config.model.tie_word_embeddings)
     if kind == "gain":
-        again = config.model.norm == "rmsnorm" and _takes(config, "RmsNorm")
+        again = (config.model.norm == "rmsnorm" or ".qk_norm." in name) and takes(config, "RmsNorm")
     again = degrees.optimizer_shard == 3 and again
     wide = product_bytes(config) if name.endswith(IN_PRODUCT_TYPE) else FLOAT  # cast before they are gathered
     yield Exchange("AllGather", group, ranks, wide * size, 2 if again else 1)
     yield Exchange("ReduceScatter", group, ranks, FLOAT * size)
-
-
-def _takes(config, name):
-    """Returns whether the graph has a fused operator; without a named device, the graph for Ascend is counted."""
-    target = config.context.device_target
-    return name in fused_operators(config, "Ascend" if target == "auto" else target)
 
 
 def _of_experts(config, degrees, repeated):
@@ -274,8 +269,8 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
     """Returns the FLOPs of the matrix products of a device in a step, 2 for a multiply-add; backward counts twice
     forward, recompute once more.
 
-    Scores of attention count in full, as they are computed, and experts by `worked_rows`. Of a pipeline those of one
-    stage.
+    Scores of attention count as they are computed, see `seen_tokens`, and experts by `worked_rows`. Of a pipeline those
+    of one stage.
     """
     stages, micro = config.parallel.pipeline_stage, config.micro_batches
     if stages > 1:
@@ -283,8 +278,9 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
     model, moe, parallel = config.model, config.moe, config.parallel
     rows, tensor, width = config.rows // parallel.data_parallel, parallel.model_parallel, model.hidden_size
     conditional, matrices = len(config.moe_layers), 3 if model.activation == "swiglu" else 2
-    attention = width * (projection(config) + mixed(config)) + 2 * model.seq_length * mixed(config)
-    blocks = model.num_layers * rows * attention / tensor
+    attention = model.num_layers * width * (projection(config) + mixed(config))
+    attention += 2 * mixed(config) * sum(seen_tokens(config, index) for index in range(model.num_layers))
+    blocks = rows * attention / tensor
     blocks += (model.num_layers - conditional) * rows * matrices * width * config.dense_width / tensor
     if conditional:
         hidden = worked_rows(config) * config.expert_width + rows * config.shared_width
@@ -327,7 +323,7 @@ def _block_bytes(config, index, rows, between):
     width, wide, tensor = model.hidden_size, product_bytes(config), parallel.model_parallel
     hidden_copies = 3 if model.activation == "swiglu" else 2  # before and after the non-linearity, and the gate
     weights = model.seq_length * (FLOAT + (wide if wide != FLOAT else 0))  # [S] of a row and head, before the product
-    if _takes(config, "FlashAttentionScore"):
+    if takes(config, "FlashAttentionScore"):
         weights = 16 * FLOAT  # softmax_max and softmax_sum
     kept = 4 * between + 2 * rows * width * wide  # two residuals, two norms; what goes into the products
     kept += (

@@ -8,6 +8,7 @@ import math
 from switchyard.config import Config
 from switchyard.distributed.placement import ParallelDims, degree_of, optimizer_shards, placement, stages_of
 from switchyard.moe.dispatch.capacity import slot_shape, zero_rows
+from switchyard.nn.fused import fused_operators
 
 FLOAT = 4  # bytes of float32: parameters, gradients, moments, rows between the parts of a layer
 Shape = tuple[int, ...]
@@ -105,3 +106,19 @@ def worked_rows(config: Config) -> int:
 def product_bytes(config: Config) -> int:
     """Returns the bytes of a number in the matrix products."""
     return FLOAT if config.model.compute_dtype == "float32" else 2
+
+
+def takes(config, name):
+    """Returns whether the graph has a fused operator; without a named device, the graph for Ascend is counted."""
+    target = config.context.device_target
+    return name in fused_operators(config, "Ascend" if target == "auto" else target)
+
+
+def seen_tokens(config: Config, layer: int) -> int:
+    """Returns the keys that a row of a layer is multiplied with: all of its sequence, those that a mask hides too.
+
+    FlashAttentionScore leaves out what lies outside a sliding window.
+    """
+    length, window = config.model.seq_length, config.model.window_of(layer)
+    fused = window is not None and takes(config, "FlashAttentionScore")
+    return min(length, window) if fused else length
