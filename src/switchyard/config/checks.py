@@ -147,8 +147,6 @@ def parallel_laws(config):
         (config.shared_width, "the hidden width of the shared experts"),
     ):
         yield size % tensor == 0, "parallel.model_parallel", tensor, f"must divide {name} ({size})"
-    reason = "must be 1: model.qk_norm 'full' normalises all heads together, 'head' each by itself"
-    yield tensor == 1 or model.qk_norm != "full", "parallel.model_parallel", tensor, reason
     yield (
         stages <= model.num_layers,
         "parallel.pipeline_stage",

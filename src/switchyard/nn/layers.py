@@ -17,7 +17,7 @@ from switchyard.nn.fused import NONE
 from switchyard.nn.half_attention import HalfAttention, flat_mask
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
-from switchyard.nn.query_key_norm import QueryKeyNorm
+from switchyard.nn.query_key_norm import create_query_key_norm
 from switchyard.nn.rotary import Rotary, SplitAndRotate, rotation_tables
 from switchyard.nn.softmax import Softmax
 
@@ -169,7 +169,7 @@ class Attention(nn.Cell):
         )
         self.qkv = Linear(model.hidden_size, width, model.init_method_std, random, dtype, bias is not None)
         self.out = Linear(mixed, model.hidden_size, std_out, random, dtype, bias == "all")
-        self.qk_norm = QueryKeyNorm(model, fused) if model.qk_norm else None
+        self.qk_norm = create_query_key_norm(model, fused)
         self.rotary = Rotary(causal.shape[0], model) if model.position == "rotary" else None
         self.split = ops.Split(2, 3)
         self.transpose = ops.Transpose()
@@ -188,15 +188,18 @@ class Attention(nn.Cell):
 
     def construct(self, x: Tensor, batch: int) -> Tensor:
         """Every position sees itself and those before it, within its window."""
-        qkv, gains = self.qkv(x), ()
+        qkv, norms = self.qkv(x), ()
         if self.qk_norm is not None:
-            gains = (self.qk_norm.queries.gain, self.qk_norm.keys.gain)
-        return self.widen(self.out(self.local(qkv, batch, *gains)))
+            norms = self.qk_norm.inputs(qkv)
+        return self.widen(self.out(self.local(qkv, batch, *norms)))
 
-    def mix_heads(self, qkv: Tensor, batch: int, query_gain: Tensor = None, key_gain: Tensor = None) -> Tensor:
-        """Projections [N, J * (R + 2) * h] -> what the heads bring together [N, J * R * h]; gains: of `qk_norm`."""
+    def mix_heads(self, qkv: Tensor, batch: int, one: Tensor = None, other: Tensor = None) -> Tensor:
+        """Projections [N, J * (R + 2) * h] -> what the heads bring together [N, J * R * h].
+
+        `one` and `other` are the inputs of `qk_norm`, where there is one.
+        """
         if self.qk_norm is not None:
-            qkv = self.qk_norm.work(qkv, query_gain, key_gain)
+            qkv = self.qk_norm.work(qkv, one, other)
         if self.half is not None and qkv.shape[0] == batch * self.length:
             return self._attend_half(qkv, batch)
         query, key, value = self._split_heads(qkv, batch)
@@ -220,23 +223,22 @@ class Attention(nn.Cell):
             self.rotate.kv_heads = self.kv_heads
         heads, repeat, length = mesh.layout("data", axes_of(self.qkv.weight.name, 2)[1]), self.repeat, mesh.length
 
-        def shape(qkv, *gains):
+        def shape(qkv, *norms):
             return [qkv[0], qkv[1] * repeat // (repeat + 2)]
 
         def of_slice(qkv):
             return self.mix_heads(qkv, qkv.shape[0] // length)
 
-        def of_slice_with_gains(qkv, query_gain, key_gain):
-            return self.mix_heads(qkv, qkv.shape[0] // length, query_gain, key_gain)
+        def of_slice_with_norms(qkv, one, other):
+            return self.mix_heads(qkv, qkv.shape[0] // length, one, other)
 
         work, inputs = of_slice, (heads,)
         if self.qk_norm is not None:
-            gains = (mesh.layout(*axes_of(gain.name, 1)) for gain in self.qk_norm.get_parameters())
-            work, inputs = of_slice_with_gains, (heads, *gains)
+            work, inputs = of_slice_with_norms, (heads, *self.qk_norm.shard(mesh))
         mixed = mesh.local(work, inputs, (heads,), shape, first)
 
-        def local(qkv, batch, *gains):  # of all devices, of which a device holds a part
-            return mixed(qkv, *gains)
+        def local(qkv, batch, *norms):  # of all devices, of which a device holds a part
+            return mixed(qkv, *norms)
 
         self.local = local
 

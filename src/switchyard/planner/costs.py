@@ -212,11 +212,17 @@ def _of_gradient(name, shape, config, degrees):
     kind = name.rsplit(".", 1)[1]  # the backward pass reads products and fused norms again, other gains and tables not
     again = kind not in ("bias", "table") or (name == "embedding.table" and config.model.tie_word_embeddings)
     if kind == "gain":
-        again = (config.model.norm == "rmsnorm" or ".qk_norm." in name) and takes(config, "RmsNorm")
+        again = _reads_gain_again(name, config)
     again = degrees.optimizer_shard == 3 and again
     wide = product_bytes(config) if name.endswith(IN_PRODUCT_TYPE) else FLOAT  # cast before they are gathered
     yield Exchange("AllGather", group, ranks, wide * size, 2 if again else 1)
     yield Exchange("ReduceScatter", group, ranks, FLOAT * size)
+
+
+def _reads_gain_again(name, config):
+    """Returns whether the backward pass of a norm reads its gain: that of the fused operator does."""
+    kind = config.model.qk_norm == "head" if ".qk_norm." in name else config.model.norm == "rmsnorm"
+    return kind and takes(config, "RmsNorm")
 
 
 def _of_experts(config, degrees, repeated):
@@ -256,6 +262,10 @@ def _of_model_slices(config, degrees, repeated, last):
         yield Exchange("AllReduce", "model", tensor, FLOAT * rows, (2 + repeated) * conditional)
     if moe.use_shared_expert_gating:
         yield reduce(rows, again * shared)  # the gate's gradient reads the sum
+    if model.qk_norm == "full":  # sums of squares of queries and keys
+        squares = FLOAT * config.rows // degrees.data_parallel * 2 * tensor
+        yield Exchange("AllGather", "model", tensor, squares, layers * (1 + again))
+        yield Exchange("ReduceScatter", "model", tensor, squares, layers)
     if not parallel.sequence_parallel:
         yield reduce(rows, layers * (2 + again))
         return
