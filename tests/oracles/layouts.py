@@ -71,6 +71,10 @@ FURTHER = {  # of which only bytes are looked at
         THREE_AXES | {"sequence_parallel": True, "recompute": True}, SWITCH | {"shared_expert_num": 1}
     ),
     "rich dp4 ep2 tp2": tree(THREE_AXES, RICH_MOE, RICH_MODEL),
+    "norms of all heads, dp4 ep2 tp2 recompute zero3": tree(
+        THREE_AXES | {"recompute": True, "optimizer_shard": 3},
+        model=MODEL | {"qk_norm": "full", "attention_bias": "qkv"},
+    ),
     "rich dp4 ep2 tp2 recompute zero1": tree(
         THREE_AXES | {"recompute": True, "optimizer_shard": 1}, RICH_MOE, RICH_MODEL
     ),

@@ -209,6 +209,7 @@ LAYOUTS = {
             **{"sliding_window": 3, "window_layers": [1]},
         },
     },
+    "norms of all heads": {"data_parallel": 2, "model_parallel": 2, "model": {"qk_norm": "full", "head_size": 6}},
     "recompute": {"data_parallel": 2, "expert_parallel": 2, "recompute": True},
     "zero3, recompute": {"data_parallel": 2, "expert_parallel": 2, "optimizer_shard": 3, "recompute": True},
     "sinkhorn, re-routing, further losses": {

@@ -24,6 +24,7 @@ from switchyard.planner.sizes import (
     parameters,
     product_bytes,
     projection,
+    reads_gain_again,
     seen_tokens,
     shard_sizes,
     takes,
@@ -212,17 +213,11 @@ def _of_gradient(name, shape, config, degrees):
     kind = name.rsplit(".", 1)[1]  # the backward pass reads products and fused norms again, other gains and tables not
     again = kind not in ("bias", "table") or (name == "embedding.table" and config.model.tie_word_embeddings)
     if kind == "gain":
-        again = _reads_gain_again(name, config)
+        again = reads_gain_again(config, name)
     again = degrees.optimizer_shard == 3 and again
     wide = product_bytes(config) if name.endswith(IN_PRODUCT_TYPE) else FLOAT  # cast before they are gathered
     yield Exchange("AllGather", group, ranks, wide * size, 2 if again else 1)
     yield Exchange("ReduceScatter", group, ranks, FLOAT * size)
-
-
-def _reads_gain_again(name, config):
-    """Returns whether the backward pass of a norm reads its gain: that of the fused operator does."""
-    kind = config.model.qk_norm == "head" if ".qk_norm." in name else config.model.norm == "rmsnorm"
-    return kind and takes(config, "RmsNorm")
 
 
 def _of_experts(config, degrees, repeated):
@@ -264,7 +259,7 @@ def _of_model_slices(config, degrees, repeated, last):
         yield reduce(rows, again * shared)  # the gate's gradient reads the sum
     if model.qk_norm == "full":  # sums of squares of queries and keys
         squares = FLOAT * config.rows // degrees.data_parallel * 2 * tensor
-        yield Exchange("AllGather", "model", tensor, squares, layers * (1 + again))
+        yield Exchange("AllGather", "model", tensor, squares, layers)  # kept where the layer is recomputed
         yield Exchange("ReduceScatter", "model", tensor, squares, layers)
     if not parallel.sequence_parallel:
         yield reduce(rows, layers * (2 + again))

@@ -108,10 +108,16 @@ def product_bytes(config: Config) -> int:
     return FLOAT if config.model.compute_dtype == "float32" else 2
 
 
-def takes(config, name):
+def takes(config: Config, name: str) -> bool:
     """Returns whether the graph has a fused operator; without a named device, the graph for Ascend is counted."""
     target = config.context.device_target
     return name in fused_operators(config, "Ascend" if target == "auto" else target)
+
+
+def reads_gain_again(config: Config, name: str) -> bool:
+    """Returns whether the backward pass of a norm reads its gain, by the gain's name: the fused operator's does."""
+    kind = config.model.qk_norm == "head" if ".qk_norm." in name else config.model.norm == "rmsnorm"
+    return kind and takes(config, "RmsNorm")
 
 
 def seen_tokens(config: Config, layer: int) -> int:
