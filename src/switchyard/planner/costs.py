@@ -33,7 +33,9 @@ from switchyard.planner.sizes import (
 from switchyard.training.limits import refusals, refuse
 
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate
-IN_PRODUCT_TYPE = ("qkv.weight", "out.weight", "head.weight", "w_in", "w_gate", "w_out")  # model.compute_dtype
+IN_PRODUCT_TYPE = (  # model.compute_dtype
+    *("qkv.weight", "qkv.bias", "out.weight", "out.bias", "head.weight", "w_in", "w_gate", "w_out"),
+)
 SENT = ("Send", "Receive")
 
 
