@@ -25,11 +25,16 @@ RICH_MODEL = MODEL | {
     "norm": "layernorm",
     "position": "learned",
     "tie_word_embeddings": False,
+    "attention_bias": "all",
+    "qk_norm": "head",
+    "sliding_window": 3,
+    "window_layers": [1],
 }
 RICH_MOE = TOP_2 | {
     "jitter": 0.01,
     "moe_intermediate_size": 24,
     "shared_expert_num": 2,
+    "shared_intermediate_size": 40,
     "use_shared_expert_gating": True,
 }
 
@@ -66,6 +71,10 @@ FURTHER = {  # of which only bytes are looked at
         THREE_AXES | {"sequence_parallel": True, "recompute": True}, SWITCH | {"shared_expert_num": 1}
     ),
     "rich dp4 ep2 tp2": tree(THREE_AXES, RICH_MOE, RICH_MODEL),
+    "norms of all heads, dp4 ep2 tp2 recompute zero3": tree(
+        THREE_AXES | {"recompute": True, "optimizer_shard": 3},
+        model=MODEL | {"qk_norm": "full", "attention_bias": "qkv"},
+    ),
     "rich dp4 ep2 tp2 recompute zero1": tree(
         THREE_AXES | {"recompute": True, "optimizer_shard": 1}, RICH_MOE, RICH_MODEL
     ),
