@@ -73,7 +73,7 @@ TEMPLATE = "{% for message in messages %}{{ message['role'] + ': ' + message['co
 
 
 def build(name: str) -> torch.nn.Module:
-    """Returns a model of a case with weights that leave no part idle, in float32, rounded to the type it is saved in."""
+    """Returns a model of a case with weights that leave no part idle, rounded to the type they are saved in."""
     kind, keys, dtype = CASES[name]
     config = getattr(transformers, f"{kind}Config")(**(COMMON | keys))
     config._attn_implementation = "eager"

@@ -102,9 +102,7 @@ BLOCK = (
 )
 DENSE = _feed_forward(f"{OURS}feed_forward", "1 F", f"{LAYER}mlp.{NAMES}", "dense")
 MIXTRAL = (
-    Rule(
-        f"{OURS}feed_forward.router.weight", "D E", f"{LAYER}block_sparse_moe.gate.weight", True, "conditional"
-    ),
+    Rule(f"{OURS}feed_forward.router.weight", "D E", f"{LAYER}block_sparse_moe.gate.weight", True, "conditional"),
     *_feed_forward(
         f"{OURS}feed_forward.experts", "E X", LAYER + "block_sparse_moe.experts.{expert}.w1|w3|w2", "conditional"
     ),
@@ -118,9 +116,7 @@ SHARED = (
     Rule(f"{OURS}feed_forward.shared.gate", "1 D 1", f"{LAYER}mlp.shared_expert_gate.weight", True, "shared gate"),
 )
 GLM = (
-    Rule(
-        f"{OURS}feed_forward.router.bias", "E", f"{LAYER}mlp.gate.e_score_correction_bias", when="router bias"
-    ),
+    Rule(f"{OURS}feed_forward.router.bias", "E", f"{LAYER}mlp.gate.e_score_correction_bias", when="router bias"),
     *_feed_forward(f"{OURS}feed_forward.shared", "1 S", f"{LAYER}mlp.shared_experts.{NAMES}", "shared"),
 )
 

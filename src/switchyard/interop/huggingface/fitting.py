@@ -89,7 +89,7 @@ def unfit(family: Family, config: Config) -> str | None:
 
 
 def choose(config: Config, name: str | None = None) -> Family:
-    """Returns the family of that name, or the first that a configuration fits (UserError: none; it says what is over)."""
+    """Returns the family of that name, or the first that a configuration fits (UserError: there is none)."""
     families = [family_of(name)] if name else list(FAMILIES.values())
     reasons = {family.model_type: unfit(family, config) for family in families}
     fitting = [family for family in families if reasons[family.model_type] is None]

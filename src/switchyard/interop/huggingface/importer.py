@@ -24,7 +24,7 @@ from switchyard.interop.huggingface.folder import Folder
 from switchyard.interop.huggingface.origin import KEY, origin_of
 from switchyard.interop.huggingface.pieces import Importing, bytes_of
 from switchyard.interop.huggingface.rules import Parameter, parameters
-from switchyard.interop.huggingface.settings import to_config
+from switchyard.interop.huggingface.settings import Keys, to_config
 from switchyard.interop.huggingface.tokenizer_files import tokenizer_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -58,9 +58,7 @@ class Model:
             raise UserError("config.json: quantization_config; quantised checkpoints are not read: take the original")
         self.family: Family = family_of(tree.get("model_type"))
         self.config, self.lines = to_config(self.family, tree, name)
-        vocab_size = tree.get("vocab_size")
-        if not isinstance(vocab_size, int) or vocab_size < 1:
-            raise UserError("config.json: vocab_size: missing or no whole number")
+        vocab_size = Keys(tree, {}).need("vocab_size", int)
         self.folder.open_tensors()
         self.parameters: list[Parameter] = list(parameters(self.family.rules, self.config, vocab_size))
         self._check_tensors()
@@ -170,4 +168,3 @@ def _placed(config: Config, place: Path) -> Config:
     train = config.train.model_copy(update={"output_dir": str(place.parent)})
     data = config.data.model_copy(update={"tokenizer": str(place / TOKENIZER)})
     return config.model_copy(update={"train": train, "data": data})
-

@@ -102,33 +102,34 @@ class Exporting:
         """Returns a part of a tensor in its type (UserError: numbers that it cannot hold; DamagedError)."""
         parameter, source = self._made[name]
         if source.expert is None and source.columns is None and not parameter.turned:
-            found = self._tensors.read_finite(parameter.name, box)
-        elif source.columns is None:
-            found = self._turned(self._whole(parameter, source), parameter, box)
-        elif parameter.turned:
-            found = self._whole(parameter, source)[box[1]][:, source.columns[box[0]]].T  # [d, W] -> [w, d]
-        else:
-            found = self._whole(parameter, source)[source.columns[box[0]]]  # [W] -> [w]
-        return from_float32(np.ascontiguousarray(found), self.entries[name].dtype, name)
-
-    def _turned(self, array: np.ndarray, parameter: Parameter, box: Box) -> np.ndarray:
+            return self._converted(parameter, box, name)
+        array = self._whole(parameter, source)  # [D, W], or [W] of a bias
+        if source.columns is not None:
+            columns = source.columns[box[0]]
+            return array[box[1]][:, columns].T if parameter.turned else array[columns]
         return (array.T if parameter.turned else array)[box]
 
-    def _whole(self, parameter: Parameter, source: Source) -> np.ndarray:
-        """Returns the parameter, or its expert that the tensor is."""
-        owner = (parameter.name, source.expert)
-        return self._held.get(owner, parameter.name, lambda: self._read_whole(parameter, source))
+    def _converted(self, parameter: Parameter, box: Box, name: str) -> np.ndarray:
+        """Returns a part of a parameter in the type of the tensor `name`."""
+        return from_float32(self._tensors.read_finite(parameter.name, box), self.entries[name].dtype, name)
 
-    def _read_whole(self, parameter: Parameter, source: Source) -> np.ndarray:
-        """Reads piece by piece: what a file is mapped for does not add to what is held."""
+    def _whole(self, parameter: Parameter, source: Source) -> np.ndarray:
+        """Returns the parameter, or its expert that the tensor is, in the type of the tensor."""
+        owner, dtype = (parameter.name, source.expert), self.entries[source.name].dtype
+        return self._held.get(owner, dtype, lambda: self._read_whole(parameter, source, dtype))
+
+    def _read_whole(self, parameter: Parameter, source: Source, dtype: str) -> np.ndarray:
+        """Reads piece by piece: float32, and what a file is mapped for, do not add to what is held."""
         shape = parameter.shape if source.expert is None else parameter.shape[1:]
         expert = () if source.expert is None else (slice(source.expert, source.expert + 1),)
-        out = np.empty(shape, np.float32)
+        out = np.empty(shape, CODES[dtype])
         for box in pieces(full_box(shape), FLOAT):
-            out[box] = self._tensors.read_finite(parameter.name, (*expert, *box)).reshape(size_of(box))
+            out[box] = self._converted(parameter, (*expert, *box), source.name).reshape(size_of(box))
         return out
 
 
 def bytes_of(entries: dict[str, Entry]) -> int:
     """Returns the bytes of tensors."""
-    return sum(np.prod(entry.shape, dtype=np.int64) * np.dtype(CODES[entry.dtype]).itemsize for entry in entries.values())
+    return sum(
+        np.prod(entry.shape, dtype=np.int64) * np.dtype(CODES[entry.dtype]).itemsize for entry in entries.values()
+    )

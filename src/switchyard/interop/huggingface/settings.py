@@ -25,6 +25,7 @@ SILENT = {  # what says nothing about the mathematics, or repeats what tensors s
     *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "max_position_embeddings", "output_router_logits"),
     *("num_nextn_predict_layers", "pretraining_tp", "quantization_config", "rope_parameters", "max_window_layers"),
 }  # fmt: skip
+WINDOWED = ("sliding_attention", "full_attention")  # of layer_types
 MISSING = object()
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping"}
 
@@ -137,7 +138,7 @@ def _kind(choice: tuple[str | None, str] | None, keys: Keys) -> str | None:
     if choice is None:
         return None
     key, kind = choice
-    return kind if key is None or keys.need(key, bool) else None
+    return kind if key is None or keys.get(key, bool) else None
 
 
 def _window(family: Family, keys: Keys, layers: int) -> dict[str, Any]:
@@ -148,24 +149,26 @@ def _window(family: Family, keys: Keys, layers: int) -> dict[str, Any]:
         keys.read |= {"sliding_window", "layer_types"}
         return {}
     window = keys.get("sliding_window", int)
-    if window is None:
+    places = [] if window is None else _window_layers(family, keys, layers)
+    if not places:
         return {}
-    first, kinds = 0, None
-    if family.window in ("layered", "bottom"):
-        first = keys.need("max_window_layers", int)
-    if family.window == "layered":
-        kinds = keys.get("layer_types", list)
+    return {"sliding_window": window, "window_layers": "all" if len(places) == layers else places}
+
+
+def _window_layers(family: Family, keys: Keys, layers: int) -> list[int]:
+    """Returns the layers whose attention has the window."""
+    first = keys.need("max_window_layers", int) if family.window in ("layered", "bottom") else 0
     if family.window == "bottom" and first > 0:
         raise UserError(
             f"config.json: max_window_layers: {first}; transformers gives {family.model_type} another window with each "
             "attention kernel: only 0 means the same in all"
         )
-    places = [layer for layer in range(layers) if layer >= first]
-    if kinds is not None:
-        places = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
-    if not places:
-        return {}
-    return {"sliding_window": window, "window_layers": "all" if len(places) == layers else places}
+    kinds = keys.get("layer_types", list) if family.window == "layered" else None
+    if kinds is None:
+        return [layer for layer in range(layers) if layer >= first]
+    if len(kinds) != layers or any(kind not in WINDOWED for kind in kinds):
+        raise UserError(f"config.json: layer_types: {represented(kinds)}; one of {', '.join(WINDOWED)} for each layer")
+    return [layer for layer, kind in enumerate(kinds) if kind == WINDOWED[0]]
 
 
 def _normalises(experts: Experts, keys: Keys) -> bool:
@@ -262,7 +265,7 @@ def _window_keys(family: Family, config: Config) -> dict[str, Any]:
         tree["max_window_layers"] = 0
     if family.window == "layered":
         windows = [model.window_of(layer) for layer in range(model.num_layers)]
-        tree["layer_types"] = ["sliding_attention" if size else "full_attention" for size in windows]
+        tree["layer_types"] = [WINDOWED[0] if size else WINDOWED[1] for size in windows]
     return tree
 
 
