@@ -18,7 +18,16 @@ from switchyard.moe.dispatch.capacity import buffer_slots, check_dropless, check
 from switchyard.moe.metrics import width
 from switchyard.nn.fused import fused_operators
 from switchyard.planner.host import noise_slices
-from switchyard.planner.sizes import FLOAT, Shape, parameters, product_bytes, projection, shard_sizes, worked_rows
+from switchyard.planner.sizes import (
+    FLOAT,
+    Shape,
+    mixed,
+    parameters,
+    product_bytes,
+    projection,
+    shard_sizes,
+    worked_rows,
+)
 from switchyard.training.limits import refusals, refuse
 
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate
@@ -274,12 +283,12 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
     model, moe, parallel = config.model, config.moe, config.parallel
     rows, tensor, width = config.rows // parallel.data_parallel, parallel.model_parallel, model.hidden_size
     conditional, matrices = len(config.moe_layers), 3 if model.activation == "swiglu" else 2
-    attention = width * (projection(config) + width) + 2 * model.seq_length * width
+    attention = width * (projection(config) + mixed(config)) + 2 * model.seq_length * mixed(config)
     blocks = model.num_layers * rows * attention / tensor
     blocks += (model.num_layers - conditional) * rows * matrices * width * config.dense_width / tensor
     if conditional:
-        slots = worked_rows(config) + moe.shared_expert_num * rows
-        blocks += conditional * slots * matrices * width * config.expert_width / tensor
+        hidden = worked_rows(config) * config.expert_width + rows * config.shared_width
+        blocks += conditional * hidden * matrices * width / tensor
         blocks += conditional * rows * width * moe.expert_num
     passes = 4 if parallel.recompute else 3
     head = 3 * rows * width * vocab if stage == stages - 1 else 0
@@ -321,7 +330,9 @@ def _block_bytes(config, index, rows, between):
     if _takes(config, "FlashAttentionScore"):
         weights = 16 * FLOAT  # softmax_max and softmax_sum
     kept = 4 * between + 2 * rows * width * wide  # two residuals, two norms; what goes into the products
-    kept += rows * wide * (2 * projection(config) + width) // tensor + rows * model.num_heads * weights // tensor
+    kept += (
+        rows * wide * (2 * projection(config) + mixed(config)) // tensor + rows * model.num_heads * weights // tensor
+    )
     if model.dropout:
         kept += 2 * between
     if index not in config.moe_layers:
@@ -331,5 +342,5 @@ def _block_bytes(config, index, rows, between):
     if moe.dispatch == "dropless_static":
         slots = parallel.expert_parallel * buffer_slots(config)
     kept += slots * width * (2 * FLOAT + wide if moe.dispatch == "capacity" else 3 * wide)
-    kept += rows * moe.shared_expert_num * hidden_copies * config.expert_width * wide // tensor
+    kept += rows * hidden_copies * config.shared_width * wide // tensor
     return kept + 4 * rows * moe.expert_num * FLOAT  # logits, probabilities, choices of the router

@@ -28,8 +28,7 @@ def _all_parameters(config, vocab):
     for index in range(model.num_layers):
         prefix = f"layers.{index}."
         found |= _norm(f"{prefix}attention_norm", model)
-        found[f"{prefix}attention.qkv.weight"] = (width, projection(config))
-        found[f"{prefix}attention.out.weight"] = (width, width)
+        found |= _attention(f"{prefix}attention.", config)
         found |= _norm(f"{prefix}feed_forward_norm", model) | _feed_forward(config, index, f"{prefix}feed_forward.")
     found |= _norm("norm", model)
     if not model.tie_word_embeddings:
@@ -39,8 +38,25 @@ def _all_parameters(config, vocab):
 
 def projection(config: Config) -> int:
     """Returns the columns X of the matrix that makes queries, keys and values."""
+    return (config.model.num_heads + 2 * config.model.kv_heads) * config.model.size_of_head
+
+
+def mixed(config: Config) -> int:
+    """Returns the columns of what all query heads bring together, the rows of the output projection."""
+    return config.model.num_heads * config.model.size_of_head
+
+
+def _attention(prefix, config):
     model = config.model
-    return model.hidden_size + 2 * (model.n_kv_heads or model.num_heads) * (model.hidden_size // model.num_heads)
+    found = {f"{prefix}qkv.weight": (model.hidden_size, projection(config))}
+    if model.attention_bias:
+        found[f"{prefix}qkv.bias"] = (projection(config),)
+    found[f"{prefix}out.weight"] = (mixed(config), model.hidden_size)
+    if model.attention_bias == "all":
+        found[f"{prefix}out.bias"] = (model.hidden_size,)
+    for part, heads in (("queries", model.num_heads), ("keys", model.kv_heads)) if model.qk_norm else ():
+        found[f"{prefix}qk_norm.{part}.gain"] = (model.size_of_head * (heads if model.qk_norm == "full" else 1),)
+    return found
 
 
 def _norm(name, model):
@@ -62,7 +78,7 @@ def _feed_forward(config, index, prefix):
     found = {f"{prefix}router.weight": (width, moe.expert_num)}
     found |= matrices(f"{prefix}experts.", moe.expert_num, config.expert_width)
     if moe.shared_expert_num:
-        found |= matrices(f"{prefix}shared.", 1, config.expert_width * moe.shared_expert_num)
+        found |= matrices(f"{prefix}shared.", 1, config.shared_width)
     if moe.use_shared_expert_gating:
         found[f"{prefix}shared.gate"] = (1, width, 1)
     return found
