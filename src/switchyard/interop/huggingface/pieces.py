@@ -130,6 +130,4 @@ class Exporting:
 
 def bytes_of(entries: dict[str, Entry]) -> int:
     """Returns the bytes of tensors."""
-    return sum(
-        np.prod(entry.shape, dtype=np.int64) * np.dtype(CODES[entry.dtype]).itemsize for entry in entries.values()
-    )
+    return sum(entry.bytes for entry in entries.values())

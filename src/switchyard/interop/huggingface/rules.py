@@ -1,8 +1,8 @@
 """Says what becomes of each tensor: one rule for each parameter of ours, with the names of theirs.
 
-Hugging Face's linear layers hold [out, in], ours [in, out]; experts are one tensor each there and stacked here; queries,
-keys and values are three matrices there and one here, ordered key/value head by key/value head. Rotary halves stand
-alike on both sides, so no column is permuted inside a head.
+Hugging Face's linear layers hold [out, in], ours [in, out]. Experts are one tensor each there and stacked here.
+Queries, keys and values are three matrices there and one here, ordered key/value head by key/value head. Rotary halves
+stand alike on both sides, so no column is permuted inside a head.
 
 Legend: V vocabulary, D width, H query heads, J key/value heads, h head size, R = H / J, W = J * (R + 2) * h, Q = H * h,
 K = J * h, F dense hidden width, E experts, X hidden width of an expert, S hidden width of the shared experts.

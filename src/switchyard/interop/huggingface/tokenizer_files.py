@@ -51,9 +51,7 @@ def filled(text: str, count: int, wanted: int, where: str) -> str:
     tree["added_tokens"] = [*(tree.get("added_tokens") or []), *extra]
     made = json.dumps(tree, ensure_ascii=False, indent=2)
     if Tokenizer.from_json(made, where).vocab_size != wanted:
-        raise UserError(
-            f"tokenizer '{where}': has ids that no token has, so it cannot be filled up to {wanted} entries"
-        )
+        raise UserError(f"tokenizer '{where}': has ids without a token, so it cannot be filled up to {wanted}")
     return made
 
 
