@@ -12,8 +12,8 @@ from switchyard.checkpoint.reshard import convert
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from switchyard.errors import UserError
 from switchyard.interop.huggingface.exporter import export_model
+from switchyard.interop.huggingface.facts import decoder_facts
 from switchyard.interop.huggingface.families import FAMILIES, SHARED
-from switchyard.interop.huggingface.fitting import facts
 from switchyard.interop.huggingface.importer import import_model
 from switchyard.interop.huggingface.rules import parameters
 
@@ -105,7 +105,7 @@ def test_a_run_is_exported_as_the_family_that_fits_and_imported_again(name, tmp_
     config, weights = _save_run(tmp_path / "run", model, moe, ByteTokenizer())
     assert export_model(tmp_path / "run", tmp_path / "out", say=quiet).model_type == family
     again = import_model(tmp_path / "out", tmp_path / "again", say=quiet)
-    assert facts(again) == facts(config)
+    assert decoder_facts(again) == decoder_facts(config)
     held = store.read(tmp_path / "again").weights
     assert held.keys() == weights.keys()
     for key, array in weights.items():

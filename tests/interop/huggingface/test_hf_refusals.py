@@ -16,7 +16,6 @@ from switchyard.config import Config
 from switchyard.errors import UserError
 from switchyard.interop.huggingface.families import FAMILIES
 from switchyard.interop.huggingface.importer import import_model
-from switchyard.interop.huggingface.settings import to_config
 
 
 def _refusal(model: Path, out: Path, **more) -> str:
@@ -240,7 +239,7 @@ def test_any_value_of_any_key_is_a_configuration_or_one_line(case, data):
     for key in data.draw(st.lists(st.sampled_from(sorted({*tree, *family.defaults})), min_size=1, max_size=3)):
         tree[key] = data.draw(ANYTHING)
     try:
-        config, lines = to_config(family, tree)
+        config, lines = family.read(tree)
     except UserError as error:
         assert "\n" not in str(error)
     else:

@@ -11,8 +11,6 @@ from switchyard.checkpoint import store
 from switchyard.interop.huggingface.families import FAMILIES
 from switchyard.interop.huggingface.folder import Folder
 from switchyard.interop.huggingface.pieces import Importing
-from switchyard.interop.huggingface.rules import parameters
-from switchyard.interop.huggingface.settings import to_config
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -21,8 +19,8 @@ def test_the_rules_name_every_parameter_of_the_model_with_its_shape(case, pynati
 
     tree = config_of(FIXTURES / case)
     family = FAMILIES[tree["model_type"]]
-    config, _ = to_config(family, tree)
-    found = {one.name: one.shape for one in parameters(family.rules, config, 64)}
+    config, _ = family.read(tree)
+    found = {one.name: one.shape for one in family.parameters(config, 64)}
     assert found == {one.name: tuple(one.shape) for one in create_model(config, 64, drawn=False).get_parameters()}
 
 
@@ -67,8 +65,8 @@ def test_any_part_of_a_parameter_is_that_part_of_the_whole(imported, case, data)
     folder = Folder(FIXTURES / case)
     folder.open_tensors()
     family = FAMILIES[folder.config["model_type"]]
-    config, _ = to_config(family, folder.config)
-    importing = Importing(folder, parameters(family.rules, config, 64))
+    config, _ = family.read(folder.config)
+    importing = Importing(folder, family.parameters(config, 64))
     whole = store.read(imported(case)).weights
     for name in data.draw(st.lists(st.sampled_from(sorted(importing.entries)), min_size=1, max_size=4)):
         box = []

@@ -75,7 +75,7 @@ def _export(chosen) -> None:
 def _list(chosen) -> None:
     if chosen.model is None:
         for family in FAMILIES.values():
-            _say(f"{family.model_type:10}  {family.architecture:22}  {'dense' if family.experts is None else 'MoE'}")
+            _say(f"{family.model_type:10}  {family.architecture:22}  {'MoE' if family.sparse else 'dense'}")
         return
     from switchyard.interop.huggingface.importer import Model
 

@@ -14,14 +14,12 @@ from switchyard.data.tokenizer import Tokenizer
 from switchyard.errors import UserError
 from switchyard.file_errors import check_room, writing
 from switchyard.files import flush_tree, replace, unfinished
-from switchyard.interop.huggingface.families import Family
-from switchyard.interop.huggingface.fitting import choose, facts, family_of, unfit
+from switchyard.interop.huggingface.families import choose, family_of
+from switchyard.interop.huggingface.family import Family
 from switchyard.interop.huggingface.floats import FLOATS
 from switchyard.interop.huggingface.folder import CONFIG, INDEX, SINGLE, TOKENIZER, Folder
 from switchyard.interop.huggingface.origin import Origin, origin_of, read_origin
 from switchyard.interop.huggingface.pieces import Exporting, bytes_of
-from switchyard.interop.huggingface.rules import parameters
-from switchyard.interop.huggingface.settings import from_config, to_config
 from switchyard.interop.huggingface.tokenizer_files import library_json
 from switchyard.json_text import to_json
 
@@ -73,7 +71,7 @@ def export_model(
     origin = read_origin(state, manifest.path)
     if like is not None:
         origin = _like(like)
-    chosen = choose(config, family or (_kept_family(origin, config)))
+    chosen = choose(config, family or _kept_family(origin, config))
     exporting = _exporting(manifest, config, chosen, tokenizer_json, origin, dtype)
     say(f"checkpoint: {manifest.path}")
     say(f"model: {chosen.model_type}, {len(exporting.entries):,} tensors, {bytes_of(exporting.entries) / 1e6:,.1f} MB")
@@ -99,7 +97,7 @@ def _like(path: str | Path) -> Origin:
 
 def _kept_family(origin: Origin | None, config: Config) -> str | None:
     """Returns the family of the import where the configuration still fits it."""
-    if origin is None or unfit(family_of(origin.model_type), config) is not None:
+    if origin is None or family_of(origin.model_type).unfit(config) is not None:
         return None
     return origin.model_type
 
@@ -110,7 +108,7 @@ def _exporting(
     """Returns the source of the tensors, whose names and shapes are those of the checkpoint (UserError)."""
     vocab_size = Tokenizer.from_json(tokenizer_json, "of the checkpoint").vocab_size
     tensors, kept = Tensors(manifest, "weights"), origin if origin and origin.model_type == family.model_type else None
-    model = list(parameters(family.rules, config, vocab_size))
+    model = list(family.parameters(config, vocab_size))
     shapes = {parameter.name: parameter.shape for parameter in model}
     held = {name: entry.shape for name, entry in tensors.entries.items()}
     for name in sorted(shapes.keys() | held.keys()):
@@ -133,7 +131,7 @@ def _texts(
 ) -> dict[str, str]:
     """Returns name -> text of the files beside the tensors."""
     tokenizer = Tokenizer.from_json(tokenizer_json, "of the checkpoint")
-    tree = from_config(family, config, tokenizer.vocab_size)
+    tree = family.write(config, tokenizer.vocab_size)
     texts: dict[str, str] = {}
     if origin is None:
         tree |= {"bos_token_id": None, "eos_token_id": tokenizer.separator}
@@ -148,8 +146,8 @@ def _texts(
 def _kept(tree: dict[str, Any], family: Family, config: Config, origin: Origin) -> dict[str, Any]:
     """Returns a config.json with what the imported one says besides; that one itself where it means the same."""
     if origin.model_type == family.model_type:
-        before, _ = to_config(family, origin.config)
-        if facts(before) == facts(config) and origin.config.get("vocab_size") == tree["vocab_size"]:
+        before, _ = family.read(origin.config)
+        if family.facts(before) == family.facts(config) and origin.config.get("vocab_size") == tree["vocab_size"]:
             return dict(origin.config)
     free = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
     return tree | {key: origin.config[key] for key in free if key in origin.config}

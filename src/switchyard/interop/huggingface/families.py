@@ -1,68 +1,19 @@
 """Lists the families of models that can be imported and exported: a row each, with its rules for tensors.
 
-A new family is a new row of FAMILIES: its names in config.json, the defaults of transformers for keys that a
-config.json may lack, what its attention and its experts are, and its tensors.
+A new family of decoders is a new row of FAMILIES: its names in config.json, the defaults of transformers for keys that
+a config.json may lack, what its attention and its experts are, and its tensors. See `family.Family` for other networks.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from switchyard.config import Config
+from switchyard.errors import UserError, represented
+from switchyard.interop.huggingface.decoders import DecoderFamily, Experts
+from switchyard.interop.huggingface.family import Family
 from switchyard.interop.huggingface.rules import Rule
 
 LAYER = "model.layers.{layer}."
 ATTENTION = LAYER + "self_attn."
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Describes the conditional layers of a family by the keys of its config.json.
-
-    Attributes:
-        count: key of the number of experts.
-        width: key of the hidden width of an expert.
-        router: moe.router of ours.
-        normalised: key that says whether gates are divided by their sum; True = they always are.
-        places: which layers are conditional: all, by decoder_sparse_step and mlp_only_layers, or by
-            first_k_dense_replace.
-        shared: shared experts: none, one with a gate (shared_expert_intermediate_size), or n_shared_experts.
-    """
-
-    count: str
-    width: str
-    router: Literal["top_k", "sigmoid"] = "top_k"
-    normalised: str | bool = "norm_topk_prob"
-    places: Literal["all", "step", "first dense"] = "step"
-    shared: Literal["none", "gated", "counted"] = "none"
-
-
-@dataclass(frozen=True)
-class Family:
-    """Describes one family.
-
-    Attributes:
-        model_type, architecture: of its config.json.
-        defaults: what transformers takes where config.json lacks a key; other keys are required.
-        rules: what becomes of its tensors.
-        bias: (key that says whether attention has biases, None = it always has; model.attention_bias of ours); None =
-            it never has.
-        qk_norm: the same of model.qk_norm.
-        window: how config.json gives the sliding window: "plain" = sliding_window; "switched" = with
-            use_sliding_window; "layered" = by layer_types, or from max_window_layers on, too; "bottom" = as Qwen2-MoE.
-        partial_rotary: whether partial_rotary_factor is read.
-        experts: None = a dense model.
-        extra: keys of config.json that always have these values.
-    """
-
-    model_type: str
-    architecture: str
-    defaults: dict[str, Any]
-    rules: tuple[Rule, ...]
-    bias: tuple[str | None, Literal["qkv", "all"]] | None = None
-    qk_norm: tuple[str | None, Literal["head", "full"]] | None = None
-    window: Literal["none", "plain", "switched", "layered", "bottom"] = "none"
-    partial_rotary: bool = False
-    experts: Experts | None = None
-    extra: tuple[tuple[str, Any], ...] = ()
 
 
 def _projections(kind: str) -> tuple[str, str, str]:
@@ -127,10 +78,10 @@ COMMON = {
 QWEN = COMMON | {"rms_norm_eps": 1e-6, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 STEP = {"decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False, "router_aux_loss_coef": 0.001}
 
-FAMILIES = {
+FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family(
+        DecoderFamily(
             "llama",
             "LlamaForCausalLM",
             COMMON | {"rms_norm_eps": 1e-6, "attention_bias": False},
@@ -138,14 +89,14 @@ FAMILIES = {
             bias=("attention_bias", "all"),
             extra=(("mlp_bias", False),),
         ),
-        Family(
+        DecoderFamily(
             "mistral",
             "MistralForCausalLM",
             COMMON | {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
             (*ENDS, *BLOCK, *DENSE),
             window="plain",
         ),
-        Family(
+        DecoderFamily(
             "qwen2",
             "Qwen2ForCausalLM",
             QWEN | {"num_key_value_heads": 32, "layer_types": None},
@@ -153,7 +104,7 @@ FAMILIES = {
             bias=(None, "qkv"),
             window="layered",
         ),
-        Family(
+        DecoderFamily(
             "qwen3",
             "Qwen3ForCausalLM",
             QWEN | {"num_key_value_heads": 32, "head_dim": 128, "layer_types": None, "attention_bias": False},
@@ -162,7 +113,7 @@ FAMILIES = {
             qk_norm=(None, "head"),
             window="layered",
         ),
-        Family(
+        DecoderFamily(
             "mixtral",
             "MixtralForCausalLM",
             COMMON
@@ -172,7 +123,7 @@ FAMILIES = {
             window="plain",
             experts=Experts("num_local_experts", "intermediate_size", normalised=True, places="all"),
         ),
-        Family(
+        DecoderFamily(
             "qwen2_moe",
             "Qwen2MoeForCausalLM",
             QWEN
@@ -184,7 +135,7 @@ FAMILIES = {
             window="bottom",
             experts=Experts("num_experts", "moe_intermediate_size", shared="gated"),
         ),
-        Family(
+        DecoderFamily(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
             QWEN
@@ -197,7 +148,7 @@ FAMILIES = {
             window="switched",
             experts=Experts("num_experts", "moe_intermediate_size"),
         ),
-        Family(
+        DecoderFamily(
             "olmoe",
             "OlmoeForCausalLM",
             COMMON
@@ -209,7 +160,7 @@ FAMILIES = {
             experts=Experts("num_experts", "intermediate_size", places="all"),
             extra=(("clip_qkv", None),),
         ),
-        Family(
+        DecoderFamily(
             "glm4_moe",
             "Glm4MoeForCausalLM",
             COMMON
@@ -227,11 +178,6 @@ FAMILIES = {
         ),
     )
 }
-# tensors that files may hold and models do not need: pattern -> why they are left out
-COMPUTED = {
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "is computed from the configuration",
-    r"model\.rotary_emb\.inv_freq": "is computed from the configuration",
-}
 NOT_OFFERED = {
     "deepseek_v2": "multi-head latent attention (MLA)",
     "deepseek_v3": "multi-head latent attention (MLA)",
@@ -243,3 +189,25 @@ NOT_OFFERED = {
     "gemma3_text": "norms after each part",
     "qwen3_next": "linear attention",
 }
+
+
+def family_of(model_type: Any) -> Family:
+    """Returns the family of a model_type (UserError: there is none; it says why where that is known)."""
+    if model_type in NOT_OFFERED:
+        raise UserError(f"model_type: {model_type}; {NOT_OFFERED[model_type]} is not offered")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(f"model_type: {represented(model_type)}; not offered; one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def choose(config: Config, name: str | None = None) -> Family:
+    """Returns the family of that name, or the first that a configuration fits (UserError: there is none)."""
+    families = [family_of(name)] if name else list(FAMILIES.values())
+    reasons = {family.model_type: family.unfit(config) for family in families}
+    fitting = [family for family in families if reasons[family.model_type] is None]
+    if fitting:
+        return fitting[0]
+    if name:
+        raise UserError(f"--family: {name} does not have {reasons[name]}; leave --family out to let one be found")
+    told = "; ".join(f"{family} lacks {reason}" for family, reason in reasons.items())
+    raise UserError(f"--model: no family has all of this configuration: {told}")

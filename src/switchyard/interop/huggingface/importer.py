@@ -18,17 +18,17 @@ from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError, shortened
 from switchyard.file_errors import check_room, writing
 from switchyard.files import replace, unfinished
-from switchyard.interop.huggingface.families import COMPUTED, Family
-from switchyard.interop.huggingface.fitting import family_of
+from switchyard.interop.huggingface.families import family_of
+from switchyard.interop.huggingface.family import Family
 from switchyard.interop.huggingface.folder import Folder
 from switchyard.interop.huggingface.origin import KEY, origin_of
 from switchyard.interop.huggingface.pieces import Importing, bytes_of
-from switchyard.interop.huggingface.rules import Parameter, parameters
-from switchyard.interop.huggingface.settings import Keys, to_config
+from switchyard.interop.huggingface.rules import Parameter
+from switchyard.interop.huggingface.settings import Keys
 from switchyard.interop.huggingface.tokenizer_files import tokenizer_of
 
+FIRST = {"step": 0, "seconds": 0.0, "tokens": 0, "data_index": 0, "data_epoch": 0, "data_window": 0}  # of a state
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-NEXT = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class Model:
@@ -57,10 +57,10 @@ class Model:
         if tree.get("quantization_config") is not None:
             raise UserError("config.json: quantization_config; quantised checkpoints are not read: take the original")
         self.family: Family = family_of(tree.get("model_type"))
-        self.config, self.lines = to_config(self.family, tree, name)
+        self.config, self.lines = self.family.read(tree, name)
         vocab_size = Keys(tree, {}).need("vocab_size", int)
         self.folder.open_tensors()
-        self.parameters: list[Parameter] = list(parameters(self.family.rules, self.config, vocab_size))
+        self.parameters: list[Parameter] = list(self.family.parameters(self.config, vocab_size))
         self._check_tensors()
         self.tokenizer_json = tokenizer_of(self.folder, vocab_size, tokenizer)
 
@@ -75,22 +75,10 @@ class Model:
                 raise UserError(f"--model: tensor '{name}': shape {found}; config.json makes it {shape}")
             self.folder.dtype(name)
         for name in sorted(self.folder.tensors.keys() - expected.keys()):
-            reason = self._why_left_out(name)
+            reason = self.family.left_out(name, self.folder.config)
             if reason is None:
                 raise UserError(f"--model: unexpected tensor '{shortened(name)}': {self.family.model_type} has none")
             self.lines.append(f"'{name}' {reason}: left out")
-
-    def _why_left_out(self, name: str) -> str | None:
-        """Returns why a tensor that no rule names may be left out; None where it may not."""
-        if name == "lm_head.weight":  # a head of its own is named by a rule
-            return "is the embedding table (tie_word_embeddings)"
-        for pattern, reason in COMPUTED.items():
-            if re.fullmatch(pattern, name):
-                return reason
-        layer, extra = NEXT.match(name), self.folder.config.get("num_nextn_predict_layers")
-        if layer and isinstance(extra, int) and 0 <= int(layer[1]) - self.config.model.num_layers < extra:
-            return "predicts the token after the next (num_nextn_predict_layers)"
-        return None
 
 
 def import_model(
@@ -140,7 +128,7 @@ def import_model(
     say(f"model: {model.family.model_type}, {sum(math.prod(one.shape) for one in model.parameters):,} parameters")
     if bar is not None:
         bar.reset(bytes_of(importing.entries))
-    state = {"step": 0, "seconds": 0.0, KEY: origin_of(model.folder, model.family)}
+    state = FIRST | {KEY: origin_of(model.folder, model.family)}
     with writing(out), unfinished(place) as folder:
         check_room(folder / CONFIG, bytes_of(importing.entries))
         checkpoint = folder / FOLDER / name_of(0)

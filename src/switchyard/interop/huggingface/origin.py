@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from switchyard.errors import UserError
-from switchyard.interop.huggingface.families import Family
+from switchyard.interop.huggingface.family import Family
 from switchyard.interop.huggingface.floats import FLOATS
 from switchyard.interop.huggingface.folder import Folder
 

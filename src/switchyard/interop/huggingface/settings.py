@@ -1,13 +1,15 @@
 """Translates config.json into our configuration, and back."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.errors import UserError, represented
-from switchyard.interop.huggingface.families import Experts, Family
 from switchyard.interop.huggingface.rotary import read_rotary, write_rotary
+
+if TYPE_CHECKING:
+    from switchyard.interop.huggingface.decoders import DecoderFamily, Experts
 
 LONGEST_TRAINED = 1024  # tokens of model.seq_length, however long a model may read: a mask of [S, S] is made for them
 # keys whose other values change the mathematics: key -> (values that do not, what it means)
@@ -63,7 +65,7 @@ class Keys:
         return sorted(self._tree.keys() - self.read - SILENT - REFUSED.keys() - TRAINING.keys())
 
 
-def to_config(family: Family, tree: dict[str, Any], name: str = "imported") -> tuple[Config, list[str]]:
+def to_config(family: "DecoderFamily", tree: dict[str, Any], name: str = "imported") -> tuple[Config, list[str]]:
     """Returns (our configuration of a config.json, lines about keys that are not taken over).
 
     Args:
@@ -94,7 +96,7 @@ def to_config(family: Family, tree: dict[str, Any], name: str = "imported") -> t
     return config, lines
 
 
-def _refuse(tree: dict[str, Any], family: Family) -> None:
+def _refuse(tree: dict[str, Any], family: "DecoderFamily") -> None:
     """Refuses what our models do not have (UserError)."""
     for key, (allowed, meaning) in REFUSED.items():
         if key in tree and tree[key] not in allowed:
@@ -107,7 +109,7 @@ def _refuse(tree: dict[str, Any], family: Family) -> None:
         raise UserError(f"config.json: hidden_act: {represented(kind)}; only silu (SwiGLU) is offered")
 
 
-def _model(family: Family, keys: Keys) -> dict[str, Any]:
+def _model(family: "DecoderFamily", keys: Keys) -> dict[str, Any]:
     """Returns the section `model`."""
     hidden, heads = keys.need("hidden_size", int), keys.need("num_attention_heads", int)
     keys.read.add("hidden_act")
@@ -141,7 +143,7 @@ def _kind(choice: tuple[str | None, str] | None, keys: Keys) -> str | None:
     return kind if key is None or keys.get(key, bool) else None
 
 
-def _window(family: Family, keys: Keys, layers: int) -> dict[str, Any]:
+def _window(family: "DecoderFamily", keys: Keys, layers: int) -> dict[str, Any]:
     """Returns model.sliding_window and model.window_layers."""
     if family.window == "none":
         return {}
@@ -155,7 +157,7 @@ def _window(family: Family, keys: Keys, layers: int) -> dict[str, Any]:
     return {"sliding_window": window, "window_layers": "all" if len(places) == layers else places}
 
 
-def _window_layers(family: Family, keys: Keys, layers: int) -> list[int]:
+def _window_layers(family: "DecoderFamily", keys: Keys, layers: int) -> list[int]:
     """Returns the layers whose attention has the window."""
     first = keys.need("max_window_layers", int) if family.window in ("layered", "bottom") else 0
     if family.window == "bottom" and first > 0:
@@ -171,11 +173,11 @@ def _window_layers(family: Family, keys: Keys, layers: int) -> list[int]:
     return [layer for layer, kind in enumerate(kinds) if kind == WINDOWED[0]]
 
 
-def _normalises(experts: Experts, keys: Keys) -> bool:
+def _normalises(experts: "Experts", keys: Keys) -> bool:
     return experts.normalised is True or keys.need(experts.normalised, bool)
 
 
-def _moe(experts: Experts, keys: Keys) -> dict[str, Any]:
+def _moe(experts: "Experts", keys: Keys) -> dict[str, Any]:
     """Returns the section `moe`."""
     count = keys.need(experts.count, int)
     if count <= 1:
@@ -198,7 +200,7 @@ def _moe(experts: Experts, keys: Keys) -> dict[str, Any]:
     return section | _shared(experts, keys)
 
 
-def _places(experts: Experts, keys: Keys, layers: int) -> list[int] | str:
+def _places(experts: "Experts", keys: Keys, layers: int) -> list[int] | str:
     """Returns moe.layers."""
     if experts.places == "all":
         return "all"
@@ -212,7 +214,7 @@ def _places(experts: Experts, keys: Keys, layers: int) -> list[int] | str:
     return "all" if len(places) == layers else places
 
 
-def _shared(experts: Experts, keys: Keys) -> dict[str, Any]:
+def _shared(experts: "Experts", keys: Keys) -> dict[str, Any]:
     """Returns the keys of the shared experts."""
     if experts.shared == "gated":
         width = keys.need("shared_expert_intermediate_size", int)
@@ -222,8 +224,8 @@ def _shared(experts: Experts, keys: Keys) -> dict[str, Any]:
     return {}
 
 
-def from_config(family: Family, config: Config, vocab_size: int) -> dict[str, Any]:
-    """Returns a config.json of the family; what the family does not have is left out, see `fitting.unfit`."""
+def from_config(family: "DecoderFamily", config: Config, vocab_size: int) -> dict[str, Any]:
+    """Returns a config.json of the family; what the family does not have is left out, see `Family.unfit`."""
     model = config.model
     tree: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -253,7 +255,7 @@ def from_config(family: Family, config: Config, vocab_size: int) -> dict[str, An
     return tree | (_expert_keys(family.experts, config) if family.experts else {})
 
 
-def _window_keys(family: Family, config: Config) -> dict[str, Any]:
+def _window_keys(family: "DecoderFamily", config: Config) -> dict[str, Any]:
     """Returns the keys of the sliding window."""
     model, window = config.model, config.model.sliding_window
     if family.window == "none":
@@ -269,7 +271,7 @@ def _window_keys(family: Family, config: Config) -> dict[str, Any]:
     return tree
 
 
-def _expert_keys(experts: Experts, config: Config) -> dict[str, Any]:
+def _expert_keys(experts: "Experts", config: Config) -> dict[str, Any]:
     """Returns the keys of the conditional layers."""
     moe, layers = config.moe, config.model.num_layers
     options = moe.router.given()
