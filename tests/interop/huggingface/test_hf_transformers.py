@@ -52,6 +52,68 @@ def test_an_export_loads_in_transformers_and_computes_the_same(case, imported, s
         np.testing.assert_array_equal(choices, expected["choices"])
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4}
+# more of what a config.json may say: (case, keys that differ)
+VARIANTS = {
+    "mistral without a window": ("mistral", {"sliding_window": None, "head_dim": 6}),
+    "mixtral with a window, tied": (
+        "mixtral",
+        {"sliding_window": 3, "tie_word_embeddings": True, "num_experts_per_tok": 3},
+    ),
+    "qwen2 with windows by name": ("qwen2", WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "qwen2 with windows everywhere": ("qwen2", WINDOW | {"max_window_layers": 0, "rope_scaling": None}),
+    "qwen3 with biases and a window": ("qwen3", WINDOW | {"attention_bias": True, "max_window_layers": 1}),
+    "qwen3_moe every second layer": (
+        "qwen3_moe",
+        WINDOW | {"decoder_sparse_step": 2, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8}},
+    ),
+    "qwen3_moe of one choice": ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": False}),
+    "qwen2_moe with a window": (
+        "qwen2_moe",
+        WINDOW | {"max_window_layers": 0, "norm_topk_prob": True, "qkv_bias": False, "mlp_only_layers": []},
+    ),
+    "olmoe of grouped queries": (
+        "olmoe",
+        {"attention_bias": True, "norm_topk_prob": True, "rope_scaling": YARN | {"mscale": 1.2, "mscale_all_dim": 0.7}},
+    ),
+    "glm4_moe plain": (
+        "glm4_moe",
+        {
+            "n_group": 1,
+            "norm_topk_prob": False,
+            "use_qk_norm": False,
+            "attention_bias": False,
+            "first_k_dense_replace": 0,
+        }
+        | {"partial_rotary_factor": 0.75, "rope_scaling": YARN | {"attention_factor": 1.3, "beta_fast": 16.0}},
+    ),
+    "llama with yarn": ("llama3", {"rope_scaling": YARN | {"beta_slow": 2.0}, "num_key_value_heads": 1}),
+    "llama in bfloat16": ("llama2", {}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_models_of_a_family_compute_the_same_both_ways(name, script, tmp_path, monkeypatch, pynative):
+    case, keys = VARIANTS[name]
+    kind, given, dtype = script["CASES"][case]
+    dtype = torch.bfloat16 if "bfloat16" in name else dtype
+    monkeypatch.setitem(script["CASES"], case, (kind, given | keys, dtype))
+    script["write"](case, tmp_path / "model")
+    import_model(tmp_path / "model", tmp_path / "run", say=lambda line: None)
+    export_model(tmp_path / "run", tmp_path / "out", say=lambda line: None)
+    assert bits_of(tmp_path / "out") == bits_of(tmp_path / "model")
+    expected = load_file(tmp_path / "model" / "reference.safetensors")
+    ours, chosen = run(tmp_path / "run", expected["tokens"], expected["valid"])
+    theirs, _ = _logits(tmp_path / "out", script)
+    print(f"{name}: {np.abs(ours - expected['logits']).max():.1e}")
+    np.testing.assert_allclose(ours, expected["logits"], rtol=0, atol=BOUND)
+    np.testing.assert_array_equal(theirs, expected["logits"])
+    if chosen is not None:
+        np.testing.assert_array_equal(np.sort(chosen, -1), np.sort(expected["choices"], -1))
+
+
 def test_a_tokenizer_goes_along_with_its_template(imported, tmp_path):
     export_model(imported("mixtral"), tmp_path / "out", say=lambda line: None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
