@@ -120,7 +120,7 @@ def test_a_run_is_exported_as_the_family_that_fits_and_imported_again(name, tmp_
         ({"norm": "layernorm"}, None, "model.norm: 'layernorm'"),
         ({}, MOE | {"eval_capacity_factor": 2.0}, "moe.eval_capacity_factor: 2.0"),
         ({}, MOE | {"router": "gshard"}, "moe.router: {'name': 'gshard'"),
-        ({"sliding_window": 4, "qk_norm": "full"}, MOE, "olmoe lacks model.sliding_window: [4, 4]"),
+        ({"sliding_window": 4, "qk_norm": "full"}, MOE, "olmoe: model.sliding_window: [4, 4]"),
     ],
 )
 def test_what_no_family_has_is_refused_by_name_and_nothing_is_written(model, moe, reason, tmp_path):
@@ -133,9 +133,9 @@ def test_what_no_family_has_is_refused_by_name_and_nothing_is_written(model, moe
 
 
 def test_a_family_that_is_asked_for_says_what_it_lacks(imported, tmp_path):
-    with pytest.raises(UserError, match=r"^--family: llama does not have model\.qk_norm: 'head'"):
+    with pytest.raises(UserError, match=r"^--family: llama; has no models with model\.qk_norm: 'head': leave"):
         export_model(imported("qwen3"), tmp_path / "out", "llama", say=quiet)
-    with pytest.raises(UserError, match=r"^--family: mixtral does not have "):
+    with pytest.raises(UserError, match=r"^--family: mixtral; has no models with "):
         export_model(imported("llama2"), tmp_path / "out", "mixtral", say=quiet)
 
 

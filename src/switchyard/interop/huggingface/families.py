@@ -208,6 +208,6 @@ def choose(config: Config, name: str | None = None) -> Family:
     if fitting:
         return fitting[0]
     if name:
-        raise UserError(f"--family: {name} does not have {reasons[name]}; leave --family out to let one be found")
-    told = "; ".join(f"{family} lacks {reason}" for family, reason in reasons.items())
-    raise UserError(f"--model: no family has all of this configuration: {told}")
+        raise UserError(f"--family: {name}; has no models with {reasons[name]}: leave --family out to let one be found")
+    told = "; ".join(f"{family}: {reason}" for family, reason in reasons.items())
+    raise UserError(f"--model: no family has models of this configuration; what each does not have: {told}")

@@ -65,5 +65,5 @@ class Family(ABC):
         wanted, found = self.facts(config), self.facts(other)
         for key, value in wanted.items():
             if key not in found or found[key] != value:
-                return f"{key}: {represented(value)}"
+                return f"{key}: {'null' if value is None else represented(value)}"
         return None
