@@ -66,6 +66,17 @@ def test_another_type_is_rounded_to_and_said_in_the_configuration(imported, tmp_
     assert bits_of(tmp_path / "half_again") == tensors
 
 
+def test_a_number_that_the_type_cannot_hold_is_refused_and_nothing_is_left(tmp_path):
+    config, weights = _save_run(tmp_path / "run", {}, None, ByteTokenizer())
+    weights["norm.gain"][3] = 1e5
+    store.save(tmp_path / "run", config, ByteTokenizer().to_json(), weights, {}, {"step": 4, "seconds": 0.0})
+    with pytest.raises(
+        UserError, match=r"^'model\.norm\.weight': holds numbers that float16 cannot; use --dtype float32"
+    ):
+        export_model(tmp_path / "run", tmp_path / "out", dtype="float16", say=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 MODEL = {
     "num_layers": 2, "hidden_size": 16, "num_heads": 4, "intermediate_size": 24, "seq_length": 16,
     "activation": "swiglu", "tie_word_embeddings": False,

@@ -13,7 +13,9 @@ from oracles.hf_models import CASES, FIXTURES, changed, config_of
 from safetensors.numpy import load_file, save_file
 
 from switchyard.config import Config
+from switchyard.data import Tokenizer
 from switchyard.errors import UserError
+from switchyard.interop.huggingface.exporter import export_model
 from switchyard.interop.huggingface.families import FAMILIES
 from switchyard.interop.huggingface.importer import import_model
 
@@ -213,6 +215,27 @@ def test_what_may_be_left_out_is_left_out_and_said(tmp_path):
         "'lm_head.weight' is the embedding table (tie_word_embeddings): left out",
         "'model.layers.0.self_attn.rotary_emb.inv_freq' is computed from the configuration: left out",
     ]
+
+
+def test_layers_that_predict_the_token_after_the_next_are_left_out(tmp_path):
+    folder = changed("glm4_moe", tmp_path / "model", lambda tree: tree.update(num_nextn_predict_layers=1))
+    _rewrite(folder, _with("model.layers.2.eh_proj.weight", np.ones((16, 32), np.float32)))
+    lines = []
+    import_model(folder, tmp_path / "run", say=lines.append)
+    reason = "predicts the token after the next (num_nextn_predict_layers): left out"
+    assert lines[0] == f"'model.layers.2.eh_proj.weight' {reason}"
+    export_model(tmp_path / "run", tmp_path / "out", say=lambda line: None)
+    assert config_of(tmp_path / "out")["num_nextn_predict_layers"] == 0
+    _rewrite(folder, _with("model.layers.3.eh_proj.weight", np.ones((16, 32), np.float32)))
+    assert "unexpected tensor 'model.layers.3.eh_proj.weight'" in _refusal(folder, tmp_path / "again")
+
+
+def test_a_tokenizer_of_another_folder_may_be_named(tmp_path):
+    folder = _copy("olmoe", tmp_path / "model")
+    (folder / "tokenizer.json").rename(tmp_path / "other.json")
+    import_model(folder, tmp_path / "run", tmp_path / "other.json", say=lambda line: None)
+    tokenizer = Tokenizer.from_json((tmp_path / "run" / "tokenizer.json").read_text(encoding="utf-8"))
+    assert tokenizer.vocab_size == 64 and tokenizer.decode(tokenizer.encode("hello 42")) == "hello 42"
 
 
 def test_keys_that_are_not_read_are_told(tmp_path):

@@ -145,12 +145,13 @@ def _texts(
 
 def _kept(tree: dict[str, Any], family: Family, config: Config, origin: Origin) -> dict[str, Any]:
     """Returns a config.json with what the imported one says besides; that one itself where it means the same."""
+    kept, free = origin.config, ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
     if origin.model_type == family.model_type:
-        before, _ = family.read(origin.config)
-        if family.facts(before) == family.facts(config) and origin.config.get("vocab_size") == tree["vocab_size"]:
-            return dict(origin.config)
-    free = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-    return tree | {key: origin.config[key] for key in free if key in origin.config}
+        before, _ = family.read(kept)
+        if family.facts(before) == family.facts(config) and kept.get("vocab_size") == tree["vocab_size"]:
+            no_more = {"num_nextn_predict_layers": 0} if kept.get("num_nextn_predict_layers") else {}  # were left out
+            return kept | no_more
+    return tree | {key: kept[key] for key in free if key in kept}
 
 
 def _write_tensors(folder: Path, exporting: Exporting, largest: int, advance: Callable[[int], object]) -> None:
