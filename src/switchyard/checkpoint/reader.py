@@ -146,10 +146,18 @@ class Tensors:
             verify(self._manifest, file)
             try:
                 with readable(self._manifest.path, file):
-                    self._headers[file] = read_header(self._manifest.path / file)
+                    self._headers[file] = _numbers_only(read_header(self._manifest.path / file))
             except (ValueError, KeyError) as error:
                 raise DamagedError(self._manifest.path, f"{file} is not safetensors ({error})") from None
         return self._headers[file]
+
+
+def _numbers_only(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Returns the header of a file of a checkpoint (ValueError: a type that checkpoints do not have)."""
+    for name, entry in entries.items():
+        if entry.dtype not in TYPES:
+            raise ValueError(f"'{name}' is of type {entry.dtype}")
+    return entries
 
 
 def joined(kind: str, entries: dict[str, Entry], files: dict[str, dict], devices: int) -> dict[str, Shards]:

@@ -23,11 +23,12 @@ from switchyard.files import open_regular
 
 Box = tuple[slice, ...]  # a part of an array: start and stop for each axis
 
-# in the library's order, the last first
-TYPES = {
-    "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2",
+# in the library's order, the last first; NumPy has no bfloat16, whose bits stand here
+CODES = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "BF16": "<u2",
     "I32": "<i4", "U32": "<u4", "F32": "<f4", "F64": "<f8", "I64": "<i8", "U64": "<u8",
 }  # fmt: skip
+TYPES = {name: code for name, code in CODES.items() if name != "BF16"}  # of checkpoints: numbers as NumPy has them
 LONGEST_NAME, MOST_AXES = 500, 16
 LONGEST_HEADER = 100_000_000  # bytes, as in the library
 PIECE = 1 << 20  # bytes that are read, or made ready to be written, at a time
@@ -35,7 +36,7 @@ PIECE = 1 << 20  # bytes that are read, or made ready to be written, at a time
 
 @dataclass(frozen=True)
 class Entry:
-    """Describes one tensor of a file: its type (a key of TYPES), its shape, and the byte of the file at which it
+    """Describes one tensor of a file: its type (a key of CODES), its shape, and the byte of the file at which it
     starts.
     """
 
@@ -46,7 +47,7 @@ class Entry:
     @property
     def bytes(self) -> int:
         """Returns the size in the file, in bytes."""
-        return math.prod(self.shape) * np.dtype(TYPES[self.dtype]).itemsize
+        return math.prod(self.shape) * np.dtype(CODES[self.dtype]).itemsize
 
 
 def type_of(array: np.ndarray) -> str:
@@ -116,7 +117,7 @@ def _entry(name: str, fields: object, data: int) -> Entry:
     if not (name.isprintable() and len(name) <= LONGEST_NAME and isinstance(fields, dict)):
         raise ValueError(f"{name[:20]!r}: no name and fields of a tensor")
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not (isinstance(dtype, str) and dtype in TYPES and _are_sizes(shape) and _are_sizes(offsets)):
+    if not (isinstance(dtype, str) and dtype in CODES and _are_sizes(shape) and _are_sizes(offsets)):
         raise ValueError(f"'{name}': dtype, shape or data_offsets are missing or wrong")
     entry = Entry(dtype, tuple(shape), data + offsets[0] if offsets else -1)
     if (
@@ -144,7 +145,7 @@ def read_part(path: Path, entry: Entry, box: Box, out: np.ndarray) -> None:
     The file is mapped for the copy only, so the pages that were read do not stay in memory.
     """
     if out.size:
-        mapped = np.memmap(path, np.dtype(TYPES[entry.dtype]), "r", entry.start, entry.shape or (1,))
+        mapped = np.memmap(path, np.dtype(CODES[entry.dtype]), "r", entry.start, entry.shape or (1,))
         out[...] = mapped.reshape(entry.shape)[box]
 
 
@@ -153,6 +154,7 @@ def write_file(
     entries: dict[str, Entry],
     read: Callable[[str, Box], np.ndarray],
     advance: Callable[[int], object] = lambda count: None,
+    metadata: dict[str, str] | None = None,
 ) -> dict[str, object]:
     """Writes a file whose tensors come in pieces.
 
@@ -161,13 +163,15 @@ def write_file(
         entries: name -> type and shape.
         read: (name, part) -> that part of the tensor; asked for consecutive parts of at most PIECE bytes.
         advance: told the bytes of each piece.
+        metadata: what the header holds besides the tensors.
 
     Returns:
         {"sha256", "bytes"} of the file, taken on the way.
     """
-    order = list(TYPES)
+    order = list(CODES)
     names = sorted(sorted(entries), key=lambda name: -order.index(entries[name].dtype))
-    header, start = {}, 0
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    start = 0
     for name in names:
         entry = entries[name]
         stop = start + entry.bytes
@@ -181,7 +185,7 @@ def write_file(
             file.write(content)
             digest.update(content)
         for name in names:
-            code = np.dtype(TYPES[entries[name].dtype])
+            code = np.dtype(CODES[entries[name].dtype])
             for box in pieces(full_box(entries[name].shape), code.itemsize):
                 content = np.ascontiguousarray(read(name, box), code).reshape(-1).view(np.uint8)
                 file.write(content)
