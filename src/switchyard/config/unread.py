@@ -30,6 +30,7 @@ OFF = {"aux_loss_factor": 0, "z_loss_factor": 0}  # what no router contradicts
 BY_ROW = (*LEARNED, *FIXED)  # rows choose experts, in training
 BY_ROW_AT_EVALUATION = (*BY_ROW, "mixture_of_depths", "tree")
 TEXT_KEYS = ("num_heads", "n_kv_heads", "seq_length", "position", "theta", "tie_word_embeddings", "init_method_std")
+DECODER_KEYS = ("position", "theta", "init_method_std", "n_kv_heads")
 CASCADE_KEYS = ("type", "activation", "compute_dtype")  # what a cascade reads of `model`
 DECIDES = ("expert_num", "groups", "record", "replay")  # keys of `moe` that a dense model does not leave unread
 
@@ -82,10 +83,15 @@ def _all_but(section: str, names: Sequence[str]) -> tuple[str, ...]:
 def _by_network(config: Config) -> Iterator[Unread]:
     """Yields the keys that the network does not read."""
     network = config.model.type
-    if network == "decoder":
-        yield Unread((*_all_but("vision", ()), *_all_but("cascade", ())), "model.type 'decoder' reads text")
+    if config.reads_text:
+        yield Unread((*_all_but("vision", ()), *_all_but("cascade", ())), f"model.type '{network}' reads text")
     else:
         yield Unread(("data.tokenizer", "export.max_length"), f"model.type '{network}' reads images")
+    if network == "seq2seq":
+        yield Unread(_keys("model", DECODER_KEYS), "model.type 'seq2seq' has the positions and initial weights of T5")
+        yield Unread(("train.sample_every",), "no text is sampled of an encoder-decoder")
+    else:
+        yield Unread(_all_but("seq2seq", ()), "only model.type 'seq2seq' reads it")
     if network == "vision":
         yield Unread((*_keys("model", TEXT_KEYS), *_all_but("cascade", ())), "model.type 'vision' does not use it")
     if network == "cascade":
@@ -106,7 +112,7 @@ def _by_network(config: Config) -> Iterator[Unread]:
         yield Unread(("moe.slice_length",), "only moe.granularity 'slice' reads it: use that, or leave it out", True)
     if network == "decoder" and config.model.position == "learned":
         yield Unread(("model.theta",), "only model.position 'rotary' reads it")
-    everywhere = len(config.moe_layers) == config.model.num_layers
+    everywhere = len(config.moe_layers) == config.all_layers
     if everywhere and config.moe.moe_intermediate_size:
         yield Unread(("model.intermediate_size",), "every layer is conditional and moe.moe_intermediate_size is set")
 
