@@ -35,7 +35,7 @@ def noise_mask(rng: np.random.Generator, length: int, own: Seq2SeqConfig) -> np.
     return np.repeat(np.arange(2 * spans) % 2 == 1, np.stack((stays, goes), 1).reshape(-1))
 
 
-def with_sentinels_for(tokens: np.ndarray, mask: np.ndarray, first: int) -> np.ndarray:
+def replace_runs(tokens: np.ndarray, mask: np.ndarray, first: int) -> np.ndarray:
     """Replaces each run of the mask [L] in tokens [L] by one sentinel, `first`, `first` - 1, ..., and adds the end."""
     starts = mask & ~np.concatenate(([False], mask[:-1]))
     replaced = np.where(starts, first + 1 - np.cumsum(starts), tokens)
@@ -52,7 +52,7 @@ def corrupt(tokens: np.ndarray, rng: np.random.Generator, own: Seq2SeqConfig, fi
         first: id of <extra_id_0>; the next sentinel has the id before it.
     """
     mask = noise_mask(rng, len(tokens), own)
-    return with_sentinels_for(tokens, mask, first), with_sentinels_for(tokens, ~mask, first)
+    return replace_runs(tokens, mask, first), replace_runs(tokens, ~mask, first)
 
 
 class Corruption:
