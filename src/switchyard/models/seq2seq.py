@@ -211,6 +211,7 @@ class Seq2Seq(nn.Cell):
         if stacks[1].moe_layers:
             require_causal(config.moe)
         random, self.vocab_size, self.moe_layers = InitialWeights(config.train.seed, drawn), vocab_size, config.moe_layers
+        self.kv_heads, self.head_size = model.num_heads, model.hidden_size // model.num_heads
         self.length = max(length or 0, model.seq_length, config.target_length)
         self.dtype, self.tied, self.scale = DTYPES[model.compute_dtype], model.tie_word_embeddings, model.hidden_size**-0.5
         fused = fused_operators(config, ms.get_context("device_target"))
