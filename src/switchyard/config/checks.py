@@ -2,6 +2,7 @@
 
 from switchyard.config.rotary_scaling import scaling_laws
 from switchyard.config.router_options import RouterOptions
+from switchyard.config.seq2seq import SHORTEST
 
 
 def choice_laws(moe):
@@ -32,14 +33,19 @@ def choice_laws(moe):
     yield not (steps and decided), "moe.router_warmup_steps", steps, reason
 
 
-OFFERED = {"decoder": ("token", "slice"), "vision": ("sample", "region", "channel", "task"), "cascade": ("sample",)}
+OFFERED = {
+    "decoder": ("token", "slice"),
+    "seq2seq": ("token",),
+    "vision": ("sample", "region", "channel", "task"),
+    "cascade": ("sample",),
+}
 NOT_OFFERED = {
     "sample": "a decoder must not route by the full sample, which includes later tokens; use 'token' or 'slice'",
     "task": "text has no tasks; use 'token' or 'slice', or model.type 'vision'",
     "region": "regions are parts of images; use model.type 'vision'",
     "channel": "channel groups are parts of images; use model.type 'vision'",
     "token": "images have no tokens; use 'sample', 'region', 'channel' or 'task'",
-    "slice": "images are not sequences; use 'sample', 'region', 'channel' or 'task'",
+    "slice": "windows of tokens are for model.type 'decoder'; use 'token' for text, 'sample' or others for images",
 }
 
 
@@ -77,8 +83,30 @@ def granularity_laws(config):
             moe.router,
             "moe.granularity 'task' routes by task id; use 'task', 'multi_gate' or 'random_in_group'",
         )
-    if network != "decoder":
+    if network == "seq2seq":
+        yield from seq2seq_laws(config)
+    elif network != "decoder":
         yield from image_laws(config)
+
+
+def seq2seq_laws(config):
+    """Laws of the encoder-decoder: its positions, its corrupted text, and what it does not have."""
+    model, moe, own = config.model, config.moe, config.seq2seq
+    length, buckets = own.relative_attention_max_distance, own.relative_attention_num_buckets
+    reason = f"must be above half of seq2seq.relative_attention_num_buckets ({buckets})"
+    yield length > buckets // 2, "seq2seq.relative_attention_max_distance", length, reason
+    reason = f"at least {SHORTEST}: a token, a sentinel and the end of the input"
+    yield model.seq_length >= SHORTEST, "model.seq_length", model.seq_length, reason
+    if model.seq_length >= SHORTEST:
+        spans = own.spans(config.window)[1]
+        reason = f"at least {spans}, the spans of an input of model.seq_length ({model.seq_length})"
+        yield spans <= own.sentinels, "seq2seq.sentinels", own.sentinels, reason
+    reason = "must be null: model.type 'seq2seq' has as many key/value heads as heads"
+    yield model.n_kv_heads in (None, model.num_heads), "model.n_kv_heads", model.n_kv_heads, reason
+    only = "is for model.type 'decoder': leave it out"
+    for key in ("record", "replay", "router_warmup_steps"):
+        value = getattr(moe, key)
+        yield not value, f"moe.{key}", value, only
 
 
 def image_laws(config):
@@ -169,14 +197,14 @@ def parallel_laws(config):
         True,
         f"model_parallel ({tensor}) must divide the rows of a data-parallel shard ({rows})",
     )
-    for degree in ("expert_parallel", "model_parallel", "pipeline_stage"):
-        size = getattr(parallel, degree)
-        yield (
-            size == 1 or model.type == "decoder",
-            f"parallel.{degree}",
-            size,
-            "must be 1 unless model.type is 'decoder'",
-        )
+    for degree, able in (
+        ("expert_parallel", ("decoder", "seq2seq")),
+        ("model_parallel", ("decoder", "seq2seq")),
+        ("pipeline_stage", ("decoder",)),
+    ):
+        size, names = getattr(parallel, degree), " or ".join(f"'{name}'" for name in able)
+        holds = size == 1 or model.type in able
+        yield holds, f"parallel.{degree}", size, f"must be 1 unless model.type is {names}"
 
 
 LARGEST_ARRAY = 2**58  # numbers; NumPy counts bytes up to 2^63
@@ -209,7 +237,7 @@ def laws(config):
 def model_laws(model):
     """Laws of the network's sizes."""
     heads, kv_heads = model.num_heads, model.kv_heads
-    text = model.type == "decoder"
+    text = model.type in ("decoder", "seq2seq")
     yield (
         not text or model.head_size is not None or model.hidden_size % heads == 0,
         "model.num_heads",
@@ -217,7 +245,7 @@ def model_laws(model):
         f"must divide model.hidden_size ({model.hidden_size})",
     )
     yield heads % kv_heads == 0, "model.n_kv_heads", kv_heads, f"must divide model.num_heads ({heads})"
-    if not text:
+    if model.type != "decoder":
         return
     yield from rotary_laws(model)
     if isinstance(model.window_layers, list):
@@ -251,8 +279,9 @@ def layer_laws(config):
     if isinstance(moe.router.options, RouterOptions):  # those of a router in a user's own file are not typed yet
         yield from moe.router.options.laws(moe)
     if isinstance(moe.layers, list):
-        top = max(moe.layers, default=0)
-        yield top < model.num_layers, "moe.layers", top, f"at most model.num_layers - 1 ({model.num_layers - 1})"
+        top, last = max(moe.layers, default=0), config.all_layers - 1
+        what = "the last layer of the decoder" if model.type == "seq2seq" else "model.num_layers - 1"
+        yield top <= last, "moe.layers", top, f"at most {what} ({last})"
     if isinstance(moe.layers, int):
         count = model.num_layers
         yield moe.layers <= count, "moe.layers", moe.layers, f"every n-th needs n <= model.num_layers ({count})"

@@ -25,16 +25,22 @@ from switchyard.config.sections import (
     VisionConfig,
     Weight,
 )
+from switchyard.config.seq2seq import Seq2SeqConfig
+
+TEXT_MODELS = ("decoder", "seq2seq")
 
 
 class ModelConfig(Section):
-    """Describes the network: a decoder-only Transformer, an image classifier, or a cascade of classifiers."""
+    """Describes the network: a decoder-only Transformer, an encoder-decoder, an image classifier, or a cascade of
+    classifiers."""
 
-    type: Literal["decoder", "vision", "cascade"] = Field(
-        "decoder", description="the network: text decoder, image classifier, or image classifier with early exits"
+    type: Literal["decoder", "seq2seq", "vision", "cascade"] = Field(
+        "decoder",
+        description="the network: text decoder, encoder and decoder (T5), image classifier, or image classifier with "
+        "early exits",
     )
     num_layers: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        4, description="Transformer layers; vision: convolutional layers, 0 at the input"
+        4, description="Transformer layers; seq2seq: of the encoder; vision: convolutional layers, 0 at the input"
     )
     hidden_size: Positive = Field(128, description="width D of the residual stream; vision: channels")
     num_heads: Positive = Field(4, description="query heads")
@@ -47,7 +53,7 @@ class ModelConfig(Section):
         None, description="biases of the projections to queries, keys and values; all: of the output projection too"
     )
     intermediate_size: Positive | None = Field(None, description="hidden width F of a dense feed-forward; null = 4 D")
-    seq_length: Positive = Field(64, description="tokens S of a training sequence")
+    seq_length: Positive = Field(64, description="tokens S of a training sequence; seq2seq: of the encoder's input")
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="pre-norm before attention and feed-forward")
     norm_eps: Annotated[float, Field(gt=0)] = Field(1e-5, description="added to the variance")
     position: Literal["rotary", "learned"] = Field("rotary", description="position encoding of the tokens")
@@ -115,7 +121,9 @@ class MoEConfig(Section):
     )
     num_experts_chosen: Positive = Field(1, description="experts K that each row is sent to")
     layers: Literal["all"] | Positive | list[NotNegative] = Field(
-        "all", description="which layers are conditional: all, every n-th (the n-th, 2n-th, ...), or a list from 0"
+        "all",
+        description="which layers are conditional: all, every n-th (the n-th, 2n-th, ...), or a list from 0; seq2seq: "
+        "in each stack, in a list the decoder's follow the encoder's",
     )
     moe_intermediate_size: Positive | None = Field(
         None, description="hidden width F of one expert; null = the dense width"
@@ -250,6 +258,7 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
+    seq2seq: Seq2SeqConfig = Seq2SeqConfig()
     vision: VisionConfig = VisionConfig()
     cascade: CascadeConfig = CascadeConfig()
     data: DataConfig = DataConfig()
@@ -264,14 +273,62 @@ class Config(Section):
     def moe_layers(self) -> tuple[int, ...]:
         """Returns the indices, from 0, of the layers that are conditional."""
         count, which = self.model.num_layers, self.moe.layers
+        stacks = (count, self.decoder_layers) if self.model.type == "seq2seq" else (count,)
         one_expert = self.moe.expert_num == 1 and self.moe.router != "mixture_of_depths"
         if one_expert or self.model.type == "cascade":
             return ()
-        if which == "all":
-            return tuple(range(count))
-        if isinstance(which, int):
-            return tuple(range(which - 1, count, which))
-        return tuple(sorted(set(which)))
+        if isinstance(which, list):
+            return tuple(sorted(set(which)))
+        step = 1 if which == "all" else which
+        first = [sum(stacks[:place]) for place in range(len(stacks))]  # layer of each stack
+        return tuple(start + layer for start, size in zip(first, stacks) for layer in range(step - 1, size, step))
+
+    @property
+    def decoder_layers(self) -> int:
+        """Returns the layers of an encoder-decoder's decoder."""
+        return self.seq2seq.num_decoder_layers or self.model.num_layers
+
+    @property
+    def all_layers(self) -> int:
+        """Returns the layers of all stacks."""
+        return self.model.num_layers + (self.decoder_layers if self.model.type == "seq2seq" else 0)
+
+    @property
+    def stacks(self) -> tuple["Config", ...]:
+        """Returns a configuration for each stack of layers: of an encoder-decoder two, of which each is that of a
+        decoder with the stack's length and conditional layers; else this one."""
+        if self.model.type != "seq2seq":
+            return (self,)
+        encoder, sizes = self.model.num_layers, (self.model.num_layers, self.decoder_layers)
+        places = [[layer for layer in self.moe_layers if layer < encoder]]
+        places.append([layer - encoder for layer in self.moe_layers if layer >= encoder])
+        found = []
+        for count, length, layers in zip(sizes, (self.model.seq_length, self.target_length), places):
+            model = self.model.model_copy(update={"type": "decoder", "num_layers": count, "seq_length": length})
+            found.append(self.model_copy(update={"model": model, "moe": self.moe.model_copy(update={"layers": layers})}))
+        return tuple(found)
+
+    @property
+    def reads_text(self) -> bool:
+        """Returns whether the network reads text; the others read images."""
+        return self.model.type in TEXT_MODELS
+
+    @property
+    def target_length(self) -> int:
+        """Returns the predictions T of a sequence of text: of an encoder-decoder those of a corrupted window."""
+        length = self.model.seq_length
+        return self.seq2seq.corrupted(self.window)[1] if self.model.type == "seq2seq" else length
+
+    @property
+    def window(self) -> int:
+        """Returns the tokens of the piece of text that a sequence is made of."""
+        length = self.model.seq_length
+        return self.seq2seq.window(length) if self.model.type == "seq2seq" else length + 1
+
+    @property
+    def token_length(self) -> int:
+        """Returns the tokens of a sequence that a network reads: those of an encoder and of its decoder together."""
+        return self.model.seq_length + (self.target_length if self.model.type == "seq2seq" else 0)
 
     @property
     def dense_width(self) -> int:
@@ -297,7 +354,7 @@ class Config(Section):
     @property
     def granularity(self) -> str:
         """Returns what is routed as one row."""
-        return self.moe.granularity or ("token" if self.model.type == "decoder" else "sample")
+        return self.moe.granularity or ("token" if self.reads_text else "sample")
 
     @property
     def units(self) -> int:
@@ -313,7 +370,7 @@ class Config(Section):
     @property
     def rows(self) -> int:
         """Returns the rows of a micro-batch, as noise is drawn for them: tokens, or units of images."""
-        each = self.model.seq_length if self.model.type == "decoder" else self.units
+        each = self.token_length if self.reads_text else self.units
         return self.data.batch_size * each
 
     @property
@@ -325,12 +382,12 @@ class Config(Section):
     @property
     def predictions(self) -> int:
         """Returns the predictions of a micro-batch: tokens, or images."""
-        return self.data.batch_size * (self.model.seq_length if self.model.type == "decoder" else 1)
+        return self.data.batch_size * (self.target_length if self.reads_text else 1)
 
     @property
     def unit(self) -> str:
         """Returns what is predicted, in logs."""
-        return "tokens" if self.model.type == "decoder" else "images"
+        return "tokens" if self.reads_text else "images"
 
     @property
     def devices(self) -> int:

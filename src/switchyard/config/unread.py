@@ -35,6 +35,8 @@ TEXT_KEYS = (
     *("num_heads", "n_kv_heads", *ATTENTION_KEYS, "seq_length", "position", "theta", *ROTARY_KEYS),
     *("tie_word_embeddings", "init_method_std"),
 )
+DECODER_KEYS = ("position", "theta", "init_method_std", "n_kv_heads")
+ATTENTION_OF_DECODERS = (*ATTENTION_KEYS[1:], *ROTARY_KEYS)  # an encoder-decoder has heads of a size of their own too
 CASCADE_KEYS = ("type", "activation", "compute_dtype")  # what a cascade reads of `model`
 DECIDES = ("expert_num", "groups", "record", "replay")  # keys of `moe` that a dense model does not leave unread
 
@@ -87,10 +89,16 @@ def _all_but(section: str, names: Sequence[str]) -> tuple[str, ...]:
 def _by_network(config: Config) -> Iterator[Unread]:
     """Yields the keys that the network does not read."""
     network = config.model.type
-    if network == "decoder":
-        yield Unread((*_all_but("vision", ()), *_all_but("cascade", ())), "model.type 'decoder' reads text")
+    if config.reads_text:
+        yield Unread((*_all_but("vision", ()), *_all_but("cascade", ())), f"model.type '{network}' reads text")
     else:
         yield Unread(("data.tokenizer", "export.max_length"), f"model.type '{network}' reads images")
+    if network == "seq2seq":
+        yield Unread(_keys("model", DECODER_KEYS), "model.type 'seq2seq' has the positions and initial weights of T5")
+        yield Unread(_keys("model", ATTENTION_OF_DECODERS), "only model.type 'decoder' has it: leave it out", True)
+        yield Unread(("train.sample_every",), "no text is sampled of an encoder-decoder")
+    else:
+        yield Unread(_all_but("seq2seq", ()), "only model.type 'seq2seq' reads it")
     if network == "vision":
         yield Unread((*_keys("model", TEXT_KEYS), *_all_but("cascade", ())), "model.type 'vision' does not use it")
     if network == "cascade":
@@ -116,7 +124,7 @@ def _by_network(config: Config) -> Iterator[Unread]:
         yield Unread(_keys("model", ROTARY_KEYS), "only model.position 'rotary' reads it: leave it out", True)
     if network == "decoder" and config.model.sliding_window is None:
         yield Unread(("model.window_layers",), "model.sliding_window is null: set it, or leave this out", True)
-    everywhere = len(config.moe_layers) == config.model.num_layers
+    everywhere = len(config.moe_layers) == config.all_layers
     if everywhere and config.moe.moe_intermediate_size:
         yield Unread(("model.intermediate_size",), "every layer is conditional and moe.moe_intermediate_size is set")
 

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from switchyard.config import Config
+from switchyard.config.seq2seq import SPECIALS
 from switchyard.data import fingerprint, mindrecord
 from switchyard.data.batches import Batch, EvalBatches, TrainBatches
 from switchyard.data.corpus import Corpus, load_text
+from switchyard.data.corruption import CorruptedBatches, CorruptedEvalBatches, require_window, targets_of
 from switchyard.data.given import load_scored
 from switchyard.data.images import Classes, ImageBatch, ImageBatches, ImageEvalBatches, classes_of, load_split
+from switchyard.data.sentinels import text_json, with_sentinels
 from switchyard.data.stream_decoder import StreamDecoder
 from switchyard.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, reconcile, unknown_note
 from switchyard.errors import UserError
@@ -84,13 +87,19 @@ def load_data(
     """
     if config.data.batch_size % world:
         raise UserError(f"data.batch_size: {config.data.batch_size}; must be a multiple of the {world} processes")
-    if config.model.type != "decoder":
+    if not config.reads_text:
         return _load_images(config, tokenizer_json, rank, world, seen)
     folder = mindrecord.locate(config.data.path)
     read = _read_text if folder is None else _read_records
-    tokenizer, source, stream, count, description, marks = read(config, tokenizer_json, seen)
-    batch_size, seq_length = config.data.batch_size // world, config.model.seq_length
-    train = TrainBatches(source, batch_size, seq_length, config.train.seed, rank, world)
+    tokenizer, source, stream, count, description, marks = read(config, text_json(tokenizer_json), seen)
+    if config.model.type == "seq2seq":
+        tokenizer, count = with_sentinels(tokenizer, config.seq2seq.sentinels, tokenizer_json), counts_behind(count, config)
+        if isinstance(source, np.ndarray):
+            require_window(config, len(source), "the training text")
+        train = CorruptedBatches(source, config, tokenizer.vocab_size, rank, world)
+    else:
+        batch_size, seq_length = config.data.batch_size // world, config.model.seq_length
+        train = TrainBatches(source, batch_size, seq_length, config.train.seed, rank, world)
     description += f"; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind})"
     return text_data(config, tokenizer, stream, description, train=train, token_counts=count, fingerprint=marks)
 
@@ -104,6 +113,8 @@ def text_data(
     **more,
 ) -> Data:
     """Returns the Data of a validation stream [T] (UserError: too few tokens); `more`: other fields of it."""
+    if config.model.type == "seq2seq":
+        return corrupted_data(config, tokenizer, stream, description, train, **more)
     batch_size, seq_length = config.data.batch_size, config.model.seq_length
     EvalBatches(stream, batch_size, seq_length)  # too little text is said now, not after training
     return Data(
@@ -115,6 +126,28 @@ def text_data(
         description=description,
         **more,
     )
+
+
+def corrupted_data(config: Config, tokenizer: Tokenizer, stream: np.ndarray, description: str, train, **more) -> Data:
+    """Returns the Data of a validation stream whose spans are corrupted; predictions and bytes are those of targets."""
+    batches = CorruptedEvalBatches(stream, config, tokenizer.vocab_size)
+    targets = [0, 0]
+    for labels in targets_of(batches):
+        targets = [targets[0] + len(labels), targets[1] + tokenizer.byte_length(labels)]
+    return Data(
+        tokenizer=tokenizer,
+        train=train,
+        validation=lambda: CorruptedEvalBatches(stream, config, tokenizer.vocab_size),
+        validation_tokens=targets[0],
+        validation_bytes=max(targets[1], 1),
+        description=f"{description}; {config.window} tokens become {config.model.seq_length} and {config.target_length}",
+        **more,
+    )
+
+
+def counts_behind(count: Callable[[], np.ndarray], config: Config) -> Callable[[], np.ndarray]:
+    """Returns what counts the ids of text in a vocabulary with sentinels, which text itself does not have."""
+    return lambda: np.pad(count(), (SPECIALS, config.seq2seq.sentinels))
 
 
 def image_data(
@@ -200,10 +233,13 @@ def _read_records(
         )
     marks = fingerprint.of_records(manifest)
     seen(marks)
-    if config.model.seq_length != manifest.seq_length:
+    if config.window != manifest.seq_length + 1:
+        remedy = "prepare the text with"
+        if config.model.type == "decoder":
+            remedy = f"set model.seq_length={manifest.seq_length} or {remedy}"
         raise UserError(
             f"model.seq_length: {config.model.seq_length}; '{folder}' holds blocks for {manifest.seq_length}; "
-            f"set model.seq_length={manifest.seq_length} or prepare the text with another --seq-length"
+            f"{remedy} --seq-length {config.window - 1}"
         )
     if config.data.tokenizer not in ("byte", "char"):  # those two words are not checked: the folder's own rules
         reconcile(read_tokenizer(config.data.tokenizer), tokenizer.to_json())

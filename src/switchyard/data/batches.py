@@ -154,6 +154,10 @@ class TrainBatches:
             self._order = order[:, self._rank].reshape(-1)  # windows of this rank, in the order of its batches
         start = (first - self.course.first_of(epoch)) // self._world
         windows = self._source.read(self._order, start, start + self._batch_size, self._offset)  # [B, S+1]
+        return self._batch(windows, epoch, self._order[start : start + self._batch_size])
+
+    def _batch(self, windows: np.ndarray, epoch: int, numbers: np.ndarray) -> Batch:
+        """Returns the batch of windows [B, S + 1], which have these numbers [B] in their epoch."""
         tokens, labels = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])  # [B, S] each
         return Batch(tokens, labels, np.ones(tokens.shape, np.float32))
 

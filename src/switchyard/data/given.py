@@ -9,6 +9,7 @@ from switchyard.config import Config
 from switchyard.data import mindrecord
 from switchyard.data.corpus import load_full, load_text
 from switchyard.data.images import classes_of, load_all
+from switchyard.data.sentinels import text_json, with_sentinels
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, read_tokenizer, reconcile, unknown_note
 from switchyard.errors import UserError
 
@@ -44,9 +45,9 @@ def load_scored(config: Config, tokenizer_json: str, overrides: Sequence[str]) -
         )
     if not keys & PATHS:
         return load_data(config, tokenizer_json)
-    if config.model.type != "decoder":
+    if not config.reads_text:
         return _images(config, tokenizer_json)
-    tokenizer = Tokenizer.from_json(tokenizer_json, "of the checkpoint")
+    tokenizer = Tokenizer.from_json(text_json(tokenizer_json), "of the checkpoint")
     if "data.tokenizer" in keys:
         _check_named(config.data.tokenizer, tokenizer)
     changed = {"tokenizer": tokenizer.kind}  # what is read as bytes, and what as characters, goes by the checkpoint's
@@ -73,6 +74,8 @@ def _text(config: Config, tokenizer: Tokenizer, full: bool) -> "Data":
         raise UserError(f"{key}: '{path}'; gives {len(stream)} tokens, at least 2 are needed; give more text")
     description += f"; the checkpoint's vocabulary of {tokenizer.vocab_size:,} ({tokenizer.kind})"
     description += f"{unknown_note(tokenizer, stream)}; {len(stream):,} tokens, all but the first predicted"
+    if config.model.type == "seq2seq":
+        tokenizer = with_sentinels(tokenizer, config.seq2seq.sentinels)
     return text_data(config, tokenizer, stream, description)
 
 

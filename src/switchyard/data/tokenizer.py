@@ -79,6 +79,10 @@ class Tokenizer(ABC):
         if isinstance(tree, dict):
             if tree.get("kind") == "byte":
                 return ByteTokenizer()
+            if tree.get("kind") == "sentinels" and isinstance(tree.get("tokenizer"), dict):
+                from switchyard.data.sentinels import SentinelTokenizer  # which is a Tokenizer
+
+                return SentinelTokenizer.from_tree(tree, name)
             if tree.get("kind") == "char" and _is_alphabet(tree):
                 return CharTokenizer(tree["characters"], separated=tree.get("separated") is True)
             if "model" in tree:

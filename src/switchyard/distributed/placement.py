@@ -22,7 +22,11 @@ Placement = tuple[str | None, ...]  # for each axis of a parameter: what shards 
 MATRICES: dict[str, Placement] = {
     "qkv.weight": (None, MODEL),
     "qkv.bias": (MODEL,),
+    "q.weight": (None, MODEL),
+    "kv.weight": (None, MODEL),
     "attention.out.weight": (MODEL, None),
+    "cross_attention.out.weight": (MODEL, None),
+    "relative_bias": (None, MODEL),
 }
 STACKED: dict[str, Placement] = {"w_in": (None, MODEL), "w_gate": (None, MODEL), "w_out": (MODEL, None)}  # of [E, ., .]
 

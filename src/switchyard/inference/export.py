@@ -19,11 +19,12 @@ from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
 from switchyard.inference.classify import ClassifierManifest, is_classifier
 from switchyard.inference.export_classifier import export_classifier
-from switchyard.inference.manifest import DECODE, PREFILL, Figures, Limits, Manifest, Source
-from switchyard.inference.mindir import ExportedModel
+from switchyard.inference.manifest import DECODE, ENCODER, PREFILL, Figures, Limits, Manifest, Source
+from switchyard.inference.mindir import exported_model
 from switchyard.inference.parity import Reference, compare, reference
-from switchyard.models import Decoder, create_model
+from switchyard.models import Decoder, Seq2Seq, create_model
 from switchyard.models.generation import Decode, Prefill, cast_products
+from switchyard.models.seq2seq_generation import Begin, Continue, Encode
 from switchyard.moe.dispatch.plan import block_size
 from switchyard.training.evaluate import overridden
 from switchyard.trust import check_trusted_section
@@ -72,12 +73,12 @@ def export(
     files.require_text(out, "--out")
     files.settle(out.resolve())
     check_free(out)
-    if config.model.type != "decoder":
+    if not config.reads_text:
         return export_classifier(held, config, out, key, say)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
     say(f"checkpoint: {held.path}")
     data = load_scored(config, held.tokenizer_json, overrides)
-    max_length = config.export.max_length or config.model.seq_length
+    max_length = longest(config)
     config = inference_config(config)
     decoder = create_model(config, data.tokenizer.vocab_size, length=max_length)
     checkpoint.load_weights(decoder, held.weights)
@@ -94,7 +95,7 @@ def export(
         (temporary / manifests.TOKENIZER).write_text(data.tokenizer.to_json(), encoding="utf-8")
         graphs = write_graphs(decoder, temporary, max_length, prefill_block(config, max_length), key)
         unchecked = _manifest(config, decoder, graphs, key, source, expected, temporary)
-        found = compare(ExportedModel(temporary, unchecked, key), expected, config.model.compute_dtype)
+        found = compare(exported_model(temporary, unchecked, key), expected, config.model.compute_dtype)
         written = unchecked.model_copy(update={"parity": found}).signed()
         manifests.publish(temporary, written, out.resolve())
     report(out, written, say)
@@ -106,6 +107,18 @@ def inference_config(config: Config) -> Config:
     moe = config.moe.model_copy(update={"groups": 1, "eval_capacity_factor": None})
     context = config.context.model_copy(update={"fused_operators": False})
     return config.model_copy(update={"moe": moe, "parallel": ParallelConfig(), "context": context})
+
+
+def longest(config: Config) -> int:
+    """Returns the tokens of the longest prompt and answer; of an encoder-decoder of the longest of each (UserError)."""
+    if config.model.type != "seq2seq":
+        return config.export.max_length or config.model.seq_length
+    least = max(config.model.seq_length, config.target_length)
+    if config.export.max_length is not None and config.export.max_length < least:
+        raise UserError(
+            f"export.max_length: {config.export.max_length}; at least {least}, the longest sequence of the training"
+        )
+    return config.export.max_length or least
 
 
 def prefill_block(config: Config, max_length: int) -> int:
@@ -125,8 +138,12 @@ def check_causal(config: Config, decoder: Decoder) -> None:
             "moe.granularity: slice; the first token of a window chooses its expert, which "
             "generation token by token cannot do: export a model with moe.granularity 'token'"
         )
-    for layer in decoder.layers:
-        if layer.conditional and not (layer.feed_forward.router.causal and layer.feed_forward.router.batch_independent):
+    first = len(decoder.encoder.layers) if config.model.type == "seq2seq" else 0  # layer that generates
+    for index, layer in enumerate(decoder.layers):
+        if not layer.conditional:
+            continue
+        router = layer.feed_forward.router
+        if not (router.batch_independent and (router.causal or index < first)):
             raise UserError(
                 f"moe.router: {config.moe.router}; it looks at later tokens or other sequences, so text cannot be "
                 "generated token by token: export a model with another router"
@@ -148,21 +165,34 @@ def check_free(out: Path) -> None:
             ) from None
 
 
-def write_graphs(decoder: Decoder, directory: Path, max_length: int, block: int, key: bytes | None) -> dict[str, str]:
-    """Writes both graphs with their weights; graph -> the file name that MindSpore chose."""
-    cast_products(decoder)
+def write_graphs(model: nn.Cell, directory: Path, max_length: int, block: int, key: bytes | None) -> dict[str, str]:
+    """Writes all graphs with their weights; graph -> the file name that MindSpore chose."""
+    cast_products(model)
     int32 = ms.int32
 
     def anything(*shape: int | None, dtype=int32) -> ms.Tensor:
         return ms.Tensor(shape=list(shape), dtype=dtype)
 
-    cache = anything(len(decoder.layers), None, decoder.kv_heads, None, decoder.head_size, dtype=decoder.dtype)
+    tokens, row = anything(None, None), anything(None)
+    layers = model.decoder.layers if isinstance(model, Seq2Seq) else model.layers
+    cache = anything(len(layers), None, model.kv_heads, None, model.head_size, dtype=model.dtype)
+    if isinstance(model, Seq2Seq):
+        memory = (cache, cache, row)
+        graphs = {
+            ENCODER: (Encode(model, max_length, block), tokens, row),
+            PREFILL: (Begin(model, max_length, block), tokens, row, *memory),
+            DECODE: (Continue(model, max_length), row, row, cache, cache, *memory),
+        }
+    else:
+        graphs = {
+            PREFILL: (Prefill(model, max_length, block), tokens, row),
+            DECODE: (Decode(model, max_length), row, row, cache, cache),
+        }
     with files.plain_path(directory) as name:
-        plain = Path(name)
-        _write(Prefill(decoder, max_length, block), plain / PREFILL, key, anything(None, None), anything(None))
-        _write(Decode(decoder, max_length), plain / DECODE, key, anything(None), anything(None), cache, cache)
+        for graph, (cell, *inputs) in graphs.items():
+            _write(cell, Path(name) / graph, key, *inputs)
     files.follow_umask(directory)  # MindSpore gives modes of its own
-    return {graph: _written_name(directory, graph) for graph in (PREFILL, DECODE)}
+    return {graph: _written_name(directory, graph) for graph in graphs}
 
 
 def report(out: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
@@ -177,7 +207,8 @@ def report(out: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
     if manifest.model.moe_layers:
         missing = ", ".join(f"{expert} of layer {layer} ({graph})" for layer, expert, graph in parity.not_reached)
         say(f"parity: experts that this text does not reach: {missing}" if missing else "parity: every expert reached")
-    say(f"export: '{out}', up to {manifest.limits.max_length} tokens of prompt and answer, any number of prompts")
+    both = "a prompt, and of its answer" if manifest.graphs.keys() > {PREFILL, DECODE} else "prompt and answer"
+    say(f"export: '{out}', up to {manifest.limits.max_length} tokens of {both}, any number of prompts")
 
 
 def _write(cell: nn.Cell, path: Path, key: bytes | None, *inputs: ms.Tensor) -> None:
@@ -205,7 +236,7 @@ def _manifest(
     model = config.model
     figures = Figures(
         vocab_size=decoder.vocab_size,
-        num_layers=model.num_layers,
+        num_layers=config.stacks[-1].model.num_layers,
         hidden_size=model.hidden_size,
         num_heads=model.num_heads,
         n_kv_heads=decoder.kv_heads,
@@ -216,7 +247,7 @@ def _manifest(
         parameters=sum(parameter.size for parameter in decoder.get_parameters()),
         compute_dtype=model.compute_dtype,
     )
-    max_length = config.export.max_length or model.seq_length
+    max_length = longest(config)
     limits = Limits(
         max_length=max_length,
         prompt_multiple=prefill_block(config, max_length),

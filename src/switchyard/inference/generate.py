@@ -79,14 +79,14 @@ def encode_prompts(model: ExportedModel, prompts: Sequence[str]) -> list[np.ndar
         if not prompt:
             raise UserError(f"{name}: empty; give at least one character")
         try:
-            ids = model.tokenizer.encode(prompt)
+            ids = model.encode(prompt)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         if not len(ids):
             raise UserError(f"{name}: {prompt!r} gives no token; give other text")
-        if len(ids) >= model.max_length:
+        if len(ids) > model.longest_prompt:
             raise UserError(
-                f"{name}: {len(ids)} tokens; the model holds {model.max_length} of prompt and answer together: shorten "
+                f"{name}: {len(ids)} tokens; the model holds {model.max_length} of {model.holds}: shorten "
                 "the prompt, or export with a larger export.max_length"
             )
         found.append(ids)
@@ -115,23 +115,24 @@ def generate(
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: {max_new_tokens}; at least 1")
     ids = encode_prompts(model, prompts)
-    lengths = np.array([len(one) for one in ids])  # [B]
+    lengths = model.begun(ids)  # [B]
     room = np.minimum(max_new_tokens, model.max_length - lengths)  # [B]
-    compile_seconds = model.compile(len(ids), int(lengths.max()), int((lengths + room).max()))
+    read = np.array([len(one) for one in ids])  # [B]
+    compile_seconds = model.compile(len(ids), int(read.max()), int((lengths + room).max()))
     rows = _Rows(model, lengths, room, sampling or Sampling(), on_text)
     start = time.perf_counter()
-    logits, keys, values = model.prefill(ids)
-    keys, values = model.grow(keys, values, int((lengths + room).max()))
+    logits, *state = model.prefill(ids)
+    state = model.grow(*state, int((lengths + room).max()))
     rows.add(logits)
     middle = time.perf_counter()
     while rows.running.any():
-        logits, keys, values = model.decode(*rows.next(), keys, values)
+        logits, *state = model.decode(*rows.next(), *state)
         rows.add(logits)
     rows.flush()
     end = time.perf_counter()
     made = [len(one) for one in rows.ids]
     later = sum(max(count - 1, 0) for count in made)
-    timing = Timing(compile_seconds, middle - start, end - middle, int(lengths.sum()), sum(made), later)
+    timing = Timing(compile_seconds, middle - start, end - middle, int(read.sum()), sum(made), later)
     return rows.results(prompts, max_new_tokens), timing
 
 

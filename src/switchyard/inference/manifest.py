@@ -6,6 +6,11 @@ DIR/
     decode.mindir     tokens [B], positions [B], keys and values [L, B, J, T, h] -> logits [B, V], keys, values
     tokenizer.json    see switchyard.data.tokenizer
 
+An encoder-decoder has one graph more, and its answers begin with padding. prefill and decode take as their last inputs
+what the encoder gave, and the lengths [B] of its inputs; caches are those of the decoder:
+
+    encoder.mindir    tokens [B, S], lengths [B] -> keys and values [L, B, J, S, h] for cross-attention
+
 Over 1 GB MindSpore writes NAME_graph.mindir and the folder NAME_variables instead of NAME.mindir; `graphs` has the
 names that were written.
 """
@@ -35,7 +40,7 @@ from switchyard.files import (
 
 FORMAT, VERSION = "switchyard export", 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
-PREFILL, DECODE = "prefill", "decode"
+ENCODER, PREFILL, DECODE = "encoder", "prefill", "decode"
 AES_GCM = "AES-GCM"
 KEY_BYTES = (16, 24, 32)
 LONGEST = 64 << 20  # bytes of a manifest
@@ -61,7 +66,7 @@ class File(Part):
 
 
 class Figures(Part):
-    """Holds the sizes of the model."""
+    """Holds the sizes of the model; num_layers: of the stack that generates."""
 
     vocab_size: Count
     num_layers: Count
@@ -79,7 +84,7 @@ class Figures(Part):
 class Limits(Part):
     """Holds the limits of the inputs of the graphs.
 
-    max_length: longest prompt plus answer. prompt_multiple: prefill's S, with padding, is a multiple of it. Axes named
+    max_length: longest prompt plus answer; of an encoder-decoder the longest of each. prompt_multiple: prefill's S, with padding, is a multiple of it. Axes named
     in `dynamic` may have any size, lengths up to max_length.
     """
 
@@ -137,7 +142,7 @@ class Manifest(Signed):
 
     format: Literal["switchyard export"] = FORMAT
     version: Literal[1] = VERSION
-    graphs: dict[Literal["prefill", "decode"], str]
+    graphs: dict[Literal["encoder", "prefill", "decode"], str]
     model: Figures
     limits: Limits
     parity: Parity | None
@@ -145,8 +150,8 @@ class Manifest(Signed):
 
     @model_validator(mode="after")
     def _graphs_are_files(self) -> "Manifest":
-        """Checks that both graphs are among the files, so that only verified files are read."""
-        for graph in (PREFILL, DECODE):
+        """Checks that the graphs are among the files, so that only verified files are read."""
+        for graph in {PREFILL, DECODE} | set(self.graphs):
             if self.graphs.get(graph) not in (f"{graph}.mindir", f"{graph}_graph.mindir"):
                 raise ValueError(f"graphs: {graph}")
         if not set(self.graphs.values()) <= set(self.files):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from switchyard.config.seq2seq import END, PAD
 from switchyard.data.tokenizer import Tokenizer
 from switchyard.errors import UserError
 from switchyard.files import present
 from switchyard.inference import manifest as manifests
-from switchyard.inference.manifest import AES_GCM, DECODE, PREFILL, Manifest
+from switchyard.inference.manifest import AES_GCM, DECODE, ENCODER, PREFILL, Manifest
 
 SMALLEST_BUCKET = 16
 
@@ -32,6 +33,8 @@ class ExportedModel:
         UserError: MindSpore cannot load a file, or the key is not the one it was written with.
     """
 
+    holds = "prompt and answer together"  # what max_length counts
+
     def __init__(self, directory: str | Path, manifest: Manifest, key: bytes | None = None):
         self.manifest, self.max_length = manifest, manifest.limits.max_length
         self.vocab_size = manifest.model.vocab_size
@@ -49,6 +52,19 @@ class ExportedModel:
         self._prefill = load_graph(directory / manifest.graphs[PREFILL], key)
         self._decode = load_graph(directory / manifest.graphs[DECODE], key)
 
+    def encode(self, prompt: str) -> np.ndarray:
+        """Returns the ids [T] of a prompt (UserError: see Tokenizer.encode)."""
+        return self.tokenizer.encode(prompt)
+
+    @property
+    def longest_prompt(self) -> int:
+        """Returns the most tokens of a prompt: one less than all, for an answer."""
+        return self.max_length - 1
+
+    def begun(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns at which position of its cache the answer to each prompt begins: [B]."""
+        return np.array([len(prompt) for prompt in prompts])
+
     def bucket(self, length: int) -> int:
         """Returns the length to which a prompt or a cache of `length` is padded."""
         size = min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), self.max_length)
@@ -65,13 +81,18 @@ class ExportedModel:
         """
         from mindspore import Tensor
 
+        tokens, lengths = self._padded(prompts)
+        found = run_graph(PREFILL, self._prefill, Tensor(tokens), Tensor(lengths))
+        return self._checked(PREFILL, found, len(prompts), tokens.shape[1])
+
+    def _padded(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns prompts as tokens [B, S], and their lengths [B] (UserError: see `prefill`)."""
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         self._check_prompts(prompts, lengths)
         tokens = np.zeros((len(prompts), self.bucket(int(lengths.max()))), np.int32)  # [B, S]
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = prompt
-        found = run_graph(PREFILL, self._prefill, Tensor(tokens), Tensor(lengths))
-        return self._checked(PREFILL, found, len(prompts), tokens.shape[1])
+        return tokens, lengths
 
     def grow(self, keys, values, length: int):
         """Pads caches to at least `length` positions: [L, B, J, T, h] -> [L, B, J, >= length, h]."""
@@ -110,9 +131,8 @@ class ExportedModel:
         """Compiles both graphs for B prompts and caches of `length` places; seconds it took."""
         start = time.perf_counter()
         one = np.zeros(prompt_length, np.int32)
-        _, keys, values = self.prefill([one] * batch)
-        keys, values = self.grow(keys, values, length)
-        self.decode(np.zeros(batch, np.int32), np.zeros(batch, np.int32), keys, values)
+        _, *state = self.prefill([one] * batch)
+        self.decode(np.zeros(batch, np.int32), np.zeros(batch, np.int32), *self.grow(*state, length))
         return time.perf_counter() - start
 
     def _check_prompts(self, prompts: Sequence[np.ndarray], lengths: np.ndarray) -> None:
@@ -148,6 +168,69 @@ class ExportedModel:
         self._check_ids(tokens)
 
 
+class ExportedSeq2Seq(ExportedModel):
+    """Runs the three graphs of an exported encoder-decoder: a prompt is read by the encoder, an answer begins with
+    padding. See ExportedModel; what passes from call to call are caches, and what the encoder gave of the inputs."""
+
+    holds = "a prompt and its end"
+
+    def __init__(self, directory: str | Path, manifest: Manifest, key: bytes | None = None):
+        super().__init__(directory, manifest, key)
+        self._encoder = load_graph(present(Path(directory)) / manifest.graphs[ENCODER], key)
+
+    def encode(self, prompt: str) -> np.ndarray:
+        """Returns the ids [T] of a prompt and the end."""
+        return np.append(self.tokenizer.encode(prompt), END).astype(np.int32)
+
+    @property
+    def longest_prompt(self) -> int:
+        """Returns the most tokens of a prompt; an answer has as many places of its own."""
+        return self.max_length
+
+    def begun(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns 1 for each prompt: its answer begins behind one token of padding."""
+        return np.ones(len(prompts), np.int64)
+
+    def prefill(self, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray] | None = None):
+        """Reads prompts, and the first tokens of their answers -> (logits [B, V], keys, values, memory): memory is what
+        the encoder gave, and the lengths of the prompts."""
+        from mindspore import Tensor
+
+        tokens, lengths = self._padded(prompts)
+        memory = run_graph(ENCODER, self._encoder, Tensor(tokens), Tensor(lengths))
+        self._check_memory(memory, *tokens.shape)
+        begun, places = self._padded([np.array([PAD])] * len(prompts) if answers is None else answers)
+        found = run_graph(PREFILL, self._prefill, Tensor(begun), Tensor(places), *memory, Tensor(lengths))
+        return (*self._checked(PREFILL, found, *begun.shape), (*memory, Tensor(lengths)))
+
+    def grow(self, keys, values, memory, length: int):
+        """Pads caches to at least `length` positions; memory stays."""
+        return (*super().grow(keys, values, length), memory)
+
+    def decode(self, tokens: np.ndarray, positions: np.ndarray, keys, values, memory):
+        """Computes one step: (logits [B, V] float32, keys, values, memory)."""
+        from mindspore import Tensor
+
+        self._check_step(tokens, positions, keys, values)
+        given = Tensor(tokens.astype(np.int32)), Tensor(positions.astype(np.int32)), keys, values, *memory
+        found = run_graph(DECODE, self._decode, *given)
+        return (*self._checked(DECODE, found, len(tokens), keys.shape[3]), memory)
+
+    def _check_memory(self, found, batch: int, length: int) -> None:
+        """Refuses what the encoder gave if it is not what the manifest says (UserError)."""
+        model = self.manifest.model
+        wanted = (model.num_layers, batch, model.n_kv_heads, length, model.head_size)
+        shapes = [tuple(part.shape) for part in found] if isinstance(found, tuple) else []
+        if shapes != [wanted, wanted]:
+            raise UserError(f"--model: '{ENCODER}' does not fit {manifests.MANIFEST}; export the checkpoint again")
+
+
+def exported_model(directory: str | Path, manifest: Manifest, key: bytes | None = None) -> ExportedModel:
+    """Returns what runs the graphs that a manifest lists; arguments as of ExportedModel."""
+    kind = ExportedSeq2Seq if ENCODER in manifest.graphs else ExportedModel
+    return kind(directory, manifest, key)
+
+
 def open_model(directory: str | Path, key_file: str | Path | None = None, say=print) -> ExportedModel:
     """Verifies an exported directory, sets the device and loads its graphs.
 
@@ -167,7 +250,7 @@ def open_model(directory: str | Path, key_file: str | Path | None = None, say=pr
     from switchyard.device import set_context
 
     set_context(ContextConfig(), compute_dtype=manifest.model.compute_dtype, say=say)
-    return ExportedModel(directory, manifest, key)
+    return exported_model(directory, manifest, key)
 
 
 def load_graph(path: Path, key: bytes | None):

@@ -20,6 +20,7 @@ from switchyard.data import EvalBatches
 from switchyard.errors import UserError
 from switchyard.inference.manifest import DECODE, PREFILL, Parity
 from switchyard.inference.mindir import ExportedModel
+from switchyard.models import Seq2Seq
 from switchyard.moe import metrics
 
 STEPS = 4  # decode steps of a window
@@ -36,16 +37,18 @@ class Windows:
     """Holds one batch of windows and the results of the training graph on it.
 
     Attributes:
-        tokens: [B, S] int32.
+        tokens: [B, S] int32; of an encoder-decoder, what its decoder reads.
         lengths: [B], the places that prefill reads; decode reads the next STEPS.
         logits: [B, 1 + steps, V] float32 at places lengths - 1, ..., lengths - 1 + steps.
-        reached: graph -> choices [M, E] that the compared places made.
+        reached: graph -> choices [M, E] that the compared places made; those of an encoder are prefill's.
+        inputs: [B, S] int32 that the encoder of an encoder-decoder reads.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     logits: np.ndarray
     reached: dict[str, np.ndarray]
+    inputs: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ def reference(decoder: nn.Cell, validation: EvalBatches, max_length: int, seed: 
     rng = np.random.default_rng(seed)
     kept: list[Windows] = []
     missing = {PREFILL: np.ones(0, bool), DECODE: np.ones(0, bool)}  # [M, E]
-    for tokens in itertools.islice(_windows(validation, max_length, decoder.vocab_size), MOST_BATCHES):
-        windows = _run(decoder, tokens, rng)
+    pieces = _pairs(validation) if isinstance(decoder, Seq2Seq) else _windows(validation, max_length, decoder.vocab_size)
+    for tokens, inputs in itertools.islice(pieces, MOST_BATCHES):
+        windows = _run(decoder, tokens, inputs, rng)
         still = {graph: windows.reached[graph] == 0 for graph in missing}
         if kept:
             still = {graph: missing[graph] & still[graph] for graph in missing}
@@ -125,20 +129,29 @@ def _exported(model: ExportedModel, windows: Windows) -> Iterator[tuple[str, np.
     """Yields (graph, its logits [B, V], those of the training graph [B, V]) of each compared position."""
     rows = np.arange(len(windows.tokens))
     prompts = [row[:length] for row, length in zip(windows.tokens, windows.lengths)]
-    logits, keys, values = model.prefill(prompts)
+    read = (prompts,) if windows.inputs is None else (list(windows.inputs), prompts)
+    logits, *state = model.prefill(*read)
     yield PREFILL, logits, windows.logits[:, 0]
-    keys, values = model.grow(keys, values, windows.tokens.shape[1])
+    state = model.grow(*state, windows.tokens.shape[1])
     for step in range(1, windows.logits.shape[1]):
         places = windows.lengths + step - 1
-        logits, keys, values = model.decode(windows.tokens[rows, places], places, keys, values)
+        logits, *state = model.decode(windows.tokens[rows, places], places, *state)
         yield DECODE, logits, windows.logits[:, step]
 
 
-def _windows(validation: EvalBatches, max_length: int, vocab_size: int) -> Iterator[np.ndarray]:
+def _pairs(validation: EvalBatches) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of (what a decoder reads [B, T], what its encoder reads [B, S]) of whole corrupted windows."""
+    for batch in itertools.chain.from_iterable(validation for _ in range(PASSES)):
+        whole, length = batch.valid.min(1) > 0, batch.tokens.shape[1] - batch.labels.shape[1]
+        if whole.any():
+            yield batch.tokens[whole, length:], batch.tokens[whole, :length]
+
+
+def _windows(validation: EvalBatches, max_length: int, vocab_size: int) -> Iterator[tuple[np.ndarray, None]]:
     """Batches of windows [B, S] of real text: one of full length, then short ones, PASSES times."""
     first = validation.at(0)
     real = first.valid.sum(1)  # [B]
-    yield first.tokens[real == real[0]][:LONG, : min(max_length, int(real[0]))]
+    yield first.tokens[real == real[0]][:LONG, : min(max_length, int(real[0]))], None
     for batch in itertools.chain.from_iterable(validation for _ in range(PASSES)):
         whole = batch.tokens[batch.valid.min(1) > 0]
         if not len(whole):
@@ -146,25 +159,28 @@ def _windows(validation: EvalBatches, max_length: int, vocab_size: int) -> Itera
         size = min(SHORT, whole.shape[1], max_length)
         pieces = whole.shape[1] // size
         windows = whole[:, : pieces * size].reshape(-1, size)  # [B * pieces, S]
-        yield windows[: max(1, LARGEST // (size * vocab_size))]
+        yield windows[: max(1, LARGEST // (size * vocab_size))], None
 
 
-def _run(decoder: nn.Cell, tokens: np.ndarray, rng: np.random.Generator) -> Windows:
-    """Runs the training graph on windows [B, S], each split at a random position."""
+def _run(decoder: nn.Cell, tokens: np.ndarray, inputs: np.ndarray | None, rng: np.random.Generator) -> Windows:
+    """Runs the training graph on windows [B, S], each split at a random position; inputs: see Windows."""
     batch, size = tokens.shape
     steps = min(STEPS, size - 1)
     lengths = rng.integers(1, size - steps + 1, batch)
     lengths[0] = size - steps  # one reads all that it can
-    loads = []
+    loads, given = [], tokens if inputs is None else np.concatenate((inputs, tokens), 1)
     for end in (lengths - 1, lengths, lengths + steps):
         valid = (np.arange(size) < end[:, None]).astype(np.float32)  # [B, S]
-        logits, stats, _ = decoder(Tensor(tokens), Tensor(valid), ops.zeros((1, 1, 1), mstype.float32))
+        logits, stats, _ = decoder(Tensor(given), Tensor(valid), ops.zeros((1, 1, 1), mstype.float32))
         loads.append(loads_of(decoder, stats))
     places = (lengths - 1)[:, None] + np.arange(steps + 1)  # [B, 1 + steps]
     logits = logits.asnumpy().reshape(batch, size, -1)[np.arange(batch)[:, None], places]  # [B, 1 + steps, V]
     # causal and without drops: what later places choose does not touch earlier ones, so loads can be subtracted
     reached = {PREFILL: loads[1] - loads[0], DECODE: loads[2] - loads[1]}
-    return Windows(tokens, lengths, logits, reached)
+    if inputs is not None:
+        encoder = sum(layer < len(decoder.encoder.layers) for layer in decoder.moe_layers)
+        reached[PREFILL][:encoder], reached[DECODE][:encoder] = loads[0][:encoder], 1.0
+    return Windows(tokens, lengths, logits, reached, inputs)
 
 
 def loads_of(decoder: nn.Cell, stats) -> np.ndarray:

@@ -7,9 +7,10 @@ from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.models.cascade import Cascade
 from switchyard.models.decoder import Decoder
 from switchyard.models.generation import Decode, Prefill
+from switchyard.models.seq2seq import Seq2Seq
 from switchyard.models.vision import Vision
 
-__all__ = ["Cascade", "Decode", "Decoder", "Prefill", "Vision", "create_model"]
+__all__ = ["Cascade", "Decode", "Decoder", "Prefill", "Seq2Seq", "Vision", "create_model"]
 
 
 def create_model(
@@ -20,10 +21,11 @@ def create_model(
     Args:
         config: the whole configuration.
         vocab_size: entries V of the tokenizer; what a network that reads images predicts is in the section `vision`.
-        length: of the decoder's longest sequence, at least model.seq_length.
+        length: of the longest sequence of text, at least model.seq_length.
         drawn: False: a model whose weights have shapes and no numbers, see nn.initializers.
         mesh: the devices; `mesh.place(model)` shards the model over them.
     """
-    if config.model.type == "decoder":
-        return Decoder(config, vocab_size, length, drawn, mesh)
+    if config.reads_text:
+        kind = {"decoder": Decoder, "seq2seq": Seq2Seq}[config.model.type]
+        return kind(config, vocab_size, length, drawn, mesh)
     return {"vision": Vision, "cascade": Cascade}[config.model.type](config, mesh, drawn)

@@ -32,7 +32,7 @@ def weighted_losses(stats: Tensor, count: Tensor, balance_factor: float, z_facto
 
     Args:
         stats: of M layers, summed over groups, [M, 6 + 2 E].
-        count: real tokens of all groups, [].
+        count: real tokens of all groups, []; where layers have different tokens, [M, 1].
         balance_factor: moe.aux_loss_factor.
         z_factor: moe.z_loss_factor.
     """

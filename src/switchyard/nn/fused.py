@@ -22,21 +22,21 @@ from switchyard.config import Config
 from switchyard.config.schema import ModelConfig
 
 NONE: frozenset[str] = frozenset()
+OF_DECODER_ATTENTION = {"FlashAttentionScore", "HalfAttention"}  # which has no bias of relative positions
 HALVES = ("float16", "bfloat16")  # the only types that FlashAttentionScore computes in
 MASK_LIMIT = 2**25  # values of the mask of HalfAttention: 64 MiB in float16
 
 
 def fused_operators(config: Config, target: str) -> frozenset[str]:
-    """Returns the names of the operators that the decoder takes on the device `target` (Ascend, GPU or CPU).
+    """Returns the names of the operators that the network of text takes on the device `target` (Ascend, GPU or CPU).
 
     An operator is left out where its limits do not hold: FlashAttentionScore wants half precision and heads of 16, 32,
     .. 512 columns; HalfAttention wants float16 and a mask of at most MASK_LIMIT values.
     """
-    if not config.context.fused_operators or config.model.type != "decoder":
+    if not config.context.fused_operators or not config.reads_text or target not in ("Ascend", "GPU"):
         return NONE
-    if target == "Ascend":
-        return of_ascend(config.model)
-    return of_gpu(config.model) if target == "GPU" else NONE
+    found = of_ascend(config.model) if target == "Ascend" else of_gpu(config.model)
+    return found - OF_DECODER_ATTENTION if config.model.type == "seq2seq" else found
 
 
 def of_ascend(model: ModelConfig) -> frozenset[str]:

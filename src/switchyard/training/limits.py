@@ -44,8 +44,9 @@ class Refusal:
 def refusals(config: Config, target: str = "Ascend") -> Iterator[Refusal]:
     """Yields all that stands against compiling a configuration for devices of a kind, first what processes can do."""
     moe = config.moe
-    if config.model.type != "decoder":
-        yield Refusal("model.type", config.model.type, "only a decoder is sharded over devices", True)
+    if not config.reads_text:
+        reason = "only networks that read text are sharded over devices"
+        yield Refusal("model.type", config.model.type, reason, True)
     if target == "GPU" and config.moe_layers and moe.dispatch != "capacity":
         yield Refusal("moe.dispatch", moe.dispatch, "the compiler shards it for Ascend", True)
     if config.moe_layers and (reason := why_not_sharded(moe.router)):

@@ -49,7 +49,7 @@ class TrainLoss(nn.Cell):
         self.balance_factor, self.z_factor = moe.aux_loss_factor, z_loss_factor(config)
         self.consistency = moe.consistency_loss_factor if self.layers else 0.0
         self.window, self.units, self.columns = config.row_tokens, config.units, metrics.width(moe.expert_num)
-        self.width = figures_num(config)
+        self.width, self.stacked = figures_num(config), len(config.stacks) > 1
         self.log_softmax, self.total, self.total_counts = ops.LogSoftmax(-1), mesh.total(), mesh.total()
         self.own = None  # 1 in the place of this device's data shard [data_parallel, 1], where choices are recorded
         if moe.record is not None and self.layers:
@@ -82,7 +82,10 @@ class TrainLoss(nn.Cell):
 
     def figures(self, logits: Tensor, other: Tensor, labels, valid, factor, stats, choices=()) -> Tensor:
         """Sums figures over the devices: logits [N, V] of one pass and of the other, labels and valid [B, S] -> [W]."""
-        counts, routed = self.total_counts(self.local_counts(valid)), ()  # [2]
+        routed, counted = (), (valid,)
+        if self.layers > 0 and self.stacked:
+            counted = (valid, ops.stop_gradient(stats))
+        counts = self.total_counts(self.local_counts(*counted))  # [2]
         if self.layers > 0:
             routed = (stats,) if self.own is None else (stats, choices)
         return self.total(self.local_part(logits, other, labels, valid, counts, factor, *routed))
@@ -92,8 +95,15 @@ class TrainLoss(nn.Cell):
         """Returns the noise of the second pass: [J, N, D] -> [J / 2, N, D]."""
         return noise[noise.shape[0] // 2 :]
 
-    def counts(self, valid: Tensor) -> Tensor:
-        """Counts the valid predictions and the real routed tokens of a device: valid [B, S] -> [1, 2]."""
+    def counts(self, valid: Tensor, stats: Tensor = None) -> Tensor:
+        """Counts the valid predictions and the real routed tokens of a device: valid [B, S] -> [1, 2].
+
+        The stacks of an encoder-decoder have different tokens: statistics [G, M * (6 + 2 E)] -> [1, 1 + M], the tokens
+        of each layer.
+        """
+        if stats is not None:
+            tokens = stats.sum(0).reshape(self.layers, self.columns)[:, metrics.TOKENS]  # [M]
+            return ops.concat((valid.sum().reshape(1), tokens)).reshape(1, -1)
         routed = valid.reshape(-1)[:: self.window].sum() * self.units
         return ops.stack((valid.sum(), routed)).reshape(1, 2)
 
@@ -112,7 +122,8 @@ class TrainLoss(nn.Cell):
         total, summed = loss, ()
         if len(routed) > 0:
             layers = routed[0].sum(0).reshape(self.layers, self.columns)
-            total, summed = loss + self.auxiliary(layers, counts[1]), (ops.stop_gradient(layers).reshape(-1),)
+            routed_rows = counts[1:].reshape(-1, 1) if self.stacked else counts[1]  # [M, 1] or []
+            total, summed = loss + self.auxiliary(layers, routed_rows), (ops.stop_gradient(layers).reshape(-1),)
         if self.own is not None:
             chosen = routed[1].reshape(1, -1).astype(mstype.float32)  # exact: numbers of experts are small
             summed = (*summed, (self.own * chosen).reshape(-1))  # [data_parallel * N * M * K], 0 for other devices
@@ -123,7 +134,7 @@ class TrainLoss(nn.Cell):
         return self.placed(ops.concat((scaled, ops.stop_gradient(loss).reshape(1), *summed)).reshape(1, -1), factor)
 
     def auxiliary(self, layers: Tensor, count: Tensor) -> Tensor:
-        """Weighs the losses that statistics [M, 6 + 2 E] carry, of `count` real tokens on all devices: []."""
+        """Weighs the losses that statistics [M, 6 + 2 E] carry, of `count` real tokens on all devices, [] or [M, 1]: []."""
         return weighted_losses(layers, count, self.balance_factor, self.z_factor)
 
     def divergence(self, one: Tensor, other: Tensor) -> Tensor:
@@ -146,8 +157,8 @@ class TrainLoss(nn.Cell):
         def half(noise):
             return [noise[0] // 2, *noise[1:]]
 
-        def counted(valid):
-            return [data, 2]
+        def counted(valid, *stats):
+            return [data, 1 + (self.layers if stats else 1)]
 
         def summed(*shapes):
             return [data, width + (0 if self.own is None else math.prod(shapes[-1]))]
@@ -155,7 +166,8 @@ class TrainLoss(nn.Cell):
         routed = () if not self.layers else (pair,) if self.own is None else (pair, pair)
         inputs = (pair, pair, pair, pair, mesh.layout(None), full, *routed)
         self.local_second = mesh.local(self.second_half, (mesh.noise,), (mesh.noise,), half, first)
-        self.local_counts = mesh.local(self.counts, (pair,), (pair,), counted, first)
+        of_counts = (pair, pair) if self.stacked and self.layers else (pair,)
+        self.local_counts = mesh.local(self.counts, of_counts, (pair,), counted, first)
         self.local_part = mesh.local(self.part, inputs, (pair,), summed, first)
 
 

@@ -198,11 +198,12 @@ def sample_inputs(config: Config, model: nn.Cell) -> tuple[Tensor, ...]:
     before somebody writes them."""
     size = config.model
     micro, batch = config.micro_batches // calls_of(config), config.data.batch_size // config.parallel.data_parallel
-    tokens, length = np.zeros((micro, batch, size.seq_length), np.int32), batch * size.seq_length
+    tokens, labels = (np.zeros((micro, batch, one), np.int32) for one in (config.token_length, config.target_length))
+    length = batch * config.token_length
     noise = np.zeros((micro, 1, 1, 1), np.float32)
     if model.noise_slices:
         noise = np.zeros((micro, model.noise_slices, length, size.hidden_size), np.float32)
-    arrays = [tokens, tokens, tokens.astype(np.float32), noise]
+    arrays = [tokens, labels, labels.astype(np.float32), noise]
     if forces_choices(config):
         arrays.append(np.zeros((micro, len(config.moe_layers), length, config.moe.choices), np.int32))
     inputs = call_inputs(config, arrays, np.full(micro, 1.0 / config.micro_batches))

@@ -1,0 +1,103 @@
+"""Adds to a tokenizer what an encoder-decoder needs: padding, an end, and the sentinels of span corruption.
+
+Ids: padding 0, end 1, then those of the text, then the sentinels, the last id is <extra_id_0>: the order of T5.
+"""
+
+import json
+import re
+from typing import Any
+
+import numpy as np
+
+from switchyard.config.seq2seq import END, SPECIALS
+from switchyard.data.tokenizer import Ids, Tokenizer, reconcile
+from switchyard.errors import UserError
+
+SENTINEL = re.compile(r"<extra_id_(\d+)>")
+
+
+class SentinelTokenizer(Tokenizer):
+    """Gives the ids of a tokenizer moved behind padding and end, and `count` sentinels <extra_id_0>, ... behind them.
+
+    `encode` reads sentinels that a prompt spells; `decode` spells them, and leaves out padding and end.
+
+    Examples:
+        >>> from switchyard.data.tokenizer import ByteTokenizer
+        >>> tokenizer = SentinelTokenizer(ByteTokenizer(), 2)
+        >>> tokenizer.encode("a<extra_id_0>b").tolist()
+        [99, 259, 100]
+        >>> tokenizer.decode([259, 100, 258, 1])
+        '<extra_id_0>b<extra_id_1>'
+    """
+
+    def __init__(self, text: Tokenizer, count: int):
+        self.text, self.count, self.kind = text, count, text.kind
+        self.vocab_size, self.separator = SPECIALS + text.vocab_size + count, END
+        self.unknown = None if text.unknown is None else text.unknown + SPECIALS
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any], name: str) -> "SentinelTokenizer":
+        """Returns the tokenizer that `to_json` wrote, of its parsed JSON (UserError: it is not that)."""
+        count = tree.get("count")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise UserError(f"tokenizer '{name}': count: {count!r}; must be the number of sentinels, at least 1")
+        return cls(Tokenizer.from_json(json.dumps(tree["tokenizer"]), name), count)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Implements Tokenizer.encode; a sentinel that the vocabulary lacks is text."""
+        pieces, done = [], 0
+        for match in SENTINEL.finditer(text):
+            if int(match[1]) < self.count:
+                pieces += [self._encode_text(text[done : match.start()]), [self.sentinel(int(match[1]))]]
+                done = match.end()
+        return np.concatenate([*pieces, self._encode_text(text[done:])]).astype(np.int32)
+
+    def decode(self, ids: Ids) -> str:
+        """Implements Tokenizer.decode."""
+        found, piece = [], []
+        for token in np.asarray(ids, np.int64).tolist():
+            if SPECIALS <= token < self.vocab_size - self.count:
+                piece.append(token - SPECIALS)
+            elif token >= SPECIALS:
+                found += [self.text.decode(piece), f"<extra_id_{self.vocab_size - 1 - token}>"]
+                piece = []
+        return "".join([*found, self.text.decode(piece)])
+
+    def byte_length(self, ids: Ids) -> int:
+        """Implements Tokenizer.byte_length; padding, ends and sentinels stand for no text."""
+        ids = np.asarray(ids, np.int64)
+        return self.text.byte_length(ids[(ids >= SPECIALS) & (ids < self.vocab_size - self.count)] - SPECIALS)
+
+    def to_json(self) -> str:
+        """Implements Tokenizer.to_json."""
+        return json.dumps({"kind": "sentinels", "count": self.count, "tokenizer": json.loads(self.text.to_json())})
+
+    def sentinel(self, number: int) -> int:
+        """Returns the id of <extra_id_NUMBER>."""
+        return self.vocab_size - 1 - number
+
+    def _encode_text(self, text: str) -> np.ndarray:
+        return self.text.encode(text) + SPECIALS if text else np.zeros(0, np.int32)
+
+
+def text_json(tokenizer_json: str | None) -> str | None:
+    """Returns the JSON of the tokenizer within a checkpoint's SentinelTokenizer; None of none."""
+    if tokenizer_json is None:
+        return None
+    known = Tokenizer.from_json(tokenizer_json, "of the checkpoint")
+    return known.text.to_json() if isinstance(known, SentinelTokenizer) else tokenizer_json
+
+
+def with_sentinels(tokenizer: Tokenizer, count: int, tokenizer_json: str | None = None) -> SentinelTokenizer:
+    """Returns a tokenizer of text with `count` sentinels.
+
+    Args:
+        tokenizer: of the text.
+        count: seq2seq.sentinels.
+        tokenizer_json: of a checkpoint, whose tokenizer must be the same.
+
+    Raises:
+        UserError: the checkpoint has another one.
+    """
+    found = SentinelTokenizer(tokenizer, count)
+    return found if tokenizer_json is None else reconcile(found, tokenizer_json)
