@@ -31,6 +31,11 @@ def train_main(arguments: list[str]) -> None:
         "--config", required=True, metavar="FILE", help="a YAML file, or the name of one in config/ such as quickstart"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run train.name")
+    parser.add_argument(
+        "--init",
+        metavar="RUN",
+        help="start a new run from the weights and the tokenizer of a run, or of one checkpoint",
+    )
     parser.add_argument("--print-config", action="store_true", help="show every key and its value, and end")
     chosen = parser.parse_intermixed_args(arguments)
     config = configuration.load(chosen.config, chosen.overrides, devices=world_size())
@@ -42,7 +47,7 @@ def train_main(arguments: list[str]) -> None:
     announce(config, chosen.overrides)
     from switchyard.training.loop import train
 
-    train(config, chosen.resume)
+    train(config, chosen.resume, chosen.init)
 
 
 def eval_main(arguments: list[str]) -> None:

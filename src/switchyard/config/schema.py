@@ -218,6 +218,10 @@ class TrainConfig(Section):
     checkpoint_every: NotNegative = Field(500, description="steps between checkpoints; 0 = only at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept, besides the best")
     init_loss_scale: Annotated[float, Field(gt=0)] = Field(65536.0, description="float16: first dynamic loss scale")
+    freeze: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="parameters that are not trained: patterns of their names, such as embedding.* or *.router.weight",
+    )
     replica_check_every: NotNegative = Field(
         100, description="steps between checks that replicated tensors are bit-equal on all devices; 0 = never"
     )

@@ -70,6 +70,7 @@ def load_data(
     rank: int = 0,
     world: int = 1,
     seen: Seen = lambda marks: None,
+    taken_over: bool = False,
 ) -> Data:
     """Reads the data that a configuration names.
 
@@ -78,17 +79,22 @@ def load_data(
         tokenizer_json: the tokenizer of a checkpoint, when one is continued or evaluated.
         rank, world: the shard of each micro-batch of data.batch_size sequences; validation is not sharded.
         seen: is told the fingerprint before text becomes tokens, and may refuse it.
+        taken_over: whether text becomes tokens by `tokenizer_json`, whatever data.tokenizer says, see training.initial.
 
     Raises:
-        UserError: missing, empty, undecodable or too short text; another vocabulary than the checkpoint's.
+        UserError: missing, empty, undecodable or too short text; another vocabulary than the checkpoint's; a character
+            that a tokenizer which is taken over does not know.
     """
     if config.data.batch_size % world:
         raise UserError(f"data.batch_size: {config.data.batch_size}; must be a multiple of the {world} processes")
     if config.model.type != "decoder":
         return _load_images(config, tokenizer_json, rank, world, seen)
     folder = mindrecord.locate(config.data.path)
-    read = _read_text if folder is None else _read_records
-    tokenizer, source, stream, count, description, marks = read(config, tokenizer_json, seen)
+    if folder is None:
+        found = _read_text(config, tokenizer_json, seen, taken_over)
+    else:
+        found = _read_records(config, tokenizer_json, seen)
+    tokenizer, source, stream, count, description, marks = found
     batch_size, seq_length = config.data.batch_size // world, config.model.seq_length
     train = TrainBatches(source, batch_size, seq_length, config.train.seed, rank, world)
     description += f"; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind})"
@@ -154,7 +160,7 @@ def _load_images(config: Config, classes_json: str | None, rank: int, world: int
 
 
 def _read_text(
-    config: Config, tokenizer_json: str | None, seen: Seen
+    config: Config, tokenizer_json: str | None, seen: Seen, taken_over: bool
 ) -> tuple[Tokenizer, np.ndarray, np.ndarray, Callable, str, dict[str, Any]]:
     """Returns (tokenizer, training stream [T], validation stream [T], what counts ids, description, fingerprint) of
     text.
@@ -166,8 +172,9 @@ def _read_text(
     marks = fingerprint.of_corpus(corpus)
     seen(marks)
     named = config.data.tokenizer
-    if tokenizer_json is not None and named not in ("byte", "char") and not os.path.exists(os.path.expanduser(named)):
-        tokenizer = Tokenizer.from_json(tokenizer_json, "of the checkpoint")  # its file has gone; the copy serves
+    gone = named not in ("byte", "char") and not os.path.exists(os.path.expanduser(named))
+    if tokenizer_json is not None and (taken_over or gone):  # its file has gone; the copy serves
+        tokenizer = Tokenizer.from_json(tokenizer_json, "of the checkpoint")
     else:
         tokenizer = load_tokenizer(config.data, corpus)
         if tokenizer_json is not None:

@@ -66,6 +66,8 @@ def _of_pipelines(config: Config, target: str) -> Iterator[Refusal]:
         yield Refusal("parallel.optimizer_shard", 3, f"0 or 1 {beside}", False)
     if config.model.tie_word_embeddings:  # the compiler cannot hand a sharded table to another stage
         yield Refusal("model.tie_word_embeddings", True, f"False {beside}", False)
+    if config.train.freeze:  # a stage without a trained parameter has no gradient to send on
+        yield Refusal("train.freeze", config.train.freeze, f"[] {beside}", False)
     for key, usual in (("record", "null"), ("replay", "null"), ("router_warmup_steps", 0)):
         if value := getattr(moe, key):  # choices do not travel between stages
             yield Refusal(f"moe.{key}", value, f"{usual} {beside}", False)

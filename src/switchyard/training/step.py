@@ -18,6 +18,7 @@ from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.models import create_model
 from switchyard.moe import metrics
 from switchyard.nn.initializers import set_initial, shapes_only
+from switchyard.training.frozen import freeze, is_frozen
 from switchyard.training.loss import STATISTICS, TrainLoss, figures_num, name_figures
 from switchyard.training.loss_scale import LossScale
 from switchyard.training.micro_batches import call_inputs, calls_of, forces_choices, input_shards, inputs_of_calls
@@ -134,6 +135,8 @@ class TrainStep:
         """
         loads = metrics.loads(rows[:, STATISTICS:].sum(0), self.config.moe.expert_num)  # [M, E]
         for router, load in zip(self.routers, loads):
+            if any(is_frozen(parameter.name, self.config.train.freeze) for parameter in router.state()):
+                continue
             state = [(parameter, tuple(self.shapes[parameter.name])) for parameter in router.state()]
             sharded = [(own, self.box(own.name, shape)) for own, shape in state if tuple(own.shape) != shape]
             for parameter, box in sharded:
@@ -164,6 +167,14 @@ class TrainStep:
         self.compile()
         set_initial(self.graph.get_parameters(), self.box)
 
+    def load_weights(self, weights: dict[str, np.ndarray]) -> None:
+        """Sets the model's parameters, strictly by name and shape (UserError); the optimizer begins anew."""
+        self.compile()
+        own, updated = {parameter.name: parameter for parameter in self.model.get_parameters()}, self.mesh.updated
+        set_parameters(updated(own), updated(weights), "weight")
+        if self.mesh.draws_late:
+            set_initial((one for one in self.graph.get_parameters() if one.name not in own), self.box)
+
     def load(self, weights: dict[str, np.ndarray], optimizer: dict[str, np.ndarray]) -> None:
         """Sets the model's parameters and the optimizer's state, strictly by name and shape (UserError)."""
         self.compile()
@@ -189,6 +200,7 @@ def create_step(config: Config, vocab_size: int, mesh: LocalMesh = LOCAL) -> Tra
     own = mesh.config(config)
     with shapes_only() if mesh.draws_late else nullcontext():
         model = create_model(own, vocab_size, drawn=mesh.draws_full, mesh=mesh)
+        freeze(model, own)
         mesh.place(model)
         return TrainStep(model, own, mesh)
 
