@@ -197,6 +197,31 @@ class ScheduleConfig(Section):
     total_steps: Positive | None = Field(None, description="steps at which the curve ends; null = train.steps")
 
 
+class LoraConfig(Section):
+    """Describes low-rank adapters, which alone are trained (LoRA, arXiv 2106.09685)."""
+
+    rank: Positive = Field(8, description="width r of the product A B that is added to a weight")
+    alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="the product is multiplied by alpha / rank")
+    targets: Annotated[list[Literal["attention.qkv", "attention.out", "experts", "router"]], Field(min_length=1)] = (
+        Field(
+            ["attention.qkv", "attention.out", "experts"],
+            description="what gets adapters; experts: every feed-forward; router: trained in full, without an adapter",
+        )
+    )
+
+
+class DistillConfig(Section):
+    """Describes training by the outputs of a teacher (arXiv 1503.02531; of experts: arXiv 2101.03961, section 4.2)."""
+
+    teacher: str = Field(description="run folder or checkpoint of the teacher")
+    soft_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.25, description="weight of the teacher's probabilities; 1 minus it is that of the next token"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="divides both logits of the soft loss, which is multiplied by its square"
+    )
+
+
 class TrainConfig(Section):
     """Describes the run: its folder, its steps, its log and its checkpoints."""
 
@@ -218,6 +243,14 @@ class TrainConfig(Section):
     checkpoint_every: NotNegative = Field(500, description="steps between checkpoints; 0 = only at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept, besides the best")
     init_loss_scale: Annotated[float, Field(gt=0)] = Field(65536.0, description="float16: first dynamic loss scale")
+    lora: LoraConfig | None = Field(
+        None,
+        description="low-rank adapters, which alone are trained: {rank: 8, alpha: 16, targets: [...]}; null = none",
+    )
+    distill: DistillConfig | None = Field(
+        None,
+        description="teacher whose outputs are targets: {teacher: RUN, soft_weight: 0.25, temperature: 1}; null = none",
+    )
     freeze: list[Annotated[str, Field(min_length=1)]] = Field(
         [],
         description="parameters that are not trained: patterns of their names, such as embedding.* or *.router.weight",
@@ -319,7 +352,9 @@ class Config(Section):
         section, _, name = key.partition(".")
         if name.startswith("router."):
             return self.moe.router.given()[name.removeprefix("router.")]
-        return getattr(getattr(self, section), name)
+        first, _, inner = name.partition(".")
+        value = getattr(getattr(self, section), first)
+        return getattr(value, inner) if inner else value
 
     def to_yaml(self) -> str:
         """Returns all keys with their values as YAML, in the order of the sections."""

@@ -5,6 +5,7 @@ A checkpoint of step 0 holds the weights, so that --resume goes on without the s
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,26 @@ def read_initial(path: str | Path, config: Config) -> Checkpoint:
     return held
 
 
-def check_fits(config: Config, old: Config, path: str | Path) -> None:
-    """Refuses a configuration whose weights have other names or shapes than those of `old` (UserError)."""
+def check_fits(
+    config: Config, old: Config, path: str | Path, option: str = "--init", sections: Sequence[str] = ()
+) -> None:
+    """Refuses a configuration whose weights have other names or shapes than those of `old` (UserError).
+
+    Args:
+        config, old: of the new run, of the weights.
+        path: of the weights.
+        option: that has named them.
+        sections: whose keys count; () = all.
+    """
     learned = config.model.position == "learned"
     unread = configuration.unread_keys(config) & configuration.unread_keys(old)
     for key in (*SHAPE_KEYS, "model.seq_length") if learned else SHAPE_KEYS:
         before, now = meaning(old, key), meaning(config, key)
-        if before != now and key not in unread:
+        if before != now and key not in unread and (not sections or key.partition(".")[0] in sections):
             remedy = f"set {key}={word(before)}, or take the config.yaml of '{path}'"
             if not old.moe_layers and config.moe_layers:
                 remedy = DENSE_TO_SPARSE
-            raise UserError(f"--init: {key}: {word(now)}; the weights of '{path}' have {word(before)}: {remedy}")
+            raise UserError(f"{option}: {key}: {word(now)}; the weights of '{path}' have {word(before)}: {remedy}")
 
 
 def meaning(config: Config, key: str) -> Any:
