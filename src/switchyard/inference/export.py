@@ -12,6 +12,7 @@ from mindspore import nn
 import switchyard
 from switchyard import files
 from switchyard.checkpoint import store as checkpoint
+from switchyard.checkpoint.adapters import merged
 from switchyard.config import Config, ParallelConfig, notes_of_checkpoint
 from switchyard.data import load_scored
 from switchyard.device import set_context
@@ -61,7 +62,7 @@ def export(
         192
     """
     held = checkpoint.read(path, with_optimizer=False)
-    config = overridden(held.config, overrides)
+    config, weights = merged(overridden(held.config, overrides), held.weights)
     check_trusted_section(config.moe, trust_code, say, overrides)
     for line in notes_of_checkpoint(config, overrides, exports=True):
         say(line)
@@ -80,7 +81,7 @@ def export(
     max_length = config.export.max_length or config.model.seq_length
     config = inference_config(config)
     decoder = create_model(config, data.tokenizer.vocab_size, length=max_length)
-    checkpoint.load_weights(decoder, held.weights)
+    checkpoint.load_weights(decoder, weights)
     check_causal(config, decoder)
     decoder.set_train(False)
     expected = reference(decoder, data.validation(), max_length, config.train.seed)

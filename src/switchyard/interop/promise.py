@@ -5,7 +5,7 @@ from switchyard.config import Config
 # routers whose gates of a row sum to 1 where K >= 2, unless norm_topk_prob is off
 NORMALISED = ("top_k", "cosine", "sinkhorn", "sigmoid", "two_level", "multi_gate", "noisy_top_k", "gshard")
 UNWEIGHTED = ("hash", "lsh", "random", "random_in_group")  # one expert, gate 1
-SOFT = ("dense", "merged")  # all experts, gates that sum to 1
+SOFT = ("dense",)  # all experts, gates that sum to 1
 BY_COLUMN = ("top_k", "sigmoid")  # equal columns of the router give equal scores, of which top-k takes all
 
 

@@ -72,6 +72,9 @@ def check_upcyclable(config: Config, old: Config, path: Path) -> int:
     if old.model.type != "decoder" or old.moe_layers:
         what = f"'{path}' is not a dense decoder (model.type {old.model.type}, moe.expert_num {old.moe.expert_num})"
         raise UserError(f"--from: {what}; give the run of a dense decoder")
+    if old.train.lora is not None:
+        remedy = f"merge them first: python -m switchyard.checkpoint merge {path} --out DIR"
+        raise UserError(f"--from: '{path}' holds adapters (train.lora); {remedy}")
     if not config.moe_layers:
         raise UserError(f"moe.expert_num: {config.moe.expert_num}; --to names a model with experts: set 2 or more")
     if config.moe.experts is not None:

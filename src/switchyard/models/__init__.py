@@ -4,6 +4,7 @@ from mindspore import nn
 
 from switchyard.config import Config
 from switchyard.distributed.mesh import LOCAL, LocalMesh
+from switchyard.models.adapters import add_adapters
 from switchyard.models.cascade import Cascade
 from switchyard.models.decoder import Decoder
 from switchyard.models.generation import Decode, Prefill
@@ -25,5 +26,8 @@ def create_model(
         mesh: the devices; `mesh.place(model)` shards the model over them.
     """
     if config.model.type == "decoder":
-        return Decoder(config, vocab_size, length, drawn, mesh)
+        model = Decoder(config, vocab_size, length, drawn, mesh)
+        if config.train.lora is not None:
+            add_adapters(model, config, drawn)
+        return model
     return {"vision": Vision, "cascade": Cascade}[config.model.type](config, mesh, drawn)

@@ -59,9 +59,12 @@ class Linear(nn.Cell):
         self.weight = random.normal(std, (size_in, size_out), "weight")
         self.product = ops.MatMul()
         self.cast_x, self.cast_weight = Cast(dtype), Cast(dtype)
+        self.lora = None  # see models.adapters
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.product(self.cast_x(x), self.cast_weight(self.weight))
+        x = self.cast_x(x)
+        out = self.product(x, self.cast_weight(self.weight))
+        return out if self.lora is None else self.lora(x, out)
 
     def shard(self, mesh: CompiledMesh, out: str = "data") -> None:
         """The weight [I, O] is sharded as `axes_of` says, x by rows and as I, the result by `out` and as O.

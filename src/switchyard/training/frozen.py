@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 from mindspore import nn
 
+from switchyard.checkpoint.adapters import is_adapter
 from switchyard.config import Config
 from switchyard.errors import UserError, shortened
 
@@ -18,7 +19,7 @@ def freeze(model: nn.Cell, config: Config) -> None:
 
     Args:
         model: of the configuration.
-        config: train.freeze is read.
+        config: train.freeze and train.lora are read.
 
     Raises:
         UserError: a pattern that matches no parameter, or no parameter that is left to train.
@@ -29,12 +30,19 @@ def freeze(model: nn.Cell, config: Config) -> None:
             some = ", ".join(names[:: max(1, len(names) // MOST_NAMES)][:MOST_NAMES])
             raise UserError(f"train.freeze: {shortened(pattern)}; matches no parameter; names are like {some}")
     for parameter in model.trainable_params():
-        if is_frozen(parameter.name, config.train.freeze):
+        if not is_trained(parameter.name, config):
             parameter.requires_grad = False
     if not model.trainable_params():
         raise UserError(
             f"train.freeze: {shortened(config.train.freeze)}; leaves no parameter to train; remove a pattern"
         )
+
+
+def is_trained(name: str, config: Config) -> bool:
+    """Returns whether a parameter is trained, if it can be: with adapters, those and perhaps the routers."""
+    lora = config.train.lora
+    below = lora is not None and not is_adapter(name) and not ("router" in lora.targets and ".router." in name)
+    return not below and not is_frozen(name, config.train.freeze)
 
 
 def is_frozen(name: str, patterns: Sequence[str]) -> bool:

@@ -6,11 +6,13 @@ A checkpoint of step 0 holds the weights, so that --resume goes on without the s
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from switchyard import config as configuration
 from switchyard.checkpoint import store as checkpoint
+from switchyard.checkpoint.adapters import merged
 from switchyard.checkpoint.store import Checkpoint
 from switchyard.config import Config
 from switchyard.data import Tokenizer
@@ -41,10 +43,22 @@ def read_initial(path: str | Path, config: Config) -> Checkpoint:
         held = checkpoint.read(path, with_optimizer=False, degrees=degrees, rank=own_rank())
     except UserError as error:
         raise UserError(f"--init: {error}") from None
+    held = without_adapters(held, path, degrees.devices)
     check_fits(config, held.config, path)
     if is_first():
         say_differences(config, held)
     return held
+
+
+def without_adapters(held: Checkpoint, path: str | Path, devices: int = 1) -> Checkpoint:
+    """Returns a checkpoint whose adapters are merged into its weights (UserError: its tensors are shards)."""
+    if held.config.train.lora is None:
+        return held
+    if devices > 1:
+        remedy = f"merge them first: python -m switchyard.checkpoint merge {path} --out DIR"
+        raise UserError(f"--init: '{path}' holds adapters (train.lora), and {devices} devices read shards; {remedy}")
+    config, weights = merged(held.config, held.weights)
+    return replace(held, config=config, weights=weights)
 
 
 def check_fits(

@@ -50,6 +50,8 @@ def refusals(config: Config, target: str = "Ascend") -> Iterator[Refusal]:
         yield Refusal("moe.dispatch", moe.dispatch, "the compiler shards it for Ascend", True)
     if config.moe_layers and (reason := why_not_sharded(moe.router)):
         yield Refusal("moe.router", moe.router, reason, True)
+    if config.train.lora is not None:
+        yield Refusal("train.lora", f"rank {config.train.lora.rank}", "the compiler does not shard adapters", True)
     yield from _of_pipelines(config, target)
 
 

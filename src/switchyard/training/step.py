@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from switchyard.checkpoint.adapters import is_adapter
 from switchyard.checkpoint.layout import shard_of
 from switchyard.checkpoint.store import set_parameters
 from switchyard.config import Config
@@ -18,7 +19,7 @@ from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.models import create_model
 from switchyard.moe import metrics
 from switchyard.nn.initializers import set_initial, shapes_only
-from switchyard.training.frozen import freeze, is_frozen
+from switchyard.training.frozen import freeze, is_trained
 from switchyard.training.loss import STATISTICS, TrainLoss, figures_num, name_figures
 from switchyard.training.loss_scale import LossScale
 from switchyard.training.micro_batches import call_inputs, calls_of, forces_choices, input_shards, inputs_of_calls
@@ -135,7 +136,7 @@ class TrainStep:
         """
         loads = metrics.loads(rows[:, STATISTICS:].sum(0), self.config.moe.expert_num)  # [M, E]
         for router, load in zip(self.routers, loads):
-            if any(is_frozen(parameter.name, self.config.train.freeze) for parameter in router.state()):
+            if not all(is_trained(parameter.name, self.config) for parameter in router.state()):
                 continue
             state = [(parameter, tuple(self.shapes[parameter.name])) for parameter in router.state()]
             sharded = [(own, self.box(own.name, shape)) for own, shape in state if tuple(own.shape) != shape]
@@ -168,9 +169,12 @@ class TrainStep:
         set_initial(self.graph.get_parameters(), self.box)
 
     def load_weights(self, weights: dict[str, np.ndarray]) -> None:
-        """Sets the model's parameters, strictly by name and shape (UserError); the optimizer begins anew."""
+        """Sets the model's parameters, strictly by name and shape (UserError); adapters and optimizer begin anew."""
         self.compile()
-        own, updated = {parameter.name: parameter for parameter in self.model.get_parameters()}, self.mesh.updated
+        updated, own = (
+            self.mesh.updated,
+            {one.name: one for one in self.model.get_parameters() if not is_adapter(one.name)},
+        )
         set_parameters(updated(own), updated(weights), "weight")
         if self.mesh.draws_late:
             set_initial((one for one in self.graph.get_parameters() if one.name not in own), self.box)
