@@ -18,6 +18,7 @@ from switchyard.data import load_scored
 from switchyard.device import set_context
 from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
+from switchyard.inference.chat import kept_texts
 from switchyard.inference.classify import ClassifierManifest, is_classifier
 from switchyard.inference.export_classifier import export_classifier
 from switchyard.inference.manifest import DECODE, PREFILL, Figures, Limits, Manifest, Source
@@ -93,6 +94,8 @@ def export(
     )
     with files.unfinished(out.resolve()) as temporary:
         (temporary / manifests.TOKENIZER).write_text(data.tokenizer.to_json(), encoding="utf-8")
+        for name, text in kept_texts(held.state).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         graphs = write_graphs(decoder, temporary, max_length, prefill_block(config, max_length), key)
         unchecked = _manifest(config, decoder, graphs, key, source, expected, temporary)
         found = compare(ExportedModel(temporary, unchecked, key), expected, config.model.compute_dtype)

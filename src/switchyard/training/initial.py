@@ -20,7 +20,7 @@ from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.processes import is_first, own_rank
 from switchyard.errors import UserError
 from switchyard.training.evaluate import SHAPE_KEYS
-from switchyard.training.resume import INIT, differences, word
+from switchyard.training.resume import INIT, KEPT, differences, word
 
 DENSE_TO_SPARSE = "`python -m switchyard.interop.upcycle` makes experts of a dense model"
 
@@ -118,4 +118,5 @@ def with_tokenizer(config: Config, held: Checkpoint, run: Path) -> Config:
 def first_state(held: Checkpoint) -> dict[str, Any]:
     """Returns the state of a new run that starts from a checkpoint; it names the checkpoint."""
     place = held.path.as_posix().encode("utf-8", "backslashreplace").decode()
-    return {"step": 0, "seconds": 0.0, INIT: {"checkpoint": place, "step": held.step}}
+    kept = {name: held.state[name] for name in KEPT if name in held.state}
+    return {"step": 0, "seconds": 0.0} | kept | {INIT: {"checkpoint": place, "step": held.step}}

@@ -45,6 +45,7 @@ from switchyard.training.micro_batches import forces_choices
 from switchyard.training.randomness import NOISE_RULE, draw_noise, random_state
 from switchyard.training.resume import (
     INIT,
+    KEPT,
     RESULT,
     agreed,
     changed_keys,
@@ -230,8 +231,8 @@ class Trainer:
         self.start, self.start_index = self.done, data.train.course.index
         self.start_tokens = state.get("tokens")
         self.saved = self.compared = self.done  # the newest steps that need no saving, and no look at the replicas
-        self.init = state.get(INIT)
-        if self.init and not resume:
+        self.kept = {name: state[name] for name in KEPT if name in state}
+        if self.kept and not resume:
             self.saved = -1  # before the first step, so that --resume always finds the weights that the run began with
         self.clock = Clock(seconds=state["seconds"], mark_seconds=state["seconds"])
         best = checkpoint.best(run)
@@ -446,9 +447,8 @@ class Trainer:
             "noise_rule": NOISE_RULE,
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
             "seconds": self.clock.seconds,
+            **self.kept,
         }
-        if self.init:
-            state[INIT] = self.init
         weights, optimizer = self._arrays()
         self._compare_replicas(weights | optimizer)  # what is saved has been seen to be right
         self.metrics.flush()
