@@ -14,10 +14,11 @@ from switchyard.commands import infer_main
 from switchyard.data import Tokenizer
 from switchyard.errors import UserError
 from switchyard.inference import chat as chats
-from switchyard.inference.chat import Chat, ChatTemplate, kept_texts, read_template, talk
+from switchyard.inference.chat import Chat, ChatTemplate, read_template, talk
 from switchyard.inference.export import export
 from switchyard.inference.mindir import open_model
 from switchyard.inference.sampling import Sampling
+from switchyard.training.companions import kept_texts
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}\n"

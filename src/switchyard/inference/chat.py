@@ -19,22 +19,11 @@ from switchyard.inference.manifest import Manifest
 from switchyard.inference.mindir import ExportedModel
 from switchyard.inference.sampling import Sampling
 from switchyard.optional import require
+from switchyard.training.companions import GENERATION, TEMPLATE, TEXTS, TOKENIZER_CONFIG
 
-TOKENIZER_CONFIG, TEMPLATE, GENERATION = "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
-TEXTS = (TOKENIZER_CONFIG, TEMPLATE, GENERATION, "special_tokens_map.json")  # that an export takes along
-ORIGIN = "huggingface"  # in the state of a checkpoint that was imported, or that began with one
 LONGEST = 1 << 22  # bytes of a text
 DEFAULT = "default"  # of several named templates
 NEW = "/new"  # a line that starts another conversation
-
-
-def kept_texts(state: dict[str, Any]) -> dict[str, str]:
-    """Returns name -> text of what the state of a checkpoint has kept of the tokenizer's companions."""
-    origin = state.get(ORIGIN)
-    texts = origin.get("texts") if isinstance(origin, dict) else None
-    if not isinstance(texts, dict):
-        return {}
-    return {name: text for name, text in texts.items() if name in TEXTS and isinstance(text, str)}
 
 
 @dataclass(frozen=True)

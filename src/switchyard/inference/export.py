@@ -18,7 +18,6 @@ from switchyard.data import load_scored
 from switchyard.device import set_context
 from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
-from switchyard.inference.chat import kept_texts
 from switchyard.inference.classify import ClassifierManifest, is_classifier
 from switchyard.inference.export_classifier import export_classifier
 from switchyard.inference.manifest import DECODE, PREFILL, Figures, Limits, Manifest, Source
@@ -27,6 +26,7 @@ from switchyard.inference.parity import Reference, compare, reference
 from switchyard.models import Decoder, create_model
 from switchyard.models.generation import Decode, Prefill, cast_products
 from switchyard.moe.dispatch.plan import block_size
+from switchyard.training.companions import kept_texts
 from switchyard.training.evaluate import overridden
 from switchyard.trust import check_trusted_section
 

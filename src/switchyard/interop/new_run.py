@@ -7,8 +7,14 @@ import numpy as np
 
 from switchyard import files
 from switchyard.checkpoint import store as checkpoint
+from switchyard.checkpoint.store import Checkpoint
 from switchyard.config import Config
+from switchyard.data import Tokenizer
 from switchyard.errors import UserError
+from switchyard.models import create_model
+from switchyard.training.companions import ORIGIN, TEXTS_KEY, kept_texts
+from switchyard.training.frozen import freeze
+from switchyard.training.initial import first_state
 from switchyard.training.loss_scale import LossScale
 
 
@@ -58,3 +64,20 @@ def fresh_optimizer(weights: dict[str, np.ndarray], config: Config) -> dict[str,
     }
     corrections = {name: np.zeros((), np.float32) for name in ("correction1", "correction2")}
     return moments | corrections | LossScale(config).state()
+
+
+def new_weights(config: Config, held: Checkpoint) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns the weights that a new model of a configuration begins with, and the names of those that are trained."""
+    model = create_model(config, Tokenizer.from_json(held.tokenizer_json, "of the checkpoint").vocab_size)
+    freeze(model, config)
+    weights = {parameter.name: parameter.asnumpy() for parameter in model.get_parameters()}
+    return weights, [parameter.name for parameter in model.trainable_params()]
+
+
+def new_state(held: Checkpoint, config: Config) -> dict[str, Any]:
+    """Returns the state of a run at step 0 whose model was made of another model; the chat template is kept."""
+    state = first_state(held)
+    state.pop(ORIGIN, None)  # the files of another model
+    texts = kept_texts(held.state)
+    place = {"data_index": 0, "data_epoch": 0, "data_window": 0, "tokens": 0, "train_seed": config.train.seed}
+    return state | place | ({TEXTS_KEY: texts} if texts else {})

@@ -23,12 +23,14 @@ from switchyard.checkpoint import store as checkpoint
 from switchyard.checkpoint.store import Checkpoint
 from switchyard.config import Config
 from switchyard.errors import UserError
-from switchyard.interop.new_run import check_new, fresh_optimizer, write_run
+from switchyard.interop.new_run import check_new, fresh_optimizer, new_state, new_weights, write_run
 from switchyard.interop.promise import why_not_equal
-from switchyard.training.initial import check_fits, first_state, with_tokenizer
+from switchyard.training.initial import check_fits, with_tokenizer
 
 LAST = "w_out"  # [E, F, D], sliced along axis 1; the other matrices are [E, D, F], sliced along axis 2
 MOMENTS = ("moment1", "moment2")
+# what a state says of the steps so far
+PLACE = ("step", "seconds", "data_index", "data_epoch", "data_window", "corpus", "tokens", "noise_rule", "train_seed")
 KEEPS_SHARED = "w_out of shared experts begins at 0, so that they add nothing at first"
 
 
@@ -57,12 +59,10 @@ def upcycle(
     config = with_tokenizer(config, held, out)
     new, trained = new_weights(config, held)
     weights = taken_over(new, held.weights, config, slices, noise)
-    optimizer, state = fresh_optimizer({name: weights[name] for name in trained}, config), first_state(held)
+    optimizer, state = fresh_optimizer({name: weights[name] for name in trained}, config), new_state(held, config)
     if moments == "copied":
         optimizer |= copied_moments(optimizer, held, config, slices)
-        state = held.state | {"init": state["init"], "best_loss": None}
-    else:
-        state |= {"data_index": 0, "data_epoch": 0, "data_window": 0, "tokens": 0, "train_seed": config.train.seed}
+        state |= {name: held.state[name] for name in PLACE if name in held.state}
     write_run(out, config, held.tokenizer_json, weights, optimizer, state)
     return sum(value.size for value in weights.values()), why_not_equal(config, slices, noise)
 
@@ -93,18 +93,6 @@ def check_upcyclable(config: Config, old: Config, path: Path) -> int:
         reason = f"must be a multiple of the {slices} slices that the dense feed-forward is divided into"
         raise UserError(f"moe.expert_num: {config.moe.expert_num}; {reason}")
     return slices
-
-
-def new_weights(config: Config, held: Checkpoint) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Returns the weights that a new model of a configuration begins with, and the names of those that are trained."""
-    from switchyard.data import Tokenizer
-    from switchyard.models import create_model
-    from switchyard.training.frozen import freeze
-
-    model = create_model(config, Tokenizer.from_json(held.tokenizer_json, "of the checkpoint").vocab_size)
-    freeze(model, config)
-    weights = {parameter.name: parameter.asnumpy() for parameter in model.get_parameters()}
-    return weights, [parameter.name for parameter in model.trainable_params()]
 
 
 def taken_over(

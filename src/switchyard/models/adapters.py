@@ -18,7 +18,7 @@ def add_adapters(model: nn.Cell, config: Config, drawn: bool = True) -> None:
     Args:
         model: a Decoder that no graph was compiled of.
         config: train.lora and train.seed are read.
-        drawn: False: parameters have shapes and no numbers.
+        drawn: False: see LowRank.
     """
     lora, index = config.train.lora, 0
     for prefix, cell in list(model.cells_and_names()):

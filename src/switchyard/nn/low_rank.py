@@ -3,6 +3,8 @@
 Legend: N rows, E experts, S rows of an expert, I and O widths of the input and of the result, r rank, P blocks of rows.
 """
 
+from contextlib import nullcontext
+
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -25,7 +27,7 @@ class LowRank(nn.Cell):
         scale: alpha / r.
         key: of the random numbers of A, [2] uint64.
         dtype: of the products.
-        drawn: False: parameters have shapes and no numbers, see nn.initializers.
+        drawn: False: A has a shape and no numbers, see nn.initializers.
 
     Examples:
         >>> from mindspore import dtype as mstype
@@ -39,10 +41,11 @@ class LowRank(nn.Cell):
         super().__init__()
         *experts, size_in, size_out = shape
         stream = NormalStream(key, size_in**-0.5, (*experts, size_in, rank))
-        self.a = _parameter("a", stream.shape, stream.draw() if drawn else None)
+        with nullcontext() if drawn else shapes_only():
+            values = Tensor.from_numpy(stream.draw()) if drawn else initializer("zeros", stream.shape, mstype.float32)
+            self.a = Parameter(values, name="a")
         self.a.initial = stream
-        zeros = (*experts, rank, size_out)
-        self.b = _parameter("b", zeros, np.zeros(zeros, np.float32) if drawn else None)
+        self.b = Parameter(Tensor(np.zeros((*experts, rank, size_out), np.float32)), name="b")
         self.scale = scale
         self.first, self.second = (ops.BatchMatMul() if experts else ops.MatMul() for _ in range(2))
         self.cast_a, self.cast_b, self.take, self.add = Cast(dtype), Cast(dtype), ops.Gather(), ops.Add()
@@ -55,15 +58,6 @@ class LowRank(nn.Cell):
             a, b = self.take(a, block_expert, 0), self.take(b, block_expert, 0)  # [P, I, r], [P, r, O]
         thin = self.first(rows, self.cast_a(a))  # [N, r]
         return self.add(out, self.second(thin, self.cast_b(b)) * self.scale)
-
-
-def _parameter(name: str, shape: tuple[int, ...], values: np.ndarray | None) -> Parameter:
-    """Returns a float32 parameter, without numbers where there are none."""
-
-    if values is not None:
-        return Parameter(Tensor.from_numpy(values), name=name)
-    with shapes_only():
-        return Parameter(initializer("zeros", shape, mstype.float32), name=name)
 
 
 def adapter_key(seed: int, index: int) -> np.ndarray:

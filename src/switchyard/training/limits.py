@@ -119,6 +119,9 @@ def of_several(config: Config) -> Iterator[Refusal]:
     if config.groups % count:
         reason = f"must be a multiple of parallel.data_parallel ({count}), or null for as many"
         yield Refusal("moe.groups", moe.groups, reason, False)
+    if config.train.distill is not None:
+        reason = "a teacher and its student are on one device: set the degrees of parallel to 1"
+        yield Refusal("train.distill", config.train.distill.teacher, reason, False)
 
 
 def of_sizes(config: Config, target: str) -> Iterator[Refusal]:

@@ -23,7 +23,7 @@ from switchyard.training.randomness import NOISE_RULE
 
 RESULT = "result.json"
 INIT = "init"  # in a state: the checkpoint that the run has its first weights from
-KEPT = (INIT, "huggingface")  # what every later state takes over from the first; the second: of an imported model
+KEPT = (INIT, "huggingface", "texts")  # what later states take over from the first; others: see training.companions
 MOST_NAMES = 5  # of other runs, in a message
 
 # keys that a resumed run may change: they do not touch the sequence of losses (schedule.total_steps=null follows steps)

@@ -25,6 +25,7 @@ from switchyard.training.loss_scale import LossScale
 from switchyard.training.micro_batches import call_inputs, calls_of, forces_choices, input_shards, inputs_of_calls
 from switchyard.training.optimizer import OptimizerStep
 from switchyard.training.pipeline import PipelineStepGraph
+from switchyard.training.teacher import read_teacher
 
 
 class StepGraph(nn.Cell):
@@ -34,11 +35,12 @@ class StepGraph(nn.Cell):
         model: see training.loss.TrainLoss; its trainable parameters are float32.
         config: optimizer, loss factors.
         mesh: the devices.
+        teacher: see training.loss.TrainLoss.
     """
 
-    def __init__(self, model: nn.Cell, config: Config, mesh: LocalMesh = LOCAL):
+    def __init__(self, model: nn.Cell, config: Config, mesh: LocalMesh = LOCAL, teacher: nn.Cell | None = None):
         super().__init__(auto_prefix=False)
-        self.loss = TrainLoss(model, config, mesh)
+        self.loss = TrainLoss(model, config, mesh, teacher)
         self.optimizer = OptimizerStep(model.trainable_params(), config, mesh, calls_of(config))
         self.differentiate = mesh.differentiate(self.loss, self.optimizer.adamw.parameters)
 
@@ -62,6 +64,7 @@ class TrainStep:
         model: see training.loss.TrainLoss.
         config: optimizer, accumulation, loss factors, compute_dtype.
         mesh: the devices; it has placed the model.
+        teacher: see training.loss.TrainLoss; on one device.
 
     Attributes:
         model: its parameters are full until the step is compiled, and this device's shards from then on.
@@ -69,12 +72,15 @@ class TrainStep:
         size: parameters that are trained, on all devices together.
     """
 
-    def __init__(self, model: nn.Cell, config: Config, mesh: LocalMesh = LOCAL):
+    def __init__(self, model: nn.Cell, config: Config, mesh: LocalMesh = LOCAL, teacher: nn.Cell | None = None):
         gc.collect()  # a Cell that is collected later empties MindSpore's key cache: this graph would compile twice
         self.model, self.config, self.mesh, self.scale = model, config, mesh, LossScale(config)
         self.shapes = mesh.full_shapes(model)
         self.size = sum(math.prod(self.shapes[parameter.name]) for parameter in model.trainable_params())
-        self.graph = (StepGraph if config.parallel.pipeline_stage == 1 else PipelineStepGraph)(model, config, mesh)
+        if config.parallel.pipeline_stage == 1:
+            self.graph = StepGraph(model, config, mesh, teacher)
+        else:
+            self.graph = PipelineStepGraph(model, config, mesh)
         self.graph.set_train(True)
         self.program = mesh.program(self.graph, input_shards(config))
         routers = [cell.router for _, cell in model.cells_and_names() if hasattr(cell, "train_dispatcher")]
@@ -206,7 +212,7 @@ def create_step(config: Config, vocab_size: int, mesh: LocalMesh = LOCAL) -> Tra
         model = create_model(own, vocab_size, drawn=mesh.draws_full, mesh=mesh)
         freeze(model, own)
         mesh.place(model)
-        return TrainStep(model, own, mesh)
+        return TrainStep(model, own, mesh, read_teacher(own, vocab_size))
 
 
 def sample_inputs(config: Config, model: nn.Cell) -> tuple[Tensor, ...]:
