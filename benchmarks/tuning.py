@@ -5,9 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-sys.path.insert(0, str(ROOT / "benchmarks" / "experiments"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "experiments"))
 
 from common import active_flops  # sets the threads of MindSpore's kernels before it is imported
 
@@ -16,6 +14,7 @@ from switchyard.json_text import to_json
 from switchyard.training.evaluate import evaluate
 from switchyard.training.loop import train
 
+ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "config" / "shakespeare_char_dense_cpu.yaml"
 EVALUATIONS = 5  # of a run, on EVAL_BATCHES batches each
 EVAL_BATCHES = 20

@@ -1,4 +1,4 @@
-"""Files beside a tokenizer.json that say how it is used, such as its chat template; states keep them, exports have them.
+"""Files beside a tokenizer.json that say how it is used, such as its chat template: states and exports hold them.
 
 A checkpoint that was imported keeps them with all that its import kept, under ORIGIN; one that was made of such a
 checkpoint, with another model, under TEXTS_KEY.

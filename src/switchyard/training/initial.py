@@ -105,7 +105,7 @@ def say_differences(config: Config, held: Checkpoint) -> None:
 
 def with_tokenizer(config: Config, held: Checkpoint, run: Path) -> Config:
     """Returns the configuration with data.tokenizer as the source has it; a tokenizer.json is the run's own copy."""
-    if config.model.type != "decoder":
+    if config.model.type in ("vision", "cascade"):  # which have classes
         return config
     kind = Tokenizer.from_json(held.tokenizer_json, "of the checkpoint").kind
     name = kind if kind in ("byte", "char") else os.fspath(run / checkpoint.TOKENIZER)
