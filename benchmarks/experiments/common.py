@@ -108,15 +108,14 @@ def balance(load: np.ndarray, importance: np.ndarray) -> dict:
 def active_flops(config: Config) -> int:
     """FLOPs (multiplications and additions) of the matrices that a token visits forward; attention itself left out."""
     model, moe = config.model, config.moe
-    width, head = model.hidden_size, model.hidden_size // model.num_heads
-    kv_heads = model.n_kv_heads or model.num_heads
+    width, head = model.hidden_size, model.size_of_head
     matrices = 3 if model.activation == "swiglu" else 2
-    attention = width * (model.num_heads + 2 * kv_heads) * head + width * width
+    attention = width * (2 * model.num_heads + 2 * model.kv_heads) * head
     conditional = len(config.moe_layers)
     dense = (model.num_layers - conditional) * matrices * width * config.dense_width
     chosen = {"dense": moe.expert_num, "mixture_of_depths": moe.capacity_factor}.get(moe.router, moe.num_experts_chosen)
-    visited = chosen + moe.shared_expert_num
-    routed = conditional * (visited * matrices * width * config.expert_width + width * moe.expert_num)
+    visited = chosen * config.expert_width + config.shared_width
+    routed = conditional * (visited * matrices * width + width * moe.expert_num)
     return round(2 * (model.num_layers * attention + dense + routed + width * 256))
 
 

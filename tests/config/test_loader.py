@@ -28,6 +28,7 @@ def _refusal(*overrides, tree=None) -> str:
 
 
 # What is typed on the command line, and the line that answers it.
+SCALING = "must be a mapping whose type is linear, llama3 or yarn"
 SINGLE_KEYS = [
     ("moe.losses={importance: -1}", "moe.losses.importance: -1; input should be greater than or equal to 0"),
     ("model.hidden_sise=64", "model.hidden_sise: unknown key; did you mean 'hidden_size'?"),
@@ -57,6 +58,27 @@ SINGLE_KEYS = [
     ("moe.layers=0", "moe.layers: 0; "),
     ("moe.capacity_factor=0", "moe.capacity_factor: 0; input should be greater than 0"),
     ("moe.eval_capacity_factor=-1", "moe.eval_capacity_factor: -1; input should be greater than 0"),
+    ("model.head_size=0", "model.head_size: 0; input should be greater than or equal to 1"),
+    ("model.qk_norm=layer", "model.qk_norm: 'layer'; input should be 'head' or 'full'"),
+    ("model.attention_bias=true", "model.attention_bias: True; input should not be true or false"),
+    ("model.partial_rotary=0", "model.partial_rotary: 0; input should be greater than 0"),
+    ("model.sliding_window=0", "model.sliding_window: 0; input should be greater than or equal to 1"),
+    ("model.window_layers=[-1]", "model.window_layers: [-1]; input should be 'all' or input should be"),
+    ("model.rotary_scaling=2", f"model.rotary_scaling: 2; {SCALING}"),
+    ("model.rotary_scaling={type: dynamic}", "model.rotary_scaling: {'type': 'dynamic'}; " + SCALING),
+    ("model.rotary_scaling={type: linear}", "model.rotary_scaling.factor: not given; field required"),
+    (
+        "model.rotary_scaling={type: linear, factor: 0.5}",
+        "model.rotary_scaling.factor: 0.5; input should be greater than or equal to 1",
+    ),
+    (
+        "model.rotary_scaling={type: linear, factor: 2, beta_fast: 32}",
+        "model.rotary_scaling.beta_fast: unknown key; known keys: type, factor",
+    ),
+    (
+        "model.rotary_scaling={type: llama3, factr: 2}",
+        "model.rotary_scaling.factr: unknown key; did you mean 'factor'?",
+    ),
     (
         "moe.drop_order=first",
         "moe.drop_order: 'first'; input should be 'position', 'probability', 'batch_priority' or 'random'",
@@ -93,6 +115,7 @@ def test_refused_key(override, answer):
     assert _refusal(override).startswith(answer)
 
 
+ORIGINAL = "original_max_position_embeddings: 32}"
 COMBINATIONS = [
     (["model.hidden_size=100", "model.num_heads=3"], "model.num_heads: 3; must divide model.hidden_size (100)"),
     (["model.num_heads=4", "model.n_kv_heads=3"], "model.n_kv_heads: 3; must divide model.num_heads (4)"),
@@ -133,6 +156,48 @@ COMBINATIONS = [
         ["model.n_kv_heads=2", "parallel.model_parallel=4"],
         "parallel.model_parallel: 4; must divide the key/value heads (2)",
     ),
+    (
+        ["model.head_size=7"],
+        "model.position: rotary; needs an even head size, not 7; change model.head_size, or use 'learned'",
+    ),
+    (
+        ["model.head_size=6", "model.partial_rotary=0.5"],
+        "model.partial_rotary: 0.5; must rotate an even number of the 6 columns of a head, 2 or more; it makes 3",
+    ),
+    (
+        ["model.position=learned", "model.partial_rotary=0.5"],
+        "model.partial_rotary: 0.5; only model.position 'rotary' reads it: leave it out",
+    ),
+    (["model.sliding_window=8", "model.window_layers=[4]"], "model.window_layers: 4; at most model.num_layers - 1 (3)"),
+    (
+        ["model.sliding_window=8", "model.window_layers=[]"],
+        "model.sliding_window: 8; model.window_layers [] names no layer: leave it out",
+    ),
+    (["model.window_layers=[1]"], "model.window_layers: [1]; model.sliding_window is null: set it, or leave this out"),
+    (
+        ["model.rotary_scaling={type: llama3, factor: 8, low_freq_factor: 4, high_freq_factor: 1, " + ORIGINAL],
+        "model.rotary_scaling.high_freq_factor: 1.0; must be above model.rotary_scaling.low_freq_factor (4.0)",
+    ),
+    (
+        ["model.rotary_scaling={type: yarn, factor: 8, beta_fast: 1, " + ORIGINAL],
+        "model.rotary_scaling.beta_fast: 1.0; must be above model.rotary_scaling.beta_slow (1.0)",
+    ),
+    (
+        ["model.rotary_scaling={type: yarn, factor: 8, mscale: 1, " + ORIGINAL],
+        "model.rotary_scaling.mscale: 1.0; mscale and mscale_all_dim are read together: give both or none",
+    ),
+    (
+        ["model.rotary_scaling={type: yarn, factor: 8, mscale: 1, mscale_all_dim: 1, attention_factor: 2, " + ORIGINAL],
+        "model.rotary_scaling.mscale: 1.0; model.rotary_scaling.attention_factor replaces it: leave one of them out",
+    ),
+    (
+        ["model.rotary_scaling={type: yarn, factor: 8, " + ORIGINAL, "model.theta=1"],
+        "model.theta: 1.0; must be above 1 where model.rotary_scaling is yarn",
+    ),
+    (
+        ["moe.expert_num=4", "moe.shared_intermediate_size=8"],
+        "moe.shared_intermediate_size: 8; needs moe.shared_expert_num of 1 or more",
+    ),
     (["parallel.pipeline_stage=8"], "parallel.pipeline_stage: 8; at most model.num_layers (4)"),
     (["schedule.learning_rate=1e-5"], "schedule.lr_end: 0.0001; at most schedule.learning_rate (1e-05)"),
     (
@@ -149,6 +214,9 @@ def test_refused_combination(overrides, answer):
 
 
 ALLOWED = [
+    ["model.hidden_size=100", "model.num_heads=3", "model.head_size=8"],
+    ["model.rotary_scaling.type=linear", "model.rotary_scaling.factor=2"],
+    ["model.sliding_window=8", "model.window_layers=[0, 3]"],
     ["model.hidden_size=12", "model.num_heads=4", "model.position=learned"],
     ["moe.router=top_k", "moe.expert_num=8", "moe.num_experts_chosen=8"],
     ["moe.layers=4"],

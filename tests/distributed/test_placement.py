@@ -40,7 +40,10 @@ def test_a_rank_that_is_not_there():
     ("name", "shape", "cut"),
     [
         ("layers.0.attention.qkv.weight", (8, 24), (None, "model")),
+        ("layers.0.attention.qkv.bias", (24,), ("model",)),
         ("layers.0.attention.out.weight", (8, 8), ("model", None)),
+        ("layers.0.attention.out.bias", (8,), (None,)),
+        ("layers.0.attention.qk_norm.queries.gain", (4,), (None,)),
         ("layers.1.feed_forward.experts.w_in", (4, 8, 6), ("expert", None, "model")),
         ("moment1.layers.1.feed_forward.experts.w_out", (4, 6, 8), ("expert", "model", None)),
         ("layers.1.feed_forward.shared.w_gate", (1, 8, 6), (None, None, "model")),

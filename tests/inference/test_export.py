@@ -19,6 +19,10 @@ from switchyard.inference.export import export, prefill_block
 from switchyard.inference.mindir import open_model
 from switchyard.models import create_model
 
+ATTENTION = {
+    **{"head_size": 8, "n_kv_heads": 2, "qk_norm": "head", "attention_bias": "all", "partial_rotary": 0.5},
+    **{"rotary_scaling": {"type": "linear", "factor": 2}, "sliding_window": 5, "window_layers": [1]},
+}
 VARIANTS = {
     "switch": ({}, {"expert_num": 4}),
     "grouped-query-swiglu-free-shared": (
@@ -26,7 +30,10 @@ VARIANTS = {
         EXPERTS | {"layers": 2, "shared_expert_num": 1, "norm_topk_prob": False},
     ),
     "dense-learned-layernorm-gelu": ({"position": "learned", "norm": "layernorm", "activation": "gelu"}, {}),
-    "capacity-groups": ({}, EXPERTS | {"eval_capacity_factor": 0.5, "groups": 2, "dropless_block_size": 3}),
+    "capacity-groups-keys-of-attention": (
+        ATTENTION,
+        EXPERTS | {"eval_capacity_factor": 0.5, "groups": 2, "dropless_block_size": 3},
+    ),
 }
 
 
@@ -42,7 +49,9 @@ def whole_forward(run, tokens, **moe):
     return logits.asnumpy().reshape(*tokens.shape, -1)
 
 
-@pytest.mark.parametrize("name", long_but(VARIANTS, ["grouped-query-swiglu-free-shared", "capacity-groups"]))
+@pytest.mark.parametrize(
+    "name", long_but(VARIANTS, ["grouped-query-swiglu-free-shared", "capacity-groups-keys-of-attention"])
+)
 def test_parity(name, tmp_path, graph):
     """Prompts of unequal length, then token by token; shapes that the export did not see. Drops are left behind."""
     changed, moe = VARIANTS[name]

@@ -15,8 +15,9 @@ BATCH, LENGTH, WIDTH = 2, 6, 32
 
 def attention(fused=frozenset(), **model):
     sizes = {"hidden_size": WIDTH, "num_heads": 4, "seq_length": LENGTH, **model}
-    config = build({"model": sizes, "moe": {"expert_num": 1}})
-    return Attention(config.model, causal_mask(LENGTH), 0.3, InitialWeights(3), ms.float32, fused)
+    config, window = build({"model": sizes, "moe": {"expert_num": 1}}), model.get("sliding_window")
+    mask = causal_mask(LENGTH, window)
+    return Attention(config.model, mask, 0.3, InitialWeights(3), ms.float32, fused, window)
 
 
 class Weighed(nn.Cell):
@@ -44,6 +45,21 @@ def test_half_attention_equals_the_plain_one_in_values_and_gradients(kv_heads, p
         results.append([part.asnumpy() for part in (cell(x, BATCH), d_x, *d_parameters)])
     for expected, found in zip(*results):
         np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_half_attention_takes_the_keys_of_attention(pynative):
+    """A window, biases, norms, a part of a head that rotates: values and gradients of the plain twin."""
+    keys = {"sliding_window": 3, "attention_bias": "all", "qk_norm": "head", "partial_rotary": 0.5, "head_size": 12}
+    cells = [attention(fused, n_kv_heads=2, **keys) for fused in (frozenset(), frozenset({"HalfAttention"}))]
+    random, results = np.random.default_rng(1), []
+    x, weight = (Tensor(random.standard_normal((BATCH * LENGTH, WIDTH)).astype(np.float32)) for _ in range(2))
+    for cell in cells:
+        cell.qkv.bias.set_data(Tensor(np.linspace(-1, 1, cell.qkv.bias.size, dtype=np.float32)))
+        out, gradients = ms.value_and_grad(Weighed(cell), 0, ms.ParameterTuple(cell.trainable_params()))(x, weight)
+        results.append([part.asnumpy() for part in (out, cell(x, BATCH), gradients[0], *gradients[1])])
+    for expected, found in zip(*results):
+        np.testing.assert_allclose(found, expected, atol=5e-5 * np.abs(expected).max())  # gains sum over all rows
+    assert np.abs(results[0][1]).max() > 0.1
 
 
 def test_other_lengths_go_the_plain_way():

@@ -17,7 +17,7 @@ def decoder_loop(weights: dict, config, tokens: np.ndarray) -> np.ndarray:
     for index in range(model.num_layers):
         part = _below(weights, f"layers.{index}.")
         normed = _norm(x, _below(part, "attention_norm."), model)
-        x = x + np.stack([_attention(rows, _below(part, "attention."), model) for rows in normed])
+        x = x + np.stack([_attention(rows, _below(part, "attention."), model, index) for rows in normed])
         normed = _norm(x, _below(part, "feed_forward_norm."), model)
         x = x + _feed_forward(normed, _below(part, "feed_forward."), index in config.moe_layers, config)
     x = _norm(x, _below(weights, "norm."), model)
@@ -45,32 +45,79 @@ def _feed_forward(x, weights, conditional, config):
     return moe_loop(x, np.ones(x.shape[:2]), weights, rules).out
 
 
-def _rotate(vector, position, theta):
-    """Turns the pair (i, i + h / 2) by position * theta^(-2 i / h)."""
-    half = len(vector) // 2
-    turned = np.empty_like(vector)
+def _frequency(i, size, model):
+    """Angle of one position for the pair i of a head's rotating columns, by the definition of each scaling."""
+    plain, scaling = model.theta ** (-2 * i / size), model.rotary_scaling
+    if scaling is None:
+        return plain
+    if scaling.type == "linear":
+        return plain / scaling.factor
+    turns = scaling.original_max_position_embeddings * plain / (2 * np.pi)
+    if scaling.type == "llama3":
+        if turns < scaling.low_freq_factor:
+            return plain / scaling.factor
+        if turns > scaling.high_freq_factor:
+            return plain
+        smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        return (1 - smooth) * plain / scaling.factor + smooth * plain
+
+    def pair(wanted):  # whose frequency turns so often
+        return size / 2 * np.log(scaling.original_max_position_embeddings / (wanted * 2 * np.pi)) / np.log(model.theta)
+
+    low, high = max(np.floor(pair(scaling.beta_fast)), 0), min(np.ceil(pair(scaling.beta_slow)), size - 1)
+    ramp = min(max((i - low) / (high - low), 0), 1)
+    return plain / scaling.factor * ramp + plain * (1 - ramp)
+
+
+def _magnitude(model):
+    """What cosines and sines are multiplied by: 0.1 ln(factor) + 1 for yarn, or what is given."""
+    scaling = model.rotary_scaling
+    if scaling is None or scaling.type != "yarn":
+        return 1.0
+    return scaling.attention_factor or 0.1 * np.log(scaling.factor) + 1
+
+
+def _rotate(vector, position, model):
+    """Turns the pair (i, i + r / 2) of the first r columns by position times its frequency."""
+    size = int(len(vector) * model.partial_rotary)
+    half, turned = size // 2, vector.copy()
     for i in range(half):
-        angle = position * theta ** (-2 * i / len(vector))
-        turned[i] = vector[i] * np.cos(angle) - vector[i + half] * np.sin(angle)
-        turned[i + half] = vector[i + half] * np.cos(angle) + vector[i] * np.sin(angle)
+        angle = position * _frequency(i, size, model)
+        cos, sin = np.cos(angle) * _magnitude(model), np.sin(angle) * _magnitude(model)
+        turned[i] = vector[i] * cos - vector[i + half] * sin
+        turned[i + half] = vector[i + half] * cos + vector[i] * sin
     return turned
 
 
-def _attention(rows, weights, model):
+def _heads_normed(heads, gain, model):
+    """RMSNorm of [S, X, h]: over each head, or over all X heads of a position."""
+    axis = (1, 2) if model.qk_norm == "full" else 2
+    gain = gain.reshape(heads.shape[1:]) if model.qk_norm == "full" else gain
+    return heads / np.sqrt((heads**2).mean(axis, keepdims=True) + model.norm_eps) * gain
+
+
+def _attention(rows, weights, model, layer):
     """One sequence [S, D]: every head, every position."""
-    heads, size = model.num_heads, model.hidden_size // model.num_heads
+    heads, size = model.num_heads, model.head_size or model.hidden_size // model.num_heads
     kv_heads = model.n_kv_heads or heads
     repeat = heads // kv_heads
-    qkv = (rows @ weights["qkv.weight"]).reshape(len(rows), kv_heads, repeat + 2, size)
+    qkv = rows @ weights["qkv.weight"] + weights.get("qkv.bias", 0)
+    qkv = qkv.reshape(len(rows), kv_heads, repeat + 2, size)
+    queries, keys = qkv[:, :, :repeat].reshape(len(rows), heads, size), qkv[:, :, repeat]
+    if model.qk_norm:
+        queries = _heads_normed(queries, weights["qk_norm.queries.gain"], model)
+        keys = _heads_normed(keys, weights["qk_norm.keys.gain"], model)
+    far = model.sliding_window or len(rows)
+    far = far if model.window_layers == "all" or layer in model.window_layers else len(rows)
     mixed = np.zeros((len(rows), heads, size))
     for head in range(heads):
-        group, place = divmod(head, repeat)
-        query, key, value = qkv[:, group, place], qkv[:, group, repeat], qkv[:, group, repeat + 1]
+        query, key, value = queries[:, head], keys[:, head // repeat], qkv[:, head // repeat, repeat + 1]
         if model.position == "rotary":
-            query = [_rotate(vector, s, model.theta) for s, vector in enumerate(query)]
-            key = [_rotate(vector, s, model.theta) for s, vector in enumerate(key)]
+            query = [_rotate(vector, s, model) for s, vector in enumerate(query)]
+            key = [_rotate(vector, s, model) for s, vector in enumerate(key)]
         for s in range(len(rows)):
-            scores = np.array([query[s] @ key[t] for t in range(s + 1)]) / np.sqrt(size)
+            seen = [t for t in range(s + 1) if s - t < far]
+            scores = np.array([query[s] @ key[t] for t in seen]) / np.sqrt(size)
             share = np.exp(scores - scores.max())
-            mixed[s, head] = sum(w * value[t] for t, w in enumerate(share / share.sum()))
-    return mixed.reshape(len(rows), -1) @ weights["out.weight"]
+            mixed[s, head] = sum(w * value[t] for t, w in zip(seen, share / share.sum()))
+    return mixed.reshape(len(rows), -1) @ weights["out.weight"] + weights.get("out.bias", 0)

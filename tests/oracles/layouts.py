@@ -25,11 +25,16 @@ RICH_MODEL = MODEL | {
     "norm": "layernorm",
     "position": "learned",
     "tie_word_embeddings": False,
+    "attention_bias": "all",
+    "qk_norm": "head",
+    "sliding_window": 3,
+    "window_layers": [1],
 }
 RICH_MOE = TOP_2 | {
     "jitter": 0.01,
     "moe_intermediate_size": 24,
     "shared_expert_num": 2,
+    "shared_intermediate_size": 40,
     "use_shared_expert_gating": True,
 }
 

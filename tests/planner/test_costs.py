@@ -8,6 +8,7 @@ from oracles.marks import long_but
 
 from switchyard.config import build
 from switchyard.distributed.placement import ParallelDims
+from switchyard.distributed.stages import stage_config
 from switchyard.errors import UserError
 from switchyard.planner.costs import Exchange, costs, exchanges, parameters, stage_costs
 from switchyard.simulation.compile import OPTIMIZER_STATE, full_shape
@@ -80,6 +81,39 @@ def test_the_work_of_a_dense_block_by_hand():
     assert costs(again, 10).flops == 2 * 16 * (4 * (192 + 64 + 64 + 256) + 3 * 80)
 
 
+def test_the_work_of_heads_of_their_own_size_by_hand():
+    """2 heads of 16 columns, 1 key/value head: qkv 8 x 64, out 32 x 8, scores and mix 2 x 4 x 32; 16 rows."""
+    config = build({"model": DENSE["model"] | {"head_size": 16, "n_kv_heads": 1}, "data": {"batch_size": 4}})
+    assert costs(config, 10).flops == 2 * 3 * 16 * (512 + 256 + 256 + 256 + 80)
+
+
+def test_only_fused_attention_skips_what_lies_outside_a_window():
+    """Of 4 keys of a row a window of 3 leaves 3 in one of two layers; 2 heads of 16 columns."""
+    model = DENSE["model"] | {"num_layers": 2, "head_size": 16, "compute_dtype": "bfloat16"}
+    window = {"sliding_window": 3, "window_layers": [1]}
+    trees = [{"model": one, "context": {"device_target": "Ascend"}} for one in (model, model | window)]
+    full, less = (costs(build(tree | {"data": {"batch_size": 4}}), 10).flops for tree in trees)
+    assert full - less == 2 * 3 * 16 * 2 * 32
+    composed = {"context": {"device_target": "Ascend", "fused_operators": False}, "data": {"batch_size": 4}}
+    assert costs(build(trees[1] | composed), 10).flops == full
+
+
+def test_the_work_of_a_shared_expert_of_its_own_width():
+    """16 rows through a shared expert of 20 hidden columns in the place of 16: 2 matrices of 8 x 4 more."""
+    moe = {"expert_num": 4, "shared_expert_num": 1}
+    usual, wide = (
+        costs(build(DENSE | {"data": {"batch_size": 4}, "moe": moe | more}), 10).flops
+        for more in ({}, {"shared_intermediate_size": 20})
+    )
+    assert wide - usual == 2 * 3 * 16 * 2 * 8 * 4
+
+
+def test_a_stage_keeps_the_windows_of_its_layers():
+    model = {"num_layers": 4, "sliding_window": 3, "window_layers": [0, 3]}
+    config = build({"model": model, "parallel": {"pipeline_stage": 2, "micro_batch_num": 2}})
+    assert [stage_config(config, stage).model.window_layers for stage in (0, 1)] == [[0], [1]]
+
+
 def test_experts_work_by_their_slots():
     """1 group of 16 rows, 4 experts, factor 2: 8 slots each, 32 in all, whoever fills them; the router is 8 x 4."""
     moe = {"expert_num": 4, "capacity_factor": 2.0}
@@ -119,9 +153,10 @@ def test_fused_attention_keeps_no_weights():
 
 @pytest.mark.slow
 def test_half_precision_takes_the_fused_operators(compile_layout):
-    """Two attentions; a dense network, a shared expert and the experts, which have a gate each; norms are LayerNorm."""
+    """Two attentions, of which each normalises queries and keys; a dense network, a shared expert and the experts,
+    which have a gate each; the other norms are LayerNorm."""
     operators = compile_layout("rich dp4 ep2 tp2").operators
-    for name, number in (("FlashAttentionScore", 2), ("Swiglu", 3), ("RmsNorm", 0)):
+    for name, number in (("FlashAttentionScore", 2), ("Swiglu", 3), ("RmsNorm", 4)):
         assert operators[name] == number == operators[f"{name}Grad"]
     assert compile_layout("rich dp4 ep2 tp2 dropless recompute zero1").operators["MoeTokenPermute"] == 4  # two again
 

@@ -200,7 +200,15 @@ LAYOUTS = {
     "dp2-ep2-tp2": {"data_parallel": 2, "expert_parallel": 2, "model_parallel": 2},
     "zero1": {"data_parallel": 2, "expert_parallel": 2, "optimizer_shard": 1},
     "zero3": {"data_parallel": 2, "expert_parallel": 2, "optimizer_shard": 3},
-    "sequence-parallel": {"data_parallel": 2, "model_parallel": 2, "sequence_parallel": True},
+    "sequence-parallel, keys of attention": {
+        "data_parallel": 2,
+        "model_parallel": 2,
+        "sequence_parallel": True,
+        "model": {
+            **{"head_size": 8, "qk_norm": "head", "attention_bias": "all", "partial_rotary": 0.5},
+            **{"sliding_window": 3, "window_layers": [1]},
+        },
+    },
     "recompute": {"data_parallel": 2, "expert_parallel": 2, "recompute": True},
     "zero3, recompute": {"data_parallel": 2, "expert_parallel": 2, "optimizer_shard": 3, "recompute": True},
     "sinkhorn, re-routing, further losses": {
@@ -226,7 +234,12 @@ LAYOUTS = {
 
 
 SHORT = (  # what the four ranks above do not have: tensor slices, ZeRO, recomputing, further options, accumulation
-    *("sequence-parallel", "zero3, recompute", "sinkhorn, re-routing, further losses", "accumulation, zero1"),
+    *(
+        "sequence-parallel, keys of attention",
+        "zero3, recompute",
+        "sinkhorn, re-routing, further losses",
+        "accumulation, zero1",
+    ),
 )
 
 

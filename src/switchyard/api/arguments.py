@@ -35,6 +35,7 @@ class LayerKeys(TypedDict, total=False):
     num_experts_chosen: int
     moe_intermediate_size: int | None
     shared_expert_num: int
+    shared_intermediate_size: int | None
     use_shared_expert_gating: bool
     dispatch: str
     capacity_factor: float

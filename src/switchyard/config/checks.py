@@ -1,5 +1,6 @@
 """Checks rules between fields of the configuration (cross-field checks)."""
 
+from switchyard.config.rotary_scaling import scaling_laws
 from switchyard.config.router_options import RouterOptions
 
 
@@ -129,7 +130,7 @@ def image_laws(config):
 def parallel_laws(config):
     """Laws of the degrees: every slice is as large as any other."""
     model, parallel, experts = config.model, config.parallel, config.moe.expert_num
-    kv_heads, stages, tensor = model.n_kv_heads or model.num_heads, parallel.pipeline_stage, parallel.model_parallel
+    stages, tensor = parallel.pipeline_stage, parallel.model_parallel
     slices, key = parallel.data_parallel, "parallel.expert_parallel"
     yield (
         experts % parallel.expert_parallel == 0,
@@ -140,9 +141,10 @@ def parallel_laws(config):
     reason = f"must divide parallel.data_parallel ({slices})"
     yield slices % parallel.expert_parallel == 0, key, parallel.expert_parallel, reason
     for size, name in (
-        (kv_heads, "the key/value heads"),
+        (model.kv_heads, "the key/value heads"),
         (config.dense_width, "the hidden width of a dense feed-forward"),
         (config.expert_width, "the hidden width of an expert"),
+        (config.shared_width, "the hidden width of the shared experts"),
     ):
         yield size % tensor == 0, "parallel.model_parallel", tensor, f"must divide {name} ({size})"
     yield (
@@ -183,7 +185,7 @@ LARGEST_ARRAY = 2**58  # numbers; NumPy counts bytes up to 2^63
 def size_laws(config):
     """Laws of what NumPy can count: the product of several keys, each within its own limits."""
     model, vision = config.model, config.vision
-    widest = 16 * max(config.dense_width, config.expert_width) * max(1, config.moe.shared_expert_num)  # 9: convolutions
+    widest = 16 * max(config.dense_width, config.expert_width, config.shared_width)  # 9: convolutions
     for key, numbers in (
         ("model.hidden_size", model.hidden_size * widest * config.moe.expert_num),
         ("model.seq_length", model.seq_length**2),
@@ -206,23 +208,38 @@ def laws(config):
 
 def model_laws(model):
     """Laws of the network's sizes."""
-    heads = model.num_heads
-    kv_heads = model.n_kv_heads or heads
+    heads, kv_heads = model.num_heads, model.kv_heads
     text = model.type == "decoder"
     yield (
-        not text or model.hidden_size % heads == 0,
+        not text or model.head_size is not None or model.hidden_size % heads == 0,
         "model.num_heads",
         heads,
         f"must divide model.hidden_size ({model.hidden_size})",
     )
     yield heads % kv_heads == 0, "model.n_kv_heads", kv_heads, f"must divide model.num_heads ({heads})"
-    head_size = model.hidden_size // heads
-    yield (
-        not text or model.position != "rotary" or head_size % 2 == 0,
-        "model.position",
-        "rotary",
-        f"needs an even head size, not {head_size}; change model.hidden_size or model.num_heads, or use 'learned'",
-    )
+    if not text:
+        return
+    yield from rotary_laws(model)
+    if isinstance(model.window_layers, list):
+        top, count = max(model.window_layers, default=0), model.num_layers
+        yield top < count, "model.window_layers", top, f"at most model.num_layers - 1 ({count - 1})"
+        idle = model.sliding_window is None or model.window_layers != []
+        yield idle, "model.sliding_window", model.sliding_window, "model.window_layers [] names no layer: leave it out"
+
+
+def rotary_laws(model):
+    """Laws of the columns of a head that rotate."""
+    if model.position != "rotary":
+        return
+    size, turning = model.size_of_head, model.rotary_size
+    if model.partial_rotary < 1:
+        reason = f"must rotate an even number of the {size} columns of a head, 2 or more; it makes {turning}"
+        yield turning > 0 and turning % 2 == 0, "model.partial_rotary", model.partial_rotary, reason
+    change = "model.head_size" if model.head_size else "model.hidden_size or model.num_heads"
+    reason = f"needs an even head size, not {size}; change {change}, or use 'learned'"
+    yield turning % 2 == 0, "model.position", "rotary", reason
+    if model.rotary_scaling is not None:
+        yield from scaling_laws(model.rotary_scaling, model.theta)
 
 
 def layer_laws(config):

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
 from pydantic import ValidationError
 
@@ -11,7 +11,7 @@ from switchyard.config import old_keys, recipes
 from switchyard.config.checks import laws
 from switchyard.config.reader import UnreadableError, check_characters, parse_yaml, read_text
 from switchyard.config.schema import Config
-from switchyard.config.sections import Section, messages
+from switchyard.config.sections import Section, messages, subsections
 from switchyard.config.unread import refused
 from switchyard.errors import LONGEST, UserError, represented, shortened
 
@@ -117,9 +117,10 @@ def _apply(tree: dict[str, Any], override: str) -> tuple[str, Any]:
         raise UserError(f"{shortened(section)}: {represented(part)}; must be a section of keys")
     if (section, key.partition(".")[0]) == ("moe", "router"):
         part["router"] = _router(part.get("router", "switch"), key, value)
-    elif _part(section, key.partition(".")[0]) and "." in key:
-        name, _, inner = key.partition(".")
-        part[name] = (part.get(name) or {}) | {inner: value}
+    elif "." in key and _subsections(section, key.partition(".")[0]):
+        outer, _, inner = key.partition(".")
+        known = part.get(outer)
+        part[outer] = {**(known if isinstance(known, dict) else {}), inner: value}
     else:
         part[key] = value
     return f"{section}.{key}", value
@@ -157,31 +158,34 @@ def _is_table(section: str, key: str = "") -> bool:
     return field is not None and get_origin(field.annotation) is dict
 
 
-def _part(section: str, key: str = "") -> type[Section] | None:
-    """Returns the class of a key that holds keys itself, such as train.lora; None for other keys."""
+def _subsections(section: str, key: str) -> dict[str, type[Section]]:
+    """Returns `subsections` of a key; none where there is no such key."""
     known = Config.model_fields.get(section)
     field = known.annotation.model_fields.get(key) if known else None
-    kinds = get_args(field.annotation) if field else ()
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+    return subsections(field.annotation) if field else {}
 
 
 def _one_line(error: ValidationError) -> str:
     """Returns the first problem of a pydantic report as `key: value; what is allowed`."""
     problems = error.errors(include_url=False)
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    path = [str(step) for step in first["loc"]]
+    loc, path = first["loc"], [str(step) for step in first["loc"]]
+    fields = Config.model_fields[path[0]].annotation.model_fields if len(path) > 1 else Config.model_fields
+    nested = _subsections(*path[:2]) if len(path) > 2 else {}
+    if "" in nested:
+        fields, shown, length = nested[""].model_fields, path[:3], 3
+    elif nested:  # what follows the key is the type that was chosen
+        fields, shown, length = nested[path[2]].model_fields, [*path[:2], *path[3:4]], 4
+    else:  # what follows the key are the types that were tried
+        shown = path if first["type"] == "extra_forbidden" else path[: 3 if _is_table(*path[:2]) else 2]
+        length = len(shown)
     if first["type"] == "extra_forbidden":
-        known = list(Config.model_fields)
-        if len(path) > 1:
-            known = list(Config.model_fields[path[0]].annotation.model_fields)
-        if len(path) > 2 and (part := _part(*path[:2])):
-            known = list(part.model_fields)
-        near = difflib.get_close_matches(shortened(path[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-        return f"{_dotted(path)}: unknown key; {hint}"
-    path = path[: 3 if _is_table(*path[:2]) or _part(*path[:2]) else 2]  # what follows are the types that were tried
-    allowed = messages(problems, first["loc"][: len(path)])
-    return f"{_dotted(path)}: {represented(first['input'])}; {shortened(allowed, 4 * LONGEST)}"
+        near = difflib.get_close_matches(shortened(path[-1]), list(fields), n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(fields)}"
+        return f"{_dotted(shown)}: unknown key; {hint}"
+    allowed = shortened(messages(problems, loc[:length]), 4 * LONGEST)
+    value = "not given" if nested and first["type"] == "missing" else represented(first["input"])
+    return f"{_dotted(shown)}: {value}; {allowed}"
 
 
 def _dotted(path: list[str]) -> str:

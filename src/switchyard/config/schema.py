@@ -9,15 +9,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
+from switchyard.config.rotary_scaling import RotaryScaling
 from switchyard.config.router_options import RouterField
 from switchyard.config.sections import (
     CascadeConfig,
     ContextConfig,
+    DistillConfig,
     ExportConfig,
     Fraction,
+    LoraConfig,
     NotNegative,
+    OptimizerConfig,
     ParallelConfig,
     Positive,
+    ScheduleConfig,
     Section,
     VisionConfig,
     Weight,
@@ -25,8 +30,7 @@ from switchyard.config.sections import (
 
 
 class ModelConfig(Section):
-    """Describes the network: a decoder-only Transformer, a convolutional image classifier, or a cascade of
-    classifiers."""
+    """Describes the network: a decoder-only Transformer, an image classifier, or a cascade of classifiers."""
 
     type: Literal["decoder", "vision", "cascade"] = Field(
         "decoder", description="the network: text decoder, image classifier, or image classifier with early exits"
@@ -37,12 +41,31 @@ class ModelConfig(Section):
     hidden_size: Positive = Field(128, description="width D of the residual stream; vision: channels")
     num_heads: Positive = Field(4, description="query heads")
     n_kv_heads: Positive | None = Field(None, description="key/value heads; null = num_heads, fewer = grouped-query")
+    head_size: Positive | None = Field(None, description="width h of a head; null = hidden_size / num_heads")
+    qk_norm: Literal["head", "full"] | None = Field(
+        None, description="RMSNorm of queries and keys before they rotate: of each head, or over all heads together"
+    )
+    attention_bias: Literal["qkv", "all"] | None = Field(
+        None, description="biases of the projections to queries, keys and values; all: of the output projection too"
+    )
     intermediate_size: Positive | None = Field(None, description="hidden width F of a dense feed-forward; null = 4 D")
     seq_length: Positive = Field(64, description="tokens S of a training sequence")
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="pre-norm before attention and feed-forward")
     norm_eps: Annotated[float, Field(gt=0)] = Field(1e-5, description="added to the variance")
     position: Literal["rotary", "learned"] = Field("rotary", description="position encoding of the tokens")
     theta: Annotated[float, Field(gt=0)] = Field(10000.0, description="base of the rotary frequencies")
+    partial_rotary: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of a head, its first columns, that rotates"
+    )
+    rotary_scaling: RotaryScaling | None = Field(
+        None, description="changes the rotary frequencies for longer text; null, or a mapping of the keys below"
+    )
+    sliding_window: Positive | None = Field(
+        None, description="tokens that a position sees, itself and those just before it; null = all before it"
+    )
+    window_layers: Literal["all"] | list[NotNegative] = Field(
+        "all", description="layers whose attention has model.sliding_window: all, or a list from 0"
+    )
     activation: Literal["relu", "gelu", "swiglu"] = Field("relu", description="feed-forward non-linearity")
     tie_word_embeddings: bool = Field(True, description="the output head is the embedding table")
     dropout: Fraction = Field(0.0, description="probability, on the embedding and on each residual branch")
@@ -50,6 +73,25 @@ class ModelConfig(Section):
     compute_dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="type of matrix multiplications; parameters, router and loss stay float32"
     )
+
+    @property
+    def kv_heads(self) -> int:
+        """Returns the number of key/value heads J."""
+        return self.n_kv_heads or self.num_heads
+
+    @property
+    def size_of_head(self) -> int:
+        """Returns the width h of a head."""
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def rotary_size(self) -> int:
+        """Returns the columns of a head that rotate."""
+        return int(self.size_of_head * self.partial_rotary)
+
+    def window_of(self, layer: int) -> int | None:
+        """Returns the tokens that a position of a layer, from 0, sees; None = all before it."""
+        return self.sliding_window if self.window_layers == "all" or layer in self.window_layers else None
 
 
 class MoEConfig(Section):
@@ -81,6 +123,9 @@ class MoEConfig(Section):
         None, description="hidden width F of one expert; null = the dense width"
     )
     shared_expert_num: NotNegative = Field(0, description="shared experts, which process every row")
+    shared_intermediate_size: Positive | None = Field(
+        None, description="hidden width of all shared experts together; null = shared_expert_num x the expert width"
+    )
     use_shared_expert_gating: bool = Field(
         False, description="multiplies the output of the shared experts by a learned sigmoid gate of the row"
     )
@@ -176,52 +221,6 @@ class DataConfig(Section):
     )
 
 
-class OptimizerConfig(Section):
-    """Describes AdamW (arXiv 1711.05101) with decay on matrices only."""
-
-    type: Literal["adamw"] = Field("adamw", description="the optimizer")
-    beta1: Fraction = Field(0.9, description="decay of the first moment")
-    beta2: Fraction = Field(0.99, description="decay of the second moment")
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="added to the root of the second moment")
-    weight_decay: Weight = Field(0.1, description="decay of matrices; norms and vectors do not decay")
-    clip_grad: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global gradient norm; null = off")
-
-
-class ScheduleConfig(Section):
-    """Describes the learning rate: linear warm-up, then a curve from `learning_rate` to `lr_end`."""
-
-    type: Literal["cosine", "linear", "constant"] = Field("cosine", description="the curve after warm-up")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak")
-    lr_end: Weight = Field(1e-4, description="value at total_steps and after")
-    warmup_steps: NotNegative = Field(100, description="steps of linear warm-up from 0")
-    total_steps: Positive | None = Field(None, description="steps at which the curve ends; null = train.steps")
-
-
-class LoraConfig(Section):
-    """Describes low-rank adapters, which alone are trained (LoRA, arXiv 2106.09685)."""
-
-    rank: Positive = Field(8, description="width r of the product A B that is added to a weight")
-    alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="the product is multiplied by alpha / rank")
-    targets: Annotated[list[Literal["attention.qkv", "attention.out", "experts", "router"]], Field(min_length=1)] = (
-        Field(
-            ["attention.qkv", "attention.out", "experts"],
-            description="what gets adapters; experts: every feed-forward; router: trained in full, without an adapter",
-        )
-    )
-
-
-class DistillConfig(Section):
-    """Describes training by the outputs of a teacher (arXiv 1503.02531; of experts: arXiv 2101.03961, section 4.2)."""
-
-    teacher: str = Field(description="run folder or checkpoint of the teacher")
-    soft_weight: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.25, description="weight of the teacher's probabilities; 1 minus it is that of the next token"
-    )
-    temperature: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="divides both logits of the soft loss, which is multiplied by its square"
-    )
-
-
 class TrainConfig(Section):
     """Describes the run: its folder, its steps, its log and its checkpoints."""
 
@@ -297,6 +296,12 @@ class Config(Section):
     def expert_width(self) -> int:
         """Returns the hidden width F of one expert."""
         return self.moe.moe_intermediate_size or self.dense_width
+
+    @property
+    def shared_width(self) -> int:
+        """Returns the hidden width of all shared experts together; 0 where there are none."""
+        width = self.moe.shared_intermediate_size or self.expert_width * self.moe.shared_expert_num
+        return width if self.moe.shared_expert_num else 0
 
     @property
     def groups(self) -> int:

@@ -1,4 +1,4 @@
-"""Defines the base class of sections, and the sections of image networks, parallelism, device and export."""
+"""Defines the base class of sections, and the sections of image networks, optimizer, parallelism, device and export."""
 
 from typing import Annotated, Any, Literal, get_args
 
@@ -62,6 +62,15 @@ def _kinds(annotation: Any) -> tuple:
     return get_args(annotation) or (annotation,)
 
 
+def subsections(annotation: Any) -> dict[str, type[Section]]:
+    """Returns type -> class of the sub-sections that a key with this annotation may hold, such as those of
+    model.rotary_scaling; "" is the type of those of one kind, such as train.lora."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        kind = annotation.model_fields.get("type")
+        return {_kinds(kind.annotation)[0] if kind else "": annotation}
+    return {name: kind for part in get_args(annotation) for name, kind in subsections(part).items()}
+
+
 class VisionConfig(Section):
     """Describes images and the tasks on them."""
 
@@ -89,6 +98,52 @@ class CascadeConfig(Section):
     )
     threshold: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="evaluation: a sample leaves where its most probable class has at least this probability"
+    )
+
+
+class OptimizerConfig(Section):
+    """Describes AdamW (arXiv 1711.05101) with decay on matrices only."""
+
+    type: Literal["adamw"] = Field("adamw", description="the optimizer")
+    beta1: Fraction = Field(0.9, description="decay of the first moment")
+    beta2: Fraction = Field(0.99, description="decay of the second moment")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: Weight = Field(0.1, description="decay of matrices; norms and vectors do not decay")
+    clip_grad: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global gradient norm; null = off")
+
+
+class ScheduleConfig(Section):
+    """Describes the learning rate: linear warm-up, then a curve from `learning_rate` to `lr_end`."""
+
+    type: Literal["cosine", "linear", "constant"] = Field("cosine", description="the curve after warm-up")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak")
+    lr_end: Weight = Field(1e-4, description="value at total_steps and after")
+    warmup_steps: NotNegative = Field(100, description="steps of linear warm-up from 0")
+    total_steps: Positive | None = Field(None, description="steps at which the curve ends; null = train.steps")
+
+
+class LoraConfig(Section):
+    """Describes low-rank adapters, which alone are trained (LoRA, arXiv 2106.09685)."""
+
+    rank: Positive = Field(8, description="width r of the product A B that is added to a weight")
+    alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="the product is multiplied by alpha / rank")
+    targets: Annotated[list[Literal["attention.qkv", "attention.out", "experts", "router"]], Field(min_length=1)] = (
+        Field(
+            ["attention.qkv", "attention.out", "experts"],
+            description="what gets adapters; experts: every feed-forward; router: trained in full, without an adapter",
+        )
+    )
+
+
+class DistillConfig(Section):
+    """Describes training by the outputs of a teacher (arXiv 1503.02531; of experts: arXiv 2101.03961, section 4.2)."""
+
+    teacher: str = Field(description="run folder or checkpoint of the teacher")
+    soft_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.25, description="weight of the teacher's probabilities; 1 minus it is that of the next token"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="divides both logits of the soft loss, which is multiplied by its square"
     )
 
 

@@ -29,7 +29,12 @@ ROUTER_KEYS = {
 OFF = {"aux_loss_factor": 0, "z_loss_factor": 0}  # what no router contradicts
 BY_ROW = (*LEARNED, *FIXED)  # rows choose experts, in training
 BY_ROW_AT_EVALUATION = (*BY_ROW, "mixture_of_depths", "tree")
-TEXT_KEYS = ("num_heads", "n_kv_heads", "seq_length", "position", "theta", "tie_word_embeddings", "init_method_std")
+ROTARY_KEYS = ("partial_rotary", "rotary_scaling")
+ATTENTION_KEYS = ("head_size", "qk_norm", "attention_bias", "sliding_window", "window_layers")
+TEXT_KEYS = (
+    *("num_heads", "n_kv_heads", *ATTENTION_KEYS, "seq_length", "position", "theta", *ROTARY_KEYS),
+    *("tie_word_embeddings", "init_method_std"),
+)
 CASCADE_KEYS = ("type", "activation", "compute_dtype")  # what a cascade reads of `model`
 DECIDES = ("expert_num", "groups", "record", "replay")  # keys of `moe` that a dense model does not leave unread
 
@@ -104,8 +109,13 @@ def _by_network(config: Config) -> Iterator[Unread]:
             yield Unread((key,), f"only moe.granularity '{needs}' reads it")
     if config.moe_layers and kind != "slice":
         yield Unread(("moe.slice_length",), "only moe.granularity 'slice' reads it: use that, or leave it out", True)
+    if config.moe_layers and config.moe.shared_expert_num == 0:
+        yield Unread(("moe.shared_intermediate_size",), "needs moe.shared_expert_num of 1 or more", True)
     if network == "decoder" and config.model.position == "learned":
         yield Unread(("model.theta",), "only model.position 'rotary' reads it")
+        yield Unread(_keys("model", ROTARY_KEYS), "only model.position 'rotary' reads it: leave it out", True)
+    if network == "decoder" and config.model.sliding_window is None:
+        yield Unread(("model.window_layers",), "model.sliding_window is null: set it, or leave this out", True)
     everywhere = len(config.moe_layers) == config.model.num_layers
     if everywhere and config.moe.moe_intermediate_size:
         yield Unread(("model.intermediate_size",), "every layer is conditional and moe.moe_intermediate_size is set")

@@ -19,7 +19,11 @@ Placement = tuple[str | None, ...]  # for each axis of a parameter: what shards 
 # The layout of each parameter, by the end of its name. What is not listed is full on every rank of its stage. Matrices
 # of attention and feed-forward are sharded along heads and hidden width, the first along its columns and the second
 # along its rows, so that one sum joins them (Megatron-LM, arXiv 1909.08053, section 3).
-MATRICES: dict[str, Placement] = {"qkv.weight": (None, MODEL), "attention.out.weight": (MODEL, None)}
+MATRICES: dict[str, Placement] = {
+    "qkv.weight": (None, MODEL),
+    "qkv.bias": (MODEL,),
+    "attention.out.weight": (MODEL, None),
+}
 STACKED: dict[str, Placement] = {"w_in": (None, MODEL), "w_gate": (None, MODEL), "w_out": (MODEL, None)}  # of [E, ., .]
 
 

@@ -17,9 +17,12 @@ def stage_config(config: Config, stage: int) -> Config:
     """Returns the layers of one stage as a configuration without a pipeline."""
     own = [index for index, of in enumerate(stages_of_layers(config)) if of == stage]
     layers = tuple(index - own[0] for index in config.moe_layers if index in own)
+    windows = config.model.window_layers
+    if windows != "all":
+        windows = [index - own[0] for index in windows if index in own]
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"num_layers": len(own)}),
+            "model": config.model.model_copy(update={"num_layers": len(own), "window_layers": windows}),
             "moe": config.moe.model_copy(update={"layers": layers}),
             "parallel": config.parallel.model_copy(update={"pipeline_stage": 1, "micro_batch_num": 1}),
         }

@@ -35,6 +35,7 @@ class Block(nn.Cell):
 
     Args:
         config: the whole configuration.
+        index: which of the layers this one is, from 0.
         place: which of the conditional layers this one is, from 0; None: the feed-forward is dense.
         causal: mask of attention.
         random: hands out the initial weights.
@@ -47,6 +48,7 @@ class Block(nn.Cell):
     def __init__(
         self,
         config: Config,
+        index: int,
         place: int | None,
         causal: Tensor,
         random: InitialWeights,
@@ -61,7 +63,7 @@ class Block(nn.Cell):
         std_out = std / math.sqrt(2 * model.num_layers)  # GPT-2: residual branches start small together
         self.conditional = place is not None
         self.attention_norm = create_norm(model.norm, model.hidden_size, model.norm_eps, fused)
-        self.attention = Attention(model, causal, std_out, random, dtype, fused)
+        self.attention = Attention(model, causal, std_out, random, dtype, fused, model.window_of(index))
         self.feed_forward_norm = create_norm(model.norm, model.hidden_size, model.norm_eps, fused)
         self.window = config.moe.slice_length if self.conditional and config.granularity == "slice" else 1
         self.feed_forward = feed_forward(config, place, (std, std_out), random, slices, vocab_size, fused, mesh)
@@ -218,8 +220,8 @@ class Decoder(nn.Cell):
         check_sort_keys(config)
         model, random = config.model, InitialWeights(config.train.seed, drawn)
         length = max(length or 0, model.seq_length)
-        self.vocab_size, self.length, self.head_size = vocab_size, length, model.hidden_size // model.num_heads
-        self.kv_heads = model.n_kv_heads or model.num_heads
+        self.vocab_size, self.length, self.head_size = vocab_size, length, model.size_of_head
+        self.kv_heads = model.kv_heads
         self.moe_layers, self.groups = config.moe_layers, config.groups
         self.embedding = Embedding(vocab_size, model.hidden_size, model.init_method_std, random)
         self.position = None
@@ -230,11 +232,13 @@ class Decoder(nn.Cell):
         if self.moe_layers:
             require_causal(config.moe)
         fused = fused_operators(config, ms.get_context("device_target"))
-        causal = hidden_mask(length) if "FlashAttentionScore" in fused else causal_mask(length)
+        make_mask = hidden_mask if "FlashAttentionScore" in fused else causal_mask
+        windows = [model.window_of(index) for index in range(model.num_layers)]
+        masks = {window: make_mask(length, window) for window in set(windows)}
         places = {layer: place for place, layer in enumerate(self.moe_layers)}
         self.layers = nn.CellList(
             [
-                Block(config, places.get(index), causal, random, slices, vocab_size, fused, mesh)
+                Block(config, index, places.get(index), masks[windows[index]], random, slices, vocab_size, fused, mesh)
                 for index in range(model.num_layers)
             ]
         )

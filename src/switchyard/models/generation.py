@@ -33,11 +33,14 @@ class _Half(nn.Cell):
         self.decoder, self.dtype, self.last_place = decoder, decoder.dtype, max_length - 1
         attention = decoder.layers[0].attention
         self.heads, self.repeat, self.size = attention.kv_heads, attention.repeat, attention.head_size
-        self.width = self.heads * self.repeat * self.size  # D
+        self.width = decoder.embedding.table.shape[1]  # D
+        windows = [layer.attention.window or 0 for layer in decoder.layers]  # 0: all before it
+        self.windows = tuple(sorted(set(windows)))
+        self.mask_of = tuple(self.windows.index(window) for window in windows)
         self.turns = attention.rotary is not None
         cos, sin = rotation_tables(attention.rotary, max_length, self.repeat, self.size, attention.scale)
         self.cos, self.sin = Tensor(cos), Tensor(sin)
-        self.swap = Tensor(halves_swapped(self.size))
+        self.swap = Tensor(halves_swapped(self.size, attention.rotary.size if self.turns else None))
         self.norms = nn.CellList([PlainNorm(norm) for norm in _norms(decoder)])
         self.by_choice = chooses_tokens(decoder)
         self.nothing = Tensor(np.zeros((1, 1, 1), np.float32))
@@ -62,12 +65,28 @@ class _Half(nn.Cell):
     def project(self, attention: nn.Cell, x: Tensor, turn: tuple) -> Tensor:
         """[N, D] -> [N, J, R + 2, h]: queries, scaled, and a key, both turned to their places, and a value."""
         qkv = attention.qkv(x).astype(mstype.float32)  # [N, W]
+        if attention.qk_norm is not None:
+            qkv = attention.qk_norm(qkv)
         if self.turns:
             swapped = self.product(qkv.reshape(-1, self.size), self.swap)  # [N * J * (R + 2), h]
             qkv = qkv * turn[0] + swapped.reshape(-1, self.heads * (self.repeat + 2) * self.size) * turn[1]
         else:
             qkv = qkv * turn[0]
         return qkv.astype(self.dtype).reshape(-1, self.heads, self.repeat + 2, self.size)
+
+    def masks(self, distance: Tensor) -> tuple:
+        """Returns what is added to scores, for each of `self.windows`: 0 where the key is seen, MASKED elsewhere.
+
+        Args:
+            distance: from a key to the query; below 0 the key stands behind the query.
+        """
+        masks, later = (), (distance < 0).astype(mstype.float32)
+        for window in self.windows:
+            unseen = later
+            if window > 0:
+                unseen = later + (distance >= window).astype(mstype.float32)
+            masks = (*masks, unseen * MASKED)
+        return masks
 
     def parts(self, qkv: Tensor):
         """[., J, R + 2, ...] -> queries [., J, R, ...], a key and a value [., J, 1, ...]."""
@@ -135,7 +154,8 @@ class Prefill(_Half):
         number = (self.prefix(ones, 0) - 1) * (self.largest(places) + 1) + places  # [B, S]: which of the N rows
         valid = (places < ops.expand_dims(length, 1)).astype(mstype.float32).reshape(1, -1)  # [1, N]
         row = self.first_row(places, (0, 0), (1, 0), (1, 1)).astype(mstype.float32)  # [1, S]
-        mask = (row.reshape(1, 1, 1, 1, -1) > row.reshape(1, 1, 1, -1, 1)).astype(mstype.float32) * MASKED
+        distance = row.reshape(1, 1, 1, -1, 1) - row.reshape(1, 1, 1, 1, -1)  # [1, 1, 1, S, S]
+        masks = self.masks(distance)
         position = ops.minimum(places, self.last_place).reshape(-1)  # [N]; padding may lie behind the last place
         x, turn = self.embed(tokens.reshape(-1), position), self.turn(position)  # [N, D]
         keys, values = (), ()
@@ -143,7 +163,7 @@ class Prefill(_Half):
             qkv = self.project(layer.attention, self.norms[2 * index](x), turn)  # [N, J, R + 2, h]
             qkv = self.transpose(self.take(qkv, number, 0), (0, 2, 3, 1, 4))  # [B, J, R + 2, S, h]
             query, key, value = self.parts(qkv)  # [B, J, R, S, h], [B, J, 1, S, h] twice
-            mixed = self.attend(query, key, value, mask)  # [N, D]
+            mixed = self.attend(query, key, value, masks[self.mask_of[index]])  # [N, H * h]
             x = x + layer.attention.out(mixed).astype(mstype.float32)
             x = x + self.feed(layer, self.norms[2 * index + 1](x), tokens.reshape(1, -1), valid)
             keys, values = (*keys, key), (*values, value)
@@ -152,12 +172,12 @@ class Prefill(_Half):
         return logits, ops.concat(keys, 2).transpose(2, 0, 1, 3, 4), ops.concat(values, 2).transpose(2, 0, 1, 3, 4)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """Queries [B, J, R, S, h], keys and values [B, J, 1, S, h], mask [1, 1, 1, S, S] -> [N, D]."""
+        """Queries [B, J, R, S, h], keys and values [B, J, 1, S, h], mask [1, 1, 1, S, S] -> [N, H * h]."""
         if self.repeat > 1:
             key, value = (ops.tile(part, (1, 1, self.repeat, 1, 1)) for part in (key, value))  # [B, J, R, S, h]
         scores = self.scores(query, key).astype(mstype.float32) + mask  # [B, J, R, S, S]
         mixed = self.mix(self.softmax(scores).astype(self.dtype), value)  # [B, J, R, S, h]
-        return self.transpose(mixed, (0, 3, 1, 2, 4)).reshape(-1, self.width)  # [N, D]
+        return self.transpose(mixed, (0, 3, 1, 2, 4)).reshape(-1, self.heads * self.repeat * self.size)  # [N, H * h]
 
     def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """Rows [N, D], experts [N * K], gates [N, K] -> [N, D], by blocks of one expert each."""
@@ -198,7 +218,9 @@ class Decode(_Half):
         places = self.first_row(keys, (0, 0, 0, 0, 0), (1, 1, 1, 0, 1), (1, 1, 1, 1, 1))  # [1, 1, 1, T, 1]
         places = self.prefix(ops.ones_like(places).astype(mstype.float32), 3).reshape(1, 1, 1, -1) - 1.0
         here = position.reshape(-1, 1, 1, 1)
-        mask = (places > here.astype(mstype.float32)).astype(mstype.float32) * MASKED + self.spread_mask  # [B, J, R, T]
+        masks = ()
+        for mask in self.masks(here.astype(mstype.float32) - places):  # [B, 1, 1, T]
+            masks = (*masks, mask + self.spread_mask)  # [B, J, R, T]
         here = here + self.spread  # [B, J, 1, h]
         valid = ops.ones_like(tokens).astype(mstype.float32).reshape(1, -1)  # [1, B]
         new_keys, new_values = (), ()
@@ -207,8 +229,9 @@ class Decode(_Half):
             query, key, value = self.parts(self.project(layer.attention, self.norms[2 * index](x), turn))
             key, value = self.write(old_keys[index], here, key), self.write(old_values[index], here, value)
             new_keys, new_values = (*new_keys, key), (*new_values, value)
-            scores = self.scores(query, key).astype(mstype.float32) + mask  # [B, J, R, T]
-            mixed = self.mix(self.softmax(scores).astype(self.dtype), value).reshape(-1, self.width)  # [B, D]
+            scores = self.scores(query, key).astype(mstype.float32) + masks[self.mask_of[index]]  # [B, J, R, T]
+            mixed = self.mix(self.softmax(scores).astype(self.dtype), value)  # [B, J, R, h]
+            mixed = mixed.reshape(-1, self.heads * self.repeat * self.size)  # [B, H * h]
             x = x + layer.attention.out(mixed).astype(mstype.float32)
             x = x + self.feed(layer, self.norms[2 * index + 1](x), tokens.reshape(1, -1), valid)
         return self.logits(x), ops.stack(new_keys, 0), ops.stack(new_values, 0)

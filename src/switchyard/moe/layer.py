@@ -280,7 +280,7 @@ def create_experts(
             moe.expert_num, size, hidden, kind, std, random, dtype, fused=fused, half_rows=half
         )
     if moe.shared_expert_num and make is not None:
-        shared = make(1, hidden * moe.shared_expert_num)
+        shared = make(1, config.shared_width)
     elif moe.shared_expert_num:
         shared = SharedExperts(config, std, random, dtype, fused)
     return experts, shared

@@ -16,7 +16,8 @@ from switchyard.nn.initializers import InitialWeights
 class SharedExperts(FeedForwardExperts):
     """Computes what every token gets besides its chosen experts.
 
-    `moe.shared_expert_num` experts that all tokens go to are one expert of as many times the width. With
+    `moe.shared_expert_num` experts that all tokens go to are one expert of as many times the width, or of
+    `moe.shared_intermediate_size` where that is given. With
     `moe.use_shared_expert_gating` its output is weighted by sigmoid(x w) (Qwen2-MoE, arXiv 2407.10671).
 
     Args:
@@ -31,8 +32,7 @@ class SharedExperts(FeedForwardExperts):
         self, config: Config, std: tuple[float, float], random: InitialWeights, dtype, fused: frozenset[str] = NONE
     ):
         moe, width = config.moe, config.model.hidden_size
-        hidden = config.expert_width * moe.shared_expert_num
-        super().__init__(1, width, hidden, config.model.activation, std, random, dtype, fused=fused)
+        super().__init__(1, width, config.shared_width, config.model.activation, std, random, dtype, fused=fused)
         self.gate = None
         if moe.use_shared_expert_gating:
             self.gate = random.normal(std[0], (1, width, 1), "gate")

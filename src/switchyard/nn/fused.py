@@ -41,14 +41,14 @@ def fused_operators(config: Config, target: str) -> frozenset[str]:
 
 def of_ascend(model: ModelConfig) -> frozenset[str]:
     """Returns the fused operators of Ascend that fit a model."""
-    size = model.hidden_size // model.num_heads
+    size = model.size_of_head
     fits = model.compute_dtype in HALVES and size % 16 == 0 and size <= 512
     return frozenset({"RmsNorm", "Swiglu", "MoeTokenPermute"} | ({"FlashAttentionScore"} if fits else set()))
 
 
 def of_gpu(model: ModelConfig) -> frozenset[str]:
     """Returns the operators that are faster on a GPU than the composition for CPU, and fit a model."""
-    mask = model.num_heads // (model.n_kv_heads or model.num_heads) * model.seq_length**2
+    mask = model.num_heads // model.kv_heads * model.seq_length**2
     half = model.compute_dtype == "float16"
     found = {"LayerNorm", "SiLU", "CountedOrder"} | ({"HalfRows"} if half else set())
     return frozenset(found | ({"HalfAttention"} if half and mask <= MASK_LIMIT else set()))

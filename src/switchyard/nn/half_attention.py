@@ -11,10 +11,12 @@ from mindspore import Tensor, nn, ops
 HIDDEN = -3e4  # added to a score that must not be seen: exp of it is 0, and float16 holds it
 
 
-@lru_cache(2)  # the layers share one
-def flat_mask(length: int, repeat: int, dtype) -> Tensor:
+@lru_cache(2)  # the layers share one, or two where some have a window
+def flat_mask(length: int, repeat: int, dtype, window: int | None = None) -> Tensor:
     """Returns what is added to the scores of one key/value head: [R * S * S], 0 or HIDDEN."""
     hidden = np.triu(np.full((length, length), HIDDEN, np.float32), 1)
+    if window is not None:
+        hidden += np.tril(np.full((length, length), HIDDEN, np.float32), -window)
     return Tensor(np.tile(hidden.reshape(-1), repeat), dtype)
 
 

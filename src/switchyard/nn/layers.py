@@ -5,7 +5,7 @@ key/value head, h head size.
 """
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops.auto_generate import FlashAttentionScore
 
@@ -17,6 +17,7 @@ from switchyard.nn.fused import NONE
 from switchyard.nn.half_attention import HalfAttention, flat_mask
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
+from switchyard.nn.query_key_norm import create_query_key_norm
 from switchyard.nn.rotary import Rotary, SplitAndRotate, rotation_tables
 from switchyard.nn.softmax import Softmax
 
@@ -51,20 +52,28 @@ def row_shape(table, tokens):
 
 
 class Linear(nn.Cell):
-    """x W, no bias: [N, I] -> [N, O] in `dtype`."""
+    """x W, or x W + b with a bias, which begins as zeros: [N, I] -> [N, O] in `dtype`."""
 
-    def __init__(self, size_in: int, size_out: int, std: float, random: InitialWeights, dtype):
+    def __init__(self, size_in: int, size_out: int, std: float, random: InitialWeights, dtype, bias: bool = False):
         super().__init__()
         self.dtype = dtype
         self.weight = random.normal(std, (size_in, size_out), "weight")
+        self.bias = Parameter(Tensor(np.zeros(size_out, np.float32)), name="bias") if bias else None
         self.product = ops.MatMul()
         self.cast_x, self.cast_weight = Cast(dtype), Cast(dtype)
+        self.local = self.add_bias
         self.lora = None  # see models.adapters
 
     def construct(self, x: Tensor) -> Tensor:
         x = self.cast_x(x)
         out = self.product(x, self.cast_weight(self.weight))
-        return out if self.lora is None else self.lora(x, out)
+        if self.lora is not None:
+            out = self.lora(x, out)
+        return out if self.bias is None else self.local(out, self.bias)
+
+    def add_bias(self, out: Tensor, bias: Tensor) -> Tensor:
+        """Adds a bias [O] to rows [N, O]."""
+        return out + bias.astype(out.dtype)
 
     def shard(self, mesh: CompiledMesh, out: str = "data") -> None:
         """The weight [I, O] is sharded as `axes_of` says, x by rows and as I, the result by `out` and as O.
@@ -76,6 +85,9 @@ class Linear(nn.Cell):
         self.product.shard(layouts, (mesh.layout(out, size_out),))
         self.cast_x.shard(mesh, "data", size_in)
         self.cast_weight.shard(mesh, size_in, size_out)
+        if self.bias is not None:
+            rows, bias = mesh.layout(out, size_out), mesh.layout(*axes_of(self.bias.name, 1))
+            self.local = mesh.local(self.add_bias, (rows, bias), (rows,), first, first)
 
 
 class Dropout(nn.Cell):
@@ -104,14 +116,20 @@ class Dropout(nn.Cell):
         self.local = mesh.local(self.drop, (rows, mesh.layout(None, "rows", None)), (rows,), first, first)
 
 
-def causal_mask(length: int) -> Tensor:
+def hidden(length: int, window: int | None = None) -> np.ndarray:
+    """Returns where a position must not look, bool [S, S]: behind itself, and before its `window` last tokens."""
+    seen = np.tri(length, dtype=bool)
+    return ~seen if window is None else ~seen | np.tri(length, k=-window, dtype=bool)
+
+
+def causal_mask(length: int, window: int | None = None) -> Tensor:
     """What is added to scores [S, S]: 0 where a position may look, MASKED where it may not."""
-    return Tensor(np.triu(np.full((length, length), MASKED, np.float32), 1))
+    return Tensor(np.where(hidden(length, window), np.float32(MASKED), np.float32(0)))
 
 
-def hidden_mask(length: int) -> Tensor:
+def hidden_mask(length: int, window: int | None = None) -> Tensor:
     """The same for FlashAttentionScore, uint8 [S, S]: 0 where a position may look, 1 where it may not."""
-    return Tensor(np.triu(np.ones((length, length), np.uint8), 1))
+    return Tensor(hidden(length, window).astype(np.uint8))
 
 
 class Attention(nn.Cell):
@@ -121,10 +139,17 @@ class Attention(nn.Cell):
     a slice of it by heads is whole.
 
     Args:
+        model: its section of the configuration, which may ask for biases, for query/key norms, for heads of a size of
+            their own, and for rotation of a part of a head.
         causal: `causal_mask` of the longest sequence, `hidden_mask` where attention is fused; the layers share one.
+        std_out: initial standard deviation of the last matrix.
+        random: hands out the initial weights.
+        dtype: of the matrix products.
         fused: operators of the device, see nn.fused. HalfAttention serves sequences of model.seq_length.
             FlashAttentionScore makes scores, softmax and what they bring
             together in one, and keeps no [S, S] matrix for the backward pass.
+        window: tokens that a position sees (Longformer, arXiv 2004.05150; Mistral, arXiv 2310.06825); None = all. The
+            mask `causal` has it too.
     """
 
     def __init__(
@@ -135,18 +160,21 @@ class Attention(nn.Cell):
         random: InitialWeights,
         dtype,
         fused: frozenset[str] = NONE,
+        window: int | None = None,
     ):
         super().__init__()
-        self.kv_heads = model.n_kv_heads or model.num_heads
+        self.kv_heads, self.head_size, self.window = model.kv_heads, model.size_of_head, window
         self.repeat = model.num_heads // self.kv_heads
-        self.head_size = model.hidden_size // model.num_heads
         self.scale = self.head_size**-0.5
-        width = self.kv_heads * (self.repeat + 2) * self.head_size
-        self.qkv = Linear(model.hidden_size, width, model.init_method_std, random, dtype)
-        self.out = Linear(model.hidden_size, model.hidden_size, std_out, random, dtype)
-        self.rotary = None
-        if model.position == "rotary":
-            self.rotary = Rotary(causal.shape[0], self.head_size, model.theta)
+        width, mixed, bias = (
+            self.kv_heads * (self.repeat + 2) * self.head_size,
+            model.num_heads * self.head_size,
+            model.attention_bias,
+        )
+        self.qkv = Linear(model.hidden_size, width, model.init_method_std, random, dtype, bias is not None)
+        self.out = Linear(mixed, model.hidden_size, std_out, random, dtype, bias == "all")
+        self.qk_norm = create_query_key_norm(model, fused)
+        self.rotary = Rotary(causal.shape[0], model) if model.position == "rotary" else None
         self.split = ops.Split(2, 3)
         self.transpose = ops.Transpose()
         self.scores = ops.BatchMatMul(transpose_b=True)
@@ -158,16 +186,24 @@ class Attention(nn.Cell):
         self.fused = self._fused() if "FlashAttentionScore" in fused else None
         self.half, self.length = None, model.seq_length
         if "HalfAttention" in fused:
-            self.half = HalfAttention(flat_mask(self.length, self.repeat, dtype), self.head_size)
+            self.half = HalfAttention(flat_mask(self.length, self.repeat, dtype, window), self.head_size)
             tables = rotation_tables(self.rotary, self.length, self.repeat, self.head_size, self.scale)
-            self.rotate = SplitAndRotate(tables, self.kv_heads, self.repeat, self.head_size, dtype)
+            self.rotate = SplitAndRotate(tables, self.kv_heads, self.repeat, self.head_size, dtype, model.rotary_size)
 
     def construct(self, x: Tensor, batch: int) -> Tensor:
-        """Every position sees itself and those before it."""
-        return self.widen(self.out(self.local(self.qkv(x), batch)))
+        """Every position sees itself and those before it, within its window."""
+        qkv, norms = self.qkv(x), ()
+        if self.qk_norm is not None:
+            norms = self.qk_norm.inputs(qkv)
+        return self.widen(self.out(self.local(qkv, batch, *norms)))
 
-    def mix_heads(self, qkv: Tensor, batch: int) -> Tensor:
-        """Projections [N, J * (R + 2) * h] -> what the heads bring together [N, J * R * h]."""
+    def mix_heads(self, qkv: Tensor, batch: int, one: Tensor = None, other: Tensor = None) -> Tensor:
+        """Projections [N, J * (R + 2) * h] -> what the heads bring together [N, J * R * h].
+
+        `one` and `other` are the inputs of `qk_norm`, where there is one.
+        """
+        if self.qk_norm is not None:
+            qkv = self.qk_norm.work(qkv, one, other)
         if self.half is not None and qkv.shape[0] == batch * self.length:
             return self._attend_half(qkv, batch)
         query, key, value = self._split_heads(qkv, batch)
@@ -191,16 +227,22 @@ class Attention(nn.Cell):
             self.rotate.kv_heads = self.kv_heads
         heads, repeat, length = mesh.layout("data", axes_of(self.qkv.weight.name, 2)[1]), self.repeat, mesh.length
 
-        def shape(qkv):
+        def shape(qkv, *norms):
             return [qkv[0], qkv[1] * repeat // (repeat + 2)]
 
         def of_slice(qkv):
             return self.mix_heads(qkv, qkv.shape[0] // length)
 
-        mixed = mesh.local(of_slice, (heads,), (heads,), shape, first)
+        def of_slice_with_norms(qkv, one, other):
+            return self.mix_heads(qkv, qkv.shape[0] // length, one, other)
 
-        def local(qkv, batch):  # of all devices, of which a device holds a part
-            return mixed(qkv)
+        work, inputs = of_slice, (heads,)
+        if self.qk_norm is not None:
+            work, inputs = of_slice_with_norms, (heads, *self.qk_norm.shard(mesh))
+        mixed = mesh.local(work, inputs, (heads,), shape, first)
+
+        def local(qkv, batch, *norms):  # of all devices, of which a device holds a part
+            return mixed(qkv, *norms)
 
         self.local = local
 
@@ -226,9 +268,10 @@ class Attention(nn.Cell):
         return self._join_heads(mixed.reshape(batch, heads * repeat, length, size))
 
     def _fused(self) -> FlashAttentionScore:
-        """The operator for the heads of a device; keys after a query are neither seen nor computed."""
-        heads = self.kv_heads * self.repeat
-        return FlashAttentionScore(heads, scale_value=self.scale, next_tokens=0, input_layout="BNSD", sparse_mode=0)
+        """The operator for the heads of a device; keys outside the window are neither seen nor computed."""
+        heads, before = self.kv_heads * self.repeat, {} if self.window is None else {"pre_tokens": self.window - 1}
+        layout = {"input_layout": "BNSD", "sparse_mode": 0}
+        return FlashAttentionScore(heads, scale_value=self.scale, next_tokens=0, **before, **layout)
 
     def _attend_fused(self, query, key, value, mask):
         """`_attend` by one operator: queries [B, J, R, S, h], keys and values [B, J, S, h], mask [S, S] uint8."""

@@ -1,32 +1,51 @@
 """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34), halves of a head paired, in two compositions.
 
 Legend: B batch, S sequence, N = B * S tokens, J key/value heads, R query heads of each, h head size,
-W = J * (R + 2) * h columns of the projections, M longest sequence.
+r columns of a head that rotate, W = J * (R + 2) * h columns of the projections, M longest sequence.
 """
 
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from switchyard.config import ModelConfig
+from switchyard.nn.rotary_scaling import attention_factor, frequencies
+
 
 class Rotary(nn.Cell):
-    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34), halves paired: [..., S, h] with tables [S, h / 2]."""
+    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34), halves paired: [..., S, h] with tables [S, r / 2].
 
-    def __init__(self, length: int, head_size: int, theta: float):
+    The first r columns of a head rotate, `model.partial_rotary` of them; the others stay. `model.rotary_scaling`
+    changes the frequencies, and multiplies cosines and sines.
+
+    Args:
+        length: M, the longest sequence.
+        model: its section of the configuration.
+    """
+
+    def __init__(self, length: int, model: ModelConfig):
         super().__init__()
-        half = head_size // 2
-        angles = np.outer(np.arange(length), theta ** (-np.arange(half) / half))
-        self.cos_table = Tensor(np.cos(angles).astype(np.float32))
-        self.sin_table = Tensor(np.sin(angles).astype(np.float32))
+        self.size, self.rest = model.rotary_size, model.size_of_head - model.rotary_size
+        angles = np.outer(np.arange(length), frequencies(self.size, model.theta, model.rotary_scaling))
+        factor = attention_factor(model.rotary_scaling)
+        self.cos_table = Tensor((np.cos(angles) * factor).astype(np.float32))
+        self.sin_table = Tensor((np.sin(angles) * factor).astype(np.float32))
         self.split = ops.Split(-1, 2)
         self.join = ops.Concat(-1)
         self.take = ops.Gather()
 
     def tables(self, positions: Tensor):
-        """Cosines and sines of positions [...]: two tensors [..., h / 2]."""
+        """Cosines and sines of positions [...]: two tensors [..., r / 2]."""
         return self.take(self.cos_table, positions, 0), self.take(self.sin_table, positions, 0)
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = self.split(x)  # [..., S, h / 2]
+        if self.rest == 0:
+            return self.turn(x, cos, sin)
+        turning, rest = ops.split(x, [self.size, self.rest], -1)  # [..., S, r], [..., S, h - r]
+        return self.join((self.turn(turning, cos, sin), rest))
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates x [..., S, r] by tables [S, r / 2]."""
+        first, second = self.split(x)  # [..., S, r / 2]
         cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
         return self.join((first * cos - second * sin, second * cos + first * sin))
 
@@ -44,16 +63,25 @@ class SplitAndRotate(nn.Cell):
         repeat: R.
         head_size: h.
         dtype: of the projections.
+        rotary_size: r, the first columns of a head, which rotate.
     """
 
-    def __init__(self, tables: tuple[np.ndarray, np.ndarray], kv_heads: int, repeat: int, head_size: int, dtype):
+    def __init__(
+        self,
+        tables: tuple[np.ndarray, np.ndarray],
+        kv_heads: int,
+        repeat: int,
+        head_size: int,
+        dtype,
+        rotary_size: int | None = None,
+    ):
         super().__init__()
         self.kv_heads, self.length, self.group = kv_heads, len(tables[0]), (repeat + 2) * head_size
         query, key = repeat * head_size, head_size
         both = query + key  # columns that rotate
         self.cos, self.sin = (Tensor(table[:, :both], dtype) for table in tables)  # [S, (R + 1) * h]
         same = np.eye(self.group, dtype=np.float32)
-        swap = np.kron(np.eye(repeat + 2, dtype=np.float32), halves_swapped(head_size))
+        swap = np.kron(np.eye(repeat + 2, dtype=np.float32), halves_swapped(head_size, rotary_size))
         self.same, self.swap = Tensor(same[:, :both], dtype), Tensor(swap[:, :both], dtype)
         self.values = Tensor(same[:, both:], dtype)
         picked = np.concatenate((same[:, :both], swap[:, :both], same[:, both:]), 1)  # [(R + 2) * h, (2 R + 3) * h]
@@ -81,9 +109,11 @@ class SplitAndRotate(nn.Cell):
         return (self.product(joined, self.back).reshape(qkv.shape),)
 
 
-def halves_swapped(size: int) -> np.ndarray:
-    """Returns the matrix that swaps the halves of a head: [h, h]."""
-    return np.roll(np.eye(size, dtype=np.float32), size // 2, 1)
+def halves_swapped(size: int, turning: int | None = None) -> np.ndarray:
+    """Returns the matrix that swaps the halves of the first `turning` columns of a head, all where None: [h, h]."""
+    turning, matrix = turning or size, np.eye(size, dtype=np.float32)
+    matrix[:turning] = np.roll(matrix[:turning], turning // 2, 0)
+    return matrix
 
 
 def rotation_tables(rotary: Rotary | None, length: int, repeat: int, size: int, scale: float):
@@ -95,9 +125,9 @@ def rotation_tables(rotary: Rotary | None, length: int, repeat: int, size: int, 
     cos = np.ones((length, repeat + 2, size), np.float32)
     sin = np.zeros((length, repeat + 2, size), np.float32)
     if rotary is not None:
-        cosine, sine = (table.asnumpy()[:length, None] for table in (rotary.cos_table, rotary.sin_table))  # [M, 1, h/2]
-        cos[:, : repeat + 1] = np.concatenate((cosine, cosine), -1)
-        sin[:, : repeat + 1] = np.concatenate((-sine, sine), -1)
+        cosine, sine = (table.asnumpy()[:length, None] for table in (rotary.cos_table, rotary.sin_table))  # [M, 1, r/2]
+        cos[:, : repeat + 1, : rotary.size] = np.concatenate((cosine, cosine), -1)
+        sin[:, : repeat + 1, : rotary.size] = np.concatenate((-sine, sine), -1)
     cos[:, :repeat] *= scale
     sin[:, :repeat] *= scale
     return cos.reshape(length, -1), sin.reshape(length, -1)

@@ -16,9 +16,19 @@ from switchyard.distributed.placement import EXPERT, MODEL, ParallelDims, placem
 from switchyard.distributed.stages import stage_config, stage_exchanges
 from switchyard.moe.dispatch.capacity import buffer_slots, check_dropless, check_sort_keys, slot_shape
 from switchyard.moe.metrics import width
-from switchyard.nn.fused import fused_operators
 from switchyard.planner.host import noise_slices
-from switchyard.planner.sizes import FLOAT, Shape, parameters, product_bytes, projection, shard_sizes, worked_rows
+from switchyard.planner.sizes import (
+    FLOAT,
+    Shape,
+    mixed,
+    parameters,
+    product_bytes,
+    projection,
+    seen_tokens,
+    shard_sizes,
+    takes,
+    worked_rows,
+)
 from switchyard.training.limits import refusals, refuse
 
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate
@@ -202,17 +212,17 @@ def _of_gradient(name, shape, config, degrees):
     kind = name.rsplit(".", 1)[1]  # the backward pass reads products and fused norms again, other gains and tables not
     again = kind not in ("bias", "table") or (name == "embedding.table" and config.model.tie_word_embeddings)
     if kind == "gain":
-        again = config.model.norm == "rmsnorm" and _takes(config, "RmsNorm")
+        again = _reads_gain_again(name, config)
     again = degrees.optimizer_shard == 3 and again
     wide = product_bytes(config) if name.endswith(IN_PRODUCT_TYPE) else FLOAT  # cast before they are gathered
     yield Exchange("AllGather", group, ranks, wide * size, 2 if again else 1)
     yield Exchange("ReduceScatter", group, ranks, FLOAT * size)
 
 
-def _takes(config, name):
-    """Returns whether the graph has a fused operator; without a named device, the graph for Ascend is counted."""
-    target = config.context.device_target
-    return name in fused_operators(config, "Ascend" if target == "auto" else target)
+def _reads_gain_again(name, config):
+    """Returns whether the backward pass of a norm reads its gain: that of the fused operator does."""
+    kind = config.model.qk_norm == "head" if ".qk_norm." in name else config.model.norm == "rmsnorm"
+    return kind and takes(config, "RmsNorm")
 
 
 def _of_experts(config, degrees, repeated):
@@ -252,6 +262,10 @@ def _of_model_slices(config, degrees, repeated, last):
         yield Exchange("AllReduce", "model", tensor, FLOAT * rows, (2 + repeated) * conditional)
     if moe.use_shared_expert_gating:
         yield reduce(rows, again * shared)  # the gate's gradient reads the sum
+    if model.qk_norm == "full":  # sums of squares of queries and keys
+        squares = FLOAT * config.rows // degrees.data_parallel * 2 * tensor
+        yield Exchange("AllGather", "model", tensor, squares, layers * (1 + again))
+        yield Exchange("ReduceScatter", "model", tensor, squares, layers)
     if not parallel.sequence_parallel:
         yield reduce(rows, layers * (2 + again))
         return
@@ -265,8 +279,8 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
     """Returns the FLOPs of the matrix products of a device in a step, 2 for a multiply-add; backward counts twice
     forward, recompute once more.
 
-    Scores of attention count in full, as they are computed, and experts by `worked_rows`. Of a pipeline those of one
-    stage.
+    Scores of attention count as they are computed, see `seen_tokens`, and experts by `worked_rows`. Of a pipeline those
+    of one stage.
     """
     stages, micro = config.parallel.pipeline_stage, config.micro_batches
     if stages > 1:
@@ -274,12 +288,13 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
     model, moe, parallel = config.model, config.moe, config.parallel
     rows, tensor, width = config.rows // parallel.data_parallel, parallel.model_parallel, model.hidden_size
     conditional, matrices = len(config.moe_layers), 3 if model.activation == "swiglu" else 2
-    attention = width * (projection(config) + width) + 2 * model.seq_length * width
-    blocks = model.num_layers * rows * attention / tensor
+    attention = model.num_layers * width * (projection(config) + mixed(config))
+    attention += 2 * mixed(config) * sum(seen_tokens(config, index) for index in range(model.num_layers))
+    blocks = rows * attention / tensor
     blocks += (model.num_layers - conditional) * rows * matrices * width * config.dense_width / tensor
     if conditional:
-        slots = worked_rows(config) + moe.shared_expert_num * rows
-        blocks += conditional * slots * matrices * width * config.expert_width / tensor
+        hidden = worked_rows(config) * config.expert_width + rows * config.shared_width
+        blocks += conditional * hidden * matrices * width / tensor
         blocks += conditional * rows * width * moe.expert_num
     passes = 4 if parallel.recompute else 3
     head = 3 * rows * width * vocab if stage == stages - 1 else 0
@@ -318,10 +333,12 @@ def _block_bytes(config, index, rows, between):
     width, wide, tensor = model.hidden_size, product_bytes(config), parallel.model_parallel
     hidden_copies = 3 if model.activation == "swiglu" else 2  # before and after the non-linearity, and the gate
     weights = model.seq_length * (FLOAT + (wide if wide != FLOAT else 0))  # [S] of a row and head, before the product
-    if _takes(config, "FlashAttentionScore"):
+    if takes(config, "FlashAttentionScore"):
         weights = 16 * FLOAT  # softmax_max and softmax_sum
     kept = 4 * between + 2 * rows * width * wide  # two residuals, two norms; what goes into the products
-    kept += rows * wide * (2 * projection(config) + width) // tensor + rows * model.num_heads * weights // tensor
+    kept += (
+        rows * wide * (2 * projection(config) + mixed(config)) // tensor + rows * model.num_heads * weights // tensor
+    )
     if model.dropout:
         kept += 2 * between
     if index not in config.moe_layers:
@@ -331,5 +348,5 @@ def _block_bytes(config, index, rows, between):
     if moe.dispatch == "dropless_static":
         slots = parallel.expert_parallel * buffer_slots(config)
     kept += slots * width * (2 * FLOAT + wide if moe.dispatch == "capacity" else 3 * wide)
-    kept += rows * moe.shared_expert_num * hidden_copies * config.expert_width * wide // tensor
+    kept += rows * hidden_copies * config.shared_width * wide // tensor
     return kept + 4 * rows * moe.expert_num * FLOAT  # logits, probabilities, choices of the router

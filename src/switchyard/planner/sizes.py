@@ -8,6 +8,7 @@ import math
 from switchyard.config import Config
 from switchyard.distributed.placement import ParallelDims, degree_of, optimizer_shards, placement, stages_of
 from switchyard.moe.dispatch.capacity import slot_shape, zero_rows
+from switchyard.nn.fused import fused_operators
 
 FLOAT = 4  # bytes of float32: parameters, gradients, moments, rows between the parts of a layer
 Shape = tuple[int, ...]
@@ -28,8 +29,7 @@ def _all_parameters(config, vocab):
     for index in range(model.num_layers):
         prefix = f"layers.{index}."
         found |= _norm(f"{prefix}attention_norm", model)
-        found[f"{prefix}attention.qkv.weight"] = (width, projection(config))
-        found[f"{prefix}attention.out.weight"] = (width, width)
+        found |= _attention(f"{prefix}attention.", config)
         found |= _norm(f"{prefix}feed_forward_norm", model) | _feed_forward(config, index, f"{prefix}feed_forward.")
     found |= _norm("norm", model)
     if not model.tie_word_embeddings:
@@ -39,8 +39,25 @@ def _all_parameters(config, vocab):
 
 def projection(config: Config) -> int:
     """Returns the columns X of the matrix that makes queries, keys and values."""
+    return (config.model.num_heads + 2 * config.model.kv_heads) * config.model.size_of_head
+
+
+def mixed(config: Config) -> int:
+    """Returns the columns of what all query heads bring together, the rows of the output projection."""
+    return config.model.num_heads * config.model.size_of_head
+
+
+def _attention(prefix, config):
     model = config.model
-    return model.hidden_size + 2 * (model.n_kv_heads or model.num_heads) * (model.hidden_size // model.num_heads)
+    found = {f"{prefix}qkv.weight": (model.hidden_size, projection(config))}
+    if model.attention_bias:
+        found[f"{prefix}qkv.bias"] = (projection(config),)
+    found[f"{prefix}out.weight"] = (mixed(config), model.hidden_size)
+    if model.attention_bias == "all":
+        found[f"{prefix}out.bias"] = (model.hidden_size,)
+    for part, heads in (("queries", model.num_heads), ("keys", model.kv_heads)) if model.qk_norm else ():
+        found[f"{prefix}qk_norm.{part}.gain"] = (model.size_of_head * (heads if model.qk_norm == "full" else 1),)
+    return found
 
 
 def _norm(name, model):
@@ -62,7 +79,7 @@ def _feed_forward(config, index, prefix):
     found = {f"{prefix}router.weight": (width, moe.expert_num)}
     found |= matrices(f"{prefix}experts.", moe.expert_num, config.expert_width)
     if moe.shared_expert_num:
-        found |= matrices(f"{prefix}shared.", 1, config.expert_width * moe.shared_expert_num)
+        found |= matrices(f"{prefix}shared.", 1, config.shared_width)
     if moe.use_shared_expert_gating:
         found[f"{prefix}shared.gate"] = (1, width, 1)
     return found
@@ -89,3 +106,19 @@ def worked_rows(config: Config) -> int:
 def product_bytes(config: Config) -> int:
     """Returns the bytes of a number in the matrix products."""
     return FLOAT if config.model.compute_dtype == "float32" else 2
+
+
+def takes(config, name):
+    """Returns whether the graph has a fused operator; without a named device, the graph for Ascend is counted."""
+    target = config.context.device_target
+    return name in fused_operators(config, "Ascend" if target == "auto" else target)
+
+
+def seen_tokens(config: Config, layer: int) -> int:
+    """Returns the keys that a row of a layer is multiplied with: all of its sequence, those that a mask hides too.
+
+    FlashAttentionScore leaves out what lies outside a sliding window.
+    """
+    length, window = config.model.seq_length, config.model.window_of(layer)
+    fused = window is not None and takes(config, "FlashAttentionScore")
+    return min(length, window) if fused else length

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from switchyard.cli import Parser, run
 from switchyard.config import Config
 from switchyard.config.router_options import OPTIONS
+from switchyard.config.sections import Section, subsections
 
 HEADINGS = ("Key", "Values", "Default", "Meaning")
 
@@ -24,13 +25,33 @@ class Row(NamedTuple):
 
 
 def sections() -> dict[str, list[Row]]:
-    """Returns the rows of every section of `Config`, in its order."""
+    """Returns the rows of every section of `Config`, in its order; those of a sub-section follow its key."""
     schema = Config.model_json_schema()
     found = {}
     for section, outer in Config.model_fields.items():
-        fields, properties = outer.annotation.model_fields, schema["$defs"][outer.annotation.__name__]["properties"]
-        found[section] = [_row(f"{section}.{name}", properties[name], field) for name, field in fields.items()]
+        properties, found[section] = schema["$defs"][outer.annotation.__name__]["properties"], []
+        for name, field in outer.annotation.model_fields.items():
+            key = f"{section}.{name}"
+            found[section] += [_row(key, properties[name], field), *_rows_below(key, subsections(field.annotation))]
     return found
+
+
+def _rows_below(key: str, kinds: dict[str, type[Section]]) -> list[Row]:
+    """Returns the rows of the sub-sections that a key may hold; each says for which types it is."""
+    types = ", ".join(f"`{name}`" for name in kinds)
+    found = {"type": Row(f"`{key}.type`", types, "", "which keys follow")} if kinds else {}
+    for name, kind in kinds.items():
+        properties = kind.model_json_schema()["properties"]
+        for inner, field in kind.model_fields.items():
+            if inner == "type":
+                continue
+            if inner in found:
+                before = found[inner]
+                found[inner] = before._replace(meaning=before.meaning.replace(": ", f", {name}: ", 1))
+                continue
+            row = _row(f"{key}.{inner}", properties[inner], field)
+            found[inner] = row._replace(meaning=f"{name}: {row.meaning}")
+    return list(found.values())
 
 
 def router_options() -> dict[str, list[Row]]:
@@ -43,6 +64,8 @@ def router_options() -> dict[str, list[Row]]:
 
 
 def _row(key: str, schema: dict[str, Any], field: FieldInfo) -> Row:
+    if field.is_required():
+        return Row(f"`{key}`", _values(schema), "", field.description or "")
     default = yaml.safe_dump(field.default, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
     return Row(f"`{key}`", _values(schema), f"`{default}`", field.description or "")
 
@@ -67,6 +90,8 @@ def _values(schema: dict[str, Any]) -> str:
     """Describes a JSON schema in words."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_values(part) for part in schema["anyOf"]))
+    if "oneOf" in schema:
+        return "mapping"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:
