@@ -87,8 +87,10 @@ def meaning(config: Config, key: str) -> Any:
     """Returns the value of a key; where null stands for the value of another key, that value."""
     resolved = {
         "model.n_kv_heads": config.model.n_kv_heads or config.model.num_heads,
+        "model.head_size": config.model.head_size or config.model.hidden_size // config.model.num_heads,
         "model.intermediate_size": config.dense_width,
         "moe.moe_intermediate_size": config.expert_width,
+        "moe.shared_intermediate_size": config.shared_width,
         "moe.layers": list(config.moe_layers),
         "moe.granularity": config.granularity,
     }
