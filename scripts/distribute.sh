@@ -65,6 +65,11 @@ distribute() {
                 shift
                 ;;
             --resume) program+=("$1") ;;
+            --init)
+                (($# > 1)) || fail "$1: needs a value"
+                program+=("$1" "$2")
+                shift
+                ;;
             --dry-run) dry_run=yes ;;
             -*) fail "$(shown "$1"): unknown option; see --help" ;;
             *.*=*) program+=("$1") ;;

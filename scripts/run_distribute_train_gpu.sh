@@ -15,6 +15,7 @@
 #                        (default: logs/train-DATE-TIME under the current folder)
 #   --rank-table FILE    the rank table of a cluster that still needs one
 #   --resume             continue from the newest checkpoint of the run
+#   --init RUN           start a new run from the weights of another, which all nodes see
 #   --dry-run            check keys and degrees as training would, print the command that would be run, and end
 #   section.key=value    any key of the configuration
 #

@@ -3,10 +3,11 @@
 # ==============================================================================
 # Trains on one device.
 #
-# Usage: bash scripts/run_standalone_train.sh --config FILE [--resume] [--log FILE] [section.key=value ...]
+# Usage: bash scripts/run_standalone_train.sh --config FILE [--resume | --init RUN] [--log FILE] [section.key=value ...]
 #
 #   --config FILE        the experiment, such as config/shakespeare_char_switch_cpu.yaml
 #   --resume             continue from the newest checkpoint of the run
+#   --init RUN           start a new run from the weights of another
 #   --log FILE           where the output goes besides the terminal
 #                        (default: logs/train-DATE-TIME.log under the current folder)
 #   section.key=value    any key of the configuration

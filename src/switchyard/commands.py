@@ -31,6 +31,11 @@ def train_main(arguments: list[str]) -> None:
         "--config", required=True, metavar="FILE", help="a YAML file, or the name of one in config/ such as quickstart"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run train.name")
+    parser.add_argument(
+        "--init",
+        metavar="RUN",
+        help="start a new run from the weights and the tokenizer of a run, or of one checkpoint",
+    )
     parser.add_argument("--print-config", action="store_true", help="show every key and its value, and end")
     chosen = parser.parse_intermixed_args(arguments)
     config = configuration.load(chosen.config, chosen.overrides, devices=world_size())
@@ -42,7 +47,7 @@ def train_main(arguments: list[str]) -> None:
     announce(config, chosen.overrides)
     from switchyard.training.loop import train
 
-    train(config, chosen.resume)
+    train(config, chosen.resume, chosen.init)
 
 
 def eval_main(arguments: list[str]) -> None:
@@ -94,9 +99,12 @@ def export_main(arguments: list[str]) -> None:
 def infer_main(arguments: list[str]) -> None:
     """Runs `infer.py`; see its --help."""
     chosen = _infer_parser().parse_args(arguments)
-    given = [chosen.prompt, chosen.prompts_file, chosen.image]
+    given = [chosen.prompt, chosen.prompts_file, chosen.image, chosen.chat or None]
     if given.count(None) != len(given) - 1:
-        raise UserError("--prompt: give one of --prompt TEXT, --prompts-file FILE and, for a classifier, --image FILE")
+        ways = "--prompt TEXT, --prompts-file FILE, --chat and, for a classifier, --image FILE"
+        raise UserError(f"--prompt: give one of {ways}")
+    if chosen.system is not None and not chosen.chat:
+        raise UserError(f"--system: {chosen.system!r}; only valid with --chat; leave it out")
     for option, value in (("--value-range", chosen.value_range), ("--task", chosen.task)):
         if value is not None and chosen.image is None:
             raise UserError(f"{option}: {value}; only valid with --image FILE of a classifier; leave it out")
@@ -108,6 +116,8 @@ def infer_main(arguments: list[str]) -> None:
             _classify(chosen, out)
         elif is_classifier(chosen.model):
             raise UserError(f"--model: '{chosen.model}'; this export takes --image FILE")
+        elif chosen.chat:
+            _chat(chosen, out)
         else:
             _infer(chosen, out)
 
@@ -120,6 +130,10 @@ def _infer_parser() -> Parser:
     parser.add_argument(
         "--prompts-file", metavar="FILE", help="file with one prompt per line, run as one batch (instead of --prompt)"
     )
+    parser.add_argument(
+        "--chat", action="store_true", help="a conversation by the chat template of the tokenizer: one message a line"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: an instruction before the first message")
     parser.add_argument(
         "--image",
         metavar="FILE",
@@ -232,6 +246,45 @@ def _infer(chosen, out) -> None:
         f"{timing.decode_seconds:.3f} s ({timing.tokens_per_second:,.0f} tokens/s)  "
         f"compile: {timing.compile_seconds:.1f} s"
     )
+
+
+def _chat(chosen, out) -> None:
+    from switchyard.inference.chat import NEW, Chat, read_template, talk
+    from switchyard.inference.generate import require_positive, to_dict
+    from switchyard.inference.mindir import open_model
+    from switchyard.inference.sampling import Sampling
+
+    require_positive(chosen.max_new_tokens)
+    sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p, chosen.seed)
+    model = open_model(chosen.model, chosen.key_file, say)
+    template = read_template(model.directory, model.manifest, model.tokenizer)
+    terminal = sys.stdin.isatty()
+
+    def write(text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    def end(found, timing) -> None:
+        write(to_json(to_dict(found, timing)) + "\n" if chosen.json else "\n")
+
+    def lines():
+        while True:
+            if terminal:
+                print("> ", end="", file=sys.stderr, flush=True)
+            if not (line := sys.stdin.readline()):
+                return
+            yield line
+
+    if terminal:
+        say(f"chat: one message a line; {NEW} starts anew, Ctrl-D ends")
+    chat = Chat(model, template, chosen.max_new_tokens, sampling, chosen.system or "")
+    while True:
+        try:
+            return talk(chat, lines(), end, (lambda text: None) if chosen.json else write)
+        except UserError as error:
+            if not terminal:
+                raise
+            say(f"error: {error}")
 
 
 def _say_unknown(tokenizer, prompts: list[str]) -> None:

@@ -367,12 +367,22 @@ def main(arguments: list[str]) -> None:
         "--to", required=True, metavar="YAML", help="degrees: '{data_parallel: 8, expert_parallel: 4}'; '{}' = 1 device"
     )
     command.add_argument("--out", required=True, metavar="DIR", help="the new checkpoint; must not exist")
+    command = commands.add_parser("merge", help="merge the low-rank adapters of train.lora into the weights")
+    command.add_argument("checkpoint", metavar="RUN", help="a run folder, or one checkpoint in it")
+    command.add_argument("--out", required=True, metavar="DIR", help="the new checkpoint; must not exist")
     chosen = parser.parse_args(arguments)
+    out = Path(chosen.out)
+    if chosen.command == "merge":
+        from switchyard.checkpoint.adapters import merge
+
+        with cli.cleans_up():
+            merge(resolve(chosen.checkpoint), out)
+        print(f"checkpoint: '{out}' without adapters, for eval.py, export.py and train.py --init", flush=True)
+        return
     from tqdm import tqdm
 
     from switchyard.checkpoint.reshard import convert
 
-    out = Path(chosen.out)
     show = {"unit": "B", "unit_scale": True, "desc": "writing", "disable": None, "leave": False}  # None: on a terminal
     with cli.cleans_up(), tqdm(**show) as bar:
         old, new = convert(resolve(chosen.checkpoint), chosen.to, out, bar)

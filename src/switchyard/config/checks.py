@@ -294,8 +294,29 @@ def layer_laws(config):
     )
 
 
+def tuning_laws(config):
+    """Laws of adapters and of a teacher."""
+    network, lora, distill = config.model.type, config.train.lora, config.train.distill
+    for key, value in (("train.lora", lora), ("train.distill", distill)):
+        yield value is None or network == "decoder", key, value, f"needs model.type 'decoder', not {network!r}"
+    if lora is not None:
+        conditional = bool(config.moe_layers)
+        yield "router" not in lora.targets or conditional, "train.lora.targets", "router", "the model has no router"
+        own = conditional and config.moe.experts is not None and "experts" in lora.targets
+        yield (
+            not own,
+            "train.lora.targets",
+            "experts",
+            f"moe.experts {config.moe.experts} have no adapters: leave it out",
+        )
+    if distill is not None:
+        weight = config.moe.consistency_loss_factor
+        yield not weight, "train.distill", distill.teacher, "needs moe.router.consistency_loss_factor 0"
+
+
 def run_laws(config):
     """Laws of the learning rate and of the export."""
+    yield from tuning_laws(config)
     model = config.model
     yield (
         config.schedule.lr_end <= config.schedule.learning_rate,

@@ -172,7 +172,9 @@ def _one_line(error: ValidationError) -> str:
     loc, path = first["loc"], [str(step) for step in first["loc"]]
     fields = Config.model_fields[path[0]].annotation.model_fields if len(path) > 1 else Config.model_fields
     nested = _subsections(*path[:2]) if len(path) > 2 else {}
-    if nested:  # what follows the key is the type that was chosen
+    if "" in nested:
+        fields, shown, length = nested[""].model_fields, path[:3], 3
+    elif nested:  # what follows the key is the type that was chosen
         fields, shown, length = nested[path[2]].model_fields, [*path[:2], *path[3:4]], 4
     else:  # what follows the key are the types that were tried
         shown = path if first["type"] == "extra_forbidden" else path[: 3 if _is_table(*path[:2]) else 2]

@@ -14,8 +14,10 @@ from switchyard.config.router_options import RouterField
 from switchyard.config.sections import (
     CascadeConfig,
     ContextConfig,
+    DistillConfig,
     ExportConfig,
     Fraction,
+    LoraConfig,
     NotNegative,
     OptimizerConfig,
     ParallelConfig,
@@ -248,6 +250,18 @@ class TrainConfig(Section):
     checkpoint_every: NotNegative = Field(500, description="steps between checkpoints; 0 = only at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept, besides the best")
     init_loss_scale: Annotated[float, Field(gt=0)] = Field(65536.0, description="float16: first dynamic loss scale")
+    lora: LoraConfig | None = Field(
+        None,
+        description="low-rank adapters, which alone are trained: {rank: 8, alpha: 16, targets: [...]}; null = none",
+    )
+    distill: DistillConfig | None = Field(
+        None,
+        description="teacher whose outputs are targets: {teacher: RUN, soft_weight: 0.25, temperature: 1}; null = none",
+    )
+    freeze: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="parameters that are not trained: patterns of their names, such as embedding.* or *.router.weight",
+    )
     replica_check_every: NotNegative = Field(
         100, description="steps between checks that replicated tensors are bit-equal on all devices; 0 = never"
     )
@@ -400,7 +414,9 @@ class Config(Section):
         section, _, name = key.partition(".")
         if name.startswith("router."):
             return self.moe.router.given()[name.removeprefix("router.")]
-        return getattr(getattr(self, section), name)
+        first, _, inner = name.partition(".")
+        value = getattr(getattr(self, section), first)
+        return getattr(value, inner) if inner else value
 
     def to_yaml(self) -> str:
         """Returns all keys with their values as YAML, in the order of the sections."""

@@ -64,9 +64,10 @@ def _kinds(annotation: Any) -> tuple:
 
 def subsections(annotation: Any) -> dict[str, type[Section]]:
     """Returns type -> class of the sub-sections that a key with this annotation may hold, such as those of
-    model.rotary_scaling."""
+    model.rotary_scaling; "" is the type of those of one kind, such as train.lora."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return {_kinds(annotation.model_fields["type"].annotation)[0]: annotation}
+        kind = annotation.model_fields.get("type")
+        return {_kinds(kind.annotation)[0] if kind else "": annotation}
     return {name: kind for part in get_args(annotation) for name, kind in subsections(part).items()}
 
 
@@ -119,6 +120,31 @@ class ScheduleConfig(Section):
     lr_end: Weight = Field(1e-4, description="value at total_steps and after")
     warmup_steps: NotNegative = Field(100, description="steps of linear warm-up from 0")
     total_steps: Positive | None = Field(None, description="steps at which the curve ends; null = train.steps")
+
+
+class LoraConfig(Section):
+    """Describes low-rank adapters, which alone are trained (LoRA, arXiv 2106.09685)."""
+
+    rank: Positive = Field(8, description="width r of the product A B that is added to a weight")
+    alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="the product is multiplied by alpha / rank")
+    targets: Annotated[list[Literal["attention.qkv", "attention.out", "experts", "router"]], Field(min_length=1)] = (
+        Field(
+            ["attention.qkv", "attention.out", "experts"],
+            description="what gets adapters; experts: every feed-forward; router: trained in full, without an adapter",
+        )
+    )
+
+
+class DistillConfig(Section):
+    """Describes training by the outputs of a teacher (arXiv 1503.02531; of experts: arXiv 2101.03961, section 4.2)."""
+
+    teacher: str = Field(description="run folder or checkpoint of the teacher")
+    soft_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.25, description="weight of the teacher's probabilities; 1 minus it is that of the next token"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="divides both logits of the soft loss, which is multiplied by its square"
+    )
 
 
 class ParallelConfig(Section):

@@ -243,7 +243,7 @@ def notes_of_checkpoint(config: Config, overrides: Sequence[str] = (), exports: 
     today, and the overrides that only training reads.
     """
     what = "an export" if exports else "an evaluation"
-    idle = {*TRAINED, *_all_but("train", ("seed",)), *_all_but("optimizer", ()), *_all_but("schedule", ())}
+    idle = {*TRAINED, *_all_but("train", ("seed", "lora")), *_all_but("optimizer", ()), *_all_but("schedule", ())}
     if config.moe.router != "expert_choice":
         idle.add("moe.capacity_factor")
     idle |= {"moe.eval_capacity_factor", "moe.drop_order"} if exports else set(_all_but("export", ()))

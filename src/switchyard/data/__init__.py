@@ -73,6 +73,7 @@ def load_data(
     rank: int = 0,
     world: int = 1,
     seen: Seen = lambda marks: None,
+    taken_over: bool = False,
 ) -> Data:
     """Reads the data that a configuration names.
 
@@ -81,19 +82,23 @@ def load_data(
         tokenizer_json: the tokenizer of a checkpoint, when one is continued or evaluated.
         rank, world: the shard of each micro-batch of data.batch_size sequences; validation is not sharded.
         seen: is told the fingerprint before text becomes tokens, and may refuse it.
+        taken_over: whether text becomes tokens by `tokenizer_json`, whatever data.tokenizer says, see training.initial.
 
     Raises:
-        UserError: missing, empty, undecodable or too short text; another vocabulary than the checkpoint's.
+        UserError: missing, empty, undecodable or too short text; another vocabulary than the checkpoint's; a character
+            that a tokenizer which is taken over does not know.
     """
     if config.data.batch_size % world:
         raise UserError(f"data.batch_size: {config.data.batch_size}; must be a multiple of the {world} processes")
     if not config.reads_text:
         return _load_images(config, tokenizer_json, rank, world, seen)
     folder = mindrecord.locate(config.data.path)
-    read = _read_text if folder is None else _read_records
-    tokenizer, source, stream, count, description, marks = read(config, text_json(tokenizer_json), seen)
+    given = text_json(tokenizer_json)
+    found = _read_records(config, given, seen) if folder else _read_text(config, given, seen, taken_over)
+    tokenizer, source, stream, count, description, marks = found
     if config.model.type == "seq2seq":
-        tokenizer, count = with_sentinels(tokenizer, config.seq2seq.sentinels, tokenizer_json), counts_behind(count, config)
+        tokenizer = with_sentinels(tokenizer, config.seq2seq.sentinels, tokenizer_json)
+        count = counts_behind(count, config)
         if isinstance(source, np.ndarray):
             require_window(config, len(source), "the training text")
         train = CorruptedBatches(source, config, tokenizer.vocab_size, rank, world)
@@ -187,7 +192,7 @@ def _load_images(config: Config, classes_json: str | None, rank: int, world: int
 
 
 def _read_text(
-    config: Config, tokenizer_json: str | None, seen: Seen
+    config: Config, tokenizer_json: str | None, seen: Seen, taken_over: bool
 ) -> tuple[Tokenizer, np.ndarray, np.ndarray, Callable, str, dict[str, Any]]:
     """Returns (tokenizer, training stream [T], validation stream [T], what counts ids, description, fingerprint) of
     text.
@@ -199,8 +204,9 @@ def _read_text(
     marks = fingerprint.of_corpus(corpus)
     seen(marks)
     named = config.data.tokenizer
-    if tokenizer_json is not None and named not in ("byte", "char") and not os.path.exists(os.path.expanduser(named)):
-        tokenizer = Tokenizer.from_json(tokenizer_json, "of the checkpoint")  # its file has gone; the copy serves
+    gone = named not in ("byte", "char") and not os.path.exists(os.path.expanduser(named))
+    if tokenizer_json is not None and (taken_over or gone):  # its file has gone; the copy serves
+        tokenizer = Tokenizer.from_json(tokenizer_json, "of the checkpoint")
     else:
         tokenizer = load_tokenizer(config.data, corpus)
         if tokenizer_json is not None:

@@ -59,6 +59,18 @@ class Tokenizer(ABC):
     def to_json(self) -> str:
         """Returns the tokenizer as JSON, for checkpoints and exports; `Tokenizer.from_json` reads it."""
 
+    def encode_with_special(self, text: str) -> np.ndarray:
+        """Returns the ids [T] int32 of a text in which spelled special tokens are those tokens, as of a template."""
+        return self.encode(text)
+
+    def special_in(self, text: str) -> str | None:
+        """Returns a special token that a text spells; None where there is none."""
+        return None
+
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token by its text; None where there is no such token."""
+        return None
+
     @property
     def fingerprint(self) -> str:
         """Returns the sha256 of what the tokenizer does: equal fingerprints give equal ids."""
@@ -240,6 +252,23 @@ class LibraryTokenizer(Tokenizer):
         except UnicodeEncodeError as error:  # command-line arguments may carry raw bytes as lone surrogates
             raise UserError(f"text: not UTF-8 at position {error.start}; correct the encoding") from None
         return next(self._encode_batch([text]))
+
+    def encode_with_special(self, text: str) -> np.ndarray:
+        """Implements Tokenizer.encode_with_special."""
+        self._library.encode_special_tokens = False
+        try:
+            return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
+        finally:
+            self._library.encode_special_tokens = True
+
+    def special_in(self, text: str) -> str | None:
+        """Implements Tokenizer.special_in."""
+        special = (token.content for token in self._library.get_added_tokens_decoder().values() if token.special)
+        return next((token for token in special if token in text), None)
+
+    def token_id(self, token: str) -> int | None:
+        """Implements Tokenizer.token_id."""
+        return self._library.token_to_id(token)
 
     def decode(self, ids: Ids) -> str:
         """Implements Tokenizer.decode."""

@@ -130,6 +130,8 @@ def axes_of(name: str, dimensions: int) -> Placement:
     This is the only place that knows. Every Cell asks it in `shard(mesh)`; checkpoint and planner ask `placement`.
     """
     parts = name.split(".")
+    if len(parts) > 1 and parts[-2].startswith("lora"):  # adapters, which are thin: of experts, by experts
+        return (EXPERT if "experts" in parts and dimensions == 3 else None, *(None,) * (dimensions - 1))
     if parts[-1] in STACKED and dimensions == 3:
         return (EXPERT if "experts" in parts else None, *STACKED[parts[-1]])
     found = (axes for end, axes in MATRICES.items() if f".{name}".endswith(f".{end}"))

@@ -12,6 +12,7 @@ from mindspore import nn
 import switchyard
 from switchyard import files
 from switchyard.checkpoint import store as checkpoint
+from switchyard.checkpoint.adapters import merged
 from switchyard.config import Config, ParallelConfig, notes_of_checkpoint
 from switchyard.data import load_scored
 from switchyard.device import set_context
@@ -26,6 +27,7 @@ from switchyard.models import Decoder, Seq2Seq, create_model
 from switchyard.models.generation import Decode, Prefill, cast_products
 from switchyard.models.seq2seq_generation import Begin, Continue, Encode
 from switchyard.moe.dispatch.plan import block_size
+from switchyard.training.companions import kept_texts
 from switchyard.training.evaluate import overridden
 from switchyard.trust import check_trusted_section
 
@@ -62,7 +64,7 @@ def export(
         192
     """
     held = checkpoint.read(path, with_optimizer=False)
-    config = overridden(held.config, overrides)
+    config, weights = merged(overridden(held.config, overrides), held.weights)
     check_trusted_section(config.moe, trust_code, say, overrides)
     for line in notes_of_checkpoint(config, overrides, exports=True):
         say(line)
@@ -81,7 +83,7 @@ def export(
     max_length = longest(config)
     config = inference_config(config)
     decoder = create_model(config, data.tokenizer.vocab_size, length=max_length)
-    checkpoint.load_weights(decoder, held.weights)
+    checkpoint.load_weights(decoder, weights)
     check_causal(config, decoder)
     decoder.set_train(False)
     expected = reference(decoder, data.validation(), max_length, config.train.seed)
@@ -93,6 +95,8 @@ def export(
     )
     with files.unfinished(out.resolve()) as temporary:
         (temporary / manifests.TOKENIZER).write_text(data.tokenizer.to_json(), encoding="utf-8")
+        for name, text in kept_texts(held.state).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         graphs = write_graphs(decoder, temporary, max_length, prefill_block(config, max_length), key)
         unchecked = _manifest(config, decoder, graphs, key, source, expected, temporary)
         found = compare(exported_model(temporary, unchecked, key), expected, config.model.compute_dtype)

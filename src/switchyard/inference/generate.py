@@ -112,14 +112,41 @@ def generate(
     Raises:
         UserError: see `encode_prompts`; max_new_tokens below 1.
     """
+    require_positive(max_new_tokens)
+    ids = encode_prompts(model, prompts)
+    return continue_ids(model, prompts, ids, max_new_tokens, sampling, on_text)
+
+
+def require_positive(max_new_tokens: int) -> None:
+    """Refuses answers of no token (UserError)."""
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: {max_new_tokens}; at least 1")
-    ids = encode_prompts(model, prompts)
+
+
+def continue_ids(
+    model: ExportedModel,
+    prompts: Sequence[str],
+    ids: Sequence[np.ndarray],
+    max_new_tokens: int,
+    sampling: Sampling | None,
+    on_text: Callable[[str], None],
+    ends: frozenset[int] | None = None,
+) -> tuple[list[Generated], Timing]:
+    """Continues the ids [<= max_length] of every prompt.
+
+    Args:
+        model, max_new_tokens, sampling, on_text: see `generate`.
+        prompts: what the answers name as their prompts.
+        ids: of each prompt.
+        ends: tokens that end an answer; None = the separator of documents.
+    """
+    if ends is None:
+        ends = frozenset({model.tokenizer.separator} - {None})
     lengths = model.begun(ids)  # [B]
     room = np.minimum(max_new_tokens, model.max_length - lengths)  # [B]
     read = np.array([len(one) for one in ids])  # [B]
     compile_seconds = model.compile(len(ids), int(read.max()), int((lengths + room).max()))
-    rows = _Rows(model, lengths, room, sampling or Sampling(), on_text)
+    rows = _Rows(model, lengths, room, sampling or Sampling(), on_text, ends)
     start = time.perf_counter()
     logits, *state = model.prefill(ids)
     state = model.grow(*state, int((lengths + room).max()))
@@ -146,8 +173,9 @@ class _Rows:
         room: np.ndarray,
         sampling: Sampling,
         on_text: Callable[[str], None],
+        ends: frozenset[int],
     ):
-        self._tokenizer, self._lengths, self._room = model.tokenizer, lengths, room
+        self._tokenizer, self._lengths, self._room, self._ends = model.tokenizer, lengths, room, ends
         self._sample = Sampler(sampling, len(lengths))
         self._on_text, self._stream = on_text, StreamDecoder(model.tokenizer)
         self.ids: list[list[int]] = [[] for _ in lengths]
@@ -162,7 +190,7 @@ class _Rows:
         self._steps += 1
         for row in np.flatnonzero(self.running):
             token = int(self._last[row])
-            if token == self._tokenizer.separator:
+            if token in self._ends:
                 self._ended[row] = True
                 self.running[row] = False
                 continue

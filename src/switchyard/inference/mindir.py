@@ -38,7 +38,7 @@ class ExportedModel:
     def __init__(self, directory: str | Path, manifest: Manifest, key: bytes | None = None):
         self.manifest, self.max_length = manifest, manifest.limits.max_length
         self.vocab_size = manifest.model.vocab_size
-        directory = present(Path(directory))
+        self.directory = directory = present(Path(directory))
         if manifests.TOKENIZER not in manifest.files:
             raise UserError(
                 f"--model: '{directory / manifests.MANIFEST}' lists no tokenizer; export the checkpoint again"

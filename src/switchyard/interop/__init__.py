@@ -1,1 +1,1 @@
-"""Takes in and gives back what other tools read and write."""
+"""Takes weights from elsewhere and gives them back: other libraries, dense models made sparse and sparse made dense."""

@@ -4,6 +4,7 @@ from mindspore import nn
 
 from switchyard.config import Config
 from switchyard.distributed.mesh import LOCAL, LocalMesh
+from switchyard.models.adapters import add_adapters
 from switchyard.models.cascade import Cascade
 from switchyard.models.decoder import Decoder
 from switchyard.models.generation import Decode, Prefill
@@ -25,7 +26,11 @@ def create_model(
         drawn: False: a model whose weights have shapes and no numbers, see nn.initializers.
         mesh: the devices; `mesh.place(model)` shards the model over them.
     """
-    if config.reads_text:
-        kind = {"decoder": Decoder, "seq2seq": Seq2Seq}[config.model.type]
-        return kind(config, vocab_size, length, drawn, mesh)
+    if config.model.type == "seq2seq":
+        return Seq2Seq(config, vocab_size, length, drawn, mesh)
+    if config.model.type == "decoder":
+        model = Decoder(config, vocab_size, length, drawn, mesh)
+        if config.train.lora is not None:
+            add_adapters(model, config, drawn)
+        return model
     return {"vision": Vision, "cascade": Cascade}[config.model.type](config, mesh, drawn)

@@ -60,6 +60,7 @@ class FeedForwardExperts(nn.Cell):
         self.local = self.gate_hidden if self.gated else self.bend_hidden
         self.take = ops.Gather()
         self.mix = ops.MatMul()
+        self.lora_in, self.lora_gate, self.lora_out = None, None, None  # see models.adapters
 
     def construct(self, rows: Tensor) -> Tensor:
         """Applies expert e to slice e of rows [E, S, D]."""
@@ -68,7 +69,8 @@ class FeedForwardExperts(nn.Cell):
     def blocks(self, rows: Tensor, block_expert: Tensor) -> Tensor:
         """Applies expert `block_expert` [P] to rows [P, b, D] of each block, reads the chosen experts' weights only."""
         w_gate = self.take(self.w_gate, block_expert, 0) if self.gated else None  # [P, D, F]
-        return self._work(rows, self.take(self.w_in, block_expert, 0), w_gate, self.take(self.w_out, block_expert, 0))
+        w_in, w_out = self.take(self.w_in, block_expert, 0), self.take(self.w_out, block_expert, 0)
+        return self._work(rows, w_in, w_gate, w_out, block_expert)
 
     def merged(self, rows: Tensor, gates: Tensor) -> Tensor:
         """Applies one network a group to rows [G, N, D]: the experts' parameters weighted by gates [G, E]."""
@@ -79,15 +81,22 @@ class FeedForwardExperts(nn.Cell):
         experts, rows, columns = weight.shape
         return self.mix(gates, weight.reshape(experts, -1)).reshape(-1, rows, columns)  # [G, D, F]
 
-    def _work(self, rows, w_in, w_gate, w_out):
+    def _work(self, rows, w_in, w_gate, w_out, block_expert=None):
         rows = self.to_dtype(rows)
         hidden = self.product_in(rows, self.narrow_in(w_in))  # [E, S, F]
+        if self.lora_in is not None:
+            hidden = self.lora_in(rows, hidden, block_expert)
         if self.gated:
             gate = self.product_gate(rows, self.narrow_gate(w_gate))  # [E, S, F]
+            if self.lora_gate is not None:
+                gate = self.lora_gate(rows, gate, block_expert)
             hidden = self.local(gate, hidden)
         else:
             hidden = self.local(hidden)
-        return self.widen(self.product_out(hidden, self.narrow_out(w_out)))  # [E, S, D]
+        out = self.product_out(hidden, self.narrow_out(w_out))  # [E, S, D]
+        if self.lora_out is not None:
+            out = self.lora_out(hidden, out, block_expert)
+        return self.widen(out)
 
     def gate_hidden(self, gate: Tensor, hidden: Tensor) -> Tensor:
         """Weights hidden [E, S, F] by the non-linearity of its gate."""

@@ -62,9 +62,13 @@ class Linear(nn.Cell):
         self.product = ops.MatMul()
         self.cast_x, self.cast_weight = Cast(dtype), Cast(dtype)
         self.local = self.add_bias
+        self.lora = None  # see models.adapters
 
     def construct(self, x: Tensor) -> Tensor:
-        out = self.product(self.cast_x(x), self.cast_weight(self.weight))
+        x = self.cast_x(x)
+        out = self.product(x, self.cast_weight(self.weight))
+        if self.lora is not None:
+            out = self.lora(x, out)
         return out if self.bias is None else self.local(out, self.bias)
 
     def add_bias(self, out: Tensor, bias: Tensor) -> Tensor:

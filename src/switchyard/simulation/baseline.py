@@ -27,9 +27,11 @@ def main(arguments: list[str]) -> None:
     config = build(one_device(job["config"]))
     set_context(config.context, config.train.seed, say=lambda line: None)
     from switchyard.models import create_model
+    from switchyard.training.frozen import freeze
     from switchyard.training.step import TrainStep
 
     model = create_model(config, job["vocab"])
+    freeze(model, config)
     step = TrainStep(model, config)
     tensors = {parameter.name: parameter for parameter in model.get_parameters()} | step.optimizer_state()
     found = {BEFORE + name: parameter.asnumpy().copy() for name, parameter in tensors.items()}

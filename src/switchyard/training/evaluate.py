@@ -334,7 +334,7 @@ def overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config
     tree["moe"] |= {"record": None, "replay": None}  # those of the training run
     changed = configuration.build(tree, overrides, inherited=True)
     learned = config.model.position == "learned"
-    for key in (*SHAPE_KEYS, "model.seq_length") if learned else SHAPE_KEYS:
+    for key in (*SHAPE_KEYS, "train.lora", *(("model.seq_length",) if learned else ())):
         section, name = key.split(".")
         old, new = getattr(getattr(config, section), name), getattr(getattr(changed, section), name)
         if old != new:

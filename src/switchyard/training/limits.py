@@ -51,6 +51,8 @@ def refusals(config: Config, target: str = "Ascend") -> Iterator[Refusal]:
         yield Refusal("moe.dispatch", moe.dispatch, "the compiler shards it for Ascend", True)
     if config.moe_layers and (reason := why_not_sharded(moe.router)):
         yield Refusal("moe.router", moe.router, reason, True)
+    if config.train.lora is not None:
+        yield Refusal("train.lora", f"rank {config.train.lora.rank}", "the compiler does not shard adapters", True)
     yield from _of_pipelines(config, target)
 
 
@@ -67,6 +69,8 @@ def _of_pipelines(config: Config, target: str) -> Iterator[Refusal]:
         yield Refusal("parallel.optimizer_shard", 3, f"0 or 1 {beside}", False)
     if config.model.tie_word_embeddings:  # the compiler cannot hand a sharded table to another stage
         yield Refusal("model.tie_word_embeddings", True, f"False {beside}", False)
+    if config.train.freeze:  # a stage without a trained parameter has no gradient to send on
+        yield Refusal("train.freeze", config.train.freeze, f"[] {beside}", False)
     for key, usual in (("record", "null"), ("replay", "null"), ("router_warmup_steps", 0)):
         if value := getattr(moe, key):  # choices do not travel between stages
             yield Refusal(f"moe.{key}", value, f"{usual} {beside}", False)
@@ -116,6 +120,9 @@ def of_several(config: Config) -> Iterator[Refusal]:
     if config.groups % count:
         reason = f"must be a multiple of parallel.data_parallel ({count}), or null for as many"
         yield Refusal("moe.groups", moe.groups, reason, False)
+    if config.train.distill is not None:
+        reason = "a teacher and its student are on one device: set the degrees of parallel to 1"
+        yield Refusal("train.distill", config.train.distill.teacher, reason, False)
 
 
 def of_sizes(config: Config, target: str) -> Iterator[Refusal]:

@@ -30,7 +30,7 @@ from switchyard.distributed.processes import (
     world_size,
 )
 from switchyard.distributed.replicas import check_replicas
-from switchyard.errors import Interrupted
+from switchyard.errors import Interrupted, UserError
 from switchyard.json_text import to_json
 from switchyard.moe.routing.base import with_options
 from switchyard.moe.routing.fixed import balance_tables
@@ -38,6 +38,7 @@ from switchyard.moe.routing.replay import Recorder
 from switchyard.training.compile_cache import compile_cache, require_one_device
 from switchyard.training.evaluate import Evaluation, create_evaluator, evenly_spaced
 from switchyard.training.finite import check_evaluation, check_step
+from switchyard.training.initial import first_state, read_initial, with_tokenizer
 from switchyard.training.limits import check_mesh, with_defaults
 from switchyard.training.lock import locked
 from switchyard.training.loggers import check_loggers, open_loggers
@@ -45,6 +46,8 @@ from switchyard.training.metrics import Clock, MetricsLog, Progress, exchange_li
 from switchyard.training.micro_batches import forces_choices
 from switchyard.training.randomness import NOISE_RULE, draw_noise, random_state
 from switchyard.training.resume import (
+    INIT,
+    KEPT,
     RESULT,
     agreed,
     changed_keys,
@@ -53,6 +56,7 @@ from switchyard.training.resume import (
     finished,
     resumed,
     start_reading,
+    with_own_tokenizer,
 )
 from switchyard.training.router_metrics import MOST_SHOWN, layer_line
 from switchyard.training.router_schedule import forced_choices, routers_learn
@@ -63,20 +67,21 @@ from switchyard.training.step import TrainStep, create_step
 from switchyard.trust import check_trusted_section
 
 
-def train(config: Config, resume: bool = False) -> dict[str, Any]:
+def train(config: Config, resume: bool = False, init: str | Path | None = None) -> dict[str, Any]:
     """Trains a run from its beginning, or goes on from its newest valid checkpoint.
 
     Args:
         config: the whole configuration; the run folder is train.output_dir/train.name.
         resume: go on. The losses that follow are, bit for bit, those of an uninterrupted run.
+        init: a run folder or a checkpoint whose weights and tokenizer a new run starts from; None: it draws weights.
 
     Returns:
         The object that is written to result.json, see `_result`.
 
     Raises:
         UserError: a run of that name exists and `resume` is off, or none does and it is on; another process trains it;
-            a key was changed that would change the model; bad or other data; a full disk; a loss, a gradient norm, a
-            weight or a figure of the evaluation that is not finite.
+            a key was changed that would change the model; bad or other data; weights of `init` that do not fit; a full
+            disk; a loss, a gradient norm, a weight or a figure of the evaluation that is not finite.
         Interrupted: SIGINT, SIGTERM or SIGHUP came and the run was saved.
 
     Examples:
@@ -85,6 +90,8 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         >>> found["validation_loss"] < 3  # doctest: +SKIP
         True
     """
+    if init is not None and resume:
+        raise UserError(f"--init: '{init}'; --resume goes on from the weights of the run itself: leave one of them out")
     if is_scheduler() and world_size() == 1:
         return {}  # one worker meets nobody, and is at work in the run folder already
     check_trusted_section(config.moe, consent=True, say=print if is_first() else lambda line: None)  # the user's own
@@ -94,10 +101,12 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     require_one_device(config)
     run = Path(config.train.output_dir) / config.train.name
     with locked(run, config.train.name, wanted=is_first()) as existed:
-        return train_locked(config, compiled, run, resume, existed)
+        return train_locked(config, compiled, run, resume, existed, init)
 
 
-def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existed: bool) -> dict[str, Any]:
+def train_locked(
+    config: Config, compiled: bool, run: Path, resume: bool, existed: bool, init: str | Path | None = None
+) -> dict[str, Any]:
     """Does `train` in a run folder that no other job trains in.
 
     Args:
@@ -105,8 +114,10 @@ def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existe
         run: the folder.
         resume: see `train`.
         existed: whether the folder was there before it was locked.
+        init: see `train`.
     """
     loaded = find_start(run, config, resume, existed)
+    config = with_own_tokenizer(loaded, config) if loaded else config
     changes = changed_keys(loaded.config, keep_groups(loaded.config, config)) if loaded else {}
     config = resumed(loaded.config, config) if loaded else config
     if loaded and (result := finished(run, config)):
@@ -121,14 +132,19 @@ def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existe
     if is_scheduler():
         return {}
     loaded = agreed(loaded, run, config, processes)
+    source = None if init is None else read_initial(init, config)
+    if source:
+        config = with_tokenizer(config, source, run)
+    start = loaded or source
     shards = config.parallel.data_parallel if processes.size > 1 else 1
     compared: list[str | None] = []
     data = load_data(
         config,
-        loaded.tokenizer_json if loaded else None,
+        start.tokenizer_json if start else None,
         processes.data_shard,
         shards,
         seen=lambda marks: compared.append(check_corpus(loaded, marks, config, processes)),
+        taken_over=source is not None or (loaded is not None and INIT in loaded.state),
     )
     other_data = compared[0]
     if loaded:
@@ -136,9 +152,9 @@ def train_locked(config: Config, compiled: bool, run: Path, resume: bool, existe
     consent = {"accept_changed": False}  # which is meant for one resumption only
     config = config.model_copy(update={"data": config.data.model_copy(update=consent)})
     mesh = create_mesh(config, processes, compiled)
-    step = start_step(config, run, data, loaded, mesh)
+    step = start_step(config, run, data, start, mesh)
     with StopSignals() as stop:
-        state = loaded.state if loaded else None
+        state = loaded.state if loaded else first_state(source) if source else None
         trainer = Trainer(config, run, data, step, state, mesh, resume)
         trainer.note_changes(changes, other_data)
         return trainer.run_to_end(stop)
@@ -151,7 +167,7 @@ def start_step(config: Config, run: Path, data: Data, loaded: Checkpoint | None,
         config: the whole configuration.
         run: the folder.
         data: its tokenizer and how often each token occurs.
-        loaded: the checkpoint, if any.
+        loaded: the checkpoint, if any; one without an optimizer's state gives its weights only.
         mesh: the devices.
     """
     step = create_step(config, data.tokenizer.vocab_size, mesh)
@@ -163,8 +179,10 @@ def start_step(config: Config, run: Path, data: Data, loaded: Checkpoint | None,
         checkpoint.write_atomically(run / checkpoint.TOKENIZER, data.tokenizer.to_json())
     mesh.processes.barrier()
     mesh.speed_up(step.program, run)
-    if loaded:
+    if loaded and loaded.optimizer:
         step.load(loaded.weights, loaded.optimizer)
+    elif loaded:
+        step.load_weights(loaded.weights)
     else:
         step.initialise()
     return step
@@ -216,6 +234,9 @@ class Trainer:
         self.start, self.start_index = self.done, data.train.course.index
         self.start_tokens = state.get("tokens")
         self.saved = self.compared = self.done  # the newest steps that need no saving, and no look at the replicas
+        self.kept = {name: state[name] for name in KEPT if name in state}
+        if self.kept and not resume:
+            self.saved = -1  # before the first step, so that --resume always finds the weights that the run began with
         self.clock = Clock(seconds=state["seconds"], mark_seconds=state["seconds"])
         best = checkpoint.best(run)
         self.best_loss = best[1] if best and best[0].name <= checkpoint.name_of(self.done) else math.inf
@@ -244,6 +265,7 @@ class Trainer:
         train = self.config.train
         with self.metrics, contextlib.closing(self.progress):
             self._announce()
+            self._save()
             if 0 < self.done < train.steps and self._is_due(train.sample_every):
                 self._write_sample()  # a signal or a kill may have come before it
             if 0 < self.done < train.steps and self._is_due(train.eval_every):
@@ -435,6 +457,7 @@ class Trainer:
             "noise_rule": NOISE_RULE,
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
             "seconds": self.clock.seconds,
+            **self.kept,
         }
         weights, optimizer = self._arrays()
         self._compare_replicas(weights | optimizer)  # what is saved has been seen to be right

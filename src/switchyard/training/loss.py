@@ -17,6 +17,7 @@ from switchyard.moe.routing.base import find_router
 from switchyard.moe.statistics import weighted_losses
 from switchyard.nn.cross_entropy import TokenLosses
 from switchyard.nn.masks import keep_where
+from switchyard.training.teacher import SoftLoss
 
 LOSS, CROSS_ENTROPY, STATISTICS = 0, 1, 2  # where the figures begin
 
@@ -33,21 +34,28 @@ class TrainLoss(nn.Cell):
     random experts; the cross-entropy is the mean of both and factor * symmetric KL of their outputs is added (THOR,
     arXiv 2110.04260, halved). The statistics are those of the first pass.
 
+    With a teacher the cross-entropy counts 1 - soft_weight, and soft_weight that with the teacher's probabilities
+    (arXiv 2101.03961, section 4.2), see training.teacher.
+
     Args:
         model: (tokens [B, S], valid [B, S], noise) -> (logits [N, V] float32, statistics, choices), see models.Decoder.
             A network that reads images has [B, C, H, W] in the place of tokens and T tasks in that of S, see
             models.Vision.
         config: the factors are read.
         mesh: the devices; two sums cross them, of the valid tokens and of all figures.
+        teacher: (tokens, valid) -> logits [N, V], where train.distill names one.
     """
 
-    def __init__(self, model: nn.Cell, config: Config, mesh: LocalMesh = LOCAL):
+    def __init__(self, model: nn.Cell, config: Config, mesh: LocalMesh = LOCAL, teacher: nn.Cell | None = None):
         super().__init__(auto_prefix=False)
         moe, self.layers = config.moe, len(config.moe_layers)
         self.model, self.token_losses = model, TokenLosses()
         self.exits = getattr(model, "exits", 1)
         self.balance_factor, self.z_factor = moe.aux_loss_factor, z_loss_factor(config)
         self.consistency = moe.consistency_loss_factor if self.layers else 0.0
+        self.teacher, distill = teacher, config.train.distill
+        if teacher is not None:
+            self.soft_weight, self.soft_losses = distill.soft_weight, SoftLoss(distill.temperature)
         self.window, self.units, self.columns = config.row_tokens, config.units, metrics.width(moe.expert_num)
         self.width, self.stacked = figures_num(config), len(config.stacks) > 1
         self.log_softmax, self.total, self.total_counts = ops.LogSoftmax(-1), mesh.total(), mesh.total()
@@ -72,6 +80,8 @@ class TrainLoss(nn.Cell):
         other = logits
         if self.consistency > 0:
             other, _, _ = self.read(tokens, valid, self.local_second(noise), replay)  # [N, V]
+        if self.teacher is not None:
+            other = self.teacher(tokens, valid)  # [N, V]
         return self.figures(logits, other, labels, valid, factor, stats, choices)
 
     def read(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor):
@@ -81,7 +91,8 @@ class TrainLoss(nn.Cell):
         return self.model(tokens, valid, noise, replay)
 
     def figures(self, logits: Tensor, other: Tensor, labels, valid, factor, stats, choices=()) -> Tensor:
-        """Sums figures over the devices: logits [N, V] of one pass and of the other, labels and valid [B, S] -> [W]."""
+        """Sums figures over the devices: logits [N, V] of one pass and of the other (or of the teacher), labels and
+        valid [B, S] -> [W]."""
         routed, counted = (), (valid,)
         if self.layers > 0 and self.stacked:
             counted = (valid, ops.stop_gradient(stats))
@@ -120,10 +131,13 @@ class TrainLoss(nn.Cell):
             losses = (losses + self.token_losses(other, labels)) / 2
         loss = keep_where(losses, weights).sum() / tokens
         total, summed = loss, ()
+        if self.teacher is not None:
+            soft = keep_where(self.soft_losses(logits, other), weights).sum() / tokens
+            total = (1.0 - self.soft_weight) * loss + self.soft_weight * soft
         if len(routed) > 0:
             layers = routed[0].sum(0).reshape(self.layers, self.columns)
             routed_rows = counts[1:].reshape(-1, 1) if self.stacked else counts[1]  # [M, 1] or []
-            total, summed = loss + self.auxiliary(layers, routed_rows), (ops.stop_gradient(layers).reshape(-1),)
+            total, summed = total + self.auxiliary(layers, routed_rows), (ops.stop_gradient(layers).reshape(-1),)
         if self.own is not None:
             chosen = routed[1].reshape(1, -1).astype(mstype.float32)  # exact: numbers of experts are small
             summed = (*summed, (self.own * chosen).reshape(-1))  # [data_parallel * N * M * K], 0 for other devices

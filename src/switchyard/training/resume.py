@@ -22,6 +22,8 @@ from switchyard.training.lock import contents
 from switchyard.training.randomness import NOISE_RULE
 
 RESULT = "result.json"
+INIT = "init"  # in a state: the checkpoint that the run has its first weights from
+KEPT = (INIT, "huggingface", "texts")  # what later states take over from the first; others: see training.companions
 MOST_NAMES = 5  # of other runs, in a message
 
 # keys that a resumed run may change: they do not touch the sequence of losses (schedule.total_steps=null follows steps)
@@ -82,13 +84,22 @@ def find_start(run: Path, config: Config, resume: bool, existed: bool = True) ->
     if loaded is None:
         print(f"resume: '{run}' contains no checkpoint yet; starting from step 0", flush=True)
         return None
-    check_resumable(loaded.config, keep_groups(loaded.config, config))
+    check_resumable(loaded.config, keep_groups(loaded.config, with_own_tokenizer(loaded, config)))
     if loaded.step > config.train.steps:
         raise UserError(
             f"train.steps: {config.train.steps}; the run '{run}' is already at step {loaded.step}; increase it"
         )
     say_noise(loaded.state)
     return loaded
+
+
+def with_own_tokenizer(loaded: Checkpoint, config: Config) -> Config:
+    """Returns the configuration with the data.tokenizer of a run that has taken over the tokenizer of its source."""
+    if INIT not in loaded.state:
+        return config
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"tokenizer": loaded.config.data.tokenizer})}
+    )
 
 
 def say_noise(state: dict[str, Any]) -> None:
@@ -158,7 +169,7 @@ def resumed(old: Config, new: Config) -> Config:
     kept = keep_groups(old, new)
     if is_first():
         for key, (before, now) in changed_keys(old, kept).items():
-            print(f"resume: {key}: {_word(before)} -> {_word(now)}", flush=True)
+            print(f"resume: {key}: {word(before)} -> {word(now)}", flush=True)
         total = old.schedule.total_steps or old.train.steps
         if new.schedule.total_steps is None and new.train.steps != total:
             print(
@@ -195,17 +206,17 @@ def finished(run: Path, config: Config) -> dict[str, Any] | None:
 
 def check_resumable(old: Config, new: Config) -> None:
     """Refuses changes that would give another model, or other meanings to its moments (UserError names the key)."""
-    for key, (before, now) in _differences(old, new).items():
+    for key, (before, now) in differences(old, new).items():
         if key not in FREE_ON_RESUME and key not in ANNOUNCED_ON_RESUME:
             raise UserError(f"{key}: {now}; the run was trained with {before}: keep it, or choose another train.name")
 
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns key -> (value before, value now) for the changes that affect the losses."""
-    return {key: pair for key, pair in _differences(old, new).items() if key in ANNOUNCED_ON_RESUME}
+    return {key: pair for key, pair in differences(old, new).items() if key in ANNOUNCED_ON_RESUME}
 
 
-def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns key -> (value before, value now), where the meaning differs."""
     before, now = old.model_dump(), new.model_dump()
     before.pop("parallel"), now.pop("parallel")  # free; so are routing groups that follow data_parallel, see `resumed`
@@ -231,7 +242,7 @@ def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in idle}
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
     """Returns a value as text, as written in a configuration."""
     return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
 

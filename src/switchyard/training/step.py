@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from switchyard.checkpoint.adapters import is_adapter
 from switchyard.checkpoint.layout import shard_of
 from switchyard.checkpoint.store import set_parameters
 from switchyard.config import Config
@@ -18,11 +19,13 @@ from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.models import create_model
 from switchyard.moe import metrics
 from switchyard.nn.initializers import set_initial, shapes_only
+from switchyard.training.frozen import freeze, is_trained
 from switchyard.training.loss import STATISTICS, TrainLoss, figures_num, name_figures
 from switchyard.training.loss_scale import LossScale
 from switchyard.training.micro_batches import call_inputs, calls_of, forces_choices, input_shards, inputs_of_calls
 from switchyard.training.optimizer import OptimizerStep
 from switchyard.training.pipeline import PipelineStepGraph
+from switchyard.training.teacher import read_teacher
 
 
 class StepGraph(nn.Cell):
@@ -32,11 +35,12 @@ class StepGraph(nn.Cell):
         model: see training.loss.TrainLoss; its trainable parameters are float32.
         config: optimizer, loss factors.
         mesh: the devices.
+        teacher: see training.loss.TrainLoss.
     """
 
-    def __init__(self, model: nn.Cell, config: Config, mesh: LocalMesh = LOCAL):
+    def __init__(self, model: nn.Cell, config: Config, mesh: LocalMesh = LOCAL, teacher: nn.Cell | None = None):
         super().__init__(auto_prefix=False)
-        self.loss = TrainLoss(model, config, mesh)
+        self.loss = TrainLoss(model, config, mesh, teacher)
         self.optimizer = OptimizerStep(model.trainable_params(), config, mesh, calls_of(config))
         self.differentiate = mesh.differentiate(self.loss, self.optimizer.adamw.parameters)
 
@@ -60,6 +64,7 @@ class TrainStep:
         model: see training.loss.TrainLoss.
         config: optimizer, accumulation, loss factors, compute_dtype.
         mesh: the devices; it has placed the model.
+        teacher: see training.loss.TrainLoss; on one device.
 
     Attributes:
         model: its parameters are full until the step is compiled, and this device's shards from then on.
@@ -67,12 +72,15 @@ class TrainStep:
         size: parameters that are trained, on all devices together.
     """
 
-    def __init__(self, model: nn.Cell, config: Config, mesh: LocalMesh = LOCAL):
+    def __init__(self, model: nn.Cell, config: Config, mesh: LocalMesh = LOCAL, teacher: nn.Cell | None = None):
         gc.collect()  # a Cell that is collected later empties MindSpore's key cache: this graph would compile twice
         self.model, self.config, self.mesh, self.scale = model, config, mesh, LossScale(config)
         self.shapes = mesh.full_shapes(model)
         self.size = sum(math.prod(self.shapes[parameter.name]) for parameter in model.trainable_params())
-        self.graph = (StepGraph if config.parallel.pipeline_stage == 1 else PipelineStepGraph)(model, config, mesh)
+        if config.parallel.pipeline_stage == 1:
+            self.graph = StepGraph(model, config, mesh, teacher)
+        else:
+            self.graph = PipelineStepGraph(model, config, mesh)
         self.graph.set_train(True)
         self.program = mesh.program(self.graph, input_shards(config))
         routers = [cell.router for _, cell in model.cells_and_names() if hasattr(cell, "train_dispatcher")]
@@ -134,6 +142,8 @@ class TrainStep:
         """
         loads = metrics.loads(rows[:, STATISTICS:].sum(0), self.config.moe.expert_num)  # [M, E]
         for router, load in zip(self.routers, loads):
+            if not all(is_trained(parameter.name, self.config) for parameter in router.state()):
+                continue
             state = [(parameter, tuple(self.shapes[parameter.name])) for parameter in router.state()]
             sharded = [(own, self.box(own.name, shape)) for own, shape in state if tuple(own.shape) != shape]
             for parameter, box in sharded:
@@ -164,6 +174,17 @@ class TrainStep:
         self.compile()
         set_initial(self.graph.get_parameters(), self.box)
 
+    def load_weights(self, weights: dict[str, np.ndarray]) -> None:
+        """Sets the model's parameters, strictly by name and shape (UserError); adapters and optimizer begin anew."""
+        self.compile()
+        updated, own = (
+            self.mesh.updated,
+            {one.name: one for one in self.model.get_parameters() if not is_adapter(one.name)},
+        )
+        set_parameters(updated(own), updated(weights), "weight")
+        if self.mesh.draws_late:
+            set_initial((one for one in self.graph.get_parameters() if one.name not in own), self.box)
+
     def load(self, weights: dict[str, np.ndarray], optimizer: dict[str, np.ndarray]) -> None:
         """Sets the model's parameters and the optimizer's state, strictly by name and shape (UserError)."""
         self.compile()
@@ -189,8 +210,9 @@ def create_step(config: Config, vocab_size: int, mesh: LocalMesh = LOCAL) -> Tra
     own = mesh.config(config)
     with shapes_only() if mesh.draws_late else nullcontext():
         model = create_model(own, vocab_size, drawn=mesh.draws_full, mesh=mesh)
+        freeze(model, own)
         mesh.place(model)
-        return TrainStep(model, own, mesh)
+        return TrainStep(model, own, mesh, read_teacher(own, vocab_size))
 
 
 def sample_inputs(config: Config, model: nn.Cell) -> tuple[Tensor, ...]:
