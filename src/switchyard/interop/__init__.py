@@ -1,0 +1,1 @@
+"""Takes in and gives back what other tools read and write."""
