@@ -127,22 +127,26 @@ def compare(case: Case) -> dict[str, float]:
 
 
 def core_router(case: Case) -> dict[str, float]:
-    """Compares the router of parallel_core's training graph; its TopkExt, which no CPU has, is replaced by TopK."""
+    """Compares the router of parallel_core's training graph; what no CPU has is replaced.
+
+    TopkExt by TopK, OneHotExt by OneHot. The experts of that stack need GroupedMatmul, which has no twin on CPU.
+    """
     from mindformers.parallel_core.training_graph.transformer.moe.router import TopKRouter
     from mindformers.parallel_core.transformer_config import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=1, hidden_size=WIDTH, num_attention_heads=1, num_moe_experts=EXPERTS, seq_length=ROWS,
-        moe_router_topk=case.choices, moe_router_score_function=case.score, moe_aux_loss_coeff=case.balance,
+        num_layers=1, hidden_size=WIDTH, num_attention_heads=1, add_bias_linear=False, num_moe_experts=EXPERTS, seq_length=ROWS,
+        moe_router_topk=case.choices, moe_router_pre_softmax=True, moe_router_score_function=case.score, moe_aux_loss_coeff=case.balance,
         moe_router_load_balancing_type="seq_aux_loss", moe_router_topk_scaling_factor=case.factor,
         moe_router_enable_expert_bias=case.bias is not None, moe_router_dtype="float32",
         norm_topk_prob=case.normalised, **core_groups(case),
     )  # fmt: skip
     own, theirs = own_layer(case).moe.router, TopKRouter(config)
     theirs.weight.set_data(Tensor(own.weight.asnumpy().T.copy()))
-    for name in ("topk", "afb_topk", "tc_topk"):
+    for name, twin in (("topk", ops.TopK), ("afb_topk", ops.TopK), ("tc_topk", ops.TopK), ("onehot_aux", ops.OneHot),
+                       ("onehot_2d", ops.OneHot)):  # fmt: skip
         if hasattr(theirs, name):
-            setattr(theirs, name, ops.TopK())
+            setattr(theirs, name, twin())
     if case.bias:
         theirs.expert_bias.set_data(Tensor(np.array(case.bias, np.float32)))
     x = Tensor(np.random.default_rng(1).normal(size=(1, ROWS, WIDTH)).astype(np.float32))
