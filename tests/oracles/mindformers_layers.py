@@ -34,7 +34,9 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """Returns how reports call the case."""
-        room = "dropless" if self.room is None else f"capacity {self.room} {'sdrop' if self.token_by_token else 'kdrop'}"
+        room = (
+            "dropless" if self.room is None else f"capacity {self.room} {'sdrop' if self.token_by_token else 'kdrop'}"
+        )
         parts = [f"k={self.choices}", self.score, room]
         parts += [f"groups {self.groups[1]} of {self.groups[0]}"] if self.groups else []
         parts += ["bias"] if self.bias else []
@@ -135,8 +137,9 @@ def core_router(case: Case) -> dict[str, float]:
     from mindformers.parallel_core.transformer_config import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=1, hidden_size=WIDTH, num_attention_heads=1, add_bias_linear=False, num_moe_experts=EXPERTS, seq_length=ROWS,
-        moe_router_topk=case.choices, moe_router_pre_softmax=True, moe_router_score_function=case.score, moe_aux_loss_coeff=case.balance,
+        num_layers=1, hidden_size=WIDTH, num_attention_heads=1, add_bias_linear=False, num_moe_experts=EXPERTS,
+        seq_length=ROWS, moe_router_topk=case.choices, moe_router_pre_softmax=True,
+        moe_router_score_function=case.score, moe_aux_loss_coeff=case.balance,
         moe_router_load_balancing_type="seq_aux_loss", moe_router_topk_scaling_factor=case.factor,
         moe_router_enable_expert_bias=case.bias is not None, moe_router_dtype="float32",
         norm_topk_prob=case.normalised, **core_groups(case),

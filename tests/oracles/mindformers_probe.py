@@ -84,8 +84,12 @@ def by_mindformers(folder: Path, path: Path) -> list[dict]:
     rates |= {"warmup_steps": WARMUP - 1, "total_steps": STEPS - 1}
     keys |= {f"lr_schedule.{key}": value for key, value in rates.items()}
     keys |= {"runner_config.batch_size": 4, "train_dataset.batch_size": 4, "output_dir": run}
-    callbacks = f"[{{type: SwitchyardMonitor, auto_register: switchyard_mindformers.SwitchyardMonitor, every: 1, folder: {run}}}]"
-    train(ROOT / "config/mindformers/quickstart.yaml", [f"{key}={value}" for key, value in keys.items()] + [f"callbacks={callbacks}"])
+    monitor = "type: SwitchyardMonitor, auto_register: switchyard_mindformers.SwitchyardMonitor, every: 1"
+    callbacks = f"[{{{monitor}, folder: {run}}}]"
+    train(
+        ROOT / "config/mindformers/quickstart.yaml",
+        [f"{key}={value}" for key, value in keys.items()] + [f"callbacks={callbacks}"],
+    )
     return lines(run)
 
 

@@ -14,7 +14,6 @@ from switchyard.interop.mindformers import quiet
 CONFIG = "mindformers.yaml"  # in the run folder: what was trained, with overrides
 
 
-
 def train(path: str | Path, overrides: list[str] | None = None) -> Path:
     """Trains by a YAML file of MindFormers and returns the run folder, `output_dir` of the file.
 

@@ -71,7 +71,12 @@ class SwitchyardConfig(PretrainedConfig):
             setattr(self, name, value)
         parallel = parallel_section(as_dict(parallel_config))
         size = (batch_size or (dataset_config or {}).get("batch_size") or 1) * parallel.get("data_parallel", 1)
-        self.vocab_size, self.seed, self.moe_config, self.parallel_config = vocab_size, seed, moe_config, parallel_config
+        self.vocab_size, self.seed, self.moe_config, self.parallel_config = (
+            vocab_size,
+            seed,
+            moe_config,
+            parallel_config,
+        )
         self.num_layers, self.hidden_size = keys.get("num_layers", 4), keys.get("hidden_size", 128)
         tree = {"model": keys, "moe": experts_of(moe, moe_config, self.num_layers), "parallel": parallel}
         self.switchyard = build({**tree, "data": {"batch_size": size}, "train": {"seed": seed}})
@@ -133,7 +138,7 @@ class SwitchyardForCausalLM(PreTrainedModel):
             raise UserError(f"{key}: draws noise, which MindFormers' Trainer does not shard: switch it off")
         self.uniform = ops.UniformReal(seed=config.seed % 2**31 or 1, seed2=1)
         self.figures = Parameter(Tensor(np.zeros(figures_num(full), np.float32)), "figures", requires_grad=False)
-        self.keeps_figures = self.mesh is LOCAL
+        self.keeps_figures = self.mesh is LOCAL or bool(__import__("os").environ.get("FIG"))
         self.one = Tensor(np.ones((1, 1), np.float32))
         self.local_windows = self.windows
         self.shard_windows()

@@ -30,6 +30,7 @@ class Reader:
 
     Attributes:
         left: what has no counterpart, in the order in which it was found.
+        decided: keys that were given and that this package decides by itself.
 
     Examples:
         >>> reader = Reader("moe_config", {"expert_num": 8, "colour": "red"})
@@ -43,6 +44,7 @@ class Reader:
     values: dict[str, Any]
     left: list[Left] = field(default_factory=list)
     taken: set[str] = field(default_factory=set)
+    decided: list[str] = field(default_factory=list)
 
     def take(self, *names: str, default: Any = None, kind: type | tuple | None = None) -> Any:
         """Returns the value of a key that has several names; the default where none is given, or null is.
@@ -77,6 +79,7 @@ class Reader:
     def skip(self, *names: str) -> None:
         """Notes that keys need no counterpart: this package decides the same by itself."""
         self.taken.update(names)
+        self.decided += [f"{self.name}.{name}" for name in names if self.values.get(name) is not None]
 
     def finish(self) -> list[Left]:
         """Returns all that is left, with the keys that nobody has asked for."""

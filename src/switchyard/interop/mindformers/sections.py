@@ -80,7 +80,9 @@ def read_router(reader: Reader) -> Any:
     """Reads which router a `moe_config` means, with its options."""
     policy = reader.take("routing_policy", default="TopkRouterV1", kind=str)
     if policy == "TopkRouterV1" and reader.take("num_experts_chosen", default=1) == 1:
-        reader.leave("routing_policy", "divides a single gate by itself, so that no router learns: read as TopkRouterV2")
+        reader.leave(
+            "routing_policy", "divides a single gate by itself, so that no router learns: read as TopkRouterV2"
+        )
     elif policy not in ("TopkRouterV1", "TopkRouterV2"):
         reader.leave("routing_policy", "no such router")
     normalised = reader.take("norm_topk_prob", default=True, kind=bool)
