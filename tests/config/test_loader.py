@@ -81,7 +81,7 @@ SINGLE_KEYS = [
     ),
     (
         "moe.drop_order=first",
-        "moe.drop_order: 'first'; input should be 'position', 'probability', 'batch_priority' or 'random'",
+        "moe.drop_order: 'first'; input should be 'position', 'token', 'probability', 'batch_priority' or 'random'",
     ),
     ("moe.aux_loss_factor=-0.01", "moe.aux_loss_factor: -0.01; input should be greater than or equal to 0"),
     ("moe.jitter=1", "moe.jitter: 1; input should be less than 1"),

@@ -21,7 +21,7 @@ KEYS = {
 }
 SINGLE = ("switch", "base", "lsh", "tree")  # one choice a row
 ROUTERS = [name for name, router in known_routers().items() if not router.needs]
-ORDERS = ("position", "probability", "batch_priority", "random")
+ORDERS = ("position", "token", "probability", "batch_priority", "random")
 BAD = (np.nan, np.inf, -np.inf)
 
 

@@ -33,7 +33,11 @@ def load(
     Raises:
         UserError: missing file, broken YAML, unknown key, wrong type or impossible combination.
     """
-    path = recipes.find(path)
+    return build(read_sections(recipes.find(path)), overrides, inherited, devices)
+
+
+def read_sections(path: str | Path) -> dict[str, Any]:
+    """Returns the sections of a YAML file, unchecked (UserError: missing file, broken YAML, no mapping)."""
     text, name = read_text(path, "config file", "give the path of a YAML file"), shortened(str(path), 200)
     try:
         tree = parse_yaml(text)
@@ -43,7 +47,7 @@ def load(
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"config file '{name}': holds a {type(tree).__name__}; expected sections such as 'model:'")
-    return build(tree, overrides, inherited, devices)
+    return tree
 
 
 def build(

@@ -148,10 +148,10 @@ class MoEConfig(Section):
     eval_capacity_factor: Annotated[float, Field(gt=0)] | None = Field(
         None, description="capacity factor at evaluation; null = dropless, in blocks of one expert each"
     )
-    drop_order: Literal["position", "probability", "batch_priority", "random"] = Field(
+    drop_order: Literal["position", "token", "probability", "batch_priority", "random"] = Field(
         "position",
-        description="which tokens keep a slot when an expert is full: in token order, by "
-        "largest gate, by router confidence (batch priority), or at random",
+        description="which choices keep a slot when an expert is full: in token order, all first choices before any "
+        "second; token by token; by largest gate; by router confidence (batch priority); or at random",
     )
     min_capacity: Positive = Field(1, description="smallest number of slots of an expert")
     reroute: NotNegative = Field(

@@ -39,6 +39,12 @@ def test_batch_priority_serves_first_choices_first(pynative):
     assert _seated([[0, 1], [1, 0], [2, 0]], [[0.9, 0.8], [0.3, 0.2], [0.4, 0.3]], 0.5, "batch_priority") == {0, 2, 4}
 
 
+def test_token_order_serves_all_choices_of_a_row_before_the_next_row(pynative):
+    """Row 0 takes a slot of experts 0 and 1; row 1 wants expert 1 first and still finds it full."""
+    assert _seated([[0, 1], [1, 2], [2, 0]], [[0.5, 0.4], [0.9, 0.1], [0.8, 0.2]], 0.5, "token") == {0, 1, 3}
+    assert _seated([[0, 1], [1, 2], [2, 0]], [[0.5, 0.4], [0.9, 0.1], [0.8, 0.2]], 0.5, "position") == {0, 2, 4}
+
+
 def test_random_goes_by_priority(pynative):
     assert _seated(EXPERTS, GATES, 0.5, "random", priority=[0.9, 0.5, 0.1]) == {4, 5}
     assert _seated(EXPERTS, GATES, 0.5, "random", priority=[0.2, 0.5, 0.9]) == {0, 1}

@@ -37,7 +37,8 @@ def block_size(rows: int, experts: int, choices: int) -> int:
 class ChoiceOrder(nn.Cell):
     """Sorts the choices of each group by expert and, within an expert, by who comes first.
 
-    Order "position": all first choices before any second, each by row. "probability": the largest gate first.
+    Order "position": all first choices before any second, each by row. "token": row by row, all choices of a row before
+    those of the next (MindFormers calls it sdrop). "probability": the largest gate first.
     "batch_priority": all first choices before any second, each by the row's largest gate (V-MoE, arXiv
     2106.05974). "random": the same by lot, and by row where none is drawn.
     Choices of padded rows (expert = E) come last and are counted nowhere. A gate that is NaN or Inf counts as the
@@ -75,6 +76,8 @@ class ChoiceOrder(nn.Cell):
         if self.kind == "probability":
             return self._inverse(self._argsort(-gates))
         groups, total = gates.shape
+        if self.kind == "token":
+            return ops.expand_dims(ops.arange(total), 0)  # [1, N * K]
         rows = total // self.choices
         rank = ops.expand_dims(ops.arange(rows), 0)  # [1, N]
         if self.kind == "batch_priority":

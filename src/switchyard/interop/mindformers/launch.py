@@ -1,0 +1,71 @@
+"""Trains by a YAML file of MindFormers, through its `Trainer`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchyard.config.loader import read_sections
+from switchyard.errors import UserError, represented, shortened
+from switchyard.file_errors import writing
+from switchyard.interop.mindformers import quiet
+
+CONFIG = "mindformers.yaml"  # in the run folder: what was trained, with overrides
+
+
+def train(path: str | Path, overrides: list[str] | None = None) -> Path:
+    """Trains by a YAML file of MindFormers and returns the run folder, `output_dir` of the file.
+
+    The current folder and stdout stay as they are, but for the lines of `SwitchyardMonitor`. What MindFormers logs
+    stands in mindformers.log of the run folder.
+
+    Args:
+        path: of the file.
+        overrides: `section.key=value`, values in YAML.
+
+    Raises:
+        UserError: MindFormers is missing; a file that is no YAML of MindFormers; what the configuration refuses.
+    """
+    tree = with_overrides(read_sections(path), overrides or [])
+    for section in ("trainer", "model", "train_dataset", "runner_config"):
+        if not isinstance(tree.get(section), dict):
+            raise UserError(f"config file '{shortened(str(path))}': has no section '{section}', as MindFormers' have")
+    folder = Path(tree.get("output_dir") or "output")
+    quiet.require_installed()
+    with quiet.logs_to(folder) as log:
+        print(f"run: {folder}; MindFormers' log: {log}", file=sys.__stdout__, flush=True)
+        _train(write_yaml(tree | {"output_dir": str(folder)}, folder / CONFIG))
+    print(f"done: {folder}", flush=True)
+    return folder
+
+
+def write_yaml(tree: dict[str, Any], path: Path) -> Path:
+    """Writes the configuration of a run into its folder, and returns the file: MindFormers adds defaults to files."""
+    with writing(path):
+        path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def _train(path: Path) -> None:
+    """Does what MindFormers' own launcher does with a file."""
+    from mindformers import MindFormerConfig, Trainer
+    from mindformers.core.context import build_context
+
+    config = MindFormerConfig(str(path))
+    build_context(config)
+    Trainer(config).train()
+
+
+def with_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Returns a tree with `section.key=value` set, the last of a key counts (UserError: a key that is not there)."""
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
+        if not equals or not isinstance(place, dict) or name not in place:
+            raise UserError(f"{shortened(key)}: {represented(text)}; the file has no such key to change")
+        place[name] = yaml.safe_load(text)
+    return tree
