@@ -24,7 +24,7 @@ from switchyard.planner.sizes import (
     parameters,
     product_bytes,
     projection,
-    reads_gain_again,
+    reads_again,
     seen_tokens,
     shard_sizes,
     takes,
@@ -212,11 +212,7 @@ def _of_gradient(name, shape, config, degrees):
     if kept == size:
         yield Exchange("AllReduce", group, ranks, FLOAT * size)
         return
-    kind = name.rsplit(".", 1)[1]  # the backward pass reads products and fused norms again, other gains and tables not
-    again = kind not in ("bias", "table") or (name == "embedding.table" and config.model.tie_word_embeddings)
-    if kind == "gain":
-        again = reads_gain_again(config, name)
-    again = degrees.optimizer_shard == 3 and again
+    again = degrees.optimizer_shard == 3 and reads_again(config, name)
     wide = product_bytes(config) if name.endswith(IN_PRODUCT_TYPE) else FLOAT  # cast before they are gathered
     yield Exchange("AllGather", group, ranks, wide * size, 2 if again else 1)
     yield Exchange("ReduceScatter", group, ranks, FLOAT * size)

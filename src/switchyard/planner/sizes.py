@@ -114,10 +114,19 @@ def takes(config: Config, name: str) -> bool:
     return name in fused_operators(config, "Ascend" if target == "auto" else target)
 
 
-def reads_gain_again(config: Config, name: str) -> bool:
-    """Returns whether the backward pass of a norm reads its gain, by the gain's name: the fused operator's does."""
-    kind = config.model.qk_norm == "head" if ".qk_norm." in name else config.model.norm == "rmsnorm"
-    return kind and takes(config, "RmsNorm")
+def reads_again(config: Config, name: str) -> bool:
+    """Returns whether the backward pass reads a parameter: products do, fused norms do, other gains, biases and tables
+    do not, unless their layer is recomputed."""
+    kind, of_heads = name.rsplit(".", 1)[1], ".qk_norm." in name
+    if kind not in ("gain", "bias", "table"):
+        return True
+    if kind == "table":
+        return name == "embedding.table" and config.model.tie_word_embeddings
+    rms = config.model.qk_norm == "head" if of_heads else config.model.norm == "rmsnorm"
+    if kind == "gain" and rms and takes(config, "RmsNorm"):
+        return True
+    kept = of_heads and config.model.qk_norm == "full"  # what their shards have exchanged is not recomputed
+    return config.parallel.recompute and name.startswith("layers.") and not kept
 
 
 def seen_tokens(config: Config, layer: int) -> int:
