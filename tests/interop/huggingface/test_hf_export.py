@@ -130,6 +130,7 @@ def test_a_run_is_exported_as_the_family_that_fits_and_imported_again(name, tmp_
         ({"position": "learned"}, None, "model.position: 'learned'"),
         ({"norm": "layernorm"}, None, "model.norm: 'layernorm'"),
         ({}, MOE | {"eval_capacity_factor": 2.0}, "moe.eval_capacity_factor: 2.0"),
+        ({}, MOE | {"force_balance": True}, "moe.force_balance: True"),
         ({}, MOE | {"router": "gshard"}, "moe.router: {'name': 'gshard'"),
         ({"sliding_window": 4, "qk_norm": "full"}, MOE, "olmoe: model.sliding_window: [4, 4]"),
     ],
