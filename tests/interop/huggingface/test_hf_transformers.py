@@ -121,6 +121,9 @@ def test_a_tokenizer_goes_along_with_its_template(imported, tmp_path):
     assert text == "user: hello\n"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert len(tokenizer) == 59  # those that fill up the model are out again
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == torch.float16 and model.generation_config.eos_token_id == 2
+    assert model.float().generate(**tokenizer("the ", return_tensors="pt"), max_new_tokens=3).shape[1] > 4
 
 
 @pytest.mark.parametrize("case", CASES)

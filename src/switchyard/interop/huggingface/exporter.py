@@ -24,6 +24,10 @@ from switchyard.interop.huggingface.tokenizer_files import library_json
 from switchyard.json_text import to_json
 
 LARGEST_SHARD = 5_000_000_000  # bytes
+TOKENIZER_SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_input_names": ["input_ids", "attention_mask"],  # without token_type_ids, which decoders do not take
+}
 METADATA = {"format": "pt"}  # what transformers asks a file for
 
 
@@ -135,7 +139,7 @@ def _texts(
     texts: dict[str, str] = {}
     if origin is None:
         tree |= {"bos_token_id": None, "eos_token_id": tokenizer.separator}
-        texts["tokenizer_config.json"] = to_json({"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+        texts["tokenizer_config.json"] = to_json(TOKENIZER_SETTINGS, indent=2) + "\n"
     else:
         tree, texts = _kept(tree, family, config, origin), dict(origin.texts)
     usual = Counter(entry.dtype for entry in exporting.entries.values()).most_common(1)[0][0]

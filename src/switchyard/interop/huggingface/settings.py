@@ -81,6 +81,8 @@ def to_config(family: "DecoderFamily", tree: dict[str, Any], name: str = "import
     sections = {"model": _model(family, keys), "train": {"name": name}}
     if family.experts is not None:
         sections["moe"] = _moe(family.experts, keys)
+        if sections["moe"].get("layers") == "all":  # no feed-forward is dense
+            del sections["model"]["intermediate_size"]
     config = configuration.build(sections, inherited=True)
     if config.moe_layers and config.moe.num_experts_chosen == 1 and _normalises(family.experts, keys):
         raise UserError(
