@@ -177,6 +177,19 @@ def test_own_tokenizers_become_files_of_the_library_with_the_same_ids(tokenizer,
     assert config_of(tmp_path / "out")["eos_token_id"] == tokenizer.separator
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("texts", {"../evil.txt": "x"}), ("dtype", "I8"), ("others", {"lm_head.weight": "U8"}), ("more", 1)],
+)
+def test_a_state_that_somebody_changed_writes_no_other_file(key, value, imported, tmp_path):
+    held = store.read(imported("mixtral"))
+    state = held.state | {"huggingface": held.state["huggingface"] | {key: value}}
+    store.save(tmp_path / "run", held.config, held.tokenizer_json, held.weights, {}, state)
+    with pytest.raises(UserError, match=r"^checkpoint '.*step-00000000': state\.json: huggingface: "):
+        export_model(tmp_path / "run", tmp_path / "out", say=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_run_without_an_origin_takes_files_and_types_of_another_folder(imported, tmp_path):
     held = store.read(imported("mixtral"))
     store.save(tmp_path / "run", held.config, held.tokenizer_json, held.weights, {}, {"step": 2, "seconds": 0.0})

@@ -43,7 +43,7 @@ def export_model(
 ) -> Family:
     """Writes a checkpoint as a folder of Hugging Face.
 
-    Memory: the largest tensor in float32, and pieces of 1 MiB.
+    Memory: the largest tensor in the type that it is written in, and pieces of 1 MiB.
 
     Args:
         path: a run folder (its newest checkpoint) or one checkpoint, of any layout.
@@ -72,19 +72,14 @@ def export_model(
         raise UserError(f"--out: '{out}' already exists; remove it or give another folder")
     manifest = read_manifest(store.resolve(path))
     config, tokenizer_json, state = read_texts(manifest)
-    origin = read_origin(state, manifest.path)
-    if like is not None:
-        origin = _like(like)
+    origin = read_origin(state, manifest.path) if like is None else _like(like)
     chosen = choose(config, family or _kept_family(origin, config))
     exporting = _exporting(manifest, config, chosen, tokenizer_json, origin, dtype)
+    texts = _texts(config, chosen, tokenizer_json, origin, exporting)
     say(f"checkpoint: {manifest.path}")
     say(f"model: {chosen.model_type}, {len(exporting.entries):,} tensors, {bytes_of(exporting.entries) / 1e6:,.1f} MB")
-    if bar is not None:
-        bar.reset(bytes_of(exporting.entries))
-    texts = _texts(config, chosen, tokenizer_json, origin, exporting)
     with writing(out), unfinished(out.absolute()) as folder:
-        check_room(folder / CONFIG, min(largest, bytes_of(exporting.entries)))
-        _write_tensors(folder, exporting, largest, (lambda count: None) if bar is None else bar.update)
+        _write_tensors(folder, exporting, largest, bar)
         for name, text in texts.items():
             write_text(folder / name, text)
         flush_tree(folder)
@@ -158,9 +153,12 @@ def _kept(tree: dict[str, Any], family: Family, config: Config, origin: Origin) 
     return tree | {key: kept[key] for key in free if key in kept}
 
 
-def _write_tensors(folder: Path, exporting: Exporting, largest: int, advance: Callable[[int], object]) -> None:
+def _write_tensors(folder: Path, exporting: Exporting, largest: int, bar: Any) -> None:
     """Writes model.safetensors, or shards of at most `largest` bytes and their index."""
-    shards = _shards(exporting.entries, largest)
+    shards, advance = _shards(exporting.entries, largest), (lambda count: None) if bar is None else bar.update
+    if bar is not None:
+        bar.reset(bytes_of(exporting.entries))
+    check_room(folder / CONFIG, max(map(bytes_of, shards)))
     if len(shards) == 1:
         write_file(folder / SINGLE, shards[0], exporting.read, advance, METADATA)
         return
