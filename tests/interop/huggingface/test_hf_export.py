@@ -96,6 +96,7 @@ RUNS = {
     ),
     "switch": ({"qk_norm": "head"}, MOE | {"router": "switch", "num_experts_chosen": 1, "layers": [1]}, "qwen3_moe"),
     "full norm": ({"qk_norm": "full"}, MOE, "olmoe"),
+    "dense with partial rotation": ({"partial_rotary": 0.5}, None, "glm4_moe"),
     "sigmoid": ({}, MOE | {"router": {"name": "sigmoid"}, "layers": [1], "shared_expert_num": 2}, "glm4_moe"),
 }
 
@@ -133,6 +134,8 @@ def test_a_run_is_exported_as_the_family_that_fits_and_imported_again(name, tmp_
         ({}, MOE | {"force_balance": True}, "moe.force_balance: True"),
         ({}, MOE | {"router": "gshard"}, "moe.router: {'name': 'gshard'"),
         ({"sliding_window": 4, "qk_norm": "full"}, MOE, "olmoe: model.sliding_window: [4, 4]"),
+        ({"head_size": 8, "qk_norm": "full"}, MOE, "olmoe: model.head_size: 8"),
+        ({"qk_norm": "full"}, None, "olmoe: config.json: num_experts: 1; a conditional layer needs 2 experts or more"),
     ],
 )
 def test_what_no_family_has_is_refused_by_name_and_nothing_is_written(model, moe, reason, tmp_path):
@@ -163,6 +166,14 @@ def test_weights_that_the_family_does_not_name_are_refused(tmp_path):
         tmp_path / "run", config, ByteTokenizer().to_json(), weights | {"extra": weights["norm.gain"]}, {}, {"step": 4}
     )
     with pytest.raises(UserError, match=r"^weight 'extra': \(16,\) in the checkpoint, none by llama"):
+        export_model(tmp_path / "run", tmp_path / "out", say=quiet)
+
+
+def test_adapters_are_to_be_merged_first(tmp_path):
+    config, weights = _save_run(tmp_path / "run", {}, None, ByteTokenizer())
+    weights["layers.0.attention.qkv.lora.a"] = np.zeros((16, 2), np.float32)
+    store.save(tmp_path / "run", config, ByteTokenizer().to_json(), weights, {}, {"step": 4, "seconds": 0.0})
+    with pytest.raises(UserError, match=r"holds adapters \(train\.lora\); merge them first: python -m switchyard"):
         export_model(tmp_path / "run", tmp_path / "out", say=quiet)
 
 

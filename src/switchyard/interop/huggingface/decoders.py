@@ -55,6 +55,7 @@ class DecoderFamily(Family):
         window: how config.json gives the sliding window: "plain" = sliding_window; "switched" = with
             use_sliding_window; "layered" = by layer_types, or from max_window_layers on, too; "bottom" = as Qwen2-MoE.
         partial_rotary: whether partial_rotary_factor is read.
+        own_head_size: whether head_dim may be another than hidden_size / num_attention_heads.
         experts: None = a dense model.
         extra: keys of config.json that always have these values.
     """
@@ -67,6 +68,7 @@ class DecoderFamily(Family):
     qk_norm: tuple[str | None, Literal["head", "full"]] | None = None
     window: Literal["none", "plain", "switched", "layered", "bottom"] = "none"
     partial_rotary: bool = False
+    own_head_size: bool = True
     experts: Experts | None = None
     extra: tuple[tuple[str, Any], ...] = ()
 

@@ -110,6 +110,9 @@ def _exporting(
     model = list(family.parameters(config, vocab_size))
     shapes = {parameter.name: parameter.shape for parameter in model}
     held = {name: entry.shape for name, entry in tensors.entries.items()}
+    if any(".lora" in name for name in held):
+        merge = f"python -m switchyard.checkpoint merge {manifest.path} --out DIR"
+        raise UserError(f"checkpoint '{manifest.path}': holds adapters (train.lora); merge them first: {merge}")
     for name in sorted(shapes.keys() | held.keys()):
         if shapes.get(name) != held.get(name):
             raise UserError(

@@ -157,6 +157,7 @@ FAMILIES: dict[str, Family] = {
             (*ENDS, *BLOCK, *MLP),
             bias=("attention_bias", "all"),
             qk_norm=(None, "full"),
+            own_head_size=False,
             experts=Experts("num_experts", "intermediate_size", places="all"),
             extra=(("clip_qkv", None),),
         ),
