@@ -124,18 +124,25 @@ def test_a_run_is_exported_as_the_family_that_fits_and_imported_again(name, tmp_
         np.testing.assert_array_equal(held[key], array)
 
 
+DENSE = "llama, mistral, qwen2, qwen3, qwen2_moe, qwen3_moe, glm4_moe"  # families that may have dense layers alone
+
+
 @pytest.mark.parametrize(
     ("model", "moe", "reason"),
     [
-        ({"activation": "relu"}, None, "model.activation: 'relu'"),
+        (
+            {"activation": "relu"},
+            None,
+            f"model.activation: 'relu' ({DENSE}); moe.layers: [] (mixtral, olmoe)",
+        ),
         ({"position": "learned"}, None, "model.position: 'learned'"),
         ({"norm": "layernorm"}, None, "model.norm: 'layernorm'"),
         ({}, MOE | {"eval_capacity_factor": 2.0}, "moe.eval_capacity_factor: 2.0"),
         ({}, MOE | {"force_balance": True}, "moe.force_balance: True"),
         ({}, MOE | {"router": "gshard"}, "moe.router: {'name': 'gshard'"),
-        ({"sliding_window": 4, "qk_norm": "full"}, MOE, "olmoe: model.sliding_window: [4, 4]"),
-        ({"head_size": 8, "qk_norm": "full"}, MOE, "olmoe: model.head_size: 8"),
-        ({"qk_norm": "full"}, None, "olmoe: config.json: num_experts: 1; a conditional layer needs 2 experts or more"),
+        ({"sliding_window": 4, "qk_norm": "full"}, MOE, "model.sliding_window: [4, 4] (olmoe)"),
+        ({"head_size": 8, "qk_norm": "full"}, MOE, "model.head_size: 8 (olmoe)"),
+        ({"qk_norm": "full"}, None, "moe.layers: [] (mixtral, olmoe)"),
     ],
 )
 def test_what_no_family_has_is_refused_by_name_and_nothing_is_written(model, moe, reason, tmp_path):

@@ -99,6 +99,8 @@ class DecoderFamily(Family):
             return f"model.type: {config.model.type}"
         if config.moe_layers and not self.sparse:
             return f"moe.expert_num: {config.moe.expert_num}"
+        if self.experts is not None and self.experts.places == "all" and not config.moe_layers:
+            return "moe.layers: []"
         return super().unfit(config)
 
     def left_out(self, name: str, tree: dict[str, Any]) -> str | None:
