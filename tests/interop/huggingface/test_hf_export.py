@@ -96,6 +96,7 @@ RUNS = {
     ),
     "switch": ({"qk_norm": "head"}, MOE | {"router": "switch", "num_experts_chosen": 1, "layers": [1]}, "qwen3_moe"),
     "full norm": ({"qk_norm": "full"}, MOE, "olmoe"),
+    "dense with partial rotation": ({"partial_rotary": 0.5}, None, "glm4_moe"),
     "sigmoid": ({}, MOE | {"router": {"name": "sigmoid"}, "layers": [1], "shared_expert_num": 2}, "glm4_moe"),
 }
 
@@ -123,15 +124,25 @@ def test_a_run_is_exported_as_the_family_that_fits_and_imported_again(name, tmp_
         np.testing.assert_array_equal(held[key], array)
 
 
+DENSE = "llama, mistral, qwen2, qwen3, qwen2_moe, qwen3_moe, glm4_moe"  # families that may have dense layers alone
+
+
 @pytest.mark.parametrize(
     ("model", "moe", "reason"),
     [
-        ({"activation": "relu"}, None, "model.activation: 'relu'"),
+        (
+            {"activation": "relu"},
+            None,
+            f"model.activation: 'relu' ({DENSE}); moe.layers: [] (mixtral, olmoe)",
+        ),
         ({"position": "learned"}, None, "model.position: 'learned'"),
         ({"norm": "layernorm"}, None, "model.norm: 'layernorm'"),
         ({}, MOE | {"eval_capacity_factor": 2.0}, "moe.eval_capacity_factor: 2.0"),
+        ({}, MOE | {"force_balance": True}, "moe.force_balance: True"),
         ({}, MOE | {"router": "gshard"}, "moe.router: {'name': 'gshard'"),
-        ({"sliding_window": 4, "qk_norm": "full"}, MOE, "olmoe: model.sliding_window: [4, 4]"),
+        ({"sliding_window": 4, "qk_norm": "full"}, MOE, "model.sliding_window: [4, 4] (olmoe)"),
+        ({"head_size": 8, "qk_norm": "full"}, MOE, "model.head_size: 8 (olmoe)"),
+        ({"qk_norm": "full"}, None, "moe.layers: [] (mixtral, olmoe)"),
     ],
 )
 def test_what_no_family_has_is_refused_by_name_and_nothing_is_written(model, moe, reason, tmp_path):
@@ -165,6 +176,14 @@ def test_weights_that_the_family_does_not_name_are_refused(tmp_path):
         export_model(tmp_path / "run", tmp_path / "out", say=quiet)
 
 
+def test_adapters_are_to_be_merged_first(tmp_path):
+    config, weights = _save_run(tmp_path / "run", {}, None, ByteTokenizer())
+    weights["layers.0.attention.qkv.lora.a"] = np.zeros((16, 2), np.float32)
+    store.save(tmp_path / "run", config, ByteTokenizer().to_json(), weights, {}, {"step": 4, "seconds": 0.0})
+    with pytest.raises(UserError, match=r"holds adapters \(train\.lora\); merge them first: python -m switchyard"):
+        export_model(tmp_path / "run", tmp_path / "out", say=quiet)
+
+
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer("\n abcé")], ids=["byte", "char"])
 def test_own_tokenizers_become_files_of_the_library_with_the_same_ids(tokenizer, tmp_path):
     _save_run(tmp_path / "run", {}, None, tokenizer)
@@ -174,6 +193,19 @@ def test_own_tokenizers_become_files_of_the_library_with_the_same_ids(tokenizer,
     np.testing.assert_array_equal(made.encode(text), tokenizer.encode(text))
     assert made.decode(made.encode(text)) == text and made.vocab_size == tokenizer.vocab_size
     assert config_of(tmp_path / "out")["eos_token_id"] == tokenizer.separator
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("texts", {"../evil.txt": "x"}), ("dtype", "I8"), ("others", {"lm_head.weight": "U8"}), ("more", 1)],
+)
+def test_a_state_that_somebody_changed_writes_no_other_file(key, value, imported, tmp_path):
+    held = store.read(imported("mixtral"))
+    state = held.state | {"huggingface": held.state["huggingface"] | {key: value}}
+    store.save(tmp_path / "run", held.config, held.tokenizer_json, held.weights, {}, state)
+    with pytest.raises(UserError, match=r"^checkpoint '.*step-00000000': state\.json: huggingface: "):
+        export_model(tmp_path / "run", tmp_path / "out", say=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_without_an_origin_takes_files_and_types_of_another_folder(imported, tmp_path):

@@ -47,6 +47,7 @@ def _refusal(model: Path, out: Path, **more) -> str:
         ({"hidden_size": None}, "config.json: hidden_size: null; must be a whole number"),
         ({"num_attention_heads": 3}, "model.num_heads: 3; must divide model.hidden_size (16)"),
         ({"num_experts_per_tok": 5}, "moe.num_experts_chosen: 5; at most moe.expert_num (4)"),
+        ({"num_local_experts": 1}, "config.json: num_local_experts: 1; a conditional layer needs 2 experts or more"),
         ({"num_experts_per_tok": 1}, "config.json: num_experts_per_tok: 1; its gate divided by itself is 1"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling: 'dynamic' is not offered; one of "),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}, "rope_scaling.x: 1; not read with 'linear'"),
@@ -68,6 +69,13 @@ def test_windows_that_transformers_itself_does_not_agree_on(tmp_path):
     keys = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     folder = changed("qwen2_moe", tmp_path / "model", lambda tree: tree.update(keys))
     assert _refusal(folder, tmp_path / "out").startswith("config.json: max_window_layers: 1; transformers gives ")
+
+
+def test_a_head_size_that_the_family_does_not_have(tmp_path):
+    folder = changed("olmoe", tmp_path / "model", lambda tree: tree.update(head_dim=8))
+    assert _refusal(folder, tmp_path / "out") == (
+        "config.json: head_dim: 8; olmoe has hidden_size / num_attention_heads (16 / 4)"
+    )
 
 
 def _copy(case: str, folder: Path) -> Path:

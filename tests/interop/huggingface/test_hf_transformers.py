@@ -91,6 +91,11 @@ VARIANTS = {
     ),
     "llama with yarn": ("llama3", {"rope_scaling": YARN | {"beta_slow": 2.0}, "num_key_value_heads": 1}),
     "llama in bfloat16": ("llama2", {}),
+    "glm4_moe in bfloat16, its bias in float32": ("glm4_moe", {}),
+    "mistral with yarn": ("mistral", {"rope_scaling": YARN, "head_dim": 4}),  # transformers needs head_dim here
+    "mixtral with linear scaling": ("mixtral", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    "glm4_moe of dense layers": ("glm4_moe", {"first_k_dense_replace": 2}),
+    "qwen3_moe of dense layers": ("qwen3_moe", {"mlp_only_layers": [0, 1]}),
 }
 
 
@@ -121,6 +126,9 @@ def test_a_tokenizer_goes_along_with_its_template(imported, tmp_path):
     assert text == "user: hello\n"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert len(tokenizer) == 59  # those that fill up the model are out again
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == torch.float16 and model.generation_config.eos_token_id == 2
+    assert model.float().generate(**tokenizer("the ", return_tensors="pt"), max_new_tokens=3).shape[1] > 4
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,5 +1,10 @@
 """Reads and writes models as Hugging Face's transformers keeps them: config.json, safetensors, tokenizer files.
 
-Numbers go from file to file piece by piece; nothing here imports MindSpore, torch or transformers. See `families` for
-the models, `rules` for what becomes of a tensor, `settings` for what becomes of config.json.
+Numbers go from file to file piece by piece; nothing here imports MindSpore, torch or transformers.
+
+families    the table of models, with the rules for their tensors
+settings    what becomes of config.json
+rules       what becomes of a tensor
+pieces      the numbers on their way
+importer, exporter, command     both directions, and the command line
 """

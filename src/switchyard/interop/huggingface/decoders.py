@@ -55,6 +55,7 @@ class DecoderFamily(Family):
         window: how config.json gives the sliding window: "plain" = sliding_window; "switched" = with
             use_sliding_window; "layered" = by layer_types, or from max_window_layers on, too; "bottom" = as Qwen2-MoE.
         partial_rotary: whether partial_rotary_factor is read.
+        own_head_size: whether head_dim may be another than hidden_size / num_attention_heads.
         experts: None = a dense model.
         extra: keys of config.json that always have these values.
     """
@@ -67,6 +68,7 @@ class DecoderFamily(Family):
     qk_norm: tuple[str | None, Literal["head", "full"]] | None = None
     window: Literal["none", "plain", "switched", "layered", "bottom"] = "none"
     partial_rotary: bool = False
+    own_head_size: bool = True
     experts: Experts | None = None
     extra: tuple[tuple[str, Any], ...] = ()
 
@@ -97,6 +99,8 @@ class DecoderFamily(Family):
             return f"model.type: {config.model.type}"
         if config.moe_layers and not self.sparse:
             return f"moe.expert_num: {config.moe.expert_num}"
+        if self.experts is not None and self.experts.places == "all" and not config.moe_layers:
+            return "moe.layers: []"
         return super().unfit(config)
 
     def left_out(self, name: str, tree: dict[str, Any]) -> str | None:

@@ -24,6 +24,10 @@ from switchyard.interop.huggingface.tokenizer_files import library_json
 from switchyard.json_text import to_json
 
 LARGEST_SHARD = 5_000_000_000  # bytes
+TOKENIZER_SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_input_names": ["input_ids", "attention_mask"],  # without token_type_ids, which decoders do not take
+}
 METADATA = {"format": "pt"}  # what transformers asks a file for
 
 
@@ -39,7 +43,7 @@ def export_model(
 ) -> Family:
     """Writes a checkpoint as a folder of Hugging Face.
 
-    Memory: the largest tensor in float32, and pieces of 1 MiB.
+    Memory: the largest tensor in the type that it is written in, and pieces of 1 MiB.
 
     Args:
         path: a run folder (its newest checkpoint) or one checkpoint, of any layout.
@@ -68,19 +72,14 @@ def export_model(
         raise UserError(f"--out: '{out}' already exists; remove it or give another folder")
     manifest = read_manifest(store.resolve(path))
     config, tokenizer_json, state = read_texts(manifest)
-    origin = read_origin(state, manifest.path)
-    if like is not None:
-        origin = _like(like)
+    origin = read_origin(state, manifest.path) if like is None else _like(like)
     chosen = choose(config, family or _kept_family(origin, config))
     exporting = _exporting(manifest, config, chosen, tokenizer_json, origin, dtype)
+    texts = _texts(config, chosen, tokenizer_json, origin, exporting)
     say(f"checkpoint: {manifest.path}")
     say(f"model: {chosen.model_type}, {len(exporting.entries):,} tensors, {bytes_of(exporting.entries) / 1e6:,.1f} MB")
-    if bar is not None:
-        bar.reset(bytes_of(exporting.entries))
-    texts = _texts(config, chosen, tokenizer_json, origin, exporting)
     with writing(out), unfinished(out.absolute()) as folder:
-        check_room(folder / CONFIG, min(largest, bytes_of(exporting.entries)))
-        _write_tensors(folder, exporting, largest, (lambda count: None) if bar is None else bar.update)
+        _write_tensors(folder, exporting, largest, bar)
         for name, text in texts.items():
             write_text(folder / name, text)
         flush_tree(folder)
@@ -111,6 +110,9 @@ def _exporting(
     model = list(family.parameters(config, vocab_size))
     shapes = {parameter.name: parameter.shape for parameter in model}
     held = {name: entry.shape for name, entry in tensors.entries.items()}
+    if any(".lora" in name for name in held):
+        merge = f"python -m switchyard.checkpoint merge {manifest.path} --out DIR"
+        raise UserError(f"checkpoint '{manifest.path}': holds adapters (train.lora); merge them first: {merge}")
     for name in sorted(shapes.keys() | held.keys()):
         if shapes.get(name) != held.get(name):
             raise UserError(
@@ -135,7 +137,7 @@ def _texts(
     texts: dict[str, str] = {}
     if origin is None:
         tree |= {"bos_token_id": None, "eos_token_id": tokenizer.separator}
-        texts["tokenizer_config.json"] = to_json({"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+        texts["tokenizer_config.json"] = to_json(TOKENIZER_SETTINGS, indent=2) + "\n"
     else:
         tree, texts = _kept(tree, family, config, origin), dict(origin.texts)
     usual = Counter(entry.dtype for entry in exporting.entries.values()).most_common(1)[0][0]
@@ -154,9 +156,12 @@ def _kept(tree: dict[str, Any], family: Family, config: Config, origin: Origin) 
     return tree | {key: kept[key] for key in free if key in kept}
 
 
-def _write_tensors(folder: Path, exporting: Exporting, largest: int, advance: Callable[[int], object]) -> None:
+def _write_tensors(folder: Path, exporting: Exporting, largest: int, bar: Any) -> None:
     """Writes model.safetensors, or shards of at most `largest` bytes and their index."""
-    shards = _shards(exporting.entries, largest)
+    shards, advance = _shards(exporting.entries, largest), (lambda count: None) if bar is None else bar.update
+    if bar is not None:
+        bar.reset(bytes_of(exporting.entries))
+    check_room(folder / CONFIG, max(map(bytes_of, shards)))
     if len(shards) == 1:
         write_file(folder / SINGLE, shards[0], exporting.read, advance, METADATA)
         return

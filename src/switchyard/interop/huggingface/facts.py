@@ -8,6 +8,10 @@ MODEL_KEYS = (
     *("num_layers", "hidden_size", "num_heads", "norm", "norm_eps", "position", "theta", "activation"),
     *("tie_word_embeddings", "attention_bias", "qk_norm", "partial_rotary"),
 )
+MOE_KEYS = (
+    *("expert_num", "num_experts_chosen", "experts", "dispatcher", "copies", "eval_capacity_factor", "force_balance"),
+    "use_shared_expert_gating",
+)
 
 
 def decoder_facts(config: Config) -> dict[str, Any]:
@@ -30,15 +34,12 @@ def decoder_facts(config: Config) -> dict[str, Any]:
 
 def _expert_facts(config: Config) -> dict[str, Any]:
     moe = config.moe
-    found = {f"moe.{key}": getattr(moe, key) for key in ("expert_num", "num_experts_chosen", "experts", "dispatcher")}
+    found = {f"moe.{key}": getattr(moe, key) for key in MOE_KEYS}
     return found | {
         "moe.router": router_facts(config),
         "moe.moe_intermediate_size": config.expert_width,
         "moe.shared_intermediate_size": config.shared_width,
-        "moe.use_shared_expert_gating": moe.use_shared_expert_gating,
-        "moe.copies": moe.copies,
         "moe.granularity": config.granularity,
-        "moe.eval_capacity_factor": moe.eval_capacity_factor,
     }
 
 

@@ -157,6 +157,7 @@ FAMILIES: dict[str, Family] = {
             (*ENDS, *BLOCK, *MLP),
             bias=("attention_bias", "all"),
             qk_norm=(None, "full"),
+            own_head_size=False,
             experts=Experts("num_experts", "intermediate_size", places="all"),
             extra=(("clip_qkv", None),),
         ),
@@ -209,5 +210,8 @@ def choose(config: Config, name: str | None = None) -> Family:
         return fitting[0]
     if name:
         raise UserError(f"--family: {name}; has no models with {reasons[name]}: leave --family out to let one be found")
-    told = "; ".join(f"{family}: {reason}" for family, reason in reasons.items())
-    raise UserError(f"--model: no family has models of this configuration; what each does not have: {told}")
+    lacking: dict[str | None, list[str]] = {}
+    for family, reason in reasons.items():
+        lacking.setdefault(reason, []).append(family)
+    told = "; ".join(f"{reason} ({', '.join(names)})" for reason, names in lacking.items())
+    raise UserError(f"--model: no family has models of this configuration; what they do not have: {told}")

@@ -114,45 +114,45 @@ def import_model(
     out = Path(out)
     if out.exists() or out.is_symlink():
         raise UserError(f"--out: '{out}' already exists; remove it or give another folder")
-    place = out.absolute()
-    model = Model(path, place.name if NAME.fullmatch(place.name) else "imported", tokenizer)
+    name = out.absolute().name
+    model = Model(path, name if NAME.fullmatch(name) else "imported", tokenizer)
     if model.tokenizer_json is None:
         raise UserError(
             f"--model: '{model.folder.path}': tokenizer.json is missing; save a fast tokenizer there, or name a file "
             "with --tokenizer"
         )
-    config = _placed(model.config, place)
     for line in model.lines:
         say(line)
-    importing = Importing(model.folder, model.parameters)
     say(f"model: {model.family.model_type}, {sum(math.prod(one.shape) for one in model.parameters):,} parameters")
-    if bar is not None:
-        bar.reset(bytes_of(importing.entries))
-    state = FIRST | {KEY: origin_of(model.folder, model.family)}
-    with writing(out), unfinished(place) as folder:
-        check_room(folder / CONFIG, bytes_of(importing.entries))
-        checkpoint = folder / FOLDER / name_of(0)
-        checkpoint.mkdir(parents=True)
-        _write(checkpoint, importing, config, (lambda count: None) if bar is None else bar.update)
-        assemble(checkpoint, config, model.tokenizer_json, state, ParallelDims(), wait=0)
-        write_text(folder / CONFIG, config.to_yaml())
-        write_text(folder / TOKENIZER, model.tokenizer_json)
-        replace(folder, place)
+    config = _placed(model.config, out)
+    with writing(out), unfinished(out.absolute()) as folder:
+        _write(folder, model, config, bar)
+        replace(folder, out.absolute())
     return config
 
 
-def _write(folder: Path, importing: Importing, config: Config, advance: Callable[[int], object]) -> None:
-    """Writes the tensor files: the weights, and those of an optimizer that has not begun."""
+def _write(folder: Path, model: Model, config: Config, bar: Any) -> None:
+    """Writes a run folder with one checkpoint: the weights, and an optimizer that has not begun."""
 
     def nothing(name: str, box: Box):
         raise KeyError(name)
 
+    importing, checkpoint = Importing(model.folder, model.parameters), folder / FOLDER / name_of(0)
+    if bar is not None:
+        bar.reset(bytes_of(importing.entries))
+    check_room(folder / CONFIG, bytes_of(importing.entries))
+    checkpoint.mkdir(parents=True)
     entries, read = {"weights": importing.entries, "optimizer": {}}, {"weights": importing.read, "optimizer": nothing}
-    write_shards(folder, ParallelDims(), config.model.num_layers, 0, entries, read, advance)
+    advance = (lambda count: None) if bar is None else bar.update
+    write_shards(checkpoint, ParallelDims(), config.model.num_layers, 0, entries, read, advance)
+    state = FIRST | {KEY: origin_of(model.folder, model.family)}
+    assemble(checkpoint, config, model.tokenizer_json, state, ParallelDims(), wait=0)
+    write_text(folder / CONFIG, config.to_yaml())
+    write_text(folder / TOKENIZER, model.tokenizer_json)
 
 
-def _placed(config: Config, place: Path) -> Config:
-    """Returns the configuration with the run folder and the tokenizer that stand at `place`."""
-    train = config.train.model_copy(update={"output_dir": str(place.parent)})
-    data = config.data.model_copy(update={"tokenizer": str(place / TOKENIZER)})
+def _placed(config: Config, out: Path) -> Config:
+    """Returns the configuration with the run folder and the tokenizer that will stand at `out`."""
+    train = config.train.model_copy(update={"output_dir": str(out.parent)})
+    data = config.data.model_copy(update={"tokenizer": str(out / TOKENIZER)})
     return config.model_copy(update={"train": train, "data": data})

@@ -6,16 +6,17 @@ type of each tensor. Resharding a checkpoint keeps the state.
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from switchyard.errors import UserError
 from switchyard.interop.huggingface.family import Family
 from switchyard.interop.huggingface.floats import FLOATS
-from switchyard.interop.huggingface.folder import Folder
+from switchyard.interop.huggingface.folder import TEXTS, Folder
 
 KEY = "huggingface"  # of the state
+Text, Dtype = Literal[TEXTS], Literal[tuple(FLOATS)]  # a state may come from somebody else: no other file is written
 
 
 class Origin(BaseModel):
@@ -33,9 +34,9 @@ class Origin(BaseModel):
 
     model_type: str
     config: dict[str, Any]
-    texts: dict[str, str]
-    dtype: str
-    others: dict[str, str] = {}
+    texts: dict[Text, str]
+    dtype: Dtype
+    others: dict[str, Dtype] = {}
 
     def dtype_of(self, name: str) -> str:
         """Returns the type of a tensor, a key of floats.FLOATS."""

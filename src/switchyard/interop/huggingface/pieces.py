@@ -72,11 +72,11 @@ class Importing:
         for source in parameter.sources:
             inside = (source.columns >= last.start) & (source.columns < last.stop)
             target = source.columns[inside] - last.start
-            rows = self._whole(parameter, source)[inside]  # [w] or [w, D]
+            array, dtype = self._whole(parameter, source), self._folder.dtype(source.name)
             if parameter.turned:
-                found[:, target] = to_float32(rows[:, box[0]], self._folder.dtype(source.name)).T
+                found[:, target] = to_float32(array[:, box[0]][inside], dtype).T  # [w, d] -> [d, w]
             else:
-                found[target] = to_float32(rows, self._folder.dtype(source.name))
+                found[target] = to_float32(array[inside], dtype)
         return found
 
     def _whole(self, parameter: Parameter, source: Source) -> np.ndarray:

@@ -81,6 +81,8 @@ def to_config(family: "DecoderFamily", tree: dict[str, Any], name: str = "import
     sections = {"model": _model(family, keys), "train": {"name": name}}
     if family.experts is not None:
         sections["moe"] = _moe(family.experts, keys)
+        if sections["moe"].get("layers") == "all":  # no feed-forward is dense
+            del sections["model"]["intermediate_size"]
     config = configuration.build(sections, inherited=True)
     if config.moe_layers and config.moe.num_experts_chosen == 1 and _normalises(family.experts, keys):
         raise UserError(
@@ -113,13 +115,12 @@ def _model(family: "DecoderFamily", keys: Keys) -> dict[str, Any]:
     """Returns the section `model`."""
     hidden, heads = keys.need("hidden_size", int), keys.need("num_attention_heads", int)
     keys.read.add("hidden_act")
-    size = keys.get("head_dim", int)
     section = {
         "num_layers": keys.need("num_hidden_layers", int),
         "hidden_size": hidden,
         "num_heads": heads,
         "n_kv_heads": keys.get("num_key_value_heads", int),
-        "head_size": None if size is None or size * heads == hidden else size,
+        "head_size": _head_size(family, keys, hidden, heads),
         "intermediate_size": keys.need("intermediate_size", int),
         "seq_length": min(LONGEST_TRAINED, keys.need("max_position_embeddings", int)),
         "norm": "rmsnorm",
@@ -133,6 +134,17 @@ def _model(family: "DecoderFamily", keys: Keys) -> dict[str, Any]:
     if family.partial_rotary:
         section["partial_rotary"] = keys.need("partial_rotary_factor", float)
     return section | read_rotary(keys) | _window(family, keys, section["num_layers"])
+
+
+def _head_size(family: "DecoderFamily", keys: Keys, hidden: int, heads: int) -> int | None:
+    """Returns model.head_size: null where it is the usual one."""
+    size = keys.get("head_dim", int)
+    if size is None or size * heads == hidden:
+        return None
+    if not family.own_head_size:
+        reason = f"{family.model_type} has hidden_size / num_attention_heads ({hidden} / {heads})"
+        raise UserError(f"config.json: head_dim: {size}; {reason}")
+    return size
 
 
 def _kind(choice: tuple[str | None, str] | None, keys: Keys) -> str | None:
@@ -179,8 +191,10 @@ def _normalises(experts: "Experts", keys: Keys) -> bool:
 
 def _moe(experts: "Experts", keys: Keys) -> dict[str, Any]:
     """Returns the section `moe`."""
-    count = keys.need(experts.count, int)
+    count, places = keys.need(experts.count, int), _places(experts, keys, keys.need("num_hidden_layers", int))
     if count <= 1:
+        if places and (count == 1 or experts.places != "step"):  # Qwen's 0 makes every layer dense
+            raise UserError(f"config.json: {experts.count}: {count}; a conditional layer needs 2 experts or more")
         return {}
     router = {"name": experts.router, "norm_topk_prob": _normalises(experts, keys)}
     factor = 0.0 if experts.router == "sigmoid" else keys.need("router_aux_loss_coef", float)
@@ -192,7 +206,7 @@ def _moe(experts: "Experts", keys: Keys) -> dict[str, Any]:
         "expert_num": count,
         "num_experts_chosen": keys.need("num_experts_per_tok", int),
         "moe_intermediate_size": keys.need(experts.width, int),
-        "layers": _places(experts, keys, keys.need("num_hidden_layers", int)),
+        "layers": places,
         "dispatch": "dropless",
         "aux_loss_factor": factor,
         "z_loss_factor": 0.0,
@@ -235,7 +249,6 @@ def from_config(family: "DecoderFamily", config: Config, vocab_size: int) -> dic
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.kv_heads,
-        "head_dim": model.size_of_head,
         "intermediate_size": config.dense_width,
         "hidden_act": "silu",
         "max_position_embeddings": model.seq_length,
@@ -246,6 +259,8 @@ def from_config(family: "DecoderFamily", config: Config, vocab_size: int) -> dic
         **dict(family.extra),
         **write_rotary(model),
     }
+    if family.own_head_size:
+        tree["head_dim"] = model.size_of_head
     for choice, value in ((family.bias, model.attention_bias), (family.qk_norm, model.qk_norm)):
         if choice is not None and choice[0] is not None:
             tree[choice[0]] = value == choice[1]
