@@ -103,6 +103,7 @@ def seq2seq_laws(config):
     reason = "must be null: model.type 'seq2seq' has as many key/value heads as heads"
     yield model.n_kv_heads in (None, model.num_heads), "model.n_kv_heads", model.n_kv_heads, reason
     only = "is for model.type 'decoder': leave it out"
+    yield not config.parallel.sequence_parallel, "parallel.sequence_parallel", True, only
     for key in ("record", "replay", "router_warmup_steps"):
         value = getattr(moe, key)
         yield not value, f"moe.{key}", value, only

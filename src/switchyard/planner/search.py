@@ -286,7 +286,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--{name}: {number}; from 1 to {most}")
     config, memory = configuration.load(chosen.config, chosen.overrides), read_size(chosen.memory)
     require_shipped(config)
-    vocab = chosen.vocab or expected_vocabulary(config.data)
+    vocab = chosen.vocab or expected_vocabulary(config)
     load = read_load(chosen.tokens_per_expert, config) if chosen.tokens_per_expert else Load()
     if config.devices == chosen.devices:
         config = with_defaults(config, target_of(config))
