@@ -119,6 +119,8 @@ def image_laws(config):
         config.model.dropout,
         f"must be 0: model.type '{network}' has no dropout",
     )
+    rate = moe.expert_dropout
+    yield not rate, "moe.expert_dropout", rate, f"must be 0 or null: model.type '{network}' has no dropout"
     for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
         yield file is None, key, file, "choices are recorded for text only; use model.type 'decoder'"
     steps = moe.router_warmup_steps

@@ -93,7 +93,8 @@ def load_data(
     read = _read_text if folder is None else _read_records
     tokenizer, source, stream, count, description, marks = read(config, text_json(tokenizer_json), seen)
     if config.model.type == "seq2seq":
-        tokenizer, count = with_sentinels(tokenizer, config.seq2seq.sentinels, tokenizer_json), counts_behind(count, config)
+        tokenizer = with_sentinels(tokenizer, config.seq2seq.sentinels, tokenizer_json)
+        count = counts_behind(count, config)
         if isinstance(source, np.ndarray):
             require_window(config, len(source), "the training text")
         train = CorruptedBatches(source, config, tokenizer.vocab_size, rank, world)
@@ -140,7 +141,7 @@ def corrupted_data(config: Config, tokenizer: Tokenizer, stream: np.ndarray, des
         validation=lambda: CorruptedEvalBatches(stream, config, tokenizer.vocab_size),
         validation_tokens=targets[0],
         validation_bytes=max(targets[1], 1),
-        description=f"{description}; {config.window} tokens become {config.model.seq_length} and {config.target_length}",
+        description=f"{description}; windows of {config.window} become {batches.lengths}",
         **more,
     )
 

@@ -22,7 +22,8 @@ from switchyard.planner.sizes import FLOAT, Shape, parameters, product_bytes, pr
 from switchyard.training.limits import refusals, refuse
 
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate
-IN_PRODUCT_TYPE = ("q.weight", "kv.weight", "qkv.weight", "out.weight", "head.weight", "w_in", "w_gate", "w_out")  # model.compute_dtype
+# model.compute_dtype
+IN_PRODUCT_TYPE = ("q.weight", "kv.weight", "qkv.weight", "out.weight", "head.weight", "w_in", "w_gate", "w_out")
 SENT = ("Send", "Receive")
 
 

@@ -55,14 +55,16 @@ def host_costs(config: Config) -> HostCosts:
 
 
 def noise_slices(config: Config) -> int:
-    """Returns J, the tensors [N, D] of noise that a training pass reads; two stacks share theirs, see models.seq2seq."""
+    """Returns J, the tensors [N, D] of noise that a training pass reads; each stack reads its own rows of them."""
     return max(_slices_of_stack(stack, place, len(config.stacks)) for place, stack in enumerate(config.stacks))
 
 
 def _slices_of_stack(config: Config, place: int, stacks: int) -> int:
     moe, layers = config.moe, len(config.moe_layers)
-    each, ends = (2, 1) if stacks == 1 else (2 + place, 2)  # dropouts of a layer, and at the ends of the stack
-    dropout = (ends + each * config.model.num_layers) * (config.model.dropout > 0)
+    attention, ends = (1, 1) if stacks == 1 else (1 + place, 2)  # dropouts of a layer, and at the ends of the stack
+    dense = config.model.num_layers - layers
+    dropout = (ends + attention * config.model.num_layers + dense) * (config.model.dropout > 0)
+    dropout += layers * (config.dropout_of(True) > 0)
     layer = (moe.jitter > 0) + (moe.drop_order == "random") + moe.copies * _router_slices(config)
     passes = 2 if layers and moe.consistency_loss_factor else 1
     return (dropout + layers * layer) * passes

@@ -64,7 +64,8 @@ def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, 
     if noise_slices:
         noise = rng.random((steps, count, noise_slices, config.rows, config.model.hidden_size), np.float32)
     rates = np.full(steps, config.schedule.learning_rate, np.float32)
-    drawn = {"tokens": tokens[..., :-1], "labels": tokens[..., -shape[3] :], "valid": valid, "noise": noise, "rates": rates}
+    drawn = {"tokens": tokens[..., :-1], "labels": tokens[..., -shape[3] :], "valid": valid, "noise": noise}
+    drawn["rates"] = rates
     if forces_choices(config):
         moe = config.moe
         order = rng.random((steps, count, len(config.moe_layers), config.rows, moe.expert_num)).argsort(-1)
