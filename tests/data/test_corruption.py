@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from switchyard.config import build
 from switchyard.config.seq2seq import END, PAD, SPECIALS, Seq2SeqConfig
-from switchyard.data.corruption import CorruptedBatches, CorruptedEvalBatches, corrupt, noise_mask, replace_runs, segments
+from switchyard.data import corruption
+from switchyard.data.corruption import CorruptedBatches, CorruptedEvalBatches, corrupt, noise_mask
 from switchyard.data.sentinels import SentinelTokenizer
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from switchyard.errors import UserError
@@ -47,7 +48,7 @@ def joined(inputs, targets) -> list[int]:
 
 def test_a_sentence_with_two_spans():
     text, mask = np.arange(10, 20), np.array([0, 1, 0, 0, 0, 0, 0, 1, 1, 1], bool)
-    inputs, targets = replace_runs(text, mask, FIRST), replace_runs(text, ~mask, FIRST)
+    inputs, targets = corruption.replace_runs(text, mask, FIRST), corruption.replace_runs(text, ~mask, FIRST)
     assert inputs.tolist() == [10, FIRST, 12, 13, 14, 15, 16, FIRST - 1, END]
     assert targets.tolist() == [FIRST, 11, FIRST - 1, 17, 18, 19, END]
 
@@ -72,7 +73,7 @@ def test_a_mask_has_the_spans_that_were_asked_for(length, share, seed):
 def test_all_ways_to_divide_a_length_are_as_probable():
     rng, found = np.random.default_rng(0), {}
     for _ in range(3000):
-        key = tuple(segments(rng, 5, 3).tolist())
+        key = tuple(corruption.segments(rng, 5, 3).tolist())
         found[key] = found.get(key, 0) + 1
     assert set(found) == {(1, 1, 3), (1, 3, 1), (3, 1, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1)}
     assert min(found.values()) > 400  # of 500 each

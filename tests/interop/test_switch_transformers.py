@@ -1,4 +1,4 @@
-"""Parity with transformers' Switch Transformers, by a fixture of its answers and against it where torch is installed."""
+"""Parity with transformers' Switch Transformers: by a fixture of its answers, and with it where torch is installed."""
 
 import json
 import subprocess
@@ -92,7 +92,9 @@ def test_an_exported_config_json_says_what_the_imported_one_said():
     assert peer.to_config(found) == config
 
 
-@pytest.mark.parametrize(("layers", "sparse", "wanted"), [(12, 6, [1, 3, 5, 7, 9, 11]), (12, 3, [1, 5, 9]), (2, 0, [1])])
+@pytest.mark.parametrize(
+    ("layers", "sparse", "wanted"), [(12, 6, [1, 3, 5, 7, 9, 11]), (12, 3, [1, 5, 9]), (2, 0, [1])]
+)
 def test_conditional_layers_are_where_transformers_has_them(layers, sparse, wanted):
     assert peer.sparse_layers(layers, sparse) == wanted
 
@@ -114,14 +116,14 @@ def test_what_our_model_does_not_have_is_refused_by_name(changes, message):
 def test_a_tensor_of_another_shape_is_refused():
     weights = load_file(FIXTURE / "model.safetensors")
     weights["shared.weight"] = weights["shared.weight"][:-1]
-    with pytest.raises(UserError, match="shared.weight: \\(29, 12\\)"):
+    with pytest.raises(UserError, match=r"shared\.weight: \(29, 12\)"):
         imported(peer.to_config(tree()), weights)
 
 
 def test_layers_that_transformers_does_not_place_so_are_not_exported():
     config = peer.to_config(tree() | {"num_sparse_decoder_layers": 2})
     moved = config.model_copy(update={"moe": config.moe.model_copy(update={"layers": [0]})})
-    with pytest.raises(UserError, match="moe.layers: \\[0\\]; switch_transformers"):
+    with pytest.raises(UserError, match=r"moe\.layers: \[0\]; switch_transformers"):
         peer.from_config(moved, VOCABULARY)
 
 

@@ -5,34 +5,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 from oracles.tiny import NO_NOISE
+from oracles.tiny_seq2seq import LENGTH, MOE, TARGETS, VOCABULARY, random_pair, seq2seq_config
 
-from switchyard.config import build
 from switchyard.config.seq2seq import PAD
 from switchyard.errors import UserError
 from switchyard.models import create_model
 from switchyard.moe.metrics import TOKENS, width
 from switchyard.training.loss import TrainLoss
 from switchyard.training.step import create_step
-
-VOCABULARY, LENGTH, TARGETS = 20, 9, 4
-MOE = {"expert_num": 4, "layers": 2, "jitter": 0.1}
-
-
-def config_of(moe=None, model=None, **sections):
-    tree = {"type": "seq2seq", "num_layers": 2, "hidden_size": 16, "num_heads": 4, "seq_length": LENGTH}
-    tree |= {"intermediate_size": 20, "dropout": 0.0}
-    seq2seq = {"noise_density": 0.2, "initializer_factor": 1.0, "sentinels": 4, "relative_attention_num_buckets": 8}
-    seq2seq |= {"relative_attention_max_distance": 10}
-    found = {"model": tree | (model or {}), "moe": MOE if moe is None else moe, "seq2seq": seq2seq}
-    return build(found | {"data": {"batch_size": 2}} | sections)
-
-
-def random_batch(batch=2, seed=0):
-    """Tokens [B, S + T] without padding, valid [B, T]."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(2, VOCABULARY, (batch, LENGTH + TARGETS)).astype(np.int32)
-    tokens[:, LENGTH] = PAD
-    return tokens, np.ones((batch, TARGETS), np.float32)
 
 
 def run(model, tokens, valid):
@@ -43,8 +23,8 @@ def run(model, tokens, valid):
 
 
 def test_a_token_of_the_decoder_changes_nothing_before_it_one_of_the_encoder_changes_all(pynative):
-    model = create_model(config_of(), VOCABULARY).set_train(False)
-    tokens, valid = random_batch()
+    model = create_model(seq2seq_config(), VOCABULARY).set_train(False)
+    tokens, valid = random_pair()
     logits = run(model, tokens, valid)[0]
     for place in (1, 3):
         changed = tokens.copy()
@@ -60,8 +40,8 @@ def test_a_token_of_the_decoder_changes_nothing_before_it_one_of_the_encoder_cha
 
 def test_padding_changes_no_real_token_and_no_figure(pynative):
     """An input of 6 tokens, alone and padded beside another sequence; a target of 2."""
-    model = create_model(config_of(), VOCABULARY).set_train(False)
-    tokens, valid = random_batch()
+    model = create_model(seq2seq_config(), VOCABULARY).set_train(False)
+    tokens, valid = random_pair()
     short = np.concatenate((tokens[:1, :6], tokens[:1, LENGTH : LENGTH + 2]), 1)
     logits, stats = run(model, short, np.ones((1, 2), np.float32))
     padded = tokens.copy()
@@ -75,28 +55,31 @@ def test_padding_changes_no_real_token_and_no_figure(pynative):
 
 @pytest.mark.parametrize(("layers", "allowed"), [([0, 1], True), (2, False)])
 def test_a_router_that_is_not_causal_serves_the_encoder_only(layers, allowed, pynative):
-    config = config_of({"router": "expert_choice", "expert_num": 4, "layers": layers})
+    config = seq2seq_config({"router": "expert_choice", "expert_num": 4, "layers": layers})
     if not allowed:
-        with pytest.raises(UserError, match="moe.router: 'expert_choice'; looks at the whole sequence"):
+        with pytest.raises(UserError, match=r"moe\.router: 'expert_choice'; looks at the whole sequence"):
             create_model(config, VOCABULARY)
         return
-    logits, stats = run(create_model(config, VOCABULARY).set_train(False), *random_batch())
+    logits, stats = run(create_model(config, VOCABULARY).set_train(False), *random_pair())
     assert np.isfinite(logits).all() and len(stats) == 2
 
 
-@pytest.mark.parametrize("model", [{"activation": "swiglu", "tie_word_embeddings": False}, {"compute_dtype": "float16"}])
+GATED, HALF = {"activation": "swiglu", "tie_word_embeddings": False}, {"compute_dtype": "float16"}
+
+
+@pytest.mark.parametrize("model", [GATED, HALF])
 def test_gated_feed_forward_a_head_of_its_own_and_half_precision_give_finite_logits(model, pynative):
-    found = create_model(config_of({}, model), VOCABULARY).set_train(False)
-    logits, stats = run(found, *random_batch())
+    found = create_model(seq2seq_config({}, model), VOCABULARY).set_train(False)
+    logits, stats = run(found, *random_pair())
     assert stats is None and np.isfinite(logits).all() and logits.dtype == np.float32
     assert (found.head is None) == found.tied
 
 
 def test_auxiliary_losses_are_means_over_the_tokens_of_their_own_stack(pynative):
     """With a balance loss alone the loss above the cross-entropy is the sum over layers of their means."""
-    config = config_of(MOE | {"aux_loss_factor": 0.5, "z_loss_factor": 0, "jitter": 0})
+    config = seq2seq_config(MOE | {"aux_loss_factor": 0.5, "z_loss_factor": 0, "jitter": 0})
     model = create_model(config, VOCABULARY).set_train(False)
-    tokens, valid = random_batch()
+    tokens, valid = random_pair()
     tokens[1, 5:LENGTH], valid[1, 2:] = PAD, 0
     stats = run(model, tokens, valid)[1]
     labels = np.full(valid.shape, 3, np.int32)
@@ -109,8 +92,8 @@ def test_auxiliary_losses_are_means_over_the_tokens_of_their_own_stack(pynative)
 
 
 def test_dropout_and_jitter_read_the_noise_of_their_own_tokens(pynative):
-    model = create_model(config_of(model={"dropout": 0.2}), VOCABULARY).set_train(True)
-    tokens, valid = random_batch()
+    model = create_model(seq2seq_config(model={"dropout": 0.2}), VOCABULARY).set_train(True)
+    tokens, valid = random_pair()
     rng = np.random.default_rng(0)
     noise = rng.random((model.noise_slices, 2 * (LENGTH + TARGETS), 16), np.float32)
     given = Tensor(tokens), Tensor(valid)
@@ -127,8 +110,8 @@ GOLDEN = [3.569785, 2.939786, 2.750221, 2.620371, 2.480875]
 
 def test_golden_loss_of_five_steps(graph):
     """AdamW from seed 1; the figures change only when the mathematics does."""
-    config = config_of(model={"dropout": 0.1}, schedule={"warmup_steps": 0})
-    step, (tokens, valid) = create_step(config, VOCABULARY), random_batch()
+    config = seq2seq_config(model={"dropout": 0.1}, schedule={"warmup_steps": 0})
+    step, (tokens, valid) = create_step(config, VOCABULARY), random_pair()
     labels = np.roll(tokens[:, LENGTH:], -1, 1)
     found = []
     for index in range(5):

@@ -36,7 +36,8 @@ def test_buckets_equal_a_loop(causal, buckets, most):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(9, 9), (5, 5), (3, 7)])
 def test_the_bias_of_a_query_and_a_key_is_that_of_their_distance(causal, queries, keys, pynative):
-    config = build({"seq2seq": {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 6}}, inherited=True)
+    own = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 6}
+    config = build({"seq2seq": own}, inherited=True)
     table = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
     found = RelativeBias(config, causal, 9)(Tensor(table), queries, keys).asnumpy()
     assert found.shape == (2, queries, keys)

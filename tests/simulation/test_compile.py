@@ -32,9 +32,9 @@ def test_the_command_line_refuses_in_one_line(tmp_path, capsys):
 
 
 def test_the_vocabulary_is_known_without_the_corpus():
-    assert expected_vocabulary(build({}).data) == 256
+    assert expected_vocabulary(build({})) == 256
     with pytest.raises(UserError, match=r"nowhere\.json"):
-        expected_vocabulary(build({"data": {"tokenizer": "nowhere.json"}}).data)
+        expected_vocabulary(build({"data": {"tokenizer": "nowhere.json"}}))
 
 
 @pytest.mark.parametrize(

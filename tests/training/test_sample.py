@@ -33,4 +33,4 @@ def test_a_job_that_cannot_sample_says_so(tmp_path, capsys):
     )
     train(config)
     out = capsys.readouterr().out
-    assert "train.sample_every: 1; no text is sampled: only a job of one device that reads text samples" in out
+    assert "train.sample_every: 1; no text is sampled: only a decoder on one device samples" in out

@@ -71,7 +71,7 @@ def create_model(config: Config, vocab_size: int | None = None) -> "nn.Cell":
     """
     from switchyard import models
 
-    if vocab_size is None and config.model.type == "decoder":
+    if vocab_size is None and config.reads_text:
         from switchyard.data import load_data
 
         vocab_size = load_data(config).tokenizer.vocab_size
@@ -110,7 +110,7 @@ def load_checkpoint(
     held = store.read(path, with_optimizer=False)
     config = overridden(held.config, tuple(overrides))
     check_trusted_section(config.moe, trust_code, say, tuple(overrides))
-    tokenizer = Tokenizer.from_json(held.tokenizer_json) if config.model.type == "decoder" else None
+    tokenizer = Tokenizer.from_json(held.tokenizer_json) if config.reads_text else None
     model = models.create_model(config, tokenizer.vocab_size if tokenizer else 0)
     store.load_weights(model, held.weights)
     model.config, model.tokenizer = config, tokenizer

@@ -104,6 +104,7 @@ def seq2seq_laws(config):
     reason = "must be null: model.type 'seq2seq' has as many key/value heads as heads"
     yield model.n_kv_heads in (None, model.num_heads), "model.n_kv_heads", model.n_kv_heads, reason
     only = "is for model.type 'decoder': leave it out"
+    yield not config.parallel.sequence_parallel, "parallel.sequence_parallel", True, only
     for key in ("record", "replay", "router_warmup_steps"):
         value = getattr(moe, key)
         yield not value, f"moe.{key}", value, only
@@ -119,6 +120,8 @@ def image_laws(config):
         config.model.dropout,
         f"must be 0: model.type '{network}' has no dropout",
     )
+    rate = moe.expert_dropout
+    yield not rate, "moe.expert_dropout", rate, f"must be 0 or null: model.type '{network}' has no dropout"
     for key, file in (("moe.record", moe.record), ("moe.replay", moe.replay)):
         yield file is None, key, file, "choices are recorded for text only; use model.type 'decoder'"
     steps = moe.router_warmup_steps

@@ -178,6 +178,9 @@ class MoEConfig(Section):
     jitter: Fraction = Field(
         0.0, description="training: router input times U(1 - jitter, 1 + jitter), drawn again at each step"
     )
+    expert_dropout: Fraction | None = Field(
+        None, description="probability, on what the experts of a layer add to a token; null = model.dropout"
+    )
     router_warmup_steps: NotNegative = Field(
         0,
         description="number of first steps that assign rows to experts at random and "
@@ -319,7 +322,8 @@ class Config(Section):
         found = []
         for count, length, layers in zip(sizes, (self.model.seq_length, self.target_length), places):
             model = self.model.model_copy(update={"type": "decoder", "num_layers": count, "seq_length": length})
-            found.append(self.model_copy(update={"model": model, "moe": self.moe.model_copy(update={"layers": layers})}))
+            moe = self.moe.model_copy(update={"layers": layers})
+            found.append(self.model_copy(update={"model": model, "moe": moe}))
         return tuple(found)
 
     @property
@@ -353,6 +357,11 @@ class Config(Section):
     def expert_width(self) -> int:
         """Returns the hidden width F of one expert."""
         return self.moe.moe_intermediate_size or self.dense_width
+
+    def dropout_of(self, conditional: bool) -> float:
+        """Returns the probability of dropout on what a feed-forward adds."""
+        own = self.moe.expert_dropout if conditional else None
+        return self.model.dropout if own is None else own
 
     @property
     def shared_width(self) -> int:

@@ -41,8 +41,14 @@ CASCADE_KEYS = ("type", "activation", "compute_dtype")  # what a cascade reads o
 DECIDES = ("expert_num", "groups", "record", "replay")  # keys of `moe` that a dense model does not leave unread
 
 TRAINED = (  # what weights have gone through already when they are evaluated or exported
-    *("model.dropout", "model.init_method_std", "moe.jitter", "moe.dispatch", "moe.losses", "moe.aux_loss_factor"),
-    *("moe.z_loss_factor", "moe.router_warmup_steps", "moe.router_freeze_step", "moe.router.random_draw"),
+    *("model.dropout", "moe.expert_dropout", "model.init_method_std", "moe.jitter", "moe.dispatch", "moe.losses"),
+    *(
+        "moe.aux_loss_factor",
+        "moe.z_loss_factor",
+        "moe.router_warmup_steps",
+        "moe.router_freeze_step",
+        "moe.router.random_draw",
+    ),
     *("moe.router.consistency_loss_factor", "moe.router.sinkhorn_iterations", "moe.router.topk_bias_update_rate"),
 )
 

@@ -145,7 +145,7 @@ def corrupted_data(config: Config, tokenizer: Tokenizer, stream: np.ndarray, des
         validation=lambda: CorruptedEvalBatches(stream, config, tokenizer.vocab_size),
         validation_tokens=targets[0],
         validation_bytes=max(targets[1], 1),
-        description=f"{description}; {config.window} tokens become {config.model.seq_length} and {config.target_length}",
+        description=f"{description}; windows of {config.window} become {batches.lengths}",
         **more,
     )
 

@@ -108,6 +108,11 @@ class CorruptedEvalBatches(EvalBatches):
         self._windows = len(stream) // config.window + (len(stream) % config.window > 1)
         self._corruption = Corruption(config, vocab_size)
 
+    @property
+    def lengths(self) -> str:
+        """Returns the lengths of an input and a target, in words."""
+        return f"inputs of {self._corruption.length} and targets of {self._corruption.targets}"
+
     def __len__(self) -> int:
         return -(-self._windows // self._batch_size)
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from switchyard.config import DataConfig
+from switchyard.config import Config, DataConfig
 from switchyard.config.reader import parse_json
+from switchyard.config.seq2seq import SPECIALS
 from switchyard.data import lossless
 from switchyard.data.corpus import Corpus
 from switchyard.data.document import Document
@@ -386,9 +387,12 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer.from_json(decoded(raw, f"data.tokenizer: '{path}'"), str(path))
 
 
-def expected_vocabulary(data: DataConfig) -> int:
-    """Returns the entries of a configuration's vocabulary; 256 where only the corpus, which is not read, could tell."""
-    return BYTES if data.tokenizer in ("byte", "char") else read_tokenizer(data.tokenizer).vocab_size
+def expected_vocabulary(config: Config) -> int:
+    """Returns the entries of a configuration's vocabulary; of text 256 where only the corpus, which is not read, could
+    tell."""
+    name = config.data.tokenizer
+    entries = BYTES if name in ("byte", "char") else read_tokenizer(name).vocab_size
+    return entries + (SPECIALS + config.seq2seq.sentinels if config.model.type == "seq2seq" else 0)
 
 
 def reconcile(tokenizer: Tokenizer, of_checkpoint: str) -> Tokenizer:

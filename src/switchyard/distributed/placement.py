@@ -182,6 +182,8 @@ def stages_of(name: str, layers: int, degrees: ParallelDims) -> tuple[int, ...]:
     both are said for every `embedding.table`.
     """
     stages, parts = degrees.pipeline_stage, name.split(".")
+    if stages == 1:
+        return (0,)
     if "layers" in parts:
         index = int(parts[parts.index("layers") + 1])
         return (index // math.ceil(layers / stages),)

@@ -177,6 +177,6 @@ def on_one_device(config: Config) -> Config:
     """
     if config.parallel == type(config.parallel)():
         return config
-    free = config.model.type == "decoder" and config.moe.eval_capacity_factor is None
+    free = config.reads_text and config.moe.eval_capacity_factor is None
     moe = config.moe.model_copy(update={"groups": config.moe.groups if free else config.groups})
     return config.model_copy(update={"moe": moe, "parallel": type(config.parallel)()})

@@ -84,7 +84,8 @@ class Figures(Part):
 class Limits(Part):
     """Holds the limits of the inputs of the graphs.
 
-    max_length: longest prompt plus answer; of an encoder-decoder the longest of each. prompt_multiple: prefill's S, with padding, is a multiple of it. Axes named
+    max_length: longest prompt plus answer; of an encoder-decoder the longest of each.
+    prompt_multiple: prefill's S, with padding, is a multiple of it. Axes named
     in `dynamic` may have any size, lengths up to max_length.
     """
 

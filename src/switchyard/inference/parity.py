@@ -75,7 +75,9 @@ def reference(decoder: nn.Cell, validation: EvalBatches, max_length: int, seed: 
     rng = np.random.default_rng(seed)
     kept: list[Windows] = []
     missing = {PREFILL: np.ones(0, bool), DECODE: np.ones(0, bool)}  # [M, E]
-    pieces = _pairs(validation) if isinstance(decoder, Seq2Seq) else _windows(validation, max_length, decoder.vocab_size)
+    pieces = _windows(validation, max_length, decoder.vocab_size)
+    if isinstance(decoder, Seq2Seq):
+        pieces = _pairs(validation)
     for tokens, inputs in itertools.islice(pieces, MOST_BATCHES):
         windows = _run(decoder, tokens, inputs, rng)
         still = {graph: windows.reached[graph] == 0 for graph in missing}

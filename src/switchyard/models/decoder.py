@@ -68,7 +68,7 @@ class Block(nn.Cell):
         self.window = config.moe.slice_length if self.conditional and config.granularity == "slice" else 1
         self.feed_forward = feed_forward(config, place, (std, std_out), random, slices, vocab_size, fused, mesh)
         self.attention_dropout = Dropout(model.dropout, slices)
-        self.feed_forward_dropout = Dropout(model.dropout, slices)
+        self.feed_forward_dropout = Dropout(config.dropout_of(self.conditional), slices)
         self.add, self.expand_dims = ops.Add(), ops.ExpandDims()
         self.local_windows, self.local_tokens = self.to_windows, self.to_tokens
         self.local_ids, self.local_valid, self.local_noise = self.first_ids, self.first_valid, self.first_noise

@@ -69,7 +69,8 @@ class Seq2SeqBlock(nn.Cell):
             self.cross_attention_dropout, self.cross_attention_add = Dropout(model.dropout, slices), ops.Add()
         self.feed_forward_norm = norm()
         self.feed_forward = feed_forward(config, place, std, random, slices, vocab_size, fused, mesh)
-        self.feed_forward_dropout, self.feed_forward_add = Dropout(model.dropout, slices), ops.Add()
+        self.feed_forward_dropout = Dropout(config.dropout_of(self.conditional), slices)
+        self.feed_forward_add = ops.Add()
         self.expand_dims = ops.ExpandDims()
 
     def construct(self, x: Tensor, rows: tuple, noise: Tensor, table: Tensor, memory: tuple = ()):
@@ -210,10 +211,12 @@ class Seq2Seq(nn.Cell):
             check_sort_keys(stack)
         if stacks[1].moe_layers:
             require_causal(config.moe)
-        random, self.vocab_size, self.moe_layers = InitialWeights(config.train.seed, drawn), vocab_size, config.moe_layers
+        random, self.vocab_size = InitialWeights(config.train.seed, drawn), vocab_size
+        self.moe_layers = config.moe_layers
         self.kv_heads, self.head_size = model.num_heads, model.size_of_head
         self.length = max(length or 0, model.seq_length, config.target_length)
-        self.dtype, self.tied, self.scale = DTYPES[model.compute_dtype], model.tie_word_embeddings, model.hidden_size**-0.5
+        self.dtype, self.tied = DTYPES[model.compute_dtype], model.tie_word_embeddings
+        self.scale = model.hidden_size**-0.5
         fused = fused_operators(config, ms.get_context("device_target"))
         self.embedding = Embedding(vocab_size, model.hidden_size, factor, random)
         self.encoder = Stack(stacks[0], False, self.length, random, vocab_size, fused, mesh)

@@ -74,7 +74,7 @@ class _Part(nn.Cell):
         return self.prefix(ops.ones_like(one).astype(mstype.float32), 3).reshape(1, -1).astype(mstype.int32) - 1
 
     def hidden(self, places: Tensor, length: Tensor) -> Tensor:
-        """Returns what is added to scores of keys at places [B, T] or [1, T] of sequences of a length [B]: [B, 1, 1, T]."""
+        """Returns what is added to scores of keys at places [B, T] or [1, T], of lengths [B]: [B, 1, 1, T]."""
         behind = (places >= ops.expand_dims(length, 1)).astype(mstype.float32)  # [B, T]
         return ops.expand_dims(ops.expand_dims(behind, 1), 1) * MASKED
 

@@ -41,7 +41,7 @@ def relative_buckets(distance: np.ndarray, causal: bool, buckets: int, max_dista
 class RelativeBias(nn.Cell):
     """Makes the bias of attention's scores: table [R, H] -> [H, S, T] float32, `MASKED` where a causal key is later.
 
-    Made of a small product, a tile and reshapes: their gradients are cheap, where that of a gather of S * T rows is not.
+    Made of a small product, a tile and reshapes: their gradients are cheap, that of a gather of S * T rows is not.
 
     Args:
         config: of the stack: relative positions; model.seq_length.

@@ -34,7 +34,7 @@ from switchyard.training.limits import refusals, refuse
 
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate
 IN_PRODUCT_TYPE = (  # model.compute_dtype
-    *("qkv.weight", "qkv.bias", "out.weight", "out.bias", "head.weight", "w_in", "w_gate", "w_out"),
+    *("q.weight", "kv.weight", "qkv.weight", "qkv.bias", "out.weight", "out.bias", "head.weight", "w_in", "w_gate", "w_out"),
 )
 SENT = ("Send", "Receive")
 
@@ -115,9 +115,10 @@ def heaviest(stages: list[Costs]) -> Costs:
 def stage_costs(config: Config, vocab: int) -> list[Costs]:
     """Returns the costs of a device of each stage (UserError as in `costs`)."""
     refuse(refusals(config))
-    check_sort_keys(config)
-    if config.devices > 1:
-        check_dropless(config)
+    for stack in config.stacks:
+        check_sort_keys(stack)
+        if config.devices > 1:
+            check_dropless(stack)
     return [_costs(config, vocab, stage) for stage in range(config.parallel.pipeline_stage)]
 
 
@@ -182,12 +183,17 @@ def _of_micro_batch(config, stage):
     if stages > 1:
         own = stage_config(config, stage)
     last, repeated = stage == stages - 1, int(config.parallel.recompute and stages > 1)
-    if degrees.expert_parallel > 1 and own.moe_layers:
-        yield from _of_experts(own, degrees, repeated)
-    if degrees.model_parallel > 1:
-        yield from _of_model_slices(own, degrees, repeated, last)
+    for stack in own.stacks:
+        if degrees.expert_parallel > 1 and stack.moe_layers:
+            yield from _of_experts(stack, degrees, repeated)
+        if degrees.model_parallel > 1:
+            yield from _of_model_slices(stack, degrees, repeated, last)
+    if config.model.type == "seq2seq" and degrees.model_parallel > 1:
+        yield from _of_cross_attention(config, degrees)
     if degrees.data_parallel > 1 and last:
-        yield Exchange("AllReduce", "data", degrees.data_parallel, 2 * FLOAT)  # valid and real tokens
+        counted = len(config.moe_layers) if config.model.type == "seq2seq" else 1  # layers with tokens of their own
+        real = FLOAT * (1 + max(counted, 1))
+        yield Exchange("AllReduce", "data", degrees.data_parallel, real)  # valid and real tokens
         # of a pipeline there are places for all, and one backward too
         many, passes = (micro_batches_of_call(config), 2) if stages > 1 else (1, 1)
         yield Exchange("AllReduce", "data", degrees.data_parallel, FLOAT * many * _figures(config), passes)
@@ -268,6 +274,14 @@ def _of_model_slices(config, degrees, repeated, last):
     yield Exchange("ReduceScatter", "model", tensor, wide * rows, layers * (1 + again))
 
 
+def _of_cross_attention(config, degrees):
+    """Yields the sums of what the cross-attention of a decoder's layers makes, forward and backward."""
+    decoder, again = config.stacks[-1], int(config.parallel.recompute)
+    rows = decoder.rows // degrees.data_parallel * config.model.hidden_size
+    count = decoder.model.num_layers * (2 + again)
+    yield Exchange("AllReduce", "model", degrees.model_parallel, product_bytes(config) * rows, count)
+
+
 def flops(config: Config, vocab: int, stage: int = 0) -> float:
     """Returns the FLOPs of the matrix products of a device in a step, 2 for a multiply-add; backward counts twice
     forward, recompute once more.
@@ -278,6 +292,26 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
     stages, micro = config.parallel.pipeline_stage, config.micro_batches
     if stages > 1:
         config = stage_config(config, stage)
+    blocks = sum(_block_products(stack) for stack in config.stacks)
+    if config.model.type == "seq2seq":
+        blocks += _cross_products(config)
+    rows = config.data.batch_size * config.target_length // config.parallel.data_parallel
+    passes = 4 if config.parallel.recompute else 3
+    head = 3 * rows * config.model.hidden_size * vocab if stage == stages - 1 else 0
+    return 2.0 * micro * (passes * blocks + head)
+
+
+def _cross_products(config):
+    """Returns the multiply-adds of a pass through the cross-attention of all layers of a decoder, on a device."""
+    width, (encoder, decoder) = config.model.hidden_size, config.stacks
+    data, tensor = config.parallel.data_parallel, config.parallel.model_parallel
+    read, rows = encoder.rows // data, decoder.rows // data
+    each = 2 * rows * width**2 + 2 * read * width**2 + 2 * rows * encoder.model.seq_length * width
+    return decoder.model.num_layers * each / tensor
+
+
+def _block_products(config):
+    """Returns the multiply-adds of a pass through the blocks of a stack, on a device."""
     model, moe, parallel = config.model, config.moe, config.parallel
     rows, tensor, width = config.rows // parallel.data_parallel, parallel.model_parallel, model.hidden_size
     conditional, matrices = len(config.moe_layers), 3 if model.activation == "swiglu" else 2
@@ -289,9 +323,7 @@ def flops(config: Config, vocab: int, stage: int = 0) -> float:
         hidden = worked_rows(config) * config.expert_width + rows * config.shared_width
         blocks += conditional * hidden * matrices * width / tensor
         blocks += conditional * rows * width * moe.expert_num
-    passes = 4 if parallel.recompute else 3
-    head = 3 * rows * width * vocab if stage == stages - 1 else 0
-    return 2.0 * micro * (passes * blocks + head)
+    return blocks
 
 
 def activation_bytes(config: Config, vocab: int, shapes: dict[str, Shape], stage: int = 0) -> int:
@@ -307,17 +339,37 @@ def activation_bytes(config: Config, vocab: int, shapes: dict[str, Shape], stage
     stages, micro = config.parallel.pipeline_stage, micro_batches_of_call(config)
     if stages > 1:
         config = stage_config(config, stage)
-    model, parallel, degrees = config.model, config.parallel, ParallelDims.of(config.parallel)
-    rows, width, wide = config.rows // parallel.data_parallel, model.hidden_size, product_bytes(config)
-    between = rows * width * FLOAT  # rows between the parts
-    between //= parallel.model_parallel if parallel.sequence_parallel else 1
-    blocks = [_block_bytes(config, index, rows, between) for index in range(model.num_layers)]
-    kept = model.num_layers * between + max(blocks) if parallel.recompute else sum(blocks)
+    degrees, wide = ParallelDims.of(config.parallel), product_bytes(config)
+    kept = sum(_stack_bytes(stack, config.model.seq_length * (place > 0)) for place, stack in enumerate(config.stacks))
     kept *= min(micro, stages - stage)
     copies = sum(shard_sizes(name, shape, degrees)[0] for name, shape in shapes.items() if len(shape) > 1)
     kept += copies * wide if wide != FLOAT else 0
-    kept += rows * vocab * (wide + 2 * FLOAT) * (stage == stages - 1)
-    return int(kept + noise_slices(config) * micro * rows * width * FLOAT)
+    data = config.parallel.data_parallel
+    kept += config.data.batch_size * config.target_length // data * vocab * (wide + 2 * FLOAT) * (stage == stages - 1)
+    return int(kept + noise_slices(config) * micro * config.rows // data * config.model.hidden_size * FLOAT)
+
+
+def _stack_bytes(config, read):
+    """Returns the activation bytes of the blocks of a stack; `read`: rows of a sequence that cross-attention sees."""
+    model, parallel = config.model, config.parallel
+    rows, width = config.rows // parallel.data_parallel, model.hidden_size
+    between = rows * width * FLOAT  # rows between the parts
+    between //= parallel.model_parallel if parallel.sequence_parallel else 1
+    blocks = [_block_bytes(config, index, rows, between) for index in range(model.num_layers)]
+    if read:
+        blocks = [block + _cross_bytes(config, read, rows, between) for block in blocks]
+    return model.num_layers * between + max(blocks) if parallel.recompute else sum(blocks)
+
+
+def _cross_bytes(config, read, rows, between):
+    """Returns the activation bytes of one cross-attention of `rows` rows, which see `read` rows of a sequence."""
+    model, tensor, wide = config.model, config.parallel.model_parallel, product_bytes(config)
+    memory = config.data.batch_size * read // config.parallel.data_parallel
+    width = model.hidden_size
+    kept = 2 * between + rows * width * wide + memory * width * wide  # residual, norm; what goes into the products
+    kept += wide * width * (4 * rows + 4 * memory) // tensor  # queries, keys and values, and their copies by head
+    kept += rows * model.num_heads * read * (FLOAT + (wide if wide != FLOAT else 0)) // tensor  # before the product
+    return kept + (between if model.dropout else 0)
 
 
 def _block_bytes(config, index, rows, between):

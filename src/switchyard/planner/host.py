@@ -11,7 +11,6 @@ from switchyard.config import Config
 from switchyard.planner.sizes import FLOAT
 
 DRAW_RATE = 1.2e9  # bytes of noise per second; draw_noise on one core of an Intel Xeon, 390 MB in 0.33 s
-BATCH = 3 * FLOAT  # bytes of a token: its id and its label (int32), and whether it is real (float32)
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class HostCosts:
     """Holds the bytes that the process of one device makes for a step.
 
     Attributes:
-        batch: tokens, labels and valid.
+        batch: tokens and labels (int32), and valid (float32).
         noise: random numbers of dropout, jitter, random priority and routers that draw.
         choices: forced choices of a replay or of a warm-up.
     """
@@ -45,20 +44,27 @@ def host_costs(config: Config) -> HostCosts:
     pipeline, each hold them.
     """
     moe, micro = config.moe, config.micro_batches
-    tokens = micro * config.data.batch_size * config.model.seq_length // config.parallel.data_parallel  # A * B * S
+    sequences = micro * config.data.batch_size // config.parallel.data_parallel  # A * B
     rows = micro * config.rows // config.parallel.data_parallel  # A * N
     forced = bool(config.moe_layers and (moe.replay or moe.router_warmup_steps))
     return HostCosts(
-        batch=BATCH * tokens,
+        batch=FLOAT * sequences * (config.token_length + 2 * config.target_length),
         noise=FLOAT * noise_slices(config) * rows * config.model.hidden_size,
         choices=FLOAT * forced * len(config.moe_layers) * rows * moe.choices,
     )
 
 
 def noise_slices(config: Config) -> int:
-    """Returns J, the tensors [N, D] of noise that a training pass of the decoder reads."""
+    """Returns J, the tensors [N, D] of noise that a training pass reads; each stack reads its own rows of them."""
+    return max(_slices_of_stack(stack, place, len(config.stacks)) for place, stack in enumerate(config.stacks))
+
+
+def _slices_of_stack(config: Config, place: int, stacks: int) -> int:
     moe, layers = config.moe, len(config.moe_layers)
-    dropout = (1 + 2 * config.model.num_layers) * (config.model.dropout > 0)
+    attention, ends = (1, 1) if stacks == 1 else (1 + place, 2)  # dropouts of a layer, and at the ends of the stack
+    dense = config.model.num_layers - layers
+    dropout = (ends + attention * config.model.num_layers + dense) * (config.model.dropout > 0)
+    dropout += layers * (config.dropout_of(True) > 0)
     layer = (moe.jitter > 0) + (moe.drop_order == "random") + moe.copies * _router_slices(config)
     passes = 2 if layers and moe.consistency_loss_factor else 1
     return (dropout + layers * layer) * passes

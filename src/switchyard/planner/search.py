@@ -60,7 +60,14 @@ class Load:
             return 0.0
         if self.record is not None:
             return dropped_of_record(config, self.record)
-        return dropped_share(config, self.shares)
+        first, lost, made = 0, 0.0, 0
+        for stack in config.stacks:  # whose rows, and so choices, differ
+            layers = len(stack.moe_layers)
+            shares = self.shares if self.shares is None or self.shares.ndim == 1 else self.shares[first:][:layers]
+            if layers:
+                lost += dropped_share(stack, shares) * stack.rows * layers
+            first, made = first + layers, made + stack.rows * layers
+        return lost / max(made, 1)
 
 
 @dataclass(frozen=True)
@@ -286,7 +293,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--{name}: {number}; from 1 to {most}")
     config, memory = configuration.load(chosen.config, chosen.overrides), read_size(chosen.memory)
     require_shipped(config)
-    vocab = chosen.vocab or expected_vocabulary(config.data)
+    vocab = chosen.vocab or expected_vocabulary(config)
     load = read_load(chosen.tokens_per_expert, config) if chosen.tokens_per_expert else Load()
     if config.devices == chosen.devices:
         config = with_defaults(config, target_of(config))

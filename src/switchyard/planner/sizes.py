@@ -1,4 +1,4 @@
-"""Computes sizes of a decoder: its parameters, and the rows that its experts work on. No MindSpore in here.
+"""Computes sizes of a network of text: its parameters, and the rows that its experts work on. No MindSpore in here.
 
 Legend: D width, E experts, V vocabulary, X columns of the projection to queries, keys and values.
 """
@@ -15,9 +15,9 @@ Shape = tuple[int, ...]
 
 
 def parameters(config: Config, vocab: int, stage: int = 0) -> dict[str, Shape]:
-    """Returns name -> full shape of every parameter of the decoder; for a pipeline, of one stage."""
+    """Returns name -> full shape of every parameter of the network; for a pipeline, of one stage."""
     degrees, layers = ParallelDims.of(config.parallel), config.model.num_layers
-    found = _all_parameters(config, vocab)
+    found = (_of_seq2seq if config.model.type == "seq2seq" else _all_parameters)(config, vocab)
     return {name: shape for name, shape in found.items() if stage in stages_of(name, layers, degrees)[:1]}
 
 
@@ -35,6 +35,23 @@ def _all_parameters(config, vocab):
     if not model.tie_word_embeddings:
         found["head.weight"] = (width, vocab)
     return found
+
+
+def _of_seq2seq(config, vocab):
+    model, width = config.model, config.model.hidden_size
+    found = {"embedding.table": (vocab, width)}
+    for name, stack in zip(("encoder", "decoder"), config.stacks):
+        found[f"{name}.relative_bias"] = (config.seq2seq.relative_attention_num_buckets, model.num_heads)
+        parts = ("attention", "cross_attention") if name == "decoder" else ("attention",)
+        for index in range(stack.model.num_layers):
+            prefix = f"{name}.layers.{index}."
+            for part in parts:
+                found |= _norm(f"{prefix}{part}_norm", model)
+                matrices = {"q": (width, width), "kv": (width, 2 * width), "out": (width, width)}
+                found |= {f"{prefix}{part}.{key}.weight": shape for key, shape in matrices.items()}
+            found |= _norm(f"{prefix}feed_forward_norm", model) | _feed_forward(stack, index, f"{prefix}feed_forward.")
+        found |= _norm(f"{name}.norm", model)
+    return found if model.tie_word_embeddings else found | {"head.weight": (width, vocab)}
 
 
 def projection(config: Config) -> int:

@@ -87,11 +87,11 @@ def _history(train: list[dict[str, Any]], evaluations: list[dict[str, Any]], lay
 
 def answers(config: Config) -> int | None:
     """Returns the number of values that an answer is chosen from; None where it is not known without the data."""
-    if config.model.type != "decoder":
+    if not config.reads_text:
         return config.vision.classes if len(config.vision.tasks) == 1 else None
     if config.data.tokenizer == "char":  # as many as the text has characters
         return None
     try:
-        return expected_vocabulary(config.data)
+        return expected_vocabulary(config)
     except UserError:  # a tokenizer that is not there any more
         return None

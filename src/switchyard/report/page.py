@@ -147,7 +147,7 @@ def _samples(run: Records) -> list[dict[str, Any]]:
 
 def _why_no_samples(run: Records) -> str:
     if run.config and run.config.model.type != "decoder":
-        return "A model of images samples no text."
+        return "Only a decoder samples text."
     if run.config and not run.config.train.sample_every:
         return "None: train.sample_every is 0."
     return "None was sampled so far."

@@ -124,7 +124,7 @@ def compile_ranks(
     """
     config = configuration.build(config) if isinstance(config, dict) else config
     check_devices(config, devices, ranks)
-    vocab = vocab or expected_vocabulary(config.data)
+    vocab = vocab or expected_vocabulary(config)
     environment = {**os.environ, **simulation_environment()}
     source = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = with_source(source, environment.get("PYTHONPATH"))

@@ -50,21 +50,22 @@ HEAD = 2  # figures of a micro-batch before those of its layers, see training.lo
 
 def draw_batches(config: Config, vocab: int, steps: int, noise_slices: int = 0, draw: int = 0) -> Arrays:
     """Draws random batches of all devices together, from train.seed + draw: [steps, A, B, S] each, A micro-batches, a
-    part of them padding.
+    part of them padding; of an encoder-decoder tokens [steps, A, B, S + T], the others [steps, A, B, T].
 
     `rates` [steps] are the peak learning rate; `noise` [steps, A, max(J, 1), N, D] of U(0, 1). Where choices are
     forced, `replay` [steps, A, M, N, K] has choices for every other token, and -1.
     """
     rng, count = np.random.default_rng(config.train.seed + draw), config.micro_batches
-    shape = (steps, count, config.data.batch_size, config.model.seq_length)
-    tokens = rng.integers(0, vocab, (*shape[:3], shape[3] + 1)).astype(np.int32)
+    shape = (steps, count, config.data.batch_size, config.target_length)
+    tokens = rng.integers(0, vocab, (*shape[:3], config.token_length + 1)).astype(np.int32)
     valid = np.ones(shape, np.float32)
     valid[:, -1, -1, shape[3] // 2 :] = 0  # the last sequence is half padding
     noise = np.zeros((steps, count, 1, 1, 1), np.float32)
     if noise_slices:
         noise = rng.random((steps, count, noise_slices, config.rows, config.model.hidden_size), np.float32)
     rates = np.full(steps, config.schedule.learning_rate, np.float32)
-    drawn = {"tokens": tokens[..., :-1], "labels": tokens[..., 1:], "valid": valid, "noise": noise, "rates": rates}
+    drawn = {"tokens": tokens[..., :-1], "labels": tokens[..., -shape[3] :], "valid": valid, "noise": noise}
+    drawn["rates"] = rates
     if forces_choices(config):
         moe = config.moe
         order = rng.random((steps, count, len(config.moe_layers), config.rows, moe.expert_num)).argsort(-1)
@@ -276,7 +277,7 @@ def prove_once(config: Config, devices: int, steps: int, vocab: int | None) -> C
             f"model.compute_dtype: {config.model.compute_dtype}; the cluster emulation compares in float32, set float32"
         )
     require_trainable(config)
-    vocab = vocab or expected_vocabulary(config.data)
+    vocab = vocab or expected_vocabulary(config)
     reports = simulate.compile_ranks(config, devices, range(devices), vocab)
     for draw in range(DRAWS):
         batches = draw_batches(config, vocab, steps, noise_slices(config, reports[0]), draw)

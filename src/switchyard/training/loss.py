@@ -148,7 +148,7 @@ class TrainLoss(nn.Cell):
         return self.placed(ops.concat((scaled, ops.stop_gradient(loss).reshape(1), *summed)).reshape(1, -1), factor)
 
     def auxiliary(self, layers: Tensor, count: Tensor) -> Tensor:
-        """Weighs the losses that statistics [M, 6 + 2 E] carry, of `count` real tokens on all devices, [] or [M, 1]: []."""
+        """Weighs the losses that statistics [M, 6 + 2 E] carry, of `count` real tokens of all devices, [] or [M, 1]."""
         return weighted_losses(layers, count, self.balance_factor, self.z_factor)
 
     def divergence(self, one: Tensor, other: Tensor) -> Tensor:

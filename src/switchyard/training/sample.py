@@ -17,7 +17,7 @@ SAMPLE = "sample"  # kind of a line of the metrics
 PROMPT, NEW = 16, 64  # tokens that are given, and most tokens that the model adds
 TEMPERATURE = 0.8
 SAMPLE_STREAM = 0x7361_6D70  # sets these draws apart from other draws of the same seed
-NOWHERE = "train.sample_every: {every}; no text is sampled: only a job of one device that reads text samples"
+NOWHERE = "train.sample_every: {every}; no text is sampled: only a decoder on one device samples"
 
 
 class NextToken(nn.Cell):
