@@ -1,4 +1,4 @@
-"""What upcycle.py and distill.py share: nanoGPT's CPU recipe on one text, runs by name, their figures and a table."""
+"""What upcycle.py and distill.py share: nanoGPT's CPU recipe at half its sizes, runs by name, their figures, a table."""
 
 import argparse
 import json
@@ -16,7 +16,8 @@ from switchyard.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "config" / "shakespeare_char_dense_cpu.yaml"
-EVALUATIONS = 5  # of a run, on EVAL_BATCHES batches each
+SIZES = {"num_layers": 2, "hidden_size": 64}  # half of the recipe's, each
+EVALUATIONS = 6  # of a run, on EVAL_BATCHES batches each
 EVAL_BATCHES = 20
 __all__ = ["active_flops", "evaluate", "train"]
 
@@ -25,7 +26,7 @@ def arguments(description: str) -> argparse.Namespace:
     """--short, --steps, --data, --runs, --out of a benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a tenth of the steps")
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps of the dense model")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of the dense model")
     parser.add_argument("--data", default="tinyshakespeare.txt", help="the text (default: tinyshakespeare.txt)")
     parser.add_argument("--runs", type=Path, default=Path("runs/tuning"), help="folder of the runs; complete ones stay")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
@@ -37,6 +38,7 @@ def arguments(description: str) -> argparse.Namespace:
 def recipe(args: argparse.Namespace, name: str, steps: int, moe: dict | None = None, **train_keys) -> Config:
     """The dense recipe with other experts, steps and keys of `train`, as run `name`."""
     tree = load(RECIPE).model_dump()
+    tree["model"] |= SIZES
     tree["moe"] = moe or {}
     tree["data"]["path"] = args.data
     tree["schedule"]["warmup_steps"] = min(100, max(1, steps // 10))

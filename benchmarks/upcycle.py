@@ -18,7 +18,7 @@ from switchyard.interop.upcycle import upcycle
 
 PICTURE = ROOT / "docs" / "images" / "upcycling.png"
 WIDE = {"router": "top_k", "expert_num": 8, "num_experts_chosen": 2, "dispatch": "dropless", "layers": 2}
-FINE = WIDE | {"expert_num": 16, "moe_intermediate_size": 256, "layers": "all"}  # 512 / 2: FLOPs of the dense model
+FINE = WIDE | {"expert_num": 16, "moe_intermediate_size": 128, "layers": "all"}  # 256 / 2: FLOPs of the dense model
 CASES = {  # name -> (experts, what it starts from)
     "dense, trained on": ({}, "dense"),
     "upcycled: 8 experts, 2 chosen, every second layer": (WIDE, "upcycled"),
