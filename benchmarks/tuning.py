@@ -1,4 +1,4 @@
-"""What upcycle.py and distill.py share: nanoGPT's CPU recipe at half its sizes, runs by name, their figures, a table."""
+"""What upcycle.py and distill.py share: nanoGPT's CPU recipe at half its sizes, runs, figures and a table."""
 
 import argparse
 import json
