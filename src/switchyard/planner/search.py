@@ -266,7 +266,7 @@ def create_parser() -> cli.Parser:
 
 
 def require_shipped(config: configuration.Config) -> None:
-    """Refuses what the costs do not count: classes of a user's own, and training of a part or by a teacher (UserError)."""
+    """Refuses what is not counted: classes of a user's own, and training of a part or by a teacher (UserError)."""
     for key, name in (("moe.experts", config.moe.experts), ("moe.dispatcher", config.moe.dispatcher)):
         if name is not None:
             raise UserError(
