@@ -26,7 +26,7 @@ def arguments(description: str) -> argparse.Namespace:
     """--short, --steps, --data, --runs, --out of a benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a tenth of the steps")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of the dense model")
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps of the dense model")
     parser.add_argument("--data", default="tinyshakespeare.txt", help="the text (default: tinyshakespeare.txt)")
     parser.add_argument("--runs", type=Path, default=Path("runs/tuning"), help="folder of the runs; complete ones stay")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
