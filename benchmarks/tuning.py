@@ -17,7 +17,7 @@ from switchyard.training.loop import train
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "config" / "shakespeare_char_dense_cpu.yaml"
 SIZES = {"num_layers": 2, "hidden_size": 64}  # half of the recipe's, each
-EVALUATIONS = 6  # of a run, on EVAL_BATCHES batches each
+EVALUATIONS = 4  # of a run, on EVAL_BATCHES batches each
 EVAL_BATCHES = 20
 __all__ = ["active_flops", "evaluate", "train"]
 
