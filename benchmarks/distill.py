@@ -51,7 +51,8 @@ def report(content: dict) -> str:
         part = f"{100 * share(row, dense, teacher):.0f} %" if row in students else ""
         low, high = row["loss_ci95"]
         rows.append([row["name"], f"{row['parameters']:,}", f"{row['loss']:.4f}", f"{low:.3f} to {high:.3f}", part])
-    return tuning.table(["Model", "Parameters", "Loss", "95 % interval", "Share of the gain"], rows)
+    table = tuning.table(["Model", "Parameters", "Loss", "95 % interval", "Share of the gain"], rows)
+    return f"Every model is trained for {content['steps']:,} steps.\n\n{table}"
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def main() -> None:
         dense, teacher = content["rows"][:2]
         print(f"{name}: share of the gain {share(content['rows'][-1], dense, teacher):.2f}", flush=True)
         tuning.save(args, "distill", content)
-    print(report(content))
+    tuning.show(args, "distill", report(content))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What upcycle.py and distill.py share: nanoGPT's CPU recipe on one text, runs by name, their figures and a table."""
+"""What upcycle.py and distill.py share: nanoGPT's CPU recipe at half its sizes, runs, figures and a table."""
 
 import argparse
 import json
@@ -16,7 +16,8 @@ from switchyard.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "config" / "shakespeare_char_dense_cpu.yaml"
-EVALUATIONS = 5  # of a run, on EVAL_BATCHES batches each
+SIZES = {"num_layers": 2, "hidden_size": 64}  # half of the recipe's, each
+EVALUATIONS = 4  # of a run, on EVAL_BATCHES batches each
 EVAL_BATCHES = 20
 __all__ = ["active_flops", "evaluate", "train"]
 
@@ -28,6 +29,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps of the dense model")
     parser.add_argument("--data", default="tinyshakespeare.txt", help="the text (default: tinyshakespeare.txt)")
     parser.add_argument("--runs", type=Path, default=Path("runs/tuning"), help="folder of the runs; complete ones stay")
+    parser.add_argument("--page", type=Path, help="a document whose part <!-- benchmark: NAME --> is renewed")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
     args = parser.parse_args()
     args.steps = args.steps // 10 if args.short else args.steps
@@ -37,6 +39,7 @@ def arguments(description: str) -> argparse.Namespace:
 def recipe(args: argparse.Namespace, name: str, steps: int, moe: dict | None = None, **train_keys) -> Config:
     """The dense recipe with other experts, steps and keys of `train`, as run `name`."""
     tree = load(RECIPE).model_dump()
+    tree["model"] |= SIZES
     tree["moe"] = moe or {}
     tree["data"]["path"] = args.data
     tree["schedule"]["warmup_steps"] = min(100, max(1, steps // 10))
@@ -73,6 +76,17 @@ def save(args: argparse.Namespace, name: str, content: dict) -> Path:
     path.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}", flush=True)
     return path
+
+
+def show(args: argparse.Namespace, name: str, text: str) -> None:
+    """Prints the part of a document, and writes it between its marks in --page."""
+    print(text)
+    if args.page is None:
+        return
+    begin, end = f"<!-- benchmark: {name} -->\n", "<!-- end -->"
+    before, _, rest = args.page.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    args.page.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -18,7 +18,7 @@ from switchyard.interop.upcycle import upcycle
 
 PICTURE = ROOT / "docs" / "images" / "upcycling.png"
 WIDE = {"router": "top_k", "expert_num": 8, "num_experts_chosen": 2, "dispatch": "dropless", "layers": 2}
-FINE = WIDE | {"expert_num": 16, "moe_intermediate_size": 256, "layers": "all"}  # 512 / 2: FLOPs of the dense model
+FINE = WIDE | {"expert_num": 16, "moe_intermediate_size": 128, "layers": "all"}  # 256 / 2: FLOPs of the dense model
 CASES = {  # name -> (experts, what it starts from)
     "dense, trained on": ({}, "dense"),
     "upcycled: 8 experts, 2 chosen, every second layer": (WIDE, "upcycled"),
@@ -96,7 +96,12 @@ def report(content: dict) -> str:
             f"{low:.3f} to {high:.3f}",
         ]
         rows.append([row["name"], *figures])
-    return tuning.table(head, rows)
+    dense = content["dense"]["loss"]
+    words = (
+        f"The dense model is trained for {content['steps']:,} steps, to {dense:.4f} nats a character; then each model "
+    )
+    words += "gets half as many FLOPs again."
+    return f"{words}\n\n{tuning.table(head, rows)}"
 
 
 def main() -> None:
@@ -109,7 +114,7 @@ def main() -> None:
         print(json.dumps({key: value for key, value in content["rows"][-1].items() if key != "curve"}), flush=True)
         path = tuning.save(args, "upcycle", content)
     draw(content, PICTURE if not args.short else path.with_suffix(".png"))
-    print(report(content))
+    tuning.show(args, "upcycle", report(content))
 
 
 if __name__ == "__main__":

@@ -48,8 +48,9 @@ def logits_of(path) -> np.ndarray:
         TOP_2 | {"router": "sigmoid", "aux_loss_factor": 0, "shared_expert_num": 1},
         TOP_2 | {"moe_intermediate_size": 32, "expert_num": 8, "num_experts_chosen": 4},  # two copies of two slices
         {"router": "hash", "expert_num": 4, "dispatch": "dropless"},
+        {"router": "dense", "expert_num": 4},
     ],
-    ids=["top_2", "sigmoid and shared", "finer experts", "hash"],
+    ids=["top_2", "sigmoid and shared", "finer experts", "hash", "dense"],
 )
 def test_the_first_outputs_are_those_of_the_dense_model(folder, moe, tmp_path, pynative):
     config, dense = sparse(folder, "up", moe), folder / "runs" / "dense"

@@ -242,3 +242,11 @@ def test_parts_of_ones_own_are_refused(key):
     config = build({"moe": {"expert_num": 4, key: "my_file.Mine"}})
     with pytest.raises(UserError, match=rf"^moe\.{key}: my_file\.Mine; the planner knows only shipped ones"):
         estimate.require_shipped(config)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("lora", {"rank": 4}), ("freeze", ["embedding.*"]), ("distill", {"teacher": "x"})]
+)
+def test_what_trains_a_part_or_two_models_is_refused_by_key(key, value):
+    with pytest.raises(UserError, match=rf"^train\.{key}: .*; the planner counts one model whose every parameter"):
+        estimate.require_shipped(build({"train": {key: value}}))

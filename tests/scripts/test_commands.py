@@ -85,6 +85,7 @@ RULES = {name: "--help" for name in NAMES} | {
     r"python -m switchyard\.sweep .*": "",  # the page asks for --dry-run
     r"(python -m )?switchyard[. ].*": "",
     r"python benchmarks/moe_layer\.py": "--shapes 64,16,4,1 --rounds 1",
+    r"python benchmarks/(upcycle|distill)\.py": "--help",  # many models are trained
     r"python benchmarks/train_step\.py": "--help",  # four models are compiled
     r"python benchmarks/gpus\.py .*": "--help",  # two GPUs, an hour
     r"python benchmarks/(gpu_tables|experiments/tables)\.py": "",
@@ -104,6 +105,10 @@ SHORTER = {
     r"python train\.py --config \S+quickstart\.yaml .*train\.name=(mine|notes|mine-bpe|two-experts)": "--print-config",
     r"python -m switchyard\.report\.picture runs/two": "--help",  # of the run of two processes above
     r"python -m switchyard\.simulation\.emulate .*": "--help",  # tests/simulation/test_emulate.py
+    r"python -m switchyard\.interop\.(upcycle|distill) .*": "--help",  # tests/interop
+    r"python train\.py --config runs/qwen/config\.yaml .*": f"train.steps=2 {PYNATIVE} data.val_fraction=0.01",
+    r"python eval\.py --checkpoint runs/qwen.*": "--help",
+    r"python (export|infer)\.py .*output/qwen-tuned.*": "--help",  # tests/inference
 }
 
 
@@ -161,6 +166,7 @@ def copy_repository(folder: Path) -> Path:
             path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     shutil.copy(folder / "config" / "quickstart.yaml", folder / "config" / "mine.yaml")
     (folder / "corpus.txt").write_text(words(0, 60_000))
+    (folder / "questions.txt").write_text("what say you\nand then\n")
     (folder / "tinyshakespeare.txt").write_text(words(1, 60_000))
     for number in range(12):
         for place in (folder / "my_texts" / f"{number}.txt", folder / "notes" / "by_year" / f"{number}.md"):

@@ -53,6 +53,14 @@ def test_a_run_that_was_stopped_goes_on_without_the_source(folder):
     assert losses_of(part) == losses_of(whole) and len(losses_of(part)) == 2
 
 
+def test_weights_without_an_optimizer_are_not_resumed(folder):
+    """An import is where a run starts from, and no run."""
+    held, run = checkpoint.read(folder / "runs" / "source"), folder / "runs" / "bare"
+    checkpoint.save(run, tuned(folder, "bare"), held.tokenizer_json, held.weights, {}, {"step": 0})
+    with pytest.raises(UserError, match=r"^--resume: '.*' holds no state of an optimizer .* with --init .*bare$"):
+        train(tuned(folder, "bare"), resume=True)
+
+
 def test_a_character_that_the_source_does_not_know_is_refused(folder):
     with pytest.raises(UserError, match=r"foreign\.txt.*'Ω' \(U\+03A9\) at position 0 is not in the vocabulary"):
         train(tuned(folder, "foreign", "foreign.txt"), init=folder / "runs" / "source")

@@ -306,7 +306,8 @@ def _cross_products(config):
     width, (encoder, decoder) = config.model.hidden_size, config.stacks
     data, tensor = config.parallel.data_parallel, config.parallel.model_parallel
     read, rows = encoder.rows // data, decoder.rows // data
-    each = 2 * rows * width**2 + 2 * read * width**2 + 2 * rows * encoder.model.seq_length * width
+    inner = mixed(decoder)
+    each = 2 * inner * (rows * width + read * width + rows * encoder.model.seq_length)
     return decoder.model.num_layers * each / tensor
 
 

@@ -273,12 +273,16 @@ def create_parser() -> cli.Parser:
 
 
 def require_shipped(config: configuration.Config) -> None:
-    """Refuses experts and dispatchers of a user's own, whose sizes nobody here knows (UserError)."""
+    """Refuses what is not counted: classes of a user's own, and training of a part or by a teacher (UserError)."""
     for key, name in (("moe.experts", config.moe.experts), ("moe.dispatcher", config.moe.dispatcher)):
         if name is not None:
             raise UserError(
                 f"{key}: {shortened(name)}; the planner knows only shipped ones: leave it out for an estimate"
             )
+    for key in ("train.lora", "train.freeze", "train.distill"):
+        if value := config.value(key):
+            reason = "the planner counts one model whose every parameter is trained: leave it out for an estimate"
+            raise UserError(f"{key}: {shortened(value)}; {reason}")
 
 
 def main(arguments: list[str]) -> None:

@@ -37,7 +37,11 @@ def sections() -> dict[str, list[Row]]:
 
 
 def _rows_below(key: str, kinds: dict[str, type[Section]]) -> list[Row]:
-    """Returns the rows of the sub-sections that a key may hold; each says for which types it is."""
+    """Returns the rows of the sub-sections that a key may hold; where there are several, each says for which types it
+    is."""
+    if "" in kinds:  # of one kind
+        properties, fields = kinds[""].model_json_schema()["properties"], kinds[""].model_fields
+        return [_row(f"{key}.{inner}", properties[inner], field) for inner, field in fields.items()]
     types = ", ".join(f"`{name}`" for name in kinds)
     found = {"type": Row(f"`{key}.type`", types, "", "which keys follow")} if kinds else {}
     for name, kind in kinds.items():
@@ -90,7 +94,7 @@ def _values(schema: dict[str, Any]) -> str:
     """Describes a JSON schema in words."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_values(part) for part in schema["anyOf"]))
-    if "oneOf" in schema:
+    if "oneOf" in schema or "$ref" in schema:
         return "mapping"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])

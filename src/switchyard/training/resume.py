@@ -84,6 +84,11 @@ def find_start(run: Path, config: Config, resume: bool, existed: bool = True) ->
     if loaded is None:
         print(f"resume: '{run}' contains no checkpoint yet; starting from step 0", flush=True)
         return None
+    if not loaded.optimizer:
+        raise UserError(
+            f"--resume: '{loaded.path}' holds no state of an optimizer (imported, or merged adapters): start a run "
+            f"of another train.name from it with --init {run}"
+        )
     check_resumable(loaded.config, keep_groups(loaded.config, with_own_tokenizer(loaded, config)))
     if loaded.step > config.train.steps:
         raise UserError(
