@@ -105,6 +105,8 @@ def main(folder: Path) -> None:
     found = {"after import": os.listdir()}
     path = text(folder / "text.txt")
     found |= {"own": by_train_py(folder, path), "theirs": by_mindformers(folder, path), "after training": os.listdir()}
+    found["run folder"] = os.listdir(folder / "theirs")
+    found["log"] = (folder / "theirs" / "mindformers.log").read_text().splitlines()[-5:]
     found |= layers()
     (folder / "found.json").write_text(json.dumps(found))
 

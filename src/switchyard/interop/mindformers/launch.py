@@ -35,7 +35,7 @@ def train(path: str | Path, overrides: list[str] | None = None) -> Path:
     quiet.require_installed()
     with quiet.logs_to(folder) as log:
         print(f"run: {folder}; MindFormers' log: {log}", file=sys.__stdout__, flush=True)
-        _train(write_yaml(tree | {"output_dir": str(folder)}, folder / CONFIG))
+        _train(write_yaml(tree | {"output_dir": str(folder)}, folder / quiet.of_rank(CONFIG)))
     print(f"done: {folder}", flush=True)
     return folder
 
@@ -54,7 +54,11 @@ def _train(path: Path) -> None:
 
     config = MindFormerConfig(str(path))
     build_context(config)
-    Trainer(config).train()
+    try:
+        Trainer(config).train()
+    except SystemExit as end:  # how `only_save_strategy` stops once the step is compiled
+        if end.code:
+            raise
 
 
 def with_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
