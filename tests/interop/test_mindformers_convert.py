@@ -225,7 +225,9 @@ def test_what_experts_of_mindformers_do_otherwise_is_listed(moe, left):
 
 
 def test_no_capacity_means_dropless():
-    moe = convert({"moe_config": {"expert_num": 8, "capacity_factor": -1.0, "routing_policy": "TopkRouterV2"}}).tree["moe"]
+    moe = convert({"moe_config": {"expert_num": 8, "capacity_factor": -1.0, "routing_policy": "TopkRouterV2"}}).tree[
+        "moe"
+    ]
     assert moe["dispatch"] == "dropless"
     assert "capacity_factor" not in moe
 
@@ -233,9 +235,7 @@ def test_no_capacity_means_dropless():
 def test_what_does_not_train_here_is_said_in_one_line():
     """MindFormers shards experts over model shards too; here expert_parallel divides data_parallel."""
     found = convert({"parallel_config": {"data_parallel": 1, "model_parallel": 4, "expert_parallel": 4}})
-    assert report(found)[-2] == (
-        "to be changed: parallel.expert_parallel: 4; must divide moe.expert_num (1)"
-    )
+    assert report(found)[-2] == ("to be changed: parallel.expert_parallel: 4; must divide moe.expert_num (1)")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from switchyard.optional import is_installed
 ROOT = Path(__file__).resolve().parents[2]
 CLOSE = 1e-5
 
-pytestmark = pytest.mark.skipif(not is_installed("mindformers"), reason="needs mindformers: pip install mindformers==1.9.0")
+pytestmark = pytest.mark.skipif(
+    not is_installed("mindformers"), reason="needs mindformers: pip install mindformers==1.9.0"
+)
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,8 @@ SCALED = (
 INFERENCE = (
     "batch_size", "use_past", "block_size", "num_blocks", "is_dynamic", "max_decode_length", "max_length", "top_k",
     "top_p", "do_sample", "repetition_penalty", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
-    "temperature", "quantization_bit", "quantization_config", "pre_seq_len", "prefix_projection", "dispatch_global_max_bs",
+    "temperature", "quantization_bit", "quantization_config", "pre_seq_len", "prefix_projection",
+    "dispatch_global_max_bs",
 )  # fmt: skip
 OPERATORS = (
     "moe_grouped_gemm", "use_gmm", "moe_token_dispatcher_type", "moe_router_fusion", "moe_permute_fusion",
