@@ -132,8 +132,8 @@ install_package() {
     printf '%s\n' "$ROOT/src" >"$packages/switchyard-here.pth"
 }
 
-# set_up run | set_up tests: afterwards "$VENV/bin/python" has what requirements.txt, or requirements-test.txt, asks for,
-# and the package itself.
+# set_up run | set_up mindformers | set_up tests: afterwards "$VENV/bin/python" has what requirements.txt,
+# requirements-mindformers.txt or requirements-test.txt asks for, and the package itself.
 # The stamp of what is installed is written last, so that an interrupted set-up is seen and made anew.
 set_up() {
     local kind="$1" requirements="requirements.txt" files=(requirements.txt) stamp log start=$SECONDS
@@ -142,10 +142,16 @@ set_up() {
         export PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}"
         return
     fi
-    if [[ "$kind" == tests ]]; then
-        requirements="requirements-test.txt"
-        files=(requirements-test.txt requirements-docs.txt "${files[@]}")
-    fi
+    case "$kind" in
+        mindformers)
+            requirements="requirements-mindformers.txt"
+            files=(requirements-mindformers.txt "${files[@]}")
+            ;;
+        tests)
+            requirements="requirements-test.txt"
+            files=(requirements-test.txt requirements-docs.txt requirements-mindformers.txt "${files[@]}")
+            ;;
+    esac
     stamp="$VENV/complete-$kind"
     log="$VENV/install.log"
     if [[ ! -e "$VENV/installing" ]] && "$VENV/bin/python" -c "$RIGHT_VERSION" 2>/dev/null; then

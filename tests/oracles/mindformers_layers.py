@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 
 class Experts(nn.Cell):
-    """Feed-forward experts on slots that MindFormers has filled: [1, E, C, D] -> the same, weights [E, D, F], [E, F, D].
+    """Feed-forward experts on slots that MindFormers has filled [1, E, C, D]; weights [E, D, F] and [E, F, D].
 
     The stock experts of MindFormers 1.9 do not compile on CPU; `ffn` is where MoEV2 takes others.
     """
@@ -90,7 +90,8 @@ def their_layer(case: Case, own: nn.Cell) -> nn.Cell:
         expert_num=EXPERTS, num_experts_chosen=case.choices, routing_policy="TopkRouterV2",
         capacity_factor=case.room or -1.0, enable_sdrop=case.token_by_token, norm_topk_prob=case.normalised,
         use_gating_sigmoid=case.score == "sigmoid", routed_scaling_factor=case.factor, z_loss_factor=Z,
-        aux_loss_types=["expert"], aux_loss_factors=[case.balance], balance_via_topk_bias=case.bias is not None, **groups,
+        aux_loss_types=["expert"], aux_loss_factors=[case.balance],
+        balance_via_topk_bias=case.bias is not None, **groups,
     )  # fmt: skip
     experts = Experts(own.moe.experts.w_in.asnumpy(), own.moe.experts.w_out.asnumpy())
     layer = MoEV2(
@@ -105,7 +106,7 @@ def their_layer(case: Case, own: nn.Cell) -> nn.Cell:
 
 def results(layer: nn.Cell, x: Tensor, weights: list[Parameter]) -> list[np.ndarray]:
     """Returns output, auxiliary loss, and the gradients of x and of weights, of a loss that reads all of them."""
-    mix = Tensor(np.random.default_rng(5).normal(size=x.shape).astype(np.float32))
+    mix = Tensor(np.random.default_rng(5).normal(0, 0.3, size=x.shape).astype(np.float32))
 
     def loss(rows):
         out, extra = layer(rows)

@@ -15,8 +15,8 @@ from switchyard.interop.mindformers import quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, WARMUP, RATE = 20, 5, 4e-3
-MODEL = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "seq_length": 24}
-MOE = {"router": "top_k", "expert_num": 4, "num_experts_chosen": 2, "layers": 2, "capacity_factor": 1.0}
+MODEL = {"num_layers": 1, "hidden_size": 32, "num_heads": 4, "seq_length": 24}
+MOE = {"router": "top_k", "expert_num": 4, "num_experts_chosen": 2, "layers": 1, "capacity_factor": 1.0}
 LOSSES = {"aux_loss_factor": 0.02, "z_loss_factor": 0.002}
 
 BIAS = (0.3, -0.1, 0.2, 0.0, -0.3, 0.15, 0.05, -0.2)
@@ -85,7 +85,7 @@ def by_mindformers(folder: Path, path: Path) -> list[dict]:
     keys |= {f"lr_schedule.{key}": value for key, value in rates.items()}
     keys |= {"runner_config.batch_size": 4, "train_dataset.batch_size": 4, "output_dir": run}
     monitor = "type: SwitchyardMonitor, auto_register: switchyard_mindformers.SwitchyardMonitor, every: 1"
-    callbacks = f"[{{{monitor}, folder: {run}}}]"
+    callbacks = f"[{{{monitor}}}]"
     train(
         ROOT / "config/mindformers/quickstart.yaml",
         [f"{key}={value}" for key, value in keys.items()] + [f"callbacks={callbacks}"],
@@ -105,6 +105,8 @@ def main(folder: Path) -> None:
     found = {"after import": os.listdir()}
     path = text(folder / "text.txt")
     found |= {"own": by_train_py(folder, path), "theirs": by_mindformers(folder, path), "after training": os.listdir()}
+    found["run folder"] = os.listdir(folder / "theirs")
+    found["log"] = (folder / "theirs" / "mindformers.log").read_text().splitlines()[-5:]
     found |= layers()
     (folder / "found.json").write_text(json.dumps(found))
 

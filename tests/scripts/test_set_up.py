@@ -29,6 +29,7 @@ class Clone:
         (self.root / "requirements.txt").write_text("")
         (self.root / "requirements-test.txt").write_text("-r requirements.txt\n")
         (self.root / "requirements-docs.txt").write_text("")
+        (self.root / "requirements-mindformers.txt").write_text("-r requirements.txt\n")
         for name in ("train", "eval", "export", "infer"):
             (self.root / f"{name}.py").write_text(PRINT_ARGUMENTS)
         for name in NAMES:

@@ -9,7 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindformers import PretrainedConfig, PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.config import Config, build
@@ -119,7 +119,7 @@ class SwitchyardForCausalLM(PreTrainedModel):
         config: see SwitchyardConfig.
 
     Attributes:
-        figures: what the last training pass has found [W], see training.loss; only on one device.
+        figures: what the last training pass has found on all devices [W], see training.loss.
     """
 
     config_class = SwitchyardConfig
@@ -132,13 +132,20 @@ class SwitchyardForCausalLM(PreTrainedModel):
         self.decoder = create_model(full, config.vocab_size, mesh=self.mesh)
         self.mesh.place(self.decoder)
         self.train_loss = TrainLoss(self.decoder, full, self.mesh)
+        self.routers = routers_of(self.decoder)
+        if self.routers and ms.get_auto_parallel_context("enable_parallel_optimizer"):
+            raise UserError(
+                f"parallel.enable_parallel_optimizer: True; would divide the bias of router '{full.moe.router}': set "
+                "it to False"
+            )
         self.slices, self.width = self.decoder.noise_slices, full.model.hidden_size
         if self.slices and self.mesh is not LOCAL:
             key = "moe.jitter" if full.moe.jitter else "model.dropout or the router"
             raise UserError(f"{key}: draws noise, which MindFormers' Trainer does not shard: switch it off")
         self.uniform = ops.UniformReal(seed=config.seed % 2**31 or 1, seed2=1)
-        self.figures = Parameter(Tensor(np.zeros(figures_num(full), np.float32)), "figures", requires_grad=False)
-        self.keeps_figures = self.mesh is LOCAL or bool(__import__("os").environ.get("FIG"))
+        found = Tensor(np.zeros(figures_num(full), np.float32))
+        self.figures = Parameter(found, name="figures", requires_grad=False, parallel_optimizer=False)
+        self.keep = ops.Assign().shard(((1,), (1,)))  # in full on every device
         self.one = Tensor(np.ones((1, 1), np.float32))
         self.local_windows = self.windows
         self.shard_windows()
@@ -149,10 +156,7 @@ class SwitchyardForCausalLM(PreTrainedModel):
         if self.slices > 0:
             noise = self.draw(tokens)
         found = self.train_loss(tokens, labels, valid, noise, self.one)  # [W]
-        loss = found[LOSS]
-        if self.keeps_figures:
-            loss = ops.depend(loss, ops.assign(self.figures, ops.stop_gradient(found)))
-        return loss
+        return ops.depend(found[LOSS], self.keep(self.figures, ops.stop_gradient(found)))
 
     def draw(self, tokens: Tensor) -> Tensor:
         """Draws the noise of a pass over tokens [B, S]: [J, N, D] of U(0, 1)."""
@@ -180,11 +184,19 @@ class SwitchyardForCausalLM(PreTrainedModel):
         self.local_windows = mesh.local(self.windows, (pair,), (pair, pair, pair, mesh.noise), shapes, types)
 
 
+def routers_of(decoder: nn.Cell) -> list[nn.Cell]:
+    """Returns the routers that balance by a bias, one for each conditional layer; none where no router does."""
+    routers = [cell.router for _, cell in decoder.cells_and_names() if hasattr(cell, "train_dispatcher")]
+    return routers if any(router.state() for router in routers) else []
+
+
 def mesh_of(config: Config) -> LocalMesh:
     """Returns the mesh that MindFormers has set up (UserError: a mode of parallelism that this model does not know)."""
-    mode = ms.get_auto_parallel_context("parallel_mode")
+    mode, stages = ms.get_auto_parallel_context("parallel_mode"), config.parallel.pipeline_stage
     if mode == "semi_auto_parallel":
         refuse(refusals(config))
+        if stages > 1:
+            raise UserError(f"parallel_config.pipeline_stage: {stages}; only train.py makes stages of this model: 1")
         return CompiledMesh(config)
     if mode not in ("stand_alone", "data_parallel"):
         raise UserError(f"parallel.parallel_mode: {mode}; 0 (one device) or 1 (semi-automatic)")

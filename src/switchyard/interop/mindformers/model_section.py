@@ -6,7 +6,7 @@ MindFormers has several names for a key: those of its older models, and those of
 from typing import Any
 
 from switchyard.config.schema import ModelConfig
-from switchyard.interop.mindformers.reader import Reader
+from switchyard.interop.mindformers.reader import Left, Reader
 from switchyard.interop.mindformers.sections import NUMBER, SPEED, read_layers
 
 EXPERTS = ("num_experts", "n_routed_experts", "expert_num", "num_moe_experts")
@@ -40,7 +40,8 @@ SCALED = (
 INFERENCE = (
     "batch_size", "use_past", "block_size", "num_blocks", "is_dynamic", "max_decode_length", "max_length", "top_k",
     "top_p", "do_sample", "repetition_penalty", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
-    "temperature", "quantization_bit", "quantization_config", "pre_seq_len", "prefix_projection", "dispatch_global_max_bs",
+    "temperature", "quantization_bit", "quantization_config", "pre_seq_len", "prefix_projection",
+    "dispatch_global_max_bs",
 )  # fmt: skip
 OPERATORS = (
     "moe_grouped_gemm", "use_gmm", "moe_token_dispatcher_type", "moe_router_fusion", "moe_permute_fusion",
@@ -149,8 +150,10 @@ def read_attention(reader: Reader, section: dict[str, Any]) -> dict[str, Any]:
 
 
 def describes_experts(values: dict[str, Any]) -> bool:
-    """Returns whether a `model_config` describes experts itself."""
-    return any(values.get(name) for name in EXPERTS)
+    """Returns whether a `model_config` describes experts itself, maybe all but their number."""
+    return any(values.get(name) for name in (*EXPERTS, "num_experts_per_tok")) or any(
+        name.startswith("moe_") for name in values
+    )
 
 
 def read_experts(reader: Reader, num_layers: int) -> dict[str, Any]:
@@ -168,6 +171,8 @@ def read_experts(reader: Reader, num_layers: int) -> dict[str, Any]:
         **read_shared(reader),
         **read_layers(reader, num_layers),
     }
+    if section["expert_num"] is None:
+        reader.left.append(Left("model_config.num_experts", None, "stands in pretrained_model_dir: set moe.expert_num"))
     reader.leave("moe_layer_freq", "moe.layers says which layers are conditional", 1)
     reader.leave(("capacity_factor", "moe_expert_capacity_factor"), "MindFormers reads it nowhere in these models")
     reader.leave("moe_token_drop_policy", "MindFormers reads it nowhere in these models", False)

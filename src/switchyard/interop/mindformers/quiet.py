@@ -27,6 +27,12 @@ LINE = "%(asctime)s %(levelname)s %(message)s"
 FOLDERS = ("LOG_MF_PATH", "LOCAL_DEFAULT_PATH")  # where MindFormers writes, unless a configuration says more
 
 
+def of_rank(name: str) -> str:
+    """Returns the name of a file of this process: with the rank in it, but for the first process."""
+    rank, path = os.environ.get("RANK_ID", "0"), Path(name)
+    return name if rank == "0" else f"{path.stem}_rank_{rank}{path.suffix}"
+
+
 def require_installed() -> None:
     """Checks that MindFormers can be imported (UserError: it is missing, or of a version that was not tested)."""
     remedy = "pip install 'switchyard[mindformers]', or bash scripts/run_mindformers.sh, which installs it"
@@ -72,13 +78,14 @@ def logs_to(folder: Path) -> Iterator[Path]:
     known.append(f"{NAME}{folder}")  # the logger that LOG_MF_PATH names, which would be given handlers for stdout
     variables = {name: str(folder) for name in FOLDERS}
     variables |= {"REGISTER_PATH": str(REGISTER_PATH)}
-    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
+    log = folder / of_rank(LOG)
+    handler = logging.FileHandler(log, encoding="utf-8")
     handler.setFormatter(logging.Formatter(LINE))
     logging.getLogger(f"{NAME}{folder}").setLevel(logging.INFO)
     _replace_handlers(handler)
     try:
-        with _environment(variables), _modules_in(folder / CACHE), contextlib.redirect_stdout(handler.stream):
-            yield folder / LOG
+        with _environment(variables), _modules_in(folder / of_rank(CACHE)), contextlib.redirect_stdout(handler.stream):
+            yield log
     finally:
         _replace_handlers(logging.NullHandler())
 

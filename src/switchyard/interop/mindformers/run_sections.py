@@ -1,4 +1,4 @@
-"""Translates what MindFormers' files say of a run: optimizer, rates, runner, callbacks, device. No MindSpore in here."""
+"""Translates what files of MindFormers say of a run: optimizer, rates, batches, device. No MindSpore in here."""
 
 from typing import Any
 

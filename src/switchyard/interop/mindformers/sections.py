@@ -155,6 +155,8 @@ def read_parallel(reader: Reader) -> dict[str, Any]:
     micro = reader.take("micro_batch_num", default=1, kind=int)
     if section["pipeline_stage"] > 1:
         section["micro_batch_num"] = micro
+    else:
+        reader.skip("micro_batch_num")  # without stages MindFormers does not read it either
     for name in ("context_parallel", "seq_split_num", "ulysses_degree_in_cp"):
         reader.leave(name, "sequences are not split over devices", 1)
     reader.skip("gradient_aggregation_group", "vocab_emb_dp", "optimizer_shard", "context_parallel_algo", "mem_coeff")
