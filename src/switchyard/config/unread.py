@@ -117,6 +117,16 @@ def _by_network(config: Config) -> Iterator[Unread]:
             ("moe.record", "moe.replay"), "no layer is conditional, so no expert is chosen: leave it out", True
         )
         yield Unread(_all_but("moe", DECIDES), "no layer is conditional: moe.expert_num 1 or moe.layers []")
+    yield from _by_unit(config, network)
+    if network == "decoder":
+        yield from _by_positions(config)
+    everywhere = len(config.moe_layers) == config.all_layers
+    if everywhere and config.moe.moe_intermediate_size:
+        yield Unread(("model.intermediate_size",), "every layer is conditional and moe.moe_intermediate_size is set")
+
+
+def _by_unit(config: Config, network: str) -> Iterator[Unread]:
+    """Yields the keys of units of routing, and of shared experts, that the configuration does not have."""
     kind = config.granularity if config.moe_layers else ""
     for key, needs in (("vision.regions", "region"), ("vision.channel_groups", "channel")):
         if network == "vision" and kind != needs:
@@ -125,14 +135,15 @@ def _by_network(config: Config) -> Iterator[Unread]:
         yield Unread(("moe.slice_length",), "only moe.granularity 'slice' reads it: use that, or leave it out", True)
     if config.moe_layers and config.moe.shared_expert_num == 0:
         yield Unread(("moe.shared_intermediate_size",), "needs moe.shared_expert_num of 1 or more", True)
-    if network == "decoder" and config.model.position == "learned":
+
+
+def _by_positions(config: Config) -> Iterator[Unread]:
+    """Yields the keys of positions and windows that a decoder does not have."""
+    if config.model.position == "learned":
         yield Unread(("model.theta",), "only model.position 'rotary' reads it")
         yield Unread(_keys("model", ROTARY_KEYS), "only model.position 'rotary' reads it: leave it out", True)
-    if network == "decoder" and config.model.sliding_window is None:
+    if config.model.sliding_window is None:
         yield Unread(("model.window_layers",), "model.sliding_window is null: set it, or leave this out", True)
-    everywhere = len(config.moe_layers) == config.all_layers
-    if everywhere and config.moe.moe_intermediate_size:
-        yield Unread(("model.intermediate_size",), "every layer is conditional and moe.moe_intermediate_size is set")
 
 
 def _by_router(config: Config) -> Iterator[Unread]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from switchyard.config.seq2seq import END, SPECIALS
-from switchyard.data.tokenizer import Ids, Tokenizer, reconcile
+from switchyard.data.tokenizer import WRAPPED, Ids, Tokenizer, reconcile
 from switchyard.errors import UserError
 
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
@@ -78,6 +78,9 @@ class SentinelTokenizer(Tokenizer):
 
     def _encode_text(self, text: str) -> np.ndarray:
         return self.text.encode(text) + SPECIALS if text else np.zeros(0, np.int32)
+
+
+WRAPPED["sentinels"] = SentinelTokenizer.from_tree
 
 
 def text_json(tokenizer_json: str | None) -> str | None:

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in fo
 BYTES = 256  # values of a byte
 LONGEST = 256 << 20  # bytes of a tokenizer.json
 Ids = Sequence[int] | np.ndarray
+
+# kind of a tokenizer around another one -> what reads it: (parsed JSON, name for messages); see data.sentinels
+WRAPPED: dict[str, Callable[[dict[str, Any], str], "Tokenizer"]] = {}
 
 
 class Tokenizer(ABC):
@@ -92,10 +95,8 @@ class Tokenizer(ABC):
         if isinstance(tree, dict):
             if tree.get("kind") == "byte":
                 return ByteTokenizer()
-            if tree.get("kind") == "sentinels" and isinstance(tree.get("tokenizer"), dict):
-                from switchyard.data.sentinels import SentinelTokenizer  # which is a Tokenizer
-
-                return SentinelTokenizer.from_tree(tree, name)
+            if tree.get("kind") in WRAPPED and isinstance(tree.get("tokenizer"), dict):
+                return WRAPPED[tree["kind"]](tree, name)
             if tree.get("kind") == "char" and _is_alphabet(tree):
                 return CharTokenizer(tree["characters"], separated=tree.get("separated") is True)
             if "model" in tree:

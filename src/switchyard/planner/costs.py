@@ -34,7 +34,8 @@ from switchyard.training.limits import refusals, refuse
 
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate
 IN_PRODUCT_TYPE = (  # model.compute_dtype
-    *("q.weight", "kv.weight", "qkv.weight", "qkv.bias", "out.weight", "out.bias", "head.weight", "w_in", "w_gate", "w_out"),
+    *("q.weight", "kv.weight", "qkv.weight", "qkv.bias", "out.weight", "out.bias", "head.weight"),
+    *("w_in", "w_gate", "w_out"),
 )
 SENT = ("Send", "Receive")
 
