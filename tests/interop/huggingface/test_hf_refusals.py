@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from oracles.hf_models import CASES, FIXTURES, changed, config_of
 from safetensors.numpy import load_file, save_file
 
-from switchyard.config import Config
 from switchyard.data import Tokenizer
 from switchyard.errors import UserError
 from switchyard.interop.huggingface.exporter import export_model
 from switchyard.interop.huggingface.families import FAMILIES
 from switchyard.interop.huggingface.importer import import_model
+from switchyard.interop.huggingface.rotary import OFFERED
 
 
 def _refusal(model: Path, out: Path, **more) -> str:
@@ -37,6 +37,8 @@ def _refusal(model: Path, out: Path, **more) -> str:
         ({"model_type": "gpt_oss"}, "model_type: gpt_oss; attention sinks is not offered"),
         ({"model_type": "falcon"}, "model_type: 'falcon'; not offered; one of llama, mistral, "),
         ({"model_type": None}, "model_type: None; not offered"),
+        ({"model_type": []}, "model_type: []; not offered"),
+        ({"rope_scaling": {"type": []}}, "rope_scaling: [] is not offered; one of linear, llama3, yarn"),
         ({"quantization_config": {"quant_method": "gptq"}}, "config.json: quantization_config; quantised"),
         ({"hidden_act": "gelu"}, "config.json: hidden_act: 'gelu'; only silu (SwiGLU) is offered"),
         ({"kv_lora_rank": 8}, "config.json: kv_lora_rank: 8; multi-head latent attention (MLA) is not offered"),
@@ -263,15 +265,23 @@ ANYTHING = st.recursive(
 )
 
 
+SCALINGS = st.dictionaries(
+    st.sampled_from(["type", "rope_type", "rope_theta", *sorted({key for keys in OFFERED.values() for key in keys})]),
+    st.sampled_from([*OFFERED, "default", "dynamic"]) | st.floats(0, 100) | st.integers(-3, 100) | ANYTHING,
+    max_size=8,
+)
+
+
 @given(st.sampled_from(CASES), st.data())
-def test_any_value_of_any_key_is_a_configuration_or_one_line(case, data):
+def test_any_value_of_any_key_is_one_line_or_a_configuration_that_can_be_written(case, data):
     tree = config_of(FIXTURES / case)
     family = FAMILIES[tree["model_type"]]
     for key in data.draw(st.lists(st.sampled_from(sorted({*tree, *family.defaults})), min_size=1, max_size=3)):
-        tree[key] = data.draw(ANYTHING)
+        tree[key] = data.draw(SCALINGS if key == "rope_scaling" else ANYTHING)
     try:
         config, lines = family.read(tree)
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert isinstance(config, Config) and all(isinstance(line, str) for line in lines)
+        assert all(isinstance(line, str) for line in lines)
+        assert family.unfit(config) is None

@@ -194,7 +194,7 @@ NOT_OFFERED = {
 
 def family_of(model_type: Any) -> Family:
     """Returns the family of a model_type (UserError: there is none; it says why where that is known)."""
-    if model_type in NOT_OFFERED:
+    if isinstance(model_type, str) and model_type in NOT_OFFERED:
         raise UserError(f"model_type: {model_type}; {NOT_OFFERED[model_type]} is not offered")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"model_type: {represented(model_type)}; not offered; one of {', '.join(FAMILIES)}")

@@ -25,7 +25,7 @@ def read_rotary(keys: "Keys") -> dict[str, Any]:
     kind = None if scaling is None else scaling.get("rope_type", scaling.get("type", "default"))
     if kind in (None, "default"):
         return {"theta": theta}
-    if kind not in OFFERED:
+    if not isinstance(kind, str) or kind not in OFFERED:
         offered = ", ".join(OFFERED)
         raise UserError(f"config.json: rope_scaling: {represented(kind)} is not offered; one of {offered}")
     for key in scaling:
