@@ -95,8 +95,7 @@ def read_own(reader: Reader) -> dict[str, dict[str, Any]]:
         "model": {name: value for name, value in model.items() if value is not None},
         "moe": reader.take("moe", default={}, kind=dict),
     }
-    reader.leave("vocab_size", "data.tokenizer decides the vocabulary")
-    reader.skip(*OWN_FILES)
+    reader.skip("vocab_size", *OWN_FILES)  # of data.tokenizer
     seed = reader.take("seed", kind=int)
     return sections if seed is None else sections | {"train": {"seed": seed}}
 

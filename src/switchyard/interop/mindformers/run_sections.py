@@ -86,7 +86,9 @@ def read_run(theirs: dict[str, Any], tree: dict[str, dict[str, Any]]) -> list[Re
         if not isinstance(section, dict):
             raise UserError(f"{name}: {represented(section)}; must be a mapping of keys")
         readers[name] = Reader(name, section)
-    train = read_runner(readers["runner_config"], tree) | read_callbacks(theirs.get("callbacks") or [])
+    train = read_runner(readers["runner_config"], tree, uses_own_data(theirs)) | read_callbacks(
+        theirs.get("callbacks") or []
+    )
     train |= {key: theirs[key] for key in ("seed", "output_dir") if theirs.get(key) is not None}
     train |= tree.pop("train", {})  # of a model of this package
     readers["data_loader"] = read_own_data(theirs.get("train_dataset"), tree, train)
@@ -110,13 +112,17 @@ def read_own_data(dataset: Any, tree: dict[str, dict[str, Any]], train: dict[str
     tree["data"] = tree.get("data", {}) | {name: value for name, value in found.items() if value is not None}
     steps = reader.take("steps", kind=int)
     if steps is not None:
-        train.setdefault("steps", steps)
+        train.setdefault("steps", steps * train.pop("epochs", 1))
+    train.pop("epochs", None)
     reader.skip("type", "auto_register", "seq_length", "seed")
     return reader
 
 
-def read_runner(reader: Reader, tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Reads batches and steps; the batch of all devices goes into the section `data`."""
+def read_runner(reader: Reader, tree: dict[str, dict[str, Any]], counted: bool) -> dict[str, Any]:
+    """Reads batches and steps; the batch of all devices goes into the section `data`.
+
+    `counted`: the steps of an epoch are known, and the result has `epochs`.
+    """
     size = reader.take("batch_size", kind=int)
     if size is not None:
         tree["data"] = {"batch_size": size * tree.get("parallel", {}).get("data_parallel", 1)}
@@ -124,6 +130,8 @@ def read_runner(reader: Reader, tree: dict[str, dict[str, Any]]) -> dict[str, An
     stop = reader.take("stop_step", kind=int)
     if stop:
         train["steps"] = stop
+    elif counted:
+        train["epochs"] = reader.take("epochs", default=1, kind=int)
     else:
         reader.leave("epochs", "train.steps counts optimizer steps: set it")
     reader.skip("sink_mode", "sink_size", "num_classes")
