@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from switchyard import cli
-from switchyard.config import build
+from switchyard.config import build, load
 from switchyard.config.loader import read_sections
 from switchyard.errors import UserError
 from switchyard.interop.mindformers.__main__ import main
@@ -179,6 +179,19 @@ def test_a_newer_model():
     assert (moe.losses, moe.aux_loss_factor, moe.dispatch) == ({"sequence": 0.0001}, 0.0, "dropless")
     assert (moe.shared_expert_num, moe.layers) == (2, [2, 3, 4, 5])
     assert (config.model.activation, config.model.theta, config.model.n_kv_heads) == ("swiglu", 1e6, 4)
+
+
+def test_the_file_of_the_repository_means_its_quickstart_without_noise():
+    """config/mindformers/quickstart.yaml against config/quickstart.yaml, whose jitter train.py draws otherwise."""
+    folder = Path(__file__).parents[2] / "config"
+    found = convert(read_sections(folder / "mindformers/quickstart.yaml"))
+    theirs, own = build(found.tree), load(folder / "quickstart.yaml", ["moe.jitter=0", "train.steps=200"])
+    assert theirs.model == own.model
+    assert theirs.moe == own.moe
+    assert (theirs.optimizer, theirs.data) == (own.optimizer, own.data)
+    for step in (1, 50, 100, 150, 200):
+        assert learning_rate(theirs, step) == pytest.approx(learning_rate(own, step), rel=1e-9)
+    assert [one.key for one in found.left if one.why == UNKNOWN] == []
 
 
 @pytest.mark.parametrize(("text", "unknown"), [(OLDER, "moe_config.colour"), (NEWER, "model_config.flavour")])

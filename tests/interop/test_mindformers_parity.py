@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from switchyard.interop.mindformers.sections import SPEED
 from switchyard.optional import is_installed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +66,18 @@ def test_loads_and_drops_are_those_of_train_py(probe):
     assert [line["load"] for line in own] == [line["load"] for line in theirs]
     assert own[0]["dropped"] == pytest.approx(theirs[0]["dropped"])
     assert own[0]["dropped"] > 0
+
+
+def test_keys_that_cannot_be_followed_are_refused_in_one_line(probe):
+    assert probe[0]["refused"] == {
+        "taken": "4",
+        "unknown": "model.model_config.colour: 'red'; unknown key",
+        "two places": "model.model_config.moe: given beside moe_config; describe the experts in one of the two",
+        "speed": f"moe_config.comp_comm_parallel: True; {SPEED}; leave it out",
+        "context": "parallel_config.context_parallel: 2; sequences are not split over devices; leave it out",
+        "per token": "calculate_per_token_loss: True; the loss of this model is a mean already: set it to False",
+        "law": "model.num_heads: 4; must divide model.hidden_size (30)",
+    }
 
 
 def test_layers_equal_mindformers_moev2(probe):

@@ -99,6 +99,34 @@ def lines(run: Path) -> list[dict]:
     return [line for line in found if line["kind"] == "train"]
 
 
+def refusals() -> dict[str, str]:
+    """Returns what a model's configuration says to keys that this package cannot follow, by a name of the case."""
+    from mindformers.modules.transformer.moe import MoEConfig
+    from mindformers.modules.transformer.transformer import TransformerOpParallelConfig
+
+    from switchyard.errors import UserError
+    from switchyard.interop.mindformers.model import SwitchyardConfig
+
+    experts = MoEConfig(expert_num=4, num_experts_chosen=2, routing_policy="TopkRouterV2")
+    fast = MoEConfig(expert_num=4, num_experts_chosen=2, comp_comm_parallel=True)
+    cases = {
+        "unknown": {"colour": "red"},
+        "two places": {"moe": {"expert_num": 4}, "moe_config": experts},
+        "speed": {"moe_config": fast},
+        "context": {"parallel_config": TransformerOpParallelConfig(context_parallel=2)},
+        "per token": {"calculate_per_token_loss": True},
+        "law": {"hidden_size": 30, "num_heads": 4},
+    }
+    found = {"taken": str(SwitchyardConfig(moe_config=experts).switchyard.moe.expert_num)}
+    for name, keys in cases.items():
+        try:
+            SwitchyardConfig(**keys)
+            found[name] = "taken"
+        except UserError as error:
+            found[name] = str(error)
+    return found
+
+
 def main(folder: Path) -> None:
     """Does all of it."""
     quiet.load()
@@ -107,7 +135,7 @@ def main(folder: Path) -> None:
     found |= {"own": by_train_py(folder, path), "theirs": by_mindformers(folder, path), "after training": os.listdir()}
     found["run folder"] = os.listdir(folder / "theirs")
     found["log"] = (folder / "theirs" / "mindformers.log").read_text().splitlines()[-5:]
-    found |= layers()
+    found |= layers() | {"refused": refusals()}
     (folder / "found.json").write_text(json.dumps(found))
 
 

@@ -150,8 +150,8 @@ class MoEConfig(Section):
     )
     drop_order: Literal["position", "token", "probability", "batch_priority", "random"] = Field(
         "position",
-        description="which choices keep a slot when an expert is full: in token order, all first choices before any "
-        "second; token by token; by largest gate; by router confidence (batch priority); or at random",
+        description="choices that keep a slot in a full expert: first choices in token order, token by token, by "
+        "largest gate, by surest row, or at random",
     )
     min_capacity: Positive = Field(1, description="smallest number of slots of an expert")
     reroute: NotNegative = Field(

@@ -10,7 +10,7 @@ from switchyard.config import build
 from switchyard.config.loader import read_sections
 from switchyard.errors import UserError, shortened
 from switchyard.file_errors import writing
-from switchyard.interop.mindformers.model_section import describes_experts, read_experts, read_model
+from switchyard.interop.mindformers.model_section import describes_experts, read_experts, read_model, read_own
 from switchyard.interop.mindformers.reader import UNKNOWN, Left, Reader
 from switchyard.interop.mindformers.run_sections import read_run, read_top
 from switchyard.interop.mindformers.sections import read_moe, read_parallel
@@ -59,9 +59,12 @@ def convert(theirs: dict[str, Any]) -> Converted:
     of_model = Reader("model_config", section_of(model, "model_config"))
     of_moe = Reader("moe_config", section_of(theirs, "moe_config"))
     of_parallel = Reader("parallel_config", section_of(theirs, "parallel_config"))
-    tree = {"model": read_model(of_model)} if of_model.values else {}
+    own = of_model.values.get("type") == "SwitchyardConfig"
+    tree = read_own(of_model) if own else {"model": read_model(of_model)} if of_model.values else {}
     layers = tree.get("model", {}).get("num_layers", 4)
-    if describes_experts(of_model.values):
+    if own and tree["moe"]:
+        of_moe.leave(tuple(of_moe.values), "model_config.moe describes the experts")
+    elif describes_experts(of_model.values):
         tree["moe"] = read_experts(of_model, layers)
         of_moe.leave(tuple(of_moe.values), "model_config describes the experts, and MindFormers reads that")
     elif of_moe.values:

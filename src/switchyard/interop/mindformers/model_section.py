@@ -88,6 +88,18 @@ def read_model(reader: Reader) -> dict[str, Any]:
     return {name: value for name, value in section.items() if value is not None}
 
 
+def read_own(reader: Reader) -> dict[str, dict[str, Any]]:
+    """Reads the `model_config` of SwitchyardConfig: keys of this package under their own names."""
+    model = {name: reader.take(name) for name in ModelConfig.model_fields if name != "type"}
+    sections = {
+        "model": {name: value for name, value in model.items() if value is not None},
+        "moe": reader.take("moe", default={}, kind=dict),
+    }
+    reader.skip("vocab_size", *OWN_FILES)  # of data.tokenizer
+    seed = reader.take("seed", kind=int)
+    return sections if seed is None else sections | {"train": {"seed": seed}}
+
+
 def read_activation(reader: Reader) -> dict[str, Any]:
     """Reads the non-linearity of the feed-forward."""
     theirs = reader.take("hidden_act", "activation_func", kind=str)

@@ -9,6 +9,7 @@ from switchyard.interop.mindformers.sections import NUMBER
 CURVES = {"CosineWithWarmUpLR": "cosine", "LinearWithWarmUpLR": "linear", "ConstantWarmUpLR": "constant"}
 LATE = "the first update has warmup_lr_init there: each rate comes one step earlier here"
 TEXT = "give data.path: text, or a folder of python -m switchyard.data.prepare"
+OWN_LOADER, DATASETS = "SwitchyardDataLoader", ("train_dataset", "train_dataset_task")
 OURS = ("model", "moe_config", "parallel_config", "optimizer", "lr_schedule", "runner_config", "runner_wrapper",
         "recompute_config", "context", "callbacks", "parallel", "seed", "output_dir")  # fmt: skip
 # keys of the whole file that have no counterpart -> (a value that changes nothing, why)
@@ -54,12 +55,19 @@ def read_top(theirs: dict[str, Any], model: dict[str, Any]) -> tuple[list[Left],
         usual, why = TOP.get(key, (None, UNKNOWN))
         if key in OURS or value in (None, usual):
             continue
-        if key in FORMATS:
+        if key in FORMATS or (key in DATASETS and uses_own_data(theirs)):
             decided.append(key)
         else:
             left.append(Left(key, value, why))
     others = [key for key in model if key not in ("model_config", "arch")]
     return left + [Left(f"model.{key}", model[key], UNKNOWN) for key in others], decided
+
+
+def uses_own_data(theirs: dict[str, Any]) -> bool:
+    """Returns whether the training text comes through SwitchyardDataLoader."""
+    dataset = theirs.get("train_dataset")
+    loader = dataset.get("data_loader") if isinstance(dataset, dict) else None
+    return isinstance(loader, dict) and loader.get("type") == OWN_LOADER
 
 
 def read_run(theirs: dict[str, Any], tree: dict[str, dict[str, Any]]) -> list[Reader]:
@@ -78,10 +86,12 @@ def read_run(theirs: dict[str, Any], tree: dict[str, dict[str, Any]]) -> list[Re
         if not isinstance(section, dict):
             raise UserError(f"{name}: {represented(section)}; must be a mapping of keys")
         readers[name] = Reader(name, section)
-    train = read_runner(readers["runner_config"], tree) | read_callbacks(theirs.get("callbacks") or [])
-    for key in ("seed", "output_dir"):
-        if theirs.get(key) is not None:
-            train[key] = theirs[key]
+    train = read_runner(readers["runner_config"], tree, uses_own_data(theirs)) | read_callbacks(
+        theirs.get("callbacks") or []
+    )
+    train |= {key: theirs[key] for key in ("seed", "output_dir") if theirs.get(key) is not None}
+    train |= tree.pop("train", {})  # of a model of this package
+    readers["data_loader"] = read_own_data(theirs.get("train_dataset"), tree, train)
     schedule = read_schedule(readers["lr_schedule"], train)
     optimizer = read_optimizer(readers["optimizer"], readers["runner_wrapper"], train, schedule)
     parallel = read_degrees(readers["parallel"], readers["recompute_config"])
@@ -93,8 +103,26 @@ def read_run(theirs: dict[str, Any], tree: dict[str, dict[str, Any]]) -> list[Re
     return list(readers.values())
 
 
-def read_runner(reader: Reader, tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Reads batches and steps; the batch of all devices goes into the section `data`."""
+def read_own_data(dataset: Any, tree: dict[str, dict[str, Any]], train: dict[str, Any]) -> Reader:
+    """Reads the text of SwitchyardDataLoader into the section `data`; other loaders have no counterpart, see TOP."""
+    if not uses_own_data({"train_dataset": dataset}):
+        return Reader("data_loader", {})
+    reader = Reader("train_dataset.data_loader", dataset["data_loader"])
+    found = {name: reader.take(name) for name in ("path", "tokenizer", "val_fraction")}
+    tree["data"] = tree.get("data", {}) | {name: value for name, value in found.items() if value is not None}
+    steps = reader.take("steps", kind=int)
+    if steps is not None:
+        train.setdefault("steps", steps * train.pop("epochs", 1))
+    train.pop("epochs", None)
+    reader.skip("type", "auto_register", "seq_length", "seed")
+    return reader
+
+
+def read_runner(reader: Reader, tree: dict[str, dict[str, Any]], counted: bool) -> dict[str, Any]:
+    """Reads batches and steps; the batch of all devices goes into the section `data`.
+
+    `counted`: the steps of an epoch are known, and the result has `epochs`.
+    """
     size = reader.take("batch_size", kind=int)
     if size is not None:
         tree["data"] = {"batch_size": size * tree.get("parallel", {}).get("data_parallel", 1)}
@@ -102,6 +130,8 @@ def read_runner(reader: Reader, tree: dict[str, dict[str, Any]]) -> dict[str, An
     stop = reader.take("stop_step", kind=int)
     if stop:
         train["steps"] = stop
+    elif counted:
+        train["epochs"] = reader.take("epochs", default=1, kind=int)
     else:
         reader.leave("epochs", "train.steps counts optimizer steps: set it")
     reader.skip("sink_mode", "sink_size", "num_classes")
