@@ -47,8 +47,8 @@ def logits_of(path) -> np.ndarray:
         TOP_2,
         TOP_2 | {"router": "sigmoid", "aux_loss_factor": 0, "shared_expert_num": 1},
         TOP_2 | {"moe_intermediate_size": 32, "expert_num": 8, "num_experts_chosen": 4},  # two copies of two slices
-        {"router": "hash", "expert_num": 4, "dispatch": "dropless"},
-        {"router": "dense", "expert_num": 4},
+        pytest.param({"router": "hash", "expert_num": 4, "dispatch": "dropless"}, marks=pytest.mark.long),
+        pytest.param({"router": "dense", "expert_num": 4}, marks=pytest.mark.long),
     ],
     ids=["top_2", "sigmoid and shared", "finer experts", "hash", "dense"],
 )

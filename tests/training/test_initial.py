@@ -7,8 +7,9 @@ from oracles.tiny_run import losses_of, run_config, write_text
 
 from switchyard.checkpoint import store as checkpoint
 from switchyard.config import build
+from switchyard.data import Tokenizer
 from switchyard.errors import UserError
-from switchyard.training.initial import check_fits, read_initial
+from switchyard.training.initial import check_fits, is_the_same, read_initial
 from switchyard.training.loop import train
 
 MOE = {"expert_num": 4, "router": "top_k", "num_experts_chosen": 2}
@@ -113,3 +114,11 @@ def test_keys_that_change_what_the_weights_compute_are_said(folder, capsys):
         folder / "runs" / "source", build(config.model_dump() | {"model": config.model.model_dump() | {"theta": 5e5}})
     )
     assert "init: model.theta: 10000.0 -> 500000.0\n" in capsys.readouterr().out
+
+
+def test_a_copy_of_the_same_tokenizer_is_no_change_to_tell(tmp_path):
+    known = Tokenizer.from_json('{"kind": "char", "characters": "ab", "separated": false}')
+    (tmp_path / "same.json").write_text(known.to_json())
+    (tmp_path / "other.json").write_text('{"kind": "byte"}')
+    found = [is_the_same(str(tmp_path / name), known) for name in ("same.json", "other.json", "gone.json")]
+    assert found == [True, False, False] and not is_the_same("char", known)

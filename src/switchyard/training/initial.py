@@ -16,6 +16,7 @@ from switchyard.checkpoint.adapters import merged
 from switchyard.checkpoint.store import Checkpoint
 from switchyard.config import Config
 from switchyard.data import Tokenizer
+from switchyard.data.tokenizer import read_tokenizer
 from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.processes import is_first, own_rank
 from switchyard.errors import UserError
@@ -109,12 +110,19 @@ def with_tokenizer(config: Config, held: Checkpoint, run: Path) -> Config:
     """Returns the configuration with data.tokenizer as the source has it; a tokenizer.json is the run's own copy."""
     if config.model.type in ("vision", "cascade"):  # which have classes
         return config
-    kind = Tokenizer.from_json(held.tokenizer_json, "of the checkpoint").kind
-    name = kind if kind in ("byte", "char") else os.fspath(run / checkpoint.TOKENIZER)
-    before = config.data.tokenizer
-    if name != before and before != type(config.data)().tokenizer and is_first():
+    own, before = Tokenizer.from_json(held.tokenizer_json, "of the checkpoint"), config.data.tokenizer
+    name = own.kind if own.kind in ("byte", "char") else os.fspath(run / checkpoint.TOKENIZER)
+    if before not in (name, type(config.data)().tokenizer) and not is_the_same(before, own) and is_first():
         print(f"init: data.tokenizer: {before} -> {name}, taken over from '{held.path}'", flush=True)
     return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": name})})
+
+
+def is_the_same(name: str, tokenizer: Tokenizer) -> bool:
+    """Returns whether data.tokenizer names a file that gives the ids of a tokenizer."""
+    try:
+        return name not in ("byte", "char") and read_tokenizer(name).fingerprint == tokenizer.fingerprint
+    except UserError:  # no such file
+        return False
 
 
 def first_state(held: Checkpoint) -> dict[str, Any]:

@@ -442,7 +442,7 @@ class Trainer:
         """Writes a checkpoint of this step, if there is none yet."""
         if self.saved == self.done:
             return
-        if self.recorder:
+        if self.recorder and self.done:
             self.recorder.save()
         config = self.config
         epoch, window = self.data.train.course.after(self._read())
