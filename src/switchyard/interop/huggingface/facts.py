@@ -12,6 +12,9 @@ MOE_KEYS = (
     *("expert_num", "num_experts_chosen", "experts", "dispatcher", "copies", "eval_capacity_factor", "force_balance"),
     "use_shared_expert_gating",
 )
+NOT_OF_T5 = {
+    f"model.{key}" for key in ("position", "theta", "partial_rotary", "n_kv_heads", "rotary_scaling", "sliding_window")
+}
 
 
 def decoder_facts(config: Config) -> dict[str, Any]:
@@ -34,8 +37,8 @@ def decoder_facts(config: Config) -> dict[str, Any]:
 
 def seq2seq_facts(config: Config) -> dict[str, Any]:
     """Returns the same of an encoder-decoder, whose positions are those of the section `seq2seq`."""
-    own, gone = config.seq2seq, ("position", "theta", "partial_rotary", "n_kv_heads", "rotary_scaling", "sliding_window")
-    facts = {key: value for key, value in decoder_facts(config).items() if key not in {f"model.{name}" for name in gone}}
+    own = config.seq2seq
+    facts = {key: value for key, value in decoder_facts(config).items() if key not in NOT_OF_T5}
     if len(config.moe_layers) < config.all_layers:
         facts["model.intermediate_size"] = config.dense_width
     return facts | {

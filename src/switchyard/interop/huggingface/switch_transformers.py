@@ -11,7 +11,7 @@ width of an expert.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -62,7 +62,13 @@ STACKS = ("encoder", "decoder")
 QUIET = {  # beyond settings.SILENT: what is derived, or says nothing about the outputs of our model
     *("is_encoder_decoder", "add_router_probs", "router_ignore_padding_tokens", "task_specific_params", "n_positions"),
 }  # fmt: skip
-OTHER = {"num_decoder_layers": None, "d_kv": 64, "dense_act_fn": "relu", "expert_capacity": 64, "router_dtype": "float32"}
+OTHER = {
+    "num_decoder_layers": None,
+    "d_kv": 64,
+    "dense_act_fn": "relu",
+    "expert_capacity": 64,
+    "router_dtype": "float32",
+}
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 UNUSED_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
@@ -76,8 +82,10 @@ class SwitchTransformers(Family):
 
     model_type, architecture, sparse = "switch_transformers", "SwitchTransformersForConditionalGeneration", True
     loader = "AutoModelForSeq2SeqLM"
-    tokenizer_settings = {"pad_token": "<pad>", "eos_token": "</s>"}
-    defaults = {key: usual for key, (_, _, usual) in (NAMES | SPARSE_NAMES).items()} | ALWAYS | OTHER
+    tokenizer_settings: ClassVar[dict[str, Any]] = {"pad_token": "<pad>", "eos_token": "</s>"}
+    defaults: ClassVar[dict[str, Any]] = (
+        {key: usual for key, (_, _, usual) in (NAMES | SPARSE_NAMES).items()} | ALWAYS | OTHER
+    )
     defaults |= {f"num_sparse_{name}_layers": 3 for name in STACKS}
 
     def read(self, tree: dict[str, Any], name: str = "imported") -> tuple[Config, list[str]]:
