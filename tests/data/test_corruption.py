@@ -13,6 +13,7 @@ from switchyard.data.sentinels import SentinelTokenizer
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from switchyard.errors import UserError
 
+TOKENIZER = SentinelTokenizer(ByteTokenizer(), 100)  # 358 entries
 FIRST = 1000  # id of <extra_id_0>; text has lower ids
 shares = st.sampled_from([(0.15, 3.0), (0.5, 1.0), (0.3, 8.0), (0.9, 2.0)])
 
@@ -95,23 +96,23 @@ def test_a_window_fills_the_input_and_a_longer_one_does_not_fit(inputs, share):
 
 def test_a_batch_is_a_pure_function_of_seed_and_index_and_ranks_share_it():
     config, stream = config_of(batch=4), np.random.default_rng(0).integers(0, 200, 400)
-    batches = CorruptedBatches(stream, config, 358)
+    batches = CorruptedBatches(stream, config, TOKENIZER)
     far = batches.batches_per_epoch + 1  # of the second epoch
-    again = CorruptedBatches(stream, config, 358)
+    again = CorruptedBatches(stream, config, TOKENIZER)
     for index in (far, 0, 2):
         for one, other in zip(batches.at(index), again.at(index)):
             np.testing.assert_array_equal(one, other)
-    ranks = [CorruptedBatches(stream, config, 358, rank, 2) for rank in range(2)]
+    ranks = [CorruptedBatches(stream, config, TOKENIZER, rank, 2) for rank in range(2)]
     for field in range(3):
         halves = np.concatenate([rank.at(far)[field] for rank in ranks])
         np.testing.assert_array_equal(halves, batches.at(far)[field])
-    other_seed = CorruptedBatches(stream, config_of(batch=4, seed=2), 358)
+    other_seed = CorruptedBatches(stream, config_of(batch=4, seed=2), TOKENIZER)
     assert not np.array_equal(other_seed.at(0).tokens, batches.at(0).tokens)
 
 
 def test_a_batch_holds_the_input_then_what_the_decoder_has_read_before_each_label():
     config, stream = config_of(), np.random.default_rng(0).integers(0, 200, 300)
-    batch = CorruptedBatches(stream, config, 358).at(0)
+    batch = CorruptedBatches(stream, config, TOKENIZER).at(0)
     length = config.model.seq_length
     assert batch.tokens.shape == (2, length + config.target_length) and batch.labels.shape == batch.valid.shape
     assert batch.tokens[:, length].tolist() == [PAD, PAD]
@@ -121,14 +122,14 @@ def test_a_batch_holds_the_input_then_what_the_decoder_has_read_before_each_labe
 
 def test_validation_reads_every_token_once_and_is_always_corrupted_alike():
     config, stream = config_of(), np.random.default_rng(0).integers(0, 200, 95)
-    batches = CorruptedEvalBatches(stream, config, 358)
+    batches = CorruptedEvalBatches(stream, config, TOKENIZER)
     length, found = config.model.seq_length, []
     for batch in batches:
         for inputs, labels, valid in zip(batch.tokens[:, :length], batch.labels, batch.valid):
             if valid.any():
                 found += joined_ids(inputs[inputs != PAD], labels[valid > 0], 357)
     assert found == (stream + SPECIALS).tolist()
-    other = CorruptedEvalBatches(stream, config_of(seed=5), 358)
+    other = CorruptedEvalBatches(stream, config_of(seed=5), TOKENIZER)
     np.testing.assert_array_equal(other.at(0).tokens, batches.at(0).tokens)
     with pytest.raises(IndexError):
         batches.at(len(batches))

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from switchyard.config import Config
-from switchyard.config.seq2seq import SPECIALS
 from switchyard.data import fingerprint, mindrecord
 from switchyard.data.batches import Batch, EvalBatches, TrainBatches
 from switchyard.data.corpus import Corpus, load_text
 from switchyard.data.corruption import CorruptedBatches, CorruptedEvalBatches, require_window, targets_of
 from switchyard.data.given import load_scored
 from switchyard.data.images import Classes, ImageBatch, ImageBatches, ImageEvalBatches, classes_of, load_split
-from switchyard.data.sentinels import text_json, with_sentinels
+from switchyard.data.sentinels import SentinelTokenizer, text_json, with_sentinels
 from switchyard.data.stream_decoder import StreamDecoder
 from switchyard.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, reconcile, unknown_note
 from switchyard.errors import UserError
@@ -98,10 +97,10 @@ def load_data(
     tokenizer, source, stream, count, description, marks = found
     if config.model.type == "seq2seq":
         tokenizer = with_sentinels(tokenizer, config.seq2seq.sentinels, tokenizer_json)
-        count = counts_behind(count, config)
+        count = counts_behind(count, tokenizer)
         if isinstance(source, np.ndarray):
             require_window(config, len(source), "the training text")
-        train = CorruptedBatches(source, config, tokenizer.vocab_size, rank, world)
+        train = CorruptedBatches(source, config, tokenizer, rank, world)
     else:
         batch_size, seq_length = config.data.batch_size // world, config.model.seq_length
         train = TrainBatches(source, batch_size, seq_length, config.train.seed, rank, world)
@@ -135,14 +134,14 @@ def text_data(
 
 def corrupted_data(config: Config, tokenizer: Tokenizer, stream: np.ndarray, description: str, train, **more) -> Data:
     """Returns the Data of a validation stream whose spans are corrupted; predictions and bytes are those of targets."""
-    batches = CorruptedEvalBatches(stream, config, tokenizer.vocab_size)
+    batches = CorruptedEvalBatches(stream, config, tokenizer)
     targets = [0, 0]
     for labels in targets_of(batches):
         targets = [targets[0] + len(labels), targets[1] + tokenizer.byte_length(labels)]
     return Data(
         tokenizer=tokenizer,
         train=train,
-        validation=lambda: CorruptedEvalBatches(stream, config, tokenizer.vocab_size),
+        validation=lambda: CorruptedEvalBatches(stream, config, tokenizer),
         validation_tokens=targets[0],
         validation_bytes=max(targets[1], 1),
         description=f"{description}; windows of {config.window} become {batches.lengths}",
@@ -150,9 +149,9 @@ def corrupted_data(config: Config, tokenizer: Tokenizer, stream: np.ndarray, des
     )
 
 
-def counts_behind(count: Callable[[], np.ndarray], config: Config) -> Callable[[], np.ndarray]:
+def counts_behind(count: Callable[[], np.ndarray], tokenizer: SentinelTokenizer) -> Callable[[], np.ndarray]:
     """Returns what counts the ids of text in a vocabulary with sentinels, which text itself does not have."""
-    return lambda: np.pad(count(), (SPECIALS, config.seq2seq.sentinels))
+    return lambda: tokenizer.counted(count())
 
 
 def image_data(

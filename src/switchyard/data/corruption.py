@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from switchyard.config import Config
-from switchyard.config.seq2seq import END, PAD, SPECIALS, Seq2SeqConfig
+from switchyard.config.seq2seq import END, PAD, Seq2SeqConfig
 from switchyard.data.batches import Batch, EvalBatches, Source, TrainBatches
+from switchyard.data.sentinels import SentinelTokenizer
 from switchyard.errors import UserError
 
 CORRUPTION_STREAM = 0x7370_616E  # sets these draws apart from other draws of the same seed
@@ -60,11 +61,11 @@ class Corruption:
 
     Args:
         config: seq2seq, lengths.
-        vocab_size: of the tokenizer with sentinels.
+        tokenizer: has the sentinels.
     """
 
-    def __init__(self, config: Config, vocab_size: int):
-        self.own, self.first = config.seq2seq, vocab_size - 1
+    def __init__(self, config: Config, tokenizer: SentinelTokenizer):
+        self.own, self.first, self.moved = config.seq2seq, tokenizer.first, tokenizer.moved
         self.length, self.targets = config.model.seq_length, config.target_length
 
     def __call__(self, windows: list[np.ndarray], seed: int, epoch: int, numbers: list[int], rows: int) -> Batch:
@@ -78,7 +79,7 @@ class Corruption:
         labels, valid = np.full((rows, self.targets), PAD, np.int32), np.zeros((rows, self.targets), np.float32)
         for row, (window, number) in enumerate(zip(windows, numbers, strict=True)):
             rng = np.random.default_rng((CORRUPTION_STREAM, seed, epoch, int(number)))
-            text, target = corrupt(window.astype(np.int32) + SPECIALS, rng, self.own, self.first)
+            text, target = corrupt(window.astype(np.int32) + self.moved, rng, self.own, self.first)
             inputs[row, : len(text)], labels[row, : len(target)] = text, target
             valid[row, : len(target)] = 1.0
         begun = np.concatenate((np.full((rows, 1), PAD, np.int32), labels[:, :-1]), 1)  # what the decoder reads
@@ -88,10 +89,10 @@ class Corruption:
 class CorruptedBatches(TrainBatches):
     """Returns training batches of corrupted windows by index, see TrainBatches."""
 
-    def __init__(self, tokens: np.ndarray | Source, config: Config, vocab_size: int, rank: int = 0, world: int = 1):
+    def __init__(self, tokens: np.ndarray | Source, config: Config, tokenizer: SentinelTokenizer, rank=0, world=1):
         batch_size = config.data.batch_size // world
         super().__init__(tokens, batch_size, config.window - 1, config.train.seed, rank, world)
-        self._corruption = Corruption(config, vocab_size)
+        self._corruption = Corruption(config, tokenizer)
 
     def _batch(self, windows: np.ndarray, epoch: int, numbers: np.ndarray) -> Batch:
         return self._corruption(list(windows), self._seed, epoch, numbers, len(windows))
@@ -103,10 +104,10 @@ class CorruptedEvalBatches(EvalBatches):
     A last piece of one token, which cannot be corrupted, is left out.
     """
 
-    def __init__(self, stream: np.ndarray, config: Config, vocab_size: int):
+    def __init__(self, stream: np.ndarray, config: Config, tokenizer: SentinelTokenizer):
         super().__init__(stream, config.data.batch_size, config.window)
         self._windows = len(stream) // config.window + (len(stream) % config.window > 1)
-        self._corruption = Corruption(config, vocab_size)
+        self._corruption = Corruption(config, tokenizer)
 
     @property
     def lengths(self) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from switchyard.config import Config, DataConfig
 from switchyard.config.reader import parse_json
-from switchyard.config.seq2seq import SPECIALS
+from switchyard.config.seq2seq import END, PAD, SPECIALS
 from switchyard.data import lossless
 from switchyard.data.corpus import Corpus
 from switchyard.data.document import Document
@@ -74,6 +74,16 @@ class Tokenizer(ABC):
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token by its text; None where there is no such token."""
         return None
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Returns the ids of special tokens, which no text becomes."""
+        return frozenset()
+
+    @property
+    def of_text(self) -> "Tokenizer":
+        """Returns the tokenizer of text: this one, or the one that this one is around, see WRAPPED."""
+        return self
 
     @property
     def fingerprint(self) -> str:
@@ -249,14 +259,12 @@ class LibraryTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Implements Tokenizer.encode."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:  # command-line arguments may carry raw bytes as lone surrogates
-            raise UserError(f"text: not UTF-8 at position {error.start}; correct the encoding") from None
+        _require_utf8(text)
         return next(self._encode_batch([text]))
 
     def encode_with_special(self, text: str) -> np.ndarray:
         """Implements Tokenizer.encode_with_special."""
+        _require_utf8(text)
         self._library.encode_special_tokens = False
         try:
             return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
@@ -271,6 +279,16 @@ class LibraryTokenizer(Tokenizer):
     def token_id(self, token: str) -> int | None:
         """Implements Tokenizer.token_id."""
         return self._library.token_to_id(token)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Implements Tokenizer.special_ids."""
+        tokens = self._library.get_added_tokens_decoder()
+        return frozenset(index for index, token in tokens.items() if token.special)
+
+    def decode_with_special(self, ids: Ids) -> str:
+        """Returns the text of ids in which special tokens are spelled."""
+        return self._library.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def decode(self, ids: Ids) -> str:
         """Implements Tokenizer.decode."""
@@ -377,7 +395,7 @@ def load_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
-    """Returns the tokenizer in a file (UserError if there is none)."""
+    """Returns the tokenizer of text in a file (UserError if there is none)."""
     try:
         raw = read_regular(Path(path).expanduser(), LONGEST)
     except (OSError, UnfitError) as error:
@@ -385,15 +403,32 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(
             f"data.tokenizer: '{path}'; {reason}; give byte, char or the path of a tokenizer.json"
         ) from None
-    return Tokenizer.from_json(decoded(raw, f"data.tokenizer: '{path}'"), str(path))
+    return Tokenizer.from_json(decoded(raw, f"data.tokenizer: '{path}'"), str(path)).of_text
 
 
 def expected_vocabulary(config: Config) -> int:
     """Returns the entries of a configuration's vocabulary; of text 256 where only the corpus, which is not read, could
     tell."""
     name = config.data.tokenizer
-    entries = BYTES if name in ("byte", "char") else read_tokenizer(name).vocab_size
-    return entries + (SPECIALS + config.seq2seq.sentinels if config.model.type == "seq2seq" else 0)
+    tokenizer = None if name in ("byte", "char") else read_tokenizer(name)
+    entries = BYTES if tokenizer is None else tokenizer.vocab_size
+    if config.model.type != "seq2seq" or (tokenizer is not None and sentinels_of(tokenizer)):
+        return entries
+    return entries + SPECIALS + config.seq2seq.sentinels
+
+
+def sentinels_of(tokenizer: Tokenizer) -> int:
+    """Returns the sentinels <extra_id_0>, ... of a tokenizer with the special tokens of T5; 0 where it has others.
+
+    These are padding 0, the end 1, and sentinels whose ids fall.
+    """
+    special, first = tokenizer.special_ids, tokenizer.token_id("<extra_id_0>")
+    if first is None or not {PAD, END} <= special:
+        return 0
+    count = 0
+    while first - count in special and tokenizer.token_id(f"<extra_id_{count}>") == first - count:
+        count += 1
+    return count
 
 
 def reconcile(tokenizer: Tokenizer, of_checkpoint: str) -> Tokenizer:
@@ -437,6 +472,14 @@ def _refuse_nul(text: str) -> None:
     place = text.find("\0")
     if place >= 0:
         raise UserError(f"text: NUL at position {place} is reserved as the separator of documents; remove it")
+
+
+def _require_utf8(text: str) -> None:
+    """Refuses lone surrogates, in which command-line arguments may carry raw bytes (UserError)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"text: not UTF-8 at position {error.start}; correct the encoding") from None
 
 
 def _label(tokenizer: Tokenizer) -> str:

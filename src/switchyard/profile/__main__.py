@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
         if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
             raise UserError(f"--{name}: {getattr(chosen, name)}; at least 1")
     config = configuration.load(chosen.config, chosen.overrides)
-    vocabulary = chosen.vocab or expected_vocabulary(config.data)
+    vocabulary = chosen.vocab or expected_vocabulary(config)
     from switchyard.device import set_context
 
     target = set_context(config.context, config.train.seed, config.model.compute_dtype)

@@ -272,7 +272,7 @@ SCALINGS = st.dictionaries(
 )
 
 
-@given(st.sampled_from(CASES), st.data())
+@given(st.sampled_from([*CASES, "switch_transformers"]), st.data())
 def test_any_value_of_any_key_is_one_line_or_a_configuration_that_can_be_written(case, data):
     tree = config_of(FIXTURES / case)
     family = FAMILIES[tree["model_type"]]

@@ -68,14 +68,14 @@ def _export(chosen) -> None:
         raise UserError(f"--shard-gb: {chosen.shard_gb:g}; must be above 0")
     largest = math.ceil(chosen.shard_gb * 1e9)
     with tqdm(**SHOW) as bar:
-        export_model(chosen.model, chosen.out, chosen.family, chosen.dtype, chosen.like, largest, _say, bar)
-    _say(f"model: '{chosen.out}', for AutoModelForCausalLM.from_pretrained")
+        family = export_model(chosen.model, chosen.out, chosen.family, chosen.dtype, chosen.like, largest, _say, bar)
+    _say(f"model: '{chosen.out}', for {family.loader}.from_pretrained")
 
 
 def _list(chosen) -> None:
     if chosen.model is None:
         for family in FAMILIES.values():
-            _say(f"{family.model_type:10}  {family.architecture:22}  {'MoE' if family.sparse else 'dense'}")
+            _say(f"{family.model_type:19}  {family.architecture:42}  {'MoE' if family.sparse else 'dense'}")
         return
     from switchyard.interop.huggingface.importer import Model
 

@@ -137,7 +137,7 @@ def _texts(
     texts: dict[str, str] = {}
     if origin is None:
         tree |= {"bos_token_id": None, "eos_token_id": tokenizer.separator}
-        texts["tokenizer_config.json"] = to_json(TOKENIZER_SETTINGS, indent=2) + "\n"
+        texts["tokenizer_config.json"] = to_json(TOKENIZER_SETTINGS | family.tokenizer_settings, indent=2) + "\n"
     else:
         tree, texts = _kept(tree, family, config, origin), dict(origin.texts)
     usual = Counter(entry.dtype for entry in exporting.entries.values()).most_common(1)[0][0]

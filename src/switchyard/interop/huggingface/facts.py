@@ -1,4 +1,4 @@
-"""Reduces the configuration of a decoder to what decides its outputs."""
+"""Reduces the configuration of a model to what decides its outputs."""
 
 from typing import Any
 
@@ -12,6 +12,9 @@ MOE_KEYS = (
     *("expert_num", "num_experts_chosen", "experts", "dispatcher", "copies", "eval_capacity_factor", "force_balance"),
     "use_shared_expert_gating",
 )
+NOT_OF_T5 = {
+    f"model.{key}" for key in ("position", "theta", "partial_rotary", "n_kv_heads", "rotary_scaling", "sliding_window")
+}
 
 
 def decoder_facts(config: Config) -> dict[str, Any]:
@@ -30,6 +33,19 @@ def decoder_facts(config: Config) -> dict[str, Any]:
     if len(config.moe_layers) < model.num_layers:
         found["model.intermediate_size"] = config.dense_width
     return found | (_expert_facts(config) if config.moe_layers else {})
+
+
+def seq2seq_facts(config: Config) -> dict[str, Any]:
+    """Returns the same of an encoder-decoder, whose positions are those of the section `seq2seq`."""
+    own = config.seq2seq
+    facts = {key: value for key, value in decoder_facts(config).items() if key not in NOT_OF_T5}
+    if len(config.moe_layers) < config.all_layers:
+        facts["model.intermediate_size"] = config.dense_width
+    return facts | {
+        "seq2seq.num_decoder_layers": config.decoder_layers,
+        "seq2seq.relative_attention_num_buckets": own.relative_attention_num_buckets,
+        "seq2seq.relative_attention_max_distance": own.relative_attention_max_distance,
+    }
 
 
 def _expert_facts(config: Config) -> dict[str, Any]:

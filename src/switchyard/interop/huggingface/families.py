@@ -11,6 +11,7 @@ from switchyard.errors import UserError, represented
 from switchyard.interop.huggingface.decoders import DecoderFamily, Experts
 from switchyard.interop.huggingface.family import Family
 from switchyard.interop.huggingface.rules import Rule
+from switchyard.interop.huggingface.switch_transformers import SwitchTransformers
 
 LAYER = "model.layers.{layer}."
 ATTENTION = LAYER + "self_attn."
@@ -177,6 +178,7 @@ FAMILIES: dict[str, Family] = {
                 "n_routed_experts", "moe_intermediate_size", "sigmoid", places="first dense", shared="counted"
             ),
         ),
+        SwitchTransformers(),
     )
 }
 NOT_OFFERED = {

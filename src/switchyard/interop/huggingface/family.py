@@ -6,7 +6,7 @@ own, and a row too.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from switchyard.config import Config
 from switchyard.errors import UserError, represented
@@ -19,11 +19,15 @@ class Family(ABC):
     Attributes:
         model_type, architecture: of its config.json.
         sparse: whether its models may have conditional layers.
+        loader: the class of transformers that loads an export.
+        tokenizer_settings: of tokenizer_config.json, where no import has given one.
     """
 
     model_type: str
     architecture: str
     sparse: bool
+    loader: ClassVar[str] = "AutoModelForCausalLM"
+    tokenizer_settings: ClassVar[dict[str, Any]] = {}
 
     @abstractmethod
     def read(self, tree: dict[str, Any], name: str = "imported") -> tuple[Config, list[str]]:
@@ -52,6 +56,18 @@ class Family(ABC):
     def left_out(self, name: str, tree: dict[str, Any]) -> str | None:
         """Returns why a tensor that no parameter is made of may be left out; None where it may not."""
         return None
+
+    def with_tokenizer(self, config: Config, text: str) -> tuple[Config, str]:
+        """Returns our configuration and the JSON of the tokenizer, as an import writes them.
+
+        Args:
+            config: of `read`.
+            text: a tokenizer.json with as many entries as the model has.
+
+        Raises:
+            UserError: a tokenizer that the family cannot have.
+        """
+        return config, text
 
     def unfit(self, config: Config) -> str | None:
         """Returns what of a configuration the family does not have, `key: value`; None where it fits.

@@ -63,6 +63,8 @@ class Model:
         self.parameters: list[Parameter] = list(self.family.parameters(self.config, vocab_size))
         self._check_tensors()
         self.tokenizer_json = tokenizer_of(self.folder, vocab_size, tokenizer)
+        if self.tokenizer_json is not None:
+            self.config, self.tokenizer_json = self.family.with_tokenizer(self.config, self.tokenizer_json)
 
     def _check_tensors(self) -> None:
         """Refuses tensors that are missing, unexpected, of another shape or type (UserError)."""

@@ -29,7 +29,14 @@ SILENT = {  # what says nothing about the mathematics, or repeats what tensors s
 }  # fmt: skip
 WINDOWED = ("sliding_attention", "full_attention")  # of layer_types
 MISSING = object()
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping"}
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping",
+    str: "a text",
+}
 
 
 class Keys:

@@ -8,11 +8,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+from switchyard.config.seq2seq import END, SPECIALS
+from switchyard.data.sentinels import SentinelTokenizer
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenizer, Tokenizer, read_tokenizer
 from switchyard.errors import UserError
 from switchyard.interop.huggingface.folder import TOKENIZER, Folder
 
 FILLING = "<|switchyard_unused_{}|>"
+ENDS = ("<pad>", "</s>")  # the tokens PAD and END of T5
+_TEXTS = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+_END = {"SpecialToken": {"id": ENDS[END], "type_id": 0}}
+ADDS_END = {
+    "type": "TemplateProcessing",
+    "single": [_TEXTS[0], _END],
+    "pair": [_TEXTS[0], _END, _TEXTS[1], _END],
+    "special_tokens": {ENDS[END]: {"id": ENDS[END], "ids": [END], "tokens": [ENDS[END]]}},
+}
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -64,6 +75,9 @@ def emptied(tree: dict[str, Any]) -> dict[str, Any]:
 def library_json(text: str) -> str:
     """Returns the tokenizer of a checkpoint as a tokenizer.json of the tokenizers library."""
     tokenizer = Tokenizer.from_json(text, "of the checkpoint")
+    if isinstance(tokenizer, SentinelTokenizer):
+        inner = library_json(json.dumps(json.loads(text)["tokenizer"], ensure_ascii=False, indent=2))
+        return moved(inner, tokenizer.count) if tokenizer.moved else inner
     if isinstance(tokenizer, LibraryTokenizer):
         if FILLING.partition("{")[0] not in text:
             return text
@@ -80,6 +94,34 @@ def library_json(text: str) -> str:
         made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
         made.decoder = tokenizers.decoders.Fuse()
     return made.to_str(pretty=True)
+
+
+def moved(text: str, count: int) -> str:
+    """Returns a tokenizer.json with padding 0 and the end 1 before its ids and `count` sentinels behind them.
+
+    As in T5 an end is added to a text. A further post-processor, which would name other ids, is left out.
+
+    Raises:
+        UserError: a token that has the name of one that is added.
+    """
+    size, tree = Tokenizer.from_json(text).vocab_size, json.loads(text)
+    model, added = tree["model"], tree.get("added_tokens") or []
+    taken = set(model["vocab"] if isinstance(model["vocab"], dict) else (entry[0] for entry in model["vocab"]))
+    sentinels = {size + SPECIALS + count - 1 - number: f"<extra_id_{number}>" for number in range(count)}
+    own = dict(enumerate(ENDS)) | dict(sorted(sentinels.items()))
+    for name in own.values():
+        if name in taken | {token["content"] for token in added}:
+            raise UserError(f"tokenizer: has a token {name!r} of its own, so it cannot be written with the ids of T5")
+    if isinstance(model["vocab"], dict):
+        before = {name: index for index, name in enumerate(ENDS)}
+        model["vocab"] = before | {token: index + SPECIALS for token, index in model["vocab"].items()}
+    else:  # Unigram
+        model["vocab"] = [*([name, 0.0] for name in ENDS), *model["vocab"]]
+        model["unk_id"] = None if model.get("unk_id") is None else model["unk_id"] + SPECIALS
+    made = [{"id": index, "content": name, **FLAGS} for index, name in own.items()]
+    added = [token | {"id": token["id"] + SPECIALS} for token in added]
+    tree |= {"added_tokens": [*made[:SPECIALS], *added, *made[SPECIALS:]], "post_processor": ADDS_END}
+    return json.dumps(tree, ensure_ascii=False, indent=2)
 
 
 def letter_of_byte(byte: int) -> str:
