@@ -33,7 +33,8 @@ class Windows:
 class SwitchyardDataLoader:
     """Reads text, or a folder of `switchyard.data.prepare`, as windows of seq_length + 1 tokens.
 
-    An epoch is `steps` batches, in the order that `train.py` has for the same seed, batch size and text.
+    An epoch is `steps` batches, in the order that `train.py` has for the same seed, batch size and text. Every epoch
+    reads the same batches: one epoch of as many steps as the run has goes on as `train.py` does.
 
     Args:
         steps: batches of an epoch.
