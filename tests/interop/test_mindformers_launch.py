@@ -37,6 +37,7 @@ def test_an_override_of_a_key_that_is_not_there_is_refused(override):
     [
         (["trainer=null"], "has no section 'trainer'"),
         (["runner_config.gradient_accumulation_steps=2"], "runner_config.gradient_accumulation_steps: 2"),
+        (["do_eval=True"], "do_eval: True; only train.py evaluates"),
         (["micro_batch_interleave_num=2"], "micro_batch_interleave_num: 2"),
         (["model.model_config.moe.router=sigmoid", "callbacks=[]"], "no SwitchyardMonitor"),
     ],

@@ -124,12 +124,14 @@ def test_a_command_line_uses_the_code_beside_it(program, tmp_path):
     assert done.stdout.strip() == str(package / "cli.py"), done.stderr
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-test.txt", "requirements-docs.txt"])
-def test_requirements_do_not_depend_on_the_current_folder(name):
+@pytest.mark.parametrize("kind", ["", "-test", "-docs", "-mindformers"])
+def test_requirements_do_not_depend_on_the_current_folder(kind):
     """pip reads `-r` beside the file, but `-e .` and `./package` where it was called."""
-    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    lines = [line.split("#")[0].strip() for line in (ROOT / f"requirements{kind}.txt").read_text().splitlines()]
     for line in filter(None, lines):
-        assert re.fullmatch(r"-r requirements(-docs)?\.txt|[A-Za-z0-9-]+[<>=]=[0-9.]+(,<[0-9.]+)?", line), line
+        assert re.fullmatch(
+            r"-r requirements(-docs|-mindformers)?\.txt|[A-Za-z0-9-]+[<>=]=[0-9.]+(,<[0-9.]+)?", line
+        ), line
 
 
 def test_complete_environment_is_reused(ready):

@@ -8,6 +8,7 @@ from mindspore.dataset import GeneratorDataset
 
 from switchyard.config import build
 from switchyard.data import load_data
+from switchyard.errors import UserError, represented
 
 
 class Windows:
@@ -32,14 +33,19 @@ class Windows:
 class SwitchyardDataLoader:
     """Reads text, or a folder of `switchyard.data.prepare`, as windows of seq_length + 1 tokens.
 
-    An epoch is `steps` batches, in the order that `train.py` has for the same seed, batch size and text.
+    An epoch is `steps` batches, in the order that `train.py` has for the same seed, batch size and text. Every epoch
+    reads the same batches: one epoch of as many steps as the run has goes on as `train.py` does.
 
     Args:
         steps: batches of an epoch.
         seq_length: tokens S of a sequence.
         seed: of the order.
         path, tokenizer, val_fraction: as in the section `data`; the validation share is left out.
-        batch_size, num_shards, shard_id, column_names: as MindFormers hands them over.
+        batch_size, num_shards, shard_id, column_names: as MindFormers hands them over, and dataset_dir, which must be
+            None, and the numbers of workers: one thread reads windows, which takes microseconds.
+
+    Raises:
+        UserError: an unknown key; text that cannot be read.
 
     Examples:
         In YAML: `data_loader: {type: SwitchyardDataLoader, auto_register: switchyard_mindformers.SwitchyardDataLoader,
@@ -58,8 +64,16 @@ class SwitchyardDataLoader:
         num_shards: int | None = None,
         shard_id: int | None = None,
         column_names: list[str] | None = None,
-        **unused: Any,
+        dataset_dir: str | None = None,
+        python_multiprocessing: bool = False,
+        num_parallel_workers: int = 1,
+        **others: Any,
     ) -> GeneratorDataset:
+        if dataset_dir is not None:
+            others = {"dataset_dir": dataset_dir, **others}
+        for name, value in others.items():
+            where = "train_dataset.data_loader"
+            raise UserError(f"{where}.{name}: {represented(value)}; unknown key; {where}.path names the text")
         shards, shard = num_shards or 1, shard_id or 0
         together = batch_size * shards
         data = {"path": path, "tokenizer": tokenizer, "val_fraction": val_fraction, "batch_size": together}

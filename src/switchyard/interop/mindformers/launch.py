@@ -48,6 +48,8 @@ def check(tree: dict[str, Any], name: str) -> None:
     for key, value in (("micro_batch_interleave_num", halves), ("runner_config.gradient_accumulation_steps", sums)):
         if value not in (None, 1):
             raise UserError(f"{key}: {represented(value)}; router statistics would be those of a part: set it to 1")
+    if tree.get("do_eval"):
+        raise UserError("do_eval: True; only train.py evaluates this model: set it to False")
     callbacks = tree.get("callbacks") or []
     if balances_by_bias(tree) and not any(one.get("type") == "SwitchyardMonitor" for one in callbacks):
         raise UserError("callbacks: no SwitchyardMonitor, which moves the bias of the router: add it")
