@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchyard.config import build
+from switchyard.config import DataConfig, build
 from switchyard.config.seq2seq import END, PAD, SPECIALS, Seq2SeqConfig
 from switchyard.data import corruption
 from switchyard.data.corruption import CorruptedBatches, CorruptedEvalBatches, corrupt, noise_mask
+from switchyard.data.given import load_scored
 from switchyard.data.sentinels import SentinelTokenizer
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from switchyard.errors import UserError
@@ -133,6 +134,17 @@ def test_validation_reads_every_token_once_and_is_always_corrupted_alike():
     np.testing.assert_array_equal(other.at(0).tokens, batches.at(0).tokens)
     with pytest.raises(IndexError):
         batches.at(len(batches))
+
+
+def test_a_checkpoint_is_scored_on_a_whole_text_with_its_own_sentinels(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("abc" * 50)
+    config = config_of().model_copy(update={"data": DataConfig(path=str(path), batch_size=2)})
+    tokenizer = SentinelTokenizer(ByteTokenizer(), config.seq2seq.sentinels)
+    data = load_scored(config, tokenizer.to_json(), [f"data.path={path}"])
+    assert data.tokenizer.fingerprint == tokenizer.fingerprint
+    inputs = sum((batch.tokens[:, :16] != PAD).sum() for batch in data.validation())
+    assert inputs > 100 and data.validation_tokens == sum(batch.valid.sum() for batch in data.validation())
 
 
 def joined_ids(inputs, targets, first):

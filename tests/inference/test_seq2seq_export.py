@@ -29,6 +29,7 @@ def greedy(model, prompt: np.ndarray) -> list[int]:
     return found[1:]
 
 
+@pytest.mark.long
 def test_files_answer_as_the_model_does(tmp_path, graph):
     run, _ = save_run(tmp_path, model=MODEL, moe={"expert_num": 4, "router": "switch"})
     written = export(run, tmp_path / "out", say=quiet)

@@ -14,7 +14,8 @@ MOE = {"expert_num": 4, "router": "switch", "jitter": 0.1}
 
 
 def config_of(folder, **train):
-    return run_config(folder, model=MODEL, moe=MOE, train=train)
+    more = {"data": {"val_fraction": 0.02}, "schedule": {"total_steps": 4}, "context": {"mode": "pynative"}}
+    return run_config(folder, model=MODEL, moe=MOE, train=train, **more)
 
 
 def test_a_run_that_goes_on_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, pynative):
@@ -29,7 +30,5 @@ def test_a_run_that_goes_on_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, 
     scored = evaluate(tmp_path / "runs" / "whole", say=lambda line: None)
     assert scored.loss == pytest.approx(result["loss"], abs=1e-6)
     assert scored.perplexity == pytest.approx(math.exp(scored.loss))
-    fresh = evaluate(tmp_path / "runs" / "whole", [f"data.path={tmp_path / 'text.txt'}"], say=lambda line: None)
-    assert fresh.tokens > scored.tokens  # the whole text
     with pytest.raises(UserError, match=r"seq2seq\.sentinels: 50"):
         evaluate(tmp_path / "runs" / "whole", ["seq2seq.sentinels=50"], say=lambda line: None)
