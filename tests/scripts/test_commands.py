@@ -63,7 +63,8 @@ NAMES = (
     r"(python )?(train|eval|export|infer)\.py",
     r"switchyard (train|eval|export|infer)",
     r"python (train|eval|export|infer)\.py --\w+ (FILE|RUN|DIR).*",
-    r"python -m switchyard\.(checkpoint|data\.prepare|interop\.\w+|planner|simulation\.\w+|report|report\.picture|sweep)",
+    r"python -m switchyard\.(checkpoint|data\.prepare|planner|simulation\.\w+|report|report\.picture|sweep)",
+    r"python -m switchyard\.interop\.\w+",
 )
 UNFINISHED = ("--help", "--dry-run", "--print-config")  # what ends a command before it has done its work
 
