@@ -101,7 +101,7 @@ def report(content: dict) -> str:
         f"The dense model is trained for {content['steps']:,} steps, to {dense:.4f} nats a character; then each model "
     )
     words += "gets half as many FLOPs again."
-    return f"{words}\n\n{tuning.table(head, rows)}"
+    return f"{words}\n\n{tuning.table(head, rows)}\n\n![upcycling](images/{PICTURE.name})"
 
 
 def main() -> None:
