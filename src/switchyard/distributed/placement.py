@@ -167,12 +167,37 @@ def shard_slices(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims,
     return tuple(parts)
 
 
-def optimizer_shards(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims, rank: int) -> int:
-    """Returns into how many parts along axis 0 ZeRO divides a rank's shard: its replicas, or 1 where they cannot."""
+def optimizer_cut(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims) -> tuple[int, int]:
+    """Returns (along which axis, into how many parts) ZeRO divides a rank's shard among its replicas.
+
+    The axis is 0, where the compiler cuts. Of stacked matrices [E, ., .] it is 1 where axis 0 does not divide, as of one
+    expert a device and of a dense feed-forward [1, D, F]: there `nn.cast.MatrixCast` gathers the parts. One part: the
+    shard does not divide.
+    """
     if degrees.optimizer_shard == 0 or not shape:
-        return 1
-    _, count = degrees.replica(axes, rank)
-    return count if (shape[0] // degree_of(axes[0], degrees)) % count == 0 else 1
+        return 0, 1
+    _, count = degrees.replica(axes, 0)
+    for axis in (0, 1) if len(shape) == 3 and MODEL in axes else (0,):
+        if (shape[axis] // degree_of(axes[axis], degrees)) % count == 0:
+            return axis, count
+    return 0, 1
+
+
+def optimizer_shards(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims) -> int:
+    """Returns into how many parts ZeRO divides a rank's shard: its replicas, or 1 where they cannot."""
+    return optimizer_cut(shape, axes, degrees)[1]
+
+
+def kept_slices(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims, rank: int) -> tuple[slice, ...]:
+    """Returns the part of an array of that shape that a rank keeps between steps: of `shard_slices` ZeRO's part."""
+    parts = list(shard_slices(shape, axes, degrees, rank))
+    axis, count = optimizer_cut(shape, axes, degrees)
+    if count > 1:
+        index, _ = degrees.replica(axes, rank)
+        length = (parts[axis].stop - parts[axis].start) // count
+        start = parts[axis].start + index * length
+        parts[axis] = slice(start, start + length)
+    return tuple(parts)
 
 
 def stages_of(name: str, layers: int, degrees: ParallelDims) -> tuple[int, ...]:

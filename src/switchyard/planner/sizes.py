@@ -89,7 +89,7 @@ def shard_sizes(name, shape, degrees):
     """Returns (numbers of a rank's shard, numbers of it that the rank keeps between steps)."""
     axes = placement(name, shape, degrees)
     size = math.prod(shape) // math.prod(degree_of(axis, degrees) for axis in axes)
-    return size, size // optimizer_shards(shape, axes, degrees, 0)
+    return size, size // optimizer_shards(shape, axes, degrees)
 
 
 def worked_rows(config: Config) -> int:
