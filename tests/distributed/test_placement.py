@@ -77,10 +77,10 @@ def test_slices_of_a_stage_make_up_the_whole_once_per_replica():
 
 def test_zero_cuts_what_its_replicas_divide():
     zero = ParallelDims(data_parallel=8, expert_parallel=4, optimizer_shard=1)
-    assert optimizer_shards((8, 6), (None, None), zero, 0) == 8
-    assert optimizer_shards((13, 6), (None, None), zero, 0) == 1
-    assert optimizer_shards((8, 6, 5), ("expert", None, "model"), zero, 0) == 2
-    assert optimizer_shards((8, 6), (None, None), CUBE, 0) == 1
+    assert optimizer_shards((8, 6), (None, None), zero) == 8
+    assert optimizer_shards((13, 6), (None, None), zero) == 1
+    assert optimizer_shards((8, 6, 5), ("expert", None, "model"), zero) == 2
+    assert optimizer_shards((8, 6), (None, None), CUBE) == 1
 
 
 def test_stages():

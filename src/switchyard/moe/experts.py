@@ -129,8 +129,12 @@ class FeedForwardExperts(nn.Cell):
         inputs = (within, within) if self.gated else (within,)
         self.local = mesh.local(self.local, inputs, (within,), first, first)
         self.to_dtype.shard(mesh, experts, rows, None)
+        self.shard_matrices(mesh)
+        self.widen.shard(mesh, experts, rows, None)
+
+    def shard_matrices(self, mesh: CompiledMesh) -> None:
+        """Declares the layouts of the parameters only, for products that are made elsewhere, see `matrices`."""
         self.narrow_in.shard_matrix(mesh, self.w_in)
         self.narrow_out.shard_matrix(mesh, self.w_out)
         if self.gated:
             self.narrow_gate.shard_matrix(mesh, self.w_gate)
-        self.widen.shard(mesh, experts, rows, None)

@@ -20,6 +20,7 @@ from switchyard.planner.host import noise_slices
 from switchyard.planner.sizes import (
     FLOAT,
     Shape,
+    is_cut_inside,
     mixed,
     parameters,
     product_bytes,
@@ -124,10 +125,10 @@ def stage_costs(config: Config, vocab: int) -> list[Costs]:
 def _costs(config, vocab, stage):
     degrees, shapes = ParallelDims.of(config.parallel), parameters(config, vocab, stage)
     sizes = {name: shard_sizes(name, shape, degrees) for name, shape in shapes.items()}  # (slice, of it with ZeRO)
-    weights, sharded = (FLOAT * sum(each[part] for each in sizes.values()) for part in (1, 0))
-    gathered = sharded - weights
-    if degrees.optimizer_shard == 3:
-        gathered = max(FLOAT * (sharded - kept) for sharded, kept in sizes.values())
+    weights = FLOAT * sum(kept for _, kept in sizes.values())
+    at_once = FLOAT * sum(  # gradients that a pipeline adds up over its micro-batches
+        sizes[name][is_cut_inside(name, shape, degrees)] for name, shape in shapes.items()
+    )
     several = config.train.gradient_accumulation_steps > 1
     half, freezes = config.model.compute_dtype == "float16", config.moe.router_freeze_step is not None
     # numbers of the optimizer that are no moments, see training.optimizer.OptimizerStep
@@ -135,13 +136,48 @@ def _costs(config, vocab, stage):
     summed = weights * several  # gradients of the calls before
     return Costs(
         weights=weights,
-        gradients=summed + (weights if degrees.pipeline_stage == 1 else sharded),
+        gradients=summed + (weights if degrees.pipeline_stage == 1 else at_once),
         optimizer=2 * weights + scalars * FLOAT,
-        gathered=gathered,
+        gathered=gathered_bytes(config, sizes),
         activations=activation_bytes(config, vocab, shapes, stage),
         exchanges=tuple(exchanges(config, vocab, stage)),
         flops=flops(config, vocab, stage),
     )
+
+
+def gathered_bytes(config: Config, sizes: dict[str, tuple[int, int]]) -> int:
+    """Returns the bytes of the float32 weights that ZeRO puts together, at their peak; what is put together in the type
+    of the products is among the copies, see `copied_bytes`. Sizes: name -> `shard_sizes`."""
+    half = product_bytes(config) != FLOAT
+    more = [
+        FLOAT * (own - kept) for name, (own, kept) in sizes.items() if not (half and name.endswith(IN_PRODUCT_TYPE))
+    ]
+    return max(more, default=0) if config.parallel.optimizer_shard == 3 else sum(more)
+
+
+def copied_bytes(config: Config, shapes: dict[str, Shape]) -> int:
+    """Returns the bytes of the weights in the type of the products, where that is not float32.
+
+    A copy is kept for the backward pass, unless that makes it again: recompute does so of layers, but for what the
+    compiler gathers with ZeRO 1; ZeRO 3 of all that it gathers. Of copies that are made again those of one layer count.
+    """
+    wide, degrees, parallel = product_bytes(config), ParallelDims.of(config.parallel), config.parallel
+    if wide == FLOAT:
+        return 0
+    kept, again = 0, {}
+    for name, shape in shapes.items():
+        if len(shape) < 2:
+            continue
+        own, held = shard_sizes(name, shape, degrees)
+        by_compiler = held < own and not is_cut_inside(name, shape, degrees)
+        in_layer = name.startswith("layers.")
+        made_again = parallel.optimizer_shard == 3 if by_compiler else parallel.recompute and in_layer
+        if made_again:
+            layer = ".".join(name.split(".")[:2])
+            again[layer] = again.get(layer, 0) + wide * own
+        else:
+            kept += wide * own
+    return kept + max(again.values(), default=0)
 
 
 def exchanges(config: Config, vocab: int, stage: int = 0) -> Iterator[Exchange]:
@@ -157,7 +193,9 @@ def _of_call(config, vocab, stage):
     degrees = ParallelDims.of(config.parallel)
     stages, micro = degrees.pipeline_stage, micro_batches_of_call(config)
     for name, shape in parameters(config, vocab, stage).items():
-        yield from _of_gradient(name, shape, config, degrees)
+        many = micro if is_cut_inside(name, shape, degrees) else 1
+        for one in _of_gradient(name, shape, config, degrees):
+            yield replace(one, number=one.number * many)
     for one in _of_micro_batch(config, stage):
         yield replace(one, number=one.number * micro)
     if stages == 1:
@@ -217,6 +255,8 @@ def _of_gradient(name, shape, config, degrees):
     if kind == "gain":
         again = reads_gain_again(config, name)
     again = degrees.optimizer_shard == 3 and again
+    if is_cut_inside(name, shape, degrees):
+        again = config.parallel.recompute
     wide = product_bytes(config) if name.endswith(IN_PRODUCT_TYPE) else FLOAT  # cast before they are gathered
     yield Exchange("AllGather", group, ranks, wide * size, 2 if again else 1)
     yield Exchange("ReduceScatter", group, ranks, FLOAT * size)
@@ -303,7 +343,7 @@ def activation_bytes(config: Config, vocab: int, shapes: dict[str, Shape], stage
 
     Of each block: its residual rows, both norms' results and their copies in the type of the products, projections,
     attention weights (fused attention keeps 16 numbers of a row and head in their place), hidden rows, slots and what
-    came back of them; the weights in that type where it is not float32; logits and their logarithms; the noise. With
+    came back of them; weights in that type, see `copied_bytes`; logits and their logarithms; the noise. With
     recompute of all blocks the input only, and one block whole.
     A stage of a pipeline keeps as many micro-batches as there are stages behind it, and one.
     What the device's memory pool wastes and what its kernels need as work space is not in it.
@@ -311,15 +351,14 @@ def activation_bytes(config: Config, vocab: int, shapes: dict[str, Shape], stage
     stages, micro = config.parallel.pipeline_stage, micro_batches_of_call(config)
     if stages > 1:
         config = stage_config(config, stage)
-    model, parallel, degrees = config.model, config.parallel, ParallelDims.of(config.parallel)
+    model, parallel = config.model, config.parallel
     rows, width, wide = config.rows // parallel.data_parallel, model.hidden_size, product_bytes(config)
     between = rows * width * FLOAT  # rows between the parts
     between //= parallel.model_parallel if parallel.sequence_parallel else 1
     blocks = [_block_bytes(config, index, rows, between) for index in range(model.num_layers)]
     kept = model.num_layers * between + max(blocks) if parallel.recompute else sum(blocks)
     kept *= min(micro, stages - stage)
-    copies = sum(shard_sizes(name, shape, degrees)[0] for name, shape in shapes.items() if len(shape) > 1)
-    kept += copies * wide if wide != FLOAT else 0
+    kept += copied_bytes(config, shapes)
     kept += rows * vocab * (wide + 2 * FLOAT) * (stage == stages - 1)
     return int(kept + noise_slices(config) * micro * rows * width * FLOAT)
 

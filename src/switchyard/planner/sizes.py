@@ -6,7 +6,14 @@ Legend: D width, E experts, V vocabulary, X columns of the projection to queries
 import math
 
 from switchyard.config import Config
-from switchyard.distributed.placement import ParallelDims, degree_of, optimizer_shards, placement, stages_of
+from switchyard.distributed.placement import (
+    ParallelDims,
+    degree_of,
+    optimizer_cut,
+    optimizer_shards,
+    placement,
+    stages_of,
+)
 from switchyard.moe.dispatch.capacity import slot_shape, zero_rows
 from switchyard.nn.fused import fused_operators
 
@@ -90,6 +97,13 @@ def shard_sizes(name, shape, degrees):
     axes = placement(name, shape, degrees)
     size = math.prod(shape) // math.prod(degree_of(axis, degrees) for axis in axes)
     return size, size // optimizer_shards(shape, axes, degrees)
+
+
+def is_cut_inside(name: str, shape: Shape, degrees: ParallelDims) -> bool:
+    """Returns whether ZeRO cuts a stacked matrix along axis 1: the layer gathers it whenever it runs, and its gradient
+    is cut at once."""
+    axis, _ = optimizer_cut(shape, placement(name, shape, degrees), degrees)
+    return axis == 1
 
 
 def worked_rows(config: Config) -> int:
