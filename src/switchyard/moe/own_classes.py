@@ -36,8 +36,8 @@ def require_joined(experts: nn.Cell, degrees: ParallelDims) -> None:
         axis, _ = optimizer_cut(parameter.shape, axes_of(parameter.name, len(parameter.shape)), degrees)
         if axis == 1:
             raise UserError(
-                f"parallel.optimizer_shard: {degrees.optimizer_shard}; '{parameter.name}' {list(parameter.shape)} would "
-                f"be cut along axis 1, which `shard` of {kind.__module__}.{kind.__name__} does not know: set it to 0"
+                f"parallel.optimizer_shard: {degrees.optimizer_shard}; '{parameter.name}' {list(parameter.shape)} "
+                f"would be cut along axis 1, which `shard` of {kind.__module__}.{kind.__name__} does not know: set it to 0"
             )
 
 

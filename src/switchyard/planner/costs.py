@@ -171,7 +171,8 @@ def copied_bytes(config: Config, shapes: dict[str, Shape]) -> int:
         own, held = shard_sizes(name, shape, degrees)
         by_compiler = held < own and not is_cut_inside(name, shape, degrees)
         in_layer = name.startswith("layers.")
-        made_again = parallel.optimizer_shard == 3 if by_compiler else parallel.recompute and in_layer
+        made_again = held < own and parallel.optimizer_shard == 3
+        made_again = made_again or (parallel.recompute and in_layer and not by_compiler)
         if made_again:
             layer = ".".join(name.split(".")[:2])
             again[layer] = again.get(layer, 0) + wide * own
@@ -256,7 +257,7 @@ def _of_gradient(name, shape, config, degrees):
         again = reads_gain_again(config, name)
     again = degrees.optimizer_shard == 3 and again
     if is_cut_inside(name, shape, degrees):
-        again = config.parallel.recompute
+        again = config.parallel.recompute or degrees.optimizer_shard == 3
     wide = product_bytes(config) if name.endswith(IN_PRODUCT_TYPE) else FLOAT  # cast before they are gathered
     yield Exchange("AllGather", group, ranks, wide * size, 2 if again else 1)
     yield Exchange("ReduceScatter", group, ranks, FLOAT * size)
