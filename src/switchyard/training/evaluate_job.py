@@ -31,9 +31,9 @@ from switchyard.trust import check_trusted_section
 def evaluate_in_job(
     path: str | Path,
     overrides: list[str] | tuple[str, ...],
-    say: Callable[[str], None],
-    on_batch: Callable[[int, int], None],
-    trust_code: bool,
+    say: Callable[[str], None] = print,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    trust_code: bool = False,
 ) -> Evaluation | None:
     """Does `evaluate.evaluate` on all processes of a job; arguments and errors as there.
 
