@@ -28,6 +28,11 @@ def parameters(config: Config, vocab: int, stage: int = 0) -> dict[str, Shape]:
     return {name: shape for name, shape in found.items() if stage in stages_of(name, layers, degrees)[:1]}
 
 
+def parameter_count(config: Config, vocab: int) -> int:
+    """Returns the numbers of all parameters of the decoder."""
+    return sum(math.prod(shape) for shape in _all_parameters(config, vocab).values())
+
+
 def _all_parameters(config, vocab):
     model, width = config.model, config.model.hidden_size
     found = {"embedding.table": (vocab, width)}
