@@ -54,17 +54,23 @@ check_job() {
 # distribute TARGET ARGUMENTS...: starts this node's processes on devices of TARGET (Ascend, GPU or CPU).
 distribute() {
     local target="$1" config="" devices=8 nodes=1 node_rank=0 master=127.0.0.1 port="" log_dir="" rank_table="" dry_run=""
-    local program=() launcher
+    local program=() flags=() launcher cluster_timeout=1800 evaluated="" main=train.py
     shift
     while (($#)); do
         case "$1" in
-            --config | --devices | --nodes | --node-rank | --master | --port | --log-dir | --rank-table)
+            --config | --devices | --nodes | --node-rank | --master | --port | --log-dir | --rank-table | --cluster-timeout)
                 (($# > 1)) || fail "$1: needs a value"
                 local name="${1#--}"
                 printf -v "${name//-/_}" '%s' "$2"
                 shift
                 ;;
+            --eval)
+                (($# > 1)) || fail "$1: needs a value"
+                evaluated="$2"
+                shift
+                ;;
             --resume) program+=("$1") ;;
+            --trust-code | --json) flags+=("$1") ;;
             --init)
                 (($# > 1)) || fail "$1: needs a value"
                 program+=("$1" "$2")
@@ -77,8 +83,15 @@ distribute() {
         esac
         shift
     done
-    [[ -n "$config" ]] || fail "--config: needs the YAML file of an experiment; see --help"
-    check_file --config "$config"
+    if [[ -n "$evaluated" ]]; then
+        [[ -z "$config" ]] || fail "--config: $(shown "$config"); the configuration is that of --eval: leave it out"
+        [[ " ${program[*]-} " != *" --"* ]] || fail "--eval: $(shown "$evaluated"); leave --resume and --init out"
+        main=eval.py
+    else
+        ((${#flags[@]} == 0)) || fail "${flags[0]}: only with --eval RUN"
+        [[ -n "$config" ]] || fail "--config: needs the YAML file of an experiment; see --help"
+        check_file --config "$config"
+    fi
     devices="$(whole --devices "$devices" 1 65536)" # each in a line of its own, so that a refusal ends the script
     nodes="$(whole --nodes "$nodes" 1 65536)"
     node_rank="$(whole --node-rank "$node_rank" 0 65535)"
@@ -86,26 +99,32 @@ distribute() {
     check_address "$master" "$nodes"
     if ((nodes > 1)); then port="${port:-8118}"; fi # the same on all nodes, so none is searched for
     port="$(whole --port "${port:-$(free_port)}" 1024 65535)"
+    cluster_timeout="$(whole --cluster-timeout "$cluster_timeout" 1 604800)"
     [[ -z "$rank_table" ]] || check_file --rank-table "$rank_table"
     [[ ! -e "$log_dir" || -d "$log_dir" ]] || fail "--log-dir: $(shown "$log_dir"); is no folder"
     log_dir="${log_dir:-logs/train-$(date +%Y%m%d-%H%M%S)}"
 
     launcher=("$VENV/bin/python" -m mindspore.parallel.cluster.run "--worker_num=$((devices * nodes))"
         "--local_worker_num=$devices" "--master_addr=$master" "--master_port=$port" "--node_rank=$node_rank"
-        "--log_dir=$log_dir" --join=True "--tail_worker_log=$((node_rank * devices))" --cluster_time_out=300)
+        "--log_dir=$log_dir" --join=True "--tail_worker_log=$((node_rank * devices))"
+        "--cluster_time_out=$cluster_timeout")
     [[ -z "$rank_table" ]] || launcher+=("--rank_table_file=$rank_table")
-    program=(--config "$config" "${program[@]+"${program[@]}"}" "context.device_target=$target")
-    launcher=("$VENV/bin/python" -m switchyard.distributed.watch "$log_dir" "${launcher[@]}" "$ROOT/train.py")
+    local source=(--config "$config")
+    [[ -z "$evaluated" ]] || source=(--eval "$evaluated")
+    program=("${program[@]+"${program[@]}"}" "context.device_target=$target")
+    launcher=("$VENV/bin/python" -m switchyard.distributed.watch "$log_dir" "${launcher[@]}" "$ROOT/$main")
     if [[ -n "$dry_run" ]]; then
-        check_job "$target" $((devices * nodes)) "${program[@]}"
+        check_job "$target" $((devices * nodes)) "${source[@]}" "${program[@]}"
+        source=("${source[@]/#--eval/--checkpoint}")
         # shellcheck disable=SC2016  # PATH is for the shell into which this is pasted
         printf 'PATH=%s:"$PATH" GLOG_v=%s OMP_NUM_THREADS=%s ' "$(print_command "$VENV/bin")" \
             "$(print_command "${GLOG_v:-3}")" "$(print_command "${OMP_NUM_THREADS:-1}")"
-        print_command "${launcher[@]}" "${program[@]}"
+        print_command "${launcher[@]}" "${source[@]}" "${flags[@]+"${flags[@]}"}" "${program[@]}"
         return
     fi
     set_up run
     export PATH="$VENV/bin:$PATH" GLOG_v="${GLOG_v:-3}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # msrun calls `python`
     say "Logs of all ranks: $log_dir"
-    exec "${launcher[@]}" "${program[@]}"
+    source=("${source[@]/#--eval/--checkpoint}")
+    exec "${launcher[@]}" "${source[@]}" "${flags[@]+"${flags[@]}"}" "${program[@]}"
 }

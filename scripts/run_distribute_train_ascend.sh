@@ -14,8 +14,11 @@
 #   --log-dir DIR        worker_RANK.log of each process, scheduler.log and msrun.log
 #                        (default: logs/train-DATE-TIME under the current folder)
 #   --rank-table FILE    the rank table of a cluster that still needs one
+#   --cluster-timeout S  seconds in which the processes of all nodes must have started (default: 1800)
 #   --resume             continue from the newest checkpoint of the run
 #   --init RUN           start a new run from the weights of another, which all nodes see
+#   --eval RUN           evaluate a run or a checkpoint in the place of training, without --config; parallel.* keys say
+#                        how the weights are sharded; --json and --trust-code as of eval.py
 #   --dry-run            check keys and degrees as training would, print the command that would be run, and end
 #   section.key=value    any key of the configuration
 #

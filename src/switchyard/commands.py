@@ -55,7 +55,8 @@ def eval_main(arguments: list[str]) -> None:
     parser = create_parser(
         "eval.py",
         "Evaluates a checkpoint over its run's validation set. A text that data.path=... names is scored whole, with\n"
-        "the checkpoint's own tokenizer; with data.val_fraction=... as well, its validation part.",
+        "the checkpoint's own tokenizer; with data.val_fraction=... as well, its validation part. The launch scripts\n"
+        "evaluate on several devices: --eval RUN parallel.expert_parallel=8.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or one checkpoint in it")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
@@ -65,17 +66,20 @@ def eval_main(arguments: list[str]) -> None:
     with stdout_to_stderr() as out:
         from tqdm import tqdm
 
-        from switchyard.training.evaluate import evaluate
+        if world_size() > 1:
+            from switchyard.training.evaluate_job import evaluate_in_job as evaluate
+        else:
+            from switchyard.training.evaluate import evaluate
 
-        with tqdm(unit="batch", disable=None, leave=False) as bar:  # None: only on a terminal
+        with tqdm(unit="batch", disable=None if is_first() else True, leave=False) as bar:  # None: only on a terminal
 
             def show(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
             found = evaluate(chosen.checkpoint, chosen.overrides, on_batch=show, trust_code=chosen.trust_code)
-        text = to_json(found.to_dict()) if chosen.json else found.to_text()
-        out.write(text + "\n")
+        if found is not None and is_first():
+            out.write((to_json(found.to_dict()) if chosen.json else found.to_text()) + "\n")
 
 
 def export_main(arguments: list[str]) -> None:

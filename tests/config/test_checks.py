@@ -36,7 +36,6 @@ def test_degrees_that_fit():
             r"must divide the hidden width of an expert \(7\)",
         ),
         ({"pipeline_stage": 3}, {}, r"pipeline_stage: 3; at most model.num_layers \(2\)"),
-        ({"pipeline_stage": 2}, {"model": {"num_layers": 3}}, r"pipeline_stage: 2; must divide model.num_layers \(3\)"),
         ({"pipeline_stage": 2}, {}, "micro_batch_num: 1; at least parallel.pipeline_stage"),
         ({"micro_batch_num": 2}, {}, "micro_batch_num: 2; needs parallel.pipeline_stage of 2 or more"),
         ({"data_parallel": 4}, {"batch": 6}, r"data.batch_size: 6; must be a multiple of the routing groups \(4"),

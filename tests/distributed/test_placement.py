@@ -6,6 +6,9 @@ import pytest
 from switchyard.distributed.placement import (
     Coordinates,
     ParallelDims,
+    kept_slices,
+    layers_of_stages,
+    optimizer_cut,
     optimizer_shards,
     placement,
     shard_slices,
@@ -77,10 +80,43 @@ def test_slices_of_a_stage_make_up_the_whole_once_per_replica():
 
 def test_zero_cuts_what_its_replicas_divide():
     zero = ParallelDims(data_parallel=8, expert_parallel=4, optimizer_shard=1)
-    assert optimizer_shards((8, 6), (None, None), zero, 0) == 8
-    assert optimizer_shards((13, 6), (None, None), zero, 0) == 1
-    assert optimizer_shards((8, 6, 5), ("expert", None, "model"), zero, 0) == 2
-    assert optimizer_shards((8, 6), (None, None), CUBE, 0) == 1
+    assert optimizer_shards((8, 6), (None, None), zero) == 8
+    assert optimizer_shards((13, 6), (None, None), zero) == 1
+    assert optimizer_shards((8, 6, 5), ("expert", None, "model"), zero) == 2
+    assert optimizer_shards((8, 6), (None, None), CUBE) == 1
+
+
+def test_zero_cuts_stacked_matrices_along_axis_1_where_axis_0_does_not_divide():
+    """One expert a rank, 2 replicas; a dense feed-forward, 8 replicas; rows that do not divide stay whole."""
+    zero = ParallelDims(data_parallel=8, expert_parallel=4, optimizer_shard=3)
+    assert optimizer_cut((4, 6, 5), ("expert", None, "model"), zero) == (1, 2)
+    assert optimizer_cut((1, 16, 5), (None, None, "model"), zero) == (1, 8)
+    assert optimizer_cut((1, 6, 5), (None, None, "model"), zero) == (0, 1)
+    assert optimizer_cut((1, 16, 1), (None, None, None), zero) == (0, 1)  # a gate, which no MatrixCast gathers
+    assert optimizer_cut((4, 6, 5), ("expert", None, "model"), ParallelDims(8, 4)) == (0, 1)
+
+
+def test_what_ranks_keep_with_zero_makes_up_the_whole_once():
+    zero = ParallelDims(data_parallel=4, expert_parallel=2, model_parallel=2, optimizer_shard=1)
+    for name in ("layers.0.feed_forward.w_out", "layers.1.feed_forward.experts.w_out", "layers.0.feed_forward.w_in"):
+        shape = (2 if "experts" in name else 1, 16, 8)
+        whole, seen = np.arange(np.prod(shape)).reshape(shape), np.zeros(np.prod(shape), int)
+        for rank in range(8):
+            seen[whole[kept_slices(shape, placement(name, shape, zero), zero, rank)].reshape(-1)] += 1
+        assert (seen == 1).all()
+    kept = kept_slices((2, 16, 8), ("expert", "model", None), zero, 7)  # expert 1, model shard 1, replica 1
+    assert kept == (slice(1, 2), slice(12, 16), slice(0, 8))
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "counts"),
+    [(8, 4, [2, 2, 2, 2]), (3, 2, [2, 1]), (61, 8, [7, 8, 8, 8, 8, 8, 7, 7]), (7, 4, [2, 2, 2, 1]), (5, 1, [5])],
+)
+def test_stages_have_equal_runs_or_one_layer_more(layers, stages, counts):
+    degrees = ParallelDims(pipeline_stage=stages)
+    found = [stages_of(f"layers.{index}.norm.gain", layers, degrees)[0] for index in range(layers)]
+    assert layers_of_stages(layers, stages) == counts == [found.count(stage) for stage in range(stages)]
+    assert found == sorted(found)
 
 
 def test_stages():

@@ -344,9 +344,9 @@ def test_noise_slices_are_given_only_to_who_reads_them():
         assert (slices.count, layer.slice) == (count, max(count - 1, 0))
 
 
-def test_sort_keys_beyond_float32_are_refused():
+def test_sort_keys_beyond_int32_are_refused():
     config = tiny_config(expert_num=64)
     check_sort_keys(config)
-    large = config.model_copy(update={"data": config.data.model_copy(update={"batch_size": 2**16})})
-    with pytest.raises(UserError, match=r"data\.batch_size: 65536; .* must be below 16777216"):
+    large = config.model_copy(update={"data": config.data.model_copy(update={"batch_size": 2**24})})
+    with pytest.raises(UserError, match=r"data\.batch_size: 16777216; .* must be below 2147483648"):
         check_sort_keys(large)

@@ -65,7 +65,9 @@ FURTHER = {  # of which only bytes are looked at
         UNTIED,
     ),
     "rich dp4 ep2 tp2 dropless recompute zero1": tree(
-        THREE_AXES | {"recompute": True, "optimizer_shard": 1}, RICH_MOE | {"dispatch": "dropless"}, RICH_MODEL
+        THREE_AXES | {"recompute": True, "optimizer_shard": 1},
+        RICH_MOE | {"dispatch": "dropless", "expert_num": 2},  # one on a rank, and two replicas: ZeRO cuts axis 1
+        RICH_MODEL,
     ),
     "dp4 ep2 tp2 sequence recompute": tree(
         THREE_AXES | {"sequence_parallel": True, "recompute": True}, SWITCH | {"shared_expert_num": 1}

@@ -104,6 +104,27 @@ def test_a_pipeline_is_planned_without_evaluation_only():
     assert any(one.refusal is None and one.parallel["pipeline_stage"] == 2 for one in staged)
 
 
+def test_layers_that_stages_do_not_divide_are_planned():
+    """3 layers, the second and third conditional: a stage of 2 and one of 1, each with a conditional layer."""
+    tree = {"model": {"tie_word_embeddings": False, "num_layers": 3}, "moe": {"expert_num": 4, "layers": [1, 2]}}
+    staged = planned(SMALL | tree | {"train": {"eval_every": 0}}, devices=2)
+    assert any(one.refusal is None and one.parallel["pipeline_stage"] == 2 for one in staged)
+    stages = {"pipeline_stage": 2, "micro_batch_num": 2}
+    first, last = stage_costs(build(SMALL | tree | {"train": {"eval_every": 0}, "parallel": stages}), 256)
+    whole = costs(build(SMALL | tree), 256)
+    assert first.weights + last.weights == whole.weights and first.flops + last.flops == 2 * whole.flops
+
+
+def test_zero_divides_a_dense_feed_forward_and_experts_among_their_replicas():
+    """Two layers of one expert on a device, which has 2 replicas; all else has 8, dense matrices [1, D, F] too."""
+    tree = {"data": {"batch_size": 16}, "moe": {"expert_num": 4, "layers": 2}}
+    cut = {"data_parallel": 8, "expert_parallel": 4}
+    config, zero = (build(tree | {"parallel": cut | {"optimizer_shard": level}}) for level in (0, 1))
+    experts = 2 * 2 * 128 * 512  # of two layers
+    whole, kept = costs(config, 256).weights // 4, costs(zero, 256).weights // 4
+    assert kept == (whole - experts) // 8 + experts // 2
+
+
 def test_what_one_device_can_do_is_planned_for_one_device():
     recorded = SMALL | {"moe": SMALL["moe"] | {"record": "a.safetensors"}}
     assert any(one.refusal is None for one in planned(recorded, devices=1))

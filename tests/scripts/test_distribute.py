@@ -48,7 +48,7 @@ def test_one_node(kind):
         "--log_dir=logs of mine",
         "--join=True",
         "--tail_worker_log=0",
-        "--cluster_time_out=300",
+        "--cluster_time_out=1800",
         f"{ROOT}/train.py",
         "--config",
         "config/quickstart.yaml",
@@ -58,6 +58,10 @@ def test_one_node(kind):
     ]
     with socket.socket() as held:
         held.bind(("127.0.0.1", int(port.split("=")[1])))  # it is free
+
+
+def test_slow_nodes_are_waited_for():
+    assert "--cluster_time_out=7200" in dry_run("ascend", "--cluster-timeout", 7200, "parallel.data_parallel=8")
 
 
 def test_two_nodes_of_eight():

@@ -104,7 +104,7 @@ def load_checkpoint(
     from switchyard import models
     from switchyard.checkpoint import store
     from switchyard.data import Tokenizer
-    from switchyard.training.evaluate import overridden
+    from switchyard.training.evaluate_keys import overridden
     from switchyard.trust import check_trusted_section
 
     held = store.read(path, with_optimizer=False)

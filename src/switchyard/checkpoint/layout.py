@@ -1,7 +1,7 @@
 """Computes which rank holds and which rank writes each shard of every tensor of a checkpoint.
 
-`switchyard.distributed.placement` says which axes are sharded; here ZeRO's further shards along axis 0 over the
-replicas of a shard is added, and the one rank of those that hold the same shard that writes it.
+`switchyard.distributed.placement` says which axes are sharded, and ZeRO's further shards over the replicas of
+a shard; here the one rank of those that hold the same shard that writes it is added.
 """
 
 from switchyard.checkpoint.tensors import Box
@@ -9,9 +9,9 @@ from switchyard.config import Config
 from switchyard.distributed.placement import (
     ParallelDims,
     full_shape,
+    kept_slices,
     optimizer_shards,
     placement,
-    shard_slices,
     stages_of,
 )
 from switchyard.errors import UserError
@@ -35,15 +35,7 @@ def shard_of(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: 
     """
     if degrees.coordinates(rank).stage not in _stages(name, layers, degrees):
         return None
-    axes = placement(name, shape, degrees)
-    box = shard_slices(shape, axes, degrees, rank)
-    count = optimizer_shards(shape, axes, degrees, rank)
-    if count == 1:
-        return box
-    index, _ = degrees.replica(axes, rank)
-    length = (box[0].stop - box[0].start) // count
-    start = box[0].start + index * length
-    return (slice(start, start + length), *box[1:])
+    return kept_slices(shape, placement(name, shape, degrees), degrees, rank)
 
 
 def is_writer(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers: int) -> bool:
@@ -51,7 +43,7 @@ def is_writer(name: str, shape: Shape, degrees: ParallelDims, rank: int, layers:
     if degrees.coordinates(rank).stage != _stages(name, layers, degrees)[0]:
         return False
     axes = placement(name, shape, degrees)
-    return optimizer_shards(shape, axes, degrees, rank) > 1 or degrees.replica(axes, rank)[0] == 0
+    return optimizer_shards(shape, axes, degrees) > 1 or degrees.replica(axes, rank)[0] == 0
 
 
 def full_shape_of(name: str, shape: Shape, degrees: ParallelDims) -> Shape:

@@ -72,7 +72,6 @@ __all__ = ["CONFIG", "MANIFEST", "STATE", "TOKENIZER", "DamagedError", "listed",
 FILES = (CONFIG, TOKENIZER, *map(file_of, KINDS), STATE)
 BEST = "best.json"
 LONGEST_BEST = 1 << 16  # bytes of it
-PATIENCE = 600.0  # seconds that `finish` waits for other ranks
 
 
 @dataclass(frozen=True)
@@ -243,7 +242,7 @@ def finish(
     config: Config,
     tokenizer_json: str,
     state: dict[str, Any],
-    wait: float = PATIENCE,
+    wait: float | None = None,
     healthy: Healthy | None = None,
     degrees: ParallelDims | None = None,
 ) -> Path:
@@ -251,7 +250,7 @@ def finish(
 
     Args:
         run, config, tokenizer_json, state, healthy: as of `save`.
-        wait: seconds within which the shards of all ranks must have come.
+        wait: seconds within which the shards of all ranks must have come; None = train.checkpoint_wait_seconds.
         degrees: in the place of those of `config`.
 
     Returns:
@@ -262,6 +261,7 @@ def finish(
     """
     healthy, folder = healthy or Healthy(), _temporary(run, state["step"])
     place = folder.with_name(name_of(state["step"]))
+    wait = config.train.checkpoint_wait_seconds if wait is None else wait
     assemble(folder, config, tokenizer_json, state, degrees or ParallelDims.of(config.parallel), wait)
     publish(folder, place)
     healthy.note(place)

@@ -184,8 +184,6 @@ def parallel_laws(config):
         stages,
         f"at most model.num_layers ({model.num_layers})",
     )
-    reason = f"must divide model.num_layers ({model.num_layers})"
-    yield model.num_layers % stages == 0, "parallel.pipeline_stage", stages, reason
     micro = parallel.micro_batch_num
     reason = f"at least parallel.pipeline_stage ({stages}), otherwise a stage is idle"
     yield stages == 1 or micro >= stages, "parallel.micro_batch_num", micro, reason

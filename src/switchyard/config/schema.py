@@ -252,6 +252,9 @@ class TrainConfig(Section):
     sample_every: NotNegative = Field(0, description="steps between two short sampled texts; 0 = none")
     checkpoint_every: NotNegative = Field(500, description="steps between checkpoints; 0 = only at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept, besides the best")
+    checkpoint_wait_seconds: Weight = Field(
+        3600.0, description="several devices: seconds that a checkpoint waits for the shards of all ranks"
+    )
     init_loss_scale: Annotated[float, Field(gt=0)] = Field(65536.0, description="float16: first dynamic loss scale")
     lora: LoraConfig | None = Field(
         None,

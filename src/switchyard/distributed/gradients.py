@@ -46,4 +46,4 @@ class ShardedNorm(nn.Cell):
 def share_of(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> float:
     """Returns one by the devices of a stage that hold the same shard of a parameter's gradient."""
     axes = placement(name, shape, degrees)
-    return optimizer_shards(shape, axes, degrees, 0) / len(degrees.replicas(axes, 0))
+    return optimizer_shards(shape, axes, degrees) / len(degrees.replicas(axes, 0))

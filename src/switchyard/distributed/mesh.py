@@ -25,7 +25,7 @@ from switchyard.config import Config
 from switchyard.distributed.arity import fixed
 from switchyard.distributed.compiled_graph import Graph, compiled_model, read_graph
 from switchyard.distributed.gradients import GlobalNorm, ShardedNorm
-from switchyard.distributed.placement import ParallelDims, is_updater
+from switchyard.distributed.placement import EXPERT, MODEL, ParallelDims, Placement, is_updater
 from switchyard.distributed.processes import SINGLE, Processes
 
 SPEED_UP = "parallel_speed_up.json"  # name of the file that hands parallel.transformer_opt to the compiler
@@ -162,6 +162,12 @@ class CompiledMesh(LocalMesh):
         """Returns the layout of a tensor: for each axis what shards it, "data", "rows", "outer", "expert", "model" or
         None."""
         return self.device_layout(*(self._name(axis) for axis in axes))
+
+    def slices_layout(self, axes: Placement) -> Layout:
+        """Returns the layout of a stacked matrix [E, ., .] that ZeRO cuts along axis 1, see `optimizer_cut`."""
+        replicas = ("outer",) if EXPERT in axes else ("outer", "expert")
+        cut = (("model",) if axes[1] == MODEL else ()) + replicas
+        return self.device_layout(NAMES[axes[0]], cut, NAMES[axes[2]])
 
     def _name(self, axis):
         if axis == "rows":

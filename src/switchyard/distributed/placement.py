@@ -7,8 +7,9 @@ Ranks are numbered stage by stage; within a stage outer data shards, expert shar
 so with model_parallel 1 the ranks that exchange rows with each other are neighbours.
 """
 
-import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from switchyard.config import ParallelConfig
@@ -167,16 +168,60 @@ def shard_slices(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims,
     return tuple(parts)
 
 
-def optimizer_shards(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims, rank: int) -> int:
-    """Returns into how many parts along axis 0 ZeRO divides a rank's shard: its replicas, or 1 where they cannot."""
+def optimizer_cut(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims) -> tuple[int, int]:
+    """Returns (along which axis, into how many parts) ZeRO divides a rank's shard among its replicas.
+
+    The axis is 0, where the compiler cuts. Of stacked matrices [E, ., .] it is 1 where axis 0 does not divide, as with
+    one expert on a device and of a dense feed-forward [1, D, F]: there `nn.cast.MatrixCast` gathers the parts. One part
+    means that the shard does not divide.
+    """
     if degrees.optimizer_shard == 0 or not shape:
-        return 1
-    _, count = degrees.replica(axes, rank)
-    return count if (shape[0] // degree_of(axes[0], degrees)) % count == 0 else 1
+        return 0, 1
+    _, count = degrees.replica(axes, 0)
+    for axis in (0, 1) if len(shape) == 3 and MODEL in axes else (0,):
+        if (shape[axis] // degree_of(axes[axis], degrees)) % count == 0:
+            return axis, count
+    return 0, 1
+
+
+def optimizer_shards(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims) -> int:
+    """Returns into how many parts ZeRO divides a rank's shard: its replicas, or 1 where they cannot."""
+    return optimizer_cut(shape, axes, degrees)[1]
+
+
+def kept_slices(shape: tuple[int, ...], axes: Placement, degrees: ParallelDims, rank: int) -> tuple[slice, ...]:
+    """Returns the part of an array of that shape that a rank keeps between steps: of `shard_slices` ZeRO's part."""
+    parts = list(shard_slices(shape, axes, degrees, rank))
+    axis, count = optimizer_cut(shape, axes, degrees)
+    if count > 1:
+        index, _ = degrees.replica(axes, rank)
+        length = (parts[axis].stop - parts[axis].start) // count
+        start = parts[axis].start + index * length
+        parts[axis] = slice(start, start + length)
+    return tuple(parts)
+
+
+def layers_of_stages(layers: int, stages: int) -> list[int]:
+    """Returns the number of layers of each stage: equal, or one more on some.
+
+    The last stage, which has the head and the loss, never has one more; the first, which has the embedding and keeps
+    the activations of most micro-batches, has one more only where all others but the last have.
+    """
+    each, more = divmod(layers, stages)
+    longer = [*range(1, stages - 1), 0][:more]
+    return [each + (stage in longer) for stage in range(stages)]
+
+
+@cache
+def first_layers(layers: int, stages: int) -> tuple[int, ...]:
+    """Returns the first layer of each stage."""
+    counts = layers_of_stages(layers, stages)
+    return tuple(sum(counts[:stage]) for stage in range(stages))
 
 
 def stages_of(name: str, layers: int, degrees: ParallelDims) -> tuple[int, ...]:
-    """Returns the stages that hold a parameter: layers in equal runs, embedding first, final norm and head last.
+    """Returns the stages that hold a parameter: runs of layers, see `layers_of_stages`, embedding first, final norm and
+    head last.
 
     The table of a tied head is on the first stage and on the last; whether a table is tied is not seen in its name, so
     both are said for every `embedding.table`.
@@ -186,7 +231,7 @@ def stages_of(name: str, layers: int, degrees: ParallelDims) -> tuple[int, ...]:
         return (0,)
     if "layers" in parts:
         index = int(parts[parts.index("layers") + 1])
-        return (index // math.ceil(layers / stages),)
+        return (bisect_right(first_layers(layers, stages), index) - 1,)
     if "position" in parts:
         return (0,)
     if "embedding" in parts:

@@ -51,11 +51,14 @@ def own_rank(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def require_one_device(config: Config) -> None:
-    """Refuses any degree (UserError): evaluation and export read what many have written, and work alone."""
+    """Refuses any degree (UserError): one process reads what many have written."""
     usual = type(config.parallel)()
     for name, value in config.parallel:
         if value != getattr(usual, name):
-            raise UserError(f"parallel.{name}: {value}; evaluation and export run in one process: leave it out")
+            raise UserError(
+                f"parallel.{name}: {value}; evaluation and export run in one process: leave it out, or evaluate by a "
+                "launch script with --eval"
+            )
 
 
 @dataclass(frozen=True)

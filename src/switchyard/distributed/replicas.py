@@ -32,7 +32,7 @@ def replica_groups(name: str, shape: tuple[int, ...], degrees: ParallelDims) -> 
     """
     axes, seen = placement(name, shape, degrees), set()
     for rank in range(degrees.devices):
-        if rank in seen or optimizer_shards(shape, axes, degrees, rank) > 1:
+        if rank in seen or optimizer_shards(shape, axes, degrees) > 1:
             continue
         group = degrees.replicas(axes, rank)
         seen.update(group)

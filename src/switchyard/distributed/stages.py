@@ -16,7 +16,7 @@ def stages_of_layers(config: Config) -> list[int]:
 def stage_config(config: Config, stage: int) -> Config:
     """Returns the layers of one stage as a configuration without a pipeline."""
     own = [index for index, of in enumerate(stages_of_layers(config)) if of == stage]
-    layers = tuple(index - own[0] for index in config.moe_layers if index in own)
+    layers = [index - own[0] for index in config.moe_layers if index in own]
     windows = config.model.window_layers
     if windows != "all":
         windows = [index - own[0] for index in windows if index in own]

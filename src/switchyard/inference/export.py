@@ -28,7 +28,7 @@ from switchyard.models.generation import Decode, Prefill, cast_products
 from switchyard.models.seq2seq_generation import Begin, Continue, Encode
 from switchyard.moe.dispatch.plan import block_size
 from switchyard.training.companions import kept_texts
-from switchyard.training.evaluate import overridden
+from switchyard.training.evaluate_keys import overridden
 from switchyard.trust import check_trusted_section
 
 

@@ -9,7 +9,7 @@ from mindspore import dtype as mstype
 from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.distributed.placement import axes_of
 from switchyard.nn.activation import SwiGLU, create_activation
-from switchyard.nn.cast import Cast
+from switchyard.nn.cast import Cast, MatrixCast
 from switchyard.nn.fused import NONE
 from switchyard.nn.initializers import InitialWeights
 
@@ -56,7 +56,7 @@ class FeedForwardExperts(nn.Cell):
         self.product_out = ops.BatchMatMul()
         self.activation = SwiGLU("Swiglu" in fused, "SiLU" in fused) if self.gated else create_activation(activation)
         self.to_dtype, self.widen = Cast(dtype), Cast(dtype if half_rows else mstype.float32)
-        self.narrow_in, self.narrow_gate, self.narrow_out = Cast(dtype), Cast(dtype), Cast(dtype)
+        self.narrow_in, self.narrow_gate, self.narrow_out = (MatrixCast(dtype) for _ in range(3))
         self.local = self.gate_hidden if self.gated else self.bend_hidden
         self.take = ops.Gather()
         self.mix = ops.MatMul()
@@ -65,6 +65,15 @@ class FeedForwardExperts(nn.Cell):
     def construct(self, rows: Tensor) -> Tensor:
         """Applies expert e to slice e of rows [E, S, D]."""
         return self._work(rows, self.w_in, self.w_gate, self.w_out)
+
+    def matrices(self) -> tuple:
+        """Returns (w_in, w_out, w_gate or None) for products that are made elsewhere; whole where ZeRO cuts axis 1."""
+        w_in, w_gate, w_out = self.w_in, self.w_gate, self.w_out
+        if self.narrow_in.joins:
+            w_in, w_gate = self.narrow_in(w_in), self.narrow_gate(w_gate) if self.gated else None
+        if self.narrow_out.joins:
+            w_out = self.narrow_out(w_out)
+        return w_in, w_out, w_gate
 
     def blocks(self, rows: Tensor, block_expert: Tensor) -> Tensor:
         """Applies expert `block_expert` [P] to rows [P, b, D] of each block, reads the chosen experts' weights only."""
@@ -120,7 +129,12 @@ class FeedForwardExperts(nn.Cell):
         inputs = (within, within) if self.gated else (within,)
         self.local = mesh.local(self.local, inputs, (within,), first, first)
         self.to_dtype.shard(mesh, experts, rows, None)
-        self.narrow_in.shard(mesh, *first_axes)
-        self.narrow_gate.shard(mesh, *first_axes)
-        self.narrow_out.shard(mesh, *last_axes)
+        self.shard_matrices(mesh)
         self.widen.shard(mesh, experts, rows, None)
+
+    def shard_matrices(self, mesh: CompiledMesh) -> None:
+        """Declares the layouts of the parameters only, for products that are made elsewhere, see `matrices`."""
+        self.narrow_in.shard_matrix(mesh, self.w_in)
+        self.narrow_out.shard_matrix(mesh, self.w_out)
+        if self.gated:
+            self.narrow_gate.shard_matrix(mesh, self.w_gate)

@@ -16,7 +16,7 @@ from switchyard.distributed.mesh import LOCAL, CompiledMesh, LocalMesh, first
 from switchyard.moe.dispatch.dispatchers import Dispatcher, create_dispatcher
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.metrics import width
-from switchyard.moe.own_classes import require_cut_experts
+from switchyard.moe.own_classes import require_cut_experts, require_joined
 from switchyard.moe.own_experts import own_experts
 from switchyard.moe.routing import create_router
 from switchyard.moe.routing.base import find_router, make_context, require_choices, require_learnable
@@ -215,9 +215,12 @@ class MoELayer(nn.Cell):
         """
         require_sharded_router(self.router, self.config.moe.router)
         self._require_shards()
+        require_joined(self.experts, mesh.degrees)
         self.router.shard(mesh)
         if self.train_dispatcher.runs_experts or self.eval_dispatcher.runs_experts:
             self.experts.shard(mesh)
+        else:
+            self.experts.shard_matrices(mesh)
         if self.shared is not None:
             self.shared.shard(mesh)
             self.expand_dims.shard(((mesh.degrees.data_parallel, 1),))

@@ -5,7 +5,7 @@ Each function is asked before the first layout is made, and raises one line (Use
 
 from mindspore import nn
 
-from switchyard.distributed.placement import EXPERT, axes_of
+from switchyard.distributed.placement import EXPERT, ParallelDims, axes_of, optimizer_cut
 from switchyard.errors import UserError
 from switchyard.forms import changed, changes_alone
 from switchyard.moe.experts import FeedForwardExperts
@@ -22,6 +22,23 @@ def require_partners(cell: nn.Cell, root: type, partners: dict[str, tuple[str, .
             raise UserError(
                 f"{name}: changes `{method}` of {root.__name__} and not `{others[0]}`, which a compiled cluster calls "
                 f"in its place: define `{others[0]}`, or train on one device"
+            )
+
+
+def require_joined(experts: nn.Cell, degrees: ParallelDims) -> None:
+    """Refuses experts whose own `shard` does not put matrices together that ZeRO cuts along axis 1 (UserError)."""
+    kind = type(experts)
+    if isinstance(experts, FeedForwardExperts) and kind.__module__.startswith("switchyard."):
+        return
+    if isinstance(experts, FeedForwardExperts) and not changed(kind, "shard", FeedForwardExperts):
+        return
+    for parameter in experts.get_parameters():
+        axis, _ = optimizer_cut(parameter.shape, axes_of(parameter.name, len(parameter.shape)), degrees)
+        if axis == 1:
+            raise UserError(
+                f"parallel.optimizer_shard: {degrees.optimizer_shard}; '{parameter.name}' {list(parameter.shape)} "
+                f"would be cut along axis 1, which `shard` of {kind.__module__}.{kind.__name__} does not know: set it "
+                "to 0"
             )
 
 

@@ -16,10 +16,10 @@ from switchyard.distributed.placement import EXPERT, MODEL, ParallelDims, placem
 from switchyard.distributed.stages import stage_config, stage_exchanges
 from switchyard.moe.dispatch.capacity import buffer_slots, check_dropless, check_sort_keys, slot_shape
 from switchyard.moe.metrics import width
-from switchyard.planner.host import noise_slices
+from switchyard.planner.held import IN_PRODUCT_TYPE, activation_bytes, gathered_bytes, micro_batches_of_call
 from switchyard.planner.sizes import (
     FLOAT,
-    Shape,
+    is_cut_inside,
     mixed,
     parameters,
     product_bytes,
@@ -27,16 +27,11 @@ from switchyard.planner.sizes import (
     reads_again,
     seen_tokens,
     shard_sizes,
-    takes,
     worked_rows,
 )
 from switchyard.training.limits import refusals, refuse
 
 SCALARS = 3  # of the optimizer: two bias corrections and the learning rate
-IN_PRODUCT_TYPE = (  # model.compute_dtype
-    *("q.weight", "kv.weight", "qkv.weight", "qkv.bias", "out.weight", "out.bias", "head.weight"),
-    *("w_in", "w_gate", "w_out"),
-)
 SENT = ("Send", "Receive")
 
 
@@ -126,10 +121,10 @@ def stage_costs(config: Config, vocab: int) -> list[Costs]:
 def _costs(config, vocab, stage):
     degrees, shapes = ParallelDims.of(config.parallel), parameters(config, vocab, stage)
     sizes = {name: shard_sizes(name, shape, degrees) for name, shape in shapes.items()}  # (slice, of it with ZeRO)
-    weights, sharded = (FLOAT * sum(each[part] for each in sizes.values()) for part in (1, 0))
-    gathered = sharded - weights
-    if degrees.optimizer_shard == 3:
-        gathered = max(FLOAT * (sharded - kept) for sharded, kept in sizes.values())
+    weights = FLOAT * sum(kept for _, kept in sizes.values())
+    at_once = FLOAT * sum(  # gradients that a pipeline adds up over its micro-batches
+        sizes[name][is_cut_inside(name, shape, degrees)] for name, shape in shapes.items()
+    )
     several = config.train.gradient_accumulation_steps > 1
     half, freezes = config.model.compute_dtype == "float16", config.moe.router_freeze_step is not None
     # numbers of the optimizer that are no moments, see training.optimizer.OptimizerStep
@@ -137,9 +132,9 @@ def _costs(config, vocab, stage):
     summed = weights * several  # gradients of the calls before
     return Costs(
         weights=weights,
-        gradients=summed + (weights if degrees.pipeline_stage == 1 else sharded),
+        gradients=summed + (weights if degrees.pipeline_stage == 1 else at_once),
         optimizer=2 * weights + scalars * FLOAT,
-        gathered=gathered,
+        gathered=gathered_bytes(config, sizes),
         activations=activation_bytes(config, vocab, shapes, stage),
         exchanges=tuple(exchanges(config, vocab, stage)),
         flops=flops(config, vocab, stage),
@@ -159,18 +154,15 @@ def _of_call(config, vocab, stage):
     degrees = ParallelDims.of(config.parallel)
     stages, micro = degrees.pipeline_stage, micro_batches_of_call(config)
     for name, shape in parameters(config, vocab, stage).items():
-        yield from _of_gradient(name, shape, config, degrees)
+        many = micro if is_cut_inside(name, shape, degrees) else 1
+        for one in _of_gradient(name, shape, config, degrees):
+            yield replace(one, number=one.number * many)
     for one in _of_micro_batch(config, stage):
         yield replace(one, number=one.number * micro)
     if stages == 1:
         yield Exchange("AllReduce", "stage", degrees.devices, FLOAT)  # norm of the gradients
     else:  # and all figures
         yield Exchange("AllReduce", "all", degrees.devices, FLOAT * (1 + micro * _figures(config)))
-
-
-def micro_batches_of_call(config: Config) -> int:
-    """Returns the micro-batches of one call of the step's program: 1, of a pipeline several."""
-    return config.micro_batches // config.train.gradient_accumulation_steps
 
 
 def _figures(config):
@@ -220,6 +212,8 @@ def _of_gradient(name, shape, config, degrees):
         yield Exchange("AllReduce", group, ranks, FLOAT * size)
         return
     again = degrees.optimizer_shard == 3 and reads_again(config, name)
+    if is_cut_inside(name, shape, degrees):
+        again = config.parallel.recompute or degrees.optimizer_shard == 3
     wide = product_bytes(config) if name.endswith(IN_PRODUCT_TYPE) else FLOAT  # cast before they are gathered
     yield Exchange("AllGather", group, ranks, wide * size, 2 if again else 1)
     yield Exchange("ReduceScatter", group, ranks, FLOAT * size)
@@ -326,74 +320,3 @@ def _block_products(config):
         blocks += conditional * hidden * matrices * width / tensor
         blocks += conditional * rows * width * moe.expert_num
     return blocks
-
-
-def activation_bytes(config: Config, vocab: int, shapes: dict[str, Shape], stage: int = 0) -> int:
-    """Estimates the bytes that the forward pass keeps for the backward pass on a device.
-
-    Of each block: its residual rows, both norms' results and their copies in the type of the products, projections,
-    attention weights (fused attention keeps 16 numbers of a row and head in their place), hidden rows, slots and what
-    came back of them; the weights in that type where it is not float32; logits and their logarithms; the noise. With
-    recompute of all blocks the input only, and one block whole.
-    A stage of a pipeline keeps as many micro-batches as there are stages behind it, and one.
-    What the device's memory pool wastes and what its kernels need as work space is not in it.
-    """
-    stages, micro = config.parallel.pipeline_stage, micro_batches_of_call(config)
-    if stages > 1:
-        config = stage_config(config, stage)
-    degrees, wide = ParallelDims.of(config.parallel), product_bytes(config)
-    kept = sum(_stack_bytes(stack, config.model.seq_length * (place > 0)) for place, stack in enumerate(config.stacks))
-    kept *= min(micro, stages - stage)
-    copies = sum(shard_sizes(name, shape, degrees)[0] for name, shape in shapes.items() if len(shape) > 1)
-    kept += copies * wide if wide != FLOAT else 0
-    data = config.parallel.data_parallel
-    kept += config.data.batch_size * config.target_length // data * vocab * (wide + 2 * FLOAT) * (stage == stages - 1)
-    return int(kept + noise_slices(config) * micro * config.rows // data * config.model.hidden_size * FLOAT)
-
-
-def _stack_bytes(config, read):
-    """Returns the activation bytes of the blocks of a stack; `read`: rows of a sequence that cross-attention sees."""
-    model, parallel = config.model, config.parallel
-    rows, width = config.rows // parallel.data_parallel, model.hidden_size
-    between = rows * width * FLOAT  # rows between the parts
-    between //= parallel.model_parallel if parallel.sequence_parallel else 1
-    blocks = [_block_bytes(config, index, rows, between) for index in range(model.num_layers)]
-    if read:
-        blocks = [block + _cross_bytes(config, read, rows, between) for block in blocks]
-    return model.num_layers * between + max(blocks) if parallel.recompute else sum(blocks)
-
-
-def _cross_bytes(config, read, rows, between):
-    """Returns the activation bytes of one cross-attention of `rows` rows, which see `read` rows of a sequence."""
-    model, tensor, wide = config.model, config.parallel.model_parallel, product_bytes(config)
-    memory = config.data.batch_size * read // config.parallel.data_parallel
-    width = model.hidden_size
-    kept = 2 * between + rows * width * wide + memory * width * wide  # residual, norm; what goes into the products
-    kept += wide * width * (4 * rows + 4 * memory) // tensor  # queries, keys and values, and their copies by head
-    kept += rows * model.num_heads * read * (FLOAT + (wide if wide != FLOAT else 0)) // tensor  # before the product
-    return kept + (between if model.dropout else 0)
-
-
-def _block_bytes(config, index, rows, between):
-    """Returns the activation bytes of one block without recompute."""
-    model, moe, parallel = config.model, config.moe, config.parallel
-    width, wide, tensor = model.hidden_size, product_bytes(config), parallel.model_parallel
-    hidden_copies = 3 if model.activation == "swiglu" else 2  # before and after the non-linearity, and the gate
-    weights = model.seq_length * (FLOAT + (wide if wide != FLOAT else 0))  # [S] of a row and head, before the product
-    if takes(config, "FlashAttentionScore"):
-        weights = 16 * FLOAT  # softmax_max and softmax_sum
-    kept = 4 * between + 2 * rows * width * wide  # two residuals, two norms; what goes into the products
-    kept += (
-        rows * wide * (2 * projection(config) + mixed(config)) // tensor + rows * model.num_heads * weights // tensor
-    )
-    if model.dropout:
-        kept += 2 * between
-    if index not in config.moe_layers:
-        return kept + rows * hidden_copies * config.dense_width * wide // tensor
-    slots = worked_rows(config)
-    kept += slots * hidden_copies * config.expert_width * wide // tensor
-    if moe.dispatch == "dropless_static":
-        slots = parallel.expert_parallel * buffer_slots(config)
-    kept += slots * width * (2 * FLOAT + wide if moe.dispatch == "capacity" else 3 * wide)
-    kept += rows * hidden_copies * config.shared_width * wide // tensor
-    return kept + 4 * rows * moe.expert_num * FLOAT  # logits, probabilities, choices of the router

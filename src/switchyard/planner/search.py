@@ -16,27 +16,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from switchyard import cli, json_text
 from switchyard import config as configuration
 from switchyard.config import Config
-from switchyard.config.reader import parse_json, read_text
 from switchyard.config.sections import LARGEST
 from switchyard.data.tokenizer import expected_vocabulary
 from switchyard.errors import UserError, shortened
 from switchyard.file_errors import writing
-from switchyard.moe.dispatch.capacity import dropped_of_record, dropped_share
-from switchyard.planner.costs import Costs, costs, heaviest, stage_costs
+from switchyard.planner.costs import Costs, heaviest, stage_costs
 from switchyard.planner.host import HostCosts, host_costs
+from switchyard.planner.load import Load, read_load
 from switchyard.planner.own_layout import SHORT, describe, giga, render_own
+from switchyard.planner.reliability import DAY, Assumptions, day_of, render_day
 from switchyard.text_table import table
 from switchyard.training.limits import require_trainable, with_defaults
 
 KINDS = ("AlltoAll", "AllReduce", "AllGather", "ReduceScatter", "Send")
-LARGEST_LOAD = 1 << 26  # bytes of a file of tokens per expert
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 HEADS = ["dp", "ep", "tp", "pp", "zero", "seq", "recompute", "memory", *KINDS, "sent", "TFLOP", "dropped", "seconds"]
+HEADS += ["host", "draw"]
 
 
 @dataclass(frozen=True)
@@ -45,29 +43,6 @@ class Speed:
 
     flops: float = 100e12
     bandwidth: float = 25e9
-
-
-@dataclass(frozen=True)
-class Load:
-    """Describes how choices fall on experts: `shares` [M, E] or [E], a `record` [.., N, K], or evenly."""
-
-    shares: np.ndarray | None = None
-    record: np.ndarray | None = None
-
-    def dropped(self, config: Config) -> float:
-        """Returns the share of the choices that get no slot."""
-        if config.moe.dispatch != "capacity":
-            return 0.0
-        if self.record is not None:
-            return dropped_of_record(config, self.record)
-        first, lost, made = 0, 0.0, 0
-        for stack in config.stacks:  # whose rows, and so choices, differ
-            layers = len(stack.moe_layers)
-            shares = self.shares if self.shares is None or self.shares.ndim == 1 else self.shares[first:][:layers]
-            if layers:
-                lost += dropped_share(stack, shares) * stack.rows * layers
-            first, made = first + layers, made + stack.rows * layers
-        return lost / max(made, 1)
 
 
 @dataclass(frozen=True)
@@ -113,13 +88,18 @@ def plan(config: Config, devices: int, memory: float, vocab: int, load: Load, sp
         if own.groups not in drops:
             drops[own.groups] = load.dropped(own)
         cost, micro = heaviest(stages), own.micro_batches
-        slowest = max(one.flops / speed.flops + one.sent / speed.bandwidth for one in stages)
-        seconds = slowest / micro * (micro + len(stages) - 1) / micro  # of a micro-batch, see the rule at the top
+        seconds = step_seconds(stages, micro, speed) / micro  # of a micro-batch, see the rule at the top
         over = None if cost.memory <= memory else f"memory: more than the {memory / 1e9:g} GB of a device"
         found.append(Candidate(parallel, cost, drops[own.groups], seconds, over, host_costs(own)))
     known = (one for one in found if one.costs)
     known = sorted(known, key=lambda one: (one.refusal is not None, one.seconds, one.costs.memory))
     return known + [one for one in found if not one.costs]
+
+
+def step_seconds(stages: list[Costs], micro: int, speed: Speed) -> float:
+    """Returns the seconds of a step of `micro` micro-batches, see the rule at the top."""
+    slowest = max(one.flops / speed.flops + one.sent / speed.bandwidth for one in stages)
+    return slowest * (micro + len(stages) - 1) / micro
 
 
 def target_of(config: Config) -> str:
@@ -154,45 +134,11 @@ def divisors(number: int) -> list[int]:
     return [one for one in range(1, number + 1) if number % one == 0]
 
 
-def read_load(path: str, config: Config) -> Load:
-    """Reads how choices fell on experts.
-
-    Args:
-        path: a JSON file of tokens per expert, E numbers or M lists of them; or a file that moe.record wrote.
-        config: whose experts and conditional layers they are of.
-
-    Raises:
-        UserError: the file does not fit.
-    """
-    experts, layers, key = config.moe.expert_num, len(config.moe_layers), "--tokens-per-expert"
-    if not path.endswith(".json"):
-        from switchyard.moe.routing.replay import read
-
-        wanted = {"experts": experts, "layers": list(config.moe_layers), "choices": config.moe.choices}
-        record = read(path, wanted, key)["experts"]
-        if record.shape[-2] != config.rows:
-            raise UserError(f"{key}: {path}; recorded with {record.shape[-2]} rows, this run has {config.rows}")
-        return Load(record=record)
-    wanted = "must hold a JSON list of numbers, or one list a layer"
-    try:
-        tokens = np.array(parse_json(read_text(path, key, wanted, LARGEST_LOAD)), np.float64)
-        if not np.isfinite(tokens).all():
-            raise ValueError
-    except (ValueError, TypeError, OverflowError):
-        raise UserError(f"{key}: {shortened(path)}; {wanted}") from None
-    if tokens.shape not in ((experts,), (layers, experts)):
-        wanted = f"[{experts}] or [{layers}, {experts}]"
-        raise UserError(f"{key}: {path}; holds {list(tokens.shape)} numbers, wants {wanted}")
-    if (tokens < 0).any() or (tokens.sum(-1) <= 0).any():
-        raise UserError(f"{key}: {path}; numbers of tokens must be 0 or more, and some above 0 in each layer")
-    return Load(shares=tokens / tokens.sum(-1, keepdims=True))
-
-
-def read_size(text: str) -> float:
-    """Parses `64GB`, `40GiB` or a number of bytes (UserError: neither)."""
+def read_size(text: str, option: str = "--memory") -> float:
+    """Parses `64GB`, `40GiB` or a number of bytes (UserError: neither; names the option)."""
     parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if parts is None or parts[2].upper() not in UNITS:
-        raise UserError(f"--memory: {shortened(text)}; a number and MB, GB, TB, MiB, GiB or TiB, such as 64GB")
+        raise UserError(f"{option}: {shortened(text)}; a number and MB, GB, TB, MiB, GiB or TiB, such as 64GB")
     return float(parts[1]) * UNITS[parts[2].upper()]
 
 
@@ -201,7 +147,7 @@ def render(found: list[Candidate], top: int) -> list[str]:
     first.
     """
     feasible = [one for one in found if one.refusal is None]
-    unit = "per device and step; for a pipeline, the stage with the most memory"
+    unit = "per device and step; for a pipeline, the stage with the most memory; host: inputs, draw: seconds of noise"
     lines = [f"{len(feasible)} of {len(found)} combinations are feasible; GB, {unit}:", ""]
     lines += table(HEADS, [_row(one) for one in feasible[:top]])
     if len(feasible) > top:
@@ -232,7 +178,8 @@ def _row(one):
     flags = ["yes" if parallel[name] else "-" for name in ("sequence_parallel", "recompute")]
     degrees = [str(parallel[name]) for name in (*SHORT, "optimizer_shard")]
     sizes = [giga(size) for size in (cost.memory, *map(cost.exchanged, KINDS), cost.sent)]
-    return [*degrees, *flags, *sizes, f"{cost.flops / 1e12:.2f}", f"{one.dropped:.2%}", f"{one.seconds:.3f}"]
+    rest = [f"{cost.flops / 1e12:.2f}", f"{one.dropped:.2%}", f"{one.seconds:.3f}"]
+    return [*degrees, *flags, *sizes, *rest, giga(one.host.total), f"{one.host.seconds():.2f}"]
 
 
 def to_json(found: list[Candidate]) -> list[dict]:
@@ -266,6 +213,18 @@ def create_parser() -> cli.Parser:
     )
     parser.add_argument("--bandwidth", type=cli.finite, default=25.0, help="GB sent per second, for the ranking")
     parser.add_argument(
+        "--failures-per-day",
+        type=cli.finite,
+        metavar="F",
+        help="of the whole job: also says what the configuration's own layout reads, writes and loses each day",
+    )
+    parser.add_argument(
+        "--disk", default="20GB", metavar="SIZE", help="bytes a second of the run folder's disk, for all processes"
+    )
+    parser.add_argument(
+        "--restart-seconds", type=cli.finite, default=900.0, metavar="S", help="to notice a failure, start and compile"
+    )
+    parser.add_argument(
         "--top", type=cli.whole, default=10, metavar="K", help="combinations to print; all are in --json"
     )
     parser.add_argument("--json", metavar="FILE", help="also write all combinations to this file")
@@ -285,6 +244,32 @@ def require_shipped(config: configuration.Config) -> None:
             raise UserError(f"{key}: {shortened(value)}; {reason}")
 
 
+def assumptions(chosen) -> Assumptions | None:
+    """Returns what the command line assumes of failures; None where it says nothing (UserError: impossible values)."""
+    if chosen.failures_per_day is None:
+        return None
+    disk = read_size(chosen.disk, "--disk")
+    for option, value, fits in (
+        ("--failures-per-day", chosen.failures_per_day, 0 <= chosen.failures_per_day <= 10**4),
+        ("--disk", chosen.disk, disk > 0),
+        ("--restart-seconds", chosen.restart_seconds, 0 <= chosen.restart_seconds <= DAY),
+    ):
+        if not fits:
+            raise UserError(f"{option}: {value}; must be positive, failures at most 10000, a restart at most a day")
+    return Assumptions(chosen.failures_per_day, disk, chosen.restart_seconds)
+
+
+def print_own(config: Config, vocab: int, load: Load, speed: Speed, assumed: Assumptions | None) -> None:
+    """Prints what the configuration's own layout costs, and what a day of it reads, writes and loses."""
+    require_trainable(config, target_of(config))
+    stages = stage_costs(config, vocab)
+    lines = render_own(config, heaviest(stages), load.dropped(config))
+    if assumed is not None:
+        step = step_seconds(stages, config.micro_batches, speed)
+        lines += ["", *render_day(day_of(config, heaviest(stages), vocab, step, assumed), assumed)]
+    print("\n".join([*lines, ""]))
+
+
 def main(arguments: list[str]) -> None:
     """Runs `python -m switchyard.planner`; see its --help."""
     chosen = create_parser().parse_intermixed_args(arguments)
@@ -299,11 +284,14 @@ def main(arguments: list[str]) -> None:
     require_shipped(config)
     vocab = chosen.vocab or expected_vocabulary(config)
     load = read_load(chosen.tokens_per_expert, config) if chosen.tokens_per_expert else Load()
+    speed, assumed = Speed(chosen.tflops * 1e12, chosen.bandwidth * 1e9), assumptions(chosen)
     if config.devices == chosen.devices:
-        config = with_defaults(config, target_of(config))
-        require_trainable(config, target_of(config))
-        print("\n".join([*render_own(config, costs(config, vocab), load.dropped(config)), ""]))
-    speed = Speed(chosen.tflops * 1e12, chosen.bandwidth * 1e9)
+        print_own(with_defaults(config, target_of(config)), vocab, load, speed, assumed)
+    elif assumed is not None:
+        raise UserError(
+            f"--failures-per-day: {assumed.failures:g}; is said of the configuration's own degrees, which need "
+            f"{config.devices} devices, not {chosen.devices}: give --devices {config.devices}, or parallel.* keys"
+        )
     found = plan(config, chosen.devices, memory, vocab, load, speed)
     print("\n".join(render(found, chosen.top)))
     print(f"\nranked by seconds = TFLOP / {chosen.tflops:g} + GB sent / {chosen.bandwidth:g}, then by memory")

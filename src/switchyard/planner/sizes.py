@@ -6,7 +6,14 @@ Legend: D width, E experts, V vocabulary, X columns of the projection to queries
 import math
 
 from switchyard.config import Config
-from switchyard.distributed.placement import ParallelDims, degree_of, optimizer_shards, placement, stages_of
+from switchyard.distributed.placement import (
+    ParallelDims,
+    degree_of,
+    optimizer_cut,
+    optimizer_shards,
+    placement,
+    stages_of,
+)
 from switchyard.moe.dispatch.capacity import slot_shape, zero_rows
 from switchyard.nn.fused import fused_operators
 
@@ -19,6 +26,11 @@ def parameters(config: Config, vocab: int, stage: int = 0) -> dict[str, Shape]:
     degrees, layers = ParallelDims.of(config.parallel), config.model.num_layers
     found = (_of_seq2seq if config.model.type == "seq2seq" else _all_parameters)(config, vocab)
     return {name: shape for name, shape in found.items() if stage in stages_of(name, layers, degrees)[:1]}
+
+
+def parameter_count(config: Config, vocab: int) -> int:
+    """Returns the numbers of all parameters of the decoder."""
+    return sum(math.prod(shape) for shape in _all_parameters(config, vocab).values())
 
 
 def _all_parameters(config, vocab):
@@ -106,7 +118,14 @@ def shard_sizes(name, shape, degrees):
     """Returns (numbers of a rank's shard, numbers of it that the rank keeps between steps)."""
     axes = placement(name, shape, degrees)
     size = math.prod(shape) // math.prod(degree_of(axis, degrees) for axis in axes)
-    return size, size // optimizer_shards(shape, axes, degrees, 0)
+    return size, size // optimizer_shards(shape, axes, degrees)
+
+
+def is_cut_inside(name: str, shape: Shape, degrees: ParallelDims) -> bool:
+    """Returns whether ZeRO cuts a stacked matrix along axis 1: the layer gathers it whenever it runs, and its gradient
+    is cut at once."""
+    axis, _ = optimizer_cut(shape, placement(name, shape, degrees), degrees)
+    return axis == 1
 
 
 def worked_rows(config: Config) -> int:

@@ -35,7 +35,7 @@ from switchyard.trust import check_trusted_section
 COLUMNS = ["collective", "direction", "where", "why", "ranks", "number", "bytes each"]
 CONTROLS = ("learning_rate", "unscale", "routers_learn", "begins", "ends")  # parameters that the host sets
 SUMS = ("accumulated.", "accu_grads.")  # of gradients: of several calls, of a pipeline's micro-batches
-TIMEOUT = 600.0  # seconds that a process may take
+TIMEOUT = 3600.0  # seconds that a process may take: a large model on a busy machine takes many minutes
 OPTIMIZER_STATE = ("moment1.", "moment2.", "correction", *SUMS, *CONTROLS)
 
 

@@ -28,7 +28,7 @@ from switchyard import cli
 from switchyard import config as configuration
 from switchyard.config import Config
 from switchyard.data.tokenizer import expected_vocabulary
-from switchyard.distributed.placement import ParallelDims, optimizer_shards, placement, shard_slices
+from switchyard.distributed.placement import ParallelDims, kept_slices, placement, shard_slices
 from switchyard.errors import UserError
 from switchyard.files import scratch
 from switchyard.moe import metrics
@@ -94,16 +94,15 @@ def train_reference(config: Config, vocab: int, batches: Arrays) -> Arrays:
 
 
 def shard_of_rank(name: str, full: np.ndarray, local: tuple[int, ...], degrees: ParallelDims, rank: int) -> np.ndarray:
-    """Returns the shard of a parameter that a rank holds, sharded further along axis 0 where ZeRO does.
+    """Returns the shard of a parameter that a rank holds, sharded further where ZeRO does.
 
     Raises:
         ClusterError: the compiler's local shape is another one than `placement` says.
     """
     axes = placement(name, full.shape, degrees)
     part = full[shard_slices(full.shape, axes, degrees, rank)]
-    if part.shape != local and optimizer_shards(full.shape, axes, degrees, rank) > 1:
-        replicas = degrees.replicas(axes, rank)
-        part = np.split(part, len(replicas))[replicas.index(rank)]
+    if part.shape != local:
+        part = full[kept_slices(full.shape, axes, degrees, rank)]
     if part.shape != local:
         raise ClusterError(f"{name}: the compiler says {local}, the placement {part.shape} of {full.shape}")
     return part.copy()

@@ -15,51 +15,16 @@ from switchyard.config import Config
 from switchyard.data import Batch, ImageBatch, load_scored
 from switchyard.device import set_context
 from switchyard.distributed.mesh import LOCAL, LocalMesh
-from switchyard.distributed.processes import on_one_device, require_one_device
-from switchyard.errors import UserError
+from switchyard.distributed.processes import require_one_device
 from switchyard.models import create_model
 from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilities
 from switchyard.moe import metrics
 from switchyard.moe.routing.replay import Recorder, Replayer
+from switchyard.training.evaluate_keys import overridden
 from switchyard.training.finite import check_evaluation
 from switchyard.training.router_metrics import integers, layer_line
 from switchyard.training.scores import eval_program
 from switchyard.trust import check_trusted_section
-
-# what an override may not change: these decide names and shapes of the weights
-SHAPE_KEYS = (
-    "model.type",
-    "model.num_layers",
-    "model.hidden_size",
-    "model.num_heads",
-    "model.n_kv_heads",
-    "model.head_size",
-    "model.qk_norm",
-    "model.attention_bias",
-    "model.intermediate_size",
-    "model.norm",
-    "model.position",
-    "model.activation",
-    "model.tie_word_embeddings",
-    "moe.expert_num",
-    "moe.experts",
-    "moe.layers",
-    "moe.moe_intermediate_size",
-    "moe.shared_expert_num",
-    "moe.shared_intermediate_size",
-    "moe.granularity",
-    "seq2seq.num_decoder_layers",
-    "seq2seq.relative_attention_num_buckets",
-    "seq2seq.sentinels",
-    "vision.image_size",
-    "vision.channels",
-    "vision.classes",
-    "vision.tasks",
-    "vision.pool",
-    "vision.regions",
-    "vision.channel_groups",
-    "cascade.stages",
-)
 
 
 @dataclass(frozen=True)
@@ -143,6 +108,10 @@ class Evaluator:
         tokens_per_byte: of the validation set, for bits per byte.
         recorder, replayer: take and give the choices of experts of each batch, by its number from 0.
         mesh: the devices; each is given its part of every batch, and gets the figures of all.
+
+    Attributes:
+        program: scores a batch.
+        is_compiled: whether it was called.
     """
 
     def __init__(
@@ -155,7 +124,7 @@ class Evaluator:
         mesh: LocalMesh = LOCAL,
     ):
         self._model, self._config, self._mesh = model, config, mesh
-        self._program = eval_program(model, config, mesh)
+        self.program = eval_program(model, config, mesh)
         self._tokens_per_byte, self._recorder, self._replayer = tokens_per_byte, recorder, replayer
         self._classifies = getattr(model, "classifies", False)
         self.is_compiled = False
@@ -165,7 +134,7 @@ class Evaluator:
         self._model.set_train(False)
         scores, summed = [], 0.0
         for index, batch in enumerate(batches):
-            found, stats, choices = self._program(*self._inputs(index, batch))
+            found, stats, choices = self.program(*self._inputs(index, batch))
             if self._recorder:
                 self._recorder.add(index, batch.tokens, self._recorded(choices))
             scores.append(found.asnumpy())  # [B, 3]
@@ -326,17 +295,3 @@ def evaluate(
         recorder.save()
     check_evaluation(found.to_dict(), f"'{loaded.path}'", "evaluate an earlier checkpoint, or use float32")
     return found
-
-
-def overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
-    """Returns the configuration of a checkpoint with overrides that keep the weights' shapes (UserError)."""
-    tree = on_one_device(config).model_dump()
-    tree["moe"] |= {"record": None, "replay": None}  # those of the training run
-    changed = configuration.build(tree, overrides, inherited=True)
-    learned = config.model.position == "learned"
-    for key in (*SHAPE_KEYS, "train.lora", *(("model.seq_length",) if learned else ())):
-        section, name = key.split(".")
-        old, new = getattr(getattr(config, section), name), getattr(getattr(changed, section), name)
-        if old != new:
-            raise UserError(f"{key}: {new}; the checkpoint's weights were trained with {old}: leave the override out")
-    return changed

@@ -20,7 +20,7 @@ from switchyard.data.tokenizer import read_tokenizer
 from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.processes import is_first, own_rank
 from switchyard.errors import UserError
-from switchyard.training.evaluate import SHAPE_KEYS
+from switchyard.training.evaluate_keys import SHAPE_KEYS
 from switchyard.training.resume import INIT, KEPT, differences, word
 
 DENSE_TO_SPARSE = "`python -m switchyard.interop.upcycle` makes experts of a dense model"

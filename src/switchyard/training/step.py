@@ -9,7 +9,7 @@ import math
 from contextlib import nullcontext
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, set_recursion_limit
 
 from switchyard.checkpoint.adapters import is_adapter
 from switchyard.checkpoint.layout import shard_of
@@ -26,6 +26,9 @@ from switchyard.training.micro_batches import call_inputs, calls_of, forces_choi
 from switchyard.training.optimizer import OptimizerStep
 from switchyard.training.pipeline import PipelineStepGraph
 from switchyard.training.teacher import read_teacher
+
+CALL_DEPTH = 1000  # of functions that MindSpore's compiler follows, by default
+DEPTH_OF_LAYER = 60  # a decoder of 32 conditional layers exceeds the default
 
 
 class StepGraph(nn.Cell):
@@ -208,6 +211,7 @@ def create_step(config: Config, vocab_size: int, mesh: LocalMesh = LOCAL) -> Tra
         UserError: what cannot be sharded.
     """
     own = mesh.config(config)
+    set_recursion_limit(max(CALL_DEPTH, DEPTH_OF_LAYER * config.all_layers))
     with shapes_only() if mesh.draws_late else nullcontext():
         model = create_model(own, vocab_size, drawn=mesh.draws_full, mesh=mesh)
         freeze(model, own)

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mindspore import Tensor
+from mindspore import dtype as mstype
 from oracles.capacity_law import drop_rate, slots
 
+from switchyard.moe.dispatch import plan
 from switchyard.moe.dispatch.onehot import OneHotPlan
 from switchyard.moe.dispatch.plan import BlockPlan, CapacityPlan, block_size, capacity
 
@@ -72,6 +74,25 @@ def test_capacity_two_choices(factor, order, slot_list, combine_index, pynative)
     plan = _capacity_plan(experts, gates, factor, order)
     np.testing.assert_array_equal(plan["slots"], [slot_list])
     np.testing.assert_array_equal(plan["combine_index"], [combine_index])
+
+
+@pytest.mark.parametrize("order", ["position", "token", "probability", "batch_priority"])
+def test_integer_sort_keys_give_the_plan_of_float32_ones(order, monkeypatch, pynative):
+    rng = np.random.default_rng(1)
+    experts, gates = rng.integers(0, 4, (16, 2)), rng.random((16, 2))
+    usual = _capacity_plan(experts, gates, 0.5, order)
+    monkeypatch.setattr(plan, "EXACT_FLOAT", 1)  # every key is beyond
+    assert plan.key_type(2) == mstype.int32
+    for name, array in _capacity_plan(experts, gates, 0.5, order).items():
+        np.testing.assert_array_equal(array, usual[name])
+
+
+def test_keys_that_float32_does_not_hold_are_sorted(pynative):
+    """(7000 + 1) experts * 2400 choices is above 2^24; neighbours of the last experts would be one number."""
+    experts = np.array([6999 - np.arange(2400) % 7]).T
+    found = _capacity_plan(experts, np.ones(experts.shape), 7000.0, "position", 7000)["slots"][0].reshape(7000, -1)
+    for expert in range(6993, 7000):
+        np.testing.assert_array_equal(found[expert][found[expert] >= 0], np.flatnonzero(experts[:, 0] == expert))
 
 
 @pytest.mark.parametrize("order", ["position", "probability"])

@@ -10,7 +10,8 @@ import numpy as np
 from switchyard.config import Config
 from switchyard.errors import UserError
 
-EXACT_FLOAT = 2**24  # float32 holds every integer up to here: the sort keys must stay below
+EXACT_FLOAT = 2**24  # float32 holds every integer up to here
+LARGEST_KEY = 2**31  # int32 sort keys must stay below
 
 
 def capacity(rows: int, experts: int, choices: int, factor: float | None, least: int = 1) -> int:
@@ -32,13 +33,13 @@ def slot_shape(config: Config) -> tuple[int, int, int, int]:
 
 
 def check_sort_keys(config: Config) -> None:
-    """Refuses batches whose sort keys float32 cannot hold exactly (UserError)."""
+    """Refuses batches whose sort keys int32 cannot hold (UserError)."""
     rows = config.rows // config.groups
     key = (config.moe.expert_num + 1) * rows * config.moe.choices
-    if config.moe_layers and key >= EXACT_FLOAT:
+    if config.moe_layers and key >= LARGEST_KEY:
         raise UserError(
             f"data.batch_size: {config.data.batch_size}; (experts + 1) * rows of a group * choices is {key}, "
-            f"must be below {EXACT_FLOAT}: lower it and raise train.gradient_accumulation_steps, or raise moe.groups"
+            f"must be below {LARGEST_KEY}: lower it and raise train.gradient_accumulation_steps, or raise moe.groups"
         )
 
 

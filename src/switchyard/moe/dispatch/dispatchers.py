@@ -286,7 +286,7 @@ class AlltoAllVDispatcher(Dispatcher):
 
     def apply(self, experts: nn.Cell, sent: tuple) -> Tensor:
         """See Dispatcher."""
-        return self.exchange(*sent, experts.w_in, experts.w_out, experts.w_gate)
+        return self.exchange(*sent, *experts.matrices())
 
     def shapes(self, groups: int, tokens: int, width: int) -> list:
         """See Dispatcher."""

@@ -17,7 +17,7 @@ gradient.)
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.moe.dispatch.capacity import capacity
+from switchyard.moe.dispatch.capacity import EXACT_FLOAT, capacity
 from switchyard.moe.dispatch.counted_order import CountedOrder, countable
 
 LAST = -1e30  # the gate of a choice that comes behind all others
@@ -32,6 +32,11 @@ def block_size(rows: int, experts: int, choices: int) -> int:
         return 1
     quarter = max(1, rows * choices // (4 * experts))
     return min(128, max(8, 1 << (quarter.bit_length() - 1)))
+
+
+def key_type(end: int):
+    """Returns the type of sort keys below `end`: float32 where it holds every integer, else int32."""
+    return mstype.float32 if end <= EXACT_FLOAT else mstype.int32
 
 
 class ChoiceOrder(nn.Cell):
@@ -62,7 +67,7 @@ class ChoiceOrder(nn.Cell):
         """
         total = experts.shape[1]
         place = self._place(gates, lot)
-        order = self._argsort((experts * total + place).astype(mstype.float32))
+        order = self._argsort((experts * total + place).astype(key_type((self.experts + 1) * total)))
         rank = self._inverse(order)
         count = self.one_hot(experts, self.experts, self.on, self.off).sum(1)  # [G, E]
         start = self.prefix(count, 1).astype(mstype.int32)
@@ -90,7 +95,7 @@ class ChoiceOrder(nn.Cell):
         return self.sort(keys)[1]
 
     def _inverse(self, permutation):
-        return self.sort(permutation.astype(mstype.float32))[1]
+        return self.sort(permutation.astype(key_type(permutation.shape[1])))[1]
 
 
 class CapacityPlan(nn.Cell):
