@@ -88,7 +88,7 @@ def used(outside: bool, but: str = "") -> set[str]:
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
-    base, optional = declared(PROJECT["dependencies"]), declared(EXTRAS["train"] + EXTRAS["report"])
+    base, optional = declared(PROJECT["dependencies"]), declared(EXTRAS["train"] + EXTRAS["report"] + EXTRAS["data"])
     assert used(outside=True, but="report") <= base.keys()  # a command that says what it needs
     assert used(outside=False) - {"mindformers"} == base.keys() | optional.keys()
     assert {tracker.package for tracker in TRACKERS.values()} == declared(EXTRAS["loggers"]).keys()

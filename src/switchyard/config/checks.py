@@ -232,6 +232,7 @@ def laws(config):
     yield from layer_laws(config)
     yield from parallel_laws(config)
     yield from run_laws(config)
+    yield from data_laws(config)
 
 
 def model_laws(model):
@@ -292,6 +293,13 @@ def layer_laws(config):
         per_step,
         f"must be a multiple of the routing groups ({config.groups}: moe.groups or parallel.data_parallel)",
     )
+
+
+def data_laws(config):
+    """Laws of the section data."""
+    data, text = config.data, config.reads_text
+    yield text or not data.mixture, "data.mixture", len(data.mixture), f"model.type {config.model.type!r} reads images"
+    yield not (data.mixture and data.path), "data.path", data.path, "data.mixture names the corpora; leave it null"
 
 
 def tuning_laws(config):

@@ -14,6 +14,7 @@ from switchyard.config.router_options import RouterField
 from switchyard.config.sections import (
     CascadeConfig,
     ContextConfig,
+    CorpusConfig,
     DistillConfig,
     ExportConfig,
     Fraction,
@@ -211,7 +212,7 @@ class DataConfig(Section):
 
     path: str | None = Field(
         None,
-        description="text file, folder, glob or MindRecord, folder of IDX images; null = "
+        description="text file, folder, glob, token shards or MindRecord, folder of IDX images; null = "
         "the Python library, or scikit-learn's digits",
     )
     tokenizer: str = Field("byte", description="byte, char, or the path of a tokenizer.json")
@@ -222,6 +223,13 @@ class DataConfig(Section):
     )
     val_path: str | None = Field(
         None, description="text file, folder or glob for validation, read in full; null = a part of data.path"
+    )
+    mixture: list[CorpusConfig] = Field(
+        [],
+        description="corpora to train on in place of data.path: [{path: FOLDER, weight: 3, epochs: 2}, ...]",
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="a missing or truncated token shard: end the run, or leave the shard out and say so"
     )
     batch_size: Positive = Field(12, description="sequences or images of a micro-batch, over all devices together")
     accept_changed: bool = Field(
@@ -319,7 +327,9 @@ class Config(Section):
         found = []
         for count, length, layers in zip(sizes, (self.model.seq_length, self.target_length), places):
             model = self.model.model_copy(update={"type": "decoder", "num_layers": count, "seq_length": length})
-            found.append(self.model_copy(update={"model": model, "moe": self.moe.model_copy(update={"layers": layers})}))
+            found.append(
+                self.model_copy(update={"model": model, "moe": self.moe.model_copy(update={"layers": layers})})
+            )
         return tuple(found)
 
     @property
