@@ -299,6 +299,12 @@ def data_laws(config):
     """Laws of the section data."""
     data, text = config.data, config.reads_text
     yield text or not data.mixture, "data.mixture", len(data.mixture), f"model.type {config.model.type!r} reads images"
+    parallel, decodes = config.parallel, config.model.type == "decoder"
+    for key in ("document_mask", "loss_mask"):
+        whole = parallel.pipeline_stage == 1 and (key == "loss_mask" or parallel.model_parallel == 1)
+        yield decodes or not getattr(data, key), f"data.{key}", True, "needs model.type 'decoder'"
+        yield whole or not getattr(data, key), f"data.{key}", True, "not with pipeline_stage or model_parallel above 1"
+    yield not (data.document_mask and config.train.distill), "data.document_mask", True, "not with train.distill"
     yield not (data.mixture and data.path), "data.path", data.path, "data.mixture names the corpora; leave it null"
 
 

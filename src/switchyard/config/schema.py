@@ -228,6 +228,12 @@ class DataConfig(Section):
         [],
         description="corpora to train on in place of data.path: [{path: FOLDER, weight: 3, epochs: 2}, ...]",
     )
+    document_mask: bool = Field(
+        False, description="attention and loss stay within a document; false = a sequence is one text"
+    )
+    loss_mask: bool = Field(
+        False, description="instruction data: learn and score the answers alone; false = all tokens of them"
+    )
     on_error: Literal["stop", "skip"] = Field(
         "stop", description="a missing or truncated token shard: end the run, or leave the shard out and say so"
     )
@@ -331,6 +337,11 @@ class Config(Section):
                 self.model_copy(update={"model": model, "moe": self.moe.model_copy(update={"layers": layers})})
             )
         return tuple(found)
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Returns whether some tokens of a text are read and not predicted."""
+        return self.data.document_mask or self.data.loss_mask
 
     @property
     def reads_text(self) -> bool:

@@ -11,6 +11,7 @@ from switchyard.config import Config
 from switchyard.config.seq2seq import SPECIALS
 from switchyard.data import fingerprint, mindrecord, shards, token_folders
 from switchyard.data.batches import Batch, EvalBatches, TrainBatches
+from switchyard.data.borders import within_documents
 from switchyard.data.corpus import Corpus, load_text
 from switchyard.data.corruption import CorruptedBatches, CorruptedEvalBatches, require_window, targets_of
 from switchyard.data.given import load_scored
@@ -125,11 +126,14 @@ def text_data(
         return corrupted_data(config, tokenizer, stream, description, train, **more)
     batch_size, seq_length = config.data.batch_size, config.model.seq_length
     EvalBatches(stream, batch_size, seq_length)  # too little text is said now, not after training
+    borders = 0
+    if config.data.document_mask:
+        borders = int((stream[:-1] == tokenizer.separator).sum())
     return Data(
         tokenizer=tokenizer,
-        train=train,
-        validation=lambda: EvalBatches(stream, batch_size, seq_length),
-        validation_tokens=len(stream) - 1,
+        train=within_documents(config, tokenizer, train),
+        validation=lambda: within_documents(config, tokenizer, EvalBatches(stream, batch_size, seq_length)),
+        validation_tokens=max(len(stream) - 1 - borders, 1),
         validation_bytes=tokenizer.byte_length(stream[1:]),
         description=description,
         **more,

@@ -85,7 +85,7 @@ def _tokens(config: Config, tokenizer: Tokenizer, path: str, full: bool, key: st
     """Returns token shards, both parts of them or the second."""
     folder = token_folders.open_folder(path, key, config.data.on_error == "skip")
     _require_same(folder.tokenizer, tokenizer, folder.place, key)
-    held = token_folders.held_of([folder], shards.SPLITS if full else ("validation",))
+    held = token_folders.held_of([folder], shards.SPLITS if full else ("validation",), config.data.loss_mask)
     part = "evaluated in full" if full else "its validation part"
     description = f"tokens '{folder.place}' of {folder.manifest.source}, {part}; {held.answers:,} tokens predicted"
     if config.model.type == "seq2seq":

@@ -9,6 +9,7 @@ import numpy as np
 from switchyard.config import Config
 from switchyard.data import fingerprint, mindrecord, shards
 from switchyard.data.batches import EvalBatches
+from switchyard.data.borders import within_documents
 from switchyard.data.corpus import load_full
 from switchyard.data.corruption import Corruption
 from switchyard.data.sentinels import text_json, with_sentinels
@@ -49,6 +50,7 @@ class Held(NamedTuple):
     mask: Any
     answers: int
     bytes: int
+    borders: int  # of the predictions, those of the first token of a document
 
 
 def open_folder(path: str, key: str, skip: bool = False) -> Folder:
@@ -70,6 +72,11 @@ def load_tokens(config: Config, tokenizer_json: str | None, rank: int, world: in
     named = named or [("data.path", config.data.path)]
     skip = config.data.on_error == "skip"
     folders = [open_folder(path, key, skip) for key, path in named]
+    if config.data.loss_mask and not any(folder.manifest.masked for folder in folders):
+        raise UserError(
+            f"data.loss_mask: true; '{folders[0].place}' holds no instruction data; prepare it with --instructions, or "
+            "set the key to false"
+        )
     tokenizer = _one_tokenizer(config, folders, named, text_json(tokenizer_json))
     held, held_files, words = _validation(config, folders, tokenizer, skip)
     marks = fingerprint.of_shards(
@@ -86,7 +93,7 @@ def load_tokens(config: Config, tokenizer_json: str | None, rank: int, world: in
     size = config.data.batch_size // world
     train = TokenBatches(corpora, size, config.window - 1, config.train.seed, rank, world, collate)
     train.require_epochs(config.train.steps * config.micro_batches * config.data.batch_size)
-    description = _describe(folders, train) + (f"; {words[0]}" if words[0] else "")
+    description = _describe(folders, train, config.data.loss_mask) + (f"; {words[0]}" if words[0] else "")
     description += f"; vocabulary {vocabulary.vocab_size:,} ({vocabulary.kind})"
     count = lambda: _count(corpora, tokenizer.vocab_size)  # noqa: E731
     return held_data(config, vocabulary, held, description, train=train, token_counts=count, fingerprint=marks)
@@ -104,9 +111,11 @@ def held_data(config: Config, tokenizer: Tokenizer, held: Held, description: str
     EvalBatches(held.stream, size, length)  # too little text is said now, not after training
     return Data(
         tokenizer=tokenizer,
-        train=more.pop("train", None),
-        validation=lambda: EvalBatches(held.stream, size, length, held.mask),
-        validation_tokens=held.answers,
+        train=within_documents(config, tokenizer, more.pop("train", None)),
+        validation=lambda: within_documents(
+            config, tokenizer, EvalBatches(held.stream, size, length, held.mask)
+        ),
+        validation_tokens=max(held.answers - (held.borders if config.data.document_mask else 0), 1),
         validation_bytes=held.bytes,
         description=description,
         **more,
@@ -132,7 +141,7 @@ def _validation(config: Config, folders: list[Folder], tokenizer: Tokenizer, ski
     path = config.data.val_path
     if path is None:
         return (
-            held_of(folders, ("validation",)),
+            held_of(folders, ("validation",), config.data.loss_mask),
             [one for part in folders for one in part.files("validation")],
             ("", ""),
         )
@@ -143,23 +152,24 @@ def _validation(config: Config, folders: list[Folder], tokenizer: Tokenizer, ski
         if folder.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(f"data.val_path: '{path}' was prepared with another tokenizer; prepare it with that one")
         files = folder.files("train") + folder.files("validation")
-        return held_of([folder], shards.SPLITS), files, (f"validation: all of '{folder.place}'", "")
+        return held_of([folder], shards.SPLITS, config.data.loss_mask), files, (f"validation: all of '{folder.place}'", "")
     corpus = load_full(config.data)
     stream = tokenizer.encode_documents(corpus.validation)
     digest = fingerprint.of_corpus(corpus)["validation"]["sha256"]
-    held = Held(stream, None, len(stream) - 1, tokenizer.byte_length(stream[1:]))
+    borders = 0 if tokenizer.separator is None else int((stream[:-1] == tokenizer.separator).sum())
+    held = Held(stream, None, len(stream) - 1, tokenizer.byte_length(stream[1:]), borders)
     return held, [], (f"validation: {corpus.description}", digest)
 
 
-def held_of(folders: list[Folder], splits: tuple[str, ...]) -> Held:
-    """Returns splits of folders, one after the other, as one validation set that stays on the disk."""
+def held_of(folders: list[Folder], splits: tuple[str, ...], masked: bool) -> Held:
+    """Returns splits of folders, one after the other, as one validation set that stays on the disk; `masked` scores answers alone."""
     manifest = folders[0].manifest
     chosen = [shard for folder in folders for split in splits for shard in getattr(folder.manifest, split)]
     marks = int(manifest.separator is not None)
     parts = [part for folder in folders for split in splits for part in folder.parts(split)]
     stream = ShardStream(parts, manifest.dtype, marks)
     mask, answers = None, len(stream) - 1
-    if any(folder.manifest.masked for folder in folders):
+    if masked and any(folder.manifest.masked for folder in folders):
         parts = [part for folder in folders for split in splits for part in folder.parts(split, mask=True)]
         mask = ShardStream(parts, "uint8", marks)
         answers = sum(shard.answers for shard in chosen) - marks  # the last separator is not predicted
@@ -167,7 +177,10 @@ def held_of(folders: list[Folder], splits: tuple[str, ...]) -> Held:
     size = sum(shard.bytes for shard in chosen) - marks
     if len(stream):
         size -= folders[0].tokenizer.byte_length(stream[0:1])
-    return Held(stream, mask, max(answers, 1), max(size, 1))
+    scored = [folder for folder in folders if mask is None or not folder.manifest.masked]  # a prompt is masked
+    ends = [sum(one.documents for split in splits for one in getattr(each.manifest, split)) for each in scored]
+    borders = sum(ends) - int(bool(scored) and scored[-1] is folders[-1])
+    return Held(stream, mask, max(answers, 1), max(size, 1), max(borders, 0) * marks)
 
 
 def _corpora(config: Config, folders: list[Folder]) -> list[TokenCorpus]:
@@ -177,7 +190,9 @@ def _corpora(config: Config, folders: list[Folder]) -> list[TokenCorpus]:
     made = []
     for number, (entry, folder) in enumerate(zip(entries, folders)):
         marks = int(folder.manifest.separator is not None)
-        mask = ShardStream(folder.parts("train", mask=True), "uint8", marks) if folder.manifest.masked else None
+        mask = None
+        if folder.manifest.masked and config.data.loss_mask:
+            mask = ShardStream(folder.parts("train", mask=True), "uint8", marks)
         name = names[number] if names.count(names[number]) == 1 else f"{names[number]}[{number}]"
         stream = ShardStream(folder.parts("train"), folder.manifest.dtype, marks)
         weights = {} if entry is None else {"weight": entry.weight, "epochs": entry.epochs}
@@ -185,7 +200,7 @@ def _corpora(config: Config, folders: list[Folder]) -> list[TokenCorpus]:
     return made
 
 
-def _describe(folders: list[Folder], train: TokenBatches) -> str:
+def _describe(folders: list[Folder], train: TokenBatches, masked: bool) -> str:
     """Says in one line what is read."""
     words = []
     for folder, share in zip(folders, train.shares.values()):
@@ -193,7 +208,8 @@ def _describe(folders: list[Folder], train: TokenBatches) -> str:
         count = sum(shard.tokens for shard in manifest.train)
         line = f"tokens '{folder.place}' of {manifest.source}: {count:,} in {len(manifest.train):,} shards"
         line += f", {100 * share:.3g} % of the windows" if len(folders) > 1 else ""
-        line += ", answers alone are learned" if manifest.masked else ""
+        if manifest.masked:
+            line += ", answers alone are learned" if masked else ", prompts are learned too (data.loss_mask is false)"
         line += f", {folder.left_out:,} bad shards left out" if folder.left_out else ""
         words.append(line)
     return "; ".join(words)

@@ -19,6 +19,7 @@ from switchyard.distributed.processes import on_one_device, require_one_device
 from switchyard.errors import UserError
 from switchyard.models import create_model
 from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilities
+from switchyard.models.decoder import mask_documents
 from switchyard.moe import metrics
 from switchyard.moe.routing.replay import Recorder, Replayer
 from switchyard.training.finite import check_evaluation
@@ -315,6 +316,7 @@ def evaluate(
     say(f"checkpoint: {loaded.path}")
     say(f"data: {data.description}")
     model = create_model(config, data.tokenizer.vocab_size)
+    mask_documents(model, getattr(data.tokenizer, "separator", None))
     checkpoint.load_weights(model, loaded.weights)
     batches, moe = data.validation(), config.moe
     recorder = Recorder(moe.record, config, "evaluation") if moe.record else None
