@@ -81,20 +81,26 @@ def test_what_follows_a_separator_is_not_predicted(tmp_path):
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["data.document_mask=true", "model.type=seq2seq"], "data.document_mask: true; needs model.type 'decoder'"),
-        (["data.loss_mask=true", "model.type=seq2seq"], "data.loss_mask: true; needs model.type 'decoder'"),
+        (
+            ["data.document_mask=true", "model.type=seq2seq", "model.n_kv_heads=null"],
+            "data.document_mask: true; needs model.type 'decoder'",
+        ),
+        (
+            ["data.loss_mask=true", "model.type=seq2seq", "model.n_kv_heads=null"],
+            "data.loss_mask: true; needs model.type 'decoder'",
+        ),
         (["data.document_mask=true", "parallel.model_parallel=2"], "data.document_mask: true; not with"),
     ],
 )
 def test_where_it_cannot_be_it_is_refused(overrides, words):
     with pytest.raises(UserError) as caught:
         config.build({}, [*SIZE, *overrides])
-    assert words.lower() in str(caught.value).lower()
+    assert words in str(caught.value)
 
 
 def test_without_a_separator_it_is_refused():
     built = config.build({}, [*PLAIN, "data.document_mask=true"])
-    with pytest.raises(UserError, match="data.document_mask: true; the tokenizer has no token between documents"):
+    with pytest.raises(UserError, match=r"data.document_mask: true; the tokenizer has no token between documents"):
         mask_documents(create_model(built, 20), None)
 
 
@@ -110,14 +116,11 @@ def test_a_run_with_answers_documents_and_a_mixture(tmp_path, capsys):
         prepare_tokens(plan, tmp_path / name, 12, 1)
     mixture = f"data.mixture=[{{path: {tmp_path / 'a'}, weight: 3}}, {{path: {tmp_path / 'b'}, weight: 1}}]"
     own = ["data.document_mask=true", "data.loss_mask=true", f"train.output_dir={tmp_path}", "train.eval_every=0"]
-    own += ["train.steps=4", "train.log_every=2", "train.loggers=[]", "train.gradient_accumulation_steps=2"]
-    built = config.build({}, [*PLAIN, mixture, *own])
+    own += ["train.steps=2", "train.log_every=1", "train.loggers=[]", "train.gradient_accumulation_steps=2"]
+    built = config.build({}, [*PLAIN, "model.num_layers=1", mixture, *own])
     result = train(built)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     counted = [line["corpora"] for line in lines if line["kind"] == "train"]
-    assert [sum(one.values()) for one in counted] == [4, 8, 16]
+    assert [sum(one.values()) for one in counted] == [4, 8]
     assert result["validation_tokens"] == load_data(built).validation_tokens
     assert evaluate(tmp_path / "run").loss == pytest.approx(result["validation_loss"], rel=1e-5)
-    longer = train(config.build({}, [*PLAIN, mixture, *own, "train.steps=6"]), resume=True)
-    whole = train(config.build({}, [*PLAIN, mixture, *own, "train.steps=6", "train.name=whole"]))
-    assert longer["validation_loss"] == whole["validation_loss"]

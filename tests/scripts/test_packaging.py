@@ -106,7 +106,7 @@ def test_a_module_finds_the_imports_of_a_file(tmp_path):
     ("name", "parts"),
     [
         ("requirements.txt", [PROJECT["dependencies"], EXTRAS["train"], EXTRAS["report"]]),
-        ("requirements-test.txt", [EXTRAS["test"], EXTRAS["docs"]]),
+        ("requirements-test.txt", [EXTRAS["test"], EXTRAS["docs"], EXTRAS["data"]]),
     ],
 )
 def test_requirements_pin_what_is_declared(name, parts):

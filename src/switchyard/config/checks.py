@@ -302,9 +302,14 @@ def data_laws(config):
     parallel, decodes = config.parallel, config.model.type == "decoder"
     for key in ("document_mask", "loss_mask"):
         whole = parallel.pipeline_stage == 1 and (key == "loss_mask" or parallel.model_parallel == 1)
-        yield decodes or not getattr(data, key), f"data.{key}", True, "needs model.type 'decoder'"
-        yield whole or not getattr(data, key), f"data.{key}", True, "not with pipeline_stage or model_parallel above 1"
-    yield not (data.document_mask and config.train.distill), "data.document_mask", True, "not with train.distill"
+        yield decodes or not getattr(data, key), f"data.{key}", "true", "needs model.type 'decoder'"
+        yield (
+            whole or not getattr(data, key),
+            f"data.{key}",
+            "true",
+            "not with pipeline_stage or model_parallel above 1",
+        )
+    yield not (data.document_mask and config.train.distill), "data.document_mask", "true", "not with train.distill"
     yield not (data.mixture and data.path), "data.path", data.path, "data.mixture names the corpora; leave it null"
 
 

@@ -112,9 +112,7 @@ def held_data(config: Config, tokenizer: Tokenizer, held: Held, description: str
     return Data(
         tokenizer=tokenizer,
         train=within_documents(config, tokenizer, more.pop("train", None)),
-        validation=lambda: within_documents(
-            config, tokenizer, EvalBatches(held.stream, size, length, held.mask)
-        ),
+        validation=lambda: within_documents(config, tokenizer, EvalBatches(held.stream, size, length, held.mask)),
         validation_tokens=max(held.answers - (held.borders if config.data.document_mask else 0), 1),
         validation_bytes=held.bytes,
         description=description,
@@ -152,7 +150,11 @@ def _validation(config: Config, folders: list[Folder], tokenizer: Tokenizer, ski
         if folder.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(f"data.val_path: '{path}' was prepared with another tokenizer; prepare it with that one")
         files = folder.files("train") + folder.files("validation")
-        return held_of([folder], shards.SPLITS, config.data.loss_mask), files, (f"validation: all of '{folder.place}'", "")
+        return (
+            held_of([folder], shards.SPLITS, config.data.loss_mask),
+            files,
+            (f"validation: all of '{folder.place}'", ""),
+        )
     corpus = load_full(config.data)
     stream = tokenizer.encode_documents(corpus.validation)
     digest = fingerprint.of_corpus(corpus)["validation"]["sha256"]
@@ -162,7 +164,10 @@ def _validation(config: Config, folders: list[Folder], tokenizer: Tokenizer, ski
 
 
 def held_of(folders: list[Folder], splits: tuple[str, ...], masked: bool) -> Held:
-    """Returns splits of folders, one after the other, as one validation set that stays on the disk; `masked` scores answers alone."""
+    """Returns splits of folders, one after the other, as one validation set that stays on the disk.
+
+    `masked` scores the answers of instruction data alone.
+    """
     manifest = folders[0].manifest
     chosen = [shard for folder in folders for split in splits for shard in getattr(folder.manifest, split)]
     marks = int(manifest.separator is not None)

@@ -12,6 +12,7 @@ from mindspore import dtype as mstype
 
 from switchyard.config import Config
 from switchyard.distributed.mesh import LOCAL, CompiledMesh, LocalMesh, first
+from switchyard.errors import UserError
 from switchyard.moe.conv_experts import SliceExperts
 from switchyard.moe.dispatch.capacity import check_sort_keys
 from switchyard.moe.experts import FeedForwardExperts
