@@ -5,8 +5,8 @@ import pytest
 
 from switchyard import config
 from switchyard.data import load_data, load_scored, prepare
+from switchyard.data.bpe import train_bpe
 from switchyard.data.document import Document
-from switchyard.data.prepare import train_bpe
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer
 from switchyard.errors import UserError
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from switchyard.data import prepare
+from switchyard.data import bpe as trainer
+from switchyard.data.bpe import train_bpe
 from switchyard.data.document import Document
-from switchyard.data.prepare import train_bpe
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenizer, unknown_note
 from switchyard.errors import UserError
 
@@ -167,10 +167,10 @@ def test_bpe_training_time_is_linear_in_a_run_of_letters(letters):
 
 
 def test_ordinary_text_gives_the_vocabulary_that_it_gave_without_the_limit(monkeypatch):
-    text = "".join(Path(path).read_text() for path in (prepare.__file__, random.__file__, st.__file__))
+    text = "".join(Path(path).read_text() for path in (trainer.__file__, random.__file__, st.__file__))
     text += "x" * 250 + "\n" + "#" * 200 + "\n" + " " * 200 + "世界" * 100 + "\n"
     limited = train_bpe([Document("x", text.encode())], 1000)
-    monkeypatch.setattr(prepare, "LONGEST_RUN", 100_000)
+    monkeypatch.setattr(trainer, "LONGEST_RUN", 100_000)
     free = train_bpe([Document("x", text.encode())], 1000)
     assert limited._library.get_vocab() == free._library.get_vocab()
     np.testing.assert_array_equal(limited.encode(text), free.encode(text))

@@ -31,7 +31,8 @@ def run(*arguments, cwd):
 def test_folder_to_blocks_from_end_to_end(folder, tmp_path):
     tmp_path = tmp_path / "My Prójects (1), +"
     tmp_path.mkdir()
-    done = run("--input", folder, "--out", "blocks", "--vocab-size", 280, "--seq-length", 16, cwd=tmp_path)
+    asked = ("--vocab-size", 280, "--seq-length", 16, "--format", "mindrecord")
+    done = run("--input", folder, "--out", "blocks", *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "12 files" in done.stdout and "data.path=blocks" in done.stdout
     assert "writing" in done.stdout and "%|" not in done.stdout + done.stderr  # plain lines, no bar
@@ -129,7 +130,7 @@ def test_failure_while_writing_leaves_nothing(folder, tmp_path, monkeypatch):
 
 
 def test_command_line_errors_are_one_line(tmp_path):
-    done = run("--input", "missing", "--out", "o", cwd=tmp_path)
+    done = run("--input", "missing", "--out", "o", "--format", "mindrecord", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: data.path: 'missing'") and done.stderr.count("\n") == 1
 

@@ -111,7 +111,7 @@ def test_a_validation_text_is_what_data_and_records_validate_on(tmp_path):
     assert bytes([*batch.labels[batch.valid > 0], *other.labels[other.valid > 0]]) == b"enth word"
     out = tmp_path / "blocks"
     paths = ["--input", str(tmp_path / "train.txt"), "--val-path", str(tmp_path / "val.txt"), "--out", str(out)]
-    assert prepare.main([*paths, "--seq-length", "4", "--tokenizer", "byte"]) == 0
+    assert prepare.main([*paths, "--seq-length", "4", "--tokenizer", "byte", "--format", "mindrecord"]) == 0
     manifest, _ = mindrecord.read_manifest(out)
     assert mindrecord.read_stream(out, manifest, manifest.validation).tobytes() == b"tenth word"
     assert (manifest.train.tokens, manifest.validation.tokens) == (280, 10)

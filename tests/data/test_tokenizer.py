@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchyard.config import DataConfig
+from switchyard.data.bpe import train_bpe
 from switchyard.data.corpus import Corpus
 from switchyard.data.document import Document
-from switchyard.data.prepare import train_bpe
 from switchyard.data.stream_decoder import StreamDecoder
 from switchyard.data.tokenizer import (
     ByteTokenizer,

@@ -88,7 +88,7 @@ def used(outside: bool, but: str = "") -> set[str]:
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
-    base, optional = declared(PROJECT["dependencies"]), declared(EXTRAS["train"] + EXTRAS["report"])
+    base, optional = declared(PROJECT["dependencies"]), declared(EXTRAS["train"] + EXTRAS["report"] + EXTRAS["data"])
     theirs = declared(EXTRAS["mindformers"]).keys()  # imported by one package, see below
     assert used(outside=True, but="report") - theirs <= base.keys()  # a command that says what it needs
     assert used(outside=False) == base.keys() | optional.keys() | theirs
@@ -113,7 +113,7 @@ def test_a_module_finds_the_imports_of_a_file(tmp_path):
     [
         ("requirements.txt", [PROJECT["dependencies"], EXTRAS["train"], EXTRAS["report"]]),
         ("requirements-mindformers.txt", [EXTRAS["mindformers"]]),
-        ("requirements-test.txt", [EXTRAS["test"], EXTRAS["docs"], EXTRAS["mindformers"]]),
+        ("requirements-test.txt", [EXTRAS["test"], EXTRAS["docs"], EXTRAS["mindformers"], EXTRAS["data"]]),
     ],
 )
 def test_requirements_pin_what_is_declared(name, parts):

@@ -233,6 +233,7 @@ def laws(config):
     yield from layer_laws(config)
     yield from parallel_laws(config)
     yield from run_laws(config)
+    yield from data_laws(config)
 
 
 def model_laws(model):
@@ -293,6 +294,24 @@ def layer_laws(config):
         per_step,
         f"must be a multiple of the routing groups ({config.groups}: moe.groups or parallel.data_parallel)",
     )
+
+
+def data_laws(config):
+    """Laws of the section data."""
+    data, text = config.data, config.reads_text
+    yield text or not data.mixture, "data.mixture", len(data.mixture), f"model.type {config.model.type!r} reads images"
+    parallel, decodes = config.parallel, config.model.type == "decoder"
+    for key in ("document_mask", "loss_mask"):
+        whole = parallel.pipeline_stage == 1 and (key == "loss_mask" or parallel.model_parallel == 1)
+        yield decodes or not getattr(data, key), f"data.{key}", "true", "needs model.type 'decoder'"
+        yield (
+            whole or not getattr(data, key),
+            f"data.{key}",
+            "true",
+            "not with pipeline_stage or model_parallel above 1",
+        )
+    yield not (data.document_mask and config.train.distill), "data.document_mask", "true", "not with train.distill"
+    yield not (data.mixture and data.path), "data.path", data.path, "data.mixture names the corpora; leave it null"
 
 
 def tuning_laws(config):

@@ -14,6 +14,7 @@ from switchyard.config.router_options import RouterField
 from switchyard.config.sections import (
     CascadeConfig,
     ContextConfig,
+    CorpusConfig,
     DistillConfig,
     ExportConfig,
     Fraction,
@@ -214,7 +215,7 @@ class DataConfig(Section):
 
     path: str | None = Field(
         None,
-        description="text file, folder, glob or MindRecord, folder of IDX images; null = "
+        description="text file, folder, glob, token shards or MindRecord, folder of IDX images; null = "
         "the Python library, or scikit-learn's digits",
     )
     tokenizer: str = Field("byte", description="byte, char, or the path of a tokenizer.json")
@@ -225,6 +226,19 @@ class DataConfig(Section):
     )
     val_path: str | None = Field(
         None, description="text file, folder or glob for validation, read in full; null = a part of data.path"
+    )
+    mixture: list[CorpusConfig] = Field(
+        [],
+        description="corpora to train on in place of data.path: [{path: FOLDER, weight: 3, epochs: 2}, ...]",
+    )
+    document_mask: bool = Field(
+        False, description="attention and loss stay within a document; false = a sequence is one text"
+    )
+    loss_mask: bool = Field(
+        False, description="instruction data: learn and score the answers alone; false = all tokens of them"
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="a missing or truncated token shard: end the run, or leave the shard out and say so"
     )
     batch_size: Positive = Field(12, description="sequences or images of a micro-batch, over all devices together")
     accept_changed: bool = Field(
@@ -328,6 +342,11 @@ class Config(Section):
             moe = self.moe.model_copy(update={"layers": layers})
             found.append(self.model_copy(update={"model": model, "moe": moe}))
         return tuple(found)
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Returns whether some tokens of a text are read and not predicted."""
+        return self.data.document_mask or self.data.loss_mask
 
     @property
     def reads_text(self) -> bool:

@@ -147,6 +147,18 @@ class DistillConfig(Section):
     )
 
 
+class CorpusConfig(Section):
+    """Describes one corpus of a mixture."""
+
+    path: str = Field(description="folder of token shards, of python -m switchyard.data.prepare")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="share of the windows, in any unit; null = as many windows as `epochs` of the corpus have"
+    )
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="how often training may read the corpus; a run that would read more is refused; null = any"
+    )
+
+
 class ParallelConfig(Section):
     """Describes how the model is sharded over devices."""
 

@@ -1,4 +1,4 @@
-"""Reads text, MindRecord or images, and gives a tokenizer and resumable batches. `load_data` is the entry."""
+"""Reads text, token shards, MindRecord or images; gives a tokenizer and resumable batches. `load_data` is the entry."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 
 from switchyard.config import Config
-from switchyard.data import fingerprint, mindrecord
+from switchyard.config.seq2seq import SPECIALS
+from switchyard.data import fingerprint, mindrecord, shards, token_folders
 from switchyard.data.batches import Batch, EvalBatches, TrainBatches
+from switchyard.data.borders import within_documents
 from switchyard.data.corpus import Corpus, load_text
 from switchyard.data.corruption import CorruptedBatches, CorruptedEvalBatches, require_window, targets_of
 from switchyard.data.given import load_scored
 from switchyard.data.images import Classes, ImageBatch, ImageBatches, ImageEvalBatches, classes_of, load_split
 from switchyard.data.sentinels import SentinelTokenizer, text_json, with_sentinels
 from switchyard.data.stream_decoder import StreamDecoder
+from switchyard.data.token_batches import TokenBatches
 from switchyard.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, reconcile, unknown_note
 from switchyard.errors import UserError
 
@@ -54,7 +57,7 @@ class Data:
     """
 
     tokenizer: Tokenizer | Classes
-    train: TrainBatches | ImageBatches | None
+    train: TrainBatches | TokenBatches | ImageBatches | None
     validation: Callable[[], EvalBatches | ImageEvalBatches]
     validation_tokens: int
     validation_bytes: int
@@ -91,6 +94,8 @@ def load_data(
         raise UserError(f"data.batch_size: {config.data.batch_size}; must be a multiple of the {world} processes")
     if not config.reads_text:
         return _load_images(config, tokenizer_json, rank, world, seen)
+    if token_folders.is_tokens(config):
+        return token_folders.load_tokens(config, tokenizer_json, rank, world, seen)
     folder = mindrecord.locate(config.data.path)
     given = text_json(tokenizer_json)
     found = _read_records(config, given, seen) if folder else _read_text(config, given, seen, taken_over)
@@ -121,11 +126,14 @@ def text_data(
         return corrupted_data(config, tokenizer, stream, description, train, **more)
     batch_size, seq_length = config.data.batch_size, config.model.seq_length
     EvalBatches(stream, batch_size, seq_length)  # too little text is said now, not after training
+    borders = 0
+    if config.data.document_mask:
+        borders = int((stream[:-1] == tokenizer.separator).sum())
     return Data(
         tokenizer=tokenizer,
-        train=train,
-        validation=lambda: EvalBatches(stream, batch_size, seq_length),
-        validation_tokens=len(stream) - 1,
+        train=within_documents(config, tokenizer, train),
+        validation=lambda: within_documents(config, tokenizer, EvalBatches(stream, batch_size, seq_length)),
+        validation_tokens=max(len(stream) - 1 - borders, 1),
         validation_bytes=tokenizer.byte_length(stream[1:]),
         description=description,
         **more,
@@ -199,6 +207,8 @@ def _read_text(
     val_path = config.data.val_path
     if mindrecord.locate(val_path, "data.val_path") is not None:
         raise UserError(f"data.val_path: '{val_path}'; is a prepared MindRecord folder; give the text itself")
+    if shards.locate(val_path):
+        raise UserError(f"data.val_path: '{val_path}' holds token shards, data.path does not; prepare data.path, too")
     corpus = load_text(config.data)
     marks = fingerprint.of_corpus(corpus)
     seen(marks)

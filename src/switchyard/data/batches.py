@@ -12,13 +12,14 @@ import numpy as np
 from switchyard.errors import UserError
 
 SHUFFLE_STREAM = 0x6461_7461  # sets these draws apart from other draws of the same seed
+IGNORED = -1  # label of a token that is read and not learned
 
 
 class Batch(NamedTuple):
     """Holds one micro-batch: predict `labels` from `tokens` where `valid` is 1."""
 
     tokens: np.ndarray  # [B, S] int32
-    labels: np.ndarray  # [B, S] int32
+    labels: np.ndarray  # [B, S] int32; IGNORED where nothing is to be predicted
     valid: np.ndarray  # [B, S] float32: 1 = a real prediction, 0 = padding
 
 
@@ -168,15 +169,20 @@ class EvalBatches:
 
     Iterating starts anew each time; `at(i)` reads any batch, `len` counts them. The last window and the last batch are
     filled up with token 0 and `valid` 0, so that all batches have one shape.
+
+    Args:
+        stream: tokens [T], an array or anything that has its length and slices.
+        batch_size, seq_length: of a batch.
+        mask: [T] as `stream`, 1 = a token to predict; None predicts all.
     """
 
-    def __init__(self, stream: np.ndarray, batch_size: int, seq_length: int):
+    def __init__(self, stream: np.ndarray, batch_size: int, seq_length: int, mask: np.ndarray | None = None):
         if len(stream) < 2:
             raise UserError(
                 f"data.val_fraction: leaves {len(stream)} validation tokens, at least 2 are needed; "
                 "increase it or give more text"
             )
-        self._stream, self._batch_size, self._seq_length = stream, batch_size, seq_length
+        self._stream, self._batch_size, self._seq_length, self._mask = stream, batch_size, seq_length, mask
 
     def __len__(self) -> int:
         return -(-(len(self._stream) - 1) // (self._batch_size * self._seq_length))
@@ -194,4 +200,6 @@ class EvalBatches:
         real = len(piece) - 1
         tokens, labels, valid = np.zeros(size, np.int32), np.zeros(size, np.int32), np.zeros(size, np.float32)
         tokens[:real], labels[:real], valid[:real] = piece[:-1], piece[1:], 1.0
+        if self._mask is not None:
+            labels[:real][self._mask[index * size + 1 : index * size + 1 + real] == 0] = IGNORED
         return Batch(tokens.reshape(shape), labels.reshape(shape), valid.reshape(shape))  # [B*S] -> [B, S]

@@ -71,7 +71,7 @@ def read_documents(path: str, key: str = "data.path") -> Found:
         if not document.raw:
             raise UserError(f"{key}: '{path}'; the file is empty; name a file with text")
         return Found([document], [Path(place)], f"'{path}': {_size(len(document.raw))}")
-    root, paths = (Path(place), _files_below(Path(place))) if os.path.isdir(place) else _matches(path, key)
+    root, paths = (Path(place), files_below(Path(place))) if os.path.isdir(place) else matches(path, key)
     read = [(_read(file, file.relative_to(root).as_posix(), key), file) for file in paths]
     kept = [(_text_document(document), file) for document, file in read if not is_binary(document.raw)]
     kept = sorted(kept, key=lambda pair: pair[0].name)
@@ -108,7 +108,7 @@ def _standard_library(data: DataConfig) -> Found:
     UTF-8.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in _files_below(root, skip=INSTALLED_PACKAGES) if path.suffix == ".py"]
+    paths = [path for path in files_below(root, skip=INSTALLED_PACKAGES) if path.suffix == ".py"]
     documents = [_read(path, path.relative_to(root).as_posix(), "data.path") for path in paths]
     documents = [document for document in documents if b"\0" not in document.raw[:BINARY_PROBE]]
     documents.sort(key=lambda document: document.name)
@@ -130,7 +130,7 @@ def _text_document(document: Document) -> Document:
     return checked
 
 
-def _files_below(root: Path, skip: frozenset[str] = frozenset()) -> list[Path]:
+def files_below(root: Path, skip: frozenset[str] = frozenset()) -> list[Path]:
     """Returns all files below a folder, without hidden ones and without the folders named in `skip`."""
     found = []
     for folder, subfolders, files in os.walk(root):
@@ -139,7 +139,7 @@ def _files_below(root: Path, skip: frozenset[str] = frozenset()) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def _matches(pattern: str, key: str) -> tuple[Path, list[Path]]:
+def matches(pattern: str, key: str) -> tuple[Path, list[Path]]:
     """Returns (folder before the first wildcard, files that match); UserError if there are none."""
     expanded = os.path.expanduser(pattern)
     paths = [Path(match) for match in set(glob.glob(expanded, recursive=True)) if os.path.isfile(match)]

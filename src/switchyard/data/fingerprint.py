@@ -1,7 +1,7 @@
 """Fingerprints the data of a run for the checkpoint, so that a resumed run detects other data.
 
-    kind          text, MindRecord or images
-    train         {count, bytes, sha256}: of the documents, blocks or images in their order; validation is the same
+    kind          text, tokens, MindRecord or images
+    train         {count, bytes, sha256}: of the documents, shards, blocks or images in order; validation is the same
     files         [[name, bytes, first digits of sha256], ...], to say which one differs; [] for large collections
 
 Names say what differs but do not count: a text that was moved is the same text.
@@ -65,6 +65,21 @@ def of_records(manifest: Manifest) -> dict[str, Any]:
     return found
 
 
+def of_shards(parts: dict[str, list[tuple[str, Any]]]) -> dict[str, Any]:
+    """Returns the fingerprint of token shards, computed from their manifests without reading a token.
+
+    Args:
+        parts: train and validation -> (name, shards.Shard) of each shard in order.
+    """
+    found: dict[str, Any] = {"kind": "tokens", "files": []}
+    for name, listed in parts.items():
+        digests = [one for _, shard in listed for one in (shard.sha256, shard.mask_sha256) if one]
+        size = sum(shard.bytes for _, shard in listed)
+        found[name] = {"count": len(listed), "bytes": size, "sha256": _joined(digests)}
+        found["files"] += [[file, shard.bytes, shard.sha256[:DIGITS]] for file, shard in listed]
+    return found if len(found["files"]) <= MOST_FILES else found | {"files": []}
+
+
 def of_images(train: tuple[np.ndarray, ...], validation: tuple[np.ndarray, ...]) -> dict[str, Any]:
     """Returns the fingerprint of (images, labels) for training and for validation."""
     found: dict[str, Any] = {"kind": "images", "files": []}
@@ -108,7 +123,7 @@ def _of_files(before: list[list], now: list[list]) -> str | None:
 
 def _of_split(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     old, new = before[name], now[name]
-    units = {"text": "documents", "MindRecord": "blocks", "images": "images"}[now["kind"]]
+    units = {"text": "documents", "MindRecord": "blocks", "tokens": "shards", "images": "images"}[now["kind"]]
     if (old["count"], old["bytes"]) == (new["count"], new["bytes"]):
         return f"the {new['count']:,} {units} for {name} have other content"
     return (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from switchyard.config import Config
-from switchyard.data import mindrecord
+from switchyard.data import mindrecord, shards, token_folders
 from switchyard.data.corpus import load_full, load_text
 from switchyard.data.images import classes_of, load_all
 from switchyard.data.sentinels import text_json, with_sentinels
@@ -64,6 +64,8 @@ def _text(config: Config, tokenizer: Tokenizer, full: bool) -> "Data":
     path, key = config.data.path, "data.path"
     if config.data.val_path is not None:
         path, key = config.data.val_path, "data.val_path"
+    if shards.locate(path):
+        return _tokens(config, tokenizer, path, full, key)
     folder = mindrecord.locate(path, key)
     if folder is not None:
         stream, description = _records(folder, tokenizer, full, key)
@@ -79,15 +81,32 @@ def _text(config: Config, tokenizer: Tokenizer, full: bool) -> "Data":
     return text_data(config, tokenizer, stream, description)
 
 
-def _records(folder, tokenizer: Tokenizer, full: bool, key: str) -> tuple[np.ndarray, str]:
-    """Returns (stream [T], description) of a prepared folder: both parts with a separator between them, or the
-    second."""
-    manifest, its_tokenizer = mindrecord.read_manifest(folder)
+def _tokens(config: Config, tokenizer: Tokenizer, path: str, full: bool, key: str) -> "Data":
+    """Returns token shards, both parts of them or the second."""
+    folder = token_folders.open_folder(path, key, config.data.on_error == "skip")
+    _require_same(folder.tokenizer, tokenizer, folder.place, key)
+    held = token_folders.held_of([folder], shards.SPLITS if full else ("validation",), config.data.loss_mask)
+    part = "evaluated in full" if full else "its validation part"
+    description = f"tokens '{folder.place}' of {folder.manifest.source}, {part}; {held.answers:,} tokens predicted"
+    if config.model.type == "seq2seq":
+        tokenizer = with_sentinels(tokenizer, config.seq2seq.sentinels)
+    return token_folders.held_data(config, tokenizer, held, description)
+
+
+def _require_same(its_tokenizer: Tokenizer, tokenizer: Tokenizer, folder, key: str) -> None:
+    """Refuses a prepared folder of another tokenizer than the checkpoint's (UserError)."""
     if its_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{key}: '{folder}' was prepared with another tokenizer than the checkpoint's; give the text itself, or "
             "prepare it with --tokenizer and the tokenizer.json of the run"
         )
+
+
+def _records(folder, tokenizer: Tokenizer, full: bool, key: str) -> tuple[np.ndarray, str]:
+    """Returns (stream [T], description) of a prepared folder: both parts with a separator between them, or the
+    second."""
+    manifest, its_tokenizer = mindrecord.read_manifest(folder)
+    _require_same(its_tokenizer, tokenizer, folder, key)
     description = f"MindRecord '{folder}' of {manifest.source}"
     stream = mindrecord.read_stream(folder, manifest, manifest.validation)
     if not full:

@@ -1,12 +1,13 @@
-"""Prepares text as a folder of MindRecord files, with a byte-level BPE: `python -m switchyard.data.prepare`.
+"""Prepares text as a folder of tokens, with a byte-level BPE: `python -m switchyard.data.prepare`.
 
-The folder appears in full or not at all; `data.path` takes it.
+The folder appears in full or not at all; `data.path` takes it. Token shards are written as a stream, see
+switchyard.data.prepare_tokens; MindRecord is made of text in memory.
 """
 
+import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,53 +21,117 @@ from switchyard.files import flush_tree, require_text, unfinished
 if TYPE_CHECKING:
     import numpy as np
 
-    from switchyard.data.document import Document
-    from switchyard.data.tokenizer import LibraryTokenizer, Tokenizer
+    from switchyard.data.tokenizer import Tokenizer
 
+SHARD_TOKENS = 1 << 25  # 64 MB of uint16
 SMALLEST_VOCABULARY = 257  # 256 bytes and the separator
 STOPPED_BY_SIGINT = 130  # as shells report it
-TRAINING_PIECE = 1_000_000  # characters that the BPE trainer gets at a time
-LONGEST_RUN = 256  # characters of one kind that may make one word: the trainer's time grows with the square of a word
 
 
 def parser() -> cli.Parser:
     """Returns the parser of the command line."""
     made = cli.Parser(
         prog="python -m switchyard.data.prepare",
-        description="Trains a byte-level BPE tokenizer and writes text as MindRecord for data.path.",
+        description="Trains a byte-level BPE tokenizer and writes text as token shards, or MindRecord, for data.path. "
+        "Repeated after a kill, the command goes on after the last finished shard.",
     )
-    made.add_argument("--input", required=True, help="text file, folder or glob, or the word stdlib")
+    made.add_argument(
+        "--input",
+        required=True,
+        help="file, folder or glob of text, JSON lines (.jsonl) or Parquet, plain, .gz or .zst; or the word stdlib",
+    )
     made.add_argument("--out", required=True, help="folder to create; must not exist")
+    made.add_argument("--field", help="field of JSON lines and Parquet that holds the text (text)")
+    made.add_argument(
+        "--instructions",
+        action="store_true",
+        help="records hold prompt and response, or messages: only answers are learned",
+    )
     made.add_argument("--vocab-size", type=cli.whole, default=4096, help="tokens of the BPE vocabulary (%(default)s)")
-    made.add_argument("--seq-length", type=cli.whole, default=256, help="tokens of a training sequence (%(default)s)")
+    made.add_argument(
+        "--seq-length",
+        type=cli.whole,
+        default=256,
+        help="tokens of a training sequence; of token shards only a check that the text fills one (%(default)s)",
+    )
     made.add_argument("--val-fraction", type=cli.finite, default=0.1, help="part held out for validation (%(default)s)")
     made.add_argument("--val-path", help="text to validate on instead: file, folder or glob, all of it")
     made.add_argument("--tokenizer", help="tokenizer.json to use instead of training one; or byte, char")
+    made.add_argument("--format", choices=("tokens", "mindrecord"), default="tokens", help="(%(default)s)")
+    made.add_argument("--workers", type=cli.whole, help="processes that encode (one a core)")
+    made.add_argument("--shard-tokens", type=cli.whole, help=f"tokens of a shard ({SHARD_TOKENS:,})")
+    made.add_argument(
+        "--on-error", choices=("stop", "skip"), help="what cannot be read: stop, or skip it and count it (stop)"
+    )
     return made
+
+
+STREAMED = ("field", "instructions", "workers", "shard_tokens", "on_error")  # options that MindRecord does not have
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and gives its exit code."""
     options = parser().parse_args(arguments)
+    out = Path(options.out)
     try:
         with cleans_up():
-            folder = prepare(
-                options.input,
-                Path(options.out),
-                options.vocab_size,
-                options.seq_length,
-                options.val_fraction,
-                options.tokenizer,
-                options.val_path,
-            )
+            folder = _prepared(options, out)
     except (UserError, OSError) as error:
         print(f"error: {error if isinstance(error, UserError) else line_of(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        kept = out.absolute().with_name(f".{out.name}.preparing").exists()
+        state = "finished shards are kept; repeat the command to go on" if kept else "nothing was written"
+        print(f"interrupted; {state}", file=sys.stderr)
         return STOPPED_BY_SIGINT
     print(f"done: train with data.path={folder}")
     return EXIT_OK
+
+
+def _prepared(options: argparse.Namespace, out: Path) -> Path:
+    """Does what the options ask and returns the folder (UserError)."""
+    if options.format == "mindrecord":
+        for name in STREAMED:
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')}: --format mindrecord does not read it; leave it out")
+        return prepare(
+            options.input,
+            out,
+            options.vocab_size,
+            options.seq_length,
+            options.val_fraction,
+            options.tokenizer,
+            options.val_path,
+        )
+    _check(out, options.vocab_size, options.seq_length, options.val_fraction, options.tokenizer)
+    if options.instructions and options.field:
+        raise UserError(f"--field: '{options.field}'; --instructions reads prompt, response and messages; leave it out")
+    for name in ("workers", "shard_tokens"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)}; at least 1")
+    from switchyard.data.prepare_tokens import Plan, prepare_tokens
+    from switchyard.data.workers import cores
+
+    for option, path in (("--input", options.input), ("--val-path", options.val_path)):
+        _require_text(option, path)
+    plan = Plan(
+        source=options.input,
+        val_path=options.val_path,
+        tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
+        val_fraction=options.val_fraction,
+        text_field=None if options.instructions else options.field or "text",
+        shard_tokens=options.shard_tokens or SHARD_TOKENS,
+    )
+    return prepare_tokens(plan, out, options.seq_length, options.workers or cores(), options.on_error == "skip")
+
+
+def _require_text(option: str, path: str | None) -> None:
+    """Refuses a folder that is prepared already (UserError)."""
+    from switchyard.data import mindrecord, shards
+
+    if path not in ("stdlib", None) and (mindrecord.locate(path) or shards.locate(path)):
+        raise UserError(f"{option}: '{path}' is already prepared; give text")
 
 
 def prepare(
@@ -78,7 +143,7 @@ def prepare(
     tokenizer: str | None,
     val_path: str | None = None,
 ) -> Path:
-    """Reads `source`, trains or reads the tokenizer and writes the folder `out`, which it returns.
+    """Reads `source`, trains or reads the tokenizer and writes the MindRecord folder `out`, which it returns.
 
     `val_path` is text to validate on; None holds out `val_fraction` of `source`.
 
@@ -87,14 +152,13 @@ def prepare(
     """
     _check(out, vocab_size, seq_length, val_fraction, tokenizer)
     from switchyard.config import DataConfig
-    from switchyard.data import mindrecord
     from switchyard.data.batches import EvalBatches, TextSource
+    from switchyard.data.bpe import train_bpe
     from switchyard.data.corpus import load_text
     from switchyard.data.tokenizer import load_tokenizer, unknown_note
 
     for option, path in (("--input", source), ("--val-path", val_path)):
-        if path not in ("stdlib", None) and mindrecord.locate(path):
-            raise UserError(f"{option}: '{path}' is already prepared; give text")
+        _require_text(option, path)
     # any word but `byte` makes load_text insist on characters, which BPE training needs too
     data = DataConfig(
         path=None if source == "stdlib" else source,
@@ -142,38 +206,6 @@ def _write(out: Path, streams: dict[str, "np.ndarray"], seq_length: int, tokeniz
         mindrecord.write_manifest(partial, manifest, tokenizer)
         flush_tree(partial)
         os.rename(partial, out)
-
-
-def train_bpe(documents: Iterable["Document"], vocab_size: int) -> "LibraryTokenizer":
-    """Trains a byte-level BPE tokenizer (arXiv 1508.07909, bytes as in GPT-2) on the text of `documents`.
-
-    The end-of-text token separates documents. The vocabulary is smaller than asked if the text has no more pairs.
-    Runs of letters, digits, signs or white space are divided after every LONGEST_RUN characters, so that training takes
-    seconds on text without spaces, too. The vocabulary of other text does not depend on that rule.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from switchyard.data.tokenizer import END_OF_TEXT, LibraryTokenizer
-
-    library = Tokenizer(models.BPE())
-    run = "|".join(f"{kind}{{{LONGEST_RUN}}}" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s"))
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(run), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=sys.stderr.isatty(),
-    )
-    print(f"training a byte-level BPE of {vocab_size:,} tokens ...", flush=True)
-    start = time.perf_counter()
-    texts = (document.text() for document in documents)  # in pieces that the trainer can count in parallel
-    pieces = (text[place : place + TRAINING_PIECE] for text in texts for place in range(0, len(text), TRAINING_PIECE))
-    library.train_from_iterator(pieces, trainer)
-    print(f"trained in {time.perf_counter() - start:.1f} s", flush=True)
-    return LibraryTokenizer(library.to_str())
 
 
 def _check(out: Path, vocab_size: int, seq_length: int, val_fraction: float, tokenizer: str | None) -> None:

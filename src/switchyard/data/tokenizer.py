@@ -124,12 +124,12 @@ class Tokenizer(ABC):
         dtype = smallest_dtype(self.vocab_size)
         mark = np.array([] if self.separator is None else [self.separator], dtype)
         pieces: list[np.ndarray] = []
-        for ids in self._encode_each(documents):
+        for ids in self.encode_each(documents):
             if len(ids):
                 pieces += [ids.astype(dtype, copy=False), mark]
         return np.concatenate(pieces[:-1]) if pieces else np.zeros(0, dtype)
 
-    def _encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
+    def encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
         """Yields the ids of each document."""
         for document in documents:
             text = document.text()
@@ -164,7 +164,7 @@ class ByteTokenizer(Tokenizer):
         """Implements Tokenizer.to_json."""
         return json.dumps({"kind": self.kind})
 
-    def _encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
+    def encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
         for document in documents:
             yield np.frombuffer(document.raw, np.uint8)
 
@@ -320,7 +320,7 @@ class LibraryTokenizer(Tokenizer):
             sizes[self.separator] = 1
         return sizes
 
-    def _encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
+    def encode_each(self, documents: Iterable[Document]) -> Iterator[np.ndarray]:
         batch: list[Document] = []
         size = 0
         for document in documents:
@@ -340,7 +340,7 @@ class LibraryTokenizer(Tokenizer):
             else:
                 yield from self._encode_batch(texts)
         except UserError:
-            list(super()._encode_each(documents))  # one by one: names the document and the place in it
+            list(super().encode_each(documents))  # one by one: names the document and the place in it
             raise
 
     def _encode_batch(self, texts: list[str]) -> Iterator[np.ndarray]:

@@ -12,6 +12,7 @@ from mindspore import dtype as mstype
 
 from switchyard.config import Config
 from switchyard.distributed.mesh import LOCAL, CompiledMesh, LocalMesh, first
+from switchyard.errors import UserError
 from switchyard.moe.conv_experts import SliceExperts
 from switchyard.moe.dispatch.capacity import check_sort_keys
 from switchyard.moe.experts import FeedForwardExperts
@@ -73,10 +74,12 @@ class Block(nn.Cell):
         self.local_windows, self.local_tokens = self.to_windows, self.to_tokens
         self.local_ids, self.local_valid, self.local_noise = self.first_ids, self.first_valid, self.first_noise
 
-    def construct(self, x: Tensor, ids: Tensor, valid: Tensor, noise: Tensor, batch: int, replay: Tensor = None):
-        """Takes x [N, D], ids [N], valid [G, N / G], noise [.., N, D], replay [M, N, K]; returns (x, statistics,
-        choices), the last two as of MoELayer, () where the feed-forward is dense."""
-        x = self.add(x, self.attention_dropout(self.attention(self.attention_norm(x), batch), noise))
+    def construct(
+        self, x: Tensor, ids: Tensor, valid: Tensor, noise: Tensor, batch: int, replay: Tensor = None, segments=None
+    ):
+        """Takes x [N, D], ids [N], valid [G, N / G], noise [.., N, D], replay [M, N, K], segments [B, S]; returns (x,
+        statistics, choices), the last two as of MoELayer, () where the feed-forward is dense."""
+        x = self.add(x, self.attention_dropout(self.attention(self.attention_norm(x), batch, segments), noise))
         tokens, stats, choices = self.feed_forward_norm(x), (), ()
         if not self.conditional:
             out = self.feed_forward(self.expand_dims(tokens, 0)).reshape(x.shape)  # [1, N, D]: one expert
@@ -253,6 +256,7 @@ class Decoder(nn.Cell):
         self.cast_x, self.cast_table, self.to_float32 = Cast(self.dtype), Cast(self.dtype), Cast(mstype.float32)
         self.local_hide, self.local_places = self.hide_padding, self.add_positions
         self.local_groups, self.local_ids = self.to_groups, self.to_ids
+        self.masks_documents, self.separator = config.data.document_mask, None  # see `mask_documents`
         self.beside, self.beside_choices, self.records = Beside(), Beside(), config.moe.record is not None
 
     def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor, replay: Tensor = None):
@@ -263,9 +267,11 @@ class Decoder(nn.Cell):
         """
         x = self.dropout(self.embed(tokens, valid), noise)
         ids, grouped = self.local_ids(tokens), self.local_groups(valid)  # [N], [G, N / G]
-        stats, choices = (), ()
+        stats, choices, segments = (), (), None
+        if self.separator is not None:
+            segments = self.to_segments(tokens)  # [B, S]
         for layer in self.layers:
-            x, own, chosen = layer(x, ids, grouped, noise, tokens.shape[0], replay)
+            x, own, chosen = layer(x, ids, grouped, noise, tokens.shape[0], replay, segments)
             if layer.conditional:
                 stats, choices = (*stats, own), (*choices, chosen)
         return self.logits(x), self.beside(stats), self.beside_choices(choices) if self.records else ()
@@ -283,6 +289,11 @@ class Decoder(nn.Cell):
         if self.tied:
             return self.to_float32(self.tied_product(self.cast_x(x), self.cast_table(self.embedding.table)))
         return self.to_float32(self.head(x))
+
+    def to_segments(self, tokens: Tensor) -> Tensor:
+        """Numbers the documents of each sequence: tokens [B, S] -> [B, S] float32; a separator ends its document."""
+        ends = (tokens == self.separator).astype(mstype.float32)
+        return ops.cumsum(ends, 1) - ends
 
     # ---- local to one device
     def add_positions(self, x: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
@@ -308,6 +319,8 @@ class Decoder(nn.Cell):
         Raises:
             UserError: what cannot be sharded.
         """
+        if self.masks_documents:
+            raise UserError("data.document_mask: true; a compiled cluster cannot mask documents; set it to false")
         pair, row, data = mesh.layout("data", None), mesh.layout("data"), mesh.degrees.data_parallel
         groups, full = mesh.groups, mesh.layout(None, None)
         self.groups = groups // data
@@ -330,3 +343,20 @@ class Decoder(nn.Cell):
         self.tied_product.shard(((data, 1), (1, 1)))
         if self.head is not None:
             self.head.shard(mesh)
+
+
+def mask_documents(model: nn.Cell, separator: int | None) -> None:
+    """Lets a Decoder with data.document_mask attend within documents, before it is compiled; leaves others as they are.
+
+    Args:
+        model: may be any network.
+        separator: token that ends a document.
+
+    Raises:
+        UserError: the tokenizer has no separator.
+    """
+    if not getattr(model, "masks_documents", False):
+        return
+    if separator is None:
+        raise UserError("data.document_mask: true; the tokenizer has no token between documents; set it to false")
+    model.separator = separator

@@ -191,21 +191,29 @@ class Attention(nn.Cell):
             tables = rotation_tables(self.rotary, self.length, self.repeat, self.head_size, self.scale)
             self.rotate = SplitAndRotate(tables, self.kv_heads, self.repeat, self.head_size, dtype, model.rotary_size)
 
-    def construct(self, x: Tensor, batch: int) -> Tensor:
-        """Every position sees itself and those before it, within its window."""
+    def construct(self, x: Tensor, batch: int, segments: Tensor = None) -> Tensor:
+        """Every position sees itself and those before it, within its window and within its segment.
+
+        `segments` [B, S] numbers the documents of a sequence; None lets a position see all of them. A cluster that the
+        compiler shards refuses segments, see models.Decoder.
+        """
         qkv, norms = self.qkv(x), ()
         if self.qk_norm is not None:
             norms = self.qk_norm.inputs(qkv)
-        return self.widen(self.out(self.local(qkv, batch, *norms)))
+        if segments is None:
+            return self.widen(self.out(self.local(qkv, batch, *norms)))
+        return self.widen(self.out(self.mix_heads(qkv, batch, *norms, segments=segments)))
 
-    def mix_heads(self, qkv: Tensor, batch: int, one: Tensor = None, other: Tensor = None) -> Tensor:
+    def mix_heads(
+        self, qkv: Tensor, batch: int, one: Tensor = None, other: Tensor = None, segments: Tensor = None
+    ) -> Tensor:
         """Projections [N, J * (R + 2) * h] -> what the heads bring together [N, J * R * h].
 
         `one` and `other` are the inputs of `qk_norm`, where there is one.
         """
         if self.qk_norm is not None:
             qkv = self.qk_norm.work(qkv, one, other)
-        if self.half is not None and qkv.shape[0] == batch * self.length:
+        if self.half is not None and segments is None and qkv.shape[0] == batch * self.length:
             return self._attend_half(qkv, batch)
         query, key, value = self._split_heads(qkv, batch)
         length = query.shape[3]
@@ -213,9 +221,14 @@ class Attention(nn.Cell):
             positions = ops.arange(length)
             cos, sin = self.rotary.tables(positions)  # [S, h / 2]
             query, key = self.rotary(query, cos, sin), self.rotary(key, cos, sin)
+        mask, apart = self._mask(length), None
+        if segments is not None:
+            apart = ops.expand_dims(segments, 2) != ops.expand_dims(segments, 1)  # [B, S, S]
         if self.fused is not None:
-            return self._attend_fused(query, key, value, self._mask(length))
-        return self._attend(query, key, value, self._mask(length))
+            if apart is not None:
+                mask = ops.expand_dims(ops.maximum(mask, apart.astype(mstype.uint8)), 1)  # [B, 1, S, S]
+            return self._attend_fused(query, key, value, mask)
+        return self._attend(query, key, value, mask, apart)
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Shards heads over the model shards, sequences over the data shards (arXiv 1909.08053, section 3)."""
@@ -261,13 +274,19 @@ class Attention(nn.Cell):
             query, key, value = ops.split(qkv, [self.repeat, 1, 1], 2)
         return query, key.squeeze(2), value.squeeze(2)
 
-    def _attend(self, query, key, value, mask):
-        """Queries [B, J, R, S, h], keys and values [B, J, T, h], mask [S, T] -> [B * S, J * R * h]."""
+    def _attend(self, query, key, value, mask, apart=None):
+        """Queries [B, J, R, S, h], keys and values [B, J, T, h], mask [S, T] -> [B * S, J * R * h].
+
+        `apart` [B, S, T] is true where a position must not look, besides the mask; None where there is no such place.
+        """
         batch, heads, repeat, length, size = query.shape
         keys = key.shape[2]
         query = (query * self.scale).reshape(batch * heads, repeat * length, size)  # [B * J, R * S, h]
         scores = self.scores(query, key.reshape(batch * heads, keys, size))  # [B * J, R * S, T]
         scores = self.hide(scores.astype(mstype.float32).reshape(-1, length * keys), mask.reshape(-1))
+        if apart is not None:
+            hidden_from = (apart.astype(mstype.float32) * MASKED).reshape(batch, 1, length * keys)
+            scores = scores.reshape(batch, heads * repeat, length * keys) + hidden_from  # [B, J * R, S * T]
         weights = self.softmax(scores.reshape(-1, keys)).astype(query.dtype)  # [B * J * R * S, T]
         weights = weights.reshape(batch * heads, repeat * length, keys)
         mixed = self.mix(weights, value.reshape(batch * heads, keys, size))  # [B * J, R * S, h]
@@ -280,7 +299,8 @@ class Attention(nn.Cell):
         return FlashAttentionScore(heads, scale_value=self.scale, next_tokens=0, **before, **layout)
 
     def _attend_fused(self, query, key, value, mask):
-        """`_attend` by one operator: queries [B, J, R, S, h], keys and values [B, J, S, h], mask [S, S] uint8."""
+        """`_attend` by one operator: queries [B, J, R, S, h], keys and values [B, J, S, h], mask uint8 [S, S] or
+        [B, 1, S, S]."""
         batch, heads, repeat, length, size = query.shape
         query = query.reshape(batch, heads * repeat, length, size)  # [B, H, S, h]
         return self._join_heads(self.fused(query, key, value, None, None, None, mask, None, None, None)[3])

@@ -17,3 +17,8 @@ def keep_where(values: Tensor, mask: Tensor) -> Tensor:
     # ops.zeros_like would be a constant as large as the values, and a scalar does not compile in a pipeline on GPU
     zeros = ops.broadcast_to(ops.zeros((1,) * len(values.shape), values.dtype), values.shape)
     return ops.where(mask > 0, values, zeros)
+
+
+def learned(valid: Tensor, labels: Tensor) -> Tensor:
+    """Returns the weights of predictions: `valid` where a label is an id, 0 where it is below 0; all of one shape."""
+    return valid * (labels >= 0).astype(valid.dtype)

@@ -18,6 +18,7 @@ from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.distributed.processes import require_one_device
 from switchyard.models import create_model
 from switchyard.models.cascade import Cascade, EarlyExit, flops_to, probabilities
+from switchyard.models.decoder import mask_documents
 from switchyard.moe import metrics
 from switchyard.moe.routing.replay import Recorder, Replayer
 from switchyard.training.evaluate_keys import overridden
@@ -284,6 +285,7 @@ def evaluate(
     say(f"checkpoint: {loaded.path}")
     say(f"data: {data.description}")
     model = create_model(config, data.tokenizer.vocab_size)
+    mask_documents(model, getattr(data.tokenizer, "separator", None))
     checkpoint.load_weights(model, loaded.weights)
     batches, moe = data.validation(), config.moe
     recorder = Recorder(moe.record, config, "evaluation") if moe.record else None

@@ -32,6 +32,7 @@ from switchyard.distributed.processes import (
 from switchyard.distributed.replicas import check_replicas
 from switchyard.errors import Interrupted, UserError
 from switchyard.json_text import to_json
+from switchyard.models.decoder import mask_documents
 from switchyard.moe.routing.base import with_options
 from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
@@ -171,6 +172,7 @@ def start_step(config: Config, run: Path, data: Data, loaded: Checkpoint | None,
         mesh: the devices.
     """
     step = create_step(config, data.tokenizer.vocab_size, mesh)
+    mask_documents(step.model, getattr(data.tokenizer, "separator", None))
     if loaded is None:
         balance_tables(step.model, data.token_counts)
     if mesh.processes.is_first:
@@ -334,6 +336,8 @@ class Trainer:
             line = train_figures(self.done, figures, rate, self.clock.rate(self.tokens_per_step))
             if self.config.model.compute_dtype != "float16":
                 del line["loss_scale"], line["skipped"]
+            if self.config.data.mixture:
+                line["corpora"] = self.data.train.counts(self._read())
             self.metrics.write(line)
             self.progress.say(self.progress.train_line(line))
 

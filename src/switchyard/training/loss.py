@@ -16,7 +16,7 @@ from switchyard.moe import metrics
 from switchyard.moe.routing.base import find_router
 from switchyard.moe.statistics import weighted_losses
 from switchyard.nn.cross_entropy import TokenLosses
-from switchyard.nn.masks import keep_where
+from switchyard.nn.masks import keep_where, learned
 from switchyard.training.teacher import SoftLoss
 
 LOSS, CROSS_ENTROPY, STATISTICS = 0, 1, 2  # where the figures begin
@@ -59,6 +59,7 @@ class TrainLoss(nn.Cell):
         self.window, self.units, self.columns = config.row_tokens, config.units, metrics.width(moe.expert_num)
         self.width, self.stacked = figures_num(config), len(config.stacks) > 1
         self.log_softmax, self.total, self.total_counts = ops.LogSoftmax(-1), mesh.total(), mesh.total()
+        self.ignores = config.ignores_labels  # a label below 0 is not learned
         self.own = None  # 1 in the place of this device's data shard [data_parallel, 1], where choices are recorded
         if moe.record is not None and self.layers:
             self.own = Tensor(np.eye(mesh.degrees.data_parallel, dtype=np.float32)[:, mesh.data_shard() :][:, :1])
@@ -96,6 +97,8 @@ class TrainLoss(nn.Cell):
         routed, counted = (), (valid,)
         if self.layers > 0 and self.stacked:
             counted = (valid, ops.stop_gradient(stats))
+        if self.ignores:
+            counted = (valid, labels)
         counts = self.total_counts(self.local_counts(*counted))  # [2]
         if self.layers > 0:
             routed = (stats,) if self.own is None else (stats, choices)
@@ -118,11 +121,17 @@ class TrainLoss(nn.Cell):
         routed = valid.reshape(-1)[:: self.window].sum() * self.units
         return ops.stack((valid.sum(), routed)).reshape(1, 2)
 
+    def learned_counts(self, valid: Tensor, labels: Tensor) -> Tensor:
+        """Counts as `counts`, of labels [B, S] those that are learned: valid [B, S] -> [1, 2]."""
+        return ops.stack((learned(valid, labels).sum(), self.counts(valid)[0, 1])).reshape(1, 2)
+
     def part(self, logits, other, labels, valid, counts, factor, *routed) -> Tensor:
         """Computes what a device adds to the figures: [1, W], or at its micro-batch's place in [1, A * W]; counts [2]
         of all devices, factor [1, 1] or [1, A], routed: statistics [G, M * (6 + 2 E)] where there are conditional
         layers, then choices [N, M * K] where they are recorded."""
         labels, weights = labels.reshape(-1), valid.reshape(-1)  # [N] each
+        if self.ignores:
+            labels, weights = ops.maximum(labels, 0), learned(weights, labels)
         if self.exits > 1:  # of a cascade: the mean over all exits (BranchyNet, arXiv 1709.01686, section III-B)
             labels, weights = ops.tile(labels, (self.exits,)), ops.tile(weights, (self.exits,))
         tokens = ops.maximum(counts[0] * self.exits, 1.0)
@@ -182,6 +191,8 @@ class TrainLoss(nn.Cell):
         self.local_second = mesh.local(self.second_half, (mesh.noise,), (mesh.noise,), half, first)
         of_counts = (pair, pair) if self.stacked and self.layers else (pair,)
         self.local_counts = mesh.local(self.counts, of_counts, (pair,), counted, first)
+        if self.ignores:
+            self.local_counts = mesh.local(self.learned_counts, (pair, pair), (pair,), lambda *_: [data, 2], first)
         self.local_part = mesh.local(self.part, inputs, (pair,), summed, first)
 
 

@@ -44,6 +44,7 @@ FREE_ON_RESUME = (
     "moe.dropless_block_size",
     "cascade.threshold",
     "data.path",
+    "data.on_error",
     "data.accept_changed",
     "context.device_target",
     "context.device_id",

@@ -12,7 +12,7 @@ from mindspore import dtype as mstype
 from switchyard.config import Config
 from switchyard.distributed.mesh import LOCAL, LocalMesh, first
 from switchyard.nn.cross_entropy import TokenLosses
-from switchyard.nn.masks import keep_where
+from switchyard.nn.masks import keep_where, learned
 
 
 class EvalStep(nn.Cell):
@@ -21,11 +21,12 @@ class EvalStep(nn.Cell):
     Args:
         model: see training.loss.TrainLoss.
         mesh: the devices.
+        ignores: whether labels below 0, which are not scored, may occur.
     """
 
-    def __init__(self, model: nn.Cell, mesh: LocalMesh = LOCAL):
+    def __init__(self, model: nn.Cell, mesh: LocalMesh = LOCAL, ignores: bool = False):
         super().__init__(auto_prefix=False)
-        self.model, self.token_losses = model, TokenLosses()
+        self.model, self.token_losses, self.ignores = model, TokenLosses(), ignores
         self.classifies = getattr(model, "classifies", False)
         self.argmax = ops.Argmax(axis=-1, output_type=mstype.int32)
         self.no_noise = Tensor(np.zeros((1, 1, 1), np.float32))
@@ -51,6 +52,8 @@ class EvalStep(nn.Cell):
 
     def scores(self, logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """Scores the sequences of one device: [B, 3]."""
+        if self.ignores:
+            labels, valid = ops.maximum(labels, 0), learned(valid, labels)
         losses = self.token_losses(logits, labels.reshape(-1)).reshape(valid.shape)  # [N] -> [B, S]
         right = ops.zeros_like(valid)
         if self.classifies:
@@ -77,6 +80,6 @@ class EvalStep(nn.Cell):
 
 def eval_program(model: nn.Cell, config: Config, mesh: LocalMesh) -> Callable:
     """Returns the program that scores batches with the weights where they lie."""
-    data, graph = config.parallel.data_parallel, EvalStep(model, mesh)
+    data, graph = config.parallel.data_parallel, EvalStep(model, mesh, config.ignores_labels)
     graph.set_train(False)
     return mesh.program(graph, ((data, 1), (data, 1), (data, 1)))  # of a cluster, where nothing is replayed

@@ -105,7 +105,7 @@ class TrainStep:
             skipped (1 where the update was refused); with moe.record `choices` [A, M, N, K].
         """
         self.graph.set_train(True)  # evaluation switches the same model over
-        shares, scale = self.shares(valid), self.scale.factor
+        shares, scale = self.shares(valid * (labels >= 0) if self.config.ignores_labels else valid), self.scale.factor
         control = self.graph.optimizer
         control.set(learning_rate=learning_rate, unscale=1.0 / scale, routers_learn=float(routers_learn))
         arrays = [tokens, labels, valid, noise] if replay is None else [tokens, labels, valid, noise, replay]
