@@ -4,8 +4,8 @@
 
 One process; a decoder whose weights and moments have so many megabytes in all, made by `create_step`; `Saver` of the
 training writes it into --folder. Rounds alternate, so what else the machine does hits both alike. The pause is what the
-training thread waits in `save`, the copying of the first round included as `first`; `written` is the time until the
-checkpoint is there.
+training thread waits in `save`; `first` is that of the first save, after the memory was taken as at the beginning of a
+run; `written` is the time until the checkpoint is there.
 """
 
 import argparse
@@ -65,6 +65,9 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict:
     pauses: dict[str, list[float]] = {"at once": [], "background": []}
     written: dict[str, list[float]] = {"at once": [], "background": []}
     both = savers(config, folder)  # the same in every round, as in a run: copies share their memory
+    started = time.perf_counter()
+    both["background"].prepare(*content(step, 0)[1:3])
+    prepared = time.perf_counter() - started
     for number in range(1, rounds + 2):
         for name, saver in both.items():
             started = time.perf_counter()
@@ -78,6 +81,7 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict:
         "seconds_at_once": usual["at once"],
         "pause_seconds": usual["background"],
         "share": usual["background"] / usual["at once"],
+        "prepare_seconds": prepared,
         "first_pause_seconds": pauses["background"][0],
         "first_share": pauses["background"][0] / usual["at once"],
         "written_seconds": statistics.median(written["background"][1:]),

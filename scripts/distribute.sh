@@ -54,17 +54,17 @@ check_job() {
 # distribute TARGET ARGUMENTS...: starts this node's processes on devices of TARGET (Ascend, GPU or CPU).
 distribute() {
     local target="$1" config="" devices=8 nodes=1 node_rank=0 master=127.0.0.1 port="" log_dir="" rank_table="" dry_run=""
-    local program=() launcher
+    local max_restarts=0 program=() launcher watch
     shift
     while (($#)); do
         case "$1" in
-            --config | --devices | --nodes | --node-rank | --master | --port | --log-dir | --rank-table)
+            --config | --devices | --nodes | --node-rank | --master | --port | --log-dir | --rank-table | --max-restarts)
                 (($# > 1)) || fail "$1: needs a value"
                 local name="${1#--}"
                 printf -v "${name//-/_}" '%s' "$2"
                 shift
                 ;;
-            --resume) program+=("$1") ;;
+            --resume | --restarted) program+=("$1") ;;
             --init)
                 (($# > 1)) || fail "$1: needs a value"
                 program+=("$1" "$2")
@@ -86,6 +86,7 @@ distribute() {
     check_address "$master" "$nodes"
     if ((nodes > 1)); then port="${port:-8118}"; fi # the same on all nodes, so none is searched for
     port="$(whole --port "${port:-$(free_port)}" 1024 65535)"
+    max_restarts="$(whole --max-restarts "$max_restarts" 0 1000000)"
     [[ -z "$rank_table" ]] || check_file --rank-table "$rank_table"
     [[ ! -e "$log_dir" || -d "$log_dir" ]] || fail "--log-dir: $(shown "$log_dir"); is no folder"
     log_dir="${log_dir:-logs/train-$(date +%Y%m%d-%H%M%S)}"
@@ -95,7 +96,9 @@ distribute() {
         "--log_dir=$log_dir" --join=True "--tail_worker_log=$((node_rank * devices))" --cluster_time_out=300)
     [[ -z "$rank_table" ]] || launcher+=("--rank_table_file=$rank_table")
     program=(--config "$config" "${program[@]+"${program[@]}"}" "context.device_target=$target")
-    launcher=("$VENV/bin/python" -m switchyard.distributed.watch "$log_dir" "${launcher[@]}" "$ROOT/train.py")
+    watch=("$VENV/bin/python" -m switchyard.distributed.watch)
+    ((max_restarts == 0)) || watch+=(--max-restarts "$max_restarts")
+    launcher=("${watch[@]}" "$log_dir" "${launcher[@]}" "$ROOT/train.py")
     if [[ -n "$dry_run" ]]; then
         check_job "$target" $((devices * nodes)) "${program[@]}"
         # shellcheck disable=SC2016  # PATH is for the shell into which this is pasted
@@ -106,6 +109,6 @@ distribute() {
     fi
     set_up run
     export PATH="$VENV/bin:$PATH" GLOG_v="${GLOG_v:-3}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # msrun calls `python`
-    say "Logs of all ranks: $log_dir"
+    say "Logs of all ranks: $log_dir, joined in all.log"
     exec "${launcher[@]}" "${program[@]}"
 }

@@ -73,13 +73,16 @@ from switchyard.training.watchdog import Watchdog
 from switchyard.trust import check_trusted_section
 
 
-def train(config: Config, resume: bool = False, init: str | Path | None = None) -> dict[str, Any]:
+def train(
+    config: Config, resume: bool = False, init: str | Path | None = None, restarted: bool = False
+) -> dict[str, Any]:
     """Trains a run from its beginning, or goes on from its newest valid checkpoint.
 
     Args:
         config: the whole configuration; the run folder is train.output_dir/train.name.
         resume: go on. The losses that follow are, bit for bit, those of an uninterrupted run.
         init: a run folder or a checkpoint whose weights and tokenizer a new run starts from; None: it draws weights.
+        restarted: go on from the newest checkpoint where the run has one, else start as the other arguments say.
 
     Returns:
         The object that is written to result.json, see `_result`.
@@ -96,7 +99,7 @@ def train(config: Config, resume: bool = False, init: str | Path | None = None) 
         >>> found["validation_loss"] < 3  # doctest: +SKIP
         True
     """
-    if init is not None and resume:
+    if init is not None and resume and not restarted:
         raise UserError(f"--init: '{init}'; --resume goes on from the weights of the run itself: leave one of them out")
     if is_scheduler() and world_size() == 1:
         return {}  # one worker meets nobody, and is at work in the run folder already
@@ -107,6 +110,8 @@ def train(config: Config, resume: bool = False, init: str | Path | None = None) 
     require_one_device(config)
     run = Path(config.train.output_dir) / config.train.name
     with locked(run, config.train.name, wanted=is_first()) as existed:
+        if restarted:
+            resume, existed, init = True, True, None if checkpoint.listed(run) else init
         return train_locked(config, compiled, run, resume, existed, init)
 
 
@@ -241,7 +246,7 @@ class Trainer:
         self.start_tokens = state.get("tokens")
         self.saved = self.compared = self.done  # the newest steps that need no saving, and no look at the replicas
         self.kept = {name: state[name] for name in KEPT if name in state}
-        if self.kept and not resume:
+        if self.kept and not (resume and checkpoint.listed(run)):
             self.saved = -1  # before the first step, so that --resume always finds the weights that the run began with
         self.clock = Clock(seconds=state["seconds"], mark_seconds=state["seconds"])
         best = checkpoint.best(run)
@@ -278,6 +283,8 @@ class Trainer:
         train = self.config.train
         with self.metrics, contextlib.closing(self.progress), self.saver, self.watchdog:
             self._announce()
+            if train.async_checkpoint and self.done < train.steps:
+                self.saver.prepare(*self._arrays())
             self._save()
             if 0 < self.done < train.steps and self._is_due(train.sample_every):
                 self._write_sample()  # a signal or a kill may have come before it

@@ -76,6 +76,11 @@ class Saver:
         self._shard_ended, self._aborted = threading.Event(), threading.Event()
         self._copies: dict[tuple[str, str], np.ndarray] = {}
 
+    def prepare(self, weights: Arrays, optimizer: Arrays) -> None:
+        """Takes the memory of the copies before the training begins: fresh memory would make the first pause long."""
+        if self._config.train.async_checkpoint:
+            self._copied("weights", weights), self._copied("optimizer", optimizer)
+
     @property
     def state(self) -> int:
         """Returns IDLE; or of the checkpoint in flight WRITING, WRITTEN or FAILED, as this rank sees it."""
