@@ -54,11 +54,11 @@ check_job() {
 # distribute TARGET ARGUMENTS...: starts this node's processes on devices of TARGET (Ascend, GPU or CPU).
 distribute() {
     local target="$1" config="" devices=8 nodes=1 node_rank=0 master=127.0.0.1 port="" log_dir="" rank_table="" dry_run=""
-    local program=() flags=() launcher cluster_timeout=1800 evaluated="" main=train.py
+    local program=() flags=() launcher watch cluster_timeout=1800 max_restarts=0 evaluated="" main=train.py
     shift
     while (($#)); do
         case "$1" in
-            --config | --devices | --nodes | --node-rank | --master | --port | --log-dir | --rank-table | --cluster-timeout)
+            --config | --devices | --nodes | --node-rank | --master | --port | --log-dir | --rank-table | --cluster-timeout | --max-restarts)
                 (($# > 1)) || fail "$1: needs a value"
                 local name="${1#--}"
                 printf -v "${name//-/_}" '%s' "$2"
@@ -69,7 +69,7 @@ distribute() {
                 evaluated="$2"
                 shift
                 ;;
-            --resume) program+=("$1") ;;
+            --resume | --restarted) program+=("$1") ;;
             --trust-code | --json) flags+=("$1") ;;
             --init)
                 (($# > 1)) || fail "$1: needs a value"
@@ -100,6 +100,7 @@ distribute() {
     if ((nodes > 1)); then port="${port:-8118}"; fi # the same on all nodes, so none is searched for
     port="$(whole --port "${port:-$(free_port)}" 1024 65535)"
     cluster_timeout="$(whole --cluster-timeout "$cluster_timeout" 1 604800)"
+    max_restarts="$(whole --max-restarts "$max_restarts" 0 1000000)"
     [[ -z "$rank_table" ]] || check_file --rank-table "$rank_table"
     [[ ! -e "$log_dir" || -d "$log_dir" ]] || fail "--log-dir: $(shown "$log_dir"); is no folder"
     log_dir="${log_dir:-logs/train-$(date +%Y%m%d-%H%M%S)}"
@@ -112,7 +113,9 @@ distribute() {
     local source=(--config "$config")
     [[ -z "$evaluated" ]] || source=(--eval "$evaluated")
     program=("${program[@]+"${program[@]}"}" "context.device_target=$target")
-    launcher=("$VENV/bin/python" -m switchyard.distributed.watch "$log_dir" "${launcher[@]}" "$ROOT/$main")
+    watch=("$VENV/bin/python" -m switchyard.distributed.watch)
+    ((max_restarts == 0)) || watch+=(--max-restarts "$max_restarts")
+    launcher=("${watch[@]}" "$log_dir" "${launcher[@]}" "$ROOT/$main")
     if [[ -n "$dry_run" ]]; then
         check_job "$target" $((devices * nodes)) "${source[@]}" "${program[@]}"
         source=("${source[@]/#--eval/--checkpoint}")
@@ -124,7 +127,7 @@ distribute() {
     fi
     set_up run
     export PATH="$VENV/bin:$PATH" GLOG_v="${GLOG_v:-3}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # msrun calls `python`
-    say "Logs of all ranks: $log_dir"
+    say "Logs of all ranks: $log_dir, joined in all.log"
     source=("${source[@]/#--eval/--checkpoint}")
     exec "${launcher[@]}" "${source[@]}" "${flags[@]+"${flags[@]}"}" "${program[@]}"
 }

@@ -11,11 +11,14 @@
 #   --node-rank K        which of them this one is, from 0 (default: 0)
 #   --master ADDRESS     address of node 0 (default: 127.0.0.1)
 #   --port PORT          a port of node 0 (default: a free one; with several nodes 8118)
-#   --log-dir DIR        worker_RANK.log of each process, scheduler.log and msrun.log
+#   --log-dir DIR        worker_RANK.log of each process, all.log with the lines of all, scheduler.log and msrun.log
 #                        (default: logs/train-DATE-TIME under the current folder)
 #   --rank-table FILE    the rank table of a cluster that still needs one
 #   --cluster-timeout S  seconds in which the processes of all nodes must have started (default: 1800)
 #   --resume             continue from the newest checkpoint of the run
+#   --restarted          the same where the run has a checkpoint, else start it: for schedulers that start a job again
+#   --max-restarts N     start a job that has failed again, at most N times, from its newest whole checkpoint;
+#                        a mistake in the input (exit code 2) is not tried again (default: 0)
 #   --init RUN           start a new run from the weights of another, which all nodes see
 #   --eval RUN           evaluate a run or a checkpoint in the place of training, without --config; parallel.* keys say
 #                        how the weights are sharded; --json and --trust-code as of eval.py

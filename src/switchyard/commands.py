@@ -36,6 +36,11 @@ def train_main(arguments: list[str]) -> None:
         metavar="RUN",
         help="start a new run from the weights and the tokenizer of a run, or of one checkpoint",
     )
+    parser.add_argument(
+        "--restarted",
+        action="store_true",
+        help="go on from the newest checkpoint, or start where there is none yet: for launchers that start a job again",
+    )
     parser.add_argument("--print-config", action="store_true", help="show every key and its value, and end")
     chosen = parser.parse_intermixed_args(arguments)
     config = configuration.load(chosen.config, chosen.overrides, devices=world_size())
@@ -47,7 +52,7 @@ def train_main(arguments: list[str]) -> None:
     announce(config, chosen.overrides)
     from switchyard.training.loop import train
 
-    train(config, chosen.resume, chosen.init)
+    train(config, chosen.resume, chosen.init, chosen.restarted)
 
 
 def eval_main(arguments: list[str]) -> None:

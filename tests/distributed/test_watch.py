@@ -163,3 +163,48 @@ def test_the_end_of_a_log_that_says_nothing(tmp_path):
     assert first_error(log) == []
     log.write_text("".join(f"line {number}\n" for number in range(9)))
     assert first_error(log) == [f"line {number}" for number in range(4, 9)]
+
+
+STALLED = """
+import faulthandler, time
+from switchyard.distributed.progress import DATA, STEP, Board, Standing
+board = Board.of_job({rank})
+board.write(Standing(7, {phase}, time.monotonic(), 0.5))
+faulthandler.dump_traceback_later(0.6)
+def hangs():
+    time.sleep(600)
+hangs()
+"""
+
+
+def test_a_job_that_stands_still_ends_with_the_stacks_of_all_and_the_rank_that_lags(tmp_path):
+    job = watch(tmp_path, *(STALLED.format(rank=rank, phase=phase) for rank, phase in ((0, "STEP"), (1, "DATA"))))
+    code, said = end_of(job)
+    assert code == 1 and said.startswith("error: train.stall_seconds: 0.5; nothing has moved for ")
+    assert "rank 1 lags in reading data after step 7; the others are in training step after step 7" in said
+    for rank in range(2):
+        assert "in hangs" in (tmp_path / "logs" / f"worker_{rank}.log").read_text()
+        assert f" rank {rank} | " in (tmp_path / "logs" / "all.log").read_text()
+
+
+def test_a_failed_job_is_started_again(tmp_path):
+    """The first time it fails, the second time its command says that it was restarted."""
+    once = f"""
+import pathlib, sys
+place = pathlib.Path({str(tmp_path)!r}) / "tried"
+if not place.exists():
+    place.touch()
+    sys.exit("error: the node was lost")
+print("goes on")
+"""
+    (tmp_path / "logs").mkdir()
+    stand_in = tmp_path / "msrun.py"
+    stand_in.write_text(STAND_IN.replace("sys.argv[2:]", "[code for code in sys.argv[2:] if code != '--restarted']"))
+    options = ["--max-restarts", "2", "--restart-wait", "0.1"]
+    command = [sys.executable, "-m", "switchyard.distributed.watch", *options, tmp_path / "logs", sys.executable]
+    done = subprocess.run([*command, stand_in, tmp_path / "logs", once], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "restart 1 of 2 in 0.1 s" in done.stderr
+    merged = (tmp_path / "logs" / "all.log").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in merged if " rank 0 " in line] == [
+        "rank 0 | error: the node was lost", "rank 0 | goes on"
+    ]  # fmt: skip

@@ -22,7 +22,7 @@ directory is renamed: the moment of the rename is the moment the checkpoint exis
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ import numpy as np
 from switchyard import cli
 from switchyard.checkpoint.finite import REMEDY, first_not_finite
 from switchyard.checkpoint.health import Healthy
+from switchyard.checkpoint.keep import kept_for_good
 from switchyard.checkpoint.layout import shard_of
 from switchyard.checkpoint.manifest import (
     CONFIG,
@@ -49,6 +50,7 @@ from switchyard.checkpoint.manifest import (
 )
 from switchyard.checkpoint.reader import Tensors
 from switchyard.checkpoint.writer import (
+    absent,
     assemble,
     from_arrays,
     publish,
@@ -61,6 +63,7 @@ from switchyard.config.reader import parse_json
 from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.processes import SINGLE, Processes
 from switchyard.errors import UserError
+from switchyard.file_errors import FileError
 from switchyard.files import TEMPORARY, read_regular, remove
 from switchyard.json_text import to_json
 
@@ -72,6 +75,7 @@ __all__ = ["CONFIG", "MANIFEST", "STATE", "TOKENIZER", "DamagedError", "listed",
 FILES = (CONFIG, TOKENIZER, *map(file_of, KINDS), STATE)
 BEST = "best.json"
 LONGEST_BEST = 1 << 16  # bytes of it
+ELSEWHERE = "another rank could not write its part, so there is no such checkpoint; see its log"
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def save(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     processes: Processes = SINGLE,
 ) -> Path:
-    """Writes a checkpoint of `state["step"]`, then drops those that `train.keep_checkpoints` no longer keeps.
+    """Writes a checkpoint of `state["step"]`, then drops those that the rules of `train.keep_...` no longer keep.
 
     Args:
         run: the run folder.
@@ -167,30 +171,61 @@ def save(
         The directory. If the process dies before this returns, either it is there in full or not at all.
 
     Raises:
-        UserError: a tensor, of any process, holds a number that is not finite; nothing was written.
+        UserError: a tensor, of any process, holds a number that is not finite, or a file could not be written. All
+            processes raise it, and there is no checkpoint of the step.
     """
     healthy, step = healthy or Healthy(), state["step"]
     name = first_not_finite({**weights, **optimizer})
     if processes.any_rank(name is not None):
-        raise UserError(
-            f"checkpoint of step {step}: '{name or 'a shard of another rank'}' holds numbers that are not finite, "
-            f"so it was not written; {healthy.kept(run)}; {REMEDY}"
-        )
-    if processes.is_first:
-        begin(run, step)
-    processes.barrier()
+        raise not_finite(run, step, name or "a shard of another rank", healthy)
+    agree(processes, error_of(begin, run, step) if processes.is_first else None, step)
     degrees = ParallelDims.of(config.parallel) if processes.size > 1 else ParallelDims()
     try:
-        save_shard(run, config, step, processes.rank, weights, optimizer, shapes, degrees)
+        fault = error_of(save_shard, run, config, step, processes.rank, weights, optimizer, shapes, degrees)
+        agree(processes, fault, step)
         if processes.is_first:
-            finish(run, config, tokenizer_json, state, healthy=healthy, degrees=degrees)
+            fault = error_of(finish, run, config, tokenizer_json, state, healthy=healthy, degrees=degrees)
+        agree(processes, fault, step)
     except BaseException:
-        remove(_temporary(run, step))  # what is half written would be in the way on a full disk
+        if processes.is_first:
+            clear(run, step)
         raise
-    processes.barrier()
     place = Path(run) / FOLDER / name_of(step)
     healthy.note(place)
     return place
+
+
+def not_finite(run: str | Path, step: int, name: str, healthy: Healthy) -> UserError:
+    """Returns the error that a checkpoint is not written, because tensor `name` holds a number that is not finite."""
+    return UserError(
+        f"checkpoint of step {step}: '{name}' holds numbers that are not finite, so it was not written; "
+        f"{healthy.kept(run)}; {REMEDY}"
+    )
+
+
+def error_of(work: Callable, *arguments, **options) -> Exception | None:
+    """Calls a function and returns its error, which all ranks must know of before one of them raises it."""
+    try:
+        work(*arguments, **options)
+    except Exception as error:
+        return error
+    return None
+
+
+def agree(processes: Processes, error: Exception | None, step: int) -> None:
+    """Raises on all ranks where one of them has an error: its own, or FileError that another rank could not write."""
+    if processes.any_rank(error is not None):
+        raise error or FileError(f"checkpoint of step {step}: {ELSEWHERE}")
+
+
+def clear(run: str | Path, step: int) -> None:
+    """Removes what was written of a checkpoint that failed: it would be in the way on a full disk."""
+    remove(_temporary(run, step))
+
+
+def absent_shards(run: str | Path, step: int, degrees: ParallelDims) -> list[int]:
+    """Returns the ranks that have not written their shards of a step yet; all of them after a `clear`."""
+    return absent(_temporary(run, step), degrees)
 
 
 def begin(run: str | Path, step: int) -> None:
@@ -265,7 +300,7 @@ def finish(
     assemble(folder, config, tokenizer_json, state, degrees or ParallelDims.of(config.parallel), wait)
     publish(folder, place)
     healthy.note(place)
-    _drop_old(run, config.train.keep_checkpoints, healthy)
+    _drop_old(run, config, healthy)
     return place
 
 
@@ -344,16 +379,19 @@ def check_arrays(shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.
             )
 
 
-def _drop_old(run: str | Path, keep: int, healthy: Healthy) -> None:
-    """Removes checkpoints older than the newest `keep` good ones, but for the best; a damaged one does not count."""
-    paths, good = listed(run), 0
-    if len(paths) <= keep:
+def _drop_old(run: str | Path, config: Config, healthy: Healthy) -> None:
+    """Removes checkpoints older than the newest train.keep_checkpoints good ones, but for the best and those that are
+    kept for good; a damaged one does not count."""
+    train, paths, good = config.train, listed(run), 0
+    if len(paths) <= train.keep_checkpoints:
         return
-    kept_best = best(run)
+    kept, best_of_all = kept_for_good(paths, train.keep_every_steps, train.keep_every_hours), best(run)
+    if best_of_all is not None:
+        kept.add(best_of_all[0])
     for path in reversed(paths):
-        if good < keep:
+        if good < train.keep_checkpoints:
             good += healthy.is_good(path)
-        elif kept_best is None or path != kept_best[0]:
+        elif path not in kept:
             remove(set_aside(path))
 
 

@@ -164,16 +164,21 @@ def _notes(folder: Path, degrees: ParallelDims, wait: float) -> list[dict]:
     """Waits for the notes of all ranks and returns them in order (UserError names the missing ranks)."""
     end = time.monotonic() + wait
     while True:
-        paths = [folder / NOTE.format(rank=rank) for rank in range(degrees.devices)]
-        absent = [rank for rank, path in enumerate(paths) if not path.exists()]
-        if not absent:
+        missing = absent(folder, degrees)
+        if not missing:
+            paths = [folder / NOTE.format(rank=rank) for rank in range(degrees.devices)]
             return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         if time.monotonic() > end:
-            some = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
+            some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise UserError(
                 f"missing shards of ranks {some} after {wait:g} s: the checkpoint was not written; see their logs"
             )
         time.sleep(POLL)
+
+
+def absent(folder: Path, degrees: ParallelDims) -> list[int]:
+    """Returns the ranks whose notes are not in a temporary directory."""
+    return [rank for rank in range(degrees.devices) if not (folder / NOTE.format(rank=rank)).exists()]
 
 
 def publish(folder: Path, place: Path) -> None:

@@ -337,6 +337,9 @@ def tuning_laws(config):
 def run_laws(config):
     """Laws of the learning rate and of the export."""
     yield from tuning_laws(config)
+    for key, file in (("moe.record", config.moe.record), ("moe.replay", config.moe.replay)):
+        reason = "follows the batches in order: set train.on_bad_loss to 'stop' or 'skip'"
+        yield file is None or config.train.on_bad_loss != "rewind", key, file, reason
     model = config.model
     yield (
         config.schedule.lr_end <= config.schedule.learning_rate,

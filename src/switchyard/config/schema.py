@@ -269,6 +269,30 @@ class TrainConfig(Section):
     checkpoint_wait_seconds: Weight = Field(
         3600.0, description="several devices: seconds that a checkpoint waits for the shards of all ranks"
     )
+    keep_every_steps: NotNegative = Field(0, description="checkpoints at multiples of it are kept for good; 0 = none")
+    keep_every_hours: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="one checkpoint in so many hours is kept for good; 0 = none"
+    )
+    async_checkpoint: bool = Field(False, description="write checkpoints in the background, from a copy in host memory")
+    on_save_error: Literal["stop", "continue"] = Field(
+        "stop", description="when a disk refuses a checkpoint: end the run, or warn and try again at the next one"
+    )
+    on_bad_loss: Literal["stop", "skip", "rewind"] = Field(
+        "stop",
+        description="at a loss that is NaN or a spike: end, skip the batch, or go back to the last checkpoint",
+    )
+    max_bad_losses: Positive = Field(10, description="bad losses that a run goes on after; the next one ends it")
+    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        None,
+        description="a loss above so many times the median of the last losses is bad; null = NaN and infinity only",
+    )
+    spike_window: Positive = Field(50, description="good losses that the median of spike_factor is taken of")
+    stall_seconds: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="seconds without a step after which the job ends with the stacks of its ranks; 0 = never"
+    )
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="peak of a device's matrix products in 10^12 FLOP/s, for the metric mfu; null = measured"
+    )
     init_loss_scale: Annotated[float, Field(gt=0)] = Field(65536.0, description="float16: first dynamic loss scale")
     lora: LoraConfig | None = Field(
         None,

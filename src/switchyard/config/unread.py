@@ -194,6 +194,10 @@ def _by_run(config: Config) -> Iterator[Unread]:
         )
     if config.model.compute_dtype != "float16":
         yield Unread(("train.init_loss_scale",), "only model.compute_dtype 'float16' reads it")
+    if config.train.spike_factor is None:
+        yield Unread(("train.spike_window",), "train.spike_factor is null")
+    if config.train.on_bad_loss == "stop":
+        yield Unread(("train.max_bad_losses",), "train.on_bad_loss 'stop' ends the run at the first bad loss")
     if config.train.eval_every == 0:
         yield Unread(("train.eval_batches",), "train.eval_every 0 evaluates the full validation set once, at the end")
 

@@ -1,6 +1,6 @@
 """Watches a job that msrun runs: passes signals on, shows the first error, and leaves no process behind.
 
-    python -m switchyard.distributed.watch LOG_DIR COMMAND ...
+    python -m switchyard.distributed.watch [--max-restarts N] [--restart-wait SECONDS] LOG_DIR COMMAND ...
 
 msrun puts every worker into a session of its own, so that neither Ctrl-C nor the end of msrun reaches them; it dies of
 SIGTERM and leaves them running; and after a worker's death it waits half a minute for its scheduler. So: SIGINT and
@@ -8,11 +8,19 @@ SIGTERM go to the workers, who save and end together, and a second one ends ever
 scheduler is ended; and whatever is left when msrun has ended, is killed. SIGHUP, of a terminal that closes, counts as
 SIGTERM, but never as the second signal, for it comes twice; under nohup it is ignored.
 
+Ranks that train with train.stall_seconds say where they stand (distributed.progress). Where they stand still for too
+long, the job is ended, and the rank that lags is named. The logs of all ranks are joined in LOG_DIR/all.log.
+
+With --max-restarts a job that has failed is started again, at most N times, with --restarted at its end: after
+--restart-wait seconds (5), twice as many the next time, and so on up to 5 minutes. A mistake in the input is not, nor a
+job that a signal to this process has ended.
+
 Exit code: 0, or that of the worker which failed first (2 a mistake in the input, 75 saved after a signal), 1 where it
 was killed. Nothing heavy is imported.
 """
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -23,6 +31,8 @@ from pathlib import Path
 import psutil
 
 from switchyard.cli import EXIT_KILLED
+from switchyard.distributed import progress
+from switchyard.distributed.merged_log import MergedLog
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from switchyard.streams import hangs_up
 
@@ -32,6 +42,10 @@ WAIT_WELL = 60.0  # the same where none has
 LAST_WORDS = 5.0  # seconds for msrun to say what it has seen, after all others were ended
 FAILED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
 LAUNCHER_LOG = "msrun.log"
+MERGED = "all.log"  # of node K > 0: all-K.log
+GRACE = 2.0  # seconds beyond train.stall_seconds in which every rank writes its stacks
+FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds before a restart
+RESTARTED = "--restarted"  # of train.py: goes on from a checkpoint if there is one
 SPOKEN = ("error: ", "interrupted: ")  # how the command lines say what happened, see switchyard.cli
 TRACEBACK = "Traceback (most recent call last)"
 TRACEBACK_LINES, TAIL_LINES = 40, 5
@@ -43,14 +57,18 @@ class Job:
     Args:
         command: msrun with its arguments.
         log_dir: where msrun writes worker_RANK.log; exists.
+        merged: gets the lines of all ranks; None: nothing joins them.
     """
 
-    def __init__(self, command: list[str], log_dir: Path):
-        self.log_dir, self.signals = log_dir, 0
+    def __init__(self, command: list[str], log_dir: Path, merged: MergedLog | None = None):
+        self.log_dir, self.signals, self.merged = log_dir, 0, merged
+        self.stalled: str | None = None  # why the job was ended: its ranks stood still
         self.ranks: dict[int, int] = {}  # pid of a worker -> rank
         self._seen: dict[int, psutil.Process] = {}
+        progress.clear(log_dir)
+        environment = os.environ | {progress.FOLDER: str(log_dir.absolute())}
         with open(log_dir / LAUNCHER_LOG, "w", encoding="utf-8") as log:
-            self.launcher = subprocess.Popen(command, stderr=log, start_new_session=True)
+            self.launcher = subprocess.Popen(command, stderr=log, start_new_session=True, env=environment)
         self._process = psutil.Process(self.launcher.pid)
 
     def wait(self) -> int:
@@ -59,6 +77,11 @@ class Job:
         try:
             while self.launcher.poll() is None and self.signals < 2:
                 self._look()
+                self.stalled = progress.stall(progress.standings(self.log_dir), grace=GRACE)
+                if self.stalled:
+                    break
+                if self.merged:
+                    self.merged.follow()
                 if self._seen and not self._alive(self.ranks) and (self.ranks or self.failure()):
                     empty = empty or time.monotonic()
                     if time.monotonic() - empty > (WAIT_WELL if self.failure() is None else PATIENCE):
@@ -66,6 +89,9 @@ class Job:
                 time.sleep(POLL)
         finally:
             self._kill_all()
+            if self.merged:
+                self.merged.follow(last=True)
+            progress.clear(self.log_dir)
         return self.exit_code()
 
     def on_signal(self, number: int, _frame: object) -> None:
@@ -96,6 +122,8 @@ class Job:
 
     def exit_code(self) -> int:
         """Returns the exit code of the full job."""
+        if self.stalled:
+            return 1
         failure = self.failure()
         if failure is not None:
             if failure[1] < 0 and self.signals:
@@ -108,6 +136,8 @@ class Job:
     def report(self) -> str:
         """Returns which worker failed first and its message; '' where none failed."""
         failure = self.failure()
+        if self.stalled:
+            return f"error: {self.stalled}; the stacks of the ranks are in {self.log_dir}/worker_*.log"
         if self.exit_code() == EXIT_KILLED:
             return "interrupted: the job was ended before it could save"
         if failure is None:
@@ -187,23 +217,97 @@ def first_error(log: Path) -> list[str]:
     return lines[-TAIL_LINES:]
 
 
+class Restarts:
+    """Runs a job, and again where it fails, at most so many times.
+
+    Args:
+        command: of the job, which ends with the arguments of train.py.
+        log_dir: exists.
+        most: restarts.
+        wait: seconds before the first restart.
+        create: makes a job.
+        sleep: waits up to so many seconds, and returns early for a signal.
+    """
+
+    def __init__(self, command: list[str], log_dir: Path, most: int, wait: float, create=Job, sleep=time.sleep):
+        self._command, self._log_dir, self._most, self._wait = command, log_dir, most, wait
+        self._create, self._sleep = create, sleep
+        self._merged = MergedLog(log_dir, log_dir / merged_name(command), say)
+        self._job: Job | None = None
+        self._asked = False  # to end
+
+    def run(self) -> int:
+        """Returns the exit code of the last job."""
+        for number in range(self._most + 1):
+            for old in self._log_dir.glob("worker_*.log"):
+                old.unlink()  # of an earlier job, perhaps with more workers; all.log has its lines
+            self._merged.begin()
+            self._job = self._create(self._command, self._log_dir, self._merged)
+            code = self._job.wait()
+            if report := self._job.report():
+                say(report)
+                self._merged.say(report)
+            if self._asked or number == self._most or not may_restart(code):
+                break
+            pause = min(self._wait * 2**number, LONGEST_WAIT)
+            line = f"restart {number + 1} of {self._most} in {pause:g} s, from the newest whole checkpoint"
+            say(line)
+            self._merged.say(line)
+            self._pause(pause)
+            if self._asked:
+                break
+            self._command = [word for word in self._command if word != RESTARTED] + [RESTARTED]
+        return code
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self._asked and time.monotonic() < end:
+            self._sleep(min(POLL, max(end - time.monotonic(), 0)))
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Ends the job, see `Job.on_signal`, and restarts it no more."""
+        self._asked = True
+        if self._job is not None:
+            self._job.on_signal(number, frame)
+
+
+def may_restart(code: int) -> bool:
+    """Returns whether a job that ended so is worth another try: a mistake in the input is not."""
+    return code not in (0, EXIT_USER_ERROR, EXIT_KILLED)
+
+
+def merged_name(command: list[str]) -> str:
+    """Returns the name of the joined log of this node; nodes may share the folder."""
+    node = next((word.partition("=")[2] for word in command if word.startswith("--node_rank=")), "0")
+    return MERGED if node == "0" else f"all-{node}.log"
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr; the terminal may be gone."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command, see the top of this file."""
-    if len(arguments) < 2:
-        print("error: usage: python -m switchyard.distributed.watch LOG_DIR COMMAND ...", file=sys.stderr)
+    options = {"--max-restarts": "0", "--restart-wait": str(FIRST_WAIT)}
+    while len(arguments) > 1 and arguments[0] in options:
+        options[arguments[0]] = arguments[1]
+        arguments = arguments[2:]
+    most, wait = options["--max-restarts"], options["--restart-wait"]
+    if len(arguments) < 2 or not most.isdecimal() or not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", wait):
+        print(
+            "error: usage: python -m switchyard.distributed.watch [--max-restarts N] [--restart-wait SECONDS] "
+            "LOG_DIR COMMAND ...",
+            file=sys.stderr,
+        )
         return EXIT_USER_ERROR
     log_dir = Path(arguments[0])
     log_dir.mkdir(parents=True, exist_ok=True)
-    for old in log_dir.glob("worker_*.log"):
-        old.unlink()  # of an earlier job, perhaps with more workers
-    job = Job(arguments[1:], log_dir)
+    restarts = Restarts(arguments[1:], log_dir, int(most), float(wait))
     for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up() else [])):
-        signal.signal(number, job.on_signal)
-    code = job.wait()
-    if said := job.report():
-        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-            print(said, file=sys.stderr, flush=True)
-    return code
+        signal.signal(number, restarts.on_signal)
+    return restarts.run()
 
 
 if __name__ == "__main__":

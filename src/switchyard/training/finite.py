@@ -20,14 +20,25 @@ def check_step(step: int, loss: float, figures: Mapping[str, Any], kept: Callabl
     Raises:
         UserError: names the step, the figure and the checkpoint.
     """
-    norm = figures["gradient_norm"]
-    if math.isfinite(loss) and math.isfinite(norm):
+    what = fault_of({**figures, "loss": loss})
+    if what is None:
         return
-    if not math.isfinite(norm) and figures["loss_scale"] > 1.0:
-        return  # refused, and tried again with half the scale
-    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-    refused = "" if math.isfinite(norm) else ", which was not applied"
+    refused = "" if math.isfinite(figures["gradient_norm"]) else ", which was not applied"
     raise UserError(f"train: the {what} at step {step}{refused}; {kept()}; {REMEDY}")
+
+
+def fault_of(figures: Mapping[str, Any]) -> str | None:
+    """Returns which of a step's loss and gradient norm is not finite; None where both are, or the loss scale can fall.
+
+    Args:
+        figures: what TrainStep returned.
+    """
+    loss, norm = figures["loss"], figures["gradient_norm"]
+    if not math.isfinite(norm) and figures["loss_scale"] > 1.0:
+        return None  # refused, and tried again with half the scale
+    if not math.isfinite(loss):
+        return f"loss is {loss}"
+    return None if math.isfinite(norm) else f"gradient norm is {norm}"
 
 
 def check_evaluation(figures: Mapping[str, Any], what: str, remedy: str) -> None:

@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="overrides, as for train.py; the run folder is not checked"
     )
+    parser.add_argument("--restarted", action="store_true", help="as for train.py; the run folder is not checked")
     parser.add_argument("--init", metavar="RUN", help="as for train.py; the weights are not read")
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.devices < 1:

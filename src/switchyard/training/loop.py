@@ -18,6 +18,7 @@ from switchyard.checkpoint.store import Checkpoint
 from switchyard.config import Config
 from switchyard.data import Data, load_data
 from switchyard.device import set_context, target_of
+from switchyard.distributed import progress
 from switchyard.distributed.compiled_graph import exchanged, sums_may_race
 from switchyard.distributed.mesh import LocalMesh
 from switchyard.distributed.meshes import create_mesh
@@ -36,7 +37,9 @@ from switchyard.models.decoder import mask_documents
 from switchyard.moe.routing.base import with_options
 from switchyard.moe.routing.fixed import balance_tables
 from switchyard.moe.routing.replay import Recorder
+from switchyard.training.bad_losses import BadLosses
 from switchyard.training.compile_cache import compile_cache, require_one_device
+from switchyard.training.cost import CostMeter
 from switchyard.training.evaluate import Evaluation, create_evaluator, evenly_spaced
 from switchyard.training.finite import check_evaluation, check_step
 from switchyard.training.initial import first_state, read_initial, with_tokenizer
@@ -55,6 +58,7 @@ from switchyard.training.resume import (
     check_corpus,
     find_start,
     finished,
+    newest,
     resumed,
     start_reading,
     with_own_tokenizer,
@@ -62,19 +66,24 @@ from switchyard.training.resume import (
 from switchyard.training.router_metrics import MOST_SHOWN, layer_line
 from switchyard.training.router_schedule import forced_choices, routers_learn
 from switchyard.training.sample import NOWHERE, SAMPLE, create_sampler
+from switchyard.training.saver import Content, Saver
 from switchyard.training.schedule import learning_rate
 from switchyard.training.signals import StopSignals
 from switchyard.training.step import TrainStep, create_step
+from switchyard.training.watchdog import Watchdog
 from switchyard.trust import check_trusted_section
 
 
-def train(config: Config, resume: bool = False, init: str | Path | None = None) -> dict[str, Any]:
+def train(
+    config: Config, resume: bool = False, init: str | Path | None = None, restarted: bool = False
+) -> dict[str, Any]:
     """Trains a run from its beginning, or goes on from its newest valid checkpoint.
 
     Args:
         config: the whole configuration; the run folder is train.output_dir/train.name.
         resume: go on. The losses that follow are, bit for bit, those of an uninterrupted run.
         init: a run folder or a checkpoint whose weights and tokenizer a new run starts from; None: it draws weights.
+        restarted: go on from the newest checkpoint where the run has one, else start as the other arguments say.
 
     Returns:
         The object that is written to result.json, see `_result`.
@@ -91,7 +100,7 @@ def train(config: Config, resume: bool = False, init: str | Path | None = None) 
         >>> found["validation_loss"] < 3  # doctest: +SKIP
         True
     """
-    if init is not None and resume:
+    if init is not None and resume and not restarted:
         raise UserError(f"--init: '{init}'; --resume goes on from the weights of the run itself: leave one of them out")
     if is_scheduler() and world_size() == 1:
         return {}  # one worker meets nobody, and is at work in the run folder already
@@ -102,6 +111,8 @@ def train(config: Config, resume: bool = False, init: str | Path | None = None) 
     require_one_device(config)
     run = Path(config.train.output_dir) / config.train.name
     with locked(run, config.train.name, wanted=is_first()) as existed:
+        if restarted:
+            resume, existed, init = True, True, None if checkpoint.listed(run) else init
         return train_locked(config, compiled, run, resume, existed, init)
 
 
@@ -237,7 +248,7 @@ class Trainer:
         self.start_tokens = state.get("tokens")
         self.saved = self.compared = self.done  # the newest steps that need no saving, and no look at the replicas
         self.kept = {name: state[name] for name in KEPT if name in state}
-        if self.kept and not resume:
+        if self.kept and not (resume and checkpoint.listed(run)):
             self.saved = -1  # before the first step, so that --resume always finds the weights that the run began with
         self.clock = Clock(seconds=state["seconds"], mark_seconds=state["seconds"])
         best = checkpoint.best(run)
@@ -253,7 +264,7 @@ class Trainer:
         self.sample = evenly_spaced(len(self.validation), train.eval_batches)
         self.sampler = create_sampler(step.model, config, data, mesh)
         self.progress = Progress(train.steps, self.done, config.unit)
-        loggers = functools.partial(open_loggers, config, run, self.done, self.progress.say)
+        loggers = functools.partial(open_loggers, config, run, say=self.progress.say)
         self.metrics = MetricsLog(run, self.done, self.processes.is_first, config.moe_layers, loggers)
         self.compile_seconds: float | None = None
         record = config.moe.record
@@ -261,29 +272,40 @@ class Trainer:
         if record and self.processes.is_first:
             self.recorder = Recorder(record, config, "training", self.done, resume)
         self.forced = forced_choices(config)
+        self.bad, self.cost = BadLosses(config, state), CostMeter(config, step.shapes, self.processes.size)
+        self.saver = Saver(run, config, self.healthy, self.processes, self._warn_of_lost)
+        board = progress.Board.of_job(self.processes.rank) if train.stall_seconds else None
+        self.watchdog = Watchdog(train.stall_seconds, self.done, board)
+        self.met_at, self.late = time.perf_counter(), 0.0  # the last meeting of the ranks; seconds from it to the step
+        if self.bad.rule == "rewind" and not self.done:
+            self.saved = -1  # there is always a checkpoint to go back to
 
     def run_to_end(self, stop: StopSignals) -> dict[str, Any]:
         """Steps until train.steps, then evaluates over the whole validation set and writes result.json."""
         train = self.config.train
-        with self.metrics, contextlib.closing(self.progress):
+        with self.metrics, contextlib.closing(self.progress), self.saver, self.watchdog:
             self._announce()
+            if train.async_checkpoint and self.done < train.steps:
+                self.saver.prepare(*self._arrays())
             self._save()
             if 0 < self.done < train.steps and self._is_due(train.sample_every):
                 self._write_sample()  # a signal or a kill may have come before it
             if 0 < self.done < train.steps and self._is_due(train.eval_every):
                 self._evaluate_sample(stop)  # a signal or a kill may have come in the middle of it
             while self.done < train.steps:
-                self._advance()
-                if self._is_due(train.replica_check_every):
+                going_on = self._advance()
+                if going_on and self._is_due(train.replica_check_every):
                     self._compare_replicas()
                 self._stop_if_asked(stop)
+                if not going_on:
+                    continue  # back at a checkpoint, after which everything was done that is due there
                 if self._is_due(train.sample_every) and self.done < train.steps:
                     self._write_sample()
                 if self._is_due(train.eval_every) and self.done < train.steps:
                     self._evaluate_sample(stop)
                 if self._is_due(train.checkpoint_every):
                     self._save()
-            self._save()
+            self._save_surely()
             self._write_sample()
             result = self._result(self._validate(stop) if self.evaluator else None)
             if self.processes.is_first:
@@ -312,34 +334,105 @@ class Trainer:
             seconds = 1.0 + 0.7 * (config.model.num_layers - conditional) + 2.0 * conditional
             say(f"compiling the training step: takes about {seconds:.0f} s on two CPU cores")
 
-    def _advance(self) -> None:
-        """Makes one optimizer step, and writes its line where one is due."""
+    def _advance(self) -> bool:
+        """Makes one optimizer step, and writes its line where one is due; False: the run has gone back instead."""
         started = time.perf_counter()
+        if self.compiles:
+            self.watchdog.pause()
+        else:
+            self.watchdog.beat(progress.DATA, self.done)
         rate, (tokens, *inputs) = learning_rate(self.config, self.done + 1), self._inputs()
         replay = self._forced(tokens)
         cache = compile_cache(self.config, self.step.shapes, self.progress.say) if self.compiles else nullcontext()
+        read = time.perf_counter()
+        self.late = 0.0 if self.compiles else read - self.met_at
+        if not self.compiles:
+            self.watchdog.beat(progress.STEP)
         with cache:
-            figures = self.step(tokens, *inputs, rate, replay, routers_learn(self.config, self.done))  # waits for it
-        seconds = time.perf_counter() - started
-        check_step(self.done + 1, figures["loss"], figures, self._kept)
+            options = (replay, routers_learn(self.config, self.done), self.bad.limit)
+            figures = self.step(tokens, *inputs, rate, *options)  # waits for it
+        self.watchdog.beat(progress.WAIT)
+        ended = time.perf_counter()
+        if fault := self.bad.fault(figures):
+            return self._go_on_after(fault, tokens, figures)
+        if math.isfinite(figures["loss"]):
+            self.bad.note(figures["loss"])
         self._record(tokens, figures)
         self.done += 1
         self.progress.advance()
         if self.compile_seconds is None:
-            self.compile_seconds = seconds
-            if self.config.context.mode == "graph":
-                self.progress.say(f"compiled and ran step {self.done} in {seconds:.1f} s")
-            self._say_what_travels()
+            self._note_first(ended - started)
         else:
-            self.clock.add(seconds)
+            self.clock.add(ended - started)
+            self.cost.add("data", read - started)
+            self.cost.add("compute", ended - read)
         if self.done == 1 or self._is_due(self.config.train.log_every):
-            line = train_figures(self.done, figures, rate, self.clock.rate(self.tokens_per_step))
-            if self.config.model.compute_dtype != "float16":
-                del line["loss_scale"], line["skipped"]
-            if self.config.data.mixture:
-                line["corpora"] = self.data.train.counts(self._read())
-            self.metrics.write(line)
-            self.progress.say(self.progress.train_line(line))
+            self._log(figures, rate)
+        return True
+
+    def _note_first(self, seconds: float) -> None:
+        """Notes the step that has compiled the program, and what it exchanges."""
+        self.compile_seconds = seconds
+        if self.config.context.mode == "graph":
+            self.progress.say(f"compiled and ran step {self.done} in {seconds:.1f} s")
+        self._say_what_travels()
+
+    def _log(self, figures: dict[str, Any], rate: float) -> None:
+        """Writes the line of a step."""
+        speed = self.clock.rate(self.tokens_per_step)
+        self.cost.add("saving", self.saver.seconds - self.cost.seconds["saving"])
+        line = train_figures(self.done, figures, rate, speed) | self.cost.figures(speed)
+        if self.config.model.compute_dtype != "float16":
+            del line["loss_scale"], line["skipped"]
+        if self.config.data.mixture:
+            line["corpora"] = self.data.train.counts(self._read())
+        self.metrics.write(line)
+        self.progress.say(self.progress.train_line(line))
+
+    def _go_on_after(self, fault: str, tokens: np.ndarray, figures: dict[str, Any]) -> bool:
+        """Does what train.on_bad_loss says after a step with a bad loss; returns whether the run has not gone back.
+
+        Raises:
+            UserError: the rule ends the run, or its limit is reached, or the update was applied and no checkpoint is
+                there to go back to.
+        """
+        step, rule = self.done + 1, self.bad.rule
+        self.saver.wait()
+        applied = rule == "skip" and not figures["skipped"]  # by a compiler's step, which reads no loss
+        if rule == "stop" or applied:
+            check_step(step, figures["loss"], figures, self._kept)
+            raise UserError(f"train.on_bad_loss: {rule}; the {fault} at step {step}; {self._kept()}; {REMEDY}")
+        self.bad.permit(step, fault, self._kept())
+        line = {"step": step, "number": self.bad.count, "fault": fault, "loss": float(figures["loss"])}
+        if rule == "rewind":
+            return self._rewind(line)
+        self._record(tokens, figures)
+        self.done = step
+        self.progress.advance()
+        self.metrics.write({"kind": "skipped", **line})
+        most = self.config.train.max_bad_losses
+        self.progress.say(f"warning: step {step}: the {fault}; its batch was skipped ({self.bad.count} of {most})")
+        return True
+
+    def _rewind(self, line: dict[str, Any]) -> bool:
+        """Goes back to the newest good checkpoint, and on with the data after those of the bad step."""
+        following = self._read() + self.config.micro_batches
+        loaded = agreed(newest(self.run, self.config), self.run, self.config, self.processes)
+        if loaded is None:
+            raise UserError(f"train.on_bad_loss: rewind; the {line['fault']} at step {line['step']}; {self._kept()}")
+        self.step.load(loaded.weights, loaded.optimizer)
+        self.done = self.start = self.saved = self.compared = loaded.step
+        self.start_index, self.start_tokens = following, loaded.state.get("tokens", self.done * self.tokens_per_step)
+        self.bad.restart(loaded.state)
+        self.metrics.rewind(self.done)
+        line |= {"kind": "rewound", "step": self.done, "bad_step": line["step"], "data_index": following}
+        self.metrics.write(line)
+        most = self.config.train.max_bad_losses
+        self.progress.say(
+            f"warning: step {line['bad_step']}: the {line['fault']}; the run goes back to step {self.done} and on with "
+            f"micro-batch {following} of the data ({self.bad.count} of {most})"
+        )
+        return False
 
     @property
     def compiles(self) -> bool:
@@ -399,8 +492,14 @@ class Trainer:
         return bool(every) and self.done % every == 0
 
     def _stop_if_asked(self, stop: StopSignals) -> None:
-        if self.processes.any_rank(stop.came):
-            self._save()
+        """Lets the ranks meet after a step: ends the run if one of them was asked to, and ends a save that is done."""
+        came = time.perf_counter()
+        met = self.processes.gather(np.array([stop.came, self.saver.state, self.late]))  # [ranks, 3]
+        self.met_at = time.perf_counter()
+        self.cost.met(met[:, 2], self.met_at - came)
+        self.saver.collect(met[:, 1])
+        if met[:, 0].any():
+            self._save_surely()
             raise Interrupted(f"saved step {self.done} of '{self.run}'; continue with --resume")
 
     def _evaluate_sample(self, stop: StopSignals) -> None:
@@ -410,8 +509,12 @@ class Trainer:
         if loss is None:
             loss = self._evaluate(self.sample, stop).loss
         if loss < self.best_loss:
-            self.best_loss = loss
+            before, self.best_loss = self.best_loss, loss
             self._save()
+            self.saver.wait()
+            if self.saver.lost == self.done:
+                self.best_loss = before
+                return
             self._mark_best(loss)
 
     def _write_sample(self) -> None:
@@ -420,6 +523,7 @@ class Trainer:
             return
         if not self.sampler.is_compiled and self.config.context.mode == "graph":
             self.progress.say("compiling the sampling of text")
+        self.watchdog.pause()  # however long the text is; the next step is watched again
         line = self.sampler(self.done)
         self.metrics.write(line)
         self.progress.say(f"step {self.done}/{self.config.train.steps}  sample {line['prompt']!r} -> {line['text']!r}")
@@ -429,8 +533,8 @@ class Trainer:
         if not self.evaluator.is_compiled and self.config.context.mode == "graph":
             self.progress.say("compiling the evaluation")
         batches = (self.validation.at(place) for place in places)
-        alone = self.processes.size == 1  # of several, one that stops here would leave the others waiting
-        found = self.evaluator(batches, lambda index: self._stop_if_asked(stop) if alone else None)
+        self.watchdog.pause()  # the first batch may compile
+        found = self.evaluator(batches, lambda index: self._after_batch(stop))
         part = "" if len(places) == len(self.validation) else f" on {len(places)} of {len(self.validation)} batches"
         self.progress.say(
             f"step {self.done}/{self.config.train.steps}  validation loss {found.loss:.4f} "
@@ -442,10 +546,30 @@ class Trainer:
         self.metrics.flush()
         return found
 
-    def _save(self) -> None:
-        """Writes a checkpoint of this step, if there is none yet."""
+    def _after_batch(self, stop: StopSignals) -> None:
+        """Does what is due after a batch of an evaluation."""
+        self.watchdog.beat(progress.EVALUATE)
+        if self.processes.size == 1:  # of several, one that stops here would leave the others waiting
+            self._stop_if_asked(stop)
+
+    def _save_surely(self) -> None:
+        """Writes a checkpoint of this step, and returns when it is there."""
+        self._save()
+        self.saver.wait()
+        if self.saver.lost == self.done:
+            self.saved = -1
+            self._save(must=True)
+
+    def _warn_of_lost(self, step: int, fault: str) -> None:
+        """Says that a checkpoint could not be written, in the log and in the metrics."""
+        self.progress.say(f"warning: the checkpoint of step {step} was not written: {fault}; the run goes on")
+        self.metrics.write({"kind": "save_failed", "step": step, "fault": fault})
+
+    def _save(self, must: bool = False) -> None:
+        """Writes a checkpoint of this step, if there is none yet; see `Saver.save`."""
         if self.saved == self.done:
             return
+        self.watchdog.beat(progress.SAVE)
         if self.recorder and self.done:
             self.recorder.save()
         config = self.config
@@ -461,13 +585,13 @@ class Trainer:
             "noise_rule": NOISE_RULE,
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
             "seconds": self.clock.seconds,
+            **self.bad.state(),
             **self.kept,
         }
         weights, optimizer = self._arrays()
         self._compare_replicas(weights | optimizer)  # what is saved has been seen to be right
         self.metrics.flush()
-        parts = (self.data.tokenizer.to_json(), weights, optimizer, state, self.healthy, self.step.shapes)
-        checkpoint.save(self.run, config, *parts, processes=self.processes)
+        self.saver.save(Content(self.data.tokenizer.to_json(), weights, optimizer, state, self.step.shapes), must)
         self.saved = self.done
 
     def _arrays(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

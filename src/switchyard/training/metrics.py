@@ -15,28 +15,30 @@ from tqdm import tqdm
 from switchyard.errors import UserError
 from switchyard.file_errors import append, writing
 from switchyard.json_text import to_json
+from switchyard.training.cost import cost_words
 from switchyard.training.events import EventFile
 from switchyard.training.loggers import Logger
 from switchyard.training.router_metrics import histograms, layer_metrics, scalars, step_arrays
 
 METRICS = "metrics.jsonl"
-EVALUATION, RESUMED = "evaluation", "resumed"  # kinds of lines
+EVALUATION, RESUMED, REWOUND = "evaluation", "resumed", "rewound"  # kinds of lines
 
 
 class MetricsLog:
     """Writes metrics.jsonl of a run folder, and hands its figures to loggers.
 
-    Each line is one JSON object with `kind` ("train", "evaluation", "sample", "exchanges", "resumed") and `step`; see
-    `train_figures`, `Evaluation.to_dict`, `TextSampler` and `Change.to_dict` for the rest. There is one line of a kind
-    for a step, and of evaluations one with `whole` and one without, whatever was killed and resumed in between. Within
-    `with`, an error is not hidden by what closing the files raises.
+    Each line is one JSON object with `kind` ("train", "evaluation", "sample", "exchanges", "resumed", "skipped",
+    "rewound", "save_failed") and `step`; see `train_figures`, `Evaluation.to_dict`, `TextSampler` and `Change.to_dict`
+    for the rest. There is one line of a kind for a step, of evaluations one with `whole` and one without, and of
+    "rewound" one for each `number`, whatever was killed and resumed in between. Within `with`, an error is not hidden
+    by what closing the files raises.
 
     Args:
         run: the run folder.
         resume_step: lines and events after this step are dropped; 0 starts anew.
         writes: False leaves both to another process, and only knows what they hold.
         layers: indices of the conditional layers, which the events of their metrics are named by.
-        open_loggers: makes the loggers; None makes that of TensorBoard.
+        open_loggers: makes the loggers of a run that goes on after a step; None makes that of TensorBoard.
 
     Raises:
         UserError: from any of its methods, where a file cannot be written; metrics.jsonl keeps whole lines.
@@ -48,9 +50,10 @@ class MetricsLog:
         resume_step: int = 0,
         writes: bool = True,
         layers: tuple[int, ...] = (),
-        open_loggers: Callable[[], Sequence[Logger]] | None = None,
+        open_loggers: Callable[[int], Sequence[Logger]] | None = None,
     ):
         self._path, self._layers = run / METRICS, layers
+        self._open_loggers = open_loggers or (lambda step: [EventFile(run, step + 1 if step else None)])
         kept = _kept(self._path, resume_step) if resume_step else {}
         self._evaluations = {key: line for key, line in kept.items() if key[0] == EVALUATION}
         self._known = set(kept)
@@ -58,7 +61,7 @@ class MetricsLog:
         if not writes:
             return
         self._begin(kept.values())
-        self._loggers = open_loggers() if open_loggers else [EventFile(run, resume_step + 1 if resume_step else None)]
+        self._loggers = self._open_loggers(resume_step)
 
     def _begin(self, lines: Iterable[str]) -> None:
         """Replaces the file by one of these lines, and opens it behind them."""
@@ -93,6 +96,18 @@ class MetricsLog:
         with writing(self._path):
             append(self._file, line)
         self._log(figures)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines and events after a step: the run has gone back to it."""
+        self._evaluations = {key: line for key, line in self._evaluations.items() if key[1] <= step}
+        self._known = {key for key in self._known if key[1] <= step}
+        if self._file is None:
+            return
+        self._file.close()
+        self._begin(line for line in _lines(self._path) if json.loads(line)["step"] <= step)
+        for logger in self._loggers:
+            logger.close(completed=False)
+        self._loggers = self._open_loggers(step)
 
     def _log(self, figures: dict[str, Any]) -> None:
         """Hands the numbers of a line, and the metrics of every conditional layer, to the loggers."""
@@ -196,6 +211,8 @@ class Progress:
         ]
         if figures["tokens_per_second"]:
             parts.append(f"{figures['tokens_per_second']:,.0f} {self._unit}/s")
+        if "memory_peak" in figures:
+            parts += cost_words(figures)
         if "load_min" in figures:
             parts.insert(2, f"balance {figures['balance_loss']:.3f} z {figures['z_loss']:.3f}")
             parts.append(f"load {figures['load_min']:.2f}..{figures['load_max']:.2f}")
@@ -260,7 +277,8 @@ def _kept(path: Path, step: int) -> dict[tuple, str]:
     for line in _lines(path):
         try:
             figures = json.loads(line)
-            after = figures["kind"] == RESUMED and figures["step"] == step  # belongs to the steps that follow
+            follows = figures["kind"] in (RESUMED, REWOUND)  # belongs to the steps that follow
+            after = follows and figures["step"] == step
             if figures["step"] <= step and not after:
                 found[_key(figures)] = line
         except (ValueError, KeyError, TypeError):  # what another program has written
@@ -269,5 +287,6 @@ def _kept(path: Path, step: int) -> dict[tuple, str]:
 
 
 def _key(figures: dict[str, Any]) -> tuple:
-    """Returns what a line of a run is known by: its kind and step, and of an evaluation whether it is whole."""
-    return (figures["kind"], figures["step"], figures.get("whole", True))
+    """Returns what a line of a run is known by: its kind and step, of an evaluation whether it is whole, and of going
+    back its number."""
+    return (figures["kind"], figures["step"], figures.get("number", figures.get("whole", True)))

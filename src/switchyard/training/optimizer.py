@@ -15,7 +15,8 @@ class OptimizerStep(nn.Cell):
 
     What changes from step to step is a parameter that the host sets, see `set`: learning_rate; with float16 `unscale`,
     the inverse of the loss scale; `routers_learn`, 0 once moe.router_freeze_step has come; with several calls a step
-    `begins` and `ends`, 1 in the first and in the last of them.
+    `begins` and `ends`, 1 in the first and in the last of them; where train.on_bad_loss skips batches `loss_limit`, the
+    largest loss of a step that is applied.
 
     Args:
         parameters: those that are trained.
@@ -38,27 +39,43 @@ class OptimizerStep(nn.Cell):
         self.unscale = control("unscale") if self.scaled else None
         self.routers_learn = control("routers_learn") if self.freezes else None
         self.begins, self.ends = (control("begins"), control("ends")) if self.several else (None, None)
+        self.limits = config.train.on_bad_loss == "skip" and mesh.own_shapes  # see TrainLoss: a compiler may not
+        self.loss_limit, self.loss = (control("loss_limit"), control("loss")) if self.limits else (None, None)
         self.accumulated = self.adamw.parameters.clone("accumulated", init="zeros") if self.several else None
         self.assign = ops.Assign()
 
-    def construct(self, gradients: tuple) -> Tensor:
+    def construct(self, gradients: tuple, loss: Tensor = None) -> Tensor:
         """Takes gradients of a device, times the loss scale, and returns their global norm without it: [].
 
-        No weight changes where the norm is not finite, nor in a call that is not the last of its step.
+        No weight changes where the norm is not finite, nor in a call that is not the last of its step. `loss` [] is
+        what a call adds to the loss of its step, times the loss scale; None where nothing limits the loss.
         """
+        if loss is not None and self.limits:
+            loss = self.loss_of_step(loss)
         if self.several:
             gradients = self.accumulate(gradients)
         if self.sum is not None:
             gradients = self.sum(gradients)
         if self.freezes:
             gradients = self.of_learners(gradients)
-        return self.update(gradients, self.norm(gradients))
+        return self.update(gradients, self.norm(gradients), loss)
 
-    def update(self, gradients: tuple, norm: Tensor) -> Tensor:
+    def loss_of_step(self, loss: Tensor) -> Tensor:
+        """Adds the loss [] of a call to those of the calls before, of the same step, and returns the sum."""
+        if self.scaled:
+            loss = loss * self.unscale
+        if self.several:
+            loss = ops.select(self.begins > 0, loss, loss + self.loss)
+            loss = ops.depend(loss, self.assign(self.loss, loss))
+        return loss
+
+    def update(self, gradients: tuple, norm: Tensor, loss: Tensor = None) -> Tensor:
         """Updates by gradients and their global norm, both times the loss scale, and returns the norm without it."""
         if self.scaled:
             norm = norm * self.unscale
         alive = self.is_finite(norm)
+        if loss is not None and self.limits:
+            alive = ops.logical_and(alive, loss <= self.loss_limit)  # false for NaN
         if self.several:
             alive = ops.logical_and(alive, self.ends > 0)
         live = self.routers_learn * 1.0 if self.freezes else None

@@ -38,6 +38,13 @@ FREE_ON_RESUME = (
     "train.sample_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every_steps",
+    "train.keep_every_hours",
+    "train.async_checkpoint",
+    "train.on_save_error",
+    "train.max_bad_losses",
+    "train.stall_seconds",
+    "train.peak_tflops",
     "train.replica_check_every",
     "moe.record",
     "moe.eval_capacity_factor",
@@ -62,7 +69,7 @@ ANNOUNCED_ON_RESUME = (
     "moe.router.topk_bias_update_rate", "moe.jitter", "moe.router_warmup_steps", "moe.router_freeze_step",
     "data.batch_size", "optimizer.weight_decay", "optimizer.clip_grad", "schedule.type",
     "schedule.learning_rate", "schedule.lr_end", "schedule.warmup_steps", "schedule.total_steps",
-    "train.gradient_accumulation_steps",
+    "train.gradient_accumulation_steps", "train.on_bad_loss", "train.spike_factor", "train.spike_window",
 )  # fmt: skip
 
 

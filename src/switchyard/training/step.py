@@ -20,7 +20,7 @@ from switchyard.models import create_model
 from switchyard.moe import metrics
 from switchyard.nn.initializers import set_initial, shapes_only
 from switchyard.training.frozen import freeze, is_trained
-from switchyard.training.loss import STATISTICS, TrainLoss, figures_num, name_figures
+from switchyard.training.loss import CROSS_ENTROPY, STATISTICS, TrainLoss, figures_num, name_figures
 from switchyard.training.loss_scale import LossScale
 from switchyard.training.micro_batches import call_inputs, calls_of, forces_choices, input_shards, inputs_of_calls
 from switchyard.training.optimizer import OptimizerStep
@@ -29,6 +29,7 @@ from switchyard.training.teacher import read_teacher
 
 CALL_DEPTH = 1000  # of functions that MindSpore's compiler follows, by default
 DEPTH_OF_LAYER = 60  # a decoder of 32 conditional layers exceeds the default
+LARGEST_LOSS = float(np.finfo(np.float32).max)  # a loss that is infinite is above it
 
 
 class StepGraph(nn.Cell):
@@ -50,6 +51,11 @@ class StepGraph(nn.Cell):
     def construct(self, *batch) -> tuple:
         """Takes the arguments of TrainLoss, returns (its figures, global norm of the gradients before the clip [])."""
         figures, gradients = self.differentiate(*batch)
+        if self.optimizer.limits:
+            loss = (
+                figures.reshape(-1)[CROSS_ENTROPY] * batch[4].reshape(-1)[0]
+            )  # [], times its share and the loss scale
+            return figures, self.optimizer(gradients, loss)
         return figures, self.optimizer(gradients)
 
 
@@ -60,8 +66,9 @@ class TrainStep:
     cross-entropy's gradient is that of the joined batch. Auxiliary losses are those of each micro-batch, weighted
     likewise. The last call of a step updates the weights.
 
-    A step whose gradient norm is not finite is skipped: weights, moments and the routers' state stay. With float16 the
-    loss is scaled, see LossScale.
+    A step whose gradient norm is not finite is skipped: weights, moments and the routers' state stay; so is, with
+    train.on_bad_loss 'skip', one whose loss is above `loss_limit` or NaN. With float16 the loss is scaled, see
+    LossScale.
 
     Args:
         model: see training.loss.TrainLoss.
@@ -89,7 +96,9 @@ class TrainStep:
         routers = [cell.router for _, cell in model.cells_and_names() if hasattr(cell, "train_dispatcher")]
         self.routers = routers if any(router.state() for router in routers) else []  # those that balance by a bias
 
-    def __call__(self, tokens, labels, valid, noise, learning_rate: float, replay=None, routers_learn=True) -> dict:
+    def __call__(
+        self, tokens, labels, valid, noise, learning_rate: float, replay=None, routers_learn=True, loss_limit=math.inf
+    ) -> dict:
         """Makes the step, and waits for it.
 
         Args:
@@ -99,6 +108,8 @@ class TrainStep:
             learning_rate: of this step.
             replay: choices to force [A, M, N, K] int32, see models.Decoder; None in a run that forces none.
             routers_learn: read where moe.router_freeze_step is set; false leaves the routers' parameters and bias.
+            loss_limit: read where train.on_bad_loss is 'skip' and no compiler shards the step: no larger loss is
+                applied.
 
         Returns:
             Metrics of the whole step: those of `loss.name_figures`; gradient_norm before the clip; loss_scale and
@@ -108,6 +119,7 @@ class TrainStep:
         shares, scale = self.shares(valid * (labels >= 0) if self.config.ignores_labels else valid), self.scale.factor
         control = self.graph.optimizer
         control.set(learning_rate=learning_rate, unscale=1.0 / scale, routers_learn=float(routers_learn))
+        control.set(loss_limit=min(loss_limit, LARGEST_LOSS))
         arrays = [tokens, labels, valid, noise] if replay is None else [tokens, labels, valid, noise, replay]
         figures, norm = [], None
         calls = calls_of(self.config)
@@ -115,7 +127,7 @@ class TrainStep:
             control.set(begins=float(call == 0), ends=float(call == calls - 1))
             found, norm = self.program(*map(Tensor.from_numpy, inputs))  # no copy: noise is gigabytes
             figures.append(found)
-        return self.finish(figures, float(norm.asnumpy()), shares, routers_learn)
+        return self.finish(figures, float(norm.asnumpy()), shares, routers_learn, loss_limit)
 
     def shares(self, valid: np.ndarray) -> np.ndarray:
         """Returns the share of each micro-batch in the valid tokens of the step, on all devices: [A, B, S] -> [A]."""
@@ -124,15 +136,17 @@ class TrainStep:
         counts = self.mesh.processes.gather(valid.sum((1, 2), dtype=np.float64)).sum(0)  # [A]
         return counts / max(counts.sum(), 1.0)
 
-    def finish(self, figures, norm: float, shares: np.ndarray, routers_learn: bool) -> dict:
+    def finish(self, figures, norm: float, shares: np.ndarray, routers_learn: bool, loss_limit=math.inf) -> dict:
         """Does what follows a step on the host: metrics, the loss scale, the routers' bias."""
         scale, alive = self.scale.factor, math.isfinite(norm)
         rows = np.concatenate([part.asnumpy().reshape(-1) for part in figures]).reshape(len(shares), -1)
         rows, choices = np.split(rows, [figures_num(self.config)], 1)  # [A, W], [A, N * M * K]
         self.scale.adjust(alive)
+        found = name_figures(rows, self.config, shares)
+        if self.graph.optimizer.limits:
+            alive = alive and found["loss"] <= loss_limit
         if self.routers and alive and routers_learn:
             self.update_routers(rows)
-        found = name_figures(rows, self.config, shares)
         found |= {"gradient_norm": norm, "loss_scale": scale, "skipped": float(not alive)}
         if choices.size:
             found["choices"] = metrics.recorded(choices, len(self.config.moe_layers), self.config.moe.choices)
