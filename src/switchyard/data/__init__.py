@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from switchyard.config import Config
-from switchyard.config.seq2seq import SPECIALS
 from switchyard.data import fingerprint, mindrecord, shards, token_folders
 from switchyard.data.batches import Batch, EvalBatches, TrainBatches
 from switchyard.data.borders import within_documents
