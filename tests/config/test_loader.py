@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from switchyard.config import Config, Section, build, load
 from switchyard.errors import UserError
 
-MODELS = ["model", "moe", "vision", "cascade"]
+MODELS = ["model", "moe", "seq2seq", "vision", "cascade"]
 SECTIONS = [*MODELS, "data", "optimizer", "schedule", "train", "parallel", "context", "export"]
 CONFIGS = sorted((Path(__file__).parents[2] / "config").glob("*.yaml"))
 
