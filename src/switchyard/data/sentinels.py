@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from switchyard.config.seq2seq import END, SPECIALS
-from switchyard.data.tokenizer import Ids, Tokenizer, reconcile
+from switchyard.data.tokenizer import AROUND, Ids, Tokenizer, reconcile
 from switchyard.errors import UserError
 
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
@@ -41,7 +41,7 @@ class SentinelTokenizer(Tokenizer):
         count = tree.get("count")
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise UserError(f"tokenizer '{name}': count: {count!r}; must be the number of sentinels, at least 1")
-        return cls(Tokenizer.from_json(json.dumps(tree["tokenizer"]), name), count)
+        return cls(Tokenizer.from_json(json.dumps(tree.get("tokenizer")), name), count)
 
     def encode(self, text: str) -> np.ndarray:
         """Implements Tokenizer.encode; a sentinel that the vocabulary lacks is text."""
@@ -78,6 +78,9 @@ class SentinelTokenizer(Tokenizer):
 
     def _encode_text(self, text: str) -> np.ndarray:
         return self.text.encode(text) + SPECIALS if text else np.zeros(0, np.int32)
+
+
+AROUND["sentinels"] = SentinelTokenizer.from_tree
 
 
 def text_json(tokenizer_json: str | None) -> str | None:

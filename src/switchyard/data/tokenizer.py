@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in fo
 BYTES = 256  # values of a byte
 LONGEST = 256 << 20  # bytes of a tokenizer.json
 Ids = Sequence[int] | np.ndarray
+# kind in `to_json` -> makes a tokenizer around another one of the parsed JSON and its name: see data.sentinels
+AROUND: dict[str, Callable[[dict[str, Any], str], "Tokenizer"]] = {}
 
 
 class Tokenizer(ABC):
@@ -80,10 +82,8 @@ class Tokenizer(ABC):
         if isinstance(tree, dict):
             if tree.get("kind") == "byte":
                 return ByteTokenizer()
-            if tree.get("kind") == "sentinels" and isinstance(tree.get("tokenizer"), dict):
-                from switchyard.data.sentinels import SentinelTokenizer  # which is a Tokenizer
-
-                return SentinelTokenizer.from_tree(tree, name)
+            if isinstance(tree.get("kind"), str) and tree["kind"] in AROUND:
+                return AROUND[tree["kind"]](tree, name)
             if tree.get("kind") == "char" and _is_alphabet(tree):
                 return CharTokenizer(tree["characters"], separated=tree.get("separated") is True)
             if "model" in tree:
