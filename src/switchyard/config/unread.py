@@ -106,7 +106,8 @@ def _by_network(config: Config) -> Iterator[Unread]:
     else:
         yield Unread(_all_but("seq2seq", ()), "only model.type 'seq2seq' reads it")
     if network == "vision":
-        yield Unread((*_keys("model", TEXT_KEYS), *_all_but("cascade", ())), "model.type 'vision' does not use it")
+        apart = (*_keys("model", TEXT_KEYS), "moe.expert_dropout", *_all_but("cascade", ()))
+        yield Unread(apart, "model.type 'vision' does not use it")
     if network == "cascade":
         apart = (*_all_but("model", CASCADE_KEYS), *_all_but("moe", ("record", "replay")))
         yield Unread(

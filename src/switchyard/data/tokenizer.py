@@ -30,7 +30,6 @@ SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # in fo
 BYTES = 256  # values of a byte
 LONGEST = 256 << 20  # bytes of a tokenizer.json
 Ids = Sequence[int] | np.ndarray
-
 # kind of a tokenizer around another one -> what reads it: (parsed JSON, name for messages); see data.sentinels
 WRAPPED: dict[str, Callable[[dict[str, Any], str], "Tokenizer"]] = {}
 
@@ -105,7 +104,7 @@ class Tokenizer(ABC):
         if isinstance(tree, dict):
             if tree.get("kind") == "byte":
                 return ByteTokenizer()
-            if tree.get("kind") in WRAPPED and isinstance(tree.get("tokenizer"), dict):
+            if tree.get("kind") in list(WRAPPED) and isinstance(tree.get("tokenizer"), dict):
                 return WRAPPED[tree["kind"]](tree, name)
             if tree.get("kind") == "char" and _is_alphabet(tree):
                 return CharTokenizer(tree["characters"], separated=tree.get("separated") is True)
