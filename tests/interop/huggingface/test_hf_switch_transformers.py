@@ -94,6 +94,15 @@ def random_folder(folder, **keys):
     return folder
 
 
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+def with_copies(folder):
+    """The tensors of a folder and, where the head is not tied, the tables of both stacks that transformers reads."""
+    tensors = bits_of(folder)
+    return tensors | (dict.fromkeys(COPIES, tensors["shared.weight"]) if "lm_head.weight" in tensors else {})
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -106,7 +115,7 @@ def test_other_models_go_in_and_out_bit_for_bit(keys, tmp_path):
     folder = random_folder(tmp_path / "model", **keys)
     import_model(folder, tmp_path / "run", say=quiet)
     export_model(tmp_path / "run", tmp_path / "out", say=quiet)
-    assert bits_of(tmp_path / "out") == bits_of(folder)
+    assert bits_of(tmp_path / "out") == with_copies(folder)
     held = store.read(tmp_path / "run", with_optimizer=False)
     model = create_model(held.config, 30)
     assert {one.name: tuple(one.shape) for one in model.get_parameters()} == {
@@ -144,7 +153,10 @@ def test_conditional_layers_are_where_transformers_has_them(layers, sparse, want
         ({"num_layers": 1 << 70}, "must be 1 to 10,000"),
         ({"d_kv": 5}, "q.weight': shape (12, 12); config.json makes it (15, 12)"),
         ({"d_model": None}, "config.json: d_model: null; must be a whole number"),
-        ({"num_layers": 1, "encoder_sparse_step": 1}, "tensor 'encoder.block.0.layer.1.mlp.experts.expert_0.wi."),
+        (
+            {"num_layers": 1, "encoder_sparse_step": 1},
+            "tensor 'encoder.block.0.layer.1.mlp.router.classifier.weight' is",
+        ),
         ({"vocab_size": 27}, "'shared.weight': shape (30, 12); config.json makes it (27, 12)"),
     ],
 )
@@ -170,6 +182,17 @@ def test_copies_of_the_embedding_table_are_left_out_and_said(tmp_path):
     ]
 
 
+def test_tables_of_the_stacks_that_differ_are_refused_where_the_head_is_not_tied(tmp_path):
+    folder = random_folder(tmp_path / "model", tie_word_embeddings=False)
+    arrays = load_file(folder / "model.safetensors")
+    for index, name in enumerate(COPIES):
+        arrays[name] = arrays["shared.weight"] + 0.5 * index
+    save_file(arrays, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"^'decoder\.embed_tokens\.weight': other numbers than 'shared\.weight'; only"):
+        import_model(folder, tmp_path / "out", say=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_tokenizer_without_the_tokens_of_t5_is_refused(tmp_path):
     shutil.copytree(FIXTURE, tmp_path / "model")
     tree = json.loads((FIXTURE / "tokenizer.json").read_text())
@@ -191,7 +214,10 @@ def test_the_tokenizer_of_an_import_keeps_its_ids_and_fills_up_the_spare_rows(im
 
 def own_run(folder, moe=None):
     """A run that was never imported, with random weights and a byte tokenizer."""
-    config, tokenizer = seq2seq_config(moe, {"activation": "relu"}), SentinelTokenizer(ByteTokenizer(), 4)
+    config, tokenizer = (
+        seq2seq_config(moe, {"activation": "relu", "seq_length": 40}),
+        SentinelTokenizer(ByteTokenizer(), 4),
+    )
     random, weights = np.random.default_rng(0), {}
     for one in FAMILY.parameters(config, tokenizer.vocab_size):
         weights[one.name] = random.normal(size=one.shape).astype(np.float32)
@@ -277,6 +303,7 @@ def test_an_export_loads_in_transformers_and_computes_the_same(keys, peer, tmp_p
     import_model(tmp_path / "model", tmp_path / "run", say=quiet)
     export_model(tmp_path / "run", tmp_path / "out", say=quiet)
     wanted = load_file(tmp_path / "model" / "answers.safetensors")
+    assert bits_of(tmp_path / "out") == with_copies(tmp_path / "model")
     ours, back = answers_of(tmp_path / "run", monkeypatch, wanted), theirs(tmp_path / "out", peer)
     check_alike(ours, wanted)
     for name, array in wanted.items():

@@ -69,6 +69,8 @@ class Model:
     def _check_tensors(self) -> None:
         """Refuses tensors that are missing, unexpected, of another shape or type (UserError)."""
         expected = {source.name: source.shape for parameter in self.parameters for source in parameter.sources}
+        copies = {name: one.sources[0].shape for one in self.parameters for name in one.copies}
+        expected |= {name: shape for name, shape in copies.items() if name in self.folder.tensors}
         for name, shape in expected.items():
             if name not in self.folder.tensors:
                 raise UserError(f"--model: tensor '{name}' is missing; {self.family.model_type} needs it: {shape}")

@@ -1,6 +1,7 @@
 """Moves numbers between both layouts, piece by piece: at most one parameter, or one expert of it, is held at a time."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,12 +54,22 @@ class Importing:
             found = np.stack(experts)  # [e, d, f]
         elif len(parameter.sources) == 1:
             found = self._single(parameter, parameter.sources[0], box)
+            self._compare_copies(parameter, found, box)
         else:
             found = self._fused(parameter, box)
         if not is_finite(found):
             names = ", ".join(sorted({source.name for source in parameter.sources})[:3])
             raise UserError(f"'{names}': holds numbers that are not finite; take another version of the model")
         return found
+
+    def _compare_copies(self, parameter: Parameter, found: np.ndarray, box: Box) -> None:
+        """Refuses a copy of a tensor that is another one (UserError)."""
+        source = parameter.sources[0]
+        for name in parameter.copies:
+            if name in self._folder.tensors:
+                copy = self._single(parameter, replace(source, name=name), box)
+                if not np.array_equal(copy, found, equal_nan=True):
+                    raise UserError(f"'{name}': other numbers than '{source.name}'; only one such table is offered")
 
     def _single(self, parameter: Parameter, source: Source, box: Box) -> np.ndarray:
         """Returns a part of what one tensor makes: [d] or [d, f]."""
@@ -96,6 +107,8 @@ class Exporting:
     def __init__(self, tensors: Tensors, parameters: Iterable[Parameter], dtype_of: Callable[[str], str]):
         self._tensors, self._held = tensors, Held()
         self._made = {source.name: (parameter, source) for parameter in parameters for source in parameter.sources}
+        for parameter, source in list(self._made.values()):
+            self._made |= dict.fromkeys(parameter.copies, (parameter, source))
         self.entries = {name: Entry(dtype_of(name), source.shape) for name, (_, source) in self._made.items()}
 
     def read(self, name: str, box: Box) -> np.ndarray:

@@ -69,12 +69,14 @@ class Parameter:
         shape: of ours.
         turned: see Rule.
         sources: in the order of theirs.
+        copies: names of further tensors with the numbers of the only source: written, and read where they are there.
     """
 
     name: str
     shape: tuple[int, ...]
     turned: bool
     sources: tuple[Source, ...]
+    copies: tuple[str, ...] = ()
 
 
 def sizes(config: Config, vocab_size: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ width of an expert.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -121,8 +122,11 @@ class SwitchTransformers(Family):
     def parameters(self, config: Config, vocab_size: int) -> Iterator[Parameter]:
         """See Family.parameters."""
         model, own = config.model, config.seq2seq
-        yield _copied("embedding.table", "shared.weight", (vocab_size, model.hidden_size))
-        if not model.tie_word_embeddings:
+        table = _copied("embedding.table", "shared.weight", (vocab_size, model.hidden_size))
+        if model.tie_word_embeddings:
+            yield table
+        else:  # transformers then reads a table for each stack
+            yield replace(table, copies=COPIES)
             yield _turned("head.weight", "lm_head.weight", (model.hidden_size, vocab_size))
         for name, stack in zip(STACKS, config.stacks):
             bias = f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
