@@ -31,8 +31,8 @@ def compile_rank(folder: Path, rank: int, *overrides: str) -> dict:
     """Returns what the compiler made of one rank's step, of 4."""
     text, out = folder / "text.txt", folder / f"rank{rank}.json"
     text.write_text("routers choose experts and experts compute " * 400)
-    path = os.pathsep.join((str(ROOT / "src"), str(ROOT / "tests")))
-    environment = {**os.environ, **simulation_environment(), "RANK_SIZE": "4", "RANK_ID": str(rank), "PYTHONPATH": path}
+    environment = {**os.environ, **simulation_environment(), "RANK_SIZE": "4", "RANK_ID": str(rank)}
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT / "src"), str(ROOT / "tests"), environment["PYTHONPATH"]))
     keys = (*SMALL, f"train_dataset.data_loader.path={text}", f"output_dir={folder / 'run'}", *overrides)
     command = [sys.executable, "-m", "oracles.mindformers_compile", str(out), *keys]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
