@@ -218,7 +218,7 @@ def test_answers_alone_are_labels(tmp_path):
     plan = Plan(str(tmp_path / "a.jsonl"), val_path=str(tmp_path / "v.jsonl"), tokenizer="byte", text_field=None)
     (tmp_path / "v.jsonl").write_text((json.dumps(record) + "\n") * 2)
     out = prepare_tokens.prepare_tokens(plan, tmp_path / "o", 4, 1)
-    data = load_data(built(out, "model.seq_length=20"))
+    data = load_data(built(out, "model.seq_length=20", "data.loss_mask=true"))
     labels = data.train.at(0).labels
     kept = labels[labels != IGNORED]
     assert set(data.tokenizer.decode(kept)) == set("yes\0") and 0 < len(kept) < labels.size
@@ -226,3 +226,7 @@ def test_answers_alone_are_labels(tmp_path):
     learned = (batch.valid > 0) & (batch.labels != IGNORED)
     assert data.tokenizer.decode(batch.labels[learned]) == "yes\0yes"
     assert data.validation_tokens == learned.sum()
+    everything = load_data(built(out, "model.seq_length=20"))
+    assert "prompts are learned too" in everything.description and (everything.train.at(0).labels >= 0).all()
+    with pytest.raises(UserError, match=r"data.loss_mask: true; '.*' holds no instruction data"):
+        load_data(built(prepared(tmp_path, "plain", ["one text", "two"]), "data.loss_mask=true"))
