@@ -183,6 +183,13 @@ def test_bad_mixtures_are_one_line(tmp_path, folder, overrides, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("override", ["data.loss_mask=true", "data.on_error=skip"])
+def test_keys_of_shards_are_refused_for_text(tmp_path, override):
+    (tmp_path / "a.txt").write_text("text " * 40)
+    with pytest.raises(UserError, match=rf"{override.replace('=', ': ')}; data.path names no token shards"):
+        load_data(built(tmp_path / "a.txt", override))
+
+
 def test_a_mixture_and_a_path_contradict(folder):
     with pytest.raises(UserError, match=r"data.path: .*; data.mixture names the corpora"):
         built(folder, f"data.mixture=[{{path: {folder}}}]")
