@@ -183,6 +183,13 @@ def test_bad_mixtures_are_one_line(tmp_path, folder, overrides, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("override", ["data.loss_mask=true", "data.on_error=skip"])
+def test_keys_of_shards_are_refused_for_text(tmp_path, override):
+    (tmp_path / "a.txt").write_text("text " * 40)
+    with pytest.raises(UserError, match=rf"{override.replace('=', ': ')}; data.path names no token shards"):
+        load_data(built(tmp_path / "a.txt", override))
+
+
 def test_a_mixture_and_a_path_contradict(folder):
     with pytest.raises(UserError, match=r"data.path: .*; data.mixture names the corpora"):
         built(folder, f"data.mixture=[{{path: {folder}}}]")
@@ -218,7 +225,7 @@ def test_answers_alone_are_labels(tmp_path):
     plan = Plan(str(tmp_path / "a.jsonl"), val_path=str(tmp_path / "v.jsonl"), tokenizer="byte", text_field=None)
     (tmp_path / "v.jsonl").write_text((json.dumps(record) + "\n") * 2)
     out = prepare_tokens.prepare_tokens(plan, tmp_path / "o", 4, 1)
-    data = load_data(built(out, "model.seq_length=20"))
+    data = load_data(built(out, "model.seq_length=20", "data.loss_mask=true"))
     labels = data.train.at(0).labels
     kept = labels[labels != IGNORED]
     assert set(data.tokenizer.decode(kept)) == set("yes\0") and 0 < len(kept) < labels.size
@@ -226,3 +233,7 @@ def test_answers_alone_are_labels(tmp_path):
     learned = (batch.valid > 0) & (batch.labels != IGNORED)
     assert data.tokenizer.decode(batch.labels[learned]) == "yes\0yes"
     assert data.validation_tokens == learned.sum()
+    everything = load_data(built(out, "model.seq_length=20"))
+    assert "prompts are learned too" in everything.description and (everything.train.at(0).labels >= 0).all()
+    with pytest.raises(UserError, match=r"data.loss_mask: true; '.*' holds no instruction data"):
+        load_data(built(prepared(tmp_path, "plain", ["one text", "two"]), "data.loss_mask=true"))

@@ -98,7 +98,8 @@ def _by_network(config: Config) -> Iterator[Unread]:
     if config.reads_text:
         yield Unread((*_all_but("vision", ()), *_all_but("cascade", ())), f"model.type '{network}' reads text")
     else:
-        yield Unread(("data.tokenizer", "export.max_length"), f"model.type '{network}' reads images")
+        of_text = ("data.mixture", "data.on_error", "data.document_mask", "data.loss_mask")
+        yield Unread(("data.tokenizer", "export.max_length", *of_text), f"model.type '{network}' reads images")
     if network == "seq2seq":
         yield Unread(_keys("model", DECODER_KEYS), "model.type 'seq2seq' has the positions and initial weights of T5")
         yield Unread(_keys("model", ATTENTION_OF_DECODERS), "only model.type 'decoder' has it: leave it out", True)

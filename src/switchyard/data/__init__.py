@@ -95,6 +95,7 @@ def load_data(
         return _load_images(config, tokenizer_json, rank, world, seen)
     if token_folders.is_tokens(config):
         return token_folders.load_tokens(config, tokenizer_json, rank, world, seen)
+    token_folders.refuse_keys_of_shards(config)
     folder = mindrecord.locate(config.data.path)
     given = text_json(tokenizer_json)
     found = _read_records(config, given, seen) if folder else _read_text(config, given, seen, taken_over)

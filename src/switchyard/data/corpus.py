@@ -146,7 +146,8 @@ def matches(pattern: str, key: str) -> tuple[Path, list[Path]]:
     if not paths:
         kind = "no file matches; correct the glob" if glob.has_magic(pattern) else "no such file or folder"
         other = "leave data.path null for the standard library" if key == "data.path" else "leave it null"
-        raise UserError(f"{key}: '{pattern}'; {kind}, or {other}")
+        remedy = "give text, JSON lines or Parquet" if key.startswith("--") else f"or {other}"
+        raise UserError(f"{key}: '{pattern}'; {kind}, {remedy}")
     fixed = []
     for part in Path(expanded).parts[:-1]:
         if glob.has_magic(part):

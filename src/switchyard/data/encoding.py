@@ -66,7 +66,9 @@ class Encoder:
     def __call__(self, unit: Unit) -> Encoded:
         """Returns the ids of a unit."""
         sides, problems = (_Side(), _Side()), []
-        if unit.file.kind == "text":
+        if isinstance(unit.content, str):
+            problems.append(unit.content)
+        elif unit.file.kind == "text":
             self._add_text(unit, sides[bool(unit.validates)], problems)
         else:
             self._add_records(unit, sides, problems)

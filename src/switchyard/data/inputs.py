@@ -63,14 +63,14 @@ class Unit:
     Attributes:
         file: the input file.
         first: byte offset of text, number of the first line of JSON (from 1) or of the first row of Parquet (from 0).
-        content: bytes, or rows.
+        content: bytes, or rows; in their place why the rest of the file cannot be read.
         ends: whether a document of text ends with the unit.
         validates: as of SourceFile; of text never None.
     """
 
     file: SourceFile
     first: int
-    content: bytes | list[Any]
+    content: bytes | list[Any] | str
     ends: bool = True
     validates: bool | None = None
 

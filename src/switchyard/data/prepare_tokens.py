@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -237,7 +237,7 @@ class _Job:
             for place, found in encoded:
                 self._add(found)
                 self._next = (place[0], place[1] + 1)
-                if self._writers["train"].tokens >= self._plan.shard_tokens:
+                if any(writer.tokens >= self._plan.shard_tokens for writer in self._writers.values()):
                     self._commit()
                 self._say(*self._next)
         self._next = (len(self._files), 0)
@@ -256,26 +256,25 @@ class _Job:
                 units = enumerate(units_of(file, fraction, fields))
                 for index, unit in itertools.islice(units, first, None):
                     yield (number, index), unit
-            except BadSource as error:
-                expected = str(error).endswith(BINARY) and len(self._files) > 1
-                self._note([str(error)], self._skip or expected)
+            except BadSource as error:  # takes its turn, so that it is counted once whatever is interrupted
+                yield (number + 1, -1), Unit(file, 0, str(error))
 
     def _add(self, found: Encoded) -> None:
-        self._note(found.problems, self._skip)
+        for problem in found.problems:
+            self._note(problem, self._skip or (problem.endswith(BINARY) and len(self._files) > 1))
         for name, part in zip(shards.SPLITS, (found.train, found.validation)):
             if len(part.ids):
                 self._writers[name].add(part.ids, part.mask, part.documents, part.bytes)
                 self._tokens += len(part.ids)
 
-    def _note(self, problems: Iterable[str], skip: bool) -> None:
+    def _note(self, problem: str, skip: bool) -> None:
         """Prints what is left out, and counts it (UserError where nothing may be left out)."""
-        for problem in problems:
-            if not skip:
-                raise UserError(f"--input: {problem}; correct the file, or leave such parts out with --on-error skip")
-            self._skipped += 1
-            self._shown += 1
-            if self._shown <= SHOWN:
-                print(f"skipped: {problem}", file=sys.stderr, flush=True)
+        if not skip:
+            raise UserError(f"--input: {problem}; correct the file, or leave such parts out with --on-error skip")
+        self._skipped += 1
+        self._shown += 1
+        if self._shown <= SHOWN:
+            print(f"skipped: {problem}", file=sys.stderr, flush=True)
 
     def _commit(self) -> None:
         """Closes a shard of each split, so that a resumed preparation begins here."""

@@ -66,6 +66,16 @@ def is_tokens(config: Config) -> bool:
     return bool(config.data.mixture) or shards.locate(config.data.path) is not None
 
 
+def refuse_keys_of_shards(config: Config) -> None:
+    """Refuses what only token shards have, where other data are read (UserError)."""
+    for key, value, idle in (("loss_mask", "true", False), ("on_error", "skip", "stop")):
+        if getattr(config.data, key) != idle:
+            raise UserError(
+                f"data.{key}: {value}; data.path names no token shards, which alone have it; prepare them with "
+                f"{shards.PREPARE}, or leave the key out"
+            )
+
+
 def load_tokens(config: Config, tokenizer_json: str | None, rank: int, world: int, seen: Callable) -> "Data":
     """Returns the data of token shards; arguments and errors as of load_data."""
     named = [(f"data.mixture[{number}].path", entry.path) for number, entry in enumerate(config.data.mixture)]
