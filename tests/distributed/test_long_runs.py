@@ -1,4 +1,4 @@
-"""A job of two CPU processes that is left alone: a rank is killed, another one stopped; it ends as if nothing had been."""
+"""A job of two CPU processes that is left alone: a rank is killed, another one stopped; the losses are the same."""
 
 import os
 import shutil
