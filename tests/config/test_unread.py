@@ -169,6 +169,8 @@ def test_slots_and_blocks_are_read_as_the_table_says(name, eval_factor, dispatch
 NOT_ASKED = {
     "optimizer.type",  # there is one
     "train.log_every",  # asked from the second step on
+    "train.keep_every_steps",  # asked, as the next, where a checkpoint may be removed
+    "train.keep_every_hours",
     "data.accept_changed",  # asked by --resume where the data differ
     "parallel.expert_parallel",  # laws hold it to the other degrees
     "export.key_file",

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from switchyard.distributed.progress import standings
 from switchyard.distributed.watch import first_error
 
 STAND_IN = """
@@ -185,6 +186,18 @@ def test_a_job_that_stands_still_ends_with_the_stacks_of_all_and_the_rank_that_l
     for rank in range(2):
         assert "in hangs" in (tmp_path / "logs" / f"worker_{rank}.log").read_text()
         assert f" rank {rank} | " in (tmp_path / "logs" / "all.log").read_text()
+
+
+def test_a_rank_that_was_stopped_is_named(tmp_path):
+    """Both ranks are in the same phase; the one that was stopped writes no stack."""
+    job = watch(tmp_path, *(STALLED.format(rank=rank, phase="STEP").replace("0.5)", "3.0)") for rank in (0, 1)))
+    workers = workers_of(job, 2)
+    until(lambda: len(standings(tmp_path / "logs")) == 2)
+    workers[1].suspend()
+    code, said = end_of(job)
+    assert (
+        code == 1 and "all ranks of this machine are in training step after step 7; rank 1 was stopped by a sig" in said
+    )
 
 
 def test_a_failed_job_is_started_again(tmp_path):

@@ -39,6 +39,14 @@ def metrics_of(run: Path, kind: str = "train") -> list[dict]:
     return [line for line in lines if line["kind"] == kind]
 
 
+TIMED = {"tokens_per_second", "tokens_per_second_device", "mfu", "memory_peak"}  # and those of seconds
+
+
+def untimed(line: dict) -> dict:
+    """The figures of a line that do not depend on the time that a step took."""
+    return {name: value for name, value in line.items() if name not in TIMED and not name.endswith("_seconds")}
+
+
 def losses_of(run: Path) -> dict[int, float]:
     """Step -> training loss, as it was written down."""
     return {line["step"]: line["loss"] for line in metrics_of(run)}

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from oracles.tiny_run import TEXT, metrics_of, run_config, write_text
+from oracles.tiny_run import TEXT, metrics_of, run_config, untimed, write_text
 
 from switchyard.report.inspection import inspect
 from switchyard.report.page import write_report
@@ -76,4 +76,4 @@ def test_texts_change_no_figure_of_the_training_and_a_resumed_run_writes_the_sam
 
 def figures(run) -> list[dict]:
     """The lines of a run's training without their speed."""
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in metrics_of(run)]
+    return [untimed(line) for line in metrics_of(run)]

@@ -71,6 +71,7 @@ UNFINISHED = ("--help", "--dry-run", "--print-config")  # what ends a command be
 # what is added to a command that needs devices, takes long, or trains what another command here trains: it ends before
 # the long part, or is as small as can be
 RULES = {name: "--help" for name in NAMES} | {
+    r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .* --max-restarts .*": "--dry-run",  # a run of hours
     r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .*": "",
     r"bash scripts/run_distribute_train_(ascend|gpu)\.sh .*": "--dry-run",
     r"bash scripts/run_standalone_train\.sh .*": PYNATIVE,
@@ -88,6 +89,7 @@ RULES = {name: "--help" for name in NAMES} | {
     r"python benchmarks/moe_layer\.py": "--shapes 64,16,4,1 --rounds 1",
     r"python benchmarks/(upcycle|distill)\.py": "--help",  # many models are trained
     r"python benchmarks/train_step\.py": "--help",  # four models are compiled
+    r"python benchmarks/checkpoint_pause\.py --short": "",
     r"python benchmarks/gpus\.py .*": "--help",  # two GPUs, an hour
     r"python benchmarks/(gpu_tables|experiments/tables)\.py": "",
     r"python benchmarks/experiments/\w+\.py.*": "--help",  # an hour: many models are compiled
@@ -104,6 +106,7 @@ SHORTER = {
     r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .*": "--dry-run",  # tests/distributed/test_jobs.py
     r"python train\.py --config config/(shakespeare_char_(dense|switch)|digits_sample)_cpu\.yaml.*": "--print-config",
     r"python train\.py --config \S+quickstart\.yaml .*train\.name=(mine|notes|mine-bpe|two-experts)": "--print-config",
+    r"python benchmarks/checkpoint_pause\.py --short": "--help",  # tests/training/test_saver.py
     r"python -m switchyard\.report\.picture runs/two": "--help",  # of the run of two processes above
     r"python -m switchyard\.simulation\.emulate .*": "--help",  # tests/simulation/test_emulate.py
     r"python -m switchyard\.interop\.(upcycle|distill) .*": "--help",  # tests/interop

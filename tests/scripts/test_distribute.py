@@ -64,6 +64,16 @@ def test_slow_nodes_are_waited_for():
     assert "--cluster_time_out=7200" in dry_run("ascend", "--cluster-timeout", 7200, "parallel.data_parallel=8")
 
 
+def test_restarts_are_those_of_the_watcher():
+    done = script(
+        "gpu", "--config", "config/quickstart.yaml", "--dry-run", "--devices", 4, "--max-restarts", 3, "--restarted"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    words = shlex.split(done.stdout)
+    assert words[4:8] == ["-m", "switchyard.distributed.watch", "--max-restarts", "3"]
+    assert words[-2:] == ["--restarted", "context.device_target=GPU"]
+
+
 def test_two_nodes_of_eight():
     for rank in range(2):
         nodes = ("--nodes", 2, "--node-rank", rank, "--master", "10.0.0.1")
@@ -109,6 +119,7 @@ def test_further_words(tmp_path):
         (["--nodes", "2", "--node-rank", "2"], "--node-rank: 2; from 0 below --nodes (2)"),
         (["--nodes", "2"], "--master: 127.0.0.1; with --nodes 2 the address of node 0 that all nodes can reach"),
         (["--rank-table", "none.json"], "--rank-table: none.json; no such file"),
+        (["--max-restarts", "-1"], "--max-restarts: -1; a whole number from 0 to 1000000"),
         (["--steps", "3"], "--steps: unknown option; see --help"),
         (["steps=3"], "steps=3: unknown option; see --help"),
     ],

@@ -30,6 +30,12 @@ NO_EVALUATION = {"eval_every": 0}
         ({"moe": {"router": "tree"}}, "Ascend", None),  # one expert: no router is asked
         ({"context": {"mode": "pynative"}}, "Ascend", "context.mode"),
         ({"moe": EXPERTS | {"dispatch": "dropless"}}, "GPU", "moe.dispatch: dropless; the compiler shards it for"),
+        (
+            {"train": {"spike_factor": 2.0, "on_bad_loss": "skip"}},
+            "Ascend",
+            "train.spike_factor: 2.0; with train.on_bad",
+        ),
+        ({"train": {"spike_factor": 2.0, "on_bad_loss": "rewind"}}, "Ascend", None),
         ({"moe": EXPERTS | {"dispatch": "dropless"}}, "Ascend", None),
         ({"moe": {"dispatch": "dropless"}}, "GPU", None),  # one expert
         ({"moe": EXPERTS | {"record": "a"}, "parallel": {"data_parallel": 2}}, "Ascend", None),

@@ -43,6 +43,7 @@ LAST_WORDS = 5.0  # seconds for msrun to say what it has seen, after all others 
 FAILED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
 LAUNCHER_LOG = "msrun.log"
 MERGED = "all.log"  # of node K > 0: all-K.log
+HINDERED = {psutil.STATUS_STOPPED: "was stopped by a signal", psutil.STATUS_DISK_SLEEP: "waits for a disk"}
 GRACE = 2.0  # seconds beyond train.stall_seconds in which every rank writes its stacks
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds before a restart
 RESTARTED = "--restarted"  # of train.py: goes on from a checkpoint if there is one
@@ -79,6 +80,7 @@ class Job:
                 self._look()
                 self.stalled = progress.stall(progress.standings(self.log_dir), grace=GRACE)
                 if self.stalled:
+                    self.stalled += self._hindered()
                     break
                 if self.merged:
                     self.merged.follow()
@@ -163,6 +165,15 @@ class Job:
             self._seen.setdefault(child.pid, child)
             if child.pid not in self.ranks and (rank := _rank_of(child, self.launcher.pid)) is not None:
                 self.ranks[child.pid] = rank
+
+    def _hindered(self) -> str:
+        """Names the ranks whose processes do not run: somebody has stopped them, or a disk does not answer."""
+        found = ""
+        for pid, rank in sorted(self.ranks.items(), key=lambda pair: pair[1]):
+            with contextlib.suppress(psutil.Error):
+                words = HINDERED.get(self._seen[pid].status())
+                found += f"; rank {rank} {words}" if words else ""
+        return found
 
     def _alive(self, pids) -> list[int]:
         """Returns the processes that still run."""

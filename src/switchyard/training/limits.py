@@ -53,6 +53,9 @@ def refusals(config: Config, target: str = "Ascend") -> Iterator[Refusal]:
         yield Refusal("moe.router", moe.router, reason, True)
     if config.train.lora is not None:
         yield Refusal("train.lora", f"rank {config.train.lora.rank}", "the compiler does not shard adapters", True)
+    if config.train.spike_factor is not None and config.train.on_bad_loss == "skip":
+        reason = "with train.on_bad_loss 'skip' a step reads its loss, which a compiled one must not: use 'rewind'"
+        yield Refusal("train.spike_factor", config.train.spike_factor, reason, True)
     yield from _of_pipelines(config, target)
 
 

@@ -293,12 +293,12 @@ class Trainer:
             if 0 < self.done < train.steps and self._is_due(train.eval_every):
                 self._evaluate_sample(stop)  # a signal or a kill may have come in the middle of it
             while self.done < train.steps:
-                going_on = self._advance()
-                if going_on and self._is_due(train.replica_check_every):
+                gone_back = self._advance()
+                if not gone_back and self._is_due(train.replica_check_every):
                     self._compare_replicas()
                 self._stop_if_asked(stop)
-                if not going_on:
-                    continue  # back at a checkpoint, after which everything was done that is due there
+                if gone_back:
+                    continue  # to a checkpoint, after which everything was done that is due there
                 if self._is_due(train.sample_every) and self.done < train.steps:
                     self._write_sample()
                 if self._is_due(train.eval_every) and self.done < train.steps:
@@ -335,7 +335,7 @@ class Trainer:
             say(f"compiling the training step: takes about {seconds:.0f} s on two CPU cores")
 
     def _advance(self) -> bool:
-        """Makes one optimizer step, and writes its line where one is due; False: the run has gone back instead."""
+        """Makes one optimizer step and writes its line where one is due; returns whether the run has gone back."""
         started = time.perf_counter()
         if self.compiles:
             self.watchdog.pause()
@@ -368,7 +368,7 @@ class Trainer:
             self.cost.add("compute", ended - read)
         if self.done == 1 or self._is_due(self.config.train.log_every):
             self._log(figures, rate)
-        return True
+        return False
 
     def _note_first(self, seconds: float) -> None:
         """Notes the step that has compiled the program, and what it exchanges."""
@@ -390,7 +390,7 @@ class Trainer:
         self.progress.say(self.progress.train_line(line))
 
     def _go_on_after(self, fault: str, tokens: np.ndarray, figures: dict[str, Any]) -> bool:
-        """Does what train.on_bad_loss says after a step with a bad loss; returns whether the run has not gone back.
+        """Does what train.on_bad_loss says after a step with a bad loss; returns whether the run has gone back.
 
         Raises:
             UserError: the rule ends the run, or its limit is reached, or the update was applied and no checkpoint is
@@ -412,7 +412,7 @@ class Trainer:
         self.metrics.write({"kind": "skipped", **line})
         most = self.config.train.max_bad_losses
         self.progress.say(f"warning: step {step}: the {fault}; its batch was skipped ({self.bad.count} of {most})")
-        return True
+        return False
 
     def _rewind(self, line: dict[str, Any]) -> bool:
         """Goes back to the newest good checkpoint, and on with the data after those of the bad step."""
@@ -432,7 +432,7 @@ class Trainer:
             f"warning: step {line['bad_step']}: the {line['fault']}; the run goes back to step {self.done} and on with "
             f"micro-batch {following} of the data ({self.bad.count} of {most})"
         )
-        return False
+        return True
 
     @property
     def compiles(self) -> bool:
