@@ -66,7 +66,7 @@ FURTHER = {  # of which only bytes are looked at
     ),
     "rich dp4 ep2 tp2 dropless recompute zero1": tree(
         THREE_AXES | {"recompute": True, "optimizer_shard": 1},
-        RICH_MOE | {"dispatch": "dropless", "expert_num": 2},  # one on a rank, and two replicas: ZeRO cuts axis 1
+        RICH_MOE | {"dispatch": "dropless", "expert_num": 6},  # three on a rank, and two replicas: ZeRO cuts axis 1
         RICH_MODEL,
     ),
     "dp4 ep2 tp2 sequence recompute": tree(

@@ -165,7 +165,7 @@ def test_half_precision_takes_the_fused_operators(compile_layout):
     "tree, line",
     [
         ({"moe": {"expert_num": 4, "router": "tree"}}, r"moe\.router: tree; overrides `construct`, which a"),
-        ({"model": {"type": "vision"}}, r"model\.type: vision; only a decoder"),
+        ({"model": {"type": "vision"}}, r"model\.type: vision; only networks that read text"),
         ({"parallel": {"pipeline_stage": 2, "micro_batch_num": 2}}, r"model\.tie_word_embeddings: True; False with"),
     ],
 )
