@@ -125,8 +125,8 @@ class MoEConfig(Section):
     num_experts_chosen: Positive = Field(1, description="experts K that each row is sent to")
     layers: Literal["all"] | Positive | list[NotNegative] = Field(
         "all",
-        description="which layers are conditional: all, every n-th (the n-th, 2n-th, ...), or a list from 0; seq2seq: "
-        "in each stack, in a list the decoder's follow the encoder's",
+        description="conditional layers: all, every n-th, or a list from 0; seq2seq: n-th of each stack; in a list the "
+        "decoder's follow",
     )
     moe_intermediate_size: Positive | None = Field(
         None, description="hidden width F of one expert; null = the dense width"

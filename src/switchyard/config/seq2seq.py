@@ -18,7 +18,7 @@ class Seq2SeqConfig(Section):
     """Describes the decoder of an encoder-decoder, relative positions, and span corruption (T5, arXiv 1910.10683)."""
 
     num_decoder_layers: Positive | None = Field(None, description="layers of the decoder; null = model.num_layers")
-    relative_attention_num_buckets: Annotated[int, Field(ge=4, multiple_of=2)] = Field(
+    relative_attention_num_buckets: Annotated[Positive, Field(ge=4, multiple_of=2)] = Field(
         32, description="buckets of relative positions, each with a bias for every head"
     )
     relative_attention_max_distance: Positive = Field(
