@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from oracles.tiny_run import losses_of, metrics_of, run_config, write_text
 
 from switchyard.checkpoint import store as checkpoint
@@ -46,7 +47,9 @@ def _start(folder: Path, name: str, *options: str) -> subprocess.Popen:
     command = ["bash", ROOT / "scripts" / "run_distribute_train_ascend.sh", "--config", folder / "config.yaml"]
     more = ["--devices", "2", "--log-dir", folder / f"logs-{name}", *options, f"train.name={name}"]
     environment = os.environ | {"DEVICE": "cpu", "SWITCHYARD_VENV": sys.prefix}
-    return subprocess.Popen([*command, *more], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [*command, *more], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=folder
+    )
 
 
 @pytest.mark.long
@@ -54,7 +57,9 @@ def test_a_job_that_is_left_alone_ends_as_the_undisturbed_one(tmp_path):
     write_text(tmp_path)
     keys = {"steps": STEPS, "checkpoint_every": 20, "async_checkpoint": True, "stall_seconds": 15.0}
     config = run_config(tmp_path, moe={"expert_num": 4}, train=keys)
-    (tmp_path / "config.yaml").write_text(config.to_yaml().replace("data_parallel: 1\n", ""))
+    sections = yaml.safe_load(config.to_yaml())
+    del sections["parallel"]  # the devices decide
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(sections))
     alone = _start(tmp_path, "alone")
     assert alone.wait(600) == 0, alone.stderr.read()
     job = _start(tmp_path, "hit", "--max-restarts", "3")
