@@ -64,6 +64,7 @@ def test_a_run_that_ends_by_its_disk_says_so_at_the_next_step(tmp_path, monkeypa
     assert _steps(run) == [2] and max(losses_of(run)) <= 6
 
 
+@pytest.mark.long
 def test_a_restarted_run_that_had_no_checkpoint_yet_keeps_its_first_weights(tmp_path, monkeypatch, pynative):
     """A launcher repeats --init; it counts until the run has a checkpoint of its own."""
     write_text(tmp_path)

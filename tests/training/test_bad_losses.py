@@ -192,6 +192,7 @@ def test_a_run_goes_on_after_a_bad_batch_and_a_resumed_one_repeats_it(
     assert metrics_of(tmp_path / "runs" / "other", kind) == lines
 
 
+@pytest.mark.long  # the limit by itself is held above
 def test_a_run_that_goes_back_too_often_ends(tmp_path, monkeypatch, pynative):
     write_text(tmp_path)
     _poison(monkeypatch, *range(4, 20))
