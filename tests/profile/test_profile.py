@@ -67,6 +67,21 @@ def test_bad_numbers_are_refused(tmp_path):
         main(["--config", "quickstart", "--rounds", "0"])
 
 
+def test_the_vocabulary_is_that_of_the_data_where_none_is_given(tmp_path, monkeypatch):
+    asked = []
+
+    def stop(config, vocabulary, rounds):
+        asked.append(vocabulary)
+        raise UserError("enough")
+
+    monkeypatch.setattr("switchyard.profile.measure.measure", stop)
+    config = tmp_path / "tiny.yaml"
+    config.write_text(json.dumps({"model": MODEL | {"type": "seq2seq"}, "context": {"mode": "pynative"}}))
+    with pytest.raises(UserError, match="enough"):
+        main(["--config", str(config)])
+    assert asked == [256 + 2 + 100]
+
+
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_numbers_and_a_picture(tmp_path, capsys, pynative):
     config = tmp_path / "tiny.yaml"

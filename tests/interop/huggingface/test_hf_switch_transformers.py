@@ -214,13 +214,11 @@ def test_the_tokenizer_of_an_import_keeps_its_ids_and_fills_up_the_spare_rows(im
 
 def own_run(folder, moe=None):
     """A run that was never imported, with random weights and a byte tokenizer."""
-    config, tokenizer = (
-        seq2seq_config(moe, {"activation": "relu", "seq_length": 40}),
-        SentinelTokenizer(ByteTokenizer(), 4),
-    )
+    config = seq2seq_config(moe, {"activation": "relu", "seq_length": 40})
+    tokenizer = SentinelTokenizer(ByteTokenizer(), 4)
     random, weights = np.random.default_rng(0), {}
     for one in FAMILY.parameters(config, tokenizer.vocab_size):
-        weights[one.name] = random.normal(size=one.shape).astype(np.float32)
+        weights[one.name] = (0.3 * random.normal(size=one.shape)).astype(np.float32)
     store.save(folder, config, tokenizer.to_json(), weights, {}, {"step": 3, "seconds": 1.0})
     return config, tokenizer, weights
 
@@ -293,7 +291,7 @@ def test_the_script_makes_the_fixture_again(peer, tmp_path):
     "keys",
     [
         {},
-        {"d_kv": 8, "tie_word_embeddings": False, "dense_act_fn": "gelu_new"},
+        {"d_kv": 8, "tie_word_embeddings": False, "dense_act_fn": "gelu_new", "initializer_factor": 1.0},
         {"num_layers": 4, "num_sparse_encoder_layers": 1, "num_decoder_layers": 3},
     ],
     ids=["fixture", "head size, own head, GELU", "deeper"],
