@@ -27,7 +27,7 @@ CLAIMS = {
     r"(\d+) sequences a step": lambda config: config.data.batch_size * config.micro_batches,
 }
 COUNTS = {"moe_1b_gpu": 6, "switch_base_8_ascend": 3, "switch_base_128_ascend_64": 3, "switch_c_1t_ascend_1024": 3}
-COUNTS |= {"mixtral_8x7b_ascend_64": 3, "deepseek_v3_like_ascend_256": 2}
+COUNTS |= {"switch_decoder_8_ascend": 3, "mixtral_8x7b_ascend_64": 3, "deepseek_v3_like_ascend_256": 2}
 
 
 def comments(name: str) -> str:
