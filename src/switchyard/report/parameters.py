@@ -90,7 +90,7 @@ def _values(schema: dict[str, Any]) -> str:
     """Describes a JSON schema in words."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_values(part) for part in schema["anyOf"]))
-    if "oneOf" in schema:
+    if "oneOf" in schema or "$ref" in schema:
         return "mapping"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
