@@ -37,7 +37,11 @@ def sections() -> dict[str, list[Row]]:
 
 
 def _rows_below(key: str, kinds: dict[str, type[Section]]) -> list[Row]:
-    """Returns the rows of the sub-sections that a key may hold; each says for which types it is."""
+    """Returns the rows of the sub-sections that a key may hold; where there are several, each says for which types it
+    is."""
+    if "" in kinds:  # of one kind
+        properties, fields = kinds[""].model_json_schema()["properties"], kinds[""].model_fields
+        return [_row(f"{key}.{inner}", properties[inner], field) for inner, field in fields.items()]
     types = ", ".join(f"`{name}`" for name in kinds)
     found = {"type": Row(f"`{key}.type`", types, "", "which keys follow")} if kinds else {}
     for name, kind in kinds.items():
