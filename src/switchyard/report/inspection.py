@@ -89,12 +89,14 @@ def inspect(
         say: receives lines about device and checkpoint.
 
     Raises:
-        UserError: no good checkpoint, data that cannot be read, a router that is not trusted.
+        UserError: an encoder-decoder, no good checkpoint, data that cannot be read, a router that is not trusted.
     """
     require_memory(checkpoint.resolve(path))
     held = checkpoint.read(path, with_optimizer=False)
     if not held.config.moe_layers:
         return None
+    if held.config.model.type == "seq2seq":
+        raise UserError("model.type: seq2seq; experts are shown of decoders and image networks")
     tree = on_one_device(held.config).model_dump()
     tree["moe"] |= {"record": None, "replay": None}
     config = configuration.build(tree, ["context.mode=pynative", "context.device_target=CPU"], inherited=True)
