@@ -7,7 +7,6 @@ model of the same kind is trained from random weights. The learning rate begins 
 results/upcycle.json, the picture to --picture; the table is printed.
 """
 
-import json
 from pathlib import Path
 
 import tuning
@@ -15,6 +14,7 @@ from tuning import ROOT
 
 from switchyard.checkpoint import store as checkpoint
 from switchyard.interop.upcycle import upcycle
+from switchyard.json_text import to_json
 
 PICTURE = ROOT / "docs" / "images" / "upcycling.png"
 WIDE = {"router": "top_k", "expert_num": 8, "num_experts_chosen": 2, "dispatch": "dropless", "layers": 2}
@@ -111,7 +111,7 @@ def main() -> None:
     content = {"steps": args.steps, "dense": {"loss": dense["validation_loss"], "flops_per_token": flops}, "rows": []}
     for number, name in enumerate(CASES):
         content["rows"].append(measure(args, name, number, flops * args.steps / 2))
-        print(json.dumps({key: value for key, value in content["rows"][-1].items() if key != "curve"}), flush=True)
+        print(to_json({key: value for key, value in content["rows"][-1].items() if key != "curve"}), flush=True)
         path = tuning.save(args, "upcycle", content)
     draw(content, PICTURE if not args.short else path.with_suffix(".png"))
     tuning.show(args, "upcycle", report(content))

@@ -8,7 +8,6 @@ transformers 4.57.1, which the project itself does not depend on.
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import tokenizers
 import torch
 import transformers
 from safetensors.numpy import save_file
+
+from switchyard.json_text import to_json
 
 LENGTHS = (12, 7, 3)
 COMMON = {
@@ -146,7 +147,7 @@ def write(name: str, folder: Path) -> None:
     names = ["input_ids", "attention_mask"]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": names, **special}
     settings["chat_template"] = TEMPLATE
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(to_json(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

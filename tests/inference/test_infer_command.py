@@ -85,7 +85,7 @@ print(code, sorted(name for name in sys.modules if name.startswith("switchyard")
     [
         (("--model", "none", "--prompt", "a"), "error: --model: 'none' does not exist"),
         (("--model", ".", "--prompt", "a"), "error: --model: '.' holds no manifest.json"),
-        (("--model", "OUT"), "error: --prompt: give one of --prompt TEXT, --prompts-file FILE and"),
+        (("--model", "OUT"), "error: --prompt: give one of --prompt TEXT, --prompts-file FILE, --chat and"),
         (("--model", "OUT", "--prompt", "a", "--prompts-file", "b"), "error: --prompt: give one of"),
         (("--model", "OUT", "--image", "x.npy"), "error: --image: 'x.npy'; cannot be read"),
         (("--model", "OUT", "--image", "y.npy"), "error: --model: 'OUT' is not a switchyard classifier"),

@@ -73,6 +73,12 @@ UNFINISHED = ("--help", "--dry-run", "--print-config")  # what ends a command be
 RULES = {name: "--help" for name in NAMES} | {
     r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .* --max-restarts .*": "--dry-run",  # a run of hours
     r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .*": "",
+    r"bash scripts/run_distribute_train_\w+\.sh --eval .*": "--help",  # a checkpoint that is larger than one device
+    r"python -m switchyard\.data\.prepare --input ('web|code|chats).*": "--help",  # corpora of somebody's own
+    r"python -m switchyard\.data\.prepare --input TEXT .* --vocab-size 32\d+ --seq-length .*": "--help",  # of clusters
+    r"python train\.py --config config/switch_tiny_seq2seq_cpu\.yaml.*": "--print-config",
+    r"python (eval|export)\.py --checkpoint runs/switch-tiny-seq2seq.*": "--help",  # of the training above
+    r"python infer\.py --model exported --prompt .*extra_id_0.*": "--help",
     r"bash scripts/run_distribute_train_(ascend|gpu)\.sh .*": "--dry-run",
     r"bash scripts/run_standalone_train\.sh .*": PYNATIVE,
     r"bash scripts/run_(?!tests)\w+\.sh( .*)?": "",
@@ -105,7 +111,6 @@ RULES = {name: "--help" for name in NAMES} | {
 SHORTER = {
     r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .*": "--dry-run",  # tests/distributed/test_jobs.py
     r"python train\.py --config config/(shakespeare_char_(dense|switch)|digits_sample)_cpu\.yaml.*": "--print-config",
-    r"python train\.py --config config/switch_tiny_seq2seq_cpu\.yaml.*": "--print-config",
     r"python train\.py --config \S+quickstart\.yaml .+train\.name=(mine\S*|notes|two-experts|cached).*": "--help",
     r"python benchmarks/checkpoint_pause\.py --short": "--help",  # tests/training/test_saver.py
     r"python -m switchyard\.report\.picture runs/two": "--help",  # of the run of two processes above

@@ -13,6 +13,7 @@ import numpy as np
 from switchyard.config.seq2seq import END, PAD, SPECIALS
 from switchyard.data.tokenizer import WRAPPED, Ids, Tokenizer, reconcile, sentinels_of
 from switchyard.errors import UserError
+from switchyard.json_text import to_json
 
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
@@ -136,7 +137,7 @@ def text_json(tokenizer_json: str | None) -> str | None:
 
 def wrapped(text: str, count: int) -> str:
     """Returns the JSON of the SentinelTokenizer around the tokenizer of a JSON, of which nothing is written anew."""
-    return json.dumps({"kind": "sentinels", "count": count, "tokenizer": json.loads(text)}, ensure_ascii=False)
+    return to_json({"kind": "sentinels", "count": count, "tokenizer": json.loads(text)}, ensure_ascii=False)
 
 
 def with_sentinels(tokenizer: Tokenizer, count: int, tokenizer_json: str | None = None) -> SentinelTokenizer:

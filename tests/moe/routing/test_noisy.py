@@ -25,7 +25,7 @@ def test_uniform_rows_take_as_many_slices_as_they_need(pynative):
     slices = NoiseSlices()
     slices.take(True)
     cell = UniformRows(slices, 3, 4)
-    assert (cell.slices, slices.count) == ((1, 2), 3)
+    assert ([int(one.index) for one in cell.slices], slices.count) == ([1, 2], 3)
     noise = np.arange(18).reshape(3, 2, 3).astype(np.float32)
     np.testing.assert_array_equal(cell(Tensor(noise)).asnumpy(), [[6, 7, 8, 12], [9, 10, 11, 15]])
 
