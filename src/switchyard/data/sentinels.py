@@ -58,7 +58,7 @@ class SentinelTokenizer(Tokenizer):
         count = tree.get("count")
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise UserError(f"tokenizer '{name}': count: {count!r}; must be the number of sentinels, at least 1")
-        return cls(Tokenizer.from_json(json.dumps(tree.get("tokenizer")), name), count)
+        return cls(Tokenizer.from_json(to_json(tree.get("tokenizer")), name), count)
 
     def encode(self, text: str) -> np.ndarray:
         """Implements Tokenizer.encode; a sentinel that the vocabulary lacks is text."""
