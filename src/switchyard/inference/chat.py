@@ -67,7 +67,7 @@ def sandbox():
         raise UserError(f"chat template: {shortened(message, 200)}")
 
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    made.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    made.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
     made.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return made
 

@@ -60,7 +60,7 @@ def filled(text: str, count: int, wanted: int, where: str) -> str:
     tree = json.loads(text)
     extra = [{"id": number, "content": FILLING.format(number), **FLAGS} for number in range(count, wanted)]
     tree["added_tokens"] = [*(tree.get("added_tokens") or []), *extra]
-    made = json.dumps(tree, ensure_ascii=False, indent=2)
+    made = json.dumps(tree, ensure_ascii=False, allow_nan=False, indent=2)
     if Tokenizer.from_json(made, where).vocab_size != wanted:
         raise UserError(f"tokenizer '{where}': has ids without a token, so it cannot be filled up to {wanted}")
     return made
@@ -76,12 +76,12 @@ def library_json(text: str) -> str:
     """Returns the tokenizer of a checkpoint as a tokenizer.json of the tokenizers library."""
     tokenizer = Tokenizer.from_json(text, "of the checkpoint")
     if isinstance(tokenizer, SentinelTokenizer):
-        inner = library_json(json.dumps(json.loads(text)["tokenizer"], ensure_ascii=False, indent=2))
+        inner = library_json(json.dumps(json.loads(text)["tokenizer"], ensure_ascii=False, allow_nan=False, indent=2))
         return moved(inner, tokenizer.count) if tokenizer.moved else inner
     if isinstance(tokenizer, LibraryTokenizer):
         if FILLING.partition("{")[0] not in text:
             return text
-        return json.dumps(emptied(json.loads(text)), ensure_ascii=False, indent=2)
+        return json.dumps(emptied(json.loads(text)), ensure_ascii=False, allow_nan=False, indent=2)
     import tokenizers
 
     if isinstance(tokenizer, ByteTokenizer):
@@ -121,7 +121,7 @@ def moved(text: str, count: int) -> str:
     made = [{"id": index, "content": name, **FLAGS} for index, name in own.items()]
     added = [token | {"id": token["id"] + SPECIALS} for token in added]
     tree |= {"added_tokens": [*made[:SPECIALS], *added, *made[SPECIALS:]], "post_processor": ADDS_END}
-    return json.dumps(tree, ensure_ascii=False, indent=2)
+    return json.dumps(tree, ensure_ascii=False, allow_nan=False, indent=2)
 
 
 def letter_of_byte(byte: int) -> str:
