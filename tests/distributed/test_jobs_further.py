@@ -62,7 +62,7 @@ def config_of(folder: Path, name: str, case: str, **parallel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", long_but(CASES, ["sigmoid, slices", FORCED]))
+@pytest.mark.parametrize("case", long_but(CASES, [FORCED]))
 def test_two_processes_equal_one(tmp_path, graph, case):
     write_text(tmp_path)
     if case == FORCED:
