@@ -84,8 +84,11 @@ def slice_by_hand(name: str, array: np.ndarray, parallel: dict, rank: int) -> np
         array, copies[2] = np.split(array, tp, axis)[t], (0, 1)
     (o, outer), (e, experts), (t, models) = copies
     count, index = outer * experts * models, (o * experts + e) * models + t
-    if parallel.get("optimizer_shard") and array.ndim and len(array) % count == 0:
-        array = np.split(array, count, 0)[index]
+    if parallel.get("optimizer_shard") and array.ndim:
+        if len(array) % count == 0:
+            return np.split(array, count, 0)[index]
+        if ("w_in" in name or "w_out" in name) and array.shape[1] % count == 0:  # stacked matrices: the next axis
+            return np.split(array, count, 1)[index]
     return array
 
 

@@ -188,11 +188,16 @@ def test_a_rank_whose_disk_fails_is_known_to_all(tmp_path, monkeypatch, rule, ba
 
 
 def test_a_shard_that_never_comes_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "PATIENCE", 0.2)
     original = store.save_shard
     monkeypatch.setattr(
         store, "save_shard", lambda run, config, step, rank, *rest: rank or original(run, config, step, rank, *rest)
     )
-    found = _on_two_ranks(lambda rank: (saver := _of_two(tmp_path, rank)).save(_content(5)) or saver.wait())
+
+    def work(rank):
+        saver = _of_two(tmp_path, rank, checkpoint_wait_seconds=0.2)
+        saver.save(_content(5))
+        saver.wait()
+
+    found = _on_two_ranks(work)
     assert "missing shards of ranks 1" in str(found[0]) and savers.kind_of(found[0]) == savers.OTHER
     assert isinstance(found[1], UserError)
