@@ -64,17 +64,7 @@ def renew_docs():
     return module
 
 
-PLANS_OF_LARGE_MODELS = "docs/simulation.md"  # thousands of layouts
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.long) if name == PLANS_OF_LARGE_MODELS else name
-        for name in DOCUMENTS
-        if name.startswith("docs/")
-    ],
-)
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name.startswith("docs/")])
 def test_generated_parts_are_those_of_the_code(renew_docs, name):
     text = read(name)
     assert renew_docs.renewed(name, text) == text, "run: python scripts/renew_docs.py"
