@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from switchyard.distributed.progress import standings
-from switchyard.distributed.watch import first_error
+from switchyard.distributed.watch import audible, first_error
 
 STAND_IN = """
 import os, signal, subprocess, sys, time
@@ -221,3 +221,10 @@ print("goes on")
     assert [line.split(" ", 1)[1] for line in merged if " rank 0 " in line] == [
         "rank 0 | error: the node was lost", "rank 0 | goes on"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "level"), [(None, "3"), ("0", "0"), ("2", "2"), ("3", "3"), ("4", "3"), ("", "3"), ("x", "3")]
+)
+def test_msrun_is_never_too_quiet_to_name_the_worker_that_failed(asked, level):
+    assert audible({} if asked is None else {"GLOG_v": asked}) == level

@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -41,6 +42,7 @@ PATIENCE = 1.0  # seconds that msrun gets to end by itself when no worker is lef
 WAIT_WELL = 60.0  # the same where none has
 LAST_WORDS = 5.0  # seconds for msrun to say what it has seen, after all others were ended
 FAILED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
+LOUD_ENOUGH = "3"  # GLOG_v with which msrun writes that line
 LAUNCHER_LOG = "msrun.log"
 MERGED = "all.log"  # of node K > 0: all-K.log
 HINDERED = {psutil.STATUS_STOPPED: "was stopped by a signal", psutil.STATUS_DISK_SLEEP: "waits for a disk"}
@@ -67,7 +69,7 @@ class Job:
         self.ranks: dict[int, int] = {}  # pid of a worker -> rank
         self._seen: dict[int, psutil.Process] = {}
         progress.clear(log_dir)
-        environment = os.environ | {progress.FOLDER: str(log_dir.absolute())}
+        environment = os.environ | {progress.FOLDER: str(log_dir.absolute()), "GLOG_v": audible(os.environ)}
         with open(log_dir / LAUNCHER_LOG, "w", encoding="utf-8") as log:
             self.launcher = subprocess.Popen(command, stderr=log, start_new_session=True, env=environment)
         self._process = psutil.Process(self.launcher.pid)
@@ -199,6 +201,12 @@ class Job:
         else:
             self.launcher.kill()
         self.launcher.wait()
+
+
+def audible(environment: Mapping[str, str]) -> str:
+    """Returns the level of MindSpore's log, at most 3 (errors): above it msrun does not say which worker failed."""
+    level = environment.get("GLOG_v", LOUD_ENOUGH)
+    return level if level in ("0", "1", "2") else LOUD_ENOUGH
 
 
 def _rank_of(process: psutil.Process, launcher: int) -> int | None:

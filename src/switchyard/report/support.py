@@ -66,6 +66,10 @@ KEYS = (  # further keys, as they are written on a command line
     "moe.shared_expert_num=1",
     "train.gradient_accumulation_steps=2",
     "train.eval_every=10",
+    "train.lora={}",
+    "train.freeze=[embedding.*]",
+    'train.distill={"teacher":"runs/teacher"}',
+    "train.spike_factor=3 train.on_bad_loss=skip",
     "context.mode=pynative",
 )
 TRIED = ("data", "stages")  # degrees that they are tried with
