@@ -79,14 +79,17 @@ RULES = {name: "--help" for name in NAMES} | {
     r"python train\.py --config config/switch_tiny_seq2seq_cpu\.yaml.*": "--print-config",
     r"python (eval|export)\.py --checkpoint runs/switch-tiny-seq2seq.*": "--help",  # of the training above
     r"python infer\.py --model exported --prompt .*extra_id_0.*": "--help",
+    r"python (export|infer)\.py .*exported_switch.*": "--help",
     r"bash scripts/run_distribute_train_(ascend|gpu)\.sh .*": "--dry-run",
     r"bash scripts/run_standalone_train\.sh .*": PYNATIVE,
+    r"bash scripts/run_mindformers\.sh( .*)?": "--help",  # minutes; tests/interop trains through MindFormers
     r"bash scripts/run_(?!tests)\w+\.sh( .*)?": "",
     r"python train\.py --config config/moe_1b_gpu\.yaml": "--print-config",  # of devices that are not here
     r"python train\.py --config config/digits_(cascade|channel|region|soft|task)_cpu\.yaml": "--print-config",
     r"python train\.py --config config/quickstart\.yaml": "--print-config",  # the README trains it under another name
     r"python train\.py --config config/quickstart\.yaml (?!--print-config).*": PYNATIVE,
     r"python (train|eval|export|infer|scripts/renew_docs)\.py.*": "",
+    r"python -m switchyard\.simulation\.compile --config config/switch_base_8_.*": "--help",  # tests/planner compile one
     r"python -m switchyard\.simulation\.compile .*": "model.num_layers=1 moe.layers=all",
     r"python -m switchyard\.simulation\.emulate .*": f"--steps 1 --devices 2 {TWO}",
     r"python -m switchyard\.data\.prepare .* --seq-length 1024": "--out data/corpus-1024",  # data/corpus has 512
