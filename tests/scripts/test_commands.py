@@ -89,7 +89,7 @@ RULES = {name: "--help" for name in NAMES} | {
     r"python train\.py --config config/quickstart\.yaml": "--print-config",  # the README trains it under another name
     r"python train\.py --config config/quickstart\.yaml (?!--print-config).*": PYNATIVE,
     r"python (train|eval|export|infer|scripts/renew_docs)\.py.*": "",
-    r"python -m switchyard\.simulation\.compile --config config/switch_base_8_.*": "--help",  # tests/planner compile one
+    r"python -m switchyard\.simulation\.compile --config config/switch_base_8_.*": "--help",  # minutes
     r"python -m switchyard\.simulation\.compile .*": "model.num_layers=1 moe.layers=all",
     r"python -m switchyard\.simulation\.emulate .*": f"--steps 1 --devices 2 {TWO}",
     r"python -m switchyard\.data\.prepare .* --seq-length 1024": "--out data/corpus-1024",  # data/corpus has 512
