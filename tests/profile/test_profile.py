@@ -90,5 +90,5 @@ def test_the_command_prints_a_table_and_writes_numbers_and_a_picture(tmp_path, c
     main(["--config", str(config), "--vocab", "11", "--rounds", "1", *files])
     lines, found = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "p.json").read_text())
     assert {part["part"] for part in found["parts"]} == PARTS
-    assert any(line.startswith("whole step: ") for line in lines) and any(line.startswith("experts ") for line in lines)
+    assert any("; whole step: " in line for line in lines) and any(line.startswith("experts ") for line in lines)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

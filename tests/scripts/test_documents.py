@@ -76,7 +76,7 @@ def test_every_generated_part_has_its_place(renew_docs):
         holders = [name for name, text in pages.items() if f"<!-- {part}: begin -->" in text]
         assert holders == [f"docs/{page}", f"docs/zh/{page}"]
     assert [name for name, text in pages.items() if "<!-- support: begin -->" in text] == ["docs/distributed.md"]
-    shown = sum(text.count("$ python -m switchyard.planner") for text in pages.values())
+    shown = sum(text.count("```text\n$ python -m switchyard.planner") for text in pages.values())
     assert shown == sum(len(renew_docs.PLAN.findall(text)) for text in pages.values()) > 0
 
 

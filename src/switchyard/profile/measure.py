@@ -21,7 +21,8 @@ from switchyard.training.randomness import draw_noise
 from switchyard.training.step import TrainStep, create_step
 
 FLOATS = (mstype.float32, mstype.float16, mstype.bfloat16)
-WARM_UP = 3  # calls before the clock runs: MindSpore tries numbers of threads in the first ones
+CALLS = 3  # of a contender in its turn
+WARM_UP = 3  # rounds before the clock runs: MindSpore tries numbers of threads in the first ones
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,12 @@ def in_turn(contenders: dict[str, Callable], rounds: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in tqdm(range(rounds + WARM_UP), desc="measuring in turn", leave=False):
         for name, run in contenders.items():
+            run()  # wakes the threads, and brings its data near
             start = time.perf_counter()
-            run()
+            for _ in range(CALLS):
+                run()
             if number >= WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / CALLS)
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 

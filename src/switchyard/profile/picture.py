@@ -15,6 +15,7 @@ def draw(rows: list[Row], step: float, title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.42 * len(rows)), layout="constrained")
+    total = sum(row.total for row in rows)
     names, places = [row.name for row in rows], range(len(rows))
     forward = [1e3 * max(row.forward, 0.0) for row in rows]
     axes.barh(names, forward, color="C0", label="forward")
@@ -22,9 +23,9 @@ def draw(rows: list[Row], step: float, title: str, path: Path) -> None:
     floors = [(1e3 * row.floor, place) for row, place in zip(rows, places) if row.floor is not None]
     axes.scatter(*zip(*floors), marker="|", s=260, linewidths=2.5, color="black", label="floor", zorder=3)
     for row, place in zip(rows, places):
-        axes.annotate(f"  {row.total / step:.0%}", (1e3 * max(row.total, row.floor or 0.0), place), va="center")
+        axes.annotate(f"  {row.total / total:.0%}", (1e3 * max(row.total, row.floor or 0.0), place), va="center")
     axes.invert_yaxis()
-    axes.set_xlabel(f"milliseconds of a step of {1e3 * step:.1f}")
+    axes.set_xlabel(f"milliseconds; all parts {1e3 * total:.0f}, the whole step {1e3 * step:.0f}")
     axes.set_title(title)
     axes.legend(loc="lower right")
     try:
