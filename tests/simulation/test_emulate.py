@@ -273,8 +273,8 @@ LAYOUTS = {
 }
 
 
-# what the four ranks above do not have: tensor slices, ZeRO, recomputing, accumulation
-SHORT = ("sequence-parallel, keys of attention", "zero3, recompute", "accumulation, zero1")
+# what the four ranks above do not have: tensor slices, ZeRO, recomputing
+SHORT = ("sequence-parallel, keys of attention", "zero3, recompute")
 
 
 @pytest.mark.slow
