@@ -194,7 +194,48 @@ def feed_forward(
     )
 
 
-class Decoder(nn.Cell):
+class TokenRows(nn.Cell):
+    """Turns what a stack of layers is given into rows of tokens: padding hidden, ids, and valid in groups.
+
+    Args:
+        groups: G that route for themselves.
+    """
+
+    def __init__(self, groups: int):
+        super().__init__()
+        self.groups = groups
+        self.local_hide, self.local_groups, self.local_ids = self.hide_padding, self.to_groups, self.to_ids
+
+    # ---- local to one device
+    def hide_padding(self, x: Tensor, valid: Tensor) -> Tensor:
+        """Sets x [N, D] to zero where valid [B, S] is 0."""
+        return keep_where(x, valid.reshape(-1))
+
+    def to_groups(self, valid: Tensor) -> Tensor:
+        """Reshapes [B, S] -> [G, N / G]."""
+        return valid.reshape(self.groups, -1)
+
+    def to_ids(self, tokens: Tensor) -> Tensor:
+        """Reshapes [B, S] -> [N]."""
+        return tokens.reshape(-1)
+
+    def shard_rows(self, mesh: CompiledMesh) -> None:
+        """Shards sequences by data shards."""
+        pair, row, groups = mesh.layout("data", None), mesh.layout("data"), mesh.groups
+        self.groups = groups // mesh.degrees.data_parallel
+
+        def grouped(valid):
+            return [groups, valid[0] * valid[1] // groups]
+
+        def length(tokens):
+            return [tokens[0] * tokens[1]]
+
+        self.local_hide = mesh.local(self.hide_padding, (pair, pair), (pair,), first, first)
+        self.local_groups = mesh.local(self.to_groups, (pair,), (pair,), grouped, first)
+        self.local_ids = mesh.local(self.to_ids, (pair,), (row,), length, first)
+
+
+class Decoder(TokenRows):
     """Maps tokens [B, S] to (logits [N, V] float32, statistics [G, M * (6 + 2 E)], choices [N, M * K]).
 
     The statistics are those of the M conditional layers side by side, see moe.metrics, () where there are none; the
@@ -219,13 +260,13 @@ class Decoder(nn.Cell):
         drawn: bool = True,
         mesh: LocalMesh = LOCAL,
     ):
-        super().__init__()
+        super().__init__(config.groups)
         check_sort_keys(config)
         model, random = config.model, InitialWeights(config.train.seed, drawn)
         length = max(length or 0, model.seq_length)
         self.vocab_size, self.length, self.head_size = vocab_size, length, model.size_of_head
         self.kv_heads = model.kv_heads
-        self.moe_layers, self.groups = config.moe_layers, config.groups
+        self.moe_layers = config.moe_layers
         self.embedding = Embedding(vocab_size, model.hidden_size, model.init_method_std, random)
         self.position = None
         if model.position == "learned":
@@ -254,8 +295,7 @@ class Decoder(nn.Cell):
             self.head = Linear(model.hidden_size, vocab_size, model.init_method_std, random, self.dtype)
         self.tied_product = ops.MatMul(transpose_b=True)
         self.cast_x, self.cast_table, self.to_float32 = Cast(self.dtype), Cast(self.dtype), Cast(mstype.float32)
-        self.local_hide, self.local_places = self.hide_padding, self.add_positions
-        self.local_groups, self.local_ids = self.to_groups, self.to_ids
+        self.local_places = self.add_positions
         self.masks_documents, self.separator = config.data.document_mask, None  # see `mask_documents`
         self.beside, self.beside_choices, self.records = Beside(), Beside(), config.moe.record is not None
 
@@ -301,18 +341,6 @@ class Decoder(nn.Cell):
         places = table[: tokens.shape[1]]
         return (x.reshape(-1, *places.shape) + places).reshape(x.shape)
 
-    def hide_padding(self, x: Tensor, valid: Tensor) -> Tensor:
-        """Sets x [N, D] to zero where valid [B, S] is 0."""
-        return keep_where(x, valid.reshape(-1))
-
-    def to_groups(self, valid: Tensor) -> Tensor:
-        """Reshapes [B, S] -> [G, N / G]."""
-        return valid.reshape(self.groups, -1)
-
-    def to_ids(self, tokens: Tensor) -> Tensor:
-        """Reshapes [B, S] -> [N]."""
-        return tokens.reshape(-1)
-
     def shard(self, mesh: CompiledMesh) -> None:
         """Leaves tables full everywhere; every model shard makes all logits of its tokens.
 
@@ -321,20 +349,9 @@ class Decoder(nn.Cell):
         """
         if self.masks_documents:
             raise UserError("data.document_mask: true; a compiled cluster cannot mask documents; set it to false")
-        pair, row, data = mesh.layout("data", None), mesh.layout("data"), mesh.degrees.data_parallel
-        groups, full = mesh.groups, mesh.layout(None, None)
-        self.groups = groups // data
-
-        def grouped(valid):
-            return [groups, valid[0] * valid[1] // groups]
-
-        def length(tokens):
-            return [tokens[0] * tokens[1]]
-
+        pair, full, data = mesh.layout("data", None), mesh.layout(None, None), mesh.degrees.data_parallel
+        self.shard_rows(mesh)
         self.local_places = mesh.local(self.add_positions, (pair, pair, full), (pair,), first, first)
-        self.local_hide = mesh.local(self.hide_padding, (pair, pair), (pair,), first, first)
-        self.local_groups = mesh.local(self.to_groups, (pair,), (pair,), grouped, first)
-        self.local_ids = mesh.local(self.to_ids, (pair,), (row,), length, first)
         for cell in (self.embedding, self.dropout, *self.layers, self.norm, self.beside, self.beside_choices):
             cell.shard(mesh)
         self.cast_x.shard(mesh, "data", None)

@@ -11,7 +11,7 @@ from mindspore import dtype as mstype
 from switchyard.config import Config
 from switchyard.config.seq2seq import PAD
 from switchyard.distributed.mesh import LOCAL, CompiledMesh, LocalMesh, first
-from switchyard.models.decoder import DTYPES, feed_forward
+from switchyard.models.decoder import DTYPES, TokenRows, feed_forward
 from switchyard.moe.dispatch.capacity import check_sort_keys
 from switchyard.moe.routing.base import require_causal
 from switchyard.moe.statistics import Beside
@@ -19,7 +19,6 @@ from switchyard.nn.cast import Cast
 from switchyard.nn.fused import fused_operators
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.layers import Dropout, Embedding, Linear
-from switchyard.nn.masks import keep_where
 from switchyard.nn.noise import NoiseSlices
 from switchyard.nn.norm import create_norm
 from switchyard.nn.relative import RelativeAttention, RelativeBias
@@ -108,7 +107,7 @@ class Seq2SeqBlock(nn.Cell):
         self.expand_dims.shard(((data, 1),))
 
 
-class Stack(nn.Cell):
+class Stack(TokenRows):
     """The layers of an encoder or a decoder: rows [N, D] -> (rows [N, D], statistics and choices of each layer).
 
     Args:
@@ -119,10 +118,9 @@ class Stack(nn.Cell):
     """
 
     def __init__(self, config: Config, crosses: bool, length: int, random: InitialWeights, vocab_size, fused, mesh):
-        super().__init__()
+        super().__init__(config.groups)
         model, own = config.model, config.seq2seq
         slices, places = NoiseSlices(), {layer: place for place, layer in enumerate(config.moe_layers)}
-        self.groups = config.groups
         self.dropout, self.last_dropout = Dropout(model.dropout, slices), Dropout(model.dropout, slices)
         shape = (own.relative_attention_num_buckets, model.num_heads)
         self.relative_bias = random.normal(own.initializer_factor * model.hidden_size**-0.5, shape, "relative_bias")
@@ -135,7 +133,6 @@ class Stack(nn.Cell):
         )
         self.norm = create_norm(model.norm, model.hidden_size, model.norm_eps, fused)
         self.noise_slices = slices.count
-        self.local_groups, self.local_ids, self.local_hide = self.to_groups, self.to_ids, self.hide_padding
 
     def construct(self, x: Tensor, tokens: Tensor, valid: Tensor, noise: Tensor, memory: tuple = ()):
         """Takes embedded tokens [N, D], tokens [B, S], valid [B, S], noise [.., N, D], memory: see Seq2SeqBlock."""
@@ -148,33 +145,9 @@ class Stack(nn.Cell):
                 stats, choices = (*stats, own), (*choices, chosen)
         return self.last_dropout(self.norm(x), noise), stats, choices
 
-    # ---- local to one device
-    def hide_padding(self, x: Tensor, valid: Tensor) -> Tensor:
-        """Sets x [N, D] to zero where valid [B, S] is 0."""
-        return keep_where(x, valid.reshape(-1))
-
-    def to_groups(self, valid: Tensor) -> Tensor:
-        """Reshapes [B, S] -> [G, N / G]."""
-        return valid.reshape(self.groups, -1)
-
-    def to_ids(self, tokens: Tensor) -> Tensor:
-        """Reshapes [B, S] -> [N]."""
-        return tokens.reshape(-1)
-
     def shard(self, mesh: CompiledMesh) -> None:
         """Shards sequences by data shards."""
-        pair, row, groups = mesh.layout("data", None), mesh.layout("data"), mesh.groups
-        self.groups = groups // mesh.degrees.data_parallel
-
-        def grouped(valid):
-            return [groups, valid[0] * valid[1] // groups]
-
-        def flat(tokens):
-            return [tokens[0] * tokens[1]]
-
-        self.local_hide = mesh.local(self.hide_padding, (pair, pair), (pair,), first, first)
-        self.local_groups = mesh.local(self.to_groups, (pair,), (pair,), grouped, first)
-        self.local_ids = mesh.local(self.to_ids, (pair,), (row,), flat, first)
+        self.shard_rows(mesh)
         for cell in (self.dropout, *self.layers, self.norm, self.last_dropout):
             cell.shard(mesh)
 
