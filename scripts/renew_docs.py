@@ -121,8 +121,6 @@ def renewed(name: str, text: str) -> str:
     if _markers("parameters")[0] in text:
         translated = meanings(section(text, "parameters")) if language == "zh" else {}
         text = replaced(text, "parameters", "\n\n".join(configuration(language, translated)))
-    if _markers("support")[0] in text:
-        text = replaced(text, "support", support.render())
     return text
 
 
