@@ -6,7 +6,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 from oracles.twins import assert_twins, normal_rows
 
-from switchyard.nn.activation import Gelu, Silu, create_activation
+from switchyard.nn.activation import Gelu, Relu, Silu, create_activation
 
 
 def _plain_gelu(x):
@@ -17,10 +17,12 @@ def _plain_silu(x):
     return x / (1.0 + ops.exp(-x))
 
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": Gelu, "silu": Silu}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": Gelu, "silu": Silu, "relu of a GPU": Relu}
 
 
-@pytest.mark.parametrize(("kind", "twin"), [("relu", ops.relu), ("gelu", _plain_gelu), ("silu", _plain_silu)])
+@pytest.mark.parametrize(
+    ("kind", "twin"), [("relu", ops.relu), ("gelu", _plain_gelu), ("silu", _plain_silu), ("relu of a GPU", ops.relu)]
+)
 @pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
 def test_activation_equals_its_twin(kind, twin, scale, pynative):
     assert_twins(ACTIVATIONS[kind](), twin, normal_rows(scale))
@@ -29,6 +31,10 @@ def test_activation_equals_its_twin(kind, twin, scale, pynative):
 @pytest.mark.parametrize("kind", ["relu", "gelu"])
 def test_activation_is_the_one_that_is_named(kind):
     assert type(create_activation(kind)) is ACTIVATIONS[kind]
+
+
+def test_a_gpu_has_a_relu_of_its_own():
+    assert type(create_activation("relu", frozenset({"AbsGrad"}))) is Relu
 
 
 @pytest.mark.parametrize("kind", ["gelu", "silu"])

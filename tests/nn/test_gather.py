@@ -7,7 +7,7 @@ from mindspore import Tensor, ops
 
 from switchyard.moe.dispatch.onehot import OneHotCombine, OneHotDispatch, OneHotPlan
 from switchyard.moe.dispatch.plan import BlockPlan, CapacityPlan
-from switchyard.nn.gather import Combine, Dispatch, TakeRows
+from switchyard.nn.gather import Combine, Dispatch, TakeRows, TakeSlicedRows
 
 EXPERTS, ROWS, WIDTH = 4, 7, 5
 PLAN = ("dispatch_index", "combine_index", "slot_mask", "kept_mask")
@@ -99,8 +99,11 @@ def test_an_empty_slot_moves_nothing_and_teaches_nothing(pynative):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_take_rows_equals_indexing(groups, pynative):
+@pytest.mark.parametrize("take", [TakeRows, TakeSlicedRows])
+def test_rows_are_taken_by_their_index_and_the_one_behind_the_last_is_zeros(groups, take, pynative):
     table = np.random.default_rng(0).normal(0, 1, (groups, ROWS, WIDTH)).astype(np.float32)
-    index = np.random.default_rng(1).integers(0, ROWS, (groups, 11)).astype(np.int32)
-    wanted = np.stack([table[g][index[g]] for g in range(groups)])
-    np.testing.assert_array_equal(TakeRows()(Tensor(table), Tensor(index)).asnumpy(), wanted)
+    index = np.random.default_rng(1).integers(0, ROWS + 1, (groups, 11)).astype(np.int32)
+    index[:, 3] = ROWS
+    longer = np.concatenate([table, np.zeros((groups, 1, WIDTH), np.float32)], 1)
+    wanted = np.stack([longer[g][index[g]] for g in range(groups)])
+    np.testing.assert_array_equal(take()(Tensor(table), Tensor(index)).asnumpy(), wanted)

@@ -290,7 +290,7 @@ class Decoder(TokenRows):
         self.noise_slices = slices.count * passes
         self.norm = create_norm(model.norm, model.hidden_size, model.norm_eps, fused)
         self.tied, self.dtype = model.tie_word_embeddings, DTYPES[model.compute_dtype]
-        self.head = None
+        self.head, self.half_logits = None, "HalfLogits" in fused
         if not self.tied:
             self.head = Linear(model.hidden_size, vocab_size, model.init_method_std, random, self.dtype)
         self.tied_product = ops.MatMul(transpose_b=True)
@@ -324,11 +324,15 @@ class Decoder(TokenRows):
         return self.local_hide(x, valid)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Projects x [N, D] on the vocabulary: [N, V] float32."""
+        """Projects x [N, D] on the vocabulary: [N, V] float32, with HalfLogits of nn.fused in training float16."""
         x = self.norm(x)
         if self.tied:
-            return self.to_float32(self.tied_product(self.cast_x(x), self.cast_table(self.embedding.table)))
-        return self.to_float32(self.head(x))
+            return self.widen(self.tied_product(self.cast_x(x), self.cast_table(self.embedding.table)))
+        return self.widen(self.head(x))
+
+    def widen(self, logits: Tensor) -> Tensor:
+        """Returns logits [N, V] in the type that the loss is computed of."""
+        return logits if self.half_logits and self.training else self.to_float32(logits)
 
     def to_segments(self, tokens: Tensor) -> Tensor:
         """Numbers the documents of each sequence: tokens [B, S] -> [B, S] float32; a separator ends its document."""

@@ -8,7 +8,7 @@ from mindspore import dtype as mstype
 
 from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.distributed.placement import axes_of
-from switchyard.nn.activation import SwiGLU, create_activation
+from switchyard.nn.activation import create_activation
 from switchyard.nn.cast import Cast, MatrixCast
 from switchyard.nn.fused import NONE
 from switchyard.nn.initializers import InitialWeights
@@ -54,7 +54,7 @@ class FeedForwardExperts(nn.Cell):
         self.product_in = ops.BatchMatMul()
         self.product_gate = ops.BatchMatMul()
         self.product_out = ops.BatchMatMul()
-        self.activation = SwiGLU("Swiglu" in fused, "SiLU" in fused) if self.gated else create_activation(activation)
+        self.activation = create_activation(activation, fused)
         self.to_dtype, self.widen = Cast(dtype), Cast(dtype if half_rows else mstype.float32)
         self.narrow_in, self.narrow_gate, self.narrow_out = (MatrixCast(dtype) for _ in range(3))
         self.local = self.gate_hidden if self.gated else self.bend_hidden

@@ -2,6 +2,23 @@
 
 from mindspore import Tensor, nn, ops
 from mindspore.ops.auto_generate import SiLU, Swiglu
+from mindspore.ops.operations._grad_ops import AbsGrad
+
+from switchyard.nn.fused import NONE
+
+
+class Relu(nn.Cell):
+    """max(x, 0), with the gradient sign(relu(x)) * d of AbsGrad: on a GPU it takes half the time of ReluGrad."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu, self.gradient = ops.ReLU(), AbsGrad()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.relu(x)
+
+    def bprop(self, x, out, d_out):
+        return (self.gradient(out, d_out),)
 
 
 class Gelu(nn.Cell):
@@ -58,6 +75,11 @@ class SwiGLU(nn.Cell):
         return self.silu(gate) * hidden
 
 
-def create_activation(kind: str) -> nn.Cell:
-    """The non-linearity of one matrix's rows that `model.activation` names (SwiGLU has two: see there)."""
-    return {"relu": nn.ReLU, "gelu": Gelu}[kind]()
+def create_activation(kind: str, fused: frozenset[str] = NONE) -> nn.Cell:
+    """The non-linearity that `model.activation` names: of one matrix's rows, with swiglu of a gate and those.
+
+    `fused`: operators of the device, see nn.fused.
+    """
+    if kind == "swiglu":
+        return SwiGLU("Swiglu" in fused, "SiLU" in fused)
+    return {"relu": Relu if "AbsGrad" in fused else nn.ReLU, "gelu": Gelu}[kind]()

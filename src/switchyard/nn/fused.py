@@ -12,7 +12,9 @@ operator where its name is among these:
         LayerNorm            nn.norm.LayerNorm
         HalfAttention        nn.half_attention.HalfAttention and nn.rotary.RotationOfAll, float16
         SiLU                 nn.activation.SwiGLU
+        AbsGrad              nn.activation.Relu
         CountedOrder         moe.dispatch.counted_order.CountedOrder
+        HalfLogits           models.decoder.Decoder and nn.cross_entropy.TokenLosses: float16 logits in training
         HalfRows             moe.dispatch.dispatchers.SlotDispatcher: float16 rows to the experts and back
 
 GroupedMatmulV4 of moe.dispatch.alltoallv has no twin on other devices: they train without drops by blocks.
@@ -22,7 +24,7 @@ from switchyard.config import Config
 from switchyard.config.schema import ModelConfig
 
 NONE: frozenset[str] = frozenset()
-OF_DECODER_ATTENTION = {"FlashAttentionScore", "HalfAttention"}  # which has no bias of relative positions
+OF_DECODER = {"FlashAttentionScore", "HalfAttention", "HalfLogits"}  # the encoder-decoder has a bias of positions
 HALVES = ("float16", "bfloat16")  # the only types that FlashAttentionScore computes in
 MASK_LIMIT = 2**25  # values of the mask of HalfAttention: 64 MiB in float16
 
@@ -36,7 +38,10 @@ def fused_operators(config: Config, target: str) -> frozenset[str]:
     if not config.context.fused_operators or not config.reads_text or target not in ("Ascend", "GPU"):
         return NONE
     found = of_ascend(config.model) if target == "Ascend" else of_gpu(config.model)
-    return found - OF_DECODER_ATTENTION if config.model.type == "seq2seq" else found
+    if config.model.type == "seq2seq":
+        return found - OF_DECODER
+    reads_twice = config.moe.consistency_loss_factor > 0 or config.train.distill is not None
+    return found - {"HalfLogits"} if reads_twice else found
 
 
 def of_ascend(model: ModelConfig) -> frozenset[str]:
@@ -50,5 +55,5 @@ def of_gpu(model: ModelConfig) -> frozenset[str]:
     """Returns the operators that are faster on a GPU than the composition for CPU, and fit a model."""
     mask = model.num_heads // model.kv_heads * model.seq_length**2
     half = model.compute_dtype == "float16"
-    found = {"LayerNorm", "SiLU", "CountedOrder"} | ({"HalfRows"} if half else set())
+    found = {"LayerNorm", "SiLU", "AbsGrad", "CountedOrder"} | ({"HalfRows", "HalfLogits"} if half else set())
     return frozenset(found | ({"HalfAttention"} if half and mask <= MASK_LIMIT else set()))

@@ -189,7 +189,7 @@ class Attention(nn.Cell):
         if "HalfAttention" in fused:
             self.half = HalfAttention(flat_mask(self.length, self.repeat, dtype, window), self.head_size)
             tables = rotation_tables(self.rotary, self.length, self.repeat, self.head_size, self.scale)
-            self.rotate = SplitAndRotate(tables, self.kv_heads, self.repeat, self.head_size, dtype, model.rotary_size)
+            self.rotate = SplitAndRotate(tables, self.repeat, self.head_size, dtype, model.rotary_size)
 
     def construct(self, x: Tensor, batch: int, segments: Tensor = None) -> Tensor:
         """Every position sees itself and those before it, within its window and within its segment.
@@ -237,8 +237,6 @@ class Attention(nn.Cell):
         self.widen.shard(mesh, "rows", None)
         self.kv_heads = self.kv_heads // mesh.degrees.model_parallel
         self.fused = None if self.fused is None else self._fused()
-        if self.half is not None:
-            self.rotate.kv_heads = self.kv_heads
         heads, repeat, length = mesh.layout("data", axes_of(self.qkv.weight.name, 2)[1]), self.repeat, mesh.length
 
         def shape(qkv, *norms):
@@ -306,18 +304,17 @@ class Attention(nn.Cell):
         return self._join_heads(self.fused(query, key, value, None, None, None, mask, None, None, None)[3])
 
     def _attend_half(self, qkv, batch):
-        """`mix_heads` by operators that are fast on a GPU: projections [N, J * (R + 2) * h] -> [N, J * R * h]."""
-        heads, size = batch * self.kv_heads, self.head_size
-        query, key, value = self.rotate(qkv)  # [N * J, R * h], [N * J, h] twice
-        query = query.reshape(batch, self.length, self.kv_heads, self.repeat, size)
-        query = self.transpose(query, (0, 2, 3, 1, 4)).reshape(heads, -1, size)  # [B * J, R * S, h]
-        mixed = self.half(query, self._by_head(key, batch), self._by_head(value, batch))  # [B * J, R * S, h]
-        return self._join_heads(mixed.reshape(batch, -1, self.length, size))
+        """`mix_heads` by operators that are fast on a GPU: projections [N, J * (R + 2) * h] -> [N, J * R * h].
 
-    def _by_head(self, rows, batch):
-        """[B * S * J, h] -> [B * J, S, h]."""
-        rows = rows.reshape(batch, self.length, self.kv_heads, self.head_size)
-        return self.transpose(rows, (0, 2, 1, 3)).reshape(batch * self.kv_heads, self.length, self.head_size)
+        One transpose brings the heads before the positions, before queries, keys and values are apart, and one back.
+        """
+        heads, size = batch * self.kv_heads, self.head_size
+        rows = self.transpose(qkv.reshape(batch, self.length, self.kv_heads, -1), (0, 2, 1, 3))  # [B, J, S, (R + 2) h]
+        query, key, value = self.rotate(rows.reshape(heads * self.length, -1))  # [B * J * S, R * h], [.., h] twice
+        query, key = query.reshape(heads, -1, size), key.reshape(heads, -1, size)  # [B * J, S * R, h], [B * J, S, h]
+        mixed = self.half(query, key, value.reshape(heads, -1, size))  # [B * J, S * R, h]
+        mixed = mixed.reshape(batch, self.kv_heads, self.length, -1)  # [B, J, S, R * h]
+        return self.transpose(mixed, (0, 2, 1, 3)).reshape(batch * self.length, -1)
 
     def _join_heads(self, mixed):
         """[B, H, S, h] -> [B * S, H * h]."""

@@ -51,7 +51,10 @@ class Rotary(nn.Cell):
 
 
 class SplitAndRotate(nn.Cell):
-    """Splits projections [N, W] into queries [N * J, R * h], keys and values [N * J, h]; rotates and scales.
+    """Splits projections [B * J * S, (R + 2) * h] into queries [B * J * S, R * h], keys and values [B * J * S, h].
+
+    Queries and keys are rotated, and queries scaled. Rows are those of a key/value head of a sequence, in the order of
+    the sequence.
 
     A product with a constant matrix of zeros and ones picks the columns of a part, and those of the part with its
     halves swapped: on a GPU that takes a tenth of the time of a slice, and its values are exact. Every other operator
@@ -59,7 +62,6 @@ class SplitAndRotate(nn.Cell):
 
     Args:
         tables: see `rotation_tables`, for sequences of S.
-        kv_heads: J of this device.
         repeat: R.
         head_size: h.
         dtype: of the projections.
@@ -69,14 +71,13 @@ class SplitAndRotate(nn.Cell):
     def __init__(
         self,
         tables: tuple[np.ndarray, np.ndarray],
-        kv_heads: int,
         repeat: int,
         head_size: int,
         dtype,
         rotary_size: int | None = None,
     ):
         super().__init__()
-        self.kv_heads, self.length, self.group = kv_heads, len(tables[0]), (repeat + 2) * head_size
+        self.length, self.group = len(tables[0]), (repeat + 2) * head_size
         query, key = repeat * head_size, head_size
         both = query + key  # columns that rotate
         self.cos, self.sin = (Tensor(table[:, :both], dtype) for table in tables)  # [S, (R + 1) * h]
@@ -90,23 +91,22 @@ class SplitAndRotate(nn.Cell):
         self.product, self.product_t, self.join = ops.MatMul(), ops.MatMul(transpose_b=True), ops.Concat(1)
         self.tile = ops.Tile()  # functions fail in a compiled `bprop`
 
-    def construct(self, qkv: Tensor):
-        rows = qkv.reshape(-1, self.group)  # [N * J, (R + 2) * h]
+    def construct(self, rows: Tensor):
         cos, sin = self.factors(rows)
-        turned = self.product(rows, self.same) * cos + self.product(rows, self.swap) * sin  # [N * J, (R + 1) * h]
+        turned = self.product(rows, self.same) * cos + self.product(rows, self.swap) * sin  # [B * J * S, (R + 1) * h]
         return self.product(turned, self.queries), self.product(turned, self.keys), self.product(rows, self.values)
 
     def factors(self, rows: Tensor) -> tuple:
-        """Returns both tables for the rows of all sequences and key/value heads: [N * J, (R + 1) * h] each."""
-        repeats, width = (rows.shape[0] // (self.length * self.kv_heads), self.kv_heads), self.cos.shape[1]
-        return self.tile(self.cos, repeats).reshape(-1, width), self.tile(self.sin, repeats).reshape(-1, width)
+        """Returns both tables for the rows of all sequences and key/value heads: [B * J * S, (R + 1) * h] each."""
+        repeats = (rows.shape[0] // self.length, 1)
+        return self.tile(self.cos, repeats), self.tile(self.sin, repeats)
 
-    def bprop(self, qkv, out, d_out):
+    def bprop(self, rows, out, d_out):
         d_query, d_key, d_value = d_out
         cos, sin = self.factors(d_query)
-        d_turned = self.product_t(d_query, self.queries) + self.product_t(d_key, self.keys)  # [N * J, (R + 1) * h]
-        joined = self.join((d_turned * cos, d_turned * sin, d_value))  # [N * J, (2 R + 3) * h]
-        return (self.product(joined, self.back).reshape(qkv.shape),)
+        d_turned = self.product_t(d_query, self.queries) + self.product_t(d_key, self.keys)  # [B * J * S, (R + 1) * h]
+        joined = self.join((d_turned * cos, d_turned * sin, d_value))  # [B * J * S, (2 R + 3) * h]
+        return (self.product(joined, self.back),)
 
 
 def halves_swapped(size: int, turning: int | None = None) -> np.ndarray:

@@ -193,7 +193,12 @@ class TrainLoss(nn.Cell):
         self.local_counts = mesh.local(self.counts, of_counts, (pair,), counted, first)
         if self.ignores:
             self.local_counts = mesh.local(self.learned_counts, (pair, pair), (pair,), lambda *_: [data, 2], first)
-        self.local_part = mesh.local(self.part, inputs, (pair,), summed, first)
+        self.local_part = mesh.local(self.part, inputs, (pair,), summed, type_of_valid)
+
+
+def type_of_valid(logits, other, labels, valid, *rest):
+    """Returns the type of figures, float32: logits may be narrower."""
+    return valid
 
 
 def figures_num(config: Config) -> int:

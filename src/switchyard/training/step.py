@@ -48,6 +48,16 @@ class StepGraph(nn.Cell):
         self.optimizer = OptimizerStep(model.trainable_params(), config, mesh, calls_of(config))
         self.differentiate = mesh.differentiate(self.loss, self.optimizer.adamw.parameters)
 
+    @property
+    def compile_phase(self) -> str:
+        """Returns the phase of the last call, which MindSpore sets in every cell below, at every call."""
+        return self._compile_phase
+
+    @compile_phase.setter
+    def compile_phase(self, value: str) -> None:
+        if value != self._compile_phase:  # else the cells below have it: hundreds of them take milliseconds
+            nn.Cell.compile_phase.fset(self, value)
+
     def construct(self, *batch) -> tuple:
         """Takes the arguments of TrainLoss, returns (its figures, global norm of the gradients before the clip [])."""
         figures, gradients = self.differentiate(*batch)
@@ -115,7 +125,8 @@ class TrainStep:
             Metrics of the whole step: those of `loss.name_figures`; gradient_norm before the clip; loss_scale and
             skipped (1 where the update was refused); with moe.record `choices` [A, M, N, K].
         """
-        self.graph.set_train(True)  # evaluation switches the same model over
+        if not self.model.training:  # evaluation switches the same model over; hundreds of cells take milliseconds
+            self.graph.set_train(True)
         shares, scale = self.shares(valid * (labels >= 0) if self.config.ignores_labels else valid), self.scale.factor
         control = self.graph.optimizer
         control.set(learning_rate=learning_rate, unscale=1.0 / scale, routers_learn=float(routers_learn))

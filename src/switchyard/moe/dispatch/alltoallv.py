@@ -34,7 +34,7 @@ from switchyard.config import Config
 from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.errors import UserError
 from switchyard.moe.dispatch.capacity import buffer_slots, check_sorted_rows, zero_rows
-from switchyard.nn.activation import SwiGLU, create_activation
+from switchyard.nn.activation import create_activation
 from switchyard.nn.fused import NONE
 
 
@@ -72,7 +72,7 @@ class AlltoAllV(nn.Cell):
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
         self.zero_row = Tensor(np.zeros((1, self.width), np.float32))
         gated = config.model.activation == "swiglu"
-        self.activation = SwiGLU("Swiglu" in fused) if gated else create_activation(config.model.activation)
+        self.activation = create_activation(config.model.activation, fused)
         self._join(mesh, degrees)
         rows, within = mesh.layout("data", None), mesh.layout("expert", None, "model")
         inputs = (rows, rows, rows, within, mesh.layout("expert", "model", None)) + ((within,) if gated else ())
