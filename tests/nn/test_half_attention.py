@@ -72,12 +72,20 @@ def test_other_lengths_go_the_plain_way():
     ("model", "missing"),
     [
         ({}, set()),
-        ({"compute_dtype": "float32"}, {"HalfAttention", "HalfRows"}),
+        ({"compute_dtype": "float32"}, {"HalfAttention", "HalfRows", "HalfLogits"}),
         ({"seq_length": 8192}, {"HalfAttention"}),
     ],
 )
 def test_a_gpu_takes_it_in_float16_where_the_mask_is_small(model, missing):
     sizes = {"hidden_size": 64, "num_heads": 4, "compute_dtype": "float16", **model}
     config = build({"model": sizes, "moe": {"expert_num": 1}})
-    everything = {"LayerNorm", "SiLU", "CountedOrder", "HalfRows", "HalfAttention"}
+    everything = {"LayerNorm", "SiLU", "AbsGrad", "CountedOrder", "HalfRows", "HalfLogits", "HalfAttention"}
     assert fused_operators(config, "GPU") == everything - missing
+
+
+@pytest.mark.parametrize("consistency", [0.0, 0.1])
+def test_a_loss_that_reads_logits_twice_reads_them_in_float32(consistency):
+    router = {"name": "random", "random_draw": "step", "consistency_loss_factor": consistency}
+    model = {"hidden_size": 64, "num_heads": 4, "compute_dtype": "float16"}
+    config = build({"model": model, "moe": {"expert_num": 4, "router": router}})
+    assert ("HalfLogits" in fused_operators(config, "GPU")) == (consistency == 0)
