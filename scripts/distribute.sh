@@ -54,7 +54,8 @@ check_job() {
 # distribute TARGET ARGUMENTS...: starts this node's processes on devices of TARGET (Ascend, GPU or CPU).
 distribute() {
     local target="$1" config="" devices=8 nodes=1 node_rank=0 master=127.0.0.1 port="" log_dir="" rank_table="" dry_run=""
-    local program=() flags=() launcher watch cluster_timeout=1800 max_restarts=0 evaluated="" main=train.py
+    local program=() flags=() launcher watch cluster_timeout=1800 max_restarts=0 main=train.py
+    local job="" job_of="" words=()
     shift
     while (($#)); do
         case "$1" in
@@ -64,13 +65,24 @@ distribute() {
                 printf -v "${name//-/_}" '%s' "$2"
                 shift
                 ;;
-            --eval)
+            --eval | --export | --infer)
                 (($# > 1)) || fail "$1: needs a value"
-                evaluated="$2"
+                [[ -z "$job" ]] || fail "$1: $(shown "$2"); leave out $job or $1"
+                job="$1" job_of="$2"
                 shift
                 ;;
             --resume | --restarted) program+=("$1") ;;
             --trust-code | --json) flags+=("$1") ;;
+            --out | --key-file)
+                (($# > 1)) || fail "$1: needs a value"
+                flags+=("$1" "$2")
+                shift
+                ;;
+            --)
+                shift
+                words=("$@")
+                break
+                ;;
             --init)
                 (($# > 1)) || fail "$1: needs a value"
                 program+=("$1" "$2")
@@ -83,15 +95,17 @@ distribute() {
         esac
         shift
     done
-    if [[ -n "$evaluated" ]]; then
-        [[ -z "$config" ]] || fail "--config: $(shown "$config"); the configuration is that of --eval: leave it out"
-        [[ " ${program[*]-} " != *" --"* ]] || fail "--eval: $(shown "$evaluated"); leave --resume and --init out"
-        main=eval.py
+    if [[ -n "$job" ]]; then
+        [[ -z "$config" ]] || fail "--config: $(shown "$config"); the configuration is that of $job: leave it out"
+        [[ " ${program[*]-} " != *" --"* ]] || fail "$job: $(shown "$job_of"); leave --resume and --init out"
+        [[ "$max_restarts" == 0 ]] || fail "--max-restarts: $(shown "$max_restarts"); only training is started again"
+        main="${job#--}.py"
     else
-        ((${#flags[@]} == 0)) || fail "${flags[0]}: only with --eval RUN"
+        ((${#flags[@]} == 0)) || fail "${flags[0]}: only with --eval, --export or --infer"
         [[ -n "$config" ]] || fail "--config: needs the YAML file of an experiment; see --help"
         check_file --config "$config"
     fi
+    ((${#words[@]} == 0)) || [[ "$job" == --infer ]] || fail "--: only with --infer, whose options follow it"
     devices="$(whole --devices "$devices" 1 65536)" # each in a line of its own, so that a refusal ends the script
     nodes="$(whole --nodes "$nodes" 1 65536)"
     node_rank="$(whole --node-rank "$node_rank" 0 65535)"
@@ -111,23 +125,30 @@ distribute() {
         "--cluster_time_out=$cluster_timeout")
     [[ -z "$rank_table" ]] || launcher+=("--rank_table_file=$rank_table")
     local source=(--config "$config")
-    [[ -z "$evaluated" ]] || source=(--eval "$evaluated")
-    program=("${program[@]+"${program[@]}"}" "context.device_target=$target")
+    case "$job" in
+        --eval | --export) source=(--checkpoint "$job_of") ;;
+        --infer) source=(--model "$job_of") ;;
+    esac
+    if [[ "$job" == --infer ]]; then # the keys are those of the export
+        ((${#program[@]} == 0)) || fail "$(shown "${program[0]}"): not with --infer: leave it out"
+        program=("${words[@]+"${words[@]}"}")
+    else
+        program=("${program[@]+"${program[@]}"}" "context.device_target=$target")
+    fi
     watch=("$VENV/bin/python" -m switchyard.distributed.watch)
     ((max_restarts == 0)) || watch+=(--max-restarts "$max_restarts")
     launcher=("${watch[@]}" "$log_dir" "${launcher[@]}" "$ROOT/$main")
     if [[ -n "$dry_run" ]]; then
-        check_job "$target" $((devices * nodes)) "${source[@]}" "${program[@]}"
-        source=("${source[@]/#--eval/--checkpoint}")
+        [[ "$job" == --infer ]] ||
+            check_job "$target" $((devices * nodes)) "${job:---config}" "${job_of:-$config}" "${program[@]}"
         # shellcheck disable=SC2016  # PATH is for the shell into which this is pasted
         printf 'PATH=%s:"$PATH" GLOG_v=%s OMP_NUM_THREADS=%s ' "$(print_command "$VENV/bin")" \
             "$(print_command "${GLOG_v:-3}")" "$(print_command "${OMP_NUM_THREADS:-1}")"
-        print_command "${launcher[@]}" "${source[@]}" "${flags[@]+"${flags[@]}"}" "${program[@]}"
+        print_command "${launcher[@]}" "${source[@]}" "${flags[@]+"${flags[@]}"}" "${program[@]+"${program[@]}"}"
         return
     fi
     set_up run
     export PATH="$VENV/bin:$PATH" GLOG_v="${GLOG_v:-3}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # msrun calls `python`
     say "Logs of all ranks: $log_dir, joined in all.log"
-    source=("${source[@]/#--eval/--checkpoint}")
-    exec "${launcher[@]}" "${source[@]}" "${flags[@]+"${flags[@]}"}" "${program[@]}"
+    exec "${launcher[@]}" "${source[@]}" "${flags[@]+"${flags[@]}"}" "${program[@]+"${program[@]}"}"
 }

@@ -22,6 +22,9 @@
 #   --init RUN           start a new run from the weights of another, which all nodes see
 #   --eval RUN           evaluate a run or a checkpoint in the place of training, without --config; parallel.* keys say
 #                        how the weights are sharded; --json and --trust-code as of eval.py
+#   --export RUN         export one, without --config: a part for each rank; parallel.expert_parallel=DEVICES, and
+#                        --out DIR, --key-file FILE and --trust-code as of export.py
+#   --infer DIR          run such an export; --key-file FILE, and behind -- the options of infer.py
 #   --dry-run            check keys and degrees as training would, print the command that would be run, and end
 #   section.key=value    any key of the configuration
 #

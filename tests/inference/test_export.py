@@ -12,9 +12,8 @@ from oracles.tiny_run import TEXT
 from switchyard.checkpoint import store as checkpoint
 from switchyard.config import build
 from switchyard.errors import UserError
-from switchyard.inference import export as exporting
+from switchyard.inference import export_graphs, parity
 from switchyard.inference import manifest as manifests
-from switchyard.inference import parity
 from switchyard.inference.export import export, prefill_block
 from switchyard.inference.mindir import open_model
 from switchyard.models import create_model
@@ -109,7 +108,7 @@ def test_every_expert_is_reached_or_named(tmp_path, graph):
 def test_a_difference_is_refused_and_leaves_nothing(name, tmp_path, graph, monkeypatch):
     """Files whose weights are not the checkpoint's: one line, no directory, no temporary one."""
     run, _ = save_run(tmp_path)
-    write = exporting._write
+    write = export_graphs.write_graph
 
     def write_altered(cell, path, key, *inputs):
         parameter = cell.decoder.layers[1].feed_forward.experts.w_out
@@ -121,7 +120,7 @@ def test_a_difference_is_refused_and_leaves_nothing(name, tmp_path, graph, monke
         write(cell, path, key, *inputs)
         parameter.set_data(ms.Tensor(before))
 
-    monkeypatch.setattr(exporting, "_write", write_altered)
+    monkeypatch.setattr(export_graphs, "write_graph", write_altered)
     with pytest.raises(UserError, match=f"^export: a logit of {name}.mindir differs .* by .*, more than 1e-04"):
         export(run, tmp_path / "out", say=quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "text.txt"]

@@ -250,6 +250,11 @@ def publish(temporary: Path, manifest: Signed, out: Path) -> None:
     replace(temporary, out)
 
 
+def digest_of(content: bytes) -> bytes:
+    """Returns the 32 bytes of the sha256 of something."""
+    return hashlib.sha256(content).digest()
+
+
 def checkpoint_name(path: Path) -> str:
     """Returns a path as text that JSON can hold, whatever bytes are in the path."""
     return path.as_posix().encode("utf-8", "backslashreplace").decode()

@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.distributed.expert_shard import ExpertShard
 from switchyard.models.decoder import Decoder
 from switchyard.moe.dispatch.dispatchers import BlockDispatcher
 from switchyard.moe.experts import FeedForwardExperts
@@ -136,13 +137,12 @@ class Prefill(_Half):
         decoder: whose layers are read.
         max_length: M, the longest sequence.
         block: b, rows of an expert's block (see dispatch.BlockPlan); S must be a multiple of it.
+        shard: the experts that this process of a job holds; None: all.
     """
 
-    def __init__(self, decoder: Decoder, max_length: int, block: int = 1):
+    def __init__(self, decoder: Decoder, max_length: int, block: int = 1, shard: ExpertShard | None = None):
         super().__init__(decoder, max_length)
-        self.plans = nn.CellList(
-            [OpenBlockPlan(layer.feed_forward.expert_num, block) for layer in decoder.layers if layer.conditional][:1]
-        )
+        self.plans, self.expert_shard = block_plans(decoder, block, shard), shard
         self.block, self.transpose = block, ops.Transpose()
         self.first_row = ops.StridedSlice(end_mask=0b10)
         self.smallest, self.largest = ops.ReduceMin(), ops.ReduceMax(keep_dims=True)
@@ -181,14 +181,16 @@ class Prefill(_Half):
 
     def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """Rows [N, D], experts [N * K], gates [N, K] -> [N, D], by blocks of one expert each."""
+        if self.expert_shard is not None:
+            experts = self.expert_shard.own(experts)
         dispatch_index, combine_index, block_expert = self.plans[0](experts)
         slots = self.take(x, dispatch_index // moe.choices, 0).reshape(-1, self.block, self.width)  # [P, b, D]
         slots = moe.eval_dispatcher.through(moe.experts, slots, block_expert).reshape(-1, self.width)  # [P * b, D]
         out = self.take(slots, combine_index, 0)  # [N * K, D]; padding reads a slot of another prompt's row
-        out = self.fill(out, experts.reshape(-1, 1) >= moe.expert_num, self.zero) * gates.reshape(-1, 1)
+        out = self.fill(out, experts.reshape(-1, 1) >= self.plans[0].experts, self.zero) * gates.reshape(-1, 1)
         if moe.choices > 1:
             out = out.reshape(-1, moe.choices, self.width).sum(1)  # [N, D]
-        return out
+        return out if self.expert_shard is None else self.expert_shard.total(out)
 
 
 class Decode(_Half):
@@ -203,10 +205,12 @@ class Decode(_Half):
     Args:
         decoder: whose layers are read.
         max_length: M, the longest sequence.
+        shard: the experts that this process of a job holds; None: all.
     """
 
-    def __init__(self, decoder: Decoder, max_length: int):
+    def __init__(self, decoder: Decoder, max_length: int, shard: ExpertShard | None = None):
         super().__init__(decoder, max_length)
+        self.expert_shard = shard
         self.spread = Tensor(np.zeros((1, self.heads, 1, self.size), np.int32))
         self.spread_mask = Tensor(np.zeros((1, self.heads, self.repeat, 1), np.float32))
         self.unstack = ops.Unstack(0, len(decoder.layers))
@@ -238,15 +242,18 @@ class Decode(_Half):
 
     def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """Rows [B, D], experts [B * K], gates [B, K] -> [B, D], by blocks of one row."""
-        if moe.router.may_skip_tokens:
-            experts = ops.minimum(
-                experts, moe.expert_num - 1
-            )  # E, no expert, is no place in the weights; its gate is 0
+        if self.expert_shard is not None:
+            experts = self.expert_shard.own(experts)
+            gates = gates * (experts < self.expert_shard.count).astype(mstype.float32).reshape(-1, moe.choices)
+            experts = ops.minimum(experts, self.expert_shard.count - 1)
+        elif moe.router.may_skip_tokens:
+            experts = ops.minimum(experts, moe.expert_num - 1)  # E, no expert, is no place in the weights; its gate: 0
         rows = ops.expand_dims(x, 1)  # [B, 1, D]
         if moe.choices > 1:
             rows = ops.tile(rows, (1, moe.choices, 1)).reshape(-1, 1, self.width)  # [B * K, 1, D]
         out = moe.eval_dispatcher.through(moe.experts, rows, experts)  # [B * K, 1, D]
-        return self.mix(ops.expand_dims(gates, 1), out.reshape(-1, moe.choices, self.width)).reshape(-1, self.width)
+        out = self.mix(ops.expand_dims(gates, 1), out.reshape(-1, moe.choices, self.width)).reshape(-1, self.width)
+        return out if self.expert_shard is None else self.expert_shard.total(out)
 
 
 class OpenBlockPlan(nn.Cell):
@@ -283,6 +290,14 @@ class OpenBlockPlan(nn.Cell):
         starts = end.reshape(-1, self.block)[:, :1].astype(mstype.float32) / self.block  # [P, 1]
         block_expert = self.sum((starts >= last.reshape(1, -1)).astype(mstype.float32), 1).astype(mstype.int32)  # [P]
         return dispatch_index, combine_index, ops.minimum(block_expert, self.experts - 1)
+
+
+def block_plans(model: nn.Cell, block: int, shard: ExpertShard | None = None) -> nn.CellList:
+    """Returns the plan of blocks of b rows, where a layer is conditional; of this process's experts alone."""
+    experts = [layer.feed_forward.expert_num for layer in model.layers if layer.conditional]
+    if shard is not None:
+        experts = [shard.count]
+    return nn.CellList([OpenBlockPlan(count, block) for count in experts[:1]])
 
 
 class PlainNorm(nn.Cell):

@@ -12,7 +12,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.models.generation import Decode, OpenBlockPlan, PlainNorm, Prefill, _Half, chooses_tokens
+from switchyard.distributed.expert_shard import ExpertShard
+from switchyard.models.generation import Decode, PlainNorm, Prefill, _Half, block_plans, chooses_tokens
 from switchyard.models.seq2seq import Seq2Seq, Stack
 from switchyard.nn.layers import MASKED
 from switchyard.nn.relative import RelativeBias
@@ -114,13 +115,14 @@ class Encode(_Part):
         model: whose layers are read.
         max_length: M.
         block: b, rows of an expert's block (see dispatch.BlockPlan); S must be a multiple of it.
+        shard: the experts that this process of a job holds; None: all.
     """
 
     work = Prefill.work
 
-    def __init__(self, model: Seq2Seq, max_length: int, block: int = 1):
+    def __init__(self, model: Seq2Seq, max_length: int, block: int = 1, shard: ExpertShard | None = None):
         super().__init__(model, model.encoder, max_length)
-        self.plans, self.block = block_plans(model, block), block
+        self.plans, self.block, self.expert_shard = block_plans(model, block, shard), block, shard
 
     def construct(self, tokens: Tensor, length: Tensor):
         number, valid, bias = self.whole(tokens, length)
@@ -159,14 +161,14 @@ class Begin(_Answer):
     lengths [B] -> (logits [B, V] after each last token, keys and values [L, B, H, P, h]).
 
     Args:
-        model, max_length, block: see Encode.
+        model, max_length, block, shard: see Encode.
     """
 
     work = Prefill.work
 
-    def __init__(self, model: Seq2Seq, max_length: int, block: int = 1):
+    def __init__(self, model: Seq2Seq, max_length: int, block: int = 1, shard: ExpertShard | None = None):
         super().__init__(model, max_length)
-        self.plans, self.block = block_plans(model, block), block
+        self.plans, self.block, self.expert_shard = block_plans(model, block, shard), block, shard
 
     def construct(self, tokens: Tensor, length: Tensor, memory_keys: Tensor, memory_values: Tensor, memory: Tensor):
         number, valid, bias = self.whole(tokens, length)
@@ -192,13 +194,14 @@ class Continue(_Answer):
     lengths [B] -> (logits [B, V], keys, values).
 
     Args:
-        model, max_length: see Encode.
+        model, max_length, shard: see Encode.
     """
 
     work = Decode.work
 
-    def __init__(self, model: Seq2Seq, max_length: int):
+    def __init__(self, model: Seq2Seq, max_length: int, shard: ExpertShard | None = None):
         super().__init__(model, max_length)
+        self.expert_shard = shard
         self.spread = Tensor(np.zeros((1, self.heads, 1, self.size), np.int32))
         self.write = ops.TensorScatterElements(axis=2)
 
@@ -226,12 +229,6 @@ class Continue(_Answer):
     def query(self, attention: nn.Cell, x: Tensor) -> Tensor:
         """Rows [B, D] -> queries [B, H, 1, h]."""
         return attention.q(x).reshape(-1, self.heads, 1, self.size)
-
-
-def block_plans(model: Seq2Seq, block: int) -> nn.CellList:
-    """Returns the plan of blocks of b rows, where a layer is conditional."""
-    experts = [layer.feed_forward.expert_num for layer in model.layers if layer.conditional]
-    return nn.CellList([OpenBlockPlan(count, block) for count in experts[:1]])
 
 
 def distance_choice(bias: RelativeBias, max_length: int) -> np.ndarray:

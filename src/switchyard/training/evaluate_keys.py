@@ -1,5 +1,7 @@
-"""Checks the keys by which one process or several evaluate a checkpoint. No MindSpore in here: the launch scripts'
---dry-run asks it."""
+"""Checks the keys by which one process or several evaluate or export a checkpoint.
+
+No MindSpore in here: the launch scripts' --dry-run asks it.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,6 +87,26 @@ def degrees_of_job(trained: Config, overrides: Sequence[str], count: int, target
     by_processes = check_mesh(config, count, target)
     refuse(of_sizes(config, target))
     return config, by_processes is None
+
+
+def degrees_of_export(trained: Config, overrides: Sequence[str], count: int, target_of: Callable) -> Config:
+    """Returns the configuration by which `count` processes export a checkpoint; arguments as of `degrees_of_job`.
+
+    Raises:
+        UserError: a network without text or without experts, or degrees that do more than share the experts.
+    """
+    config, _ = degrees_of_job(trained, overrides, count, target_of)
+    if not config.reads_text:
+        raise UserError(f"model.type: {config.model.type}; such a network is exported by one process: export.py alone")
+    if not config.moe_layers:
+        raise UserError("moe.expert_num: 1; there are no experts that processes could share: export.py alone")
+    for key, wanted in (("expert_parallel", count), ("model_parallel", 1)):
+        if getattr(config.parallel, key) != wanted:
+            raise UserError(
+                f"parallel.{key}: {getattr(config.parallel, key)}; {count} processes share the experts of an export "
+                f"and nothing else: parallel.{key}={wanted}"
+            )
+    return config
 
 
 def config_of(path: str | Path) -> Config:

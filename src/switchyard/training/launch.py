@@ -10,7 +10,7 @@ import sys
 from switchyard import cli
 from switchyard import config as configuration
 from switchyard.errors import UserError
-from switchyard.training.evaluate_keys import config_of, degrees_of_job
+from switchyard.training.evaluate_keys import config_of, degrees_of_export, degrees_of_job
 from switchyard.training.limits import check_mesh, of_sizes, refuse
 
 TARGETS = ("Ascend", "GPU", "CPU")
@@ -22,6 +22,7 @@ def main(arguments: list[str]) -> None:
     job = parser.add_mutually_exclusive_group(required=True)
     job.add_argument("--config", metavar="FILE", help="a YAML file, see config/")
     job.add_argument("--eval", metavar="RUN", help="a run folder or a checkpoint, which is evaluated")
+    job.add_argument("--export", metavar="RUN", help="a run folder or a checkpoint, which is exported")
     parser.add_argument("--devices", required=True, type=int, metavar="N", help="devices of all nodes together")
     parser.add_argument("--target", required=True, choices=TARGETS, help="type of the devices")
     parser.add_argument(
@@ -32,8 +33,9 @@ def main(arguments: list[str]) -> None:
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.devices < 1:
         raise UserError(f"--devices: {chosen.devices}; at least 1")
-    if chosen.eval is not None:
-        degrees_of_job(config_of(chosen.eval), chosen.overrides, chosen.devices, lambda context: chosen.target)
+    read, degrees = (chosen.eval, degrees_of_job) if chosen.eval is not None else (chosen.export, degrees_of_export)
+    if read is not None:
+        degrees(config_of(read), chosen.overrides, chosen.devices, lambda context: chosen.target)
         return
     config = configuration.load(chosen.config, chosen.overrides, devices=chosen.devices)
     check_mesh(config, chosen.devices, chosen.target)
