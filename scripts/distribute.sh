@@ -55,7 +55,7 @@ check_job() {
 distribute() {
     local target="$1" config="" devices=8 nodes=1 node_rank=0 master=127.0.0.1 port="" log_dir="" rank_table="" dry_run=""
     local program=() flags=() launcher watch cluster_timeout=1800 max_restarts=0 main=train.py
-    local job="" job_of="" words=()
+    local job="" job_of="" words=() trusted=()
     shift
     while (($#)); do
         case "$1" in
@@ -72,7 +72,10 @@ distribute() {
                 shift
                 ;;
             --resume | --restarted) program+=("$1") ;;
-            --trust-code | --json) flags+=("$1") ;;
+            --trust-code)
+                flags+=("$1") trusted=("$1")
+                ;;
+            --json) flags+=("$1") ;;
             --out | --key-file)
                 (($# > 1)) || fail "$1: needs a value"
                 flags+=("$1" "$2")
@@ -140,7 +143,8 @@ distribute() {
     launcher=("${watch[@]}" "$log_dir" "${launcher[@]}" "$ROOT/$main")
     if [[ -n "$dry_run" ]]; then
         [[ "$job" == --infer ]] ||
-            check_job "$target" $((devices * nodes)) "${job:---config}" "${job_of:-$config}" "${program[@]}"
+            check_job "$target" $((devices * nodes)) "${job:---config}" "${job_of:-$config}" "${program[@]}" \
+                "${trusted[@]+"${trusted[@]}"}"
         # shellcheck disable=SC2016  # PATH is for the shell into which this is pasted
         printf 'PATH=%s:"$PATH" GLOG_v=%s OMP_NUM_THREADS=%s ' "$(print_command "$VENV/bin")" \
             "$(print_command "${GLOG_v:-3}")" "$(print_command "${OMP_NUM_THREADS:-1}")"

@@ -15,7 +15,7 @@ from switchyard.checkpoint import store as checkpoint
 from switchyard.checkpoint.adapters import merged
 from switchyard.checkpoint.manifest import read_manifest, read_texts
 from switchyard.checkpoint.store import Checkpoint
-from switchyard.config import Config
+from switchyard.config import Config, notes_of_checkpoint
 from switchyard.data import Data, load_scored
 from switchyard.device import set_context, target_of
 from switchyard.distributed.collectives import ProcessMesh
@@ -25,7 +25,6 @@ from switchyard.distributed.processes import Processes, init_process_group, is_f
 from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
 from switchyard.inference.export import (
-    announce,
     check_free,
     expected_of,
     inference_config,
@@ -59,8 +58,9 @@ def export_in_job(
     say = say if is_first() else lambda line: None
     place = checkpoint.resolve(path)
     trained, _, _ = read_texts(read_manifest(place))
-    config = degrees_of_export(trained, overrides, world_size(), target_of)
-    announce(config, overrides, say, trust_code)
+    config = degrees_of_export(trained, overrides, world_size(), target_of, trust_code, say)
+    for line in notes_of_checkpoint(config, overrides, exports=True):
+        say(line)
     key = key_to_write(config, key_file, say)
     out = place_of(out) if is_first() else Path(out).resolve()
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)

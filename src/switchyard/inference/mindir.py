@@ -14,6 +14,7 @@ from switchyard.data.tokenizer import Tokenizer
 from switchyard.errors import UserError
 from switchyard.files import present
 from switchyard.inference import manifest as manifests
+from switchyard.inference.graph_files import check_graph
 from switchyard.inference.manifest import AES_GCM, DECODE, ENCODER, PREFILL, Manifest
 
 SMALLEST_BUCKET = 16
@@ -254,10 +255,12 @@ def open_model(directory: str | Path, key_file: str | Path | None = None, say=pr
 
 
 def load_graph(path: Path, key: bytes | None):
-    """Loads the callable graph of a MindIR file (UserError where MindSpore refuses it)."""
+    """Loads the callable graph of a MindIR file (UserError: MindSpore refuses it, or it reads files elsewhere)."""
     import mindspore as ms
     from mindspore import nn
 
+    if not key:  # whoever wrote an encrypted graph has the key
+        check_graph(path)
     options = {"dec_key": key, "dec_mode": AES_GCM} if key else {}
     try:
         return nn.GraphCell(ms.load(str(path), **options))

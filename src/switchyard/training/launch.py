@@ -30,16 +30,22 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--restarted", action="store_true", help="as for train.py; the run folder is not checked")
     parser.add_argument("--init", metavar="RUN", help="as for train.py; the weights are not read")
+    cli.add_trust_code(parser)
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.devices < 1:
         raise UserError(f"--devices: {chosen.devices}; at least 1")
     read, degrees = (chosen.eval, degrees_of_job) if chosen.eval is not None else (chosen.export, degrees_of_export)
     if read is not None:
-        degrees(config_of(read), chosen.overrides, chosen.devices, lambda context: chosen.target)
+        device = lambda context: chosen.target  # noqa: E731
+        degrees(config_of(read), chosen.overrides, chosen.devices, device, chosen.trust_code, silent)
         return
     config = configuration.load(chosen.config, chosen.overrides, devices=chosen.devices)
     check_mesh(config, chosen.devices, chosen.target)
     refuse(of_sizes(config, chosen.target))
+
+
+def silent(line: str) -> None:
+    """Says nothing."""
 
 
 if __name__ == "__main__":
