@@ -55,11 +55,12 @@ check_job() {
 distribute() {
     local target="$1" config="" devices=8 nodes=1 node_rank=0 master=127.0.0.1 port="" log_dir="" rank_table="" dry_run=""
     local program=() flags=() launcher watch cluster_timeout=1800 max_restarts=0 main=train.py
+    local min_workers=0 rendezvous="" rejoin_wait=180
     local job="" job_of="" words=() trusted=()
     shift
     while (($#)); do
         case "$1" in
-            --config | --devices | --nodes | --node-rank | --master | --port | --log-dir | --rank-table | --cluster-timeout | --max-restarts)
+            --config | --devices | --nodes | --node-rank | --master | --port | --log-dir | --rank-table | --cluster-timeout | --max-restarts | --min-workers | --rendezvous | --rejoin-wait)
                 (($# > 1)) || fail "$1: needs a value"
                 local name="${1#--}"
                 printf -v "${name//-/_}" '%s' "$2"
@@ -118,6 +119,16 @@ distribute() {
     port="$(whole --port "${port:-$(free_port)}" 1024 65535)"
     cluster_timeout="$(whole --cluster-timeout "$cluster_timeout" 1 604800)"
     max_restarts="$(whole --max-restarts "$max_restarts" 0 1000000)"
+    min_workers="$(whole --min-workers "$min_workers" 0 $((devices * nodes)))"
+    rejoin_wait="$(whole --rejoin-wait "$rejoin_wait" 1 86400)"
+    if ((min_workers > 0)); then
+        ((nodes > 1)) || fail "--min-workers: $min_workers; only with --nodes 2 or more: what is lost is a node"
+        ((max_restarts > 0)) || fail "--min-workers: $min_workers; only with --max-restarts N"
+        [[ -n "$rendezvous" ]] || fail "--min-workers: $min_workers; needs --rendezvous DIR, a folder that all nodes see"
+        [[ -z "$rank_table" ]] || fail "--min-workers: $min_workers; not with --rank-table, which names all devices"
+    elif [[ -n "$rendezvous" ]]; then
+        fail "--rendezvous: $(shown "$rendezvous"); only with --min-workers N"
+    fi
     [[ -z "$rank_table" ]] || check_file --rank-table "$rank_table"
     [[ ! -e "$log_dir" || -d "$log_dir" ]] || fail "--log-dir: $(shown "$log_dir"); is no folder"
     log_dir="${log_dir:-logs/train-$(date +%Y%m%d-%H%M%S)}"
@@ -140,6 +151,8 @@ distribute() {
     fi
     watch=("$VENV/bin/python" -m switchyard.distributed.watch)
     ((max_restarts == 0)) || watch+=(--max-restarts "$max_restarts")
+    ((min_workers == 0)) ||
+        watch+=(--min-workers "$min_workers" --rendezvous "$rendezvous" --rejoin-wait "$rejoin_wait")
     launcher=("${watch[@]}" "$log_dir" "${launcher[@]}" "$ROOT/$main")
     if [[ -n "$dry_run" ]]; then
         [[ "$job" == --infer ]] ||

@@ -1,6 +1,7 @@
 """Watches a job that msrun runs: passes signals on, shows the first error, and leaves no process behind.
 
-    python -m switchyard.distributed.watch [--max-restarts N] [--restart-wait SECONDS] LOG_DIR COMMAND ...
+    python -m switchyard.distributed.watch [--max-restarts N] [--restart-wait SECONDS]
+        [--min-workers N --rendezvous DIR [--rejoin-wait SECONDS]] LOG_DIR COMMAND ...
 
 msrun puts every worker into a session of its own, so that neither Ctrl-C nor the end of msrun reaches them; it dies of
 SIGTERM and leaves them running; and after a worker's death it waits half a minute for its scheduler. So: SIGINT and
@@ -13,7 +14,8 @@ long, the job is ended, and the rank that lags is named. The logs of all ranks a
 
 With --max-restarts a job that has failed is started again, at most N times, with --restarted at its end: after
 --restart-wait seconds (5), twice as many the next time, and so on up to 5 minutes. A mistake in the input is not, nor a
-job that a signal to this process has ended.
+job that a signal to this process has ended. With --min-workers the nodes that are left go on without those that do not
+come back: distributed.members.
 
 Exit code: 0, or that of the worker which failed first (2 a mistake in the input, 75 saved after a signal), 1 where it
 was killed. Nothing heavy is imported.
@@ -33,6 +35,7 @@ import psutil
 
 from switchyard.cli import EXIT_KILLED
 from switchyard.distributed import progress
+from switchyard.distributed.members import Members
 from switchyard.distributed.merged_log import MergedLog
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from switchyard.streams import hangs_up
@@ -48,6 +51,11 @@ MERGED = "all.log"  # of node K > 0: all-K.log
 HINDERED = {psutil.STATUS_STOPPED: "was stopped by a signal", psutil.STATUS_DISK_SLEEP: "waits for a disk"}
 GRACE = 2.0  # seconds beyond train.stall_seconds in which every rank writes its stacks
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds before a restart
+REJOIN_WAIT = 180.0  # seconds in which the other nodes must have seen the failure too, and come
+USAGE = (
+    "error: usage: python -m switchyard.distributed.watch [--max-restarts N] [--restart-wait SECONDS] [--min-workers N "
+    "--rendezvous DIR [--rejoin-wait SECONDS]] LOG_DIR COMMAND ..."
+)
 RESTARTED = "--restarted"  # of train.py: goes on from a checkpoint if there is one
 SPOKEN = ("error: ", "interrupted: ")  # how the command lines say what happened, see switchyard.cli
 TRACEBACK = "Traceback (most recent call last)"
@@ -246,9 +254,20 @@ class Restarts:
         wait: seconds before the first restart.
         create: makes a job.
         sleep: waits up to so many seconds, and returns early for a signal.
+        members: finds the nodes that are left; None: all must come back.
     """
 
-    def __init__(self, command: list[str], log_dir: Path, most: int, wait: float, create=Job, sleep=time.sleep):
+    def __init__(
+        self,
+        command: list[str],
+        log_dir: Path,
+        most: int,
+        wait: float,
+        create=Job,
+        sleep=time.sleep,
+        members: Members | None = None,
+    ):
+        self._members = members
         self._command, self._log_dir, self._most, self._wait = command, log_dir, most, wait
         self._create, self._sleep = create, sleep
         self._merged = MergedLog(log_dir, log_dir / merged_name(command), say)
@@ -275,8 +294,16 @@ class Restarts:
             self._pause(pause)
             if self._asked:
                 break
-            self._command = [word for word in self._command if word != RESTARTED] + [RESTARTED]
+            self._command = self._next_command(number + 1)
+            if self._command is None:
+                break
         return code
+
+    def _next_command(self, restart: int) -> list[str] | None:
+        """Returns the command of a restart; None where this node takes part no longer."""
+        if self._members is not None:
+            return self._members.next_command(restart, lambda: self._asked)
+        return [word for word in self._command if word != RESTARTED] + [RESTARTED]
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -309,24 +336,34 @@ def say(line: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs the command, see the top of this file."""
-    options = {"--max-restarts": "0", "--restart-wait": str(FIRST_WAIT)}
+    options = {"--max-restarts": "0", "--restart-wait": str(FIRST_WAIT), "--min-workers": "0"}
+    options |= {"--rendezvous": "", "--rejoin-wait": str(REJOIN_WAIT)}
     while len(arguments) > 1 and arguments[0] in options:
         options[arguments[0]] = arguments[1]
         arguments = arguments[2:]
-    most, wait = options["--max-restarts"], options["--restart-wait"]
-    if len(arguments) < 2 or not most.isdecimal() or not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", wait):
-        print(
-            "error: usage: python -m switchyard.distributed.watch [--max-restarts N] [--restart-wait SECONDS] "
-            "LOG_DIR COMMAND ...",
-            file=sys.stderr,
-        )
+    if len(arguments) < 2 or not is_right(options):
+        print(USAGE, file=sys.stderr)
         return EXIT_USER_ERROR
-    log_dir = Path(arguments[0])
+    log_dir, command = Path(arguments[0]), arguments[1:]
     log_dir.mkdir(parents=True, exist_ok=True)
-    restarts = Restarts(arguments[1:], log_dir, int(most), float(wait))
+    most, wait, least = int(options["--max-restarts"]), float(options["--restart-wait"]), int(options["--min-workers"])
+    members = None
+    if least:
+        members = Members(command, least, Path(options["--rendezvous"]), float(options["--rejoin-wait"]), say)
+    restarts = Restarts(command, log_dir, most, wait, members=members)
     for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up() else [])):
         signal.signal(number, restarts.on_signal)
     return restarts.run()
+
+
+def is_right(options: Mapping[str, str]) -> bool:
+    """Returns whether the values of the options are numbers, and there is a folder where nodes meet."""
+    counts = (options["--max-restarts"], options["--min-workers"])
+    seconds = (options["--restart-wait"], options["--rejoin-wait"])
+    numbers = all(one.isdecimal() for one in counts) and all(
+        re.fullmatch(r"\d{1,6}(\.\d{1,6})?", one) for one in seconds
+    )
+    return numbers and bool(options["--rendezvous"]) == (int(options["--min-workers"]) > 0)
 
 
 if __name__ == "__main__":
