@@ -36,7 +36,7 @@ class Members:
         folder: RENDEZVOUS, of this job alone; node 0 empties it.
         wait: seconds in which a node must have come.
         say: receives lines about who is there.
-        keys_of: (arguments of train.py, devices, devices at first) -> overrides; None where the degrees do not allow it.
+        keys_of: (arguments of train.py, devices, devices at first) -> overrides, or None: the degrees forbid it.
         sleep: waits.
     """
 
