@@ -35,6 +35,7 @@ import psutil
 
 from switchyard.cli import EXIT_KILLED
 from switchyard.distributed import progress
+from switchyard.distributed.first_error import SPOKEN, TRACEBACK, first_error
 from switchyard.distributed.members import Members
 from switchyard.distributed.merged_log import MergedLog
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
@@ -57,9 +58,6 @@ USAGE = (
     "--rendezvous DIR [--rejoin-wait SECONDS]] LOG_DIR COMMAND ..."
 )
 RESTARTED = "--restarted"  # of train.py: goes on from a checkpoint if there is one
-SPOKEN = ("error: ", "interrupted: ")  # how the command lines say what happened, see switchyard.cli
-TRACEBACK = "Traceback (most recent call last)"
-TRACEBACK_LINES, TAIL_LINES = 40, 5
 
 
 class Job:
@@ -227,21 +225,6 @@ def _rank_of(process: psutil.Process, launcher: int) -> int | None:
         return int(environment["RANK_ID"])
     except (psutil.Error, KeyError):
         return None
-
-
-def first_error(log: Path) -> list[str]:
-    """Returns the first error in a worker's log: the message of the command line, or a traceback, else the last
-    lines."""
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    for number, line in enumerate(lines):
-        if line.startswith(SPOKEN):
-            return [line]
-        if line.startswith(TRACEBACK):
-            return lines[number : number + TRACEBACK_LINES]
-    return lines[-TAIL_LINES:]
 
 
 class Restarts:
