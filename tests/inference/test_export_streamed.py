@@ -89,14 +89,26 @@ def test_what_is_not_copied_tensor_by_tensor(changed, says, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_it_answers_as_an_export_in_memory(dtype, tmp_path, graph):
-    """Encrypted: the same logits; the key opens it and no other."""
+def test_it_answers_as_an_export_in_memory(dtype, tmp_path, graph, monkeypatch):
+    """Encrypted: the same logits; the key opens it and no other; the graph that is compiled first is no plaintext."""
+    write, seen = streaming.write_graph, []
+
+    def write_and_read(cell, path, *arguments, **options):
+        write(cell, path, *arguments, **options)
+        seen.append(path.with_name(f"{path.name}.mindir").read_bytes())
+
+    monkeypatch.setattr(streaming, "write_graph", write_and_read)
     run, _ = save_run(tmp_path)
     (tmp_path / "key").write_bytes(b"k" * 32)
     (tmp_path / "other").write_bytes(b"o" * 32)
     keys = ["export.max_length=24", f"model.compute_dtype={dtype}"]
     export(run, tmp_path / "one", keys, say=quiet)
     streaming.export_streamed(run, tmp_path / "out", keys, tmp_path / "key", say=quiet)
+    held = [
+        path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.suffix in ("", ".mindir") and path.is_file()
+    ]
+    held += seen
+    assert len(seen) == 2 and not any(word in content for content in held for word in (b"MatMul", b"experts"))
     one, other = open_model(tmp_path / "one", say=quiet), open_model(tmp_path / "out", tmp_path / "key", say=quiet)
     prompts = [np.array([1, 2, 3, 4]), np.array([5])]
     wanted, *state = one.prefill(prompts)
