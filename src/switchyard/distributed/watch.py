@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -38,6 +39,7 @@ from switchyard.distributed import progress
 from switchyard.distributed.first_error import SPOKEN, TRACEBACK, first_error
 from switchyard.distributed.members import Members
 from switchyard.distributed.merged_log import MergedLog
+from switchyard.distributed.restarts import Restarts
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from switchyard.streams import hangs_up
 
@@ -48,16 +50,14 @@ LAST_WORDS = 5.0  # seconds for msrun to say what it has seen, after all others 
 FAILED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
 LOUD_ENOUGH = "3"  # GLOG_v with which msrun writes that line
 LAUNCHER_LOG = "msrun.log"
-MERGED = "all.log"  # of node K > 0: all-K.log
 HINDERED = {psutil.STATUS_STOPPED: "was stopped by a signal", psutil.STATUS_DISK_SLEEP: "waits for a disk"}
 GRACE = 2.0  # seconds beyond train.stall_seconds in which every rank writes its stacks
-FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds before a restart
+FIRST_WAIT = 5.0  # seconds before the first restart
 REJOIN_WAIT = 180.0  # seconds in which the other nodes must have seen the failure too, and come
 USAGE = (
     "error: usage: python -m switchyard.distributed.watch [--max-restarts N] [--restart-wait SECONDS] [--min-workers N "
     "--rendezvous DIR [--rejoin-wait SECONDS]] LOG_DIR COMMAND ..."
 )
-RESTARTED = "--restarted"  # of train.py: goes on from a checkpoint if there is one
 
 
 class Job:
@@ -227,96 +227,6 @@ def _rank_of(process: psutil.Process, launcher: int) -> int | None:
         return None
 
 
-class Restarts:
-    """Runs a job, and again where it fails, at most so many times.
-
-    Args:
-        command: of the job, which ends with the arguments of train.py.
-        log_dir: exists.
-        most: restarts.
-        wait: seconds before the first restart.
-        create: makes a job.
-        sleep: waits up to so many seconds, and returns early for a signal.
-        members: finds the nodes that are left; None: all must come back.
-    """
-
-    def __init__(
-        self,
-        command: list[str],
-        log_dir: Path,
-        most: int,
-        wait: float,
-        create=Job,
-        sleep=time.sleep,
-        members: Members | None = None,
-    ):
-        self._members = members
-        self._command, self._log_dir, self._most, self._wait = command, log_dir, most, wait
-        self._create, self._sleep = create, sleep
-        self._merged = MergedLog(log_dir, log_dir / merged_name(command), say)
-        self._job: Job | None = None
-        self._asked = False  # to end
-
-    def run(self) -> int:
-        """Returns the exit code of the last job."""
-        for number in range(self._most + 1):
-            for old in self._log_dir.glob("worker_*.log"):
-                old.unlink()  # of an earlier job, perhaps with more workers; all.log has its lines
-            self._merged.begin()
-            self._job = self._create(self._command, self._log_dir, self._merged)
-            code = self._job.wait()
-            if report := self._job.report():
-                say(report)
-                self._merged.say(report)
-            if self._asked or number == self._most or not may_restart(code):
-                break
-            pause = min(self._wait * 2**number, LONGEST_WAIT)
-            line = f"restart {number + 1} of {self._most} in {pause:g} s, from the newest whole checkpoint"
-            say(line)
-            self._merged.say(line)
-            self._pause(pause)
-            if self._asked:
-                break
-            self._command = self._next_command(number + 1)
-            if self._command is None:
-                break
-        return code
-
-    def _next_command(self, restart: int) -> list[str] | None:
-        """Returns the command of a restart; None where this node takes part no longer."""
-        if self._members is not None:
-            return self._members.next_command(restart, lambda: self._asked)
-        return [word for word in self._command if word != RESTARTED] + [RESTARTED]
-
-    def _pause(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self._asked and time.monotonic() < end:
-            self._sleep(min(POLL, max(end - time.monotonic(), 0)))
-
-    def on_signal(self, number: int, frame: object) -> None:
-        """Ends the job, see `Job.on_signal`, and restarts it no more."""
-        self._asked = True
-        if self._job is not None:
-            self._job.on_signal(number, frame)
-
-
-def may_restart(code: int) -> bool:
-    """Returns whether a job that ended so is worth another try: a mistake in the input is not."""
-    return code not in (0, EXIT_USER_ERROR, EXIT_KILLED)
-
-
-def merged_name(command: list[str]) -> str:
-    """Returns the name of the joined log of this node; nodes may share the folder."""
-    node = next((word.partition("=")[2] for word in command if word.startswith("--node_rank=")), "0")
-    return MERGED if node == "0" else f"all-{node}.log"
-
-
-def say(line: str) -> None:
-    """Prints a line on stderr; the terminal may be gone."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
-
-
 def main(arguments: list[str]) -> int:
     """Runs the command, see the top of this file."""
     options = {"--max-restarts": "0", "--restart-wait": str(FIRST_WAIT), "--min-workers": "0"}
@@ -332,8 +242,9 @@ def main(arguments: list[str]) -> int:
     most, wait, least = int(options["--max-restarts"]), float(options["--restart-wait"]), int(options["--min-workers"])
     members = None
     if least:
-        members = Members(command, least, Path(options["--rendezvous"]), float(options["--rejoin-wait"]), say)
-    restarts = Restarts(command, log_dir, most, wait, members=members)
+        folder, patience = Path(options["--rendezvous"]), float(options["--rejoin-wait"])
+        members = partial(Members, command, least, folder, patience)
+    restarts = Restarts(command, log_dir, most, wait, Job, members=members)
     for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up() else [])):
         signal.signal(number, restarts.on_signal)
     return restarts.run()
