@@ -24,7 +24,8 @@ from switchyard.inference.manifest import DECODE, ENCODER, PREFILL, Figures, Lim
 from switchyard.inference.mindir import exported_model
 from switchyard.inference.parity import Reference, compare, reference
 from switchyard.models import Decoder, Seq2Seq, create_model
-from switchyard.models.generation import Decode, Prefill, cast_products
+from switchyard.models.decode import Decode
+from switchyard.models.generation import Prefill, cast_products
 from switchyard.models.seq2seq_generation import Begin, Continue, Encode
 from switchyard.moe.dispatch.plan import block_size
 from switchyard.training.companions import kept_texts

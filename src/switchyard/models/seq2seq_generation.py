@@ -12,7 +12,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.models.generation import Decode, OpenBlockPlan, PlainNorm, Prefill, _Half, chooses_tokens
+from switchyard.models.decode import Decode
+from switchyard.models.generation import OpenBlockPlan, PlainNorm, Prefill, _Half, chooses_tokens
 from switchyard.models.seq2seq import Seq2Seq, Stack
 from switchyard.nn.layers import MASKED
 from switchyard.nn.relative import RelativeBias

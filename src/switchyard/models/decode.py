@@ -1,0 +1,179 @@
+"""The second half of generation, `Decode`: one token a call, for every sequence of a batch.
+
+See models.generation for the first half, and for what the two share. Few operators, none of which copies a cache or
+broadcasts a large tensor: on CPU a step of a small model costs about 3 microseconds an operator.
+
+Legend: B batch, D width, V vocabulary, L layers, J key/value heads, R query heads of each, h head size, T cache length,
+M longest sequence, E experts, K choices of a row, F hidden width of an expert.
+"""
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from switchyard.models.decoder import Decoder
+from switchyard.models.generation import _Half
+from switchyard.moe.experts import FeedForwardExperts
+from switchyard.moe.routing.softmax import Switch, TopK
+
+
+class Decode(_Half):
+    """One token a sequence: tokens [B], positions [B], 2 L caches [B, J, T, h] -> logits [B, V].
+
+    Caches are those of the keys, layer by layer, then those of the values. The step writes its keys and values into
+    them, in place: nothing is handed on, and the next step takes the same tensors. `positions` are the places of the
+    new tokens, below T; what the caches hold at and behind them is not read. Nothing is dropped.
+
+    A row of a conditional layer reads copies of the weights of its K experts, which suits few rows. With
+    `every_expert` all rows pass through all experts, and the gates of those that were not chosen are 0: no weight is
+    copied, which is the faster way from about B * K * 3 = E on.
+
+    Args:
+        decoder: whose layers are read.
+        max_length: M, the longest sequence.
+        every_expert: see above. Where `has_plain_experts` is false it changes nothing.
+    """
+
+    def __init__(self, decoder: Decoder, max_length: int, every_expert: bool = False):
+        super().__init__(decoder, max_length)
+        self.spread_mask = Tensor(np.zeros((1, self.heads, self.repeat, 1), np.float32))
+        self.heads_index = Tensor(np.eye(3, dtype=np.int32)[1] * np.arange(self.heads).reshape(1, -1, 1, 1))
+        self.batch_axis, self.place_axis = (Tensor(np.eye(3, dtype=np.int32)[axis]) for axis in (0, 2))
+        self.first_row = ops.StridedSlice(end_mask=0b0100)
+        self.write = ops.ScatterNdUpdate()
+        self.choosers = nn.CellList([PlainChoice(router) for router in _routers(decoder)[:1] if has_plain_choice(router)])
+        every_expert = every_expert and has_plain_experts(decoder)
+        self.every_expert = nn.CellList([EveryExpert(experts) for experts in _experts(decoder) if every_expert])
+        self.number_of = _numbers(decoder)
+
+    def construct(self, tokens: Tensor, position: Tensor, *caches: Tensor):
+        x, turn = self.embed(tokens, position), self.turn(position)  # [B, D]
+        places = self.first_row(caches[0], (0, 0, 0, 0), (1, 1, 0, 1), (1, 1, 1, 1)).reshape(1, 1, 1, -1)  # [1, 1, 1, T]
+        places = self.prefix(ops.ones_like(places).astype(mstype.float32), 3) - 1.0
+        masks, here = (), position.reshape(-1, 1, 1, 1)
+        for mask in self.masks(here.astype(mstype.float32) - places):  # [B, 1, 1, T]
+            masks = (*masks, mask + self.spread_mask)  # [B, J, R, T]
+        row = (self.prefix(ops.ones_like(tokens), 0) - 1).reshape(-1, 1, 1, 1)
+        at = row * self.batch_axis + self.heads_index + here * self.place_axis  # [B, J, 1, 3]
+        valid = ops.ones_like(tokens).astype(mstype.float32).reshape(1, -1)  # [1, B]
+        for index, layer in enumerate(self.decoder.layers):
+            query, key, value = self.parts(self.project(layer.attention, self.norms[2 * index](x), turn))
+            key = self.write(caches[index], at, key)  # [B, J, T, h]
+            value = self.write(caches[len(self.decoder.layers) + index], at, value)
+            scores = self.scores(query, key).astype(mstype.float32) + masks[self.mask_of[index]]  # [B, J, R, T]
+            mixed = self.mix(self.softmax(scores).astype(self.dtype), value)  # [B, J, R, h]
+            mixed = mixed.reshape(-1, self.heads * self.repeat * self.size)  # [B, H * h]
+            x = x + layer.attention.out(mixed).astype(mstype.float32)
+            seen = self.norms[2 * index + 1](x)
+            if layer.conditional and len(self.choosers) == 1:
+                x = x + self.conditional(layer.feed_forward, seen, self.number_of[index])
+            else:
+                x = x + self.feed(layer, seen, tokens.reshape(1, -1), valid)
+        return self.logits(x)
+
+    def conditional(self, moe: nn.Cell, x: Tensor, number: int) -> Tensor:
+        """Applies the conditional layer of a number to normed rows [B, D] -> [B, D], by a plain choice."""
+        experts, gates = self.choosers[0](moe.router.scores(x, None, None)[0])  # [B, K] each
+        if len(self.every_expert) > 0:
+            out = self.every_expert[number](x, experts, gates)
+        else:
+            out = self.work(moe, x, experts.reshape(-1), gates)
+        if moe.shared is not None:
+            out = out + moe.shared(ops.expand_dims(x, 0)).reshape(-1, self.width)
+        return out
+
+    def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        """Rows [B, D], experts [B * K], gates [B, K] -> [B, D], by blocks of one row."""
+        if moe.router.may_skip_tokens:
+            experts = ops.minimum(
+                experts, moe.expert_num - 1
+            )  # E, no expert, is no place in the weights; its gate is 0
+        rows = ops.expand_dims(x, 1)  # [B, 1, D]
+        if moe.choices > 1:
+            rows = ops.tile(rows, (1, moe.choices, 1)).reshape(-1, 1, self.width)  # [B * K, 1, D]
+        out = moe.eval_dispatcher.through(moe.experts, rows, experts)  # [B * K, 1, D]
+        return self.mix(ops.expand_dims(gates, 1), out.reshape(-1, moe.choices, self.width)).reshape(-1, self.width)
+
+
+class PlainChoice(nn.Cell):
+    """The plain twin of `switch` and `top_k` at evaluation: logits [B, E] -> (experts [B, K], gates [B, K]).
+
+    A stable sort in the place of K passes of argmax: a third of its operators; of equal logits the lower expert is
+    first, as there.
+    """
+
+    def __init__(self, router: nn.Cell):
+        super().__init__()
+        self.choices, self.normalise, self.factor = router.choices, getattr(router, "normalise", False), router.factor
+        self.sort, self.softmax, self.own = ops.Sort(axis=-1, descending=True), ops.Softmax(-1), ops.GatherD()
+
+    def construct(self, logits: Tensor):
+        best, experts = self.sort(logits)  # [B, E] each
+        experts = experts[:, : self.choices]
+        if self.normalise:
+            gates = self.softmax(best[:, : self.choices])
+        else:
+            gates = self.own(self.softmax(logits), 1, experts)
+        return experts, gates if self.factor == 1.0 else gates * self.factor
+
+
+class EveryExpert(nn.Cell):
+    """Feed-forward experts side by side, which read no copy of their weights: rows [B, D] pass through all of them.
+
+    The first matrices stand beside each other, [D, E * F], the last below each other, [E * F, D], so that the sum over
+    the experts is part of the last product.
+    """
+
+    def __init__(self, experts: FeedForwardExperts):
+        super().__init__()
+        self.dtype, self.gated = experts.dtype, experts.gated
+        self.bend = experts.activation
+        self.expert_num, width, _ = experts.w_in.shape
+
+        def beside(weight: Parameter, name: str) -> Parameter:
+            matrix = np.ascontiguousarray(weight.asnumpy().transpose(1, 0, 2).reshape(width, -1))  # [D, E * F]
+            return Parameter(Tensor(matrix, weight.dtype), name=name)
+
+        self.w_in = beside(experts.w_in, "w_in")
+        self.w_gate = beside(experts.w_gate, "w_gate") if self.gated else None
+        last = experts.w_out.asnumpy()  # [E, F, D]
+        self.w_out = Parameter(Tensor(last.reshape(-1, last.shape[-1]), experts.w_out.dtype), name="w_out")
+        self.hidden_width, self.width = last.shape[1], last.shape[2]
+        self.product, self.spread, self.one_hot = ops.MatMul(), ops.BatchMatMul(), ops.OneHot()
+        self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+
+    def construct(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        """Rows [B, D], experts [B, K] and their gates [B, K] -> [B, D] float32."""
+        x = x.astype(self.dtype)
+        hidden = self.product(x, self.w_in)  # [B, E * F]
+        hidden = self.bend(self.product(x, self.w_gate), hidden) if self.gated else self.bend(hidden)
+        chosen = self.one_hot(experts, self.expert_num, self.on, self.off)  # [B, K, E]
+        gates = self.spread(ops.expand_dims(gates, 1), chosen).reshape(-1, self.expert_num, 1)  # [B, E, 1]
+        hidden = hidden.reshape(-1, self.expert_num, self.hidden_width) * gates.astype(self.dtype)  # [B, E, F]
+        hidden = hidden.reshape(-1, self.expert_num * self.hidden_width)  # [B, E * F]
+        return self.product(hidden, self.w_out).astype(mstype.float32)
+
+
+def has_plain_choice(router: nn.Cell) -> bool:
+    """Returns whether `PlainChoice` is a twin of a router."""
+    return type(router) in (Switch, TopK)
+
+
+def has_plain_experts(decoder: Decoder) -> bool:
+    """Returns whether `EveryExpert` is a twin of all experts of a decoder, chosen plainly."""
+    plain = all(has_plain_choice(router) for router in _routers(decoder))
+    return plain and all(type(experts) is FeedForwardExperts for experts in _experts(decoder))
+
+
+def _routers(decoder: Decoder) -> list:
+    return [layer.feed_forward.router for layer in decoder.layers if layer.conditional]
+
+
+def _experts(decoder: Decoder) -> list:
+    return [layer.feed_forward.experts for layer in decoder.layers if layer.conditional]
+
+
+def _numbers(decoder: Decoder) -> tuple[int, ...]:
+    """Returns which conditional layer each layer is; 0 for one that is none."""
+    conditional = [int(layer.conditional) for layer in decoder.layers]
+    return tuple(max(0, sum(conditional[: index + 1]) - 1) for index in range(len(conditional)))
