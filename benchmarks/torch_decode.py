@@ -1,4 +1,4 @@
-"""The decode step and the prefill of a Mixtral in small, in PyTorch: a plain loop with a static cache, and Hugging Face's.
+"""Decode step and prefill of a Mixtral in small, in PyTorch: a plain loop with a static cache, and Hugging Face's.
 
 The plain model is written as its user would at best: one product for queries, keys and values, caches written in place,
 scaled_dot_product_attention over the places in use, experts fed in the fastest of three ways (`WAYS`).

@@ -75,7 +75,7 @@ def test_parity(name, tmp_path, graph):
 def test_the_manifest(exported):
     manifest = manifests.read(exported)
     manifests.verify(exported, manifest)
-    assert set(manifest.files) == {"prefill.mindir", "decode.mindir", "tokenizer.json"}
+    assert set(manifest.files) == {"prefill.mindir", "decode.mindir", "decode_batch.mindir", "tokenizer.json"}
     assert sorted(path.name for path in exported.iterdir()) == sorted([*manifest.files, "manifest.json"])
     model, vocabulary = manifest.model, len(set(TEXT))
     assert (model.vocab_size, model.num_layers, model.n_kv_heads, model.head_size) == (vocabulary, 2, 4, 4)

@@ -20,11 +20,11 @@ from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
 from switchyard.inference.classify import ClassifierManifest, is_classifier
 from switchyard.inference.export_classifier import export_classifier
-from switchyard.inference.manifest import DECODE, ENCODER, PREFILL, Figures, Limits, Manifest, Source
+from switchyard.inference.manifest import DECODE, DECODE_BATCH, ENCODER, PREFILL, Figures, Limits, Manifest, Source
 from switchyard.inference.mindir import exported_model
 from switchyard.inference.parity import Reference, compare, reference
 from switchyard.models import Decoder, Seq2Seq, create_model
-from switchyard.models.decode import Decode
+from switchyard.models.decode import Decode, has_plain_experts
 from switchyard.models.generation import Prefill, cast_products
 from switchyard.models.seq2seq_generation import Begin, Continue, Encode
 from switchyard.moe.dispatch.plan import block_size
@@ -180,19 +180,22 @@ def write_graphs(model: nn.Cell, directory: Path, max_length: int, block: int, k
 
     tokens, row = anything(None, None), anything(None)
     layers = model.decoder.layers if isinstance(model, Seq2Seq) else model.layers
-    cache = anything(len(layers), None, model.kv_heads, None, model.head_size, dtype=model.dtype)
+    caches = [anything(None, model.kv_heads, None, model.head_size, dtype=model.dtype)] * (2 * len(layers))
     if isinstance(model, Seq2Seq):
-        memory = (cache, cache, row)
+        seen = anything(len(layers), None, model.kv_heads, None, model.head_size, dtype=model.dtype)
+        memory = (seen, seen, row)
         graphs = {
             ENCODER: (Encode(model, max_length, block), tokens, row),
             PREFILL: (Begin(model, max_length, block), tokens, row, *memory),
-            DECODE: (Continue(model, max_length), row, row, cache, cache, *memory),
+            DECODE: (Continue(model, max_length), row, row, *memory, *caches),
         }
     else:
         graphs = {
             PREFILL: (Prefill(model, max_length, block), tokens, row),
-            DECODE: (Decode(model, max_length), row, row, cache, cache),
+            DECODE: (Decode(model, max_length), row, row, *caches),
         }
+        if model.moe_layers and has_plain_experts(model):
+            graphs[DECODE_BATCH] = (Decode(model, max_length, every_expert=True), row, row, *caches)
     with files.plain_path(directory) as name:
         for graph, (cell, *inputs) in graphs.items():
             _write(cell, Path(name) / graph, key, *inputs)
@@ -212,7 +215,7 @@ def report(out: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
     if manifest.model.moe_layers:
         missing = ", ".join(f"{expert} of layer {layer} ({graph})" for layer, expert, graph in parity.not_reached)
         say(f"parity: experts that this text does not reach: {missing}" if missing else "parity: every expert reached")
-    both = "a prompt, and of its answer" if manifest.graphs.keys() > {PREFILL, DECODE} else "prompt and answer"
+    both = "a prompt, and of its answer" if ENCODER in manifest.graphs else "prompt and answer"
     say(f"export: '{out}', up to {manifest.limits.max_length} tokens of {both}, any number of prompts")
 
 

@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from switchyard.models.decoder import Decoder
-from switchyard.models.generation import _Half
+from switchyard.models.generation import CacheWriter, _Half, chooses_tokens
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.routing.softmax import Switch, TopK
 
@@ -37,24 +37,22 @@ class Decode(_Half):
     def __init__(self, decoder: Decoder, max_length: int, every_expert: bool = False):
         super().__init__(decoder, max_length)
         self.spread_mask = Tensor(np.zeros((1, self.heads, self.repeat, 1), np.float32))
-        self.heads_index = Tensor(np.eye(3, dtype=np.int32)[1] * np.arange(self.heads).reshape(1, -1, 1, 1))
-        self.batch_axis, self.place_axis = (Tensor(np.eye(3, dtype=np.int32)[axis]) for axis in (0, 2))
         self.first_row = ops.StridedSlice(end_mask=0b0100)
-        self.write = ops.ScatterNdUpdate()
-        self.choosers = nn.CellList([PlainChoice(router) for router in _routers(decoder)[:1] if has_plain_choice(router)])
+        self.write = CacheWriter(self.heads)
+        plain = [router for router in _routers(decoder)[:1] if self.by_choice and has_plain_choice(router)]
+        self.choosers = nn.CellList([PlainChoice(router) for router in plain])
         every_expert = every_expert and has_plain_experts(decoder)
         self.every_expert = nn.CellList([EveryExpert(experts) for experts in _experts(decoder) if every_expert])
         self.number_of = _numbers(decoder)
 
     def construct(self, tokens: Tensor, position: Tensor, *caches: Tensor):
         x, turn = self.embed(tokens, position), self.turn(position)  # [B, D]
-        places = self.first_row(caches[0], (0, 0, 0, 0), (1, 1, 0, 1), (1, 1, 1, 1)).reshape(1, 1, 1, -1)  # [1, 1, 1, T]
-        places = self.prefix(ops.ones_like(places).astype(mstype.float32), 3) - 1.0
+        one = self.first_row(caches[0], (0, 0, 0, 0), (1, 1, 0, 1), (1, 1, 1, 1))  # [1, 1, T, 1]
+        places = self.prefix(ops.ones_like(one).astype(mstype.float32), 2).reshape(1, 1, 1, -1) - 1.0  # [1, 1, 1, T]
         masks, here = (), position.reshape(-1, 1, 1, 1)
         for mask in self.masks(here.astype(mstype.float32) - places):  # [B, 1, 1, T]
             masks = (*masks, mask + self.spread_mask)  # [B, J, R, T]
-        row = (self.prefix(ops.ones_like(tokens), 0) - 1).reshape(-1, 1, 1, 1)
-        at = row * self.batch_axis + self.heads_index + here * self.place_axis  # [B, J, 1, 3]
+        at = self.write.index(position)  # [B, J, 1, 3]
         valid = ops.ones_like(tokens).astype(mstype.float32).reshape(1, -1)  # [1, B]
         for index, layer in enumerate(self.decoder.layers):
             query, key, value = self.parts(self.project(layer.attention, self.norms[2 * index](x), turn))
@@ -110,10 +108,7 @@ class PlainChoice(nn.Cell):
     def construct(self, logits: Tensor):
         best, experts = self.sort(logits)  # [B, E] each
         experts = experts[:, : self.choices]
-        if self.normalise:
-            gates = self.softmax(best[:, : self.choices])
-        else:
-            gates = self.own(self.softmax(logits), 1, experts)
+        gates = self.softmax(best[:, : self.choices]) if self.normalise else self.own(self.softmax(logits), 1, experts)
         return experts, gates if self.factor == 1.0 else gates * self.factor
 
 
@@ -161,7 +156,7 @@ def has_plain_choice(router: nn.Cell) -> bool:
 
 def has_plain_experts(decoder: Decoder) -> bool:
     """Returns whether `EveryExpert` is a twin of all experts of a decoder, chosen plainly."""
-    plain = all(has_plain_choice(router) for router in _routers(decoder))
+    plain = chooses_tokens(decoder) and all(has_plain_choice(router) for router in _routers(decoder))
     return plain and all(type(experts) is FeedForwardExperts for experts in _experts(decoder))
 
 

@@ -127,10 +127,11 @@ class _Half(nn.Cell):
 
 
 class Prefill(_Half):
-    """Reads whole prompts: tokens [B, S], right-padded, of real lengths [B] -> (logits [B, V], keys, values).
+    """Reads whole prompts: tokens [B, S], right-padded, of real lengths [B] -> (logits [B, V], 2 L caches).
 
-    The logits are those after each prompt's last token; keys and values are caches [L, B, J, S, h] in the compute
-    dtype. What they hold behind a prompt's end is overwritten by `Decode` before it is seen.
+    The logits are those after each prompt's last token. Caches [B, J, S, h] are those of the keys, layer by layer, then
+    those of the values, in the compute dtype. What they hold behind a prompt's end is overwritten by `Decode` before it
+    is seen.
 
     Args:
         decoder: whose layers are read.
@@ -166,10 +167,9 @@ class Prefill(_Half):
             mixed = self.attend(query, key, value, masks[self.mask_of[index]])  # [N, H * h]
             x = x + layer.attention.out(mixed).astype(mstype.float32)
             x = x + self.feed(layer, self.norms[2 * index + 1](x), tokens.reshape(1, -1), valid)
-            keys, values = (*keys, key), (*values, value)
+            keys, values = (*keys, key.squeeze(2)), (*values, value.squeeze(2))  # [B, J, S, h]
         last = self.smallest(number, 1) + length - 1  # [B]
-        logits = self.logits(self.take(x, last, 0))  # [B, V]
-        return logits, ops.concat(keys, 2).transpose(2, 0, 1, 3, 4), ops.concat(values, 2).transpose(2, 0, 1, 3, 4)
+        return self.logits(self.take(x, last, 0)), *keys, *values
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """Queries [B, J, R, S, h], keys and values [B, J, 1, S, h], mask [1, 1, 1, S, S] -> [N, H * h]."""
@@ -189,6 +189,29 @@ class Prefill(_Half):
         if moe.choices > 1:
             out = out.reshape(-1, moe.choices, self.width).sum(1)  # [N, D]
         return out
+
+
+class CacheWriter(nn.Cell):
+    """Writes one token of each sequence into a cache [B, J, T, h], in place, and returns the cache.
+
+    The cache may be an input of the graph, which then is what the caller gave: no step copies a cache.
+    """
+
+    def __init__(self, heads: int):
+        super().__init__()
+        axis = np.eye(3, dtype=np.int32)
+        self.heads_index = Tensor(axis[1] * np.arange(heads, dtype=np.int32).reshape(1, -1, 1, 1))  # [1, J, 1, 3]
+        self.batch_axis, self.place_axis = Tensor(axis[0]), Tensor(axis[2])
+        self.prefix, self.write = ops.CumSum(), ops.ScatterNdUpdate()
+
+    def index(self, position: Tensor) -> Tensor:
+        """Returns which rows of a cache the positions [B] are: [B, J, 1, 3]."""
+        row = (self.prefix(ops.ones_like(position), 0) - 1).reshape(-1, 1, 1, 1)
+        return row * self.batch_axis + self.heads_index + position.reshape(-1, 1, 1, 1) * self.place_axis
+
+    def construct(self, cache: Tensor, index: Tensor, new: Tensor) -> Tensor:
+        """Writes `new` [B, J, 1, h]."""
+        return self.write(cache, index, new)
 
 
 class OpenBlockPlan(nn.Cell):
