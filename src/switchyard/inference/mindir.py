@@ -111,21 +111,24 @@ class ExportedModel:
         empty = ops.zeros((*keys[0].shape[:2], more, keys[0].shape[3]), keys[0].dtype)
         return tuple(tuple(ops.concat((cache, empty), 2) for cache in caches) for caches in (keys, values))
 
-    def decode(self, tokens: np.ndarray, positions: np.ndarray, keys, values):
+    def decode(self, tokens: np.ndarray, positions: np.ndarray, keys, values, graph: str | None = None):
         """Computes one step: ids [B] at positions [B], L caches [B, J, T, h] twice -> (logits [B, V], keys, values).
 
-        The caches are written in place, and are the same tensors afterwards.
+        The caches are written in place, and are the same tensors afterwards. `graph`: one of `decode_graphs`; None =
+        the faster one for B rows.
 
         Raises:
             UserError: shapes that do not belong together, a place behind the cache, an id outside the vocabulary.
         """
-        return self._step(self._decode_graph(len(tokens)), tokens, positions, keys, values), keys, values
-
-    def _decode_graph(self, batch: int) -> str:
-        """Returns which graph decodes B rows: copying the weights of few chosen experts, or passing through all."""
         model = self.manifest.model
-        many = DECODE_BATCH in self.manifest.graphs and 3 * batch * model.num_experts_chosen > model.expert_num
-        return DECODE_BATCH if many else DECODE
+        chosen = faster_for(len(tokens), model.num_experts_chosen, model.expert_num, self.decode_graphs)
+        graph = graph or chosen
+        return self._step(graph, tokens, positions, keys, values), keys, values
+
+    @property
+    def decode_graphs(self) -> tuple[str, ...]:
+        """Returns the names of the graphs that decode, all of which compute the same."""
+        return tuple(name for name in (DECODE, DECODE_BATCH) if name in self.manifest.graphs)
 
     def _step(self, graph: str, tokens, positions, keys, values, *memory) -> np.ndarray:
         """Runs a decode graph on inputs that are checked: logits [B, V]."""
@@ -231,9 +234,9 @@ class ExportedSeq2Seq(ExportedModel):
         """Pads caches to at least `length` positions; memory stays."""
         return (*super().grow(keys, values, length), memory)
 
-    def decode(self, tokens: np.ndarray, positions: np.ndarray, keys, values, memory):
+    def decode(self, tokens: np.ndarray, positions: np.ndarray, keys, values, memory, graph: str = DECODE):
         """Computes one step: (logits [B, V] float32, keys, values, memory)."""
-        return self._step(DECODE, tokens, positions, keys, values, *memory), keys, values, memory
+        return self._step(graph, tokens, positions, keys, values, *memory), keys, values, memory
 
     def _check_memory(self, found, batch: int, length: int) -> None:
         """Refuses what the encoder gave if it is not what the manifest says (UserError)."""
@@ -270,6 +273,13 @@ def open_model(directory: str | Path, key_file: str | Path | None = None, say=pr
 
     set_context(ContextConfig(), compute_dtype=manifest.model.compute_dtype, say=say)
     return exported_model(directory, manifest, key)
+
+
+def faster_for(batch: int, choices: int, experts: int, graphs: Sequence[str]) -> str:
+    """Returns which of the graphs that an export has decodes B rows: `decode` copies the weights of the chosen experts
+    (read, written, read again), `decode_batch` reads those of all once.
+    """
+    return DECODE_BATCH if DECODE_BATCH in graphs and 3 * batch * choices > experts else DECODE
 
 
 def load_graph(path: Path, key: bytes | None):
