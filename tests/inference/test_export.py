@@ -112,8 +112,8 @@ def test_a_difference_is_refused_and_leaves_nothing(name, tmp_path, graph, monke
     write = exporting._write
 
     def write_altered(cell, path, key, *inputs):
-        beside = getattr(cell, "every_expert", ())  # of decode_batch: [E * F, D] in the place of [E, F, D]
-        parameter = beside[1].w_out if beside else cell.decoder.layers[1].feed_forward.experts.w_out
+        own = getattr(cell, "experts", ())  # of decode: copies; of decode_batch: [E * F, D] in the place of [E, F, D]
+        parameter = own[1].w_out if own else cell.decoder.layers[1].feed_forward.experts.w_out
         before = parameter.asnumpy()
         if path.name == name:
             altered = before.copy()

@@ -41,8 +41,8 @@ class Decode(_Half):
         self.write = CacheWriter(self.heads)
         plain = [router for router in _routers(decoder)[:1] if self.by_choice and has_plain_choice(router)]
         self.choosers = nn.CellList([PlainChoice(router) for router in plain])
-        every_expert = every_expert and has_plain_experts(decoder)
-        self.every_expert = nn.CellList([EveryExpert(experts) for experts in _experts(decoder) if every_expert])
+        kind, experts = EveryExpert if every_expert else ChosenExperts, _experts(decoder)
+        self.experts = nn.CellList([kind(one) for one in experts if has_plain_experts(decoder)])
         self.number_of = _numbers(decoder)
 
     def construct(self, tokens: Tensor, position: Tensor, *caches: Tensor):
@@ -72,8 +72,8 @@ class Decode(_Half):
     def conditional(self, moe: nn.Cell, x: Tensor, number: int) -> Tensor:
         """Applies the conditional layer of a number to normed rows [B, D] -> [B, D], by a plain choice."""
         experts, gates = self.choosers[0](moe.router.scores(x, None, None)[0])  # [B, K] each
-        if len(self.every_expert) > 0:
-            out = self.every_expert[number](x, experts, gates)
+        if len(self.experts) > 0:
+            out = self.experts[number](x, experts, gates)
         else:
             out = self.work(moe, x, experts.reshape(-1), gates)
         if moe.shared is not None:
@@ -104,37 +104,75 @@ class PlainChoice(nn.Cell):
         super().__init__()
         self.choices, self.normalise, self.factor = router.choices, getattr(router, "normalise", False), router.factor
         self.sort, self.softmax, self.own = ops.Sort(axis=-1, descending=True), ops.Softmax(-1), ops.GatherD()
+        self.take, self.first = ops.Gather(), Tensor(np.arange(self.choices, dtype=np.int32))  # faster than a slice
 
     def construct(self, logits: Tensor):
         best, experts = self.sort(logits)  # [B, E] each
-        experts = experts[:, : self.choices]
-        gates = self.softmax(best[:, : self.choices]) if self.normalise else self.own(self.softmax(logits), 1, experts)
+        best, experts = self.take(best, self.first, 1), self.take(experts, self.first, 1)  # [B, K] each
+        gates = self.softmax(best) if self.normalise else self.own(self.softmax(logits), 1, experts)
         return experts, gates if self.factor == 1.0 else gates * self.factor
 
 
-class EveryExpert(nn.Cell):
-    """Feed-forward experts side by side, which read no copy of their weights: rows [B, D] pass through all of them.
+class _PlainExperts(nn.Cell):
+    """Holds what the two ways through feed-forward experts share: the gate's matrix beside the first, and the product.
+
+    Args:
+        experts: whose weights are copied.
+    """
+
+    def __init__(self, experts: FeedForwardExperts):
+        super().__init__()
+        self.dtype, self.gated, self.bend = experts.dtype, experts.gated, experts.activation
+        self.expert_num, self.hidden_width, self.width = experts.w_out.shape
+        self.batched, self.take = ops.BatchMatMul(), ops.Gather()
+
+    @staticmethod
+    def held(matrix: np.ndarray, like: Parameter, name: str) -> Parameter:
+        """Returns a parameter of the type of another."""
+        return Parameter(Tensor(np.ascontiguousarray(matrix), like.dtype), name=name)
+
+
+class ChosenExperts(_PlainExperts):
+    """Feed-forward experts of which the chosen ones' weights are copied: the faster way for few rows."""
+
+    def __init__(self, experts: FeedForwardExperts):
+        super().__init__(experts)
+        first = numbers(experts.w_in)  # [E, D, F]
+        if self.gated:
+            first = np.concatenate((numbers(experts.w_gate), first), 2)  # [E, D, 2 F]
+        self.w_first = self.held(first, experts.w_in, "w_first")
+        self.w_out = self.held(numbers(experts.w_out), experts.w_out, "w_out")
+        self.split = ops.Split(2, 2)
+
+    def construct(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        """Rows [B, D], experts [B, K] and their gates [B, K] -> [B, D] float32."""
+        own, rows = experts.reshape(-1), ops.expand_dims(x.astype(self.dtype), 1)  # [B * K], [B, 1, D]
+        if experts.shape[1] > 1:
+            rows = ops.tile(rows, (1, experts.shape[1], 1)).reshape(-1, 1, x.shape[1])  # [B * K, 1, D]
+        hidden = self.batched(rows, self.take(self.w_first, own, 0))  # [B * K, 1, 2 F], or [B * K, 1, F]
+        hidden = self.bend(*self.split(hidden)) if self.gated else self.bend(hidden)  # [B * K, 1, F]
+        out = self.batched(hidden, self.take(self.w_out, own, 0)).astype(mstype.float32)  # [B * K, 1, D]
+        out = out.reshape(-1, experts.shape[1], self.width)  # [B, K, D]
+        return self.batched(ops.expand_dims(gates, 1), out).reshape(-1, self.width)
+
+
+class EveryExpert(_PlainExperts):
+    """Feed-forward experts side by side: rows pass through all of them, and no weight is copied.
 
     The first matrices stand beside each other, [D, E * F], the last below each other, [E * F, D], so that the sum over
     the experts is part of the last product.
     """
 
     def __init__(self, experts: FeedForwardExperts):
-        super().__init__()
-        self.dtype, self.gated = experts.dtype, experts.gated
-        self.bend = experts.activation
-        self.expert_num, width, _ = experts.w_in.shape
+        super().__init__(experts)
 
         def beside(weight: Parameter, name: str) -> Parameter:
-            matrix = np.ascontiguousarray(weight.asnumpy().transpose(1, 0, 2).reshape(width, -1))  # [D, E * F]
-            return Parameter(Tensor(matrix, weight.dtype), name=name)
+            return self.held(numbers(weight).transpose(1, 0, 2).reshape(weight.shape[1], -1), weight, name)
 
-        self.w_in = beside(experts.w_in, "w_in")
+        self.w_in = beside(experts.w_in, "w_in")  # [D, E * F]
         self.w_gate = beside(experts.w_gate, "w_gate") if self.gated else None
-        last = experts.w_out.asnumpy()  # [E, F, D]
-        self.w_out = Parameter(Tensor(last.reshape(-1, last.shape[-1]), experts.w_out.dtype), name="w_out")
-        self.hidden_width, self.width = last.shape[1], last.shape[2]
-        self.product, self.spread, self.one_hot = ops.MatMul(), ops.BatchMatMul(), ops.OneHot()
+        self.w_out = self.held(numbers(experts.w_out).reshape(-1, self.width), experts.w_out, "w_out")
+        self.product, self.one_hot = ops.MatMul(), ops.OneHot()
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
     def construct(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -143,10 +181,15 @@ class EveryExpert(nn.Cell):
         hidden = self.product(x, self.w_in)  # [B, E * F]
         hidden = self.bend(self.product(x, self.w_gate), hidden) if self.gated else self.bend(hidden)
         chosen = self.one_hot(experts, self.expert_num, self.on, self.off)  # [B, K, E]
-        gates = self.spread(ops.expand_dims(gates, 1), chosen).reshape(-1, self.expert_num, 1)  # [B, E, 1]
+        gates = self.batched(ops.expand_dims(gates, 1), chosen).reshape(-1, self.expert_num, 1)  # [B, E, 1]
         hidden = hidden.reshape(-1, self.expert_num, self.hidden_width) * gates.astype(self.dtype)  # [B, E, F]
         hidden = hidden.reshape(-1, self.expert_num * self.hidden_width)  # [B, E * F]
         return self.product(hidden, self.w_out).astype(mstype.float32)
+
+
+def numbers(parameter: Parameter) -> np.ndarray:
+    """Returns the values of a parameter of any type as float32: NumPy has no bfloat16."""
+    return parameter.astype(mstype.float32).asnumpy()
 
 
 def has_plain_choice(router: nn.Cell) -> bool:
