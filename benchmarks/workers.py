@@ -54,16 +54,21 @@ print(json.dumps({{name: found.version(name) for name in {PACKAGES!r} if name in
     return json.loads(done.stdout)
 
 
-def serve(run: Callable[[], object], warm_up: int = 3) -> None:
-    """Runs a contender: for each number read, that many calls; answers with their seconds."""
+def serve(run: Callable[[], object], warm_up: int = 3, least: bool = False) -> None:
+    """Runs a contender: for each number n read, n calls; answers with their seconds.
+
+    `least`: with n times those of the quickest call, where calls are so short that another process hits some of them.
+    """
     for _ in range(warm_up):
         run()
     print("ready", flush=True)
     for line in sys.stdin:
-        start = time.perf_counter()
+        seconds = []
         for _ in range(int(line)):
+            start = time.perf_counter()
             run()
-        print(time.perf_counter() - start, flush=True)
+            seconds.append(time.perf_counter() - start)
+        print(min(seconds) * len(seconds) if least else sum(seconds), flush=True)
 
 
 def alternate(script: str, names: Sequence[str], rounds: int, steps: int) -> dict[str, list[float]]:
