@@ -25,6 +25,7 @@ SIZES = {
 }
 VOCABULARY, PLACES, PLACE, PROMPT = 65, 256, 20, 1024
 OURS = ("switchyard", "switchyard dense", "switchyard floor")
+MIXTRAL = "torch mixtral"
 PLAIN = ("torch plain each", "torch plain grouped_mm", "torch plain gather_bmm", "torch plain dense")
 
 
@@ -115,18 +116,23 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="the small size, batch 1, 5 rounds: a minute")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 0], help="rows of a step; 0 is the prefill")
+    parser.add_argument(
+        "--peers", nargs="+", default=[*PLAIN, MIXTRAL], help="contenders of PyTorch, as the table names them"
+    )
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--only", action="store_true", help="leave out our dense model and the floor")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         return serve(contender(args.work), least=True)
-    peers, rows = PLAIN if has_torch() else (), []
-    if peers and has_torch("transformers"):
-        peers = (*peers, "torch mixtral")
+    peers, rows = args.peers if has_torch() else [], []
+    if MIXTRAL in peers and not has_torch("transformers"):
+        peers.remove(MIXTRAL)
     for size in ["small"] if args.short else args.sizes:
         for batch in args.batches[:1] if args.short else args.batches:
-            names = [f"{size} {batch} {name}" for name in (*(OURS if batch else OURS[:2]), *peers)]
+            ours = OURS if batch else OURS[:2]
+            names = [f"{size} {batch} {name}" for name in (*(ours[:1] if args.only else ours), *peers)]
             seconds = alternate(__file__, names, 5 if args.short else args.rounds, 20 if batch else 1)
             seconds = {name.split(" ", 2)[2]: found for name, found in seconds.items()}
             title = f"decode step of {size}, batch {batch}" if batch else f"prefill of {size}, {PROMPT} tokens"
