@@ -23,7 +23,7 @@ from switchyard.inference import manifest as manifests
 from switchyard.inference.classify import ClassifierManifest, is_classifier
 from switchyard.inference.export_classifier import export_classifier
 from switchyard.inference.export_graphs import write_graphs
-from switchyard.inference.manifest import DECODE, PREFILL, Figures, Limits, Manifest, Source
+from switchyard.inference.manifest import ENCODER, Figures, Limits, Manifest, Source
 from switchyard.inference.mindir import exported_model
 from switchyard.inference.parity import Reference, compare, reference
 from switchyard.inference.sharded import is_sharded
@@ -244,7 +244,7 @@ def report(out: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
     if manifest.model.moe_layers:
         missing = ", ".join(f"{expert} of layer {layer} ({graph})" for layer, expert, graph in parity.not_reached)
         say(f"parity: experts that this text does not reach: {missing}" if missing else "parity: every expert reached")
-    both = "a prompt, and of its answer" if manifest.graphs.keys() > {PREFILL, DECODE} else "prompt and answer"
+    both = "a prompt, and of its answer" if ENCODER in manifest.graphs else "prompt and answer"
     say(f"export: '{out}', up to {manifest.limits.max_length} tokens of {both}, any number of prompts")
 
 

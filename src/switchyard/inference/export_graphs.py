@@ -7,13 +7,16 @@ from mindspore import nn
 
 from switchyard import files
 from switchyard.distributed.expert_shard import ExpertShard
-from switchyard.inference.manifest import AES_GCM, DECODE, ENCODER, PREFILL
+from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, ENCODER, PREFILL
 from switchyard.models import Seq2Seq
-from switchyard.models.generation import Decode, Prefill, cast_products
+from switchyard.models.decode import Decode, has_plain_experts
+from switchyard.models.generation import Prefill, cast_products
 from switchyard.models.seq2seq_generation import Begin, Continue, Encode
 
 
-def graphs_of(model: nn.Cell, max_length: int, block: int, shard: ExpertShard | None = None) -> dict[str, tuple]:
+def graphs_of(
+    model: nn.Cell, max_length: int, block: int, shard: ExpertShard | None = None, copies: bool = True
+) -> dict[str, tuple]:
     """Returns graph -> (its cell, inputs to compile it by); the cells read the layers of the model.
 
     Args:
@@ -21,22 +24,27 @@ def graphs_of(model: nn.Cell, max_length: int, block: int, shard: ExpertShard | 
         max_length: of the export.
         block: rows of an expert's block in prefill.
         shard: the experts that this process of a job holds; None: all.
+        copies: whether a graph may hold copies of weights in another form, see models.decode.
     """
     cast_products(model)
     tokens, row = _anything(None, None), _anything(None)
     layers = model.decoder.layers if isinstance(model, Seq2Seq) else model.layers
-    cache = _anything(len(layers), None, model.kv_heads, None, model.head_size, dtype=model.dtype)
+    caches = [_anything(None, model.kv_heads, None, model.head_size, dtype=model.dtype)] * (2 * len(layers))
     if isinstance(model, Seq2Seq):
-        memory = (cache, cache, row)
+        seen = _anything(len(layers), None, model.kv_heads, None, model.head_size, dtype=model.dtype)
+        memory = (seen, seen, row)
         return {
             ENCODER: (Encode(model, max_length, block, shard), tokens, row),
             PREFILL: (Begin(model, max_length, block, shard), tokens, row, *memory),
-            DECODE: (Continue(model, max_length, shard), row, row, cache, cache, *memory),
+            DECODE: (Continue(model, max_length, shard), row, row, *memory, *caches),
         }
-    return {
+    graphs = {
         PREFILL: (Prefill(model, max_length, block, shard), tokens, row),
-        DECODE: (Decode(model, max_length, shard), row, row, cache, cache),
+        DECODE: (Decode(model, max_length, shard=shard, copies=copies), row, row, *caches),
     }
+    if model.moe_layers and copies and shard is None and has_plain_experts(model):
+        graphs[DECODE_BATCH] = (Decode(model, max_length, every_expert=True), row, row, *caches)
+    return graphs
 
 
 def _anything(*shape: int | None, dtype=ms.int32) -> ms.Tensor:

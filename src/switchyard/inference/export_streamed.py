@@ -113,7 +113,7 @@ def write_streamed(
 ) -> Manifest:
     """Writes the graphs and their weights into a folder; returns the manifest, which is not written yet."""
     length = longest(config)
-    graphs = graphs_of(model, length, prefill_block(config, length))
+    graphs = graphs_of(model, length, prefill_block(config, length), copies=False)
     for graph, (cell, *inputs) in graphs.items():
         compiled = compiled_graph(cell, folder / graph, key, inputs)
         kept = {parameter.name: (names[id(parameter)], parameter.dtype) for parameter in cell.get_parameters()}
