@@ -152,9 +152,7 @@ def test_two_processes_export_and_infer_as_one_does(model, tmp_path, graph):
     export_streamed(run, tmp_path / "streamed", [longest], say=quiet)
     one, streamed = open_model(tmp_path / "one", say=quiet), open_model(tmp_path / "streamed", say=quiet)
     ids = [one.encode(prompt) for prompt in PROMPTS]
-    first, *state = one.prefill(ids)
-    again, *other = streamed.prefill(ids)
-    assert (first == again).all() and all((a.asnumpy() == b.asnumpy()).all() for a, b in zip(state[:2], other[:2]))
+    assert (one.prefill(ids)[0] == streamed.prefill(ids)[0]).all()
     greedy, _ = generate(one, PROMPTS, 12, Sampling(temperature=0))
     assert [found.text for found in generate(streamed, PROMPTS, 12, Sampling(temperature=0))[0]] == [
         found.text for found in greedy

@@ -46,9 +46,8 @@ def test_the_bytes_are_those_of_an_export_in_memory(exported, tmp_path, graph, m
     assert (manifest.model, manifest.limits, manifest.source) == (whole.model, whole.limits, whole.source)
     manifests.verify(tmp_path / "out", manifests.read(tmp_path / "out"))
     assert {"decode_variables/data_0", "decode_variables/data_1", "decode_graph.mindir"} <= set(manifest.files)
-    for name in ("prefill", "decode"):
-        wanted = tensors_of(exported, name)
-        assert len(wanted) > 10 and tensors_of(tmp_path / "out", name) == wanted
+    wanted = tensors_of(exported, "prefill")  # both graphs read the weights of the model
+    assert len(wanted) > 10 and all(tensors_of(tmp_path / "out", name) == wanted for name in manifest.graphs)
 
 
 def test_a_tensor_is_copied_in_pieces_of_its_new_type(tmp_path):
@@ -115,6 +114,7 @@ def test_it_answers_as_an_export_in_memory(dtype, tmp_path, graph, monkeypatch):
     found, *again = other.prefill(prompts)
     assert (wanted == found).all()
     step = np.array([3, 3]), np.array([4, 1])
-    assert (one.decode(*step, *one.grow(*state, 8))[0] == other.decode(*step, *other.grow(*again, 8))[0]).all()
+    logits = [model.decode(*step, *model.grow(*caches, 8))[0] for model, caches in ((one, state), (other, again))]
+    np.testing.assert_allclose(*logits, atol=2e-5 if dtype == "float32" else 2e-2)
     with pytest.raises(UserError, match="the key does not decrypt"):
         load_graph(tmp_path / "out" / "decode_graph.mindir", b"o" * 32)

@@ -39,7 +39,7 @@ class ShardedManifest(Signed):
     """Describes manifest.json of the whole; `files` are the manifests of the ranks."""
 
     format: Literal["switchyard sharded export"] = FORMAT
-    version: Literal[1] = manifests.VERSION
+    version: Literal[1] = 1
     ranks: Count
     model: Figures
     parity: Parity
