@@ -53,7 +53,7 @@ def traced(folder: Path, *command: str) -> tuple[Counter, set[str], str]:
 def files_of(paths, folder: Path) -> set[str]:
     """Paths of files in a folder, without the name of the unfinished export; devices and pipes are left out."""
     found = {path for path in paths if path.startswith("/") and not path.startswith("/dev/")}
-    return {re.sub(r"/\.tmp-out-[^/]*/", "/out/", str(Path(path).relative_to(folder))) for path in found}
+    return {re.sub(r"^\.tmp-out-[^/]*/", "out/", str(Path(path).relative_to(folder))) for path in found}
 
 
 @pytest.mark.long
