@@ -1,12 +1,13 @@
 """Contenders in processes of their own, in turn: one that waits is stopped by a signal, for idle thread pools spin.
 
 A script that measures calls `alternate(__file__, names, rounds, steps)`, and itself again with `--work NAME`, where it
-calls `serve(run)` of that contender.
+calls `serve(run)` of that contender. Contenders whose names have the word torch may run in another environment, which
+has PyTorch and not MindSpore: TORCH_PYTHON names its interpreter.
 """
 
 import datetime
 import importlib.metadata
-import importlib.util
+import json
 import os
 import platform
 import signal
@@ -16,35 +17,67 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from switchyard.json_text import to_json
-
 PACKAGES = ("mindspore", "numpy", "torch", "transformers")
 
 
-def has_torch() -> bool:
-    """Returns whether torch is installed, and says in a line what is left out where it is not."""
-    found = importlib.util.find_spec("torch") is not None
+def has_torch(package: str = "torch") -> bool:
+    """Returns whether torch, or a package beside it, is installed, and says in a line what is left out otherwise."""
+    found = package in versions(torch_python())
     if not found:
-        print("torch is not installed: its contenders are left out (pip install torch)")
+        print(f"{package} is not installed: its contenders are left out (pip install {package}, or set TORCH_PYTHON)")
     return found
 
 
-def serve(run: Callable[[], object], warm_up: int = 3) -> None:
-    """Runs a contender: for each number read, that many calls; answers with their seconds."""
+def torch_python() -> str:
+    """Returns the interpreter that runs PyTorch."""
+    return os.environ.get("TORCH_PYTHON", sys.executable)
+
+
+def interpreter(name: str) -> tuple[str, dict[str, str]]:
+    """Returns the interpreter of a contender, and its environment."""
+    if "torch" not in name.split() or torch_python() == sys.executable:
+        return sys.executable, dict(os.environ)
+    return torch_python(), {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+
+
+def versions(python: str = sys.executable) -> dict[str, str]:
+    """Returns the versions of the packages that an interpreter has."""
+    script = f"""
+import importlib.metadata as found, json
+names = {{one.metadata["Name"] for one in found.distributions()}}
+print(json.dumps({{name: found.version(name) for name in {PACKAGES!r} if name in names}}))
+"""
+    if python == sys.executable:
+        names = {one.metadata["Name"] for one in importlib.metadata.distributions()}
+        return {name: importlib.metadata.version(name) for name in PACKAGES if name in names}
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def serve(run: Callable[[], object], warm_up: int = 3, least: bool = False) -> None:
+    """Runs a contender: for each number n read, n calls; answers with their seconds.
+
+    `least`: with n times those of the quickest call, where calls are so short that another process hits some of them.
+    """
     for _ in range(warm_up):
         run()
     print("ready", flush=True)
     for line in sys.stdin:
-        start = time.perf_counter()
+        seconds = []
         for _ in range(int(line)):
+            start = time.perf_counter()
             run()
-        print(time.perf_counter() - start, flush=True)
+            seconds.append(time.perf_counter() - start)
+        print(min(seconds) * len(seconds) if least else sum(seconds), flush=True)
 
 
 def alternate(script: str, names: Sequence[str], rounds: int, steps: int) -> dict[str, list[float]]:
     """Returns the seconds of a call of each contender, in each of `rounds` rounds of `steps` calls in turn."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    workers = {name: subprocess.Popen([sys.executable, script, "--work", name], **pipes) for name in names}
+    workers = {}
+    for name in names:
+        python, environment = interpreter(name)
+        workers[name] = subprocess.Popen([python, script, "--work", name], env=environment, **pipes)
     try:
         for name, worker in workers.items():
             while worker.stdout.readline().strip() != "ready":
@@ -74,16 +107,14 @@ def summary(seconds: dict[str, list[float]], **other: object) -> list[dict]:
 
 def record(path: str, question: str, command: str, rows: list[dict]) -> None:
     """Writes what was measured, with machine, versions, commit and date."""
-    versions = {}
-    for package in PACKAGES:
-        if importlib.util.find_spec(package):
-            versions[package] = importlib.metadata.version(package)
+    from switchyard.json_text import to_json
+
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"]
     found = {
         "question": question,
         "command": command,
         "machine": f"{os.cpu_count()} cores, {processor()}",
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), **versions(torch_python()), **versions()},
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
         "date": datetime.date.today().isoformat(),
         "rows": rows,

@@ -54,23 +54,39 @@ check_job() {
 # distribute TARGET ARGUMENTS...: starts this node's processes on devices of TARGET (Ascend, GPU or CPU).
 distribute() {
     local target="$1" config="" devices=8 nodes=1 node_rank=0 master=127.0.0.1 port="" log_dir="" rank_table="" dry_run=""
-    local program=() flags=() launcher watch cluster_timeout=1800 max_restarts=0 evaluated="" main=train.py
+    local program=() flags=() launcher watch cluster_timeout=1800 max_restarts=0 main=train.py
+    local min_workers=0 rendezvous="" rejoin_wait=180
+    local job="" job_of="" words=() trusted=()
     shift
     while (($#)); do
         case "$1" in
-            --config | --devices | --nodes | --node-rank | --master | --port | --log-dir | --rank-table | --cluster-timeout | --max-restarts)
+            --config | --devices | --nodes | --node-rank | --master | --port | --log-dir | --rank-table | --cluster-timeout | --max-restarts | --min-workers | --rendezvous | --rejoin-wait)
                 (($# > 1)) || fail "$1: needs a value"
                 local name="${1#--}"
                 printf -v "${name//-/_}" '%s' "$2"
                 shift
                 ;;
-            --eval)
+            --eval | --export | --infer)
                 (($# > 1)) || fail "$1: needs a value"
-                evaluated="$2"
+                [[ -z "$job" ]] || fail "$1: $(shown "$2"); leave out $job or $1"
+                job="$1" job_of="$2"
                 shift
                 ;;
             --resume | --restarted) program+=("$1") ;;
-            --trust-code | --json) flags+=("$1") ;;
+            --trust-code)
+                flags+=("$1") trusted=("$1")
+                ;;
+            --json) flags+=("$1") ;;
+            --out | --key-file)
+                (($# > 1)) || fail "$1: needs a value"
+                flags+=("$1" "$2")
+                shift
+                ;;
+            --)
+                shift
+                words=("$@")
+                break
+                ;;
             --init)
                 (($# > 1)) || fail "$1: needs a value"
                 program+=("$1" "$2")
@@ -83,15 +99,17 @@ distribute() {
         esac
         shift
     done
-    if [[ -n "$evaluated" ]]; then
-        [[ -z "$config" ]] || fail "--config: $(shown "$config"); the configuration is that of --eval: leave it out"
-        [[ " ${program[*]-} " != *" --"* ]] || fail "--eval: $(shown "$evaluated"); leave --resume and --init out"
-        main=eval.py
+    if [[ -n "$job" ]]; then
+        [[ -z "$config" ]] || fail "--config: $(shown "$config"); the configuration is that of $job: leave it out"
+        [[ " ${program[*]-} " != *" --"* ]] || fail "$job: $(shown "$job_of"); leave --resume and --init out"
+        [[ "$max_restarts" == 0 ]] || fail "--max-restarts: $(shown "$max_restarts"); only training is started again"
+        main="${job#--}.py"
     else
-        ((${#flags[@]} == 0)) || fail "${flags[0]}: only with --eval RUN"
+        ((${#flags[@]} == 0)) || fail "${flags[0]}: only with --eval, --export or --infer"
         [[ -n "$config" ]] || fail "--config: needs the YAML file of an experiment; see --help"
         check_file --config "$config"
     fi
+    ((${#words[@]} == 0)) || [[ "$job" == --infer ]] || fail "--: only with --infer, whose options follow it"
     devices="$(whole --devices "$devices" 1 65536)" # each in a line of its own, so that a refusal ends the script
     nodes="$(whole --nodes "$nodes" 1 65536)"
     node_rank="$(whole --node-rank "$node_rank" 0 65535)"
@@ -101,6 +119,16 @@ distribute() {
     port="$(whole --port "${port:-$(free_port)}" 1024 65535)"
     cluster_timeout="$(whole --cluster-timeout "$cluster_timeout" 1 604800)"
     max_restarts="$(whole --max-restarts "$max_restarts" 0 1000000)"
+    min_workers="$(whole --min-workers "$min_workers" 0 $((devices * nodes)))"
+    rejoin_wait="$(whole --rejoin-wait "$rejoin_wait" 1 86400)"
+    if ((min_workers > 0)); then
+        ((nodes > 1)) || fail "--min-workers: $min_workers; only with --nodes 2 or more: what is lost is a node"
+        ((max_restarts > 0)) || fail "--min-workers: $min_workers; only with --max-restarts N"
+        [[ -n "$rendezvous" ]] || fail "--min-workers: $min_workers; needs --rendezvous DIR, a folder that all nodes see"
+        [[ -z "$rank_table" ]] || fail "--min-workers: $min_workers; not with --rank-table, which names all devices"
+    elif [[ -n "$rendezvous" ]]; then
+        fail "--rendezvous: $(shown "$rendezvous"); only with --min-workers N"
+    fi
     [[ -z "$rank_table" ]] || check_file --rank-table "$rank_table"
     [[ ! -e "$log_dir" || -d "$log_dir" ]] || fail "--log-dir: $(shown "$log_dir"); is no folder"
     log_dir="${log_dir:-logs/train-$(date +%Y%m%d-%H%M%S)}"
@@ -111,23 +139,33 @@ distribute() {
         "--cluster_time_out=$cluster_timeout")
     [[ -z "$rank_table" ]] || launcher+=("--rank_table_file=$rank_table")
     local source=(--config "$config")
-    [[ -z "$evaluated" ]] || source=(--eval "$evaluated")
-    program=("${program[@]+"${program[@]}"}" "context.device_target=$target")
+    case "$job" in
+        --eval | --export) source=(--checkpoint "$job_of") ;;
+        --infer) source=(--model "$job_of") ;;
+    esac
+    if [[ "$job" == --infer ]]; then # the keys are those of the export
+        ((${#program[@]} == 0)) || fail "$(shown "${program[0]}"): not with --infer: leave it out"
+        program=("${words[@]+"${words[@]}"}")
+    else
+        program=("${program[@]+"${program[@]}"}" "context.device_target=$target")
+    fi
     watch=("$VENV/bin/python" -m switchyard.distributed.watch)
     ((max_restarts == 0)) || watch+=(--max-restarts "$max_restarts")
+    ((min_workers == 0)) ||
+        watch+=(--min-workers "$min_workers" --rendezvous "$rendezvous" --rejoin-wait "$rejoin_wait")
     launcher=("${watch[@]}" "$log_dir" "${launcher[@]}" "$ROOT/$main")
     if [[ -n "$dry_run" ]]; then
-        check_job "$target" $((devices * nodes)) "${source[@]}" "${program[@]}"
-        source=("${source[@]/#--eval/--checkpoint}")
+        [[ "$job" == --infer ]] ||
+            check_job "$target" $((devices * nodes)) "${job:---config}" "${job_of:-$config}" "${program[@]}" \
+                "${trusted[@]+"${trusted[@]}"}"
         # shellcheck disable=SC2016  # PATH is for the shell into which this is pasted
         printf 'PATH=%s:"$PATH" GLOG_v=%s OMP_NUM_THREADS=%s ' "$(print_command "$VENV/bin")" \
             "$(print_command "${GLOG_v:-3}")" "$(print_command "${OMP_NUM_THREADS:-1}")"
-        print_command "${launcher[@]}" "${source[@]}" "${flags[@]+"${flags[@]}"}" "${program[@]}"
+        print_command "${launcher[@]}" "${source[@]}" "${flags[@]+"${flags[@]}"}" "${program[@]+"${program[@]}"}"
         return
     fi
     set_up run
     export PATH="$VENV/bin:$PATH" GLOG_v="${GLOG_v:-3}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # msrun calls `python`
     say "Logs of all ranks: $log_dir, joined in all.log"
-    source=("${source[@]/#--eval/--checkpoint}")
-    exec "${launcher[@]}" "${source[@]}" "${flags[@]+"${flags[@]}"}" "${program[@]}"
+    exec "${launcher[@]}" "${source[@]}" "${flags[@]+"${flags[@]}"}" "${program[@]+"${program[@]}"}"
 }

@@ -10,6 +10,7 @@ Generated parts stand between markers, `<!-- NAME: begin -->` and `<!-- NAME: en
   routers; the Chinese page keeps its translations, and a new key comes in English, for somebody to translate.
 - `cells PATH`: an example as prose and code, cell by cell, after its docstring. `cell PATH N`: its Nth cell of code, on
   a Chinese page, which has prose of its own. `ten lines`: the Python block of the README.
+- `measured NAME`: a table of results in benchmarks/results, from `benchmarks/cpu_tables.py`.
 - `support`: the matrix of what goes with what, from `switchyard.report.support`.
 - What the planner prints stands in blocks of text that begin with its command.
 """
@@ -29,7 +30,11 @@ from switchyard.planner import search as estimate
 from switchyard.report import parameters, support
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import cpu_tables  # noqa: E402
+
 DOCS = ROOT / "docs"
+MEASURED = re.compile(r"<!-- measured (\w+): begin -->")
 FOLDERS = ("config/*.yaml", "scripts/*", "examples/*.py", "benchmarks/**/*.py", "docs/*.md")
 PLAN = re.compile(r"```text\n\$ (python -m switchyard\.planner (.*))\n(?:.*\n)*?```")
 INCLUDED = re.compile(r"<!-- (cells \S+|cell \S+ \d+|ten lines): begin -->\n(?:.*\n)*?<!-- \1: end -->")
@@ -118,6 +123,8 @@ def renewed(name: str, text: str) -> str:
         text = replaced(text, "tree", f"```text\n{tree(tree_comments(section(text, 'tree')))}\n```")
     if _markers("support")[0] in text:
         text = replaced(text, "support", support.render())
+    for part in MEASURED.findall(text):
+        text = replaced(text, f"measured {part}", cpu_tables.render(part, language))
     if _markers("parameters")[0] in text:
         translated = meanings(section(text, "parameters")) if language == "zh" else {}
         text = replaced(text, "parameters", "\n\n".join(configuration(language, translated)))

@@ -19,9 +19,16 @@
 #   --restarted          the same where the run has a checkpoint, else start it: for schedulers that start a job again
 #   --max-restarts N     start a job that has failed again, at most N times, from its newest whole checkpoint;
 #                        a mistake in the input (exit code 2) is not tried again (default: 0)
+#   --min-workers N      with --max-restarts and --nodes: go on without nodes that are lost (not node 0), as long as N
+#                        devices are left whose number fits the degrees; a step keeps its sequences
+#   --rendezvous DIR     for --min-workers: a folder of this job alone, which all nodes see
+#   --rejoin-wait S      for --min-workers: seconds in which a node must come back after a failure (default: 180)
 #   --init RUN           start a new run from the weights of another, which all nodes see
 #   --eval RUN           evaluate a run or a checkpoint in the place of training, without --config; parallel.* keys say
 #                        how the weights are sharded; --json and --trust-code as of eval.py
+#   --export RUN         export one, without --config: a part for each rank; parallel.expert_parallel=DEVICES, and
+#                        --out DIR, --key-file FILE and --trust-code as of export.py
+#   --infer DIR          run such an export; --key-file FILE, and behind -- the options of infer.py
 #   --dry-run            check keys and degrees as training would, print the command that would be run, and end
 #   section.key=value    any key of the configuration
 #

@@ -4,7 +4,7 @@ Nothing heavy is imported before the arguments are known. No module imports this
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from switchyard import config as configuration
 from switchyard import streams
@@ -89,20 +89,40 @@ def eval_main(arguments: list[str]) -> None:
 
 def export_main(arguments: list[str]) -> None:
     """Runs `export.py`; see its --help."""
-    parser = create_parser("export.py", "Writes a checkpoint as MindIR, after comparing it with the training graph.")
+    parser = create_parser(
+        "export.py",
+        "Writes a checkpoint as MindIR, after comparing it with the training graph. The launch scripts export a model\n"
+        "whose experts several devices hold: --export RUN --out DIR parallel.expert_parallel=8.",
+    )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or one checkpoint in it")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
     parser.add_argument(
         "--key-file", metavar="FILE", help="16, 24 or 32 raw bytes: encrypts the MindIR files with AES-GCM"
     )
+    parser.add_argument(
+        "--streamed",
+        action="store_true",
+        help="copy the weights tensor by tensor, for a model larger than memory; the files are not run and compared",
+    )
     add_trust_code(parser)
     chosen = parser.parse_intermixed_args(arguments)
+    if chosen.streamed and world_size() > 1:
+        raise UserError("--streamed: one process writes it: start export.py by itself")
     _prepare()
-    with cleans_up():
-        from switchyard.inference.export import export
+    with cleans_up(), writing(chosen.out):  # what a library could not write there
+        export = _exporter(chosen.streamed)
+        export(chosen.checkpoint, chosen.out, chosen.overrides, chosen.key_file, say, chosen.trust_code)
 
-        with writing(chosen.out):  # what a library could not write there
-            export(chosen.checkpoint, chosen.out, chosen.overrides, chosen.key_file, say, chosen.trust_code)
+
+def _exporter(streamed: bool) -> Callable:
+    """Returns what exports: in a job of several processes, tensor by tensor, or with all weights in memory."""
+    if world_size() > 1:
+        from switchyard.inference.export_job import export_in_job as export
+    elif streamed:
+        from switchyard.inference.export_streamed import export_streamed as export
+    else:
+        from switchyard.inference.export import export
+    return export
 
 
 def infer_main(arguments: list[str]) -> None:
@@ -117,6 +137,8 @@ def infer_main(arguments: list[str]) -> None:
     for option, value in (("--value-range", chosen.value_range), ("--task", chosen.task)):
         if value is not None and chosen.image is None:
             raise UserError(f"{option}: {value}; only valid with --image FILE of a classifier; leave it out")
+    if world_size() > 1 and chosen.prompt is None and chosen.prompts_file is None:
+        raise UserError("--prompt: a job of several processes takes --prompt TEXT or --prompts-file FILE")
     _prepare()
     with stdout_to_stderr() as out:
         from switchyard.inference.classify import is_classifier
@@ -212,31 +234,25 @@ def _classify(chosen, out) -> None:
 
 def _infer(chosen, out) -> None:
     from switchyard.inference.generate import generate, read_prompts, to_dict
-    from switchyard.inference.mindir import open_model
     from switchyard.inference.sampling import Sampling
+    from switchyard.inference.sharded import open_export, require_alike
 
     sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p, chosen.seed)
     prompts = read_prompts(chosen.prompts_file) if chosen.prompts_file is not None else [chosen.prompt]
-    model = open_model(chosen.model, chosen.key_file, say)
+    opened = open_export(chosen.model, chosen.key_file, say)
+    if opened is None:
+        return  # the scheduler of a job
+    model, processes = opened
     streaming = chosen.prompts_file is None and not chosen.json
+    stream = _stream(out) if processes.is_first else (lambda text: None)
+    first = [chosen.prompt]
 
-    def stream(text: str) -> None:
-        out.write(text)
-        out.flush()
-
-    if streaming:
-        first = [chosen.prompt]
-
-        def on_text(text: str) -> None:
-            if first:
-                stream(first.pop())
-            stream(text)
-    else:
-
-        def on_text(text: str) -> None:
-            pass
+    def on_text(text: str) -> None:
+        if streaming:
+            stream(first.pop() + text if first else text)
 
     found, timing = generate(model, prompts, chosen.max_new_tokens, sampling, on_text)
+    require_alike(found, processes)
     _say_unknown(model.tokenizer, prompts)
     if streaming:
         on_text("\n")
@@ -246,9 +262,24 @@ def _infer(chosen, out) -> None:
     else:
         for one in found:
             stream(f"{one.prompt}{one.text}\n{'-' * 40}\n")
+    _say_timing(found, timing, model.max_length)
+
+
+def _stream(out) -> Callable[[str], None]:
+    """Returns what writes a piece of text at once."""
+
+    def stream(text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    return stream
+
+
+def _say_timing(found, timing, max_length: int) -> None:
+    """Says which answers reached the end of the model, and how long the batch took."""
     for one in found:
         if one.stopped == "max length":
-            say(f"note: stopped after {one.tokens} tokens at the model's max_length ({model.max_length})")
+            say(f"note: stopped after {one.tokens} tokens at the model's max_length ({max_length})")
     say(
         f"prefill: {timing.prompt_tokens} tokens in {timing.prefill_seconds:.3f} s "
         f"({timing.prefill_tokens_per_second:,.0f} tokens/s)  decode: {timing.decode_tokens} tokens in "
@@ -306,8 +337,9 @@ def _say_unknown(tokenizer, prompts: list[str]) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line for the user on stderr; stdout is for text and JSON."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints a line for the user on stderr, in the first process of a job; stdout is for text and JSON."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _prepare() -> None:

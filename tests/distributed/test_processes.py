@@ -84,7 +84,7 @@ def test_a_compiler_cuts_what_processes_cannot():
 def test_evaluation_works_alone():
     require_one_device(build({}))
     for key, value in (("data_parallel", 2), ("optimizer_shard", 1), ("recompute", True)):
-        with pytest.raises(UserError, match=f"parallel.{key}: {value}; evaluation and export run in one process"):
+        with pytest.raises(UserError, match=f"parallel.{key}: {value}; this command is one process"):
             require_one_device(build({"parallel": {key: value}}))
 
 

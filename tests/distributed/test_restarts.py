@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from switchyard.distributed import watch
-from switchyard.distributed.watch import Restarts, merged_name
+from switchyard.distributed import restarts
+from switchyard.distributed.restarts import Restarts, merged_name
 
 
 class _Job:
@@ -40,7 +40,7 @@ class _Time:
 @pytest.fixture
 def clock(monkeypatch):
     clock = _Time()
-    monkeypatch.setattr(watch.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(restarts.time, "monotonic", clock.monotonic)
     STARTED.clear()
     return clock
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from switchyard.distributed.first_error import first_error
 from switchyard.distributed.progress import standings
-from switchyard.distributed.watch import audible, first_error
+from switchyard.distributed.watch import audible
 
 STAND_IN = """
 import os, signal, subprocess, sys, time

@@ -12,9 +12,8 @@ from oracles.tiny_run import TEXT
 from switchyard.checkpoint import store as checkpoint
 from switchyard.config import build
 from switchyard.errors import UserError
-from switchyard.inference import export as exporting
+from switchyard.inference import export_graphs, parity
 from switchyard.inference import manifest as manifests
-from switchyard.inference import parity
 from switchyard.inference.export import export, prefill_block
 from switchyard.inference.mindir import open_model
 from switchyard.models import create_model
@@ -75,7 +74,7 @@ def test_parity(name, tmp_path, graph):
 def test_the_manifest(exported):
     manifest = manifests.read(exported)
     manifests.verify(exported, manifest)
-    assert set(manifest.files) == {"prefill.mindir", "decode.mindir", "tokenizer.json"}
+    assert set(manifest.files) == {"prefill.mindir", "decode.mindir", "decode_batch.mindir", "tokenizer.json"}
     assert sorted(path.name for path in exported.iterdir()) == sorted([*manifest.files, "manifest.json"])
     model, vocabulary = manifest.model, len(set(TEXT))
     assert (model.vocab_size, model.num_layers, model.n_kv_heads, model.head_size) == (vocabulary, 2, 4, 4)
@@ -105,23 +104,24 @@ def test_every_expert_is_reached_or_named(tmp_path, graph):
     assert any("does not reach: 1 of layer 1 (prefill), 2 of layer 1 (prefill)" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", long_but(["prefill", "decode"], ["decode"]))
+@pytest.mark.parametrize("name", long_but(["prefill", "decode", "decode_batch"], ["decode_batch"]))
 def test_a_difference_is_refused_and_leaves_nothing(name, tmp_path, graph, monkeypatch):
     """Files whose weights are not the checkpoint's: one line, no directory, no temporary one."""
     run, _ = save_run(tmp_path)
-    write = exporting._write
+    write = export_graphs.write_graph
 
     def write_altered(cell, path, key, *inputs):
-        parameter = cell.decoder.layers[1].feed_forward.experts.w_out
+        own = getattr(cell, "experts", ())  # of decode: copies; of decode_batch: [E * F, D] in the place of [E, F, D]
+        parameter = own[1].w_out if own else cell.decoder.layers[1].feed_forward.experts.w_out
         before = parameter.asnumpy()
         if path.name == name:
             altered = before.copy()
-            altered[2] *= 1.01  # one expert of the last layer, by one per cent
+            altered.reshape(4, -1)[2] *= 1.01  # one expert of the last layer, by one per cent
             parameter.set_data(ms.Tensor(altered))
         write(cell, path, key, *inputs)
         parameter.set_data(ms.Tensor(before))
 
-    monkeypatch.setattr(exporting, "_write", write_altered)
+    monkeypatch.setattr(export_graphs, "write_graph", write_altered)
     with pytest.raises(UserError, match=f"^export: a logit of {name}.mindir differs .* by .*, more than 1e-04"):
         export(run, tmp_path / "out", say=quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "text.txt"]
@@ -132,7 +132,7 @@ def test_an_export_is_replaced_and_other_folders_are_not(tmp_path, graph, monkey
     (out / "manifest.json").rename(tmp_path / "aside")
     with pytest.raises(UserError, match=r"^--out: '.*out' contains other files; give a new folder"):
         export(tmp_path / "runs" / "tiny", out, say=quiet)
-    assert len(list(out.iterdir())) == 3  # nothing was touched
+    assert len(list(out.iterdir())) == 4  # nothing was touched
     (tmp_path / "aside").rename(out / "manifest.json")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"^--out: '.*file' is a file"):

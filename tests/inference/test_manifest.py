@@ -110,7 +110,7 @@ def _drop(key):
         ("manifest.json", lambda path: path.write_bytes(b"\xff\xfe{"), "is truncated or altered"),
         ("manifest.json", lambda path: path.write_text("[]"), "is not a switchyard export"),
         ("manifest.json", lambda path: path.write_text('{"format": "other"}'), "is not a switchyard export"),
-        ("manifest.json", _edit("version", 2), "has format version 2"),
+        ("manifest.json", _edit("version", 1), "has format version 1"),
         ("manifest.json", _edit("encryption", "AES-GCM"), "its sha256 differs"),
         (
             "manifest.json",

@@ -40,10 +40,10 @@ def test_decode_equals_the_prefill_of_a_longer_prompt(model, graph):
 
 def test_caches_grow_by_zeros(model, graph):
     _, keys, values = model.prefill([np.array([1, 2])])
-    assert keys.shape == values.shape == (2, 1, 4, 16, 4)
+    assert [cache.shape for cache in (*keys, *values)] == 4 * [(1, 4, 16, 4)]
     more, _ = model.grow(keys, values, 20)
-    assert more.shape == (2, 1, 4, 24, 4) and not more.asnumpy()[..., 16:, :].any()
-    np.testing.assert_array_equal(more.asnumpy()[..., :16, :], keys.asnumpy())
+    assert more[1].shape == (1, 4, 24, 4) and not more[1].asnumpy()[..., 16:, :].any()
+    np.testing.assert_array_equal(more[1].asnumpy()[..., :16, :], keys[1].asnumpy())
     assert model.grow(keys, values, 16)[0] is keys
 
 
@@ -71,9 +71,10 @@ def test_prompts_that_are_refused(prompts, said, model):
         ({"positions": np.array([3, 16])}, r"positions: 3 .. 16; must be in 0 .. 15"),
         ({"positions": np.array([-1, 3])}, r"positions: -1 .. 3; must be in 0 .. 15"),
         ({"tokens": np.array([1, 99])}, "tokens: an id outside"),
-        ({"values": np.zeros((2, 2, 4, 8, 4), np.float32)}, r"values: shape \(2, 2, 4, 8, 4\); must be"),
-        ({"keys": np.zeros((2, 1, 4, 16, 4), np.float32)}, r"keys: shape \(2, 1, 4, 16, 4\); must be"),
-        ({"keys": np.zeros((2, 16), np.float32)}, r"keys: shape \(2, 16\); must be"),
+        ({"values": 2 * [np.zeros((2, 4, 8, 4), np.float32)]}, r"values: shape \(2, 4, 8, 4\); must be"),
+        ({"keys": 2 * [np.zeros((1, 4, 16, 4), np.float32)]}, r"keys: shape \(1, 4, 16, 4\); must be"),
+        ({"keys": 2 * [np.zeros((2, 16), np.float32)]}, r"keys: shape \(2, 16\); must be"),
+        ({"keys": [np.zeros((2, 4, 16, 4), np.float32)]}, "keys: 1 caches; must be 2, one a layer"),
     ],
 )
 def test_steps_that_are_refused(change, said, model, graph):

@@ -55,14 +55,14 @@ def test_each_key_equals_the_loops_whole_and_token_by_token(name, pynative):
     np.testing.assert_allclose(run_decoder(decoder, tokens)[0], wanted, atol=5e-5, rtol=1e-4)
     prompt = tokens[:, :5].copy()
     prompt[0, 3:] = 0
-    logits, keys, values = Prefill(decoder, 8)(Tensor(prompt), Tensor(lengths))
+    logits, *caches = Prefill(decoder, 8)(Tensor(prompt), Tensor(lengths))
     np.testing.assert_allclose(logits.asnumpy(), wanted[[0, 1], lengths - 1], atol=5e-5, rtol=1e-4)
-    room = [(0, 0)] * 3 + [(0, 3), (0, 0)]
-    keys, values = (Tensor(np.pad(cache.asnumpy(), room, constant_values=99)) for cache in (keys, values))
+    room = [(0, 0)] * 2 + [(0, 3), (0, 0)]
+    caches = [Tensor(np.pad(cache.asnumpy(), room, constant_values=99)) for cache in caches]
     decode = Decode(decoder, 8)
     for step in range(3):
         place = lengths + step
-        logits, keys, values = decode(Tensor(tokens[[0, 1], place]), Tensor(place), keys, values)
+        logits = decode(Tensor(tokens[[0, 1], place]), Tensor(place), *caches)
         np.testing.assert_allclose(logits.asnumpy(), wanted[[0, 1], place], atol=5e-5, rtol=1e-4)
 
 

@@ -15,10 +15,9 @@ LENGTH = 8  # of the cache
 def prefill(decoder, tokens, lengths):
     """Logits and caches with room for LENGTH places; what is behind a prompt must not be seen, so it is loud."""
     lengths = Tensor(np.array(lengths, np.int32))
-    logits, keys, values = Prefill(decoder, LENGTH)(Tensor(np.ascontiguousarray(tokens)), lengths)
-    room = [(0, 0)] * 3 + [(0, LENGTH - tokens.shape[1]), (0, 0)]
-    keys, values = (Tensor(np.pad(cache.asnumpy(), room, constant_values=99)) for cache in (keys, values))
-    return logits, keys, values
+    logits, *caches = Prefill(decoder, LENGTH)(Tensor(np.ascontiguousarray(tokens)), lengths)
+    room = [(0, 0)] * 2 + [(0, LENGTH - tokens.shape[1]), (0, 0)]
+    return logits, [Tensor(np.pad(cache.asnumpy(), room, constant_values=99)) for cache in caches]
 
 
 @pytest.mark.parametrize("name", ["experts-everywhere", "grouped-query-swiglu", "dense-learned-free-layernorm-gelu"])
@@ -30,14 +29,14 @@ def test_prefill_and_decode_equal_the_whole_forward(name, pynative):
     whole = run_decoder(decoder, tokens)[0]
     prompt = tokens[:, :5].copy()
     prompt[0, 3:] = 0
-    logits, keys, values = prefill(decoder, prompt, lengths)
+    logits, caches = prefill(decoder, prompt, lengths)
     kv_heads = config.model.n_kv_heads or 4
-    assert keys.shape == values.shape == (2, 2, kv_heads, 8, 4)
+    assert [cache.shape for cache in caches] == 4 * [(2, kv_heads, 8, 4)]
     np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], lengths - 1], atol=1e-5, rtol=1e-5)
     decode = Decode(decoder, LENGTH)
     for step in range(3):
         position = lengths + step
-        logits, keys, values = decode(Tensor(tokens[[0, 1], position]), Tensor(position), keys, values)
+        logits = decode(Tensor(tokens[[0, 1], position]), Tensor(position), *caches)
         np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], position], atol=1e-5, rtol=1e-5)
 
 
@@ -69,19 +68,19 @@ def test_generation_with_every_causal_router(moe, pynative):
         assert loads_of(stats).sum() < len(stats) * 16 * moe.get("num_experts_chosen", 1)
     prompt = tokens[:, :6].copy()
     prompt[0, 4:] = 0
-    logits, keys, values = prefill(decoder, prompt, lengths)
+    logits, caches = prefill(decoder, prompt, lengths)
     np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], lengths - 1], atol=1e-5, rtol=1e-5)
     decode = Decode(decoder, LENGTH)
     for step in range(2):
         position = lengths + step
-        logits, keys, values = decode(Tensor(tokens[[0, 1], position]), Tensor(position), keys, values)
+        logits = decode(Tensor(tokens[[0, 1], position]), Tensor(position), *caches)
         np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], position], atol=1e-5, rtol=1e-5)
 
 
 def test_prefill_of_a_prompt_as_long_as_the_cache(pynative):
     decoder, tokens = create_model(decoder_config(), VOCABULARY).set_train(False), random_tokens()
-    logits, keys, _ = prefill(decoder, tokens, [8, 8])
-    assert keys.shape[3] == 8
+    logits, caches = prefill(decoder, tokens, [8, 8])
+    assert caches[0].shape[2] == 8
     np.testing.assert_allclose(logits.asnumpy(), run_decoder(decoder, tokens)[0][:, -1], atol=1e-5)
 
 
@@ -90,9 +89,9 @@ def test_generation_of_one_sequence_by_a_model_of_many_groups(pynative):
     decoder = create_model(decoder_config(moe=EXPERTS | {"groups": 2}), VOCABULARY).set_train(False)
     tokens = random_tokens(2)
     whole = run_decoder(decoder, tokens)[0]
-    logits, keys, values = prefill(decoder, tokens[:1, :7], [7])
+    logits, caches = prefill(decoder, tokens[:1, :7], [7])
     np.testing.assert_allclose(logits.asnumpy(), whole[:1, 6], atol=1e-5, rtol=1e-5)
-    logits, _, _ = Decode(decoder, LENGTH)(Tensor(tokens[:1, 7]), Tensor(np.array([7], np.int32)), keys, values)
+    logits = Decode(decoder, LENGTH)(Tensor(tokens[:1, 7]), Tensor(np.array([7], np.int32)), *caches)
     np.testing.assert_allclose(logits.asnumpy(), whole[:1, 7], atol=1e-5, rtol=1e-5)
 
 

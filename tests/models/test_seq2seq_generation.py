@@ -28,8 +28,8 @@ def test_encode_begin_and_continue_give_the_logits_of_the_whole(moe, pynative):
     begin, proceed = Begin(model, LONGEST, 2).set_train(False), Continue(model, LONGEST).set_train(False)
     logits, *caches = begin(Tensor(answers[:, :2]), Tensor(places), *memory)
     np.testing.assert_allclose(logits.asnumpy(), wanted[rows, places - 1], atol=1e-5)
-    caches = [ops.concat((cache, ops.ones((*cache.shape[:3], 3, cache.shape[4]))), 3) for cache in caches]
+    caches = [ops.concat((cache, ops.ones((*cache.shape[:2], 3, cache.shape[3]))), 2) for cache in caches]
     for _ in range(2):
-        logits, *caches = proceed(Tensor(answers[rows, places]), Tensor(places), *caches, *memory)
+        logits = proceed(Tensor(answers[rows, places]), Tensor(places), *memory, *caches)
         np.testing.assert_allclose(logits.asnumpy(), wanted[rows, places], atol=1e-5)
         places = places + 1

@@ -145,11 +145,10 @@ def test_generation_says_what_the_decoder_says(layer, mode, pynative):
     whole = decoder(Tensor(tokens), Tensor(valid), Tensor(noise))[0].asnumpy().reshape(2, 6, -1)
     ms.set_context(mode=mode)  # the fixture takes it back
     prefill, decode = Prefill(decoder, 8).set_train(False), Decode(decoder, 8).set_train(False)
-    logits, keys, values = prefill(Tensor(tokens[:, :5]), Tensor(np.full(2, 5, np.int32)))
+    logits, *caches = prefill(Tensor(tokens[:, :5]), Tensor(np.full(2, 5, np.int32)))
     np.testing.assert_allclose(logits.asnumpy(), whole[:, 4], atol=1e-4)
-    room = ((0, 0), (0, 0), (0, 0), (0, 1), (0, 0))
-    caches = (Tensor(np.pad(cache.asnumpy(), room)) for cache in (keys, values))
-    logits = decode(Tensor(tokens[:, 5]), Tensor(np.full(2, 5, np.int32)), *caches)[0]
+    caches = [Tensor(np.pad(cache.asnumpy(), ((0, 0), (0, 0), (0, 1), (0, 0)))) for cache in caches]
+    logits = decode(Tensor(tokens[:, 5]), Tensor(np.full(2, 5, np.int32)), *caches)
     np.testing.assert_allclose(logits.asnumpy(), whole[:, 5], atol=1e-4)
 
 

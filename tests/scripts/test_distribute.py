@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"ascend": "Ascend", "gpu": "GPU"}
+TWO_NODES = ("--nodes", "2", "--master", "10.0.0.1")
 TWO_STAGES = ("parallel.pipeline_stage=2", "parallel.micro_batch_num=2", "model.tie_word_embeddings=false")
 
 
@@ -74,6 +75,66 @@ def test_restarts_are_those_of_the_watcher():
     assert words[-2:] == ["--restarted", "context.device_target=GPU"]
 
 
+def job_of(*arguments) -> list[str]:
+    """The words behind msrun's options of a job that trains nothing."""
+    done = script("ascend", "--dry-run", "--devices", 2, *arguments)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    words = shlex.split(done.stdout)
+    return words[next(index for index, word in enumerate(words) if word.startswith("--cluster_time_out")) + 1 :]
+
+
+def test_an_export_is_checked_and_its_options_go_on(tmp_path):
+    run, more = small_checkpoint(tmp_path / "run"), ["--out", "output/it's", "--key-file", "k"]
+    degree = "parallel.expert_parallel=2"
+    words = [f"{ROOT}/export.py", "--checkpoint", str(run), *more, degree, "context.device_target=Ascend"]
+    assert job_of("--export", run, *more, degree) == words
+    done = script("ascend", "--dry-run", "--devices", 2, "--export", run, *more)
+    assert done.returncode == 2 and done.stderr.startswith("error: parallel.expert_parallel: 1; 2 processes share the")
+
+
+def small_checkpoint(folder: Path) -> Path:
+    """A run folder with a checkpoint of four experts and no weights to speak of."""
+    import numpy as np
+
+    from switchyard.checkpoint import store
+    from switchyard.config import build
+
+    state = {"step": 1, "data_index": 1, "train_seed": 1, "noise_rule": "", "best_loss": None, "seconds": 0.0}
+    config = build({"moe": {"expert_num": 4}})
+    store.save(folder, config, "{}", {"a": np.ones(1, np.float32)}, {}, state)
+    return folder
+
+
+def test_an_export_is_run_by_the_options_of_infer():
+    words = job_of("--infer", "output/parts", "--key-file", "k", "--", "--prompt", "def main(", "--json")
+    assert words == [
+        f"{ROOT}/infer.py",
+        "--model",
+        "output/parts",
+        "--key-file",
+        "k",
+        "--prompt",
+        "def main(",
+        "--json",
+    ]
+    for arguments, says in (
+        (["--max-restarts", "1"], "--max-restarts: 1; only training is started again"),
+        (["moe.expert_num=4"], "moe.expert_num=4: not with --infer: leave it out"),
+        (["--eval", "runs/a"], "--eval: runs/a; leave out --infer or --eval"),
+    ):
+        done = script("ascend", "--infer", "output/parts", *arguments)
+        assert (done.returncode, done.stderr) == (2, f"error: {says}\n")
+
+
+def test_lost_nodes_are_those_of_the_watcher():
+    left = ("--max-restarts", 3, "--min-workers", 8, "--rendezvous", "shared/meet")
+    done = script("gpu", "--config", "config/quickstart.yaml", "--dry-run", *TWO_NODES, *left, "data.batch_size=16")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    words = shlex.split(done.stdout)
+    wanted = ["--max-restarts", "3", "--min-workers", "8", "--rendezvous", "shared/meet", "--rejoin-wait", "180"]
+    assert words[6 : 6 + len(wanted)] == wanted
+
+
 def test_two_nodes_of_eight():
     for rank in range(2):
         nodes = ("--nodes", 2, "--node-rank", rank, "--master", "10.0.0.1")
@@ -120,6 +181,20 @@ def test_further_words(tmp_path):
         (["--nodes", "2"], "--master: 127.0.0.1; with --nodes 2 the address of node 0 that all nodes can reach"),
         (["--rank-table", "none.json"], "--rank-table: none.json; no such file"),
         (["--max-restarts", "-1"], "--max-restarts: -1; a whole number from 0 to 1000000"),
+        (["--min-workers", "4"], "--min-workers: 4; only with --nodes 2 or more: what is lost is a node"),
+        (["--min-workers", "9"], "--min-workers: 9; a whole number from 0 to 8"),
+        ([*TWO_NODES, "--min-workers", "8"], "--min-workers: 8; only with --max-restarts N"),
+        (
+            [*TWO_NODES, "--min-workers", "8", "--max-restarts", "1"],
+            "--min-workers: 8; needs --rendezvous DIR, a folder that all nodes see",
+        ),
+        (["--rendezvous", "here"], "--rendezvous: here; only with --min-workers N"),
+        (
+            ["--export", "runs/a"],
+            "--config: config/quickstart.yaml; the configuration is that of --export: leave it out",
+        ),
+        (["--out", "a"], "--out: only with --eval, --export or --infer"),
+        (["--", "--prompt", "a"], "--: only with --infer, whose options follow it"),
         (["--steps", "3"], "--steps: unknown option; see --help"),
         (["steps=3"], "steps=3: unknown option; see --help"),
     ],

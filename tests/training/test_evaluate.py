@@ -109,7 +109,7 @@ REFUSED = [
     ("moe.expert_num=8", "moe.expert_num: 8; the checkpoint's weights were trained with 4"),
     ("model.num_layers=3", "model.num_layers: 3; "),
     ("model.activation=swiglu", "model.activation: swiglu; "),
-    ("parallel.data_parallel=2", "parallel.data_parallel: 2; evaluation and export run in one process"),
+    ("parallel.data_parallel=2", "parallel.data_parallel: 2; this command is one process"),
     ("model.hiden_size=32", "model.hiden_size: unknown key; did you mean 'hidden_size'?"),
     ("data.path=/nowhere.txt", "/nowhere.txt"),
 ]

@@ -63,10 +63,12 @@ def full_shape_of(name: str, shape: Shape, degrees: ParallelDims) -> Shape:
 def keep_groups(old: Config, new: Config) -> Config:
     """Returns `new` with the routing groups of `old`, if `new` gives no number and its degrees allow it.
 
-    Each group has a capacity of its own, so with other groups other tokens are dropped.
+    Each group has a capacity of its own, so with other groups other tokens are dropped. Where a micro-batch has become
+    smaller, or larger, by the number of groups, they are the same groups in other micro-batches of the step.
     """
     named = new.moe.groups is not None or not new.moe_layers
-    if named or new.groups == old.groups or old.groups % new.parallel.data_parallel:
+    same = old.data.batch_size * new.groups == new.data.batch_size * old.groups
+    if named or same or old.groups % new.parallel.data_parallel:
         return new
     return new.model_copy(update={"moe": new.moe.model_copy(update={"groups": old.groups})})
 

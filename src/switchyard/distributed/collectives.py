@@ -9,13 +9,13 @@ g = expert_parallel of them share one set of experts.
 
 from collections.abc import Callable
 
-import numpy as np
 from mindspore import Tensor, nn, ops
 
 from switchyard.config import Config
+from switchyard.distributed.expert_shard import keep_shards
 from switchyard.distributed.gradients import GlobalNorm
 from switchyard.distributed.mesh import LocalMesh, Total
-from switchyard.distributed.placement import EXPERT, full_shape, placement, shard_slices
+from switchyard.distributed.placement import EXPERT, full_shape, placement
 from switchyard.distributed.processes import Processes, local_config
 
 
@@ -46,13 +46,7 @@ class ProcessMesh(LocalMesh):
         for _, cell in model.cells_and_names():
             if self.degrees.expert_parallel > 1 and hasattr(cell, "exchange_over"):
                 cell.exchange_over(ToExperts(self.processes), ToTokens(self.processes))
-        for parameter in model.get_parameters():
-            shape = tuple(parameter.shape)
-            box = shard_slices(shape, placement(parameter.name, shape, self.degrees), self.degrees, self.processes.rank)
-            if parameter.has_init:  # its numbers were not drawn
-                parameter.set_data(Tensor(parameter.initial.draw(box)), slice_shape=True)
-            elif any(part.stop - part.start != size for part, size in zip(box, shape)):
-                parameter.set_data(Tensor(np.ascontiguousarray(parameter.asnumpy()[box])), slice_shape=True)
+        keep_shards(model.get_parameters(), self.processes)
 
     def total(self) -> nn.Cell:
         """Returns a cell that sums figures over the processes: [1, X] -> [X]."""

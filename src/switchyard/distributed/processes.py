@@ -14,6 +14,7 @@ from switchyard.config import Config
 from switchyard.distributed.placement import ParallelDims
 from switchyard.errors import UserError
 
+LONGEST_TEXT = 4096  # bytes, as of a path
 WORKER, SCHEDULER = "MS_WORKER", "MS_SCHED"  # what msrun writes into MS_ROLE
 BLOCKING = (
     "launch: kernel launches are synchronous on this run (up to 33 % slower), because on GPU MindSpore 2.9 may run "
@@ -56,8 +57,8 @@ def require_one_device(config: Config) -> None:
     for name, value in config.parallel:
         if value != getattr(usual, name):
             raise UserError(
-                f"parallel.{name}: {value}; evaluation and export run in one process: leave it out, or evaluate by a "
-                "launch script with --eval"
+                f"parallel.{name}: {value}; this command is one process: leave it out, or use a launch script with "
+                "--eval or --export"
             )
 
 
@@ -102,6 +103,13 @@ class Processes:
     def any_rank(self, flag: bool) -> bool:
         """Returns whether the flag is set on any process; all processes get the same answer."""
         return bool(self.gather(np.array([flag], np.int32)).any())
+
+    def of_first(self, text: str) -> str:
+        """Returns the text of the first process, at most LONGEST_TEXT bytes of it, on every process."""
+        raw = np.zeros(LONGEST_TEXT, np.uint8)
+        encoded = np.frombuffer(os.fsencode(text)[:LONGEST_TEXT], np.uint8)
+        raw[: len(encoded)] = encoded
+        return os.fsdecode(self.gather(raw)[0].tobytes().rstrip(b"\0"))
 
     def barrier(self) -> None:
         """Returns when all processes have come here."""

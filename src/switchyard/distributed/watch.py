@@ -1,6 +1,7 @@
 """Watches a job that msrun runs: passes signals on, shows the first error, and leaves no process behind.
 
-    python -m switchyard.distributed.watch [--max-restarts N] [--restart-wait SECONDS] LOG_DIR COMMAND ...
+    python -m switchyard.distributed.watch [--max-restarts N] [--restart-wait SECONDS]
+        [--min-workers N --rendezvous DIR [--rejoin-wait SECONDS]] LOG_DIR COMMAND ...
 
 msrun puts every worker into a session of its own, so that neither Ctrl-C nor the end of msrun reaches them; it dies of
 SIGTERM and leaves them running; and after a worker's death it waits half a minute for its scheduler. So: SIGINT and
@@ -13,7 +14,8 @@ long, the job is ended, and the rank that lags is named. The logs of all ranks a
 
 With --max-restarts a job that has failed is started again, at most N times, with --restarted at its end: after
 --restart-wait seconds (5), twice as many the next time, and so on up to 5 minutes. A mistake in the input is not, nor a
-job that a signal to this process has ended.
+job that a signal to this process has ended. With --min-workers the nodes that are left go on without those that do not
+come back: distributed.members.
 
 Exit code: 0, or that of the worker which failed first (2 a mistake in the input, 75 saved after a signal), 1 where it
 was killed. Nothing heavy is imported.
@@ -27,13 +29,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from switchyard.cli import EXIT_KILLED
 from switchyard.distributed import progress
+from switchyard.distributed.first_error import SPOKEN, TRACEBACK, first_error
+from switchyard.distributed.members import Members
 from switchyard.distributed.merged_log import MergedLog
+from switchyard.distributed.restarts import Restarts
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from switchyard.streams import hangs_up
 
@@ -44,14 +50,14 @@ LAST_WORDS = 5.0  # seconds for msrun to say what it has seen, after all others 
 FAILED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
 LOUD_ENOUGH = "3"  # GLOG_v with which msrun writes that line
 LAUNCHER_LOG = "msrun.log"
-MERGED = "all.log"  # of node K > 0: all-K.log
 HINDERED = {psutil.STATUS_STOPPED: "was stopped by a signal", psutil.STATUS_DISK_SLEEP: "waits for a disk"}
 GRACE = 2.0  # seconds beyond train.stall_seconds in which every rank writes its stacks
-FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds before a restart
-RESTARTED = "--restarted"  # of train.py: goes on from a checkpoint if there is one
-SPOKEN = ("error: ", "interrupted: ")  # how the command lines say what happened, see switchyard.cli
-TRACEBACK = "Traceback (most recent call last)"
-TRACEBACK_LINES, TAIL_LINES = 40, 5
+FIRST_WAIT = 5.0  # seconds before the first restart
+REJOIN_WAIT = 180.0  # seconds in which the other nodes must have seen the failure too, and come
+USAGE = (
+    "error: usage: python -m switchyard.distributed.watch [--max-restarts N] [--restart-wait SECONDS] [--min-workers N "
+    "--rendezvous DIR [--rejoin-wait SECONDS]] LOG_DIR COMMAND ..."
+)
 
 
 class Job:
@@ -221,112 +227,37 @@ def _rank_of(process: psutil.Process, launcher: int) -> int | None:
         return None
 
 
-def first_error(log: Path) -> list[str]:
-    """Returns the first error in a worker's log: the message of the command line, or a traceback, else the last
-    lines."""
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    for number, line in enumerate(lines):
-        if line.startswith(SPOKEN):
-            return [line]
-        if line.startswith(TRACEBACK):
-            return lines[number : number + TRACEBACK_LINES]
-    return lines[-TAIL_LINES:]
-
-
-class Restarts:
-    """Runs a job, and again where it fails, at most so many times.
-
-    Args:
-        command: of the job, which ends with the arguments of train.py.
-        log_dir: exists.
-        most: restarts.
-        wait: seconds before the first restart.
-        create: makes a job.
-        sleep: waits up to so many seconds, and returns early for a signal.
-    """
-
-    def __init__(self, command: list[str], log_dir: Path, most: int, wait: float, create=Job, sleep=time.sleep):
-        self._command, self._log_dir, self._most, self._wait = command, log_dir, most, wait
-        self._create, self._sleep = create, sleep
-        self._merged = MergedLog(log_dir, log_dir / merged_name(command), say)
-        self._job: Job | None = None
-        self._asked = False  # to end
-
-    def run(self) -> int:
-        """Returns the exit code of the last job."""
-        for number in range(self._most + 1):
-            for old in self._log_dir.glob("worker_*.log"):
-                old.unlink()  # of an earlier job, perhaps with more workers; all.log has its lines
-            self._merged.begin()
-            self._job = self._create(self._command, self._log_dir, self._merged)
-            code = self._job.wait()
-            if report := self._job.report():
-                say(report)
-                self._merged.say(report)
-            if self._asked or number == self._most or not may_restart(code):
-                break
-            pause = min(self._wait * 2**number, LONGEST_WAIT)
-            line = f"restart {number + 1} of {self._most} in {pause:g} s, from the newest whole checkpoint"
-            say(line)
-            self._merged.say(line)
-            self._pause(pause)
-            if self._asked:
-                break
-            self._command = [word for word in self._command if word != RESTARTED] + [RESTARTED]
-        return code
-
-    def _pause(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self._asked and time.monotonic() < end:
-            self._sleep(min(POLL, max(end - time.monotonic(), 0)))
-
-    def on_signal(self, number: int, frame: object) -> None:
-        """Ends the job, see `Job.on_signal`, and restarts it no more."""
-        self._asked = True
-        if self._job is not None:
-            self._job.on_signal(number, frame)
-
-
-def may_restart(code: int) -> bool:
-    """Returns whether a job that ended so is worth another try: a mistake in the input is not."""
-    return code not in (0, EXIT_USER_ERROR, EXIT_KILLED)
-
-
-def merged_name(command: list[str]) -> str:
-    """Returns the name of the joined log of this node; nodes may share the folder."""
-    node = next((word.partition("=")[2] for word in command if word.startswith("--node_rank=")), "0")
-    return MERGED if node == "0" else f"all-{node}.log"
-
-
-def say(line: str) -> None:
-    """Prints a line on stderr; the terminal may be gone."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
-
-
 def main(arguments: list[str]) -> int:
     """Runs the command, see the top of this file."""
-    options = {"--max-restarts": "0", "--restart-wait": str(FIRST_WAIT)}
+    options = {"--max-restarts": "0", "--restart-wait": str(FIRST_WAIT), "--min-workers": "0"}
+    options |= {"--rendezvous": "", "--rejoin-wait": str(REJOIN_WAIT)}
     while len(arguments) > 1 and arguments[0] in options:
         options[arguments[0]] = arguments[1]
         arguments = arguments[2:]
-    most, wait = options["--max-restarts"], options["--restart-wait"]
-    if len(arguments) < 2 or not most.isdecimal() or not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", wait):
-        print(
-            "error: usage: python -m switchyard.distributed.watch [--max-restarts N] [--restart-wait SECONDS] "
-            "LOG_DIR COMMAND ...",
-            file=sys.stderr,
-        )
+    if len(arguments) < 2 or not is_right(options):
+        print(USAGE, file=sys.stderr)
         return EXIT_USER_ERROR
-    log_dir = Path(arguments[0])
+    log_dir, command = Path(arguments[0]), arguments[1:]
     log_dir.mkdir(parents=True, exist_ok=True)
-    restarts = Restarts(arguments[1:], log_dir, int(most), float(wait))
+    most, wait, least = int(options["--max-restarts"]), float(options["--restart-wait"]), int(options["--min-workers"])
+    members = None
+    if least:
+        folder, patience = Path(options["--rendezvous"]), float(options["--rejoin-wait"])
+        members = partial(Members, command, least, folder, patience)
+    restarts = Restarts(command, log_dir, most, wait, Job, members=members)
     for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up() else [])):
         signal.signal(number, restarts.on_signal)
     return restarts.run()
+
+
+def is_right(options: Mapping[str, str]) -> bool:
+    """Returns whether the values of the options are numbers, and there is a folder where nodes meet."""
+    counts = (options["--max-restarts"], options["--min-workers"])
+    seconds = (options["--restart-wait"], options["--rejoin-wait"])
+    numbers = all(one.isdecimal() for one in counts) and all(
+        re.fullmatch(r"\d{1,6}(\.\d{1,6})?", one) for one in seconds
+    )
+    return numbers and bool(options["--rendezvous"]) == (int(options["--min-workers"]) > 0)
 
 
 if __name__ == "__main__":

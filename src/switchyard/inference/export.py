@@ -14,18 +14,20 @@ from switchyard import files
 from switchyard.checkpoint import store as checkpoint
 from switchyard.checkpoint.adapters import merged
 from switchyard.config import Config, ParallelConfig, notes_of_checkpoint
-from switchyard.data import load_scored
+from switchyard.data import EvalBatches, load_scored
 from switchyard.device import set_context
+from switchyard.distributed.expert_shard import ExpertShard
+from switchyard.distributed.processes import require_one_device
 from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
 from switchyard.inference.classify import ClassifierManifest, is_classifier
 from switchyard.inference.export_classifier import export_classifier
-from switchyard.inference.manifest import DECODE, ENCODER, PREFILL, Figures, Limits, Manifest, Source
+from switchyard.inference.export_graphs import write_graphs
+from switchyard.inference.manifest import ENCODER, Figures, Limits, Manifest, Source
 from switchyard.inference.mindir import exported_model
 from switchyard.inference.parity import Reference, compare, reference
-from switchyard.models import Decoder, Seq2Seq, create_model
-from switchyard.models.generation import Decode, Prefill, cast_products
-from switchyard.models.seq2seq_generation import Begin, Continue, Encode
+from switchyard.inference.sharded import is_sharded
+from switchyard.models import Decoder, create_model
 from switchyard.moe.dispatch.plan import block_size
 from switchyard.training.companions import kept_texts
 from switchyard.training.evaluate_keys import overridden
@@ -65,45 +67,106 @@ def export(
     """
     held = checkpoint.read(path, with_optimizer=False)
     config, weights = merged(overridden(held.config, overrides), held.weights)
-    check_trusted_section(config.moe, trust_code, say, overrides)
-    for line in notes_of_checkpoint(config, overrides, exports=True):
-        say(line)
-    field = "--key-file" if key_file is not None else "export.key_file"
-    key_file = key_file if key_file is not None else config.export.key_file
-    key = None if key_file is None else manifests.read_key(key_file, field, say)
-    out = Path(out)
-    files.require_text(out, "--out")
-    files.settle(out.resolve())
-    check_free(out)
+    announce(config, overrides, say, trust_code)
+    require_one_device(config)
+    key = key_to_write(config, key_file, say)
+    out = place_of(out)
     if not config.reads_text:
         return export_classifier(held, config, out, key, say)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)
     say(f"checkpoint: {held.path}")
     data = load_scored(config, held.tokenizer_json, overrides)
-    max_length = longest(config)
-    config = inference_config(config)
-    decoder = create_model(config, data.tokenizer.vocab_size, length=max_length)
+    config, length = inference_config(config), longest(config)
+    decoder = create_model(config, data.tokenizer.vocab_size, length=length)
     checkpoint.load_weights(decoder, weights)
+    expected = expected_of(config, decoder, data.validation(), length)
+    texts = {manifests.TOKENIZER: data.tokenizer.to_json(), **kept_texts(held.state)}
+    with files.unfinished(out) as temporary:
+        written = write_compared(config, decoder, temporary, texts, key, expected, source_of(held.path, held.step))
+        manifests.publish(temporary, written, out)
+    report(out, written, say)
+    return written
+
+
+def announce(config: Config, overrides, say: Callable[[str], None], trust_code: bool) -> None:
+    """Refuses code that the user does not trust (UserError), and says which keys have no effect."""
+    check_trusted_section(config.moe, trust_code, say, overrides)
+    for line in notes_of_checkpoint(config, overrides, exports=True):
+        say(line)
+
+
+def key_to_write(config: Config, key_file: str | Path | None, say: Callable[[str], None]) -> bytes | None:
+    """Returns the key that --key-file, or else export.key_file, names (UserError); None: nothing is encrypted."""
+    field = "--key-file" if key_file is not None else "export.key_file"
+    key_file = key_file if key_file is not None else config.export.key_file
+    return None if key_file is None else manifests.read_key(key_file, field, say)
+
+
+def place_of(out: str | Path) -> Path:
+    """Returns the absolute path of --out, where an export may be written (UserError)."""
+    files.require_text(Path(out), "--out")
+    files.settle(Path(out).resolve())
+    check_free(Path(out))
+    return Path(out).resolve()
+
+
+def expected_of(config: Config, decoder: nn.Cell, validation: EvalBatches, length: int) -> Reference:
+    """Runs the training graph on validation text (UserError: a router that text cannot be generated with)."""
     check_causal(config, decoder)
     decoder.set_train(False)
-    expected = reference(decoder, data.validation(), max_length, config.train.seed)
-    source = Source(
-        checkpoint=manifests.checkpoint_name(held.path),
-        step=held.step,
+    return reference(decoder, validation, length, config.train.seed)
+
+
+def write_compared(
+    config: Config,
+    decoder: nn.Cell,
+    folder: Path,
+    texts: dict[str, str],
+    key: bytes | None,
+    expected: Reference,
+    source: Source,
+    kind: type[Manifest] = Manifest,
+    shard: ExpertShard | None = None,
+    **more,
+) -> Manifest:
+    """Writes the files of an export, loads them again and compares.
+
+    Args:
+        config: see `inference_config`.
+        decoder: with its weights, or those of this process's experts.
+        folder: an empty folder.
+        texts: file name -> text, such as the tokenizer.
+        key: encrypts the graphs.
+        expected: what the files must compute.
+        source: the origin of the weights.
+        kind: class of the manifest, which has `more` fields.
+        shard: the experts that this process of a job holds; None: all.
+
+    Returns:
+        The manifest, which is not written yet.
+
+    Raises:
+        UserError: logits that differ.
+    """
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    length = longest(config)
+    graphs = write_graphs(decoder, folder, length, prefill_block(config, length), key, shard)
+    more |= {"encryption": manifests.AES_GCM if key else None, "source": source, "parity": None}
+    figures, limits = figures_of(config, decoder), limits_of(config)
+    unchecked = kind(graphs=graphs, model=figures, limits=limits, files=manifests.fingerprints(folder), **more)
+    found = compare(exported_model(folder, unchecked, key), expected, config.model.compute_dtype)
+    return unchecked.model_copy(update={"parity": found}).signed()
+
+
+def source_of(path: Path, step: int) -> Source:
+    """Returns the origin of the weights of a checkpoint."""
+    return Source(
+        checkpoint=manifests.checkpoint_name(path),
+        step=step,
         mindspore=ms.__version__,
         switchyard=switchyard.__version__,
     )
-    with files.unfinished(out.resolve()) as temporary:
-        (temporary / manifests.TOKENIZER).write_text(data.tokenizer.to_json(), encoding="utf-8")
-        for name, text in kept_texts(held.state).items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        graphs = write_graphs(decoder, temporary, max_length, prefill_block(config, max_length), key)
-        unchecked = _manifest(config, decoder, graphs, key, source, expected, temporary)
-        found = compare(exported_model(temporary, unchecked, key), expected, config.model.compute_dtype)
-        written = unchecked.model_copy(update={"parity": found}).signed()
-        manifests.publish(temporary, written, out.resolve())
-    report(out, written, say)
-    return written
 
 
 def inference_config(config: Config) -> Config:
@@ -160,43 +223,13 @@ def check_free(out: Path) -> None:
         return
     if not out.is_dir():
         raise UserError(f"--out: '{out}' is a file; give a folder to create")
-    if any(out.iterdir()) and not is_classifier(out):
+    if any(out.iterdir()) and not (is_classifier(out) or is_sharded(out)):
         try:
             manifests.read(out)
         except UserError:
             raise UserError(
                 f"--out: '{out}' contains other files; give a new folder, or an export to replace"
             ) from None
-
-
-def write_graphs(model: nn.Cell, directory: Path, max_length: int, block: int, key: bytes | None) -> dict[str, str]:
-    """Writes all graphs with their weights; graph -> the file name that MindSpore chose."""
-    cast_products(model)
-    int32 = ms.int32
-
-    def anything(*shape: int | None, dtype=int32) -> ms.Tensor:
-        return ms.Tensor(shape=list(shape), dtype=dtype)
-
-    tokens, row = anything(None, None), anything(None)
-    layers = model.decoder.layers if isinstance(model, Seq2Seq) else model.layers
-    cache = anything(len(layers), None, model.kv_heads, None, model.head_size, dtype=model.dtype)
-    if isinstance(model, Seq2Seq):
-        memory = (cache, cache, row)
-        graphs = {
-            ENCODER: (Encode(model, max_length, block), tokens, row),
-            PREFILL: (Begin(model, max_length, block), tokens, row, *memory),
-            DECODE: (Continue(model, max_length), row, row, cache, cache, *memory),
-        }
-    else:
-        graphs = {
-            PREFILL: (Prefill(model, max_length, block), tokens, row),
-            DECODE: (Decode(model, max_length), row, row, cache, cache),
-        }
-    with files.plain_path(directory) as name:
-        for graph, (cell, *inputs) in graphs.items():
-            _write(cell, Path(name) / graph, key, *inputs)
-    files.follow_umask(directory)  # MindSpore gives modes of its own
-    return {graph: _written_name(directory, graph) for graph in graphs}
 
 
 def report(out: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
@@ -211,34 +244,14 @@ def report(out: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
     if manifest.model.moe_layers:
         missing = ", ".join(f"{expert} of layer {layer} ({graph})" for layer, expert, graph in parity.not_reached)
         say(f"parity: experts that this text does not reach: {missing}" if missing else "parity: every expert reached")
-    both = "a prompt, and of its answer" if manifest.graphs.keys() > {PREFILL, DECODE} else "prompt and answer"
+    both = "a prompt, and of its answer" if ENCODER in manifest.graphs else "prompt and answer"
     say(f"export: '{out}', up to {manifest.limits.max_length} tokens of {both}, any number of prompts")
 
 
-def _write(cell: nn.Cell, path: Path, key: bytes | None, *inputs: ms.Tensor) -> None:
-    options = {"enc_key": key, "enc_mode": manifests.AES_GCM} if key else {}
-    cell.set_train(False)
-    ms.export(cell, *inputs, file_name=str(path), file_format="MINDIR", **options)
-
-
-def _written_name(directory: Path, graph: str) -> str:
-    """Returns NAME.mindir, or NAME_graph.mindir beside NAME_variables where the weights exceed 1 GB."""
-    names = [name for name in (f"{graph}.mindir", f"{graph}_graph.mindir") if (directory / name).exists()]
-    return names[0]
-
-
-def _manifest(
-    config: Config,
-    decoder: Decoder,
-    graphs: dict[str, str],
-    key: bytes | None,
-    source: Source,
-    expected: Reference,
-    directory: Path,
-) -> Manifest:
-    """Returns the manifest without the result of the comparison."""
+def figures_of(config: Config, decoder: nn.Cell) -> Figures:
+    """Returns the sizes of a model."""
     model = config.model
-    figures = Figures(
+    return Figures(
         vocab_size=decoder.vocab_size,
         num_layers=config.stacks[-1].model.num_layers,
         hidden_size=model.hidden_size,
@@ -251,18 +264,13 @@ def _manifest(
         parameters=sum(parameter.size for parameter in decoder.get_parameters()),
         compute_dtype=model.compute_dtype,
     )
-    max_length = longest(config)
-    limits = Limits(
-        max_length=max_length,
-        prompt_multiple=prefill_block(config, max_length),
+
+
+def limits_of(config: Config) -> Limits:
+    """Returns the limits of the inputs of the graphs."""
+    length = longest(config)
+    return Limits(
+        max_length=length,
+        prompt_multiple=prefill_block(config, length),
         dynamic=("batch", "prompt length", "cache length"),
-    )
-    return Manifest(
-        graphs=graphs,
-        encryption=manifests.AES_GCM if key else None,
-        model=figures,
-        limits=limits,
-        parity=None,
-        source=source,
-        files=manifests.fingerprints(directory),
     )

@@ -2,12 +2,13 @@
 
 DIR/
     manifest.json     this file: figures, limits, parity, size and sha256 of every other file
-    prefill.mindir    tokens [B, S], lengths [B] -> logits [B, V], keys and values [L, B, J, S, h]
-    decode.mindir     tokens [B], positions [B], keys and values [L, B, J, T, h] -> logits [B, V], keys, values
+    prefill.mindir    tokens [B, S], lengths [B] -> logits [B, V], 2 L caches [B, J, S, h]: L of keys, L of values
+    decode.mindir     tokens [B], positions [B], 2 L caches [B, J, T, h], written in place -> logits [B, V]
+    decode_batch.mindir  the same for many rows, where every token chooses experts: see models.decode
     tokenizer.json    see switchyard.data.tokenizer
 
-An encoder-decoder has one graph more, and its answers begin with padding. prefill and decode take as their last inputs
-what the encoder gave, and the lengths [B] of its inputs; caches are those of the decoder:
+An encoder-decoder has no decode_batch and one graph more, and its answers begin with padding. prefill and decode take,
+before the caches, what the encoder gave, and the lengths [B] of its inputs; caches are those of the decoder:
 
     encoder.mindir    tokens [B, S], lengths [B] -> keys and values [L, B, J, S, h] for cross-attention
 
@@ -38,9 +39,9 @@ from switchyard.files import (
     sha256_of,
 )
 
-FORMAT, VERSION = "switchyard export", 1
+FORMAT, VERSION = "switchyard export", 2
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
-ENCODER, PREFILL, DECODE = "encoder", "prefill", "decode"
+ENCODER, PREFILL, DECODE, DECODE_BATCH = "encoder", "prefill", "decode", "decode_batch"
 AES_GCM = "AES-GCM"
 KEY_BYTES = (16, 24, 32)
 LONGEST = 64 << 20  # bytes of a manifest
@@ -142,8 +143,8 @@ class Manifest(Signed):
     """Describes manifest.json of a language model."""
 
     format: Literal["switchyard export"] = FORMAT
-    version: Literal[1] = VERSION
-    graphs: dict[Literal["encoder", "prefill", "decode"], str]
+    version: Literal[2] = VERSION
+    graphs: dict[Literal["encoder", "prefill", "decode", "decode_batch"], str]
     model: Figures
     limits: Limits
     parity: Parity | None
@@ -248,6 +249,11 @@ def publish(temporary: Path, manifest: Signed, out: Path) -> None:
     (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     flush_tree(temporary)
     replace(temporary, out)
+
+
+def digest_of(content: bytes) -> bytes:
+    """Returns the 32 bytes of the sha256 of something."""
+    return hashlib.sha256(content).digest()
 
 
 def checkpoint_name(path: Path) -> str:

@@ -14,7 +14,8 @@ from switchyard.data.tokenizer import Tokenizer
 from switchyard.errors import UserError
 from switchyard.files import present
 from switchyard.inference import manifest as manifests
-from switchyard.inference.manifest import AES_GCM, DECODE, ENCODER, PREFILL, Manifest
+from switchyard.inference.graph_files import check_graph
+from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, ENCODER, PREFILL, Manifest
 
 SMALLEST_BUCKET = 16
 
@@ -22,7 +23,8 @@ SMALLEST_BUCKET = 16
 class ExportedModel:
     """Runs the two graphs of an exported directory. Set MindSpore's device and mode before making one.
 
-    A graph is compiled for each new shape it meets, so lengths are rounded up to powers of two.
+    A graph is compiled for each new shape it meets, so lengths are rounded up to powers of two. Keys and values are L
+    caches each; a decode step writes into them in place. It is loaded when it is first needed.
 
     Args:
         directory: where the files are.
@@ -49,8 +51,14 @@ class ExportedModel:
                 f"--model: '{directory}': the tokenizer has {self.tokenizer.vocab_size} entries, the model "
                 f"{self.vocab_size}; export the checkpoint again"
             )
-        self._prefill = load_graph(directory / manifest.graphs[PREFILL], key)
-        self._decode = load_graph(directory / manifest.graphs[DECODE], key)
+        self._key, self._graphs = key, {}
+        self._graph(PREFILL)
+
+    def _graph(self, name: str):
+        """Returns a graph, loaded at its first use."""
+        if name not in self._graphs:
+            self._graphs[name] = load_graph(self.directory / self.manifest.graphs[name], self._key)
+        return self._graphs[name]
 
     def encode(self, prompt: str) -> np.ndarray:
         """Returns the ids [T] of a prompt (UserError: see Tokenizer.encode)."""
@@ -74,7 +82,7 @@ class ExportedModel:
     def prefill(self, prompts: Sequence[np.ndarray]):
         """Reads prompts, each ids [<= max_length], B of them -> (logits [B, V] float32, keys, values).
 
-        Keys and values are tensors [L, B, J, S, h], S = the longest prompt's bucket.
+        Keys and values are L tensors [B, J, S, h] each, S = the longest prompt's bucket.
 
         Raises:
             UserError: no prompt, an empty or too long one, an id outside the vocabulary.
@@ -82,8 +90,8 @@ class ExportedModel:
         from mindspore import Tensor
 
         tokens, lengths = self._padded(prompts)
-        found = run_graph(PREFILL, self._prefill, Tensor(tokens), Tensor(lengths))
-        return self._checked(PREFILL, found, len(prompts), tokens.shape[1])
+        found = run_graph(PREFILL, self._graph(PREFILL), Tensor(tokens), Tensor(lengths))
+        return self._checked(found, len(prompts), tokens.shape[1])
 
     def _padded(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Returns prompts as tokens [B, S], and their lengths [B] (UserError: see `prefill`)."""
@@ -95,37 +103,55 @@ class ExportedModel:
         return tokens, lengths
 
     def grow(self, keys, values, length: int):
-        """Pads caches to at least `length` positions: [L, B, J, T, h] -> [L, B, J, >= length, h]."""
+        """Pads caches to at least `length` positions: L x [B, J, T, h] -> L x [B, J, >= length, h]."""
         from mindspore import ops
 
-        more = self.bucket(length) - keys.shape[3]
+        more = self.bucket(length) - keys[0].shape[2]
         if more <= 0:
             return keys, values
-        empty = ops.zeros((*keys.shape[:3], more, keys.shape[4]), keys.dtype)
-        return ops.concat((keys, empty), 3), ops.concat((values, empty), 3)
+        empty = ops.zeros((*keys[0].shape[:2], more, keys[0].shape[3]), keys[0].dtype)
+        return tuple(tuple(ops.concat((cache, empty), 2) for cache in caches) for caches in (keys, values))
 
-    def decode(self, tokens: np.ndarray, positions: np.ndarray, keys, values):
-        """Computes one step: ids [B] at positions [B], caches [L, B, J, T, h] -> (logits [B, V] float32, keys, values).
+    def decode(self, tokens: np.ndarray, positions: np.ndarray, keys, values, graph: str | None = None):
+        """Computes one step: ids [B] at positions [B], L caches [B, J, T, h] twice -> (logits [B, V], keys, values).
+
+        The caches are written in place, and are the same tensors afterwards. `graph`: one of `decode_graphs`; None =
+        the faster one for B rows.
 
         Raises:
             UserError: shapes that do not belong together, a place behind the cache, an id outside the vocabulary.
         """
+        model = self.manifest.model
+        chosen = faster_for(len(tokens), model.num_experts_chosen, model.expert_num, self.decode_graphs)
+        graph = graph or chosen
+        return self._step(graph, tokens, positions, keys, values), keys, values
+
+    @property
+    def decode_graphs(self) -> tuple[str, ...]:
+        """Returns the names of the graphs that decode, all of which compute the same."""
+        return tuple(name for name in (DECODE, DECODE_BATCH) if name in self.manifest.graphs)
+
+    def _step(self, graph: str, tokens, positions, keys, values, *memory) -> np.ndarray:
+        """Runs a decode graph on inputs that are checked: logits [B, V]."""
         from mindspore import Tensor
 
         self._check_step(tokens, positions, keys, values)
-        tokens, positions = Tensor(tokens.astype(np.int32)), Tensor(positions.astype(np.int32))
-        found = run_graph(DECODE, self._decode, tokens, positions, keys, values)
-        return self._checked(DECODE, found, len(tokens), keys.shape[3])
-
-    def _checked(self, graph: str, found, batch: int, length: int):
-        """(logits [B, V], keys, values) that a graph gave, if they are what the manifest says (UserError)."""
-        model = self.manifest.model
-        cache = (model.num_layers, batch, model.n_kv_heads, length, model.head_size)
-        shapes = [tuple(part.shape) for part in found] if isinstance(found, tuple) else []
-        if shapes != [(batch, self.vocab_size), cache, cache]:
+        given = Tensor(tokens.astype(np.int32)), Tensor(positions.astype(np.int32)), *memory, *keys, *values
+        logits = run_graph(graph, self._graph(graph), *given)
+        if tuple(getattr(logits, "shape", ())) != (len(tokens), self.vocab_size):
             raise UserError(f"--model: '{graph}' does not fit {manifests.MANIFEST}; export the checkpoint again")
-        logits, keys, values = found
-        return logits.asnumpy(), keys, values
+        return logits.asnumpy()
+
+    def _checked(self, found, batch: int, length: int):
+        """(logits [B, V], keys, values) that the prefill gave, if they are what the manifest says (UserError)."""
+        layers = self.manifest.model.num_layers
+        shapes = [tuple(part.shape) for part in found] if isinstance(found, tuple) else []
+        if shapes != [(batch, self.vocab_size)] + [self._cache_shape(batch, length)] * (2 * layers):
+            raise UserError(f"--model: '{PREFILL}' does not fit {manifests.MANIFEST}; export the checkpoint again")
+        return found[0].asnumpy(), tuple(found[1 : 1 + layers]), tuple(found[1 + layers :])
+
+    def _cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
+        return batch, self.manifest.model.n_kv_heads, length, self.manifest.model.head_size
 
     def compile(self, batch: int, prompt_length: int, length: int) -> float:
         """Compiles both graphs for B prompts and caches of `length` places; seconds it took."""
@@ -151,15 +177,16 @@ class ExportedModel:
             raise UserError(f"tokens: an id outside 0 .. {self.vocab_size - 1}; use the export's own tokenizer")
 
     def _check_step(self, tokens: np.ndarray, positions: np.ndarray, keys, values) -> None:
-        model = self.manifest.model
-        batch, length = len(tokens), keys.shape[3] if len(keys.shape) == 5 else 0
-        wanted = (model.num_layers, batch, model.n_kv_heads, length, model.head_size)
-        for name, shape, expected in (
-            ("tokens", tokens.shape, (batch,)),
-            ("positions", positions.shape, (batch,)),
-            ("keys", tuple(keys.shape), wanted),
-            ("values", tuple(values.shape), wanted),
-        ):
+        layers, batch = self.manifest.model.num_layers, len(tokens)
+        for name, caches in (("keys", keys), ("values", values)):
+            if len(caches) != layers:
+                raise UserError(f"{name}: {len(caches)} caches; must be {layers}, one a layer")
+        length = keys[0].shape[2] if len(keys[0].shape) == 4 else 0
+        wanted = self._cache_shape(batch, length)
+        shapes = [("tokens", tokens.shape, (batch,)), ("positions", positions.shape, (batch,))]
+        shapes += [("keys", tuple(cache.shape), wanted) for cache in keys]
+        shapes += [("values", tuple(cache.shape), wanted) for cache in values]
+        for name, shape, expected in shapes:
             if shape != expected:
                 raise UserError(f"{name}: shape {shape}; must be {expected} here")
         places = min(length, self.max_length)
@@ -176,7 +203,7 @@ class ExportedSeq2Seq(ExportedModel):
 
     def __init__(self, directory: str | Path, manifest: Manifest, key: bytes | None = None):
         super().__init__(directory, manifest, key)
-        self._encoder = load_graph(present(Path(directory)) / manifest.graphs[ENCODER], key)
+        self._graph(ENCODER)
 
     def encode(self, prompt: str) -> np.ndarray:
         """Returns the ids [T] of a prompt and the end."""
@@ -197,24 +224,20 @@ class ExportedSeq2Seq(ExportedModel):
         from mindspore import Tensor
 
         tokens, lengths = self._padded(prompts)
-        memory = run_graph(ENCODER, self._encoder, Tensor(tokens), Tensor(lengths))
+        memory = run_graph(ENCODER, self._graph(ENCODER), Tensor(tokens), Tensor(lengths))
         self._check_memory(memory, *tokens.shape)
         begun, places = self._padded([np.array([PAD])] * len(prompts) if answers is None else answers)
-        found = run_graph(PREFILL, self._prefill, Tensor(begun), Tensor(places), *memory, Tensor(lengths))
-        return (*self._checked(PREFILL, found, *begun.shape), (*memory, Tensor(lengths)))
+        memory = (*memory, Tensor(lengths))
+        found = run_graph(PREFILL, self._graph(PREFILL), Tensor(begun), Tensor(places), *memory)
+        return (*self._checked(found, *begun.shape), memory)
 
     def grow(self, keys, values, memory, length: int):
         """Pads caches to at least `length` positions; memory stays."""
         return (*super().grow(keys, values, length), memory)
 
-    def decode(self, tokens: np.ndarray, positions: np.ndarray, keys, values, memory):
+    def decode(self, tokens: np.ndarray, positions: np.ndarray, keys, values, memory, graph: str = DECODE):
         """Computes one step: (logits [B, V] float32, keys, values, memory)."""
-        from mindspore import Tensor
-
-        self._check_step(tokens, positions, keys, values)
-        given = Tensor(tokens.astype(np.int32)), Tensor(positions.astype(np.int32)), keys, values, *memory
-        found = run_graph(DECODE, self._decode, *given)
-        return (*self._checked(DECODE, found, len(tokens), keys.shape[3]), memory)
+        return self._step(graph, tokens, positions, keys, values, *memory), keys, values, memory
 
     def _check_memory(self, found, batch: int, length: int) -> None:
         """Refuses what the encoder gave if it is not what the manifest says (UserError)."""
@@ -253,11 +276,20 @@ def open_model(directory: str | Path, key_file: str | Path | None = None, say=pr
     return exported_model(directory, manifest, key)
 
 
+def faster_for(batch: int, choices: int, experts: int, graphs: Sequence[str]) -> str:
+    """Returns which of the graphs that an export has decodes B rows: `decode` copies the weights of the chosen experts
+    (read, written, read again), `decode_batch` reads those of all once.
+    """
+    return DECODE_BATCH if DECODE_BATCH in graphs and 3 * batch * choices > experts else DECODE
+
+
 def load_graph(path: Path, key: bytes | None):
-    """Loads the callable graph of a MindIR file (UserError where MindSpore refuses it)."""
+    """Loads the callable graph of a MindIR file (UserError: MindSpore refuses it, or it reads files elsewhere)."""
     import mindspore as ms
     from mindspore import nn
 
+    if not key:  # whoever wrote an encrypted graph has the key
+        check_graph(path)
     options = {"dec_key": key, "dec_mode": AES_GCM} if key else {}
     try:
         return nn.GraphCell(ms.load(str(path), **options))

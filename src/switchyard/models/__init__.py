@@ -6,8 +6,9 @@ from switchyard.config import Config
 from switchyard.distributed.mesh import LOCAL, LocalMesh
 from switchyard.models.adapters import add_adapters
 from switchyard.models.cascade import Cascade
+from switchyard.models.decode import Decode
 from switchyard.models.decoder import Decoder
-from switchyard.models.generation import Decode, Prefill
+from switchyard.models.generation import Prefill
 from switchyard.models.seq2seq import Seq2Seq
 from switchyard.models.vision import Vision
 

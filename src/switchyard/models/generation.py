@@ -1,6 +1,6 @@
-"""The two halves of generation: `Prefill` reads prompts, `Decode` goes on by one token a call.
+"""The two halves of generation: `Prefill` reads prompts, `models.decode.Decode` goes on by one token a call.
 
-Both read the layers of a Decoder and hold no weights of their own. No shape of theirs is a constant but the sizes of
+Both read the layers of a Decoder. No shape of theirs is a constant but the sizes of
 the model: batch, prompt length and cache length may change from call to call. They have no arithmetic on shapes
 either: a reshape has one open axis, ranges are prefix sums, an axis is split by a gather with an index of two axes. A
 graph that was loaded from MindIR becomes wholly static so, for the shapes it is called with; one with shapes to be
@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from switchyard.distributed.expert_shard import ExpertShard
 from switchyard.models.decoder import Decoder
 from switchyard.moe.dispatch.dispatchers import BlockDispatcher
 from switchyard.moe.experts import FeedForwardExperts
@@ -127,22 +128,22 @@ class _Half(nn.Cell):
 
 
 class Prefill(_Half):
-    """Reads whole prompts: tokens [B, S], right-padded, of real lengths [B] -> (logits [B, V], keys, values).
+    """Reads whole prompts: tokens [B, S], right-padded, of real lengths [B] -> (logits [B, V], 2 L caches).
 
-    The logits are those after each prompt's last token; keys and values are caches [L, B, J, S, h] in the compute
-    dtype. What they hold behind a prompt's end is overwritten by `Decode` before it is seen.
+    The logits are those after each prompt's last token. Caches [B, J, S, h] are those of the keys, layer by layer, then
+    those of the values, in the compute dtype. What they hold behind a prompt's end is overwritten by `Decode` before it
+    is seen.
 
     Args:
         decoder: whose layers are read.
         max_length: M, the longest sequence.
         block: b, rows of an expert's block (see dispatch.BlockPlan); S must be a multiple of it.
+        shard: the experts that this process of a job holds; None: all.
     """
 
-    def __init__(self, decoder: Decoder, max_length: int, block: int = 1):
+    def __init__(self, decoder: Decoder, max_length: int, block: int = 1, shard: ExpertShard | None = None):
         super().__init__(decoder, max_length)
-        self.plans = nn.CellList(
-            [OpenBlockPlan(layer.feed_forward.expert_num, block) for layer in decoder.layers if layer.conditional][:1]
-        )
+        self.plans, self.expert_shard = block_plans(decoder, block, shard), shard
         self.block, self.transpose = block, ops.Transpose()
         self.first_row = ops.StridedSlice(end_mask=0b10)
         self.smallest, self.largest = ops.ReduceMin(), ops.ReduceMax(keep_dims=True)
@@ -166,10 +167,9 @@ class Prefill(_Half):
             mixed = self.attend(query, key, value, masks[self.mask_of[index]])  # [N, H * h]
             x = x + layer.attention.out(mixed).astype(mstype.float32)
             x = x + self.feed(layer, self.norms[2 * index + 1](x), tokens.reshape(1, -1), valid)
-            keys, values = (*keys, key), (*values, value)
+            keys, values = (*keys, key.squeeze(2)), (*values, value.squeeze(2))  # [B, J, S, h]
         last = self.smallest(number, 1) + length - 1  # [B]
-        logits = self.logits(self.take(x, last, 0))  # [B, V]
-        return logits, ops.concat(keys, 2).transpose(2, 0, 1, 3, 4), ops.concat(values, 2).transpose(2, 0, 1, 3, 4)
+        return self.logits(self.take(x, last, 0)), *keys, *values
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """Queries [B, J, R, S, h], keys and values [B, J, 1, S, h], mask [1, 1, 1, S, S] -> [N, H * h]."""
@@ -181,72 +181,39 @@ class Prefill(_Half):
 
     def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """Rows [N, D], experts [N * K], gates [N, K] -> [N, D], by blocks of one expert each."""
+        if self.expert_shard is not None:
+            experts = self.expert_shard.own(experts)
         dispatch_index, combine_index, block_expert = self.plans[0](experts)
         slots = self.take(x, dispatch_index // moe.choices, 0).reshape(-1, self.block, self.width)  # [P, b, D]
         slots = moe.eval_dispatcher.through(moe.experts, slots, block_expert).reshape(-1, self.width)  # [P * b, D]
         out = self.take(slots, combine_index, 0)  # [N * K, D]; padding reads a slot of another prompt's row
-        out = self.fill(out, experts.reshape(-1, 1) >= moe.expert_num, self.zero) * gates.reshape(-1, 1)
+        out = self.fill(out, experts.reshape(-1, 1) >= self.plans[0].experts, self.zero) * gates.reshape(-1, 1)
         if moe.choices > 1:
             out = out.reshape(-1, moe.choices, self.width).sum(1)  # [N, D]
-        return out
+        return out if self.expert_shard is None else self.expert_shard.total(out)
 
 
-class Decode(_Half):
-    """One token a sequence: tokens [B], positions [B], caches [L, B, J, T, h] -> (logits [B, V], keys, values).
+class CacheWriter(nn.Cell):
+    """Writes one token of each sequence into a cache [B, J, T, h], in place, and returns the cache.
 
-    `positions` are the places of the new tokens, below T; what the caches hold at and behind them is not read. A row
-    of a conditional layer reads the weights of its K experts alone and nothing is sorted: dropless by construction.
-
-    Made for few operators and none that broadcasts a large tensor, the slow kind on CPU. Routing whose form is not
-    token choice goes the layer's own way.
-
-    Args:
-        decoder: whose layers are read.
-        max_length: M, the longest sequence.
+    The cache may be an input of the graph, which then is what the caller gave: no step copies a cache.
     """
 
-    def __init__(self, decoder: Decoder, max_length: int):
-        super().__init__(decoder, max_length)
-        self.spread = Tensor(np.zeros((1, self.heads, 1, self.size), np.int32))
-        self.spread_mask = Tensor(np.zeros((1, self.heads, self.repeat, 1), np.float32))
-        self.unstack = ops.Unstack(0, len(decoder.layers))
-        self.first_row = ops.StridedSlice(end_mask=0b01000)
-        self.write = ops.TensorScatterElements(axis=2)
+    def __init__(self, heads: int):
+        super().__init__()
+        axis = np.eye(3, dtype=np.int32)
+        self.heads_index = Tensor(axis[1] * np.arange(heads, dtype=np.int32).reshape(1, -1, 1, 1))  # [1, J, 1, 3]
+        self.batch_axis, self.place_axis = Tensor(axis[0]), Tensor(axis[2])
+        self.prefix, self.write = ops.CumSum(), ops.ScatterNdUpdate()
 
-    def construct(self, tokens: Tensor, position: Tensor, keys: Tensor, values: Tensor):
-        x, turn = self.embed(tokens, position), self.turn(position)  # [B, D]
-        places = self.first_row(keys, (0, 0, 0, 0, 0), (1, 1, 1, 0, 1), (1, 1, 1, 1, 1))  # [1, 1, 1, T, 1]
-        places = self.prefix(ops.ones_like(places).astype(mstype.float32), 3).reshape(1, 1, 1, -1) - 1.0
-        here = position.reshape(-1, 1, 1, 1)
-        masks = ()
-        for mask in self.masks(here.astype(mstype.float32) - places):  # [B, 1, 1, T]
-            masks = (*masks, mask + self.spread_mask)  # [B, J, R, T]
-        here = here + self.spread  # [B, J, 1, h]
-        valid = ops.ones_like(tokens).astype(mstype.float32).reshape(1, -1)  # [1, B]
-        new_keys, new_values = (), ()
-        old_keys, old_values = self.unstack(keys), self.unstack(values)  # L x [B, J, T, h]
-        for index, layer in enumerate(self.decoder.layers):
-            query, key, value = self.parts(self.project(layer.attention, self.norms[2 * index](x), turn))
-            key, value = self.write(old_keys[index], here, key), self.write(old_values[index], here, value)
-            new_keys, new_values = (*new_keys, key), (*new_values, value)
-            scores = self.scores(query, key).astype(mstype.float32) + masks[self.mask_of[index]]  # [B, J, R, T]
-            mixed = self.mix(self.softmax(scores).astype(self.dtype), value)  # [B, J, R, h]
-            mixed = mixed.reshape(-1, self.heads * self.repeat * self.size)  # [B, H * h]
-            x = x + layer.attention.out(mixed).astype(mstype.float32)
-            x = x + self.feed(layer, self.norms[2 * index + 1](x), tokens.reshape(1, -1), valid)
-        return self.logits(x), ops.stack(new_keys, 0), ops.stack(new_values, 0)
+    def index(self, position: Tensor) -> Tensor:
+        """Returns which rows of a cache the positions [B] are: [B, J, 1, 3]."""
+        row = (self.prefix(ops.ones_like(position), 0) - 1).reshape(-1, 1, 1, 1)
+        return row * self.batch_axis + self.heads_index + position.reshape(-1, 1, 1, 1) * self.place_axis
 
-    def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-        """Rows [B, D], experts [B * K], gates [B, K] -> [B, D], by blocks of one row."""
-        if moe.router.may_skip_tokens:
-            experts = ops.minimum(
-                experts, moe.expert_num - 1
-            )  # E, no expert, is no place in the weights; its gate is 0
-        rows = ops.expand_dims(x, 1)  # [B, 1, D]
-        if moe.choices > 1:
-            rows = ops.tile(rows, (1, moe.choices, 1)).reshape(-1, 1, self.width)  # [B * K, 1, D]
-        out = moe.eval_dispatcher.through(moe.experts, rows, experts)  # [B * K, 1, D]
-        return self.mix(ops.expand_dims(gates, 1), out.reshape(-1, moe.choices, self.width)).reshape(-1, self.width)
+    def construct(self, cache: Tensor, index: Tensor, new: Tensor) -> Tensor:
+        """Writes `new` [B, J, 1, h]."""
+        return self.write(cache, index, new)
 
 
 class OpenBlockPlan(nn.Cell):
@@ -283,6 +250,14 @@ class OpenBlockPlan(nn.Cell):
         starts = end.reshape(-1, self.block)[:, :1].astype(mstype.float32) / self.block  # [P, 1]
         block_expert = self.sum((starts >= last.reshape(1, -1)).astype(mstype.float32), 1).astype(mstype.int32)  # [P]
         return dispatch_index, combine_index, ops.minimum(block_expert, self.experts - 1)
+
+
+def block_plans(model: nn.Cell, block: int, shard: ExpertShard | None = None) -> nn.CellList:
+    """Returns the plan of blocks of b rows, where a layer is conditional; of this process's experts alone."""
+    experts = [layer.feed_forward.expert_num for layer in model.layers if layer.conditional]
+    if shard is not None:
+        experts = [shard.count]
+    return nn.CellList([OpenBlockPlan(count, block) for count in experts[:1]])
 
 
 class PlainNorm(nn.Cell):

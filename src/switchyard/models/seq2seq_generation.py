@@ -12,7 +12,9 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from switchyard.models.generation import Decode, OpenBlockPlan, PlainNorm, Prefill, _Half, chooses_tokens
+from switchyard.distributed.expert_shard import ExpertShard
+from switchyard.models.decode import Decode
+from switchyard.models.generation import CacheWriter, PlainNorm, Prefill, _Half, block_plans, chooses_tokens
 from switchyard.models.seq2seq import Seq2Seq, Stack
 from switchyard.nn.layers import MASKED
 from switchyard.nn.relative import RelativeBias
@@ -114,13 +116,14 @@ class Encode(_Part):
         model: whose layers are read.
         max_length: M.
         block: b, rows of an expert's block (see dispatch.BlockPlan); S must be a multiple of it.
+        shard: the experts that this process of a job holds; None: all.
     """
 
     work = Prefill.work
 
-    def __init__(self, model: Seq2Seq, max_length: int, block: int = 1):
+    def __init__(self, model: Seq2Seq, max_length: int, block: int = 1, shard: ExpertShard | None = None):
         super().__init__(model, model.encoder, max_length)
-        self.plans, self.block = block_plans(model, block), block
+        self.plans, self.block, self.expert_shard = block_plans(model, block, shard), block, shard
 
     def construct(self, tokens: Tensor, length: Tensor):
         number, valid, bias = self.whole(tokens, length)
@@ -156,17 +159,17 @@ class _Answer(_Part):
 
 class Begin(_Answer):
     """Reads the first tokens of answers: [B, P], right-padded, of real lengths [B], and what `Encode` gave of inputs of
-    lengths [B] -> (logits [B, V] after each last token, keys and values [L, B, H, P, h]).
+    lengths [B] -> (logits [B, V] after each last token, 2 L caches [B, H, P, h]: keys, then values).
 
     Args:
-        model, max_length, block: see Encode.
+        model, max_length, block, shard: see Encode.
     """
 
     work = Prefill.work
 
-    def __init__(self, model: Seq2Seq, max_length: int, block: int = 1):
+    def __init__(self, model: Seq2Seq, max_length: int, block: int = 1, shard: ExpertShard | None = None):
         super().__init__(model, max_length)
-        self.plans, self.block = block_plans(model, block), block
+        self.plans, self.block, self.expert_shard = block_plans(model, block, shard), block, shard
 
     def construct(self, tokens: Tensor, length: Tensor, memory_keys: Tensor, memory_values: Tensor, memory: Tensor):
         number, valid, bias = self.whole(tokens, length)
@@ -184,54 +187,47 @@ class Begin(_Answer):
             x = x + self.attend(layer.cross_attention, query, cross_keys[index], cross_values[index], cross)
             x = x + self.feed(layer, self.norms[3 * index + 2](x), tokens.reshape(1, -1), valid)
         last = self.smallest(number, 1) + length - 1  # [B]
-        return self.logits(self.take(x, last, 0)), ops.stack(keys, 0), ops.stack(values, 0)
+        return self.logits(self.take(x, last, 0)), *keys, *values
 
 
 class Continue(_Answer):
-    """One token an answer: tokens [B], positions [B], caches [L, B, H, T, h], and what `Encode` gave of inputs of
-    lengths [B] -> (logits [B, V], keys, values).
+    """One token an answer: tokens [B], positions [B], what `Encode` gave of inputs of lengths [B], and the 2 L caches
+    [B, H, T, h] of `Begin`, which are written in place -> logits [B, V].
 
     Args:
-        model, max_length: see Encode.
+        model, max_length, shard: see Encode.
     """
 
     work = Decode.work
 
-    def __init__(self, model: Seq2Seq, max_length: int):
+    def __init__(self, model: Seq2Seq, max_length: int, shard: ExpertShard | None = None):
         super().__init__(model, max_length)
-        self.spread = Tensor(np.zeros((1, self.heads, 1, self.size), np.int32))
-        self.write = ops.TensorScatterElements(axis=2)
+        self.expert_shard = shard
+        self.write = CacheWriter(self.heads)
 
-    def construct(self, tokens, position, keys, values, memory_keys, memory_values, memory: Tensor):
-        places, here = self.places_of(keys), ops.expand_dims(position, 1)  # [1, T], [B, 1]
+    def construct(self, tokens, position, memory_keys, memory_values, memory: Tensor, *caches: Tensor):
+        places, here = self.places_of(ops.expand_dims(caches[0], 0)), ops.expand_dims(position, 1)  # [1, T], [B, 1]
         bias = self.take(self.biases(), self.distances(places, here), 0)  # [B, T, H]
         bias = ops.expand_dims(self.transpose(bias, (0, 2, 1)), 2)  # [B, H, 1, T]
         mask = bias + self.hidden(places, position + 1)
         cross = self.hidden(self.places_of(memory_keys), memory)  # [B, 1, 1, S]
         cross_keys, cross_values = self.unstack(memory_keys), self.unstack(memory_values)
-        old_keys, old_values, at = self.unstack(keys), self.unstack(values), here.reshape(-1, 1, 1, 1) + self.spread
+        at, values = self.write.index(position), len(self.stack.layers)  # [B, H, 1, 3], the first cache of values
         valid = ops.ones_like(tokens).astype(mstype.float32).reshape(1, -1)  # [1, B]
-        x, new_keys, new_values = self.take(self.model.embedding.table, tokens, 0), (), ()  # [B, D]
+        x = self.take(self.model.embedding.table, tokens, 0)  # [B, D]
         for index, layer in enumerate(self.stack.layers):
             seen = self.norms[3 * index](x)
             key, value = self.split(layer.attention.kv(seen).reshape(-1, self.heads, 2, self.size))  # [B, H, 1, h]
-            key, value = self.write(old_keys[index], at, key), self.write(old_values[index], at, value)
-            new_keys, new_values = (*new_keys, key), (*new_values, value)
+            key, value = self.write(caches[index], at, key), self.write(caches[values + index], at, value)
             x = x + self.attend(layer.attention, self.query(layer.attention, seen), key, value, mask)
             query = self.query(layer.cross_attention, self.norms[3 * index + 1](x))
             x = x + self.attend(layer.cross_attention, query, cross_keys[index], cross_values[index], cross)
             x = x + self.feed(layer, self.norms[3 * index + 2](x), tokens.reshape(1, -1), valid)
-        return self.logits(x), ops.stack(new_keys, 0), ops.stack(new_values, 0)
+        return self.logits(x)
 
     def query(self, attention: nn.Cell, x: Tensor) -> Tensor:
         """Rows [B, D] -> queries [B, H, 1, h]."""
         return attention.q(x).reshape(-1, self.heads, 1, self.size)
-
-
-def block_plans(model: Seq2Seq, block: int) -> nn.CellList:
-    """Returns the plan of blocks of b rows, where a layer is conditional."""
-    experts = [layer.feed_forward.expert_num for layer in model.layers if layer.conditional]
-    return nn.CellList([OpenBlockPlan(count, block) for count in experts[:1]])
 
 
 def distance_choice(bias: RelativeBias, max_length: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from switchyard.data.stream_decoder import StreamDecoder
 from switchyard.distributed.processes import on_one_device
 from switchyard.errors import UserError
 from switchyard.report.analysis import NONE
-from switchyard.trust import check_trusted
+from switchyard.trust import check_trusted_section
 
 COPIES = 3  # of the weights while a model is built from a checkpoint
 MOST_CHOICES = 8  # choices of a token that are kept where every expert may take every token
@@ -100,7 +100,7 @@ def inspect(
     tree = on_one_device(held.config).model_dump()
     tree["moe"] |= {"record": None, "replay": None}
     config = configuration.build(tree, ["context.mode=pynative", "context.device_target=CPU"], inherited=True)
-    check_trusted(config.moe.router, trust_code, say)
+    check_trusted_section(config.moe, trust_code, say)
     together = batches_together(config)
     data = load_scored(config, held.tokenizer_json, ())
     with _pynative(config, say):

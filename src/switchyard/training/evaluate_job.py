@@ -25,7 +25,6 @@ from switchyard.nn.initializers import shapes_only
 from switchyard.training.evaluate import Evaluation, Evaluator, create_evaluator
 from switchyard.training.evaluate_keys import degrees_of_job
 from switchyard.training.finite import check_evaluation
-from switchyard.trust import check_trusted_section
 
 
 def evaluate_in_job(
@@ -43,8 +42,7 @@ def evaluate_in_job(
     say = say if is_first() else lambda line: None
     place = checkpoint.resolve(path)
     trained, tokenizer_json, _ = read_texts(read_manifest(place))
-    config, compiled = degrees_of_job(trained, overrides, world_size(), target_of)
-    check_trusted_section(config.moe, trust_code, say, overrides)
+    config, compiled = degrees_of_job(trained, overrides, world_size(), target_of, trust_code, say)
     for line in configuration.notes_of_checkpoint(config, overrides):
         say(line)
     set_context(config.context, config.train.seed, config.model.compute_dtype, say)

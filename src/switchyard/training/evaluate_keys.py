@@ -1,5 +1,7 @@
-"""Checks the keys by which one process or several evaluate a checkpoint. No MindSpore in here: the launch scripts'
---dry-run asks it."""
+"""Checks the keys by which one process or several evaluate or export a checkpoint.
+
+No MindSpore in here: the launch scripts' --dry-run asks it.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from switchyard.config import Config
 from switchyard.distributed.processes import on_one_device
 from switchyard.errors import UserError
 from switchyard.training.limits import check_mesh, of_sizes, refuse
+from switchyard.trust import check_trusted_section
 
 # what an override may not change: these decide names and shapes of the weights
 SHAPE_KEYS = (
@@ -56,7 +59,14 @@ NOT_TOGETHER = (  # key -> its usual value, and why another one is refused
 )
 
 
-def degrees_of_job(trained: Config, overrides: Sequence[str], count: int, target_of: Callable) -> tuple[Config, bool]:
+def degrees_of_job(
+    trained: Config,
+    overrides: Sequence[str],
+    count: int,
+    target_of: Callable,
+    trust_code: bool = False,
+    say: Callable[[str], None] = print,
+) -> tuple[Config, bool]:
     """Returns (the configuration by which `count` processes evaluate, whether the compiler shards the program).
 
     The degrees are those of the overrides; what they leave of the processes is data_parallel.
@@ -66,15 +76,19 @@ def degrees_of_job(trained: Config, overrides: Sequence[str], count: int, target
         overrides: `section.key=value`.
         count: of processes.
         target_of: a section `context` -> the device it means.
+        trust_code: whether classes that the checkpoint names, in files of somebody's own, may be imported: what a
+            router can do stands in its class.
+        say: receives the line about what is imported.
 
     Raises:
-        UserError: degrees or keys that several processes do not evaluate with.
+        UserError: degrees or keys that several processes do not evaluate with, a class that is not trusted.
     """
     tree = on_one_device(trained).model_dump()
     tree["moe"] |= {"record": None, "replay": None}  # those of the training run
     tree["train"] |= OF_TRAINING["train"]
     tree["parallel"] = {}
     config = configuration.build(tree, overrides, inherited=True, devices=count)
+    check_trusted_section(config.moe, trust_code, say, overrides)
     keep_shapes(trained, config)
     for key, usual, why in NOT_TOGETHER:
         if config.value(key) != usual:
@@ -85,6 +99,26 @@ def degrees_of_job(trained: Config, overrides: Sequence[str], count: int, target
     by_processes = check_mesh(config, count, target)
     refuse(of_sizes(config, target))
     return config, by_processes is None
+
+
+def degrees_of_export(trained: Config, overrides: Sequence[str], count: int, target_of: Callable, *more) -> Config:
+    """Returns the configuration by which `count` processes export a checkpoint; arguments as of `degrees_of_job`.
+
+    Raises:
+        UserError: a network without text or without experts, or degrees that do more than share the experts.
+    """
+    config, _ = degrees_of_job(trained, overrides, count, target_of, *more)
+    if not config.reads_text:
+        raise UserError(f"model.type: {config.model.type}; such a network is exported by one process: export.py alone")
+    if not config.moe_layers:
+        raise UserError("moe.expert_num: 1; there are no experts that processes could share: export.py alone")
+    for key, wanted in (("expert_parallel", count), ("model_parallel", 1)):
+        if getattr(config.parallel, key) != wanted:
+            raise UserError(
+                f"parallel.{key}: {getattr(config.parallel, key)}; {count} processes share the experts of an export "
+                f"and nothing else: parallel.{key}={wanted}"
+            )
+    return config
 
 
 def config_of(path: str | Path) -> Config:

@@ -1,0 +1,112 @@
+"""Tables of docs/performance.md from what benchmarks/decode_step.py and benchmarks/scaling.py have measured.
+
+scripts/renew_docs.py writes them between the marks `<!-- measured NAME: begin -->` and `<!-- measured NAME: end -->`.
+Results are benchmarks/results/decode_step.json and benchmarks/results/scaling.json; a part that was not measured has no
+rows.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+OURS, EXPERTS, TRAFFIC = "conditional layer", "expert matrix products", "traffic"
+WORDS = {
+    "en": {
+        "decode": ("Work", "Switchyard", "plain PyTorch loop", "of the loop", "Hugging Face Mixtral", "of it"),
+        "work": ("{size}: decode, batch {batch}", "{size}: prefill of 1,024 tokens"),
+        "layers": (
+            "Rows",
+            "Experts",
+            "k",
+            "Layer, ms",
+            "best PyTorch, ms",
+            "of PyTorch",
+            "its products, ms",
+            "weights, ms",
+        ),
+        "memory": ("Model", "Peak of a step, MB", "needed, MB", "of it"),
+        "compile": ("Layers", "Experts", "Compile, s of CPU time", "a layer"),
+        "machine": "{machine}; {versions}; {date}, commit {commit}. Smallest times of contenders in turn.",
+        "tokens": "{:,.0f} tokens/s",
+    },
+    "zh": {
+        "decode": ("工作", "Switchyard", "PyTorch 循环", "与循环之比", "Hugging Face Mixtral", "与之比"),
+        "work": ("{size}：解码，批大小 {batch}", "{size}：1,024 个词元的预填充"),
+        "layers": (
+            "行数",
+            "专家数",
+            "k",
+            "层，ms",
+            "最快的 PyTorch，ms",
+            "与 PyTorch 之比",
+            "其矩阵乘，ms",
+            "权重读写，ms",
+        ),
+        "memory": ("模型", "一步的峰值，MB", "所需，MB", "之比"),
+        "compile": ("层数", "专家数", "编译，CPU 秒", "每层"),
+        "machine": "{machine}；{versions}；{date}，提交 {commit}。各方轮流运行，取最短时间。",
+        "tokens": "{:,.0f} 词元/s",
+    },
+}
+
+
+def render(name: str, language: str = "en") -> str:
+    """Returns a part as Markdown: decode, layers, memory or compile."""
+    file = "decode_step" if name == "decode" else "scaling"
+    found = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+    words = WORDS[language]
+    rows = list({"decode": decode, "layers": layers, "memory": memory, "compile": compiled}[name](found["rows"], words))
+    head = words[name]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    return "\n".join([*lines, "", words["machine"].format(**{**found, "versions": versions})])
+
+
+def decode(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
+    """Yields a row for each size and batch; ratios are of tokens a second."""
+    for size, batch in dict.fromkeys((row["size"], row["batch"]) for row in rows):
+        least = {row["contender"]: row["min_ms"] for row in rows if (row["size"], row["batch"]) == (size, batch)}
+        tokens = batch or 1024
+        loops = [ms for name, ms in least.items() if name.startswith("torch plain") and not name.endswith("dense")]
+        cells = [words["work"][batch == 0].format(size=size, batch=batch), rate(tokens, least["switchyard"], words)]
+        for peer in (min(loops, default=None), least.get("torch mixtral")):
+            cells += ["", ""] if peer is None else [rate(tokens, peer, words), f"{peer / least['switchyard']:.2f}"]
+        yield tuple(cells)
+
+
+def rate(tokens: int, ms: float, words: dict) -> str:
+    """Returns tokens a second as text."""
+    return words["tokens"].format(1e3 * tokens / ms)
+
+
+def layers(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
+    """Yields a row for each shape of the layer, once."""
+    measured = [row for row in rows if "shape" in row]
+    for shape in dict.fromkeys(row["shape"] for row in measured):
+        least = {}
+        for row in measured:
+            if row["shape"] == shape:
+                least[row["contender"]] = min(row["min_ms"], least.get(row["contender"], row["min_ms"]))
+        count, _, experts, choices = shape.split(",")
+        ways = [ms for name, ms in least.items() if name.startswith("torch ")]
+        peer = ("", "") if not ways else (f"{min(ways):.1f}", f"{least[OURS] / min(ways):.2f}")
+        floors = tuple(f"{least[name]:.1f}" for name in (EXPERTS, TRAFFIC))
+        yield (f"{int(count):,}", experts, choices, f"{least[OURS]:.1f}", *peer, *floors)
+
+
+def memory(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
+    """Yields a row for each model."""
+    for row in rows:
+        if row["part"] == "memory":
+            needed = row["planned"]
+            yield row["size"], f"{row['peak'] / 1e6:,.0f}", f"{needed / 1e6:,.0f}", f"{row['peak'] / needed:.2f}"
+
+
+def compiled(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
+    """Yields a row for each number of layers and experts."""
+    for row in rows:
+        if row["part"] == "compile":
+            each = row["seconds"] / row["layers"]
+            yield str(row["layers"]), str(row["experts"]), f"{row['seconds']:.1f}", f"{each:.2f}"

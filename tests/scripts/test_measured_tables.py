@@ -1,0 +1,47 @@
+"""Tables of measured results, from results typed by hand."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+HEAD = {"machine": "2 cores, X", "versions": {"python": "3"}, "date": "2026-11-29", "commit": "abc"}
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """The module, which reads its results from an empty folder."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    module = importlib.import_module("cpu_tables")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def write(folder: Path, name: str, rows: list[dict]) -> None:
+    (folder / f"{name}.json").write_text(json.dumps({**HEAD, "rows": rows}))
+
+
+def test_decode_is_compared_with_the_fastest_loop(tables, tmp_path):
+    """8 rows in 4 ms are 2,000 tokens/s; of two loops the one of 2 ms counts, the dense one does not."""
+    least = {"switchyard": 4.0, "torch plain each": 5.0, "torch plain grouped_mm": 2.0, "torch plain dense": 1.0}
+    least["torch mixtral"] = 8.0
+    rows = [{"size": "small", "batch": 8, "contender": name, "min_ms": ms} for name, ms in least.items()]
+    write(tmp_path, "decode_step", [*rows, {"size": "small", "batch": 0, "contender": "switchyard", "min_ms": 512.0}])
+    text = tables.render("decode").splitlines()
+    assert text[2] == "| small: decode, batch 8 | 2,000 tokens/s | 4,000 tokens/s | 0.50 | 1,000 tokens/s | 2.00 |"
+    assert text[3] == "| small: prefill of 1,024 tokens | 2,000 tokens/s |  |  |  |  |"
+    assert text[-1].startswith("2 cores, X; python 3; 2026-11-29, commit abc.")
+
+
+def test_layers_memory_and_compile_time(tables, tmp_path):
+    """A shape that two parts measure has one row, with the smaller time."""
+    layer = {"conditional layer": 3.0, "expert matrix products": 2.0, "traffic": 1.0, "torch sort_mm": 6.0}
+    rows = [{"part": "rows", "shape": "2048,256,8,1", "contender": n, "min_ms": ms} for n, ms in layer.items()]
+    rows.append({"part": "experts", "shape": "2048,256,8,1", "contender": "conditional layer", "min_ms": 4.0})
+    rows.append({"part": "memory", "size": "small", "peak": 120e6, "planned": 100e6})
+    rows.append({"part": "compile", "layers": 4, "experts": 8, "seconds": 6.0})
+    write(tmp_path, "scaling", rows)
+    assert tables.render("layers").splitlines()[2:-2] == ["| 2,048 | 8 | 1 | 3.0 | 6.0 | 0.50 | 2.0 | 1.0 |"]
+    assert tables.render("memory").splitlines()[2] == "| small | 120 | 100 | 1.20 |"
+    assert tables.render("compile", "zh").splitlines()[2] == "| 4 | 8 | 6.0 | 1.50 |"
