@@ -7,6 +7,7 @@ process is killed, stopped and limited like any other.
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import os
 import random
@@ -180,6 +181,24 @@ class Job:
     def said(self) -> str:
         """Returns what the ranks have printed."""
         return "".join(worker.said for worker in self.workers)
+
+
+def called(main: Callable, arguments: Sequence[str]) -> tuple[int, str]:
+    """Calls a command line in this process: for what ends before a device is chosen.
+
+    Returns:
+        The exit code, and what was said: a traceback where the command has none of its own errors.
+    """
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            code = cli.run(main, list(arguments))
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+        except BaseException:
+            code = 1
+            said.write(traceback.format_exc())
+    return code, said.getvalue()
 
 
 def synchronous() -> None:

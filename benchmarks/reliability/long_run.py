@@ -1,0 +1,259 @@
+"""Does a long run that is left alone end as the undisturbed one? 10,000 steps on two processes, with all that happens.
+
+    python benchmarks/reliability/long_run.py [--short] [--seed 1] [--folder DIR] [--json FILE]
+
+The launch script trains a small conditional model on a mixture of three corpora, with --max-restarts,
+train.async_checkpoint, train.on_bad_loss=skip, train.on_save_error=continue and train.stall_seconds. The undisturbed
+run has one batch whose loss is NaN. The other run has the same batch, and besides: ranks that are killed, a rank that
+is stopped, and a disk that is full until a checkpoint was lost. The disk is a small file system in memory, which needs
+root; without it that part is left out, and the figures say so.
+
+Both runs must have the same losses, evaluations, weights and moments, bit for bit.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import campaign
+import numpy as np
+import psutil
+import yaml
+from campaign import Shown, checked_lines
+from oracles.jobs import start_alone, worker_of
+from oracles.tiny_run import losses_of, metrics_of, run_config, untimed
+
+from switchyard.checkpoint import store
+
+STEPS, RESTARTS, STALL = 10_000, 20, 60.0
+EVENTS = ("kill", "kill", "kill", "kill", "stop", "full")
+SHORT_STEPS, SHORT_EVENTS = 400, ("kill", "full")
+DISK = 96 << 20  # bytes of the file system in memory
+LEFT = 64 << 10  # bytes that are free while it is full: for lines of metrics, too few for a checkpoint
+POISON = "SWITCHYARD_POISONED_BATCH"  # names the micro-batch whose loss is NaN
+HOOK = '''"""Makes the loss of one micro-batch NaN, in a training that has this folder on its path."""
+
+import importlib.util
+import os
+import sys
+
+
+class Finder:
+    """Changes switchyard.training.loop when it is imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "switchyard.training.loop":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_change(module):
+            execute(module)
+            inputs = module.Trainer._inputs
+
+            def poisoned(trainer):
+                tokens, labels, valid, noise = inputs(trainer)
+                bad = trainer._read() == int(os.environ["SWITCHYARD_POISONED_BATCH"])
+                return tokens, labels, valid * float("nan") if bad else valid, noise
+
+            module.Trainer._inputs = poisoned
+
+        spec.loader.exec_module = execute_and_change
+        return spec
+
+
+sys.meta_path.insert(0, Finder())
+'''
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[bool]:
+    """Puts a small file system in memory in the place of a folder meanwhile; yields whether that could be done."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def prepare(folder: Path, draw: random.Random) -> list[dict]:
+    """Prepares three corpora of lines, and returns the mixture."""
+    from switchyard.data.prepare import main
+
+    kinds = {
+        "sheep": lambda number: f"{number}: {number * 37 % 101} sheep jump over the {number % 7} gates\n",
+        "sums": lambda number: f"{number} + {number % 89} = {number + number % 89}\n",
+        "letters": lambda number: " ".join(draw.choices("abcdefghij", k=12)) + "\n",
+    }
+    mixture = []
+    for weight, (name, line) in enumerate(kinds.items(), 1):
+        text = folder / f"{name}.txt"
+        text.write_text("".join(map(line, range(4000))), encoding="utf-8")
+        words = ["--input", str(text), "--out", str(folder / name), "--tokenizer", "byte", "--seq-length", "16"]
+        if main([*words, "--workers", "1"]):
+            raise RuntimeError(name)
+        mixture.append({"path": str(folder / name), "weight": weight})
+    return mixture
+
+
+def write_config(folder: Path, steps: int, output: Path, mixture: list[dict]) -> None:
+    """Writes folder/config.yaml of a run in the folder `output`."""
+    keys = {"steps": steps, "checkpoint_every": max(steps // 100, 10), "eval_every": steps // 4, "eval_batches": 2}
+    keys |= {"async_checkpoint": True, "on_bad_loss": "skip", "on_save_error": "continue", "stall_seconds": STALL}
+    keys |= {"keep_checkpoints": 3, "output_dir": str(output)}
+    sections = {"moe": {"expert_num": 4}, "data": {"mixture": mixture, "path": None}, "train": keys}
+    tree = yaml.safe_load(run_config(folder, **sections, schedule={"total_steps": steps}).to_yaml())
+    del tree["parallel"]  # the devices decide
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+
+
+def last_step(run: Path) -> int:
+    """Returns the newest step in the metrics of a run."""
+    with contextlib.suppress(OSError, ValueError, IndexError), (run / "metrics.jsonl").open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 20_000, 0))
+        return max(json.loads(line)["step"] for line in file.read().splitlines()[1:] if line.startswith(b'{"kind'))
+    return 0
+
+
+class Disturbed:
+    """Disturbs a job while it runs.
+
+    Args:
+        job: of the launch script.
+        run: its run folder.
+        disk: the folder of the small file system; None where there is none.
+        draw: random numbers.
+    """
+
+    def __init__(self, job: subprocess.Popen, run: Path, disk: Path | None, draw: random.Random):
+        self.job, self.run, self.disk, self.draw = job, run, disk, draw
+        self.done: list[tuple[str, int]] = []
+
+    def until(self, step: int) -> bool:
+        """Waits for a step of the run; returns False where the job ends before it."""
+        while self.job.poll() is None:
+            if last_step(self.run) >= step:
+                return True
+            time.sleep(0.2)
+        return False
+
+    def disturb(self, events: list[tuple[int, str]], shown: Shown) -> None:
+        """Does one event after the other, each at its step or, after a restart, as soon as the job trains again."""
+        for step, event in events:
+            if event == "full" and self.disk is None:
+                continue
+            if not self.until(max(step, last_step(self.run) + 1)):
+                return
+            time.sleep(self.draw.random() * 0.5)
+            getattr(self, f"_{event}")()
+            self.done.append((event, last_step(self.run)))
+            shown.advance(f"({event} at step {self.done[-1][1]:,})")
+
+    def _kill(self) -> None:
+        worker_of(psutil.Process(self.job.pid), self.draw.randrange(2)).kill()
+        time.sleep(2.0)  # until the launcher has seen it
+
+    def _stop(self) -> None:
+        worker_of(psutil.Process(self.job.pid), self.draw.randrange(2)).send_signal(signal.SIGSTOP)
+        time.sleep(2.0)
+
+    def _full(self) -> None:
+        filler = self.disk / "filler"
+        lost = len(metrics_of(self.run, "save_failed"))
+        with filler.open("wb") as file:
+            left = shutil.disk_usage(self.disk).free - LEFT
+            file.write(b"\0" * left)
+        while self.job.poll() is None and len(metrics_of(self.run, "save_failed")) == lost:
+            time.sleep(0.05)
+        filler.unlink()
+
+
+def train_alone(folder: Path, name: str, batch: int, *options: str) -> subprocess.Popen:
+    """Starts a run with a batch whose loss is NaN."""
+    path = os.pathsep.join([str(folder / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return start_alone(folder, name, *options, environment={"PYTHONPATH": path, POISON: str(batch)})
+
+
+def require_success(job: subprocess.Popen, logs: Path) -> None:
+    """Waits for a job, and says why it has failed (RuntimeError)."""
+    if job.wait():
+        raise RuntimeError(f"{job.stderr.read().decode(errors='replace')[-2000:]}; logs: {logs}")
+
+
+def long_run(folder: Path, short: bool, draw: random.Random) -> list[dict]:
+    """Trains both runs, and returns the row."""
+    steps, events = (SHORT_STEPS, SHORT_EVENTS) if short else (STEPS, EVENTS)
+    (folder / "hook").mkdir()
+    (folder / "hook" / "sitecustomize.py").write_text(HOOK, encoding="utf-8")
+    mixture = prepare(folder, draw)
+    batch, shown = draw.randrange(steps // 4, steps), Shown("long_run", len(events) + 2)
+    places = sorted(draw.sample(range(steps // 20, steps - steps // 10), len(events)))
+    write_config(folder, steps, folder / "runs", mixture)
+    begun = time.monotonic()
+    require_success(train_alone(folder, "alone", batch), folder / "logs-alone")
+    seconds = [time.monotonic() - begun]
+    shown.advance("(the undisturbed run has ended)")
+    with small_disk(folder / "disk", DISK) as mounted:
+        write_config(folder, steps, folder / "disk", mixture)
+        begun = time.monotonic()
+        job = train_alone(folder, "hit", batch, "--max-restarts", str(RESTARTS))
+        disturbed = Disturbed(job, folder / "disk" / "hit", folder / "disk" if mounted else None, draw)
+        disturbed.disturb(list(zip(places, draw.sample(events, len(events)))), shown)
+        require_success(job, folder / "logs-hit")
+        seconds.append(time.monotonic() - begun)
+        shown.advance("(the disturbed run has ended)")
+        row = compared(folder / "disk" / "hit", folder / "runs" / "alone", steps)
+    happened = Counter(event for event, _ in disturbed.done)
+    merged = (folder / "logs-hit" / "all.log").read_text(encoding="utf-8", errors="replace")
+    row |= {"kills": happened["kill"], "stops": happened["stop"], "full_disks": happened["full"]}
+    row |= {"restarts": merged.count("launcher | restart "), "events": disturbed.done}
+    row |= {"seconds_undisturbed": round(seconds[0]), "seconds": round(seconds[1])}
+    missed = len(events) - len(disturbed.done) - (0 if mounted else events.count("full"))
+    return [row | {"missed": missed, "broken": row["broken"] + missed}]
+
+
+def compared(hit: Path, alone: Path, steps: int) -> dict:
+    """Returns the row of the comparison of two runs."""
+    losses, others = losses_of(hit), losses_of(alone)
+    skipped = [line["step"] for line in metrics_of(hit, "skipped")]
+    torn, doubled = checked_lines(hit / "metrics.jsonl")
+    row = {"steps": steps, "processes": 2, "corpora": 3, "torn": torn, "doubled": doubled}
+    row |= {"nan_batches": len(skipped), "lost_checkpoints": len(metrics_of(hit, "save_failed"))}
+    row["losses_differing"] = sum(losses.get(step) != others.get(step) for step in losses.keys() | others.keys())
+    evaluations = [[untimed(line) for line in metrics_of(run, "evaluation")] for run in (hit, alone)]
+    row["evaluations_differing"] = int(evaluations[0] != evaluations[1])
+    first, second = store.read(hit), store.read(alone)
+    one, other = first.weights | first.optimizer, second.weights | second.optimizer
+    row["tensors_differing"] = sum(not np.array_equal(array, other.get(name)) for name, array in one.items())
+    results = [json.loads((run / "result.json").read_text())["validation_loss"] for run in (hit, alone)]
+    row |= {"validation_loss": results[0], "validation_loss_undisturbed": results[1]}
+    wrong = int(len(losses) != steps - len(skipped)) + int(
+        skipped != [one["step"] for one in metrics_of(alone, "skipped")]
+    )
+    wrong += int(not skipped) + int(results[0] != results[1]) + torn + doubled
+    return row | {"broken": wrong + sum(value for name, value in row.items() if name.endswith("_differing"))}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the campaign."""
+    return campaign.run_campaign("long_run", __doc__, long_run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
