@@ -14,6 +14,7 @@ import random
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -254,6 +255,26 @@ def damaged(run: Path) -> list[str]:
         except UserError as error:
             found.append(str(error))
     return found
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[bool]:
+    """Puts a small file system in memory in the place of a folder meanwhile; yields whether that could be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mounted = mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def mount(*words: str) -> bool:
+    """Calls `mount`, which needs root, and returns whether it has worked."""
+    try:
+        return subprocess.run(["mount", *words], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def contents(folder: Path) -> dict[str, bytes]:

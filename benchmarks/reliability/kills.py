@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import campaign
@@ -64,14 +65,15 @@ class Runs:
             config = run_config(self.folder, **sections)
             (self.folder / f"{variant}.yaml").write_text(config.to_yaml(), encoding="utf-8")
 
-    def start(self, variant: str, name: str):
-        """Starts train.py, which goes on where the run has a checkpoint."""
+    def start(self, variant: str, name: str, *more: str, before: Callable[[], object] = lambda: None):
+        """Starts train.py, which goes on where the run has a checkpoint; `before` is called in each process."""
         from switchyard.commands import train_main
 
         words = ["--config", str(self.folder / f"{variant}.yaml"), "--restarted", f"train.name={name}"]
         if variant == "record":
             words.append(f"moe.record={self.folder / name}.safetensors")
-        return (Forked if self.processes == 1 else Job)(train_main, words, self.folder / f"{name}.log")
+        kind, log = Forked if self.processes == 1 else Job, self.folder / f"{name}.log"
+        return kind(train_main, [*words, *more], log, before=before)
 
     def run(self, name: str) -> Path:
         """Returns the folder of a run."""
@@ -157,11 +159,12 @@ class Runs:
         self._note("finished", "runs")
         torn, doubled = checked_lines(self.run(name) / "metrics.jsonl")
         self.found["finished"] += Counter(torn=torn, doubled=doubled)
-        if self._figures(variant, name) != self._figures(variant, other):
+        if self.figures(variant, name) != self.figures(variant, other):
             self._note("finished", "differing", f"{name}: other figures than {other}")
         shutil.rmtree(self.run(name))
 
-    def _figures(self, variant: str, name: str) -> tuple:
+    def figures(self, variant: str, name: str) -> tuple:
+        """Returns all that a run must have in common with an undisturbed one."""
         run, choices = self.run(name), {}
         if variant == "record":
             from safetensors.numpy import load_file

@@ -5,7 +5,7 @@
 The launch script trains a small conditional model on a mixture of three corpora, with --max-restarts,
 train.async_checkpoint, train.on_bad_loss=skip, train.on_save_error=continue and train.stall_seconds. The undisturbed
 run has one batch whose loss is NaN. The other run has the same batch, and besides: ranks that are killed, a rank that
-is stopped, and a disk that is full until a checkpoint was lost. The disk is a small file system in memory, which needs
+is stopped, and a disk that is full until a rank has said so. The disk is a small file system in memory, which needs
 root; without it that part is left out, and the figures say so.
 
 Both runs must have the same losses, evaluations, weights and moments, bit for bit.
@@ -21,14 +21,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import campaign
 import numpy as np
 import psutil
 import yaml
-from campaign import Shown, checked_lines
+from campaign import Shown, checked_lines, small_disk
 from oracles.jobs import start_alone, worker_of
 from oracles.tiny_run import losses_of, metrics_of, run_config, untimed
 
@@ -76,22 +75,6 @@ sys.meta_path.insert(0, Finder())
 '''
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[bool]:
-    """Puts a small file system in memory in the place of a folder meanwhile; yields whether that could be done."""
-    folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True).returncode == 0
-    except OSError:
-        mounted = False
-    try:
-        yield mounted
-    finally:
-        if mounted:
-            subprocess.run(["umount", "-l", str(folder)], check=False)
-
-
 def prepare(folder: Path, draw: random.Random) -> list[dict]:
     """Prepares three corpora of lines, and returns the mixture."""
     from switchyard.data.prepare import main
@@ -106,6 +89,7 @@ def prepare(folder: Path, draw: random.Random) -> list[dict]:
         text = folder / f"{name}.txt"
         text.write_text("".join(map(line, range(4000))), encoding="utf-8")
         words = ["--input", str(text), "--out", str(folder / name), "--tokenizer", "byte", "--seq-length", "16"]
+        words += ["--val-fraction", "0.01"]
         if main([*words, "--workers", "1"]):
             raise RuntimeError(name)
         mixture.append({"path": str(folder / name), "weight": weight})
@@ -138,11 +122,12 @@ class Disturbed:
         job: of the launch script.
         run: its run folder.
         disk: the folder of the small file system; None where there is none.
+        log: of all ranks.
         draw: random numbers.
     """
 
-    def __init__(self, job: subprocess.Popen, run: Path, disk: Path | None, draw: random.Random):
-        self.job, self.run, self.disk, self.draw = job, run, disk, draw
+    def __init__(self, job: subprocess.Popen, run: Path, disk: Path | None, log: Path, draw: random.Random):
+        self.job, self.run, self.disk, self.log, self.draw = job, run, disk, log, draw
         self.done: list[tuple[str, int]] = []
 
     def until(self, step: int) -> bool:
@@ -174,14 +159,17 @@ class Disturbed:
         time.sleep(2.0)
 
     def _full(self) -> None:
-        filler = self.disk / "filler"
-        lost = len(metrics_of(self.run, "save_failed"))
+        filler, before = self.disk / "filler", self._met()
         with filler.open("wb") as file:
             left = shutil.disk_usage(self.disk).free - LEFT
             file.write(b"\0" * left)
-        while self.job.poll() is None and len(metrics_of(self.run, "save_failed")) == lost:
-            time.sleep(0.05)
+        while self.job.poll() is None and self._met() == before:
+            time.sleep(0.1)
         filler.unlink()
+
+    def _met(self) -> int:
+        """Returns how often the ranks have said that the disk is full."""
+        return self.log.read_text(encoding="utf-8", errors="replace").count("No space left on device")
 
 
 def train_alone(folder: Path, name: str, batch: int, *options: str) -> subprocess.Popen:
@@ -213,14 +201,15 @@ def long_run(folder: Path, short: bool, draw: random.Random) -> list[dict]:
         write_config(folder, steps, folder / "disk", mixture)
         begun = time.monotonic()
         job = train_alone(folder, "hit", batch, "--max-restarts", str(RESTARTS))
-        disturbed = Disturbed(job, folder / "disk" / "hit", folder / "disk" if mounted else None, draw)
+        disk, log = folder / "disk" if mounted else None, folder / "logs-hit" / "all.log"
+        disturbed = Disturbed(job, folder / "disk" / "hit", disk, log, draw)
         disturbed.disturb(list(zip(places, draw.sample(events, len(events)))), shown)
         require_success(job, folder / "logs-hit")
         seconds.append(time.monotonic() - begun)
         shown.advance("(the disturbed run has ended)")
         row = compared(folder / "disk" / "hit", folder / "runs" / "alone", steps)
     happened = Counter(event for event, _ in disturbed.done)
-    merged = (folder / "logs-hit" / "all.log").read_text(encoding="utf-8", errors="replace")
+    merged = log.read_text(encoding="utf-8", errors="replace")
     row |= {"kills": happened["kill"], "stops": happened["stop"], "full_disks": happened["full"]}
     row |= {"restarts": merged.count("launcher | restart "), "events": disturbed.done}
     row |= {"seconds_undisturbed": round(seconds[0]), "seconds": round(seconds[1])}

@@ -15,8 +15,8 @@ With --max-restarts a job that has failed is started again, at most N times, wit
 --restart-wait seconds (5), twice as many the next time, and so on up to 5 minutes. A mistake in the input is not, nor a
 job that a signal to this process has ended.
 
-Exit code: 0, or that of the worker which failed first (2 a mistake in the input, 75 saved after a signal), 1 where it
-was killed. Nothing heavy is imported.
+Exit code: 0, or that of the worker which failed first (2 a mistake in the input, 74 a disk that is full or fails, 75
+saved after a signal), 1 where it was killed. Nothing heavy is imported.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ import psutil
 from switchyard.cli import EXIT_KILLED
 from switchyard.distributed import progress
 from switchyard.distributed.merged_log import MergedLog
-from switchyard.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from switchyard.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from switchyard.streams import hangs_up
 
 POLL = 0.2  # seconds
@@ -132,7 +132,7 @@ class Job:
         if failure is not None:
             if failure[1] < 0 and self.signals:
                 return EXIT_KILLED
-            return failure[1] if failure[1] in (EXIT_USER_ERROR, EXIT_INTERRUPTED) else 1
+            return failure[1] if failure[1] in (EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_DISK) else 1
         if self.signals:
             return EXIT_KILLED
         return min(abs(self.launcher.returncode), 1)
