@@ -319,10 +319,7 @@ def workplace(folder: str | None) -> Iterator[Path]:
 
 
 def run_campaign(
-    name: str,
-    description: str,
-    campaign: Callable[[Path, bool, random.Random], list[dict]],
-    arguments: list[str] | None,
+    name: str, description: str, campaign: Callable[..., list[dict]], arguments: list[str] | None, **sizes: int
 ) -> int:
     """Runs a campaign by its command line, and returns 0 where its promise held.
 
@@ -332,6 +329,7 @@ def run_campaign(
         campaign: takes a folder to work in, whether the short form is asked for, and random numbers; returns rows,
             each with a count `broken` of what has broken the promise.
         arguments: of the command line.
+        sizes: more options of the command line, whole numbers, with what they are by default; the campaign takes them.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a small part of it: seconds")
@@ -339,12 +337,14 @@ def run_campaign(
     parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after so many minutes")
     parser.add_argument("--folder", metavar="DIR", help="where to work (default: the system's temporary folder)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    for size, usual in sizes.items():
+        parser.add_argument(f"--{size}", type=int, default=usual, help=f"(default {usual:,})")
     args = parser.parse_args(arguments)
     Shown.limit = 60 * (args.minutes or float("inf"))
     ready()
     begun = time.monotonic()
     with workplace(args.folder) as folder:
-        rows = campaign(folder, args.short, random.Random(args.seed))
+        rows = campaign(folder, args.short, random.Random(args.seed), **{size: getattr(args, size) for size in sizes})
     for row in rows:
         print("  ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
     if args.json:

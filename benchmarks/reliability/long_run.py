@@ -1,12 +1,12 @@
 """Does a long run that is left alone end as the undisturbed one? 10,000 steps on two processes, with all that happens.
 
-    python benchmarks/reliability/long_run.py [--short] [--seed 1] [--folder DIR] [--json FILE]
+    python benchmarks/reliability/long_run.py [--short] [--steps 10000] [--seed 1] [--folder DIR] [--json FILE]
 
 The launch script trains a small conditional model on a mixture of three corpora, with --max-restarts,
 train.async_checkpoint, train.on_bad_loss=skip, train.on_save_error=continue and train.stall_seconds. The undisturbed
-run has one batch whose loss is NaN. The other run has the same batch, and besides: ranks that are killed, a rank that
-is stopped, and a disk that is full until a rank has said so. The disk is a small file system in memory, which needs
-root; without it that part is left out, and the figures say so.
+run has one batch whose loss is NaN. The other run, at the same time, has the same batch, and besides: ranks that are
+killed, a rank that is stopped, and a disk that is full until a rank has said so. The disk is a small file system in
+memory, which needs root; without it that part is left out, and the figures say so.
 
 Both runs must have the same losses, evaluations, weights and moments, bit for bit.
 """
@@ -34,12 +34,16 @@ from oracles.tiny_run import losses_of, metrics_of, run_config, untimed
 from switchyard.checkpoint import store
 
 STEPS, RESTARTS, STALL = 10_000, 20, 60.0
+LOG_EVERY = 4  # steps between two losses that are written down and compared
 EVENTS = ("kill", "kill", "kill", "kill", "stop", "full")
 SHORT_STEPS, SHORT_EVENTS = 400, ("kill", "full")
 DISK = 96 << 20  # bytes of the file system in memory
 LEFT = 64 << 10  # bytes that are free while it is full: for lines of metrics, too few for a checkpoint
 POISON = "SWITCHYARD_POISONED_BATCH"  # names the micro-batch whose loss is NaN
-HOOK = '''"""Makes the loss of one micro-batch NaN, in a training that has this folder on its path."""
+HOOK = '''"""Makes the loss of one micro-batch NaN, in a training that has this folder on its path.
+
+A weight is NaN while the batch is read, as an error of a device or an overflow would make it.
+"""
 
 import importlib.util
 import os
@@ -58,14 +62,22 @@ class Finder:
 
         def execute_and_change(module):
             execute(module)
-            inputs = module.Trainer._inputs
+            advance = module.Trainer._advance
 
             def poisoned(trainer):
-                tokens, labels, valid, noise = inputs(trainer)
-                bad = trainer._read() == int(os.environ["SWITCHYARD_POISONED_BATCH"])
-                return tokens, labels, valid * float("nan") if bad else valid, noise
+                if trainer._read() != int(os.environ["SWITCHYARD_POISONED_BATCH"]):
+                    return advance(trainer)
+                from mindspore import Tensor
 
-            module.Trainer._inputs = poisoned
+                gain = next(one for one in trainer.model.get_parameters() if one.name == "norm.gain")
+                kept = gain.asnumpy().copy()
+                gain.set_data(Tensor(kept * float("nan")))
+                try:
+                    return advance(trainer)
+                finally:
+                    gain.set_data(Tensor(kept))
+
+            module.Trainer._advance = poisoned
 
         spec.loader.exec_module = execute_and_change
         return spec
@@ -100,7 +112,7 @@ def write_config(folder: Path, steps: int, output: Path, mixture: list[dict]) ->
     """Writes folder/config.yaml of a run in the folder `output`."""
     keys = {"steps": steps, "checkpoint_every": max(steps // 100, 10), "eval_every": steps // 4, "eval_batches": 2}
     keys |= {"async_checkpoint": True, "on_bad_loss": "skip", "on_save_error": "continue", "stall_seconds": STALL}
-    keys |= {"keep_checkpoints": 3, "output_dir": str(output)}
+    keys |= {"keep_checkpoints": 3, "output_dir": str(output), "log_every": LOG_EVERY, "loggers": []}
     sections = {"moe": {"expert_num": 4}, "data": {"mixture": mixture, "path": None}, "train": keys}
     tree = yaml.safe_load(run_config(folder, **sections, schedule={"total_steps": steps}).to_yaml())
     del tree["parallel"]  # the devices decide
@@ -172,47 +184,45 @@ class Disturbed:
         return self.log.read_text(encoding="utf-8", errors="replace").count("No space left on device")
 
 
-def train_alone(folder: Path, name: str, batch: int, *options: str) -> subprocess.Popen:
-    """Starts a run with a batch whose loss is NaN."""
+def start_alone_in(folder: Path, steps: int, mixture: list[dict], batch: int, *options: str) -> subprocess.Popen:
+    """Starts a run, folder/runs/run, with a batch whose loss is NaN."""
+    (folder / "hook").mkdir(parents=True)
+    (folder / "hook" / "sitecustomize.py").write_text(HOOK, encoding="utf-8")
+    write_config(folder, steps, folder / "runs", mixture)
     path = os.pathsep.join([str(folder / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return start_alone(folder, name, *options, environment={"PYTHONPATH": path, POISON: str(batch)})
+    return start_alone(folder, "run", *options, environment={"PYTHONPATH": path, POISON: str(batch)})
 
 
-def require_success(job: subprocess.Popen, logs: Path) -> None:
+def require_success(job: subprocess.Popen, log: Path) -> None:
     """Waits for a job, and says why it has failed (RuntimeError)."""
     if job.wait():
-        raise RuntimeError(f"{job.stderr.read().decode(errors='replace')[-2000:]}; logs: {logs}")
+        raise RuntimeError(f"{job.stderr.read().decode(errors='replace')[-2000:]}; {log}")
 
 
-def long_run(folder: Path, short: bool, draw: random.Random) -> list[dict]:
+def long_run(folder: Path, short: bool, draw: random.Random, steps: int = STEPS) -> list[dict]:
     """Trains both runs, and returns the row."""
-    steps, events = (SHORT_STEPS, SHORT_EVENTS) if short else (STEPS, EVENTS)
-    (folder / "hook").mkdir()
-    (folder / "hook" / "sitecustomize.py").write_text(HOOK, encoding="utf-8")
+    steps, events = (SHORT_STEPS, SHORT_EVENTS) if short else (steps, EVENTS)
     mixture = prepare(folder, draw)
     batch, shown = draw.randrange(steps // 4, steps), Shown("long_run", len(events) + 2)
     places = sorted(draw.sample(range(steps // 20, steps - steps // 10), len(events)))
-    write_config(folder, steps, folder / "runs", mixture)
-    begun = time.monotonic()
-    require_success(train_alone(folder, "alone", batch), folder / "logs-alone")
-    seconds = [time.monotonic() - begun]
-    shown.advance("(the undisturbed run has ended)")
-    with small_disk(folder / "disk", DISK) as mounted:
-        write_config(folder, steps, folder / "disk", mixture)
+    alone, log = start_alone_in(folder / "alone", steps, mixture, batch), folder / "hit" / "logs-run" / "all.log"
+    with small_disk(folder / "hit" / "runs", DISK) as mounted:
         begun = time.monotonic()
-        job = train_alone(folder, "hit", batch, "--max-restarts", str(RESTARTS))
-        disk, log = folder / "disk" if mounted else None, folder / "logs-hit" / "all.log"
-        disturbed = Disturbed(job, folder / "disk" / "hit", disk, log, draw)
+        job = start_alone_in(folder / "hit", steps, mixture, batch, "--max-restarts", str(RESTARTS))
+        disk = folder / "hit" / "runs"
+        disturbed = Disturbed(job, disk / "run", disk if mounted else None, log, draw)
         disturbed.disturb(list(zip(places, draw.sample(events, len(events)))), shown)
-        require_success(job, folder / "logs-hit")
-        seconds.append(time.monotonic() - begun)
+        require_success(job, log)
+        seconds = time.monotonic() - begun
         shown.advance("(the disturbed run has ended)")
-        row = compared(folder / "disk" / "hit", folder / "runs" / "alone", steps)
+        require_success(alone, folder / "alone" / "logs-run" / "all.log")
+        shown.advance("(the undisturbed run has ended)")
+        row = compared(disk / "run", folder / "alone" / "runs" / "run", steps)
     happened = Counter(event for event, _ in disturbed.done)
     merged = log.read_text(encoding="utf-8", errors="replace")
     row |= {"kills": happened["kill"], "stops": happened["stop"], "full_disks": happened["full"]}
     row |= {"restarts": merged.count("launcher | restart "), "events": disturbed.done}
-    row |= {"seconds_undisturbed": round(seconds[0]), "seconds": round(seconds[1])}
+    row["seconds"] = round(seconds)
     missed = len(events) - len(disturbed.done) - (0 if mounted else events.count("full"))
     return [row | {"missed": missed, "broken": row["broken"] + missed}]
 
@@ -222,7 +232,7 @@ def compared(hit: Path, alone: Path, steps: int) -> dict:
     losses, others = losses_of(hit), losses_of(alone)
     skipped = [line["step"] for line in metrics_of(hit, "skipped")]
     torn, doubled = checked_lines(hit / "metrics.jsonl")
-    row = {"steps": steps, "processes": 2, "corpora": 3, "torn": torn, "doubled": doubled}
+    row = {"steps": steps, "losses": len(losses), "processes": 2, "corpora": 3, "torn": torn, "doubled": doubled}
     row |= {"nan_batches": len(skipped), "lost_checkpoints": len(metrics_of(hit, "save_failed"))}
     row["losses_differing"] = sum(losses.get(step) != others.get(step) for step in losses.keys() | others.keys())
     evaluations = [[untimed(line) for line in metrics_of(run, "evaluation")] for run in (hit, alone)]
@@ -232,16 +242,15 @@ def compared(hit: Path, alone: Path, steps: int) -> dict:
     row["tensors_differing"] = sum(not np.array_equal(array, other.get(name)) for name, array in one.items())
     results = [json.loads((run / "result.json").read_text())["validation_loss"] for run in (hit, alone)]
     row |= {"validation_loss": results[0], "validation_loss_undisturbed": results[1]}
-    wrong = int(len(losses) != steps - len(skipped)) + int(
-        skipped != [one["step"] for one in metrics_of(alone, "skipped")]
-    )
+    same_skipped = skipped == [line["step"] for line in metrics_of(alone, "skipped")]
+    wrong = int(not losses or max(losses) != steps) + int(not same_skipped)
     wrong += int(not skipped) + int(results[0] != results[1]) + torn + doubled
     return row | {"broken": wrong + sum(value for name, value in row.items() if name.endswith("_differing"))}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the campaign."""
-    return campaign.run_campaign("long_run", __doc__, long_run, arguments)
+    return campaign.run_campaign("long_run", __doc__, long_run, arguments, steps=STEPS)
 
 
 if __name__ == "__main__":
