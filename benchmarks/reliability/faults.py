@@ -36,17 +36,17 @@ RULES = {
     "slow rank": "the job goes on; metrics name the rank and the time that a step waits for it",
     "two writers": "the second training says which process holds the folder, and changes nothing",
     "low memory": "one line says that memory is short; checkpoints are whole; --restarted goes on without the limit",
-    "few open files": "one line says so; checkpoints are whole; --restarted goes on without the limit",
+    "few open files": "one line says so, or that MindSpore cannot read how much memory there is; then as above",
     "closed terminal": "the step is saved, exit code 75; --restarted goes on",
 }
 TRIES = {
-    "full disk": 20,
-    "file size limit": 10,
-    "read-only folder": 5,
-    "two writers": 10,
-    "low memory": 20,
-    "few open files": 20,
-    "closed terminal": 20,
+    "full disk": 10,
+    "file size limit": 6,
+    "read-only folder": 3,
+    "two writers": 5,
+    "low memory": 10,
+    "few open files": 8,
+    "closed terminal": 10,
 }
 SHORT_TRIES = {"full disk": 1, "file size limit": 1, "read-only folder": 1, "two writers": 1, "closed terminal": 1}
 MOST = 3  # tries for each try that meets its fault
@@ -92,7 +92,7 @@ class Faults:
         with small_disk(self.runs.run(name), self.draw.randrange(50_000, 700_000)) as mounted:
             if not mounted:
                 return None
-            return self._ended(name, "No space left on device", lambda: self._remount(name, "size=64M"))
+            return self._ended(name, "No space left on device", repair=lambda: self._remount(name, "size=64M"))
 
     def _file_size_limit(self, name: str) -> str | None:
         size = self.draw.randrange(4_000, 80_000)
@@ -143,9 +143,8 @@ class Faults:
 
     def _few_open_files(self, name: str) -> str | None:
         own = len(os.listdir("/proc/self/fd"))
-        return self._ended(
-            name, "Too many open files", before=limited(resource.RLIMIT_NOFILE, own + self.draw.randrange(0, 12))
-        )
+        before = limited(resource.RLIMIT_NOFILE, own + self.draw.randrange(0, 12))
+        return self._ended(name, "Too many open files", "memory: ", before=before)
 
     # ---- what all have in common
     def _until_steps(self, name: str, steps: int) -> Forked:
@@ -155,16 +154,14 @@ class Faults:
         return job
 
     def _ended(
-        self, name: str, words: str, repair: Callable = lambda: None, before: Callable = lambda: None
+        self, name: str, *words: str, repair: Callable = lambda: None, before: Callable = lambda: None
     ) -> str | None:
-        """Trains until the fault ends the run; None where it does not."""
-        return self._judged(self.runs.start("plain", name, before=before), name, words, repair)
-
-    def _judged(self, job: Forked, name: str, words: str, repair: Callable) -> str | None:
+        """Trains until the fault ends the run with a line that has one of the words; None where it does not."""
+        job = self.runs.start("plain", name, before=before)
         code = job.wait()
         if code == 0:
             return None
-        wrong = complaint(code, job.said, (words,))
+        wrong = complaint(code, job.said, words)
         repair()
         return wrong or self._go_on(name)
 
