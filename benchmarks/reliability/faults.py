@@ -189,7 +189,7 @@ def complaint(code: int, said: str, words: tuple[str, ...]) -> str | None:
     return f"code {code}: {said[-600:]}"
 
 
-def try_ranks(folder: Path, draw: random.Random, steps: int = 120) -> list[dict]:
+def try_ranks(folder: Path, draw: random.Random, steps: int = 100) -> list[dict]:
     """Loses, stops and slows a rank of a job of the launch script, and returns the rows."""
     runs = Runs(folder, 2, steps, draw)
     tree = yaml.safe_load((runs.folder / "plain.yaml").read_text(encoding="utf-8"))
@@ -234,8 +234,8 @@ def try_everything(folder: Path, short: bool, draw: random.Random) -> list[dict]
     """Tries all faults, and returns the rows."""
     tries = SHORT_TRIES if short else TRIES
     shown = Shown("faults", sum(tries.values()))
-    rows = Faults(folder, 8 if short else 24, draw).try_all(tries, shown)
-    return rows if short else rows + try_ranks(folder, draw)
+    rows = [] if short else try_ranks(folder, draw)
+    return rows + Faults(folder, 8 if short else 16, draw).try_all(tries, shown)
 
 
 def main(arguments: list[str] | None = None) -> int:
