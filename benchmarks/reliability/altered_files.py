@@ -26,7 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import campaign
-from campaign import TRACEBACK, Forked, Shown, called, contents
+from campaign import TRACEBACK, Shown, contents
+from forked import Forked, called
 
 from switchyard.json_text import to_json
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import campaign
 import psutil
 import yaml
-from campaign import Forked, Shown, damaged, fault_of, limited, mount, small_disk
+from campaign import Shown, damaged, fault_of, mount, small_disk
+from forked import POLL, Forked, limited
 from kills import Runs, count_of
 from oracles.jobs import start_alone, worker_of
 from oracles.tiny_run import metrics_of
@@ -150,7 +151,7 @@ class Faults:
     def _until_steps(self, name: str, steps: int) -> Forked:
         job = self.runs.start("plain", name)
         while job.poll() is None and count_of(job, "training") < steps:
-            time.sleep(campaign.POLL)
+            time.sleep(POLL)
         return job
 
     def _ended(

@@ -22,7 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import campaign
-from campaign import Forked, Job, Shown, checked_lines, contents, damaged
+from campaign import Shown, checked_lines, damaged
+from forked import POLL, Forked, Job
+from kills_elsewhere import Preparing, kill_evaluation, kill_exporting
 from oracles.tiny_run import losses_of, metrics_of, run_config, untimed, write_text
 
 SAVE_EVERY, EVAL_EVERY = 4, 12
@@ -130,7 +132,7 @@ class Runs:
                     return self._sleep(job, 0.03 * delay)
             elif count_of(job, phase) - before >= (steps if phase == "training" else 1):
                 return self._sleep(job, 0.3 * delay)
-            time.sleep(campaign.POLL / 4 if phase == "saving" else campaign.POLL)
+            time.sleep(POLL / 4 if phase == "saving" else POLL)
         return False
 
     def _sleep(self, job, seconds: float) -> bool:
@@ -187,115 +189,6 @@ def count_of(job, phase: str) -> int:
     return len({step for step in steps if step.isdigit() and int(step) % wanted == 0})
 
 
-def kill_evaluation(folder: Path, run: Path, count: int, draw: random.Random, shown: Shown) -> Counter:
-    """Kills eval.py, and returns the counts."""
-    from switchyard.commands import eval_main
-
-    words, found = ["--checkpoint", str(run), "context.mode=pynative"], Counter()
-    before, begun = contents(run), time.monotonic()
-    usual = Forked(eval_main, words, folder / "eval.log")
-    found["unusable"] += usual.wait() != 0
-    seconds = time.monotonic() - begun
-    while found["kills"] < count and not shown.over:
-        job = Forked(eval_main, words, folder / "eval.log")
-        time.sleep(draw.random() * seconds)
-        found["kills"] += job.poll() is None
-        job.kill()
-        found["unusable"] += contents(run) != before
-        shown.advance("(eval.py)")
-    return found
-
-
-def kill_preparing(folder: Path, count: int, draw: random.Random, shown: Shown) -> Counter:
-    """Kills data.prepare, calls it again until it is done, and returns the counts."""
-    from switchyard.data.prepare import main
-
-    text = folder / "texts"
-    text.mkdir()
-    for number in range(6):
-        words = (f"document {draw.randrange(10**6)} of file {number}\n" for _ in range(8000))
-        (text / f"{number}.txt").write_text("".join(words), encoding="utf-8")
-    found, forms = Counter(), {"tokens": ["--shard-tokens", "60000"], "mindrecord": ["--format", "mindrecord"]}
-
-    def start(form: str, out: Path) -> Forked:
-        words = ["--input", str(text), "--out", str(out), "--tokenizer", "byte", "--seq-length", "32", *forms[form]]
-        return Forked(main, [*words, "--workers", "1"] if form == "tokens" else words, folder / f"{out.name}.log")
-
-    seconds, whole = {}, {}
-    for form in forms:
-        begun = time.monotonic()
-        if start(form, folder / form).wait() != 0:
-            raise RuntimeError((folder / f"{form}.log").read_text())
-        seconds[form], whole[form] = time.monotonic() - begun, contents(folder / form)
-    number = 0
-    while found["kills"] < count and not shown.over:
-        form, number = ("tokens", "tokens", "mindrecord")[number % 3], number + 1
-        out = folder / f"{form}-{number}"
-        while found["kills"] < count and not shown.over:
-            job = start(form, out)
-            time.sleep(draw.random() * seconds[form])
-            ended = job.poll() is not None
-            job.kill()
-            if ended:
-                break
-            found["kills"] += 1
-            found["half_written"] += (folder / f".{out.name}.preparing").exists()
-            found["unusable"] += out.exists() and not same(form, contents(out), whole[form])
-            shown.advance("(preparing)")
-        found["unusable"] += not out.exists() and start(form, out).wait() != 0
-        found["runs"] += 1
-        found["differing"] += not same(form, contents(out), whole[form])
-    return found
-
-
-def same(form: str, found: dict[str, bytes], wanted: dict[str, bytes]) -> bool:
-    """Returns whether two prepared folders hold the same: of a MindRecord, which names its place, names and sizes."""
-    if form == "tokens":
-        return found == wanted
-    return found.keys() == wanted.keys() and all(len(found[name]) == len(wanted[name]) for name in wanted)
-
-
-def kill_exporting(folder: Path, count: int, draw: random.Random, shown: Shown) -> Counter:
-    """Kills export.py with and without an earlier export in place, and returns the counts."""
-    from oracles.tiny_export import save_run
-
-    from switchyard.commands import export_main
-    from switchyard.errors import UserError
-    from switchyard.inference import manifest
-
-    made = Forked(lambda words: save_run(folder, model={"num_layers": 1}) and 0, [], folder / "save.log")
-    if made.wait() != 0:
-        raise RuntimeError(made.said)
-    words = ["--checkpoint", str(folder / "runs" / "tiny"), "--out", str(folder / "out"), "export.max_length=24"]
-    begun, found = time.monotonic(), Counter()
-    usual = Forked(export_main, words, folder / "export.log")
-    if usual.wait() != 0:
-        raise RuntimeError(usual.said)
-    seconds = time.monotonic() - begun
-    shutil.copytree(folder / "out", folder / "earlier")
-    while found["kills"] < count and not shown.over:
-        shutil.rmtree(folder / "out", ignore_errors=True)
-        if in_place := draw.random() < 0.5:
-            shutil.copytree(folder / "earlier", folder / "out")
-        job = Forked(export_main, words, folder / "export.log")
-        time.sleep(draw.random() * seconds)
-        if job.poll() is not None:
-            continue
-        job.kill()
-        found["kills"] += 1
-        found["half_written"] += any(folder.glob(".tmp-*"))
-        if in_place or (folder / "out").exists():
-            try:
-                manifest.verify(folder / "out", manifest.read(folder / "out"))
-            except UserError as error:
-                found["unusable"] += 1
-                print(f"BROKEN: {error}", flush=True)
-        shown.advance("(exporting)")
-    found["unusable"] += Forked(export_main, words, folder / "export.log").wait() != 0
-    found["unusable"] += any(folder.glob(".tmp-*"))
-    return found
-
-
 def row_of(phase: str, processes: int, found: Counter) -> dict:
     """Returns the row of a phase; `broken` counts what must be 0."""
     names = ("kills", "half_written", "unusable", "torn", "doubled", "runs", "differing")
@@ -311,7 +204,7 @@ def kill_everything(folder: Path, short: bool, draw: random.Random) -> list[dict
     ones = Runs(folder, 1, steps, draw)
     others = {
         "eval.py": lambda *more: kill_evaluation(folder, ones.run(ones.undisturbed("plain")), *more),
-        "preparing": lambda *more: kill_preparing(folder, *more),
+        "preparing": lambda count, draw, shown: Preparing(folder, draw).kill_all(count, shown),
         "exporting": lambda *more: kill_exporting(folder, *more),
     }
     for phase, kill in others.items():
