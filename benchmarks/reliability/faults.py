@@ -23,7 +23,7 @@ import campaign
 import psutil
 import yaml
 from campaign import Shown, damaged, fault_of, mount, small_disk
-from forked import POLL, Forked, limited
+from forked import POLL, Forked, limited, own_size
 from kills import Runs, count_of
 from oracles.jobs import start_alone, worker_of
 from oracles.tiny_run import metrics_of
@@ -138,8 +138,7 @@ class Faults:
 
     # ---- limits
     def _low_memory(self, name: str) -> str | None:
-        own = psutil.Process().memory_info().vms
-        limit = own + self.draw.randrange(10 << 20, 400 << 20)
+        limit = own_size() + self.draw.randrange(10 << 20, 400 << 20)
         return self._ended(name, "memory: ", before=limited(resource.RLIMIT_AS, limit))
 
     def _few_open_files(self, name: str) -> str | None:

@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from switchyard import cli
 
 POLL = 0.002  # seconds
@@ -194,3 +196,8 @@ def free_port() -> int:
 def limited(name: int, size: int) -> Callable[[], None]:
     """Returns a function that sets a limit of the system, such as RLIMIT_FSIZE, for a process."""
     return lambda: resource.setrlimit(name, (size, resource.getrlimit(name)[1]))
+
+
+def own_size() -> int:
+    """Returns the bytes of the address space of this process."""
+    return psutil.Process().memory_info().vms

@@ -12,7 +12,6 @@ Each call must end well or with exit code 2 and one line. No file that was there
 has no model, so it trains nothing and reads files of prompts only.
 """
 
-import contextlib
 import gzip
 import json
 import random
@@ -28,7 +27,7 @@ from pathlib import Path
 import campaign
 import yaml
 from campaign import TRACEBACK, Shown, contents, fault_of
-from forked import Forked, called, limited
+from forked import Forked, called, limited, own_size
 from oracles.tiny_run import run_config, write_text
 
 from switchyard.config import Config
@@ -50,6 +49,7 @@ TEXTS = (
     *("", " ", "\n", "line 1", "\N{SHEEP}" * 3, "\0", "e\u0301\u200b\ufeff", "\ud800", "word " * 40, "\x1b[31m"),
     *("a" * 5000, "%s{}{0}"),
 )
+EASY = ("line 1", " ", "line 20: 3 sheep", "gates")
 
 
 def sections() -> dict[str, list[str]]:
@@ -281,17 +281,15 @@ class Inputs:
         model, found = open_model(self.folder / "out", None, lambda line: None), []
         for _ in range(count):
             numbers = [value for value in VALUES if isinstance(value, (int, float)) and not isinstance(value, bool)]
-            temperature, top_k, top_p, seed = self.draw.choice(
-                [(1.0, 0, 1.0, 1), (0.0, 0, 1.0, 1), tuple(self.draw.choice(numbers) for _ in range(4))]
-            )
-            texts = (
-                TEXTS if self.draw.random() < 0.5 else [text for text in TEXTS if 0 < len(text) < 9 and text.isascii()]
-            )
+            whole = [value for value in numbers if isinstance(value, int)]
+            drawn = tuple(self.draw.choice(some) for some in (numbers, whole, numbers, whole))
+            temperature, top_k, top_p, seed = self.draw.choice([(1.0, 0, 1.0, 1), (0.0, 0, 1.0, 1), drawn])
+            texts = TEXTS if self.draw.random() < 0.5 else EASY
             prompts = [self.draw.choice(texts) for _ in range(self.draw.randrange(1, 4))]
             length = self.draw.choice([1, 2, 2, 4, 8, 0, -1, 2**40])
             code, said = 0, ""
             try:
-                sampling = Sampling(temperature, int_of(top_k), top_p, int_of(seed))
+                sampling = Sampling(temperature, top_k, top_p, seed)
                 generate(model, prompts, length, sampling)
             except UserError as error:
                 code, said = 2, f"error: {error}"
@@ -302,25 +300,11 @@ class Inputs:
         return 0
 
 
-def int_of(number: float) -> int:
-    """Returns a whole number, as the command line hands it over."""
-    with contextlib.suppress(ValueError, OverflowError):
-        return int(number)
-    return 0
-
-
 def is_small(config: Config) -> bool:
     """Returns whether two steps of a model take seconds."""
     model, moe, data = config.model, config.moe, config.data
     sizes = (model.hidden_size * model.num_layers, model.seq_length, moe.expert_num * 8, data.batch_size * 4)
     return config.reads_text and max(sizes) <= 256 and config.micro_batches <= 4 and config.devices == 1
-
-
-def own_size() -> int:
-    """Returns the bytes of the address space of this process."""
-    import psutil
-
-    return psutil.Process().memory_info().vms
 
 
 def save_model(folder: Path) -> None:

@@ -73,7 +73,7 @@ class Preparing:
                 shown.advance("(preparing)")
             found["unusable"] += not out.exists() and self.start(form, out).wait() != 0
             found["runs"] += 1
-            found["differing"] += not same(form, contents(out), self.whole[form])
+            found["differing"] += contents(out) != self.whole[form]
         return found
 
     def _kill(self, form: str, out: Path, found: Counter) -> bool:
@@ -86,15 +86,8 @@ class Preparing:
             return False
         found["kills"] += 1
         found["half_written"] += (self.folder / f".{out.name}.preparing").exists()
-        found["unusable"] += out.exists() and not same(form, contents(out), self.whole[form])
+        found["unusable"] += out.exists() and contents(out) != self.whole[form]
         return True
-
-
-def same(form: str, found: dict[str, bytes], wanted: dict[str, bytes]) -> bool:
-    """Returns whether two prepared folders hold the same: of a MindRecord, which names its place, names and sizes."""
-    if form == "tokens":
-        return found == wanted
-    return found.keys() == wanted.keys() and all(len(found[name]) == len(wanted[name]) for name in wanted)
 
 
 def kill_exporting(folder: Path, count: int, draw: random.Random, shown: Shown) -> Counter:
