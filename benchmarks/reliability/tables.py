@@ -69,7 +69,8 @@ def parts(name: str) -> list[str]:
     found = json.loads(path.read_text(encoding="utf-8"))
     versions = f"MindSpore {found['versions']['mindspore']}, Python {found['versions']['python']}"
     origin = f"`{found['command']}` (needs: minutes to hours), {found['machine']}, {versions}, commit "
-    return [heading, f"{found['question']} {origin}{found['commit']}, {found['date']}.", table(name, found["rows"])]
+    origin = f"{found['question']} {origin}{found['commit']}, {found['date']}. {found.get('note', '')}".rstrip()
+    return [heading, origin, table(name, found["rows"])]
 
 
 def table(name: str, rows: list[dict]) -> str:
