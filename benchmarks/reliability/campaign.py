@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from forked import HANGS  # noqa: E402
-from workers import record  # noqa: E402
+from workers import newest_commit, record  # noqa: E402
 
 from switchyard import device  # noqa: E402
 
@@ -156,7 +156,7 @@ def run_campaign(
     args = parser.parse_args(arguments)
     Shown.limit = 60 * (args.minutes or float("inf"))
     ready()
-    begun = time.monotonic()
+    begun, commit = time.monotonic(), newest_commit()
     with workplace(args.folder) as folder:
         rows = campaign(folder, args.short, random.Random(args.seed), **{size: getattr(args, size) for size in sizes})
     for row in rows:
@@ -164,7 +164,7 @@ def run_campaign(
     if args.json:
         command = f"python benchmarks/reliability/{name}.py" + (" --short" if args.short else "")
         question = description.strip().splitlines()[0]
-        record(args.json, question, f"{command} --seed {args.seed}", rows)
+        record(args.json, question, f"{command} --seed {args.seed}", rows, commit)
     broken = sum(row["broken"] for row in rows)
     print(f"{name}: {broken} broken promises; {time.monotonic() - begun:.0f} s", flush=True)
     return int(broken > 0)
