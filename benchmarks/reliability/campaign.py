@@ -163,6 +163,7 @@ def run_campaign(
         print("  ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
     if args.json:
         command = f"python benchmarks/reliability/{name}.py" + (" --short" if args.short else "")
+        command += "".join(f" --{size} {getattr(args, size)}" for size in sizes)
         question = description.strip().splitlines()[0]
         record(args.json, question, f"{command} --seed {args.seed}", rows, commit)
     broken = sum(row["broken"] for row in rows)
