@@ -105,22 +105,27 @@ def summary(seconds: dict[str, list[float]], **other: object) -> list[dict]:
     ]
 
 
-def record(path: str, question: str, command: str, rows: list[dict]) -> None:
-    """Writes what was measured, with machine, versions, commit and date."""
+def record(path: str, question: str, command: str, rows: list[dict], commit: str | None = None) -> None:
+    """Writes what was measured, with machine, versions, commit (None: that of now) and date."""
     from switchyard.json_text import to_json
 
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"]
     found = {
         "question": question,
         "command": command,
         "machine": f"{os.cpu_count()} cores, {processor()}",
         "versions": {"python": platform.python_version(), **versions(torch_python()), **versions()},
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": commit or newest_commit(),
         "date": datetime.date.today().isoformat(),
         "rows": rows,
     }
     with open(path, "w", encoding="utf-8") as file:
         file.write(to_json(found, indent=1) + "\n")
+
+
+def newest_commit() -> str:
+    """Returns the short hash of the commit that is checked out."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def processor() -> str:

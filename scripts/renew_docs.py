@@ -12,11 +12,13 @@ Generated parts stand between markers, `<!-- NAME: begin -->` and `<!-- NAME: en
   a Chinese page, which has prose of its own. `ten lines`: the Python block of the README.
 - `measured NAME`: a table of results in benchmarks/results, from `benchmarks/cpu_tables.py`.
 - `support`: the matrix of what goes with what, from `switchyard.report.support`.
+- `campaigns`: the figures of benchmarks/reliability, from their JSON files.
 - What the planner prints stands in blocks of text that begin with its command.
 """
 
 import ast
 import contextlib
+import importlib.util
 import io
 import re
 import shlex
@@ -125,10 +127,20 @@ def renewed(name: str, text: str) -> str:
         text = replaced(text, "support", support.render())
     for part in MEASURED.findall(text):
         text = replaced(text, f"measured {part}", cpu_tables.render(part, language))
+    if _markers("campaigns")[0] in text:
+        text = replaced(text, "campaigns", campaigns())
     if _markers("parameters")[0] in text:
         translated = meanings(section(text, "parameters")) if language == "zh" else {}
         text = replaced(text, "parameters", "\n\n".join(configuration(language, translated)))
     return text
+
+
+def campaigns() -> str:
+    """Returns the tables of benchmarks/reliability, whose scripts are no package."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "reliability" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.render()
 
 
 def included(name: str) -> str:

@@ -17,6 +17,7 @@ from switchyard.cli import cleans_up, run
 from switchyard.commands import announce, infer_main, train_main
 from switchyard.config import build, load
 from switchyard.errors import Interrupted, UserError
+from switchyard.file_errors import FileError
 from switchyard.files import unfinished
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +136,12 @@ def _raise(error):
             2,
             "error: memory: Unable to allocate 16. EiB; lower data.batch_size",
         ),
+        (
+            RuntimeError("Allocate memory failed\n- C++ Call Stack: MallocForOutputs"),
+            2,
+            "error: memory: allocate memory failed; lower data.batch_size",
+        ),
+        (FileError("'a': No space left on device", passing=True), 74, "error: 'a': No space left on device\n"),
         (
             UnicodeEncodeError("ascii", "a/tëxt", 3, 4, "ordinal not in range(128)"),
             2,

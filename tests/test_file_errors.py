@@ -26,6 +26,16 @@ def test_a_real_full_device():
 
 
 @pytest.mark.parametrize(
+    ("number", "code"), [(errno.ENOSPC, 74), (errno.EIO, 74), (errno.EFBIG, 2), (errno.EROFS, 2), (errno.EACCES, 2)]
+)
+def test_a_disk_that_may_have_room_later_has_an_exit_code_of_its_own(number, code):
+    """A launcher starts such a job again."""
+    with pytest.raises(UserError) as caught, writing("out"):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("[WriteFile] Failed.\nerrno: No space left on device\nC++ stack", "No space left on device"),

@@ -15,6 +15,13 @@ from switchyard.config.sections import LARGEST
 from switchyard.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, Interrupted, UserError, represented, shortened
 
 EXIT_KILLED = 130  # Ctrl-C where there was nothing to save: what a shell reports for SIGINT
+OUT_OF_MEMORY = (  # as MindSpore's compiled side says it, on a CPU and on devices
+    "allocate memory failed",
+    "memory isn't enough",
+    "memory not enough",
+    "out of memory",
+    "std::bad_alloc",
+)
 EXIT_PIPE = 141  # nobody reads stdout any more: what a shell reports for SIGPIPE
 
 
@@ -124,14 +131,13 @@ def _outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> i
     try:
         return main(arguments) or EXIT_OK
     except UserError as error:
-        return _say(f"error: {error}", EXIT_USER_ERROR)
+        return _say(f"error: {error}", error.exit_code)
     except Interrupted as error:
         return _say(f"interrupted: {error}", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _say("interrupted: there was nothing to save", EXIT_KILLED)
     except MemoryError as error:
-        reason = shortened(str(error), 160) or "the system cannot allocate more"
-        return _say(f"error: memory: {reason}; lower data.batch_size or the sizes of the model", EXIT_USER_ERROR)
+        return _say_memory(shortened(str(error), 160) or "the system cannot allocate more")
     except UnicodeEncodeError as error:  # a file name: streams have escapes
         text = shortened(ascii(error.object[error.start : error.end]))
         reason = f"{text} cannot be part of a file name where the locale is {error.encoding}"
@@ -140,12 +146,18 @@ def _outcome(main: Callable[[list[str]], int | None], arguments: list[str]) -> i
         sys.stdout.silence()
         return EXIT_PIPE
     except Exception as error:
+        if reason := next((words for words in OUT_OF_MEMORY if words in str(error).lower()), None):
+            return _say_memory(reason)
         line = file_errors.line_of(error)  # of files that were opened, and of full disks that a library met
         if line is None:
             raise
         if isinstance(error, OSError) and error.filename == streams.STDOUT:
             sys.stdout.silence()
         return _say(f"error: {line}", EXIT_USER_ERROR)
+
+
+def _say_memory(reason: str) -> int:
+    return _say(f"error: memory: {reason}; lower data.batch_size or the sizes of the model", EXIT_USER_ERROR)
 
 
 def escape_characters() -> None:

@@ -4,12 +4,19 @@ from typing import Any
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
+EXIT_DISK = 74  # the disk was full, or failed: the same command may succeed later
 EXIT_INTERRUPTED = 75  # a signal asked for a stop; the state was saved and --resume goes on
 LONGEST = 80  # characters of a value that a message shows
 
 
 class UserError(Exception):
-    """A mistake in the input. Its text is one line that names the field, the value and the remedy."""
+    """A mistake in the input. Its text is one line that names the field, the value and the remedy.
+
+    Attributes:
+        exit_code: of a command that it ends.
+    """
+
+    exit_code = EXIT_USER_ERROR
 
 
 class Interrupted(Exception):

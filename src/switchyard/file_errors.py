@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from switchyard.errors import UserError
+from switchyard.errors import EXIT_DISK, UserError
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or write to another disk",
@@ -21,6 +21,7 @@ REMEDIES = {
     errno.EROFS: "write elsewhere",
     errno.EIO: "check the disk, or write to another one",
 }
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # may be over when the command is repeated
 FULL = {  # what compiled code says -> what the system would have said
     "no space left on device": errno.ENOSPC,
     "disk is full": errno.ENOSPC,
@@ -31,7 +32,18 @@ FULL = {  # what compiled code says -> what the system would have said
 
 
 class FileError(UserError):
-    """Reports a file that could not be written, or read."""
+    """Reports a file that could not be written, or read.
+
+    Args:
+        text: the line.
+        passing: whether the same command may succeed later, because a disk was full or failed; a launcher starts such
+            a job again.
+    """
+
+    def __init__(self, text: str, passing: bool = False):
+        super().__init__(text)
+        if passing:
+            self.exit_code = EXIT_DISK
 
 
 @contextlib.contextmanager
@@ -45,7 +57,7 @@ def writing(path: str | Path) -> Iterator[None]:
         line = line_of(error, path)
         if line is None:
             raise
-        raise FileError(line) from error
+        raise FileError(line, number_of(error) in PASSING) from error
 
 
 def line_of(error: BaseException, path: str | Path | None = None) -> str | None:
@@ -55,13 +67,18 @@ def line_of(error: BaseException, path: str | Path | None = None) -> str | None:
         error: an OSError, or what a library raised that met a full disk.
         path: the file, where the error does not name one.
     """
-    number = error.errno if isinstance(error, OSError) else _number_in(str(error))
+    number = number_of(error)
     if number is None:
         return None
     name = getattr(error, "filename", None) or path
     where = f"'{os.fsdecode(name)}'" if isinstance(name, str | bytes | os.PathLike) else "a file without a name"
     remedy = REMEDIES.get(number)
     return f"{where}: {os.strerror(number)}" + (f"; {remedy}" if remedy else "")
+
+
+def number_of(error: BaseException) -> int | None:
+    """Returns the system's number of a file error; None where the error is about something else."""
+    return error.errno if isinstance(error, OSError) else _number_in(str(error))
 
 
 def _number_in(text: str) -> int | None:

@@ -180,6 +180,30 @@ def test_a_stop_between_any_two_units_changes_no_byte(tmp_path, monkeypatch):
     assert not (tmp_path / ".o.preparing").exists()
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_stop_while_the_last_files_are_removed_changes_no_byte(count, tmp_path, monkeypatch):
+    """Before the first, between both, and behind them, where only the rename is left."""
+    (tmp_path / "a.jsonl").write_text(lines(*(f"text {number}" for number in range(40))))
+    whole = contents(made(tmp_path / "a.jsonl", tmp_path / "whole", shard_tokens=60))
+    done, unlink = [], Path.unlink
+
+    def dies(self, missing_ok=False):
+        done.append(self.name)
+        if len(done) == count:
+            raise KeyboardInterrupt
+        unlink(self, missing_ok)
+
+    def renames(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(prepare_tokens.Path, "unlink", dies)
+        patched.setattr(prepare_tokens.os, "rename", renames)
+        patched.setattr(prepare_tokens, "remove", lambda path: None)  # nobody tidies up after a kill
+        made(tmp_path / "a.jsonl", tmp_path / "o", shard_tokens=60)
+    assert contents(made(tmp_path / "a.jsonl", tmp_path / "o", shard_tokens=60)) == whole
+
+
 def test_killed_in_a_subprocess_it_goes_on(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(*(f"text {number} " * 400 for number in range(1500))))  # 7 MB
     command = [sys.executable, "-m", "switchyard.data.prepare", "--input", "a.jsonl", "--tokenizer", "byte"]

@@ -51,6 +51,7 @@ def clock(monkeypatch):
         ([0], 3, 0, 0),
         ([1, 1, 0], 3, 0, 5 + 10),
         ([1, 75, 1, 1], 3, 1, 5 + 10 + 20),  # 75: preempted, and nobody asked this process to end it
+        ([74, 0], 3, 0, 5),  # a full disk
         ([2], 3, 2, 0),  # a mistake in the input
         ([1, 2], 3, 2, 5),
         ([130], 3, 130, 0),

@@ -119,6 +119,12 @@ def test_a_mistake_in_the_input_keeps_its_line_and_code(tmp_path):
     assert said == f"error: moe.groups: 3; must be less (rank 1, {tmp_path / 'logs' / 'worker_1.log'})\n"
 
 
+def test_a_full_disk_keeps_its_code(tmp_path):
+    body = "import sys; print(\"error: 'a': No space left on device\"); sys.exit(74)"
+    code, said = end_of(watch(tmp_path, SLEEP, body))
+    assert code == 74 and said.startswith("error: 'a': No space left on device (rank 1, ")
+
+
 def test_a_traceback_is_shown(tmp_path):
     code, said = end_of(watch(tmp_path, "print('before'); 1 / 0", SLEEP))
     assert code == 1 and "before" not in said

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from switchyard.checkpoint import store as checkpoint
 from switchyard.config import Config
@@ -40,6 +42,39 @@ def run(config: Config, folder: Path, *arguments: str, timeout: float = 150) -> 
         job.terminate()
         raise
     return subprocess.CompletedProcess(job.args, job.returncode, out, err)
+
+
+def start_alone(folder: Path, name: str, *options: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """Starts a job of two processes that is left alone, by folder/config.yaml; logs go to folder/logs-NAME."""
+    command = [
+        "bash",
+        SCRIPT,
+        "--config",
+        folder / "config.yaml",
+        "--devices",
+        "2",
+        "--log-dir",
+        folder / f"logs-{name}",
+    ]
+    ours = {"DEVICE": "cpu", "SWITCHYARD_VENV": sys.prefix} | (environment or {})
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    return subprocess.Popen([*command, *options, f"train.name={name}"], env=os.environ | ours, cwd=folder, **pipes)
+
+
+def worker_of(job: psutil.Process, rank: int, seconds: float = 120.0) -> psutil.Process:
+    """Returns the process of a rank of a job, once it runs."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for child in job.children(recursive=True):
+            try:
+                environment = child.environ()
+            except psutil.Error:
+                continue
+            names = (environment.get("MS_ROLE"), environment.get("RANK_ID"))
+            if names == ("MS_WORKER", str(rank)) and child.name() != "tail":
+                return child
+        time.sleep(0.1)
+    raise AssertionError(f"no rank {rank}")
 
 
 def largest_difference(one: Path, other: Path) -> dict[str, float]:

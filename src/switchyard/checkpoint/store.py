@@ -215,7 +215,7 @@ def error_of(work: Callable, *arguments, **options) -> Exception | None:
 def agree(processes: Processes, error: Exception | None, step: int) -> None:
     """Raises on all ranks where one of them has an error: its own, or FileError that another rank could not write."""
     if processes.any_rank(error is not None):
-        raise error or FileError(f"checkpoint of step {step}: {ELSEWHERE}")
+        raise error or FileError(f"checkpoint of step {step}: {ELSEWHERE}", passing=True)
 
 
 def clear(run: str | Path, step: int) -> None:

@@ -89,7 +89,7 @@ def prepare_tokens(plan: Plan, out: Path, seq_length: int, workers: int, skip: b
         job.run(1 if small else workers)
         manifest = job.manifest(_describe(plan, files), seq_length)
         shards.write_manifest(work, manifest)
-        for name in (PLAN, PROGRESS):
+        for name in (PROGRESS, PLAN):  # a kill between them leaves a plan without progress, which begins anew
             (work / name).unlink()
         flush_tree(work)
         os.rename(work, out)

@@ -17,8 +17,8 @@ With --max-restarts a job that has failed is started again, at most N times, wit
 job that a signal to this process has ended. With --min-workers the nodes that are left go on without those that do not
 come back: distributed.members.
 
-Exit code: 0, or that of the worker which failed first (2 a mistake in the input, 75 saved after a signal), 1 where it
-was killed. Nothing heavy is imported.
+Exit code: 0, or that of the worker which failed first (2 a mistake in the input, 74 a disk that is full or fails, 75
+saved after a signal), 1 where it was killed. Nothing heavy is imported.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from switchyard.distributed.first_error import SPOKEN, TRACEBACK, first_error
 from switchyard.distributed.members import Members
 from switchyard.distributed.merged_log import MergedLog
 from switchyard.distributed.restarts import Restarts
-from switchyard.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from switchyard.errors import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from switchyard.streams import hangs_up
 
 POLL = 0.2  # seconds
@@ -138,7 +138,7 @@ class Job:
         if failure is not None:
             if failure[1] < 0 and self.signals:
                 return EXIT_KILLED
-            return failure[1] if failure[1] in (EXIT_USER_ERROR, EXIT_INTERRUPTED) else 1
+            return failure[1] if failure[1] in (EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_DISK) else 1
         if self.signals:
             return EXIT_KILLED
         return min(abs(self.launcher.returncode), 1)

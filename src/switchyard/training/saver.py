@@ -231,7 +231,7 @@ class Saver:
             return
         if self._processes.is_first:
             store.clear(self._run, self._step)
-        error = error or FileError(f"checkpoint of step {self._step}: {store.ELSEWHERE}")
+        error = error or FileError(f"checkpoint of step {self._step}: {store.ELSEWHERE}", passing=True)
         if must or worst == OTHER or self._config.train.on_save_error == "stop":
             raise error
         self._fail(error)
