@@ -229,7 +229,7 @@ def _infer(chosen, out) -> None:
 
         def on_text(text: str) -> None:
             if first:
-                stream(first.pop())
+                stream(first.pop() + model.between)
             stream(text)
     else:
 
@@ -245,7 +245,7 @@ def _infer(chosen, out) -> None:
         stream(to_json(objects if chosen.prompts_file is not None else objects[0]) + "\n")
     else:
         for one in found:
-            stream(f"{one.prompt}{one.text}\n{'-' * 40}\n")
+            stream(f"{one.prompt}{model.between}{one.text}\n{'-' * 40}\n")
     for one in found:
         if one.stopped == "max length":
             say(f"note: stopped after {one.tokens} tokens at the model's max_length ({model.max_length})")
