@@ -2,10 +2,10 @@
 
     python benchmarks/distill.py [--short] [--data tinyshakespeare.txt]
 
-The teacher is config/shakespeare_char_switch_cpu.yaml, the student its dense twin config/shakespeare_char_dense_cpu.yaml.
-Each student is trained for as many steps as the dense model from scratch (Switch Transformer, arXiv 2101.03961, table
-6). A student that begins with weights of the teacher has their training besides, so the dense model that begins with
-its own weights and is trained again stands beside it. Results go to results/distill.json; the table is printed.
+The teacher is config/shakespeare_char_switch_cpu.yaml, the student its dense twin. Each student is trained for as many
+steps as the dense model from scratch (Switch Transformer, arXiv 2101.03961, table 6). A student that begins with
+weights of the teacher has their training besides, so the dense model that begins with its own weights and is trained
+again stands beside it. Results go to results/distill.json; the table is printed.
 """
 
 import json

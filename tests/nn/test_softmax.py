@@ -15,7 +15,7 @@ def test_softmax_of_training_equals_its_twin(shape, pynative):
 
 @pytest.mark.parametrize(("training", "bound"), [(True, 1e-5), (False, 1e-6)])
 def test_softmax_of_evaluation_is_as_exact_as_float32_allows(training, bound, pynative):
-    """Against float64. Attention without a scale, as T5 has it, multiplies what is missing: logits were wrong by 1e-3."""
+    """Against float64. Attention without a scale, as T5 has it, multiplies what is missing in its logits."""
     scores = np.random.default_rng(0).normal(0, 20, (512, 16)).astype(np.float32)
     powers = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
     found = Softmax().set_train(training)(Tensor(scores)).asnumpy()
