@@ -1,4 +1,4 @@
-"""What upcycle.py and distill.py share: nanoGPT's CPU recipe, at half its sizes or whole, runs, figures and a table."""
+"""What upcycle.py and distill.py share: nanoGPT's CPU recipe at half its sizes, runs, figures and a table."""
 
 import argparse
 import json
@@ -22,11 +22,11 @@ EVAL_BATCHES = 20
 __all__ = ["active_flops", "evaluate", "train"]
 
 
-def arguments(description: str, steps: int = 800) -> argparse.Namespace:
-    """--short, --steps, --data, --runs, --out of a benchmark; `steps` of the dense model is the default."""
+def arguments(description: str) -> argparse.Namespace:
+    """--short, --steps, --data, --runs, --out of a benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a tenth of the steps")
-    parser.add_argument("--steps", type=int, default=steps, help=f"steps of the dense model (default: {steps:,})")
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps of the dense model")
     parser.add_argument("--data", default="tinyshakespeare.txt", help="the text (default: tinyshakespeare.txt)")
     parser.add_argument("--runs", type=Path, default=Path("runs/tuning"), help="folder of the runs; complete ones stay")
     parser.add_argument("--page", type=Path, help="a document whose part <!-- benchmark: NAME --> is renewed")
@@ -36,10 +36,10 @@ def arguments(description: str, steps: int = 800) -> argparse.Namespace:
     return args
 
 
-def recipe(args, name: str, steps: int, moe: dict | None = None, sizes: dict = SIZES, **train_keys) -> Config:
-    """The dense recipe with other experts, steps, sizes of `model` and keys of `train`, as run `name`."""
+def recipe(args: argparse.Namespace, name: str, steps: int, moe: dict | None = None, **train_keys) -> Config:
+    """The dense recipe with other experts, steps and keys of `train`, as run `name`."""
     tree = load(RECIPE).model_dump()
-    tree["model"] |= sizes
+    tree["model"] |= SIZES
     tree["moe"] = moe or {}
     tree["data"]["path"] = args.data
     tree["schedule"]["warmup_steps"] = min(100, max(1, steps // 10))
