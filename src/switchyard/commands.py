@@ -249,7 +249,7 @@ def _infer(chosen, out) -> None:
 
     def on_text(text: str) -> None:
         if streaming:
-            stream(first.pop() + text if first else text)
+            stream(first.pop() + model.between + text if first else text)
 
     found, timing = generate(model, prompts, chosen.max_new_tokens, sampling, on_text)
     require_alike(found, processes)
@@ -261,7 +261,7 @@ def _infer(chosen, out) -> None:
         stream(to_json(objects if chosen.prompts_file is not None else objects[0]) + "\n")
     else:
         for one in found:
-            stream(f"{one.prompt}{one.text}\n{'-' * 40}\n")
+            stream(f"{one.prompt}{model.between}{one.text}\n{'-' * 40}\n")
     _say_timing(found, timing, model.max_length)
 
 

@@ -76,6 +76,7 @@ ONE = ("switch", "hash", "lsh", "random", "random_in_group", "mixture_of_depths"
 USUAL = {"two_level": {"n_group": 2}, "mixture_of_depths": {"expert_num": 1, "capacity_factor": 0.5}}
 BESIDE = {  # what a key needs to be seen
     ("sigmoid", "topk_group"): {"n_group": 4},
+    ("top_k", "topk_group"): {"n_group": 4},
     ("two_level", "topk_group"): {"n_group": 4},
     ("gshard", "second_expert_threshold"): {"second_expert": "threshold"},
     ("task", "task_experts"): {"task_num": 2},
@@ -85,7 +86,8 @@ BESIDE = {  # what a key needs to be seen
 def _behaviour(name: str, **moe) -> list[np.ndarray]:
     """All that a router decides in two training passes and one of evaluation, and its parameters."""
     moe = {"expert_num": EXPERTS, "num_experts_chosen": 1 if name in ONE else 2, "task_num": 2} | moe
-    config, random = tiny_config(width=WIDTH, router=name, **moe), InitialWeights(0)
+    given = {"name": name} | {key: moe.pop(key) for key in list(moe) if key in OPTIONS[name].model_fields}
+    config, random = tiny_config(width=WIDTH, router=given, **moe), InitialWeights(0)
     slices = NoiseSlices()
     router = create_router(config, random, slices, vocab_size=IDS, has_tasks=True)
     for parameter in router.trainable_params():
@@ -208,7 +210,11 @@ def test_a_run_reads_every_key_that_the_tables_do_not_name(network, tmp_path, mo
     [
         (
             ["moe.router=top_k", "moe.n_group=4", "moe.topk_group=2"],
-            "moe.n_group: 4; moe.router 'top_k' has no such option: take one of sigmoid, two_level, random_in_group,",
+            "moe.n_group: 4; moe.router 'top_k' did not read it there: write moe.router.n_group, or leave it out",
+        ),
+        (
+            ["moe.router=gshard", "moe.num_experts_chosen=2", "moe.n_group=4"],
+            "moe.n_group: 4; moe.router 'gshard' has no such option: take one of top_k, sigmoid, two_level,",
         ),
         (
             ["moe.slots_per_expert=2"],
@@ -308,7 +314,7 @@ def test_a_checkpoint_of_earlier_times_is_read():
     tree = {"moe": {"router": "top_k", "expert_num": 8, "n_group": 4}}
     config = build(tree, ["train.steps=5"], inherited=True)
     assert notes(config, (), "CPU") == [] == notes_of_checkpoint(config)
-    with pytest.raises(UserError, match=r"^moe\.n_group: 2; moe\.router 'top_k' has no such option"):
+    with pytest.raises(UserError, match=r"^moe\.n_group: 2; moe\.router 'top_k' did not read it there"):
         build(tree, ["moe.n_group=2"], inherited=True)
 
 

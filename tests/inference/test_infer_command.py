@@ -1,14 +1,20 @@
 """export.py and infer.py as a user calls them, in processes of their own."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from oracles.tiny_export import save_run
+
+from switchyard import commands
+from switchyard.data.tokenizer import ByteTokenizer
+from switchyard.inference import generate, mindir
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_CODE = ("models", "moe", "nn", "training", "checkpoint", "routing")
@@ -112,3 +118,34 @@ def test_one_line_for_what_is_wrong(arguments, said, exported, tmp_path, monkeyp
     out, err = capfd.readouterr()
     lines = [line for line in err.splitlines() if not line.startswith("device: ")]
     assert code == 2 and out == "" and len(lines) == 1 and lines[0].startswith(said), err
+
+
+CONTINUED, APART = mindir.ExportedModel.between, mindir.ExportedSeq2Seq.between
+
+
+@pytest.mark.parametrize(
+    ("between", "asked", "printed"),
+    [
+        (CONTINUED, ["--prompt", "the cat "], "the cat sat on\n"),
+        (APART, ["--prompt", "the cat "], "the cat \nsat on\n"),
+        (CONTINUED, ["--prompts-file"], "the cat sat on\n" + "-" * 40 + "\n"),
+        (APART, ["--prompts-file"], "the cat \nsat on\n" + "-" * 40 + "\n"),
+    ],
+)
+def test_an_answer_continues_its_prompt_or_stands_on_a_line_of_its_own(between, asked, printed, tmp_path, monkeypatch):
+    """The answer "sat on" arrives in two pieces. A decoder continues the prompt, an encoder-decoder fills its gaps."""
+    (tmp_path / "prompts").write_text("the cat ")
+    asked = asked if len(asked) == 2 else [*asked, str(tmp_path / "prompts")]
+
+    def answer(model, prompts, count, sampling, on_text):
+        for piece in ("sat", " on"):
+            on_text(piece)
+        found = generate.Generated(prompts[0], "sat on", 6, generate.ENDED)
+        return [found], generate.Timing(0.1, 0.1, 0.1, 8, 6, 5)
+
+    model = SimpleNamespace(between=between, tokenizer=ByteTokenizer(), max_length=99)
+    monkeypatch.setattr(mindir, "open_model", lambda *arguments: model)
+    monkeypatch.setattr(generate, "generate", answer)
+    out = io.StringIO()
+    commands._infer(commands._infer_parser().parse_args(["--model", "OUT", *asked]), out)
+    assert out.getvalue() == printed

@@ -170,6 +170,16 @@ def test_a_warm_up_from_0_comes_one_step_earlier_and_says_so():
     assert "lr_schedule.warmup_lr_init" in {one.key for one in found.left}
 
 
+def test_softmax_scores_are_limited_to_groups_too():
+    moe = {"expert_num": 8, "num_experts_chosen": 2, "routing_policy": "TopkRouterV2", "topk_method": "noaux_tc"}
+    found = convert({"moe_config": moe | {"n_group": 4, "topk_group": 2}})
+    router = build(found.tree).moe.router
+    assert (router, router.options.n_group, router.options.topk_group) == ("top_k", 4, 2)
+    found = converted(NEWER.replace("sigmoid", "softmax"))
+    router = build(found.tree).moe.router
+    assert (router, router.options.n_group, router.options.topk_group) == ("top_k", 4, 2)
+
+
 def test_a_newer_model():
     config = build(converted(NEWER).tree)
     moe, router = config.moe, config.moe.router.options

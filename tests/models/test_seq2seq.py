@@ -105,6 +105,41 @@ def test_dropout_and_jitter_read_the_noise_of_their_own_tokens(pynative):
     np.testing.assert_allclose(changed[0], logits[0], atol=1e-5)
 
 
+RATE = 0.25
+DROPPING = MOE | {"expert_dropout": RATE, "jitter": 0, "dispatch": "dropless"}
+
+
+def test_expert_dropout_drops_what_experts_add_in_training_and_nothing_else(pynative):
+    """A value of the experts' output whose noise is below 0.25 is dropped; those that stay are divided by 0.75."""
+    model = create_model(seq2seq_config(DROPPING), VOCABULARY).set_train(False)
+    dense, conditional = model.encoder.layers
+    assert not dense.conditional and conditional.conditional and model.noise_slices == 1
+    rng = np.random.default_rng(0)
+    x, noise = rng.standard_normal((6, 16)).astype(np.float32), rng.random((1, 6, 16), np.float32)
+    rows = Tensor(np.full(6, 3, np.int32)), Tensor(np.ones((2, 3), np.float32)), Tensor(np.ones((1, 6), np.float32))
+    given = Tensor(x), rows, Tensor(noise), model.encoder.relative_bias
+    seen = conditional.attention_norm(given[0])
+    middle = x + conditional.attention(seen, seen, rows[1], given[3]).asnumpy()
+    full = conditional(*given)[0].asnumpy()  # at evaluation: nothing is dropped
+    added, wanted = full - middle, middle.copy()
+    for row in range(6):
+        for column in range(16):
+            if noise[0, row, column] >= RATE:
+                wanted[row, column] += added[row, column] / (1 - RATE)
+    unchanged = dense(*given)[0].asnumpy()
+    model.set_train(True)
+    np.testing.assert_allclose(conditional(*given)[0].asnumpy(), wanted, atol=1e-5)
+    np.testing.assert_array_equal(dense(*given)[0].asnumpy(), unchanged)
+    assert 0.15 < (noise < RATE).mean() < 0.35 and np.abs(added).min() > 1e-4
+
+
+@pytest.mark.parametrize(("expert_dropout", "expected"), [(None, (0.1, 0.1)), (0.0, (0.1, 0.0)), (0.4, (0.1, 0.4))])
+def test_expert_dropout_has_a_rate_of_its_own_else_that_of_the_model(expert_dropout, expected):
+    """(of a dense feed-forward, of experts)."""
+    config = seq2seq_config(MOE | {"expert_dropout": expert_dropout}, {"dropout": 0.1})
+    assert (config.dropout_of(False), config.dropout_of(True)) == expected
+
+
 GOLDEN = [3.569785, 2.939786, 2.750221, 2.620371, 2.480875]
 
 

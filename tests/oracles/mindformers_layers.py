@@ -64,10 +64,9 @@ class Experts(nn.Cell):
 def own_layer(case: Case) -> nn.Cell:
     """Returns the layer of this package that the case means."""
     options = {"norm_topk_prob": case.normalised, "routed_scaling_factor": case.factor}
-    router = {"name": "top_k", **options}
-    if case.score == "sigmoid":
-        n_group, topk_group = case.groups or (1, 1)
-        router = {"name": "sigmoid", **options, "n_group": n_group, "topk_group": topk_group}
+    n_group, topk_group = case.groups or (1, 1)
+    name = "sigmoid" if case.score == "sigmoid" else "top_k"
+    router = {"name": name, **options, "n_group": n_group, "topk_group": topk_group}
     keys = {"capacity_factor": case.room, "drop_order": "token" if case.token_by_token else "position"}
     layer = sw.MoELayer(
         hidden_size=WIDTH, expert_num=EXPERTS, intermediate_size=HIDDEN, router=router, seed=7, return_losses=True,

@@ -32,11 +32,13 @@ def layers() -> dict:
     rooms = ({}, {"room": 1.0}, {"room": 1.0, "token_by_token": True})
     cases = [Case(k, score, **room) for k in (1, 2, 4) for score in ("softmax", "sigmoid") for room in rooms]
     cases += [Case(k, "sigmoid", bias=BIAS, balance=0.0, **room) for k in (1, 2, 4) for room in rooms[::2]]
-    cases += [Case(k, "sigmoid", groups=(4, 2), **room) for k in (2, 4) for room in rooms[::2]]
+    scores = ("sigmoid", "softmax")
+    cases += [Case(k, score, groups=(4, 2), **room) for score in scores for k in (2, 4) for room in rooms[::2]]
     cases += [Case(2, "sigmoid", groups=(4, 2), bias=POSITIVE, factor=2.5, balance=0.0)]
     cases += [Case(2, normalised=False), Case(2, factor=2.5, room=1.0)]
     core = [Case(k, score) for k in (1, 2, 4) for score in ("softmax", "sigmoid")]
     core += [Case(2, "sigmoid", bias=BIAS, balance=0.0), Case(4, "sigmoid", groups=(4, 2), bias=POSITIVE, balance=0.0)]
+    core += [Case(k, "softmax", groups=(4, 2)) for k in (2, 4)]
     differ = [Case(2, "sigmoid", bias=BIAS), Case(2, "sigmoid", groups=(4, 2), bias=NEGATIVE, balance=0.0)]
     return {
         "layers": {case.name: compare(case) for case in cases},

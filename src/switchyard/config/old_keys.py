@@ -24,6 +24,7 @@ MOVED = {  # key -> its default as long as it stood in `moe`
     "task_experts": None,
     "slots_per_expert": 1,
 }
+LATER = {"top_k": ("n_group", "topk_group")}  # options that a router did not have while keys stood in `moe`
 NORMALISED = ("gshard", "noisy_top_k", "dense", "soft", "merged", "tree", "task")  # gates sum to 1 whatever is asked
 
 
@@ -69,6 +70,9 @@ def put_in(tree: dict[str, Any], old: dict[str, Any], told: Iterable[str], lenie
     for key, value in old.items():
         if _has(name, key, value):
             options[key] = value
+        elif key in LATER.get(name, ()) and key not in lenient and value != MOVED[key]:
+            reason = f"moe.router '{name}' did not read it there: write moe.router.{key}, or leave it out"
+            raise UserError(f"moe.{key}: {represented(value)}; {reason}")
         elif key not in lenient and not _harmless(name, key, value, moe):
             known = list(OPTIONS[name].model_fields)
             raise UserError(f"moe.{key}: {represented(value)}; {no_such(name, key, known)}")
@@ -77,7 +81,9 @@ def put_in(tree: dict[str, Any], old: dict[str, Any], told: Iterable[str], lenie
 
 def _has(router: str, key: str, value: Any) -> bool:
     """Returns whether an old key becomes an option; of a router in a user's own file any that was changed."""
-    return key in OPTIONS[router].model_fields if router in OPTIONS else value != MOVED[key]
+    if router in OPTIONS:
+        return key in OPTIONS[router].model_fields and key not in LATER.get(router, ())
+    return value != MOVED[key]
 
 
 def _harmless(router: str, key: str, value: Any, moe: dict[str, Any]) -> bool:

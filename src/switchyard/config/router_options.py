@@ -67,7 +67,7 @@ class SwitchOptions(Scaled, OneChoice):
 
 
 class TopKOptions(Scaled, Normalised):
-    """Holds the options of `top_k` and `cosine`."""
+    """Holds the options of `cosine`, and those of `top_k` and `sigmoid` beside their groups."""
 
 
 class SinkhornOptions(TopKOptions):
@@ -139,6 +139,10 @@ class TwoLevelOptions(BestGroupOptions, Normalised):
         """See RouterOptions.laws."""
         yield self.n_group > 1, f"{KEY}.n_group", self.n_group, "two_level needs 2 or more groups of experts"
         yield from super().laws(moe)
+
+
+class GroupedTopKOptions(BestGroupOptions, TopKOptions):
+    """Holds the options of `top_k`."""
 
 
 class SigmoidOptions(BestGroupOptions, TopKOptions):
@@ -232,7 +236,7 @@ class DepthsOptions(OneChoice):
 
 OPTIONS: dict[str, type[RouterOptions]] = {  # of the routers that ship
     "switch": SwitchOptions,
-    "top_k": TopKOptions,
+    "top_k": GroupedTopKOptions,
     "noisy_top_k": RouterOptions,
     "gshard": GShardOptions,
     "cosine": TopKOptions,

@@ -36,6 +36,7 @@ class ExportedModel:
     """
 
     holds = "prompt and answer together"  # what max_length counts
+    between = ""  # is printed between a prompt and its answer: the answer continues the prompt
 
     def __init__(self, directory: str | Path, manifest: Manifest, key: bytes | None = None):
         self.manifest, self.max_length = manifest, manifest.limits.max_length
@@ -200,6 +201,7 @@ class ExportedSeq2Seq(ExportedModel):
     padding. See ExportedModel; what passes from call to call are caches, and what the encoder gave of the inputs."""
 
     holds = "a prompt and its end"
+    between = "\n"  # the answer fills the gaps of the prompt, and does not continue it
 
     def __init__(self, directory: str | Path, manifest: Manifest, key: bytes | None = None):
         super().__init__(directory, manifest, key)

@@ -48,7 +48,7 @@ class _Half(nn.Cell):
         self.take, self.product, self.prefix = ops.Gather(), ops.MatMul(), ops.CumSum()
         self.scores, self.mix = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
         self.split = ops.Split(2, 3)
-        # The training graph's: ops.Softmax differs from it by 4e-6, which sharp attention multiplies
+        # That of evaluation: another one differs by up to 4e-6, which sharp attention multiplies
         self.softmax = Softmax()
 
     def embed(self, tokens: Tensor, position: Tensor) -> Tensor:

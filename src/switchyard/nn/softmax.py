@@ -1,20 +1,23 @@
-"""Softmax whose gradient is cheap: exp(log_softmax), 1.7 times faster forward and backward on CPU than Softmax.
-
-And the logarithm of the sigmoid, whose gradient is right everywhere.
-"""
+"""Softmax whose gradient is cheap, and the logarithm of the sigmoid, whose gradient is right everywhere."""
 
 from mindspore import Tensor, nn, ops
 
 
 class Softmax(nn.Cell):
-    """Softmax over the last axis: [..., S] -> [..., S]. The plain twin is `ops.softmax`."""
+    """Computes softmax over the last axis: [..., S] -> [..., S]. The plain twin is `ops.softmax`.
+
+    In training it is exp(log_softmax): on CPU forward and backward take half to 0.9 of the time. Its Exp is good to
+    1e-5 and LogSoftmax to 5e-6, which sharp attention multiplies, so evaluation uses Softmax, which is good to 8e-7
+    and twice as fast forward.
+    """
 
     def __init__(self):
         super().__init__()
-        self.log_softmax = ops.LogSoftmax(-1)
-        self.exp = ops.Exp()
+        self.log_softmax, self.exp, self.softmax = ops.LogSoftmax(-1), ops.Exp(), ops.Softmax(-1)
 
     def construct(self, scores: Tensor) -> Tensor:
+        if not self.training:
+            return self.softmax(scores)
         return self.exp(self.log_softmax(scores))
 
 

@@ -53,6 +53,21 @@ def test_two_choices_as_they_are(pynative):
     np.testing.assert_array_equal(routing["expert_mask"], [[[1, 1, 0], [0, 0, 0], [1, 1, 0]]])
 
 
+@pytest.mark.parametrize(
+    ("normalise", "gates"), [(False, [[0.3, 0.25], [0.5, 0.2]]), (True, [[6 / 11, 5 / 11], [5 / 7, 2 / 7]])]
+)
+def test_choice_within_the_best_group(normalise, gates, pynative):
+    """Groups (0, 1) and (2, 3): .4 + .05 against .3 + .25, so the best expert of all is out of reach; then .5 + .2."""
+    probabilities = np.array([[0.4, 0.05, 0.3, 0.25], [0.5, 0.2, 0.1, 0.2]], np.float32)
+    router = {"name": "top_k", "n_group": 2, "norm_topk_prob": normalise}
+    config = tiny_config(width=4, router=router, expert_num=4, num_experts_chosen=2)
+    cell = create_router(config, InitialWeights(0))
+    cell.weight.set_data(Tensor(np.eye(4, dtype=np.float32)))
+    routing = cell(Tensor(np.log(probabilities)[None]), {"valid": Tensor(np.ones((1, 2), np.float32))})
+    np.testing.assert_array_equal(routing["expert_index"].asnumpy(), [[[2, 3], [0, 1]]])
+    np.testing.assert_allclose(routing["gates"].asnumpy(), [gates], atol=1e-6)
+
+
 def test_every_expert_chosen_is_the_softmax_itself(pynative):
     routing = _route(_identity("top_k", 3))
     np.testing.assert_allclose(routing["gates"], -np.sort(-PROBABILITIES)[None], atol=1e-6)

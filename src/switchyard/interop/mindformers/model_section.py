@@ -203,13 +203,11 @@ def read_core_router(reader: Reader) -> dict[str, Any]:
     groups = reader.take("n_group", "moe_router_num_groups", default=0, kind=int)
     taken = reader.take("topk_group", "moe_router_group_topk", default=0, kind=int)
     reader.leave("topk_method", "groups are scored by their two best experts", "noaux_tc")
+    limits = {"n_group": groups, "topk_group": taken} if groups > 1 else {}
     if score != "sigmoid":
         names = ("moe_router_enable_expert_bias", "balance_via_topk_bias")
         reader.leave(names, "only sigmoid scores are balanced by a bias here", False)
-        if groups > 1:
-            reader.leave(("n_group", "moe_router_num_groups"), "only sigmoid scores are limited to groups here")
-        return {"name": "top_k", **options}
-    limits = {"n_group": groups, "topk_group": taken} if groups > 1 else {}
+        return {"name": "top_k", **options, **limits}
     return {"name": "sigmoid", **options, **limits, "topk_bias_update_rate": float(rate) if biased else 0.0}
 
 

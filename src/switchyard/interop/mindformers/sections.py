@@ -95,15 +95,13 @@ def read_router(reader: Reader) -> Any:
     groups, taken = reader.take("n_group", kind=int), reader.take("topk_group", kind=int)
     if not sigmoid:
         reader.leave("balance_via_topk_bias", "only sigmoid scores are balanced by a bias here", False)
-        if method != "greedy":
-            reader.leave("topk_method", "only sigmoid scores are limited to groups here")
-        return {"name": "top_k", **options}
-    options["topk_bias_update_rate"] = float(rate) if biased else 0.0
+    else:
+        options["topk_bias_update_rate"] = float(rate) if biased else 0.0
     if method == "noaux_tc":
         options |= {"n_group": groups or 1, "topk_group": taken or 1}
     elif method != "greedy":
         reader.leave("topk_method", "a group is scored by its two best experts here, which is noaux_tc")
-    return {"name": "sigmoid", **options}
+    return {"name": "sigmoid" if sigmoid else "top_k", **options}
 
 
 def read_capacity(reader: Reader) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Sigmoid(LinearRouter):
         affinity = self.sigmoid(logits)  # s, eq. 15
         biased = ops.stop_gradient(affinity) + context["state"][0]  # eq. 16
         if self.limit is not None:
-            biased = self.limit(biased)
+            biased = self.limit(biased, biased)
         logarithm = log_sigmoid(logits)
         experts, gates, chosen = self.choose(biased, logarithm if self.normalise else affinity, context)
         if self.normalise:
@@ -88,9 +88,9 @@ class GroupLimit(nn.Cell):
 
 
 class BestGroups(nn.Cell):
-    """Node-limited routing (DeepSeek-V3, arXiv 2412.19437): scores [G, N, E] -> [G, N, E].
+    """Node-limited routing (DeepSeek-V3, arXiv 2412.19437): what experts are ranked by, [G, N, E] -> [G, N, E].
 
-    A group's score is the sum of its two best experts' scores, see GroupLimit.
+    A group's score is the sum of its two best experts' scores [G, N, E], see GroupLimit.
     """
 
     def __init__(self, options: BestGroupOptions, experts: int):
@@ -99,11 +99,11 @@ class BestGroups(nn.Cell):
         self.best = TopChoices(self.size, min(2, self.size))
         self.limit = GroupLimit(options)
 
-    def construct(self, scores: Tensor) -> Tensor:
+    def construct(self, scores: Tensor, ranked: Tensor) -> Tensor:
         groups, count, _ = scores.shape
         grouped = scores.reshape(groups, count * self.groups, self.size)  # [G, N * Q, E / Q]
         _, masks = self.best(grouped)
         total = (grouped * masks[0]).sum(-1)  # [G, N * Q]
         for mask in masks[1:]:
             total = total + (grouped * mask).sum(-1)
-        return self.limit(scores, total.reshape(groups, count, self.groups))
+        return self.limit(ranked, total.reshape(groups, count, self.groups))

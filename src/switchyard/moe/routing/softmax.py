@@ -5,8 +5,9 @@ Legend: G groups, N rows of a group, E experts, K choices of a row, D width.
 
 from mindspore import Tensor, ops
 
-from switchyard.config.router_options import Scaled, SwitchOptions, TopKOptions
+from switchyard.config.router_options import GroupedTopKOptions, Scaled, SwitchOptions, TopKOptions
 from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register, shares
+from switchyard.moe.routing.sigmoid import BestGroups
 
 
 class SoftmaxRouter(LinearRouter):
@@ -71,6 +72,22 @@ class NormalisedRouter(SoftmaxRouter):
 
 @register("top_k")
 class TopK(NormalisedRouter):
-    """Top-k softmax gate (arXiv 1701.06538; Mixtral, arXiv 2401.04088)."""
+    """Top-k softmax gate (arXiv 1701.06538; Mixtral, arXiv 2401.04088).
+
+    With `n_group` > 1 a row chooses within `topk_group` groups of experts only, those whose two most probable experts
+    have the largest sum (arXiv 2412.19437, section 2.1.2, there with sigmoid scores).
+    """
 
     paper = "arXiv 1701.06538, 2401.04088"
+    Options = GroupedTopKOptions
+
+    def __init__(self, setting: RouterSetting, columns: int | None = None):
+        super().__init__(setting, columns)
+        options = setting.options
+        self.limit = BestGroups(options, self.expert_num) if options.n_group > options.topk_group else None
+
+    def rank(self, logits: Tensor, valid: Tensor) -> Tensor:
+        """See SoftmaxRouter.rank."""
+        if self.limit is None:
+            return logits
+        return self.limit(ops.stop_gradient(self.softmax(logits)), logits)
