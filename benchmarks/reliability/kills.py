@@ -201,10 +201,10 @@ def kill_everything(folder: Path, short: bool, draw: random.Random) -> list[dict
     plan = SHORT if short else WHOLE
     shown, rows = Shown("kills", sum(plan.values())), []
     steps = 16 if short else 60
-    ones = Runs(folder, 1, steps, draw)
+    ones, forms = Runs(folder, 1, steps, draw), [("tokens",)] if short else []
     others = {
         "eval.py": lambda *more: kill_evaluation(folder, ones.run(ones.undisturbed("plain")), *more),
-        "preparing": lambda count, draw, shown: Preparing(folder, draw).kill_all(count, shown),
+        "preparing": lambda count, draw, shown: Preparing(folder, draw, *forms).kill_all(count, shown),
         "exporting": lambda *more: kill_exporting(folder, *more),
     }
     for phase, kill in others.items():

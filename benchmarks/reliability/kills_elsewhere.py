@@ -36,11 +36,11 @@ class Preparing:
     Args:
         folder: to work in.
         draw: random numbers.
+        forms: of the folders, in turn; mindrecord takes 100 MB.
     """
 
-    FORMS = ("tokens", "tokens", "mindrecord")  # in turn
-
-    def __init__(self, folder: Path, draw: random.Random):
+    def __init__(self, folder: Path, draw: random.Random, forms: tuple[str, ...] = ("tokens", "tokens", "mindrecord")):
+        self.forms = forms
         self.folder, self.draw, self.text = folder, draw, folder / "texts"
         self.seconds: dict[str, float] = {}  # of an undisturbed call
         self.whole: dict[str, dict[str, bytes]] = {}  # what it has made
@@ -48,7 +48,7 @@ class Preparing:
         for number in range(6):
             words = (f"document {draw.randrange(10**6)} of file {number}\n" for _ in range(8000))
             (self.text / f"{number}.txt").write_text("".join(words), encoding="utf-8")
-        for form in set(self.FORMS):
+        for form in set(self.forms):
             begun = time.monotonic()
             job = self.start(form, folder / form)
             if job.wait() != 0:
@@ -67,7 +67,7 @@ class Preparing:
         """Kills `count` times in all, one folder after the other, and returns the counts."""
         found, number = Counter(), 0
         while found["kills"] < count and not shown.over:
-            form, number = self.FORMS[number % 3], number + 1
+            form, number = self.forms[number % len(self.forms)], number + 1
             out = self.folder / f"{form}-{number}"
             while found["kills"] < count and self._kill(form, out, found):
                 shown.advance("(preparing)")
