@@ -97,7 +97,7 @@ RULES = {name: "--help" for name in NAMES} | {
     r"(python -m )?switchyard[. ].*": "",
     r"python benchmarks/moe_layer\.py": "--shapes 64,16,4,1 --rounds 1",
     r"python benchmarks/(upcycle|distill)\.py": "--help",  # many models are trained
-    r"python benchmarks/train_step\.py": "--help",  # four models are compiled
+    r"python benchmarks/(train_step|decode_step|scaling)\.py": "--help",  # many models are compiled
     r"python benchmarks/checkpoint_pause\.py --short": "",
     r"python benchmarks/gpus\.py .*": "--help",  # two GPUs, an hour
     r"python benchmarks/(gpu_tables|experiments/tables)\.py": "",
