@@ -167,7 +167,7 @@ def test_half_precision(tmp_path, graph):
     manifest = manifests.read(out)
     assert manifest.model.compute_dtype == "float16" and manifest.parity.bound == 2e-2
     _, keys, _ = open_model(out, say=quiet).prefill([np.array([1, 2, 3])])
-    assert keys.dtype == ms.float16
+    assert keys[0].dtype == ms.float16
 
 
 def test_overrides_that_would_change_the_weights(tmp_path):

@@ -60,6 +60,7 @@ def test_a_key_that_others_can_read_gets_a_warning(tmp_path):
     assert len(said) == 2 and said[0].startswith(f"warning: --key-file: '{key}' can be read by other users (mode 640)")
 
 
+@pytest.mark.long
 def test_an_interrupted_export_leaves_the_earlier_one_alone(tmp_path, graph, monkeypatch):
     out = save_export(tmp_path, moe={})
     before = (out / "manifest.json").read_bytes()

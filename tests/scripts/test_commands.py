@@ -120,6 +120,9 @@ SHORTER = {
     r"python -m switchyard\.simulation\.emulate .*": "--help",  # tests/simulation/test_emulate.py
     r"python -m switchyard\.interop\.(upcycle|distill) .*": "--help",  # tests/interop
     r"python -m switchyard\.profile .*": "--help",  # tests/profile
+    r"python -m switchyard\.planner .* --vocab \d+": "--help",  # other pages ask for the same layouts with --top
+    r"python -m switchyard\.simulation\.compile --config config/switch_c_.*": "--help",  # the same for 8 devices above
+    r"python train\.py --config config/quickstart\.yaml train\.name=first --resume.*": "--help",  # tests/training
     r"python train\.py --config runs/qwen/config\.yaml .*": f"train.steps=2 {PYNATIVE} data.val_fraction=0.01",
     r"python eval\.py --checkpoint runs/qwen.*": "--help",
     r"python (export|infer)\.py .*output/qwen-tuned.*": "--help",  # tests/inference

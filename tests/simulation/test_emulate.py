@@ -274,7 +274,7 @@ LAYOUTS = {
 
 
 # what the four ranks above do not have: tensor slices, ZeRO, recomputing
-SHORT = ("sequence-parallel, keys of attention", "zero3, recompute")
+SHORT = ("zero3, recompute",)
 
 
 @pytest.mark.slow
@@ -335,7 +335,7 @@ def test_a_pipeline_equals_one_device(staged):
     assert not any(name.startswith("accu_grads") for name in found.differences)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pipeline_written_out_for_gpus_equals_one_device(references):
     """Without a function that the micro-batches share, without operators of Ascend, a stage a device."""
     config = layout({"tie_word_embeddings": False}, {"layers": "all"}, pipeline_stage=2, micro_batch_num=2)
