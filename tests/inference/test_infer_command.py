@@ -14,7 +14,8 @@ from oracles.tiny_export import save_run
 
 from switchyard import commands
 from switchyard.data.tokenizer import ByteTokenizer
-from switchyard.inference import generate, mindir
+from switchyard.distributed.processes import SINGLE
+from switchyard.inference import generate, mindir, sharded
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_CODE = ("models", "moe", "nn", "training", "checkpoint", "routing")
@@ -144,7 +145,7 @@ def test_an_answer_continues_its_prompt_or_stands_on_a_line_of_its_own(between, 
         return [found], generate.Timing(0.1, 0.1, 0.1, 8, 6, 5)
 
     model = SimpleNamespace(between=between, tokenizer=ByteTokenizer(), max_length=99)
-    monkeypatch.setattr(mindir, "open_model", lambda *arguments: model)
+    monkeypatch.setattr(sharded, "open_export", lambda *arguments: (model, SINGLE))
     monkeypatch.setattr(generate, "generate", answer)
     out = io.StringIO()
     commands._infer(commands._infer_parser().parse_args(["--model", "OUT", *asked]), out)

@@ -83,8 +83,9 @@ class TopK(NormalisedRouter):
 
     def __init__(self, setting: RouterSetting, columns: int | None = None):
         super().__init__(setting, columns)
-        options = setting.options
-        self.limit = BestGroups(options, self.expert_num) if options.n_group > options.topk_group else None
+        options = setting.options  # those of a router of one's own need no groups
+        limited = getattr(options, "n_group", 1) > getattr(options, "topk_group", 1)
+        self.limit = BestGroups(options, self.expert_num) if limited else None
 
     def rank(self, logits: Tensor, valid: Tensor) -> Tensor:
         """See SoftmaxRouter.rank."""
