@@ -114,7 +114,7 @@ RULES = {name: "--help" for name in NAMES} | {
 SHORTER = {
     r"DEVICE=cpu bash scripts/run_distribute_train_\w+\.sh .*": "--dry-run",  # tests/distributed/test_jobs.py
     r"python train\.py --config config/(shakespeare_char_(dense|switch)|digits_sample)_cpu\.yaml.*": "--print-config",
-    r"python train\.py --config \S+quickstart\.yaml .+train\.name=(mine\S*|notes|two-experts|cached).*": "--help",
+    r"python train\.py --config \S+quickstart\.yaml (.+ )?train\.name=(mine\S*|notes|two-experts|cached).*": "--help",
     r"python benchmarks/checkpoint_pause\.py --short": "--help",  # tests/training/test_saver.py
     r"python -m switchyard\.report\.picture runs/two": "--help",  # of the run of two processes above
     r"python -m switchyard\.simulation\.emulate .*": "--help",  # tests/simulation/test_emulate.py
