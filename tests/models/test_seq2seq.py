@@ -129,7 +129,7 @@ def test_expert_dropout_drops_what_experts_add_in_training_and_nothing_else(pyna
     unchanged = dense(*given)[0].asnumpy()
     model.set_train(True)
     np.testing.assert_allclose(conditional(*given)[0].asnumpy(), wanted, atol=1e-5)
-    np.testing.assert_array_equal(dense(*given)[0].asnumpy(), unchanged)
+    np.testing.assert_allclose(dense(*given)[0].asnumpy(), unchanged, atol=1e-5)  # another softmax at evaluation
     assert 0.15 < (noise < RATE).mean() < 0.35 and np.abs(added).min() > 1e-4
 
 

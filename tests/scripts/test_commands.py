@@ -80,7 +80,7 @@ RULES = {name: "--help" for name in NAMES} | {
     r"python (eval|export)\.py --checkpoint runs/switch-tiny-seq2seq.*": "--help",  # of the training above
     r"python infer\.py --model exported --prompt .*extra_id_0.*": "--help",
     r"python (export|infer)\.py .*exported_switch.*": "--help",
-    r"bash scripts/run_distribute_train_(ascend|gpu)\.sh .*": "--dry-run",
+    r"bash scripts/run_distribute_train_(ascend|gpu)\.sh (?!--infer).*": "--dry-run",
     r"bash scripts/run_standalone_train\.sh .*": PYNATIVE,
     r"bash scripts/run_mindformers\.sh( .*)?": "--help",  # minutes; tests/interop trains through MindFormers
     r"bash scripts/run_(?!tests)\w+\.sh( .*)?": "",
