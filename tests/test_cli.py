@@ -93,7 +93,7 @@ def test_print_config_shows_the_resolved_whole(tmp_path):
     assert set(yaml.safe_load(done.stdout)) == set(type(config).model_fields)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_train_then_eval_prints_one_json_object(tmp_path):
     """And a checkpoint that was cut is one line of eval.py, which names the one before."""
     write_text(tmp_path)

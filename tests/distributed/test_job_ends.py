@@ -108,7 +108,7 @@ def killed(folder: Path, command: list[str], after: int) -> tuple[dict[int, floa
     return losses, held
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_kill_loses_what_was_not_saved_and_the_run_repeats_it_until_a_signal_saves(tmp_path):
     """Two jobs: a worker is killed; the run is resumed, makes the lost steps again and is stopped by SIGTERM."""
     write_text(tmp_path)

@@ -30,7 +30,7 @@ def test_every_part_of_a_step_has_a_row(pynative):
     assert found["optimizer"].backward == 0 and found["experts"].forward > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("moe", "names"),
     [

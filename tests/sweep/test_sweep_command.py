@@ -152,7 +152,7 @@ def test_a_report_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("report: not written: ")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_real_runs(tmp_path):
     """Trained without compiling by the command itself; the second time nothing is trained."""
     write_text(tmp_path)

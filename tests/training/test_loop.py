@@ -254,7 +254,7 @@ def test_a_signal_from_outside_ends_with_its_own_exit_code(tmp_path):
     assert checkpoint.read(run).step == max(losses_of(run))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_five_kills_leave_a_run_that_resumes(tmp_path):
     """SIGKILL at random moments of training and saving; afterwards the run ends as one that was left alone."""
     run = _prepare(tmp_path)

@@ -292,7 +292,7 @@ def _run(folder, name, **sections):
     return config, folder / "runs" / name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_repeats_the_choices_of_another(tmp_path, graph):
     """Two micro-batches a step. Replayed by itself a run's losses are the same; another router takes its choices."""
     write_text(tmp_path)
