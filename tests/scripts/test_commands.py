@@ -83,7 +83,7 @@ RULES = {name: "--help" for name in NAMES} | {
     r"bash scripts/run_distribute_train_(ascend|gpu)\.sh (?!--infer).*": "--dry-run",
     r"bash scripts/run_standalone_train\.sh .*": PYNATIVE,
     r"bash scripts/run_mindformers\.sh( .*)?": "--help",  # minutes; tests/interop trains through MindFormers
-    r"bash scripts/run_(?!tests)\w+\.sh( .*)?": "",
+    r"bash scripts/run_(?!tests|distribute_train_\w+\.sh --infer)\w+\.sh( .*)?": "",
     r"python train\.py --config config/moe_1b_gpu\.yaml": "--print-config",  # of devices that are not here
     r"python train\.py --config config/digits_(cascade|channel|region|soft|task)_cpu\.yaml": "--print-config",
     r"python train\.py --config config/quickstart\.yaml": "--print-config",  # the README trains it under another name
