@@ -13,74 +13,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # MindSpore's kernels have a pool of their own
 os.environ.setdefault("GLOG_v", "3")
 
-import mindspore as ms
 import numpy as np
-from mindspore import nn, ops
 from timing import print_table, ratios
 from workers import alternate, has_torch, record, serve, summary
-
-from switchyard.config import build
-from switchyard.moe.dispatch.capacity import capacity
-from switchyard.moe.experts import FeedForwardExperts
-from switchyard.moe.layer import MoELayer
-from switchyard.moe.metrics import BALANCE, Z
-from switchyard.nn.initializers import InitialWeights
-from switchyard.nn.noise import NoiseSlices
 
 SHAPES = ("2048,256,8,1", "2048,256,8,2", "2048,256,32,1", "4096,512,8,1")
 OURS = ("expert matrix products", "conditional layer", "dropless layer", "dense, same active FLOPs")
 WAYS = ("sort_mm", "grouped_mm", "gather_bmm")
-
-
-class Gradients(nn.Cell):
-    """What cell(rows) gives, and the gradients of its sum with respect to the rows and every parameter.
-
-    The output is returned too: otherwise the compiler leaves out the last product of a cell whose gradient can do
-    without it, and the floor would be five products of six.
-    """
-
-    def __init__(self, cell: nn.Cell):
-        super().__init__()
-        cell.set_train()
-        self.value_and_gradient = ops.value_and_grad(cell, 0, ms.ParameterTuple(cell.trainable_params()))
-
-    def construct(self, rows):
-        return self.value_and_gradient(rows)
-
-
-class Conditional(nn.Cell):
-    """The layer's output and its losses, so that the router's gradient is complete."""
-
-    def __init__(self, layer: MoELayer, rows: int):
-        super().__init__()
-        self.layer = layer
-        self.valid = ms.Tensor(np.ones((1, rows), np.float32))
-        self.noise = ms.Tensor(np.zeros((1, 1, 1), np.float32))
-
-    def construct(self, rows):
-        out, stats, _ = self.layer(rows, self.valid, self.noise)
-        means = stats[0, : Z + 1] / self.valid.shape[1]  # balance and z-loss
-        return out, means[BALANCE], means[Z]
-
-
-def our_cell(name: str, rows: int, width: int, experts: int, choices: int):
-    """Returns (a contender of ours, the shape of its rows)."""
-    moe = {"router": "switch" if choices == 1 else "top_k", "expert_num": experts, "num_experts_chosen": choices}
-    if name == "dropless layer":
-        moe |= {"dispatch": "dropless"}
-    config = build({"model": {"hidden_size": width, "seq_length": rows}, "moe": moe, "data": {"batch_size": 1}})
-    if name.endswith("layer"):
-        layer = MoELayer(config, (0.02, 0.02), InitialWeights(0), ms.float32, NoiseSlices())
-        return Conditional(layer, rows), (1, rows, width)
-    if name == "expert matrix products":
-        slots = capacity(rows, experts, choices, config.moe.capacity_factor)
-        return feed_forward(experts, width, 4 * width), (experts, slots, width)
-    return feed_forward(1, width, 4 * width * choices), (1, rows, width)
-
-
-def feed_forward(count: int, width: int, hidden: int) -> FeedForwardExperts:
-    """Returns `count` networks of one hidden layer."""
-    return FeedForwardExperts(count, width, hidden, "relu", (0.02, 0.02), InitialWeights(0), ms.float32)
 
 
 def contender(name: str):
@@ -91,6 +30,9 @@ def contender(name: str):
         from torch_peers import layer_call
 
         return layer_call(rows, width, experts, choices, name.removeprefix("torch "))
+    import mindspore as ms  # here: the interpreter of PyTorch may have none
+    from moe_cells import Gradients, our_cell
+
     ms.set_context(mode=ms.GRAPH_MODE)
     cell, size = our_cell(name, rows, width, experts, choices)
     gradients = Gradients(cell)
