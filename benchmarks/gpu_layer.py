@@ -14,6 +14,7 @@ import time
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
+from moe_cells import Conditional, Gradients
 from workers import record
 
 from switchyard.config import build
@@ -37,19 +38,6 @@ def on_device(array: np.ndarray) -> Tensor:
     return made
 
 
-class Conditional(nn.Cell):
-    """A conditional layer with the inputs that it needs besides its rows; returns (rows, losses)."""
-
-    def __init__(self, layer: MoELayer, rows: int):
-        super().__init__()
-        self.layer = layer
-        self.valid, self.noise = Tensor(np.ones((1, rows), np.float32)), Tensor(np.zeros((1, 1, 1), np.float32))
-
-    def construct(self, rows: Tensor) -> tuple:
-        out, stats, _ = self.layer(rows, self.valid, self.noise)
-        return out, stats[0, :2].sum()
-
-
 def layer(config, rows: int) -> nn.Cell:
     """Returns the conditional layer of a configuration for rows [N, D]."""
     fused = fused_operators(config, "GPU")
@@ -67,14 +55,7 @@ def experts(config, count: int) -> nn.Cell:
 
 def milliseconds(cell: nn.Cell, rows: np.ndarray) -> tuple[float, float]:
     """Returns (median, least) ms of a forward and backward pass, with respect to rows and weights."""
-    cell.set_train()
-    gradients = ops.value_and_grad(cell, 0, ms.ParameterTuple(cell.trainable_params()))
-
-    class Call(nn.Cell):
-        def construct(self, rows):
-            return gradients(rows)
-
-    call, rows, windows = Call(), on_device(rows), []
+    call, rows, windows = Gradients(cell), on_device(rows), []
     for _ in range(4):
         call(rows)
     ms.runtime.synchronize()

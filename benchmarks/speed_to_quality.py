@@ -11,7 +11,6 @@ each.
 """
 
 import argparse
-import json
 import signal
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from workers import record
+
+from switchyard.report.records import Records, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {
@@ -41,7 +42,6 @@ SMALL = {
 }
 SHORT = [f"model.{key}={value}" for key, value in SMALL.items()]
 SHORT += [
-    "model.seq_length=64",
     "model.compute_dtype=float32",
     "context.device_target=CPU",
     "train.eval_every=20",
@@ -73,48 +73,35 @@ def folder(name: str) -> str:
     return "-".join(name.replace(",", "").split())
 
 
-def records(run: Path, kind: str) -> list[dict]:
-    """Returns the records of a kind that a run has written so far."""
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    found = [json.loads(line) for line in lines if line.endswith("}")]
-    return [line for line in found if line["kind"] == kind]
-
-
-def clock(run: Path, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (steps [T], seconds of training until then [T]) of the logged steps; a step has `tokens`."""
+def clock(records: Records) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (steps [T], seconds of training until then [T]) of the logged steps."""
     steps, seconds, last, total = [0], [0.0], 0, 0.0
-    for line in records(run, "train"):
+    for line in records.kind("train"):
         if line["tokens_per_second"]:
-            total += (line["step"] - last) * tokens / line["tokens_per_second"]
+            total += (line["step"] - last) * tokens_of_step(records) / line["tokens_per_second"]
         last = line["step"]
         steps, seconds = [*steps, line["step"]], [*seconds, total]
     return np.array(steps, float), np.array(seconds)
 
 
-def tokens_of_step(run: Path) -> int:
-    """Returns the tokens of a step, of the configuration in a run folder."""
-    from switchyard import config as configuration
-
-    config = configuration.load(run / "config.yaml", [])
-    return config.data.batch_size * config.model.seq_length * config.train.gradient_accumulation_steps
+def tokens_of_step(records: Records) -> int:
+    """Returns the tokens of a step of a run."""
+    return records.config.micro_batches * records.config.predictions
 
 
 def trained_seconds(run: Path) -> float:
     """Returns the seconds of training of a run so far."""
-    return clock(run, tokens_of_step(run))[1][-1] if (run / "metrics.jsonl").exists() else 0.0
+    return clock(read_records(run))[1][-1] if (run / "metrics.jsonl").exists() else 0.0
 
 
 def figures(name: str, runs: Path) -> dict:
     """Returns what a case's run has measured: its curve as [step, seconds, validation loss]."""
-    run = runs / folder(name)
-    tokens, evaluations = tokens_of_step(run), records(run, "evaluation")
-    steps, seconds = clock(run, tokens)
-    curve = [[line["step"], float(np.interp(line["step"], steps, seconds)), line["loss"]] for line in evaluations]
-    speed = float(np.median([line["tokens_per_second"] for line in records(run, "train") if line["tokens_per_second"]]))
-    return {"name": name, "tokens_of_step": tokens, "tokens_per_second": speed, "curve": curve}
+    records = read_records(runs / folder(name))
+    steps, seconds = clock(records)
+    places, losses = records.series("evaluation", "loss")
+    curve = [[int(step), float(np.interp(step, steps, seconds)), loss] for step, loss in zip(places, losses.tolist())]
+    speed = float(np.median([rate for rate in records.series("train", "tokens_per_second")[1] if rate]))
+    return {"name": name, "tokens_of_step": tokens_of_step(records), "tokens_per_second": speed, "curve": curve}
 
 
 def reached(curve: list, loss: float, column: int) -> float | None:
