@@ -24,7 +24,8 @@ POLL = 0.2  # seconds
 PATIENCE = 30.0  # seconds beyond those of node 0, in which its decision must have come
 LAUNCH = "switchyard.training.launch"  # says which keys fewer devices need; a layer above, so it is a process
 TARGET = "context.device_target="
-TRAINING = ("--restarted", "--resume")
+RESTARTED = "--restarted"  # of train.py: goes on from a checkpoint if there is one
+TRAINING = (RESTARTED, "--resume")
 
 
 class Members:
@@ -146,7 +147,7 @@ def changed(command: list[str], nodes: list[int], each: int, own: int, keys: lis
     for word in command:
         name, sign, _ = word.removeprefix("--").partition("=")
         found.append(f"--{name}={values[name]}" if word.startswith("--") and sign and name in values else word)
-    return [word for word in found if word not in TRAINING] + keys + [TRAINING[0]]
+    return [word for word in found if word not in TRAINING] + keys + [RESTARTED]
 
 
 def present(place: Path) -> list[int]:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from switchyard.cli import EXIT_KILLED
-from switchyard.distributed.members import Members
+from switchyard.distributed.members import RESTARTED, Members
 from switchyard.distributed.merged_log import MergedLog
 from switchyard.errors import EXIT_USER_ERROR
 
 POLL = 0.2  # seconds
 LONGEST_WAIT = 300.0  # seconds before a restart
 MERGED = "all.log"  # of node K > 0: all-K.log
-RESTARTED = "--restarted"  # of train.py: goes on from a checkpoint if there is one
 
 
 class Restarts:

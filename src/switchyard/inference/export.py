@@ -23,7 +23,7 @@ from switchyard.inference import manifest as manifests
 from switchyard.inference.classify import ClassifierManifest, is_classifier
 from switchyard.inference.export_classifier import export_classifier
 from switchyard.inference.export_graphs import write_graphs
-from switchyard.inference.manifest import ENCODER, Figures, Limits, Manifest, Source
+from switchyard.inference.manifest import ENCODER, Figures, Limits, Manifest, Parity, Source
 from switchyard.inference.mindir import exported_model
 from switchyard.inference.parity import Reference, compare, reference
 from switchyard.inference.sharded import is_sharded
@@ -237,15 +237,20 @@ def report(out: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
     for name, file in manifest.files.items():
         say(f"{out / name}  {file.bytes / 1e6:,.1f} MB")
     parity = manifest.parity
-    say(
-        f"parity: largest difference of a logit {parity.max_abs_difference:.1e} (bound {parity.bound:.0e}) at "
-        f"{parity.prefill_positions:,} prefill and {parity.decode_positions:,} decode positions of validation text"
-    )
+    say(compared(parity))
     if manifest.model.moe_layers:
         missing = ", ".join(f"{expert} of layer {layer} ({graph})" for layer, expert, graph in parity.not_reached)
         say(f"parity: experts that this text does not reach: {missing}" if missing else "parity: every expert reached")
     both = "a prompt, and of its answer" if ENCODER in manifest.graphs else "prompt and answer"
     say(f"export: '{out}', up to {manifest.limits.max_length} tokens of {both}, any number of prompts")
+
+
+def compared(parity: Parity) -> str:
+    """Returns the line about a comparison."""
+    return (
+        f"parity: largest difference of a logit {parity.max_abs_difference:.1e} (bound {parity.bound:.0e}) at "
+        f"{parity.prefill_positions:,} prefill and {parity.decode_positions:,} decode positions of validation text"
+    )
 
 
 def figures_of(config: Config, decoder: nn.Cell) -> Figures:

@@ -26,6 +26,7 @@ from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
 from switchyard.inference.export import (
     check_free,
+    compared,
     expected_of,
     inference_config,
     key_to_write,
@@ -158,9 +159,5 @@ def join_ranks(temporary: Path, out: Path, found: RankManifest, processes: Proce
 
 def report(out: Path, whole: ShardedManifest, say: Callable[[str], None]) -> None:
     """Says what was written and how it compared."""
-    parity = whole.parity
-    say(
-        f"parity: largest difference of a logit {parity.max_abs_difference:.1e} (bound {parity.bound:.0e}) at "
-        f"{parity.prefill_positions:,} prefill and {parity.decode_positions:,} decode positions of validation text"
-    )
+    say(compared(whole.parity))
     say(f"export: '{out}', the parts of {whole.ranks} ranks; a launch script runs them: --infer {out}")

@@ -55,7 +55,6 @@ class Decode(_Half):
         kind, experts = EveryExpert if every_expert else ChosenExperts, _experts(decoder)
         plain_experts = copies and shard is None and has_plain_experts(decoder)
         self.experts = nn.CellList([kind(one) for one in experts if plain_experts])
-        self.number_of = _numbers(decoder)
 
     def construct(self, tokens: Tensor, position: Tensor, *caches: Tensor):
         x, turn = self.embed(tokens, position), self.turn(position)  # [B, D]
@@ -76,16 +75,16 @@ class Decode(_Half):
             x = x + layer.attention.out(mixed).astype(mstype.float32)
             seen = self.norms[2 * index + 1](x)
             if layer.conditional and len(self.choosers) == 1:
-                x = x + self.conditional(layer.feed_forward, seen, self.number_of[index])
+                x = x + self.conditional(layer.feed_forward, seen)
             else:
                 x = x + self.feed(layer, seen, tokens.reshape(1, -1), valid)
         return self.logits(x)
 
-    def conditional(self, moe: nn.Cell, x: Tensor, number: int) -> Tensor:
-        """Applies the conditional layer of a number to normed rows [B, D] -> [B, D], by a plain choice."""
+    def conditional(self, moe: nn.Cell, x: Tensor) -> Tensor:
+        """Applies the conditional layer to normed rows [B, D] -> [B, D], by a plain choice."""
         experts, gates = self.choosers[0](moe.router.scores(x, None, None)[0])  # [B, K] each
         if len(self.experts) > 0:
-            out = self.experts[number](x, experts, gates)
+            out = self.experts[moe.place](x, experts, gates)
         else:
             out = self.work(moe, x, experts.reshape(-1), gates)
         if moe.shared is not None:
@@ -224,9 +223,3 @@ def _routers(decoder: Decoder) -> list:
 
 def _experts(decoder: Decoder) -> list:
     return [layer.feed_forward.experts for layer in decoder.layers if layer.conditional]
-
-
-def _numbers(decoder: Decoder) -> tuple[int, ...]:
-    """Returns which conditional layer each layer is; 0 for one that is none."""
-    conditional = [int(layer.conditional) for layer in decoder.layers]
-    return tuple(max(0, sum(conditional[: index + 1]) - 1) for index in range(len(conditional)))
