@@ -35,7 +35,7 @@ def selected(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class TakeRows(nn.Cell):
-    """`table[g, index[g, i]]`, and zeros where index[g, i] is N, without a gradient: [G, N, D], [G, I] -> [G, I, D].
+    """`table[g, index[g, i]]` without a gradient of its own: [G, N, D], [G, I] -> [G, I, D].
 
     One group is gathered flat, which is the faster kernel on CPU and GPU.
     """
@@ -45,7 +45,6 @@ class TakeRows(nn.Cell):
         self.gather, self.gather_flat = ops.Gather(1), ops.Gather()
 
     def construct(self, table: Tensor, index: Tensor) -> Tensor:
-        table = with_zero_row(table)  # [G, N + 1, D]
         if table.shape[0] > 1:
             return self.gather(table, index, 1)  # [G, I, D]
         rows = self.gather_flat(table.reshape(table.shape[1:]), index.reshape(-1), 0)  # [I, D]
@@ -60,7 +59,7 @@ class TakeSlicedRows(nn.Cell):
         self.gather = ops.Gather(1)
 
     def construct(self, table: Tensor, index: Tensor) -> Tensor:
-        return self.gather(with_zero_row(table), index, 1)  # [G, I, D]
+        return self.gather(table, index, 1)  # [G, I, D]
 
 
 class Dispatch(nn.Cell):
@@ -76,13 +75,14 @@ class Dispatch(nn.Cell):
     ) -> Tensor:
         """`combine_index` and `kept` serve the gradient only."""
         source = index_or_zero_row(dispatch_index // self.choices, filled, rows.shape[1])
-        return self.take(rows, source)  # [G, M, D]
+        return self.take(with_zero_row(rows), source)  # [G, M, D]
 
     def bprop(self, rows, dispatch_index, combine_index, filled, kept, out, d_out):
+        table = with_zero_row(d_out)  # [G, M + 1, D]
         place = index_or_zero_row(combine_index, kept, out.shape[1])  # [G, N * K]
-        d_rows = self.take(d_out, place[:, 0 :: self.choices])  # [G, N, D]
+        d_rows = self.take(table, place[:, 0 :: self.choices])  # [G, N, D]
         for k in range(1, self.choices):
-            d_rows = d_rows + self.take(d_out, place[:, k :: self.choices])
+            d_rows = d_rows + self.take(table, place[:, k :: self.choices])
         nothing = ops.zeros_like
         return d_rows, nothing(dispatch_index), nothing(combine_index), nothing(filled), nothing(kept)
 
@@ -109,16 +109,17 @@ class Combine(nn.Cell):
     def construct(
         self, outputs: Tensor, gates: Tensor, dispatch_index: Tensor, combine_index: Tensor, filled, kept
     ) -> Tensor:
+        table = with_zero_row(outputs)  # [G, M + 1, D]
         place = index_or_zero_row(combine_index, kept, outputs.shape[1])  # [G, N * K]
         gates = selected(gates, kept)
-        rows = self._of_choice(outputs, gates, place, 0)
+        rows = self._of_choice(table, gates, place, 0)
         for k in range(1, self.choices):
-            rows = rows + self._of_choice(outputs, gates, place, k)
+            rows = rows + self._of_choice(table, gates, place, k)
         return rows
 
-    def _of_choice(self, outputs, gates, place, k):
-        weight = ops.expand_dims(gates[:, k :: self.choices], 2).astype(outputs.dtype)  # [G, N, 1]
-        return self._weighted(self.take(outputs, place[:, k :: self.choices]), weight)  # [G, N, D]
+    def _of_choice(self, table, gates, place, k):
+        weight = ops.expand_dims(gates[:, k :: self.choices], 2).astype(table.dtype)  # [G, N, 1]
+        return self._weighted(self.take(table, place[:, k :: self.choices]), weight)  # [G, N, D]
 
     def _weighted(self, rows, weight):
         """Rows [G, N, D] times weights [G, N, 1]."""
@@ -130,12 +131,13 @@ class Combine(nn.Cell):
 
     def bprop(self, outputs, gates, dispatch_index, combine_index, filled, kept, out, d_out):
         choice = index_or_zero_row(dispatch_index, filled, gates.shape[1])  # [G, M]
-        weight = self.take_gates(ops.expand_dims(gates, 2), choice).astype(d_out.dtype)  # [G, M, 1]
+        weight = self.take_gates(with_zero_row(ops.expand_dims(gates, 2)), choice).astype(d_out.dtype)  # [G, M, 1]
         source = index_or_zero_row(dispatch_index // self.choices, filled, out.shape[1])  # [G, M]
-        d_outputs = self._weighted(self.take(d_out, source), weight)  # [G, M, D]
-        place, parts = index_or_zero_row(combine_index, kept, outputs.shape[1]), ()  # the forward pass' rows again
+        d_outputs = self._weighted(self.take(with_zero_row(d_out), source), weight)  # [G, M, D]
+        table, parts = with_zero_row(outputs), ()  # the forward pass' rows again
+        place = index_or_zero_row(combine_index, kept, outputs.shape[1])  # [G, N * K]
         for k in range(self.choices):
-            picked = self.take(outputs, place[:, k :: self.choices])  # [G, N, D]
+            picked = self.take(table, place[:, k :: self.choices])  # [G, N, D]
             parts = (*parts, self._row_sums(picked * d_out))  # [G * N, 1]
         d_gates = parts[0] if self.choices == 1 else ops.concat(parts, 1)  # [G * N, K]
         d_gates = d_gates.reshape(gates.shape).astype(gates.dtype) / SHRINK  # [G, N * K]

@@ -27,7 +27,7 @@ from switchyard.moe.dispatch.reroute import Reroute
 from switchyard.moe.own_classes import are_matrices, require_stacked
 from switchyard.moe.registry import classes_of
 from switchyard.nn.fused import NONE
-from switchyard.nn.gather import Combine, Dispatch, TakeSlicedRows, index_or_zero_row
+from switchyard.nn.gather import Combine, Dispatch, TakeSlicedRows, index_or_zero_row, with_zero_row
 from switchyard.nn.masks import keep_where
 
 
@@ -323,7 +323,7 @@ class ExpertChoiceDispatcher(Dispatcher):
         if "slot_mask" in routing:
             index = index_or_zero_row(index, routing["slot_mask"].reshape(groups, -1), count)
         index = ops.stop_gradient(index.astype(mstype.int32))
-        slots = self.take(tokens, index).reshape(groups, self.expert_num, -1, width)
+        slots = self.take(with_zero_row(tokens), index).reshape(groups, self.expert_num, -1, width)
         return slots, routing["gates"].reshape(groups, -1), index, routing["expert_mask"][:, :, 0]
 
     def receive(self, outputs: Tensor, gates: Tensor, index: Tensor, mask: Tensor) -> Tensor:
