@@ -1,8 +1,8 @@
-"""Tables of docs/performance.md from what benchmarks/decode_step.py and benchmarks/scaling.py have measured.
+"""Tables of docs/performance.md from what decode_step.py, train_step.py and scaling.py have measured.
 
 scripts/renew_docs.py writes them between the marks `<!-- measured NAME: begin -->` and `<!-- measured NAME: end -->`.
-Results are benchmarks/results/decode_step.json and benchmarks/results/scaling.json; a part that was not measured has no
-rows.
+Results are decode_step.json, train_step.json and scaling.json of benchmarks/results; a part that was not measured has
+no rows.
 """
 
 import json
@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+FILES = {"decode": "decode_step", "step": "train_step"}  # the others are of scaling
 OURS, EXPERTS, TRAFFIC = "conditional layer", "expert matrix products", "traffic"
 WORDS = {
     "en": {
         "decode": ("Work", "Switchyard", "plain PyTorch loop", "of the loop", "Hugging Face Mixtral", "of it"),
         "work": ("{size}: decode, batch {batch}", "{size}: prefill of 1,024 tokens"),
+        "step": ("Step", "Switchyard, ms", "best PyTorch, ms", "of PyTorch", "its way"),
+        "kinds": {"dense": "{size}, dense", "moe": "{size}, 8 experts"},
         "layers": (
             "Rows",
+            "Width",
             "Experts",
             "k",
             "Layer, ms",
@@ -33,8 +37,11 @@ WORDS = {
     "zh": {
         "decode": ("工作", "Switchyard", "PyTorch 循环", "与循环之比", "Hugging Face Mixtral", "与之比"),
         "work": ("{size}：解码，批大小 {batch}", "{size}：1,024 个词元的预填充"),
+        "step": ("训练步", "Switchyard，ms", "最快的 PyTorch，ms", "与 PyTorch 之比", "其方式"),
+        "kinds": {"dense": "{size}，稠密", "moe": "{size}，8 个专家"},
         "layers": (
             "行数",
+            "宽度",
             "专家数",
             "k",
             "层，ms",
@@ -52,11 +59,12 @@ WORDS = {
 
 
 def render(name: str, language: str = "en") -> str:
-    """Returns a part as Markdown: decode, layers, memory or compile."""
-    file = "decode_step" if name == "decode" else "scaling"
+    """Returns a part as Markdown: decode, step, layers, memory or compile."""
+    file = FILES.get(name, "scaling")
     found = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
     words = WORDS[language]
-    rows = list({"decode": decode, "layers": layers, "memory": memory, "compile": compiled}[name](found["rows"], words))
+    makers = {"decode": decode, "step": steps, "layers": layers, "memory": memory, "compile": compiled}
+    rows = list(makers[name](found["rows"], words))
     head = words[name]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
@@ -81,6 +89,20 @@ def rate(tokens: int, ms: float, words: dict) -> str:
     return words["tokens"].format(1e3 * tokens / ms)
 
 
+def steps(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
+    """Yields a row for each size, dense and conditional."""
+    for size in dict.fromkeys(row["size"] for row in rows):
+        for kind, text in words["kinds"].items():
+            names = {row["contender"].removeprefix(f"{size} "): row["min_ms"] for row in rows if row["size"] == size}
+            ours = names[f"switchyard {kind}"]
+            peers = {name: ms for name, ms in names.items() if name.startswith(f"torch {kind}")}
+            best = min(peers, key=peers.get, default=None)
+            cells = ("", "", "")
+            if best is not None:
+                cells = (f"{peers[best]:.1f}", f"{ours / peers[best]:.2f}", best.removeprefix(f"torch {kind} "))
+            yield (text.format(size=size), f"{ours:.1f}", *cells)
+
+
 def layers(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
     """Yields a row for each shape of the layer, once."""
     measured = [row for row in rows if "shape" in row]
@@ -89,11 +111,11 @@ def layers(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
         for row in measured:
             if row["shape"] == shape:
                 least[row["contender"]] = min(row["min_ms"], least.get(row["contender"], row["min_ms"]))
-        count, _, experts, choices = shape.split(",")
+        count, wide, experts, choices = shape.split(",")
         ways = [ms for name, ms in least.items() if name.startswith("torch ")]
         peer = ("", "") if not ways else (f"{min(ways):.1f}", f"{least[OURS] / min(ways):.2f}")
         floors = tuple(f"{least[name]:.1f}" for name in (EXPERTS, TRAFFIC))
-        yield (f"{int(count):,}", experts, choices, f"{least[OURS]:.1f}", *peer, *floors)
+        yield (f"{int(count):,}", wide, experts, choices, f"{least[OURS]:.1f}", *peer, *floors)
 
 
 def memory(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:

@@ -1,9 +1,11 @@
 """What grows with what? The conditional layer over experts, rows and choices; memory and compile time of a train step.
 
-    python benchmarks/scaling.py [--short] [--parts experts rows choices memory compile] [--rounds 10] [--json FILE]
+    python benchmarks/scaling.py [--short] [--parts experts rows choices width memory compile] [--rounds 10]
+        [--json FILE]
 
 experts, rows, choices: forward and backward of the layer as moe_layer.py has it, width 256, of 2,048 rows, 8 experts
 and k = 1 where the part does not change them; the active FLOPs of a row are the same for every number of experts.
+width: 4,096 rows of width 512.
 Floors: the layer's own expert products; `traffic`, which copies as many bytes as the experts' weights are read forward,
 read backward and written as gradients. Where torch is installed, the three ways of torch_peers.
 memory: the most that the process holds in a step, less what it held before the model was made, against parameters,
@@ -27,6 +29,7 @@ PARTS = {
     "experts": [(2048, WIDTH, experts, 1) for experts in (2, 8, 32, 128)],
     "rows": [(rows, WIDTH, 8, 1) for rows in (256, 1024, 4096, 16384)],
     "choices": [(2048, WIDTH, 8, choices) for choices in (1, 2, 4)],
+    "width": [(4096, 2 * WIDTH, 8, 1)],
 }
 OURS = ("conditional layer", "expert matrix products", "traffic")
 WAYS = ("sort_mm", "grouped_mm", "gather_bmm")

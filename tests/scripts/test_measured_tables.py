@@ -42,6 +42,16 @@ def test_layers_memory_and_compile_time(tables, tmp_path):
     rows.append({"part": "memory", "size": "small", "peak": 120e6, "planned": 100e6})
     rows.append({"part": "compile", "layers": 4, "experts": 8, "seconds": 6.0})
     write(tmp_path, "scaling", rows)
-    assert tables.render("layers").splitlines()[2:-2] == ["| 2,048 | 8 | 1 | 3.0 | 6.0 | 0.50 | 2.0 | 1.0 |"]
+    assert tables.render("layers").splitlines()[2:-2] == ["| 2,048 | 256 | 8 | 1 | 3.0 | 6.0 | 0.50 | 2.0 | 1.0 |"]
     assert tables.render("memory").splitlines()[2] == "| small | 120 | 100 | 1.20 |"
     assert tables.render("compile", "zh").splitlines()[2] == "| 4 | 8 | 6.0 | 1.50 |"
+
+
+def test_a_step_is_compared_with_the_fastest_peer_of_its_kind(tables, tmp_path):
+    """Of two dense peers the one of 20 ms counts; without a peer of a kind the columns stay empty."""
+    least = {"switchyard dense": 30.0, "switchyard moe": 50.0, "torch dense eager": 25.0, "torch dense compiled": 20.0}
+    rows = [{"size": "small", "contender": f"small {name}", "min_ms": ms} for name, ms in least.items()]
+    write(tmp_path, "train_step", rows)
+    dense, moe = tables.render("step").splitlines()[2:4]
+    assert dense == "| small, dense | 30.0 | 20.0 | 1.50 | compiled |"
+    assert moe == "| small, 8 experts | 50.0 |  |  |  |"
