@@ -2,7 +2,8 @@
 
     python benchmarks/experiments/causal_routers.py [--short]
 
-Eight experts, one chosen (two with half the hidden width where the router wants two), capacity factor 1.25.
+Eight experts, one chosen (two with half the hidden width where the router wants two), capacity factor 1.25. A shared
+expert of half the width stands beside sixteen others of half the width.
 """
 
 from common import arguments, end, run_cases, sections
@@ -10,9 +11,13 @@ from common import arguments, end, run_cases, sections
 HALF = 128  # hidden width of an expert where two are chosen
 ONE = {"expert_num": 8, "num_experts_chosen": 1}
 TWO = {"expert_num": 16, "num_experts_chosen": 2, "moe_intermediate_size": HALF}
+SHARED = {"expert_num": 16, "moe_intermediate_size": HALF, "shared_expert_num": 1}
+SHARED |= {"aux_loss_factor": 0.001, "z_loss_factor": 0.0}  # the recipe of config/shakespeare_char_switch_cpu.yaml
 CASES = {
     "dense model": {},
     "switch": {**ONE, "router": "switch"},
+    "switch, gates times 8": {**ONE, "router": {"name": "switch", "routed_scaling_factor": 8}},
+    "switch and a shared expert": {**SHARED, "router": {"name": "switch", "routed_scaling_factor": 16}},
     "top_k": {**TWO, "router": "top_k"},
     "gshard": {**TWO, "router": {"name": "gshard", "second_expert": "sampling"}},
     "noisy_top_k": {**TWO, "router": "noisy_top_k", "losses": {"importance": 0.1, "load": 0.1}},
