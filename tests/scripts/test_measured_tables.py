@@ -45,3 +45,12 @@ def test_layers_memory_and_compile_time(tables, tmp_path):
     assert tables.render("layers").splitlines()[2:-2] == ["| 2,048 | 8 | 1 | 3.0 | 6.0 | 0.50 | 2.0 | 1.0 |"]
     assert tables.render("memory").splitlines()[2] == "| small | 120 | 100 | 1.20 |"
     assert tables.render("compile", "zh").splitlines()[2] == "| 4 | 8 | 6.0 | 1.50 |"
+
+
+def test_a_corpus_that_was_prepared_has_a_row(tables, tmp_path):
+    row = {"tokenizer": "byte", "text_gb": 20.0, "tokens": 20_010_000, "seconds": 90.0, "mb_per_second": 222.22}
+    row |= {"peak_mb": 900.4, "peak_mb_of_a_process": 400.0, "read_peak_mb": 70.0}
+    write(tmp_path, "prepare_corpus", [row])
+    text = tables.render("corpus").splitlines()
+    assert text[2] == "| byte | 20.0 | 20,010,000 | 1.5 | 222.2 | 900 | 400 | 70 |"
+    assert text[-1].startswith("2 cores, X; python 3; 2026-11-29, commit abc. Measured once")
