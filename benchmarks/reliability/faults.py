@@ -130,7 +130,7 @@ class Faults:
         return wrong or self._compared(job.wait(), job.said, name)
 
     def _closed_terminal(self, name: str) -> str | None:
-        job = self._until_steps(name, self.draw.randrange(1, 12))
+        job = self._until_steps(name, self.draw.randrange(1, 12), hear_hang_ups)
         for _ in range(2):  # the shell and the system send one each
             job.send(signal.SIGHUP)
         code = job.wait()
@@ -151,8 +151,8 @@ class Faults:
         return self._ended(name, "Too many open files", "memory: ", before=before)
 
     # ---- what all have in common
-    def _until_steps(self, name: str, steps: int) -> Forked:
-        job = self.runs.start("plain", name)
+    def _until_steps(self, name: str, steps: int, before: Callable = lambda: None) -> Forked:
+        job = self.runs.start("plain", name, before=before)
         while job.poll() is None and count_of(job, "training") < steps:
             time.sleep(POLL)
         return job
@@ -191,6 +191,11 @@ def complaint(code: int, said: str, words: tuple[str, ...]) -> str | None:
     if code in (2, 74) and len(lines) == 1 and fault_of(said) is None and any(word in lines[0] for word in words):
         return None
     return f"code {code}: {said[-600:]}"
+
+
+def hear_hang_ups() -> None:
+    """Has SIGHUP its effect, which nohup takes away from a campaign and all that it starts."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def try_ranks(folder: Path, draw: random.Random, steps: int = RANK_STEPS) -> list[dict]:
