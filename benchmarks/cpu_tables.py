@@ -1,8 +1,8 @@
-"""Tables of docs/performance.md from what decode_step.py, train_step.py and scaling.py have measured.
+"""Tables of docs/performance.md and docs/data.md from what benchmarks on a CPU have measured.
 
 scripts/renew_docs.py writes them between the marks `<!-- measured NAME: begin -->` and `<!-- measured NAME: end -->`.
-Results are decode_step.json, train_step.json and scaling.json of benchmarks/results; a part that was not measured has
-no rows.
+Results are decode_step.json, train_step.json, scaling.json and prepare_corpus.json of benchmarks/results; a part that
+was not measured has no rows.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-FILES = {"decode": "decode_step", "step": "train_step"}  # the others are of scaling
+FILES = {"decode": "decode_step", "step": "train_step", "corpus": "prepare_corpus"}  # the others are of scaling
 OURS, EXPERTS, TRAFFIC = "conditional layer", "expert matrix products", "traffic"
 WORDS = {
     "en": {
@@ -31,7 +31,18 @@ WORDS = {
         ),
         "memory": ("Model", "Peak of a step, MB", "needed, MB", "of it"),
         "compile": ("Layers", "Experts", "Compile, s of CPU time", "a layer"),
+        "corpus": (
+            "Tokenizer",
+            "Text, GB",
+            "Tokens",
+            "Time, min",
+            "Text, MB/s",
+            "Memory of all processes, MB",
+            "of the largest, MB",
+            "Memory of a training's reader, MB",
+        ),
         "machine": "{machine}; {versions}; {date}, commit {commit}. Smallest times of contenders in turn.",
+        "once": "{machine}; {versions}; {date}, commit {commit}. Measured once; memory is the most that was resident.",
         "tokens": "{:,.0f} tokens/s",
     },
     "zh": {
@@ -52,24 +63,35 @@ WORDS = {
         ),
         "memory": ("模型", "一步的峰值，MB", "所需，MB", "之比"),
         "compile": ("层数", "专家数", "编译，CPU 秒", "每层"),
+        "corpus": (
+            "分词器",
+            "文本，GB",
+            "词元",
+            "时间，分钟",
+            "文本，MB/s",
+            "所有进程的内存，MB",
+            "最大进程的内存，MB",
+            "训练读取时的内存，MB",
+        ),
         "machine": "{machine}；{versions}；{date}，提交 {commit}。各方轮流运行，取最短时间。",
+        "once": "{machine}；{versions}；{date}，提交 {commit}。测量一次；内存为常驻内存的最大值。",
         "tokens": "{:,.0f} 词元/s",
     },
 }
 
 
 def render(name: str, language: str = "en") -> str:
-    """Returns a part as Markdown: decode, step, layers, memory or compile."""
+    """Returns a part as Markdown: decode, step, layers, memory, compile or corpus."""
     file = FILES.get(name, "scaling")
     found = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
     words = WORDS[language]
-    makers = {"decode": decode, "step": steps, "layers": layers, "memory": memory, "compile": compiled}
-    rows = list(makers[name](found["rows"], words))
+    rows = list(PARTS[name](found["rows"], words))
     head = words[name]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    return "\n".join([*lines, "", words["machine"].format(**{**found, "versions": versions})])
+    origin = words["once" if name == "corpus" else "machine"]
+    return "\n".join([*lines, "", origin.format(**{**found, "versions": versions})])
 
 
 def decode(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
@@ -132,3 +154,14 @@ def compiled(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
         if row["part"] == "compile":
             each = row["seconds"] / row["layers"]
             yield str(row["layers"]), str(row["experts"]), f"{row['seconds']:.1f}", f"{each:.2f}"
+
+
+def corpora(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
+    """Yields a row for each corpus that was prepared."""
+    for row in rows:
+        sizes = (row["peak_mb"], row["peak_mb_of_a_process"], row["read_peak_mb"])
+        speed = (f"{row['seconds'] / 60:.1f}", f"{row['mb_per_second']:.1f}")
+        yield row["tokenizer"], f"{row['text_gb']:.1f}", f"{row['tokens']:,}", *speed, *(f"{mb:,.0f}" for mb in sizes)
+
+
+PARTS = {"decode": decode, "step": steps, "layers": layers, "memory": memory, "compile": compiled, "corpus": corpora}

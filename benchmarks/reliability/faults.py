@@ -8,11 +8,13 @@ must have the figures of an undisturbed one. Small and read-only disks are file 
 without it those tries are left out. The short form has no ranks, which tests/distributed has, and few tries.
 """
 
+import contextlib
 import errno
 import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -25,6 +27,7 @@ import yaml
 from campaign import Shown, damaged, fault_of, mount, small_disk
 from forked import POLL, Forked, limited, own_size
 from kills import Runs, count_of
+from long_run import last_step
 from oracles.jobs import start_alone, worker_of
 from oracles.tiny_run import metrics_of
 
@@ -52,6 +55,7 @@ TRIES = {
 SHORT_TRIES = {"full disk": 1, "file size limit": 1, "read-only folder": 1, "two writers": 1, "closed terminal": 1}
 MOST = 3  # tries for each try that meets its fault
 STALL = 15.0
+RANK_STEPS = 600
 
 
 class Faults:
@@ -126,7 +130,7 @@ class Faults:
         return wrong or self._compared(job.wait(), job.said, name)
 
     def _closed_terminal(self, name: str) -> str | None:
-        job = self._until_steps(name, self.draw.randrange(1, 12))
+        job = self._until_steps(name, self.draw.randrange(1, 12), hear_hang_ups)
         for _ in range(2):  # the shell and the system send one each
             job.send(signal.SIGHUP)
         code = job.wait()
@@ -147,8 +151,8 @@ class Faults:
         return self._ended(name, "Too many open files", "memory: ", before=before)
 
     # ---- what all have in common
-    def _until_steps(self, name: str, steps: int) -> Forked:
-        job = self.runs.start("plain", name)
+    def _until_steps(self, name: str, steps: int, before: Callable = lambda: None) -> Forked:
+        job = self.runs.start("plain", name, before=before)
         while job.poll() is None and count_of(job, "training") < steps:
             time.sleep(POLL)
         return job
@@ -189,33 +193,24 @@ def complaint(code: int, said: str, words: tuple[str, ...]) -> str | None:
     return f"code {code}: {said[-600:]}"
 
 
-def try_ranks(folder: Path, draw: random.Random, steps: int = 100) -> list[dict]:
+def hear_hang_ups() -> None:
+    """Has SIGHUP its effect, which nohup takes away from a campaign and all that it starts."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def try_ranks(folder: Path, draw: random.Random, steps: int = RANK_STEPS) -> list[dict]:
     """Loses, stops and slows a rank of a job of the launch script, and returns the rows."""
     runs = Runs(folder, 2, steps, draw)
     tree = yaml.safe_load((runs.folder / "plain.yaml").read_text(encoding="utf-8"))
-    tree["train"]["stall_seconds"] = STALL
+    tree["train"] |= {"stall_seconds": STALL, "checkpoint_every": steps // 20, "eval_every": steps // 4}
+    tree["context"]["mode"] = "graph"  # in PyNative mode a step of two processes takes seconds where cores are shared
     (runs.folder / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     job, run = start_alone(runs.folder, "hit", "--max-restarts", "2"), runs.run("hit")
-    root, found = psutil.Process(job.pid), Counter()
-    log = runs.folder / "logs-hit" / "all.log"
-
-    def until(step: int) -> None:
-        while job.poll() is None and not (run / "checkpoints" / f"step-{step:08d}").exists():
-            time.sleep(0.1)
-
-    until(16)
-    worker_of(root, 1).kill()
-    until(40)
-    worker_of(root, 0).send_signal(signal.SIGSTOP)
-    until(60)
-    slow = worker_of(root, 1)
-    for _ in range(20):  # half of the time it stands still
-        slow.send_signal(signal.SIGSTOP)
-        time.sleep(0.2)
-        slow.send_signal(signal.SIGCONT)
-        time.sleep(0.2)
+    disturb_ranks(job, run, steps)
+    log, found = runs.folder / "logs-hit" / "all.log", Counter()
     code, said = job.wait(), log.read_text(encoding="utf-8", errors="replace")
-    same = code == 0 and runs.figures("plain", "hit") == runs.figures("plain", runs.undisturbed("plain"))
+    same = code == start_alone(runs.folder, "alone").wait() == 0
+    same = same and runs.figures("plain", "hit") == runs.figures("plain", "alone")
     found["lost rank"] = "rank 1 was killed by signal 9" in said
     found["stopped rank"] = "rank 0 was stopped by a signal" in said
     waits = [line for line in metrics_of(run, "train") if line.get("wait_seconds", 0) > 0.1]
@@ -223,6 +218,26 @@ def try_ranks(folder: Path, draw: random.Random, steps: int = 100) -> list[dict]
     if not (same and all(found.values())):
         print(f"BROKEN: code {code}, same {same}, {dict(found)}: {said[-2000:]}", flush=True)
     return [row_of(fault, 1, int(kept and same)) for fault, kept in found.items()]
+
+
+def disturb_ranks(job: subprocess.Popen, run: Path, steps: int) -> None:
+    """Kills a rank after a quarter of the steps, stops one after half of them, and slows one at the end."""
+    root = psutil.Process(job.pid)
+
+    def worker(rank: int, step: int) -> psutil.Process:
+        while job.poll() is None and last_step(run) < step:
+            time.sleep(0.05)
+        return worker_of(root, rank)
+
+    worker(1, steps // 4).kill()
+    worker(0, steps // 2).send_signal(signal.SIGSTOP)
+    slow = worker(1, steps * 3 // 5)
+    with contextlib.suppress(psutil.NoSuchProcess):  # the job may end meanwhile
+        for _ in range(20):  # half of the time it stands still
+            slow.send_signal(signal.SIGSTOP)
+            time.sleep(0.2)
+            slow.send_signal(signal.SIGCONT)
+            time.sleep(0.2)
 
 
 def row_of(fault: str, tries: int, kept: int) -> dict:

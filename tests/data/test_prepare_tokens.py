@@ -142,6 +142,17 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("end, before", [("", "1.0"), (".gz", "0.0")])
+def test_progress_does_not_call_a_compressed_file_read_before_it_is(tmp_path, monkeypatch, capsys, end, before):
+    """3 MB of text, with a line of progress behind each megabyte; compressed it has half of that."""
+    monkeypatch.setattr(prepare_tokens, "SECONDS", 0)
+    raw = np.random.default_rng(0).bytes(1_500_000).hex("\n", 20).encode()
+    (tmp_path / f"text.txt{end}").write_bytes(gzip.compress(raw) if end else raw)
+    made(tmp_path / f"text.txt{end}", tmp_path / "out", tokenizer="byte")
+    said = [line for line in capsys.readouterr().out.splitlines() if " files, " in line]
+    assert said[0].startswith(f"0 of 1 files, {before} of ") and said[-1].startswith("1 of 1 files")
+
+
 def test_processes_change_no_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_tokens, "SMALL", 0)
     (tmp_path / "a.jsonl").write_text(lines(*(f"text {number} " * 50 for number in range(300))))

@@ -55,3 +55,12 @@ def test_a_step_is_compared_with_the_fastest_peer_of_its_kind(tables, tmp_path):
     dense, moe = tables.render("step").splitlines()[2:4]
     assert dense == "| small, dense | 30.0 | 20.0 | 1.50 | compiled |"
     assert moe == "| small, 8 experts | 50.0 |  |  |  |"
+
+
+def test_a_corpus_that_was_prepared_has_a_row(tables, tmp_path):
+    row = {"tokenizer": "byte", "text_gb": 20.0, "tokens": 20_010_000, "seconds": 90.0, "mb_per_second": 222.22}
+    row |= {"peak_mb": 900.4, "peak_mb_of_a_process": 400.0, "read_peak_mb": 70.0}
+    write(tmp_path, "prepare_corpus", [row])
+    text = tables.render("corpus").splitlines()
+    assert text[2] == "| byte | 20.0 | 20,010,000 | 1.5 | 222.2 | 900 | 400 | 70 |"
+    assert text[-1].startswith("2 cores, X; python 3; 2026-11-29, commit abc. Measured once")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -108,6 +109,23 @@ def test_a_command_that_fails_without_a_line_is_a_fault(campaigns):
     assert fault_of("Segmentation fault\n") == "no line"
     assert fault_of("error: a\nTraceback (most recent call last)\n") == "traceback"
     assert fault_of("step 1\ntook too long\n") == "took too long"
+
+
+def test_a_closed_terminal_is_met_under_nohup(campaigns, tmp_path):
+    """nohup has the campaign ignore SIGHUP, and a training that inherits that would go on to its end."""
+
+    def ignores(words):
+        return int(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+
+    faults, usual = campaigns("faults"), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        codes = [
+            campaigns("forked").Forked(ignores, [], tmp_path / "log", before=before).wait(60)
+            for before in (lambda: None, faults.hear_hang_ups)
+        ]
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+    assert codes == [1, 0]
 
 
 def test_generated_configurations_are_read_or_refused(campaigns, tmp_path):
