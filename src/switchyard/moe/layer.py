@@ -20,10 +20,10 @@ from switchyard.moe.own_classes import require_cut_experts, require_joined
 from switchyard.moe.own_experts import own_experts
 from switchyard.moe.routing import create_router
 from switchyard.moe.routing.base import find_router, make_context, require_choices, require_learnable
-from switchyard.moe.routing.losses import WeightedLosses
+from switchyard.moe.routing.losses import AuxiliaryLosses
 from switchyard.moe.routing.own_routers import require_sharded_router
 from switchyard.moe.shared_experts import SharedExperts
-from switchyard.moe.statistics import statistics
+from switchyard.moe.statistics import Statistics
 from switchyard.nn.fused import NONE
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.masks import keep_where
@@ -103,7 +103,8 @@ class MoELayer(nn.Cell):
         self.eval_dispatcher = create_dispatcher(self.router, config, False, self.experts, fused, mesh)
         self.records = moe.record is not None
         require_able(moe)
-        self.losses = WeightedLosses(moe, self.router, config.model.seq_length // config.row_tokens)
+        self.auxiliary = AuxiliaryLosses(moe, self.router, config.model.seq_length // config.row_tokens)
+        self.statistics = Statistics(moe.choices, self.router)
         self.local_hide, self.local_jitter = self.hide_padding, self.add_jitter
         self.local_train, self.local_eval = (self.send, self.send_forced), (self.send, self.send_forced)
 
@@ -183,7 +184,7 @@ class MoELayer(nn.Cell):
         dispatcher = self.train_dispatcher if self.training else self.eval_dispatcher
         sent = dispatcher.send(tokens, routing)
         kept = dispatcher.num_kept(routing, sent)
-        stats = statistics(routing, self.losses(routing, valid), kept, valid)
+        stats = self.statistics(routing, self.auxiliary(routing, valid), kept, valid)
         if self.records:
             return (*sent, stats, ops.stop_gradient(routing["expert_index"]).reshape(-1, self.choices))
         return (*sent, stats)
