@@ -26,7 +26,7 @@ from switchyard.moe.shared_experts import SharedExperts
 from switchyard.moe.statistics import Statistics
 from switchyard.nn.fused import NONE
 from switchyard.nn.initializers import InitialWeights
-from switchyard.nn.masks import keep_where
+from switchyard.nn.masks import Hide
 from switchyard.nn.noise import NoiseSlice, NoiseSlices, UniformRows
 
 
@@ -97,7 +97,7 @@ class MoELayer(nn.Cell):
         self.takes_tokens = vocab_size is not None and "token_ids" in self.router.needs
         self.takes_tasks = has_tasks and "task_ids" in self.router.needs
         self.experts, self.shared = create_experts(config, std, random, dtype, make_experts, fused)
-        self.expand_dims, self.add = ops.ExpandDims(), ops.Add()
+        self.hide, self.expand_dims, self.add = Hide(), ops.ExpandDims(), ops.Add()
         self.round_robin = RoundRobinRouting(moe) if moe.force_balance else None
         self.train_dispatcher = create_dispatcher(self.router, config, True, self.experts, fused, mesh)
         self.eval_dispatcher = create_dispatcher(self.router, config, False, self.experts, fused, mesh)
@@ -164,7 +164,7 @@ class MoELayer(nn.Cell):
     # ---- from here to `shard` everything is local to one device and reads no Parameter
     def hide_padding(self, tokens: Tensor, valid: Tensor) -> Tensor:
         """Returns tokens [F, D], zeros where valid [G, N] is 0."""
-        return keep_where(tokens, valid.reshape(-1))
+        return self.hide(tokens, valid.reshape(-1))
 
     def add_jitter(self, tokens: Tensor, noise: Tensor) -> Tensor:
         """Multiplies tokens [F, D] by factors near 1 (arXiv 2101.03961, appendix C)."""

@@ -41,19 +41,23 @@ class Crossing(nn.Cell):
         super().__init__()
         self.expert_num = experts
         self.turn_there, self.turn_back = ops.Transpose(), ops.Transpose()
-        self.exchange_there, self.exchange_back = None, None
+        self.exchange_there, self.exchange_back, self.sharded = None, None, False
 
     def there(self, slots: Tensor) -> Tensor:
         """Turns slots [G, E, C, D] into rows [E, G * C, D].
 
         Where processes shard the experts, the rows are those of all processes for the experts of this one.
         """
-        rows = self.turn_there(slots, (1, 0, 2, 3)).reshape(self.expert_num, -1, slots.shape[3])
+        if self.sharded or slots.shape[0] != 1:  # else a copy for nothing
+            slots = self.turn_there(slots, (1, 0, 2, 3))  # [E, G, C, D]
+        rows = slots.reshape(self.expert_num, -1, slots.shape[3])
         return rows if self.exchange_there is None else self.exchange_there(rows)
 
     def back(self, outputs: Tensor, groups: int) -> Tensor:
         """Turns outputs [E, G * C, D] into [G, E, C, D]."""
         rows = outputs if self.exchange_back is None else self.exchange_back(outputs)
+        if not self.sharded and groups == 1:
+            return rows.reshape(1, self.expert_num, -1, rows.shape[-1])  # [G, E, C, D]
         rows = rows.reshape(self.expert_num, groups, -1, rows.shape[-1])  # [E, G, C, D]
         return self.turn_back(rows, (1, 0, 2, 3))
 
@@ -63,6 +67,7 @@ class Crossing(nn.Cell):
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Declares the layouts: a transpose changes what is sharded, groups or experts."""
+        self.sharded = True
         groups, experts = mesh.layout("data", None, None, None), mesh.layout(None, "data", None, None)
         self.turn_there.shard((groups,), (experts,))
         self.turn_back.shard((experts,), (groups,))

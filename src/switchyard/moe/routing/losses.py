@@ -159,7 +159,9 @@ def add_loss(name: str) -> None:
 
 
 class AuxiliaryLosses(nn.Cell):
-    """Computes the weighted sum of the auxiliary losses of a Routing: [G], sums over the real rows of a group, see `mean`.
+    """Computes the weighted sum of the auxiliary losses of a Routing: [G].
+
+    Each is a sum over the real rows of a group, see `mean`.
 
     Args:
         moe: whose `losses` name the auxiliary ones.
