@@ -5,6 +5,7 @@ Legend: G routing groups, N tokens of a group, E experts.
 
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
+from mindspore.ops.auto_generate import SplitWithSize
 
 from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.moe.metrics import AUXILIARY, BALANCE, ENTROPY, Z
@@ -57,7 +58,7 @@ class Summed(nn.Cell):
         )
         self.at_least, self.divide, self.concat = ops.Maximum(), ops.DivNoNan(), ops.Concat(-1)
         self.select, self.product, self.of_groups = ops.Select(), ops.MatMul(), ops.BatchMatMul()
-        self.ones, self.nothing = ops.Ones(), Tensor([[[0.0]]], mstype.float32)
+        self.ones, self.split, self.nothing = ops.Ones(), SplitWithSize(), Tensor([[[0.0]]], mstype.float32)
 
     def construct(self, logits, probabilities, chosen, mass, valid, num_kept, auxiliary) -> tuple:
         """Sums up a Routing.
@@ -79,20 +80,17 @@ class Summed(nn.Cell):
         columns = (probabilities, partition * partition, entropy.reshape(real.shape), real, chosen, mass)
         rows = self.select(real > 0, self.concat(columns), self.nothing)  # [G, N, 3 E + 3]
         sums = self.of_groups(valid.reshape(groups, 1, count), rows).reshape(groups, -1)  # [G, 3 E + 3]
-        share = self.divide(sums[:, experts + 3 : 2 * experts + 3], sums[:, experts + 2 : experts + 3])
-        share = share * (experts / self.choices)  # E * f, [G, E]
-        losses = self.losses(share, sums, auxiliary)
-        scalars = (*losses, sums[:, experts + 1 : experts + 2], num_kept.reshape(groups, 1))
-        return self.concat((*scalars, sums[:, experts + 2 :])), share, partition, log_shares
+        mean, z, entropy, tokens, load, mass = self.split(sums, (experts, 1, 1, 1, experts, experts), 1)
+        share = self.divide(load, tokens) * (experts / self.choices)  # E * f, [G, E]
+        scalars = (self.balance(share, mean), z, auxiliary.reshape(groups, 1), entropy, num_kept.reshape(groups, 1))
+        return self.concat((*scalars, tokens, load, mass)), share, partition, log_shares
 
-    def losses(self, share, sums, auxiliary) -> tuple:
-        """The columns that carry gradients: [G, 1] each."""
+    def balance(self, share, mean):
+        """E * f and the sum of p, [G, E] each -> [G, 1]; 0 where the router gives no balance loss."""
         groups, experts = share.shape
-        balance = self.ones((groups, 1), sums.dtype) * 0.0
-        if self.switch:
-            mean = sums[:, :experts]  # sum of p, [G, E]
-            balance = self.of_groups(share.reshape(groups, 1, experts), mean.reshape(groups, experts, 1))
-        return balance.reshape(groups, 1), sums[:, experts : experts + 1], auxiliary.reshape(groups, 1)
+        if not self.switch:
+            return ops.zeros((groups, 1), share.dtype)
+        return self.of_groups(share.reshape(groups, 1, experts), mean.reshape(groups, experts, 1)).reshape(groups, 1)
 
     def bprop(self, logits, probabilities, chosen, mass, valid, num_kept, auxiliary, out, d_out):
         groups, count, experts = logits.shape

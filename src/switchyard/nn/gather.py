@@ -31,11 +31,6 @@ def index_or_zero_row(index: Tensor, mask: Tensor, rows: int) -> Tensor:
     return index * means + rows * (1 - means)
 
 
-def of_choice(values: Tensor, k: int, choices: int) -> Tensor:
-    """Returns the values of the k-th choices: [G, N * K] -> [G, N]."""
-    return values if choices == 1 else values[:, k::choices]
-
-
 class TakeRows(nn.Cell):
     """`table[g, index[g, i]]` without a gradient of its own: [G, N, D], [G, I] -> [G, I, D].
 
@@ -64,8 +59,8 @@ class TakeSlicedRows(nn.Cell):
         return self.gather(table, index, 1)  # [G, I, D]
 
 
-class Dispatch(nn.Cell):
-    """Copies rows into slots: [G, N, D] -> [G, M, D]. An empty slot holds zeros, and its gradient goes nowhere.
+class Moving(nn.Cell):
+    """What Dispatch and Combine share.
 
     Args:
         choices: K.
@@ -77,63 +72,76 @@ class Dispatch(nn.Cell):
         self.choices, self.short_table = choices, short_table
         self.take = TakeRows()
 
-    def construct(self, rows: Tensor, dispatch_index: Tensor, combine_index: Tensor) -> Tensor:
-        """`combine_index` serves the gradient only."""
-        table = rows if self.short_table else with_zero_row(rows)
-        source = dispatch_index if self.choices == 1 else dispatch_index // self.choices  # N where none
-        return self.take(table, source)  # [G, M, D]
-
-    def bprop(self, rows, dispatch_index, combine_index, out, d_out):
-        table = d_out if self.short_table else with_zero_row(d_out)  # [G, M + 1, D]
-        d_rows = self.take(table, of_choice(combine_index, 0, self.choices))  # [G, N, D]
-        for k in range(1, self.choices):
-            d_rows = d_rows + self.take(table, of_choice(combine_index, k, self.choices))
-        return d_rows, ops.zeros_like(dispatch_index), ops.zeros_like(combine_index)
-
     def shard(self, mesh: CompiledMesh) -> None:
         """Works on the groups of one device, whatever their number."""
         self.take = TakeSlicedRows()
 
+    def _table(self, rows):
+        """What an index may name: [G, I, D] -> [G, I + 1, D]."""
+        if self.short_table:
+            return rows
+        return with_zero_row(rows)
 
-class Combine(nn.Cell):
+    def _of_choice(self, values, k):
+        """The values of the k-th choices: [G, N * K] -> [G, N]."""
+        if self.choices == 1:
+            return values
+        return values[:, k :: self.choices]
+
+
+class Dispatch(Moving):
+    """Copies rows into slots: [G, N, D] -> [G, M, D]. An empty slot holds zeros, and its gradient goes nowhere.
+
+    Args: as of Moving.
+    """
+
+    def construct(self, rows: Tensor, dispatch_index: Tensor, combine_index: Tensor) -> Tensor:
+        """`combine_index` serves the gradient only."""
+        source = dispatch_index if self.choices == 1 else dispatch_index // self.choices  # N where none
+        return self.take(self._table(rows), source)  # [G, M, D]
+
+    def bprop(self, rows, dispatch_index, combine_index, out, d_out):
+        table = self._table(d_out)  # [G, M + 1, D]
+        d_rows = self.take(table, self._of_choice(combine_index, 0))  # [G, N, D]
+        for k in range(1, self.choices):
+            d_rows = d_rows + self.take(table, self._of_choice(combine_index, k))
+        return d_rows, ops.zeros_like(dispatch_index), ops.zeros_like(combine_index)
+
+
+class Combine(Moving):
     """Brings the slots' outputs back, weighted: y[n] = sum over k of gates[n, k] * outputs[combine_index[n, k]].
 
     [G, M, D], gates [G, N * K] -> [G, N, D]. A choice without a slot counts nothing.
 
     Args:
-        choices: K.
+        choices, short_table: as of Moving.
         on_gpu: rows are weighted by a product of equal shapes, which a GPU does in a quarter of the time.
-        short_table: as of Dispatch.
     """
 
     def __init__(self, choices: int, on_gpu: bool = False, short_table: bool = False):
-        super().__init__()
-        self.choices, self.on_gpu, self.short_table = choices, on_gpu, short_table
-        self.take = TakeRows()
-        self.take_gates = TakeRows()
+        super().__init__(choices, short_table)
+        self.on_gpu, self.take_gates = on_gpu, TakeRows()
         self.sum, self.ones = ops.MatMul(), ops.Ones()  # functions fail in a compiled `bprop`
 
     def construct(self, outputs: Tensor, gates: Tensor, dispatch_index: Tensor, combine_index: Tensor) -> Tensor:
         """`dispatch_index` serves the gradient only."""
         table = self._table(outputs)  # [G, M + 1, D]
-        rows = self._weighted(self._picked(table, combine_index, 0), of_choice(gates, 0, self.choices))
+        rows = self._weighted(self._picked(table, combine_index, 0), self._of_choice(gates, 0))
         for k in range(1, self.choices):
             picked = self._picked(table, combine_index, k)
-            rows = rows + self._weighted(picked, of_choice(gates, k, self.choices))
+            rows = rows + self._weighted(picked, self._of_choice(gates, k))
         return rows
-
-    def _table(self, rows):
-        return rows if self.short_table else with_zero_row(rows)
 
     def _picked(self, table, combine_index, k):
         """What the k-th choices' slots hold: [G, N, D]."""
-        return self.take(table, of_choice(combine_index, k, self.choices))
+        return self.take(table, self._of_choice(combine_index, k))
 
     def _weighted(self, rows, weight):
         """Rows [G, I, D] times weights [G, I]."""
+        weight = ops.expand_dims(weight, 2).astype(rows.dtype)  # [G, I, 1]
         if not self.on_gpu:
-            return rows * ops.expand_dims(weight, 2).astype(rows.dtype)
-        eight = weight.reshape(-1, 1).astype(rows.dtype) * self.ones((1, 8), rows.dtype)  # rows of 16 bytes
+            return rows * weight
+        eight = (weight * self.ones((1, 1, 8), rows.dtype)).reshape(-1, 8)  # a product wants rows of 16 bytes
         full = self.sum(eight, self.ones((8, rows.shape[-1]), rows.dtype) * 0.125)  # [G * I, D]
         return rows * full.reshape(rows.shape)
 
@@ -168,5 +176,6 @@ class Combine(nn.Cell):
         return self.sum(rows.reshape(-1, width), ones)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Works on the groups of one device, whatever their number."""
-        self.take, self.take_gates = TakeSlicedRows(), TakeSlicedRows()
+        """See Moving."""
+        super().shard(mesh)
+        self.take_gates = TakeSlicedRows()
