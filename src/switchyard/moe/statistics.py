@@ -3,8 +3,10 @@
 Legend: G routing groups, N tokens of a group, E experts.
 """
 
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
+from mindspore.ops import constexpr
 from mindspore.ops.auto_generate import SplitWithSize
 
 from switchyard.distributed.mesh import CompiledMesh, first
@@ -118,9 +120,16 @@ def weighted_losses(stats: Tensor, count: Tensor, balance_factor: float, z_facto
         balance_factor: moe.aux_loss_factor.
         z_factor: moe.z_loss_factor.
     """
-    means = stats[:, :ENTROPY] / ops.maximum(count, 1.0)  # [M, 3]
-    balance, z = means[:, BALANCE].sum(), means[:, Z].sum()
-    return balance_factor * balance + z_factor * z + means[:, AUXILIARY].sum()
+    weighed = stats[:, :ENTROPY] * weights(balance_factor, z_factor)  # [M, 3]
+    return (weighed / ops.maximum(count, 1.0)).sum()
+
+
+@constexpr
+def weights(balance_factor: float, z_factor: float) -> Tensor:
+    """Returns what the losses that statistics carry are multiplied by: [1, 3]."""
+    found = np.ones((1, ENTROPY), np.float32)
+    found[0, BALANCE], found[0, Z] = balance_factor, z_factor
+    return Tensor(found)
 
 
 class Beside(nn.Cell):
@@ -128,12 +137,14 @@ class Beside(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.local_join = self.join
+        self.local_join, self.sharded = self.join, False
 
     def construct(self, parts: tuple):
         """Joins M tensors [G, X]: [G, M * X]."""
         if len(parts) == 0:
             return ()
+        if not self.sharded and len(parts) > 1:
+            return ops.concat(parts, 1)  # one operator, with one for the gradient
         joined = parts[0]
         for more in parts[1:]:
             joined = self.local_join(joined, more)
@@ -145,7 +156,7 @@ class Beside(nn.Cell):
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Declares the layouts: groups and tokens are sharded by data shards."""
-        pair = mesh.layout("data", None)
+        pair, self.sharded = mesh.layout("data", None), True
 
         def joined(left, right):
             return [left[0], left[1] + right[1]]

@@ -14,6 +14,7 @@ an index beyond the table, so it needs no such row either: `GatherZeros` of nn.f
 
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
+from mindspore.ops.auto_generate import SplitWithSize
 
 from switchyard.distributed.mesh import CompiledMesh
 
@@ -69,8 +70,8 @@ class Moving(nn.Cell):
 
     def __init__(self, choices: int, short_table: bool = False):
         super().__init__()
-        self.choices, self.short_table = choices, short_table
-        self.take = TakeRows()
+        self.choices, self.short_table, self.each = choices, short_table, (1,) * choices
+        self.take, self.split = TakeRows(), SplitWithSize()
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Works on the groups of one device, whatever their number."""
@@ -82,11 +83,14 @@ class Moving(nn.Cell):
             return rows
         return with_zero_row(rows)
 
-    def _of_choice(self, values, k):
-        """The values of the k-th choices: [G, N * K] -> [G, N]."""
+    def _of_choices(self, values):
+        """Returns the values of the first choices, of the second ones...: [G, N * K] -> K times [G, N]."""
         if self.choices == 1:
-            return values
-        return values[:, k :: self.choices]
+            return (values,)
+        parts = ()
+        for part in self.split(values.reshape(-1, self.choices), self.each, 1):  # [G * N, 1]
+            parts = (*parts, part.reshape(values.shape[0], -1))
+        return parts
 
 
 class Dispatch(Moving):
@@ -102,9 +106,10 @@ class Dispatch(Moving):
 
     def bprop(self, rows, dispatch_index, combine_index, out, d_out):
         table = self._table(d_out)  # [G, M + 1, D]
-        d_rows = self.take(table, self._of_choice(combine_index, 0))  # [G, N, D]
-        for k in range(1, self.choices):
-            d_rows = d_rows + self.take(table, self._of_choice(combine_index, k))
+        slots = self._of_choices(combine_index)
+        d_rows = self.take(table, slots[0])  # [G, N, D]
+        for slot in slots[1:]:
+            d_rows = d_rows + self.take(table, slot)
         return d_rows, ops.zeros_like(dispatch_index), ops.zeros_like(combine_index)
 
 
@@ -125,16 +130,11 @@ class Combine(Moving):
 
     def construct(self, outputs: Tensor, gates: Tensor, dispatch_index: Tensor, combine_index: Tensor) -> Tensor:
         """`dispatch_index` serves the gradient only."""
-        table = self._table(outputs)  # [G, M + 1, D]
-        rows = self._weighted(self._picked(table, combine_index, 0), self._of_choice(gates, 0))
+        table, slots, gates = self._table(outputs), self._of_choices(combine_index), self._of_choices(gates)
+        rows = self._weighted(self.take(table, slots[0]), gates[0])  # [G, N, D]
         for k in range(1, self.choices):
-            picked = self._picked(table, combine_index, k)
-            rows = rows + self._weighted(picked, self._of_choice(gates, k))
+            rows = rows + self._weighted(self.take(table, slots[k]), gates[k])
         return rows
-
-    def _picked(self, table, combine_index, k):
-        """What the k-th choices' slots hold: [G, N, D]."""
-        return self.take(table, self._of_choice(combine_index, k))
 
     def _weighted(self, rows, weight):
         """Rows [G, I, D] times weights [G, I]."""
@@ -147,8 +147,8 @@ class Combine(Moving):
 
     def bprop(self, outputs, gates, dispatch_index, combine_index, out, d_out):
         table, parts = self._table(outputs), ()  # the forward pass' rows again
-        for k in range(self.choices):
-            parts = (*parts, self._row_sums(self._picked(table, combine_index, k) * d_out))  # [G * N, 1]
+        for slot in self._of_choices(combine_index):
+            parts = (*parts, self._row_sums(self.take(table, slot) * d_out))  # [G * N, 1]
         d_gates = parts[0] if self.choices == 1 else ops.concat(parts, 1)  # [G * N, K]
         d_gates = d_gates.reshape(gates.shape).astype(gates.dtype)  # [G, N * K]
         if d_out.dtype != mstype.float32:
