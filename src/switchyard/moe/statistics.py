@@ -52,12 +52,8 @@ class Summed(nn.Cell):
     def __init__(self, choices: int, switch: bool, z: bool):
         super().__init__()
         self.choices, self.switch, self.z = choices, switch, z
-        self.log_softmax, self.largest, self.exp, self.log = (
-            ops.LogSoftmax(-1),
-            ops.ReduceMax(True),
-            ops.Exp(),
-            ops.Log(),
-        )
+        self.log_softmax, self.largest = ops.LogSoftmax(-1), ops.ReduceMax(keep_dims=True)
+        self.exp, self.log = ops.Exp(), ops.Log()
         self.at_least, self.divide, self.concat = ops.Maximum(), ops.DivNoNan(), ops.Concat(-1)
         self.select, self.product, self.of_groups = ops.Select(), ops.MatMul(), ops.BatchMatMul()
         self.ones, self.split, self.nothing = ops.Ones(), SplitWithSize(), Tensor([[[0.0]]], mstype.float32)
