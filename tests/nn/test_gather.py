@@ -10,7 +10,7 @@ from switchyard.moe.dispatch.plan import BlockPlan, CapacityPlan
 from switchyard.nn.gather import Combine, Dispatch, TakeRows, TakeSlicedRows, with_zero_row
 
 EXPERTS, ROWS, WIDTH = 4, 7, 5
-PLAN = ("dispatch_index", "combine_index", "slot_mask", "kept_mask")
+PLAN = ("dispatch_index", "combine_index")
 
 
 def _routing(groups, choices, padded=0):
@@ -39,7 +39,7 @@ def test_value_and_gradients_equal_the_one_hot_form(order, groups, choices, padd
     plan = CapacityPlan(EXPERTS, choices, 0.5, order)(experts, gates)
     there, back, one_hot = Dispatch(choices), Combine(choices), OneHotPlan(EXPERTS, choices, 0.5, order)
     one_hot_there, one_hot_back = OneHotDispatch(), OneHotCombine()
-    slots = plan["slot_mask"].shape[1]
+    slots = plan["dispatch_index"].shape[1]
     rows, work, d_out = _normal(groups, ROWS, WIDTH), _normal(slots, WIDTH), _normal(groups, ROWS, WIDTH)
 
     def by_gather(rows, work, gates):
@@ -70,7 +70,7 @@ def test_block_plan_moves_rows_there_and_back(pynative):
 
     def round_trip(rows):
         moved = there(rows, *(plan[name] for name in PLAN))
-        return back(moved, halves, plan["dispatch_index"], plan["combine_index"], plan["slot_mask"], plan["kept_mask"])
+        return back(moved, halves, *(plan[name] for name in PLAN))
 
     wanted = rows.asnumpy().copy()
     wanted[:, -2:] = 0
@@ -84,17 +84,14 @@ def test_an_empty_slot_moves_nothing_and_teaches_nothing(pynative):
     experts, gates = Tensor(np.zeros((1, ROWS, 1), np.int32)), ops.ones((1, ROWS, 1))
     plan = CapacityPlan(EXPERTS, 1, 1.0, "position")(experts, gates)
     back = Combine(1)
-    outputs = np.where(plan["slot_mask"].asnumpy()[..., None] > 0, 1.0, np.nan) * np.ones((1, 1, WIDTH))
-    arguments = (
-        gates.reshape(1, -1),
-        plan["dispatch_index"],
-        plan["combine_index"],
-        plan["slot_mask"],
-        plan["kept_mask"],
-    )
-    loss = lambda outputs, gates: back(outputs, gates, *arguments[1:]).sum()  # noqa: E731
-    d_outputs, d_gates = ms.grad(loss, (0, 1))(Tensor(outputs.astype(np.float32)), arguments[0])
-    np.testing.assert_array_equal(d_outputs.asnumpy(), plan["slot_mask"].asnumpy()[..., None] + np.zeros((1, 1, WIDTH)))
+    filled = (plan["dispatch_index"].asnumpy() < ROWS)[..., None]
+    outputs = np.where(filled, 1.0, np.nan) * np.ones((1, 1, WIDTH))
+
+    def loss(outputs, gates):
+        return back(outputs, gates, *(plan[name] for name in PLAN)).sum()
+
+    d_outputs, d_gates = ms.grad(loss, (0, 1))(Tensor(outputs.astype(np.float32)), gates.reshape(1, -1))
+    np.testing.assert_array_equal(d_outputs.asnumpy(), filled + np.zeros((1, 1, WIDTH)))
     np.testing.assert_array_equal(d_gates.asnumpy(), plan["kept_mask"].asnumpy() * WIDTH)
 
 
@@ -107,3 +104,26 @@ def test_rows_are_taken_by_their_index_and_the_one_behind_the_last_is_zeros(grou
     longer = np.concatenate([table, np.zeros((groups, 1, WIDTH), np.float32)], 1)
     wanted = np.stack([longer[g][index[g]] for g in range(groups)])
     np.testing.assert_array_equal(take()(with_zero_row(Tensor(table)), Tensor(index)).asnumpy(), wanted)
+
+
+def _squared(choices, short, plan):
+    there, back = Dispatch(choices, short), Combine(choices, short_table=short)
+    index = tuple(plan[name] for name in PLAN)
+
+    def work(rows, gates):
+        return (back(there(rows, *index), gates, *index) ** 2).sum()
+
+    return work
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_a_short_table_gives_the_same_where_no_row_of_zeros_is_named(choices, pynative):
+    """Every choice has a slot and every slot a choice, which is all that a CPU can say of `GatherZeros`."""
+    experts = (np.arange(2 * EXPERTS)[:, None] + np.arange(choices)) % EXPERTS
+    experts = Tensor(experts[None].astype(np.int32))  # [1, N, K]
+    plan = CapacityPlan(EXPERTS, choices, 1.0, "position")(experts, ops.ones(experts.shape))
+    rows, gates = _normal(1, 2 * EXPERTS, WIDTH), ops.ones((1, 2 * EXPERTS * choices)) * 0.3
+    (long, d_long), (short, d_short) = (
+        ms.value_and_grad(_squared(choices, short, plan), (0, 1))(rows, gates) for short in (False, True)
+    )
+    _close((long, *d_long), (short, *d_short))

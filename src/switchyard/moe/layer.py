@@ -20,13 +20,13 @@ from switchyard.moe.own_classes import require_cut_experts, require_joined
 from switchyard.moe.own_experts import own_experts
 from switchyard.moe.routing import create_router
 from switchyard.moe.routing.base import find_router, make_context, require_choices, require_learnable
-from switchyard.moe.routing.losses import WeightedLosses
+from switchyard.moe.routing.losses import AuxiliaryLosses
 from switchyard.moe.routing.own_routers import require_sharded_router
 from switchyard.moe.shared_experts import SharedExperts
-from switchyard.moe.statistics import statistics
+from switchyard.moe.statistics import Statistics
 from switchyard.nn.fused import NONE
 from switchyard.nn.initializers import InitialWeights
-from switchyard.nn.masks import keep_where
+from switchyard.nn.masks import Hide
 from switchyard.nn.noise import NoiseSlice, NoiseSlices, UniformRows
 
 
@@ -97,13 +97,14 @@ class MoELayer(nn.Cell):
         self.takes_tokens = vocab_size is not None and "token_ids" in self.router.needs
         self.takes_tasks = has_tasks and "task_ids" in self.router.needs
         self.experts, self.shared = create_experts(config, std, random, dtype, make_experts, fused)
-        self.expand_dims, self.add = ops.ExpandDims(), ops.Add()
+        self.hide, self.expand_dims, self.add = Hide(), ops.ExpandDims(), ops.Add()
         self.round_robin = RoundRobinRouting(moe) if moe.force_balance else None
         self.train_dispatcher = create_dispatcher(self.router, config, True, self.experts, fused, mesh)
         self.eval_dispatcher = create_dispatcher(self.router, config, False, self.experts, fused, mesh)
         self.records = moe.record is not None
         require_able(moe)
-        self.losses = WeightedLosses(moe, self.router, config.model.seq_length // config.row_tokens)
+        self.auxiliary = AuxiliaryLosses(moe, self.router, config.model.seq_length // config.row_tokens)
+        self.statistics = Statistics(moe.choices, self.router)
         self.local_hide, self.local_jitter = self.hide_padding, self.add_jitter
         self.local_train, self.local_eval = (self.send, self.send_forced), (self.send, self.send_forced)
 
@@ -163,7 +164,7 @@ class MoELayer(nn.Cell):
     # ---- from here to `shard` everything is local to one device and reads no Parameter
     def hide_padding(self, tokens: Tensor, valid: Tensor) -> Tensor:
         """Returns tokens [F, D], zeros where valid [G, N] is 0."""
-        return keep_where(tokens, valid.reshape(-1))
+        return self.hide(tokens, valid.reshape(-1))
 
     def add_jitter(self, tokens: Tensor, noise: Tensor) -> Tensor:
         """Multiplies tokens [F, D] by factors near 1 (arXiv 2101.03961, appendix C)."""
@@ -183,7 +184,7 @@ class MoELayer(nn.Cell):
         dispatcher = self.train_dispatcher if self.training else self.eval_dispatcher
         sent = dispatcher.send(tokens, routing)
         kept = dispatcher.num_kept(routing, sent)
-        stats = statistics(routing, self.losses(routing, valid), kept, valid)
+        stats = self.statistics(routing, self.auxiliary(routing, valid), kept, valid)
         if self.records:
             return (*sent, stats, ops.stop_gradient(routing["expert_index"]).reshape(-1, self.choices))
         return (*sent, stats)

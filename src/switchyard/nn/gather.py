@@ -1,17 +1,20 @@
 """Moving rows by index, in both directions: the gradient of a gather is the gather by the inverse index.
 
 Legend: G groups, N rows of a group, M slots of a group, K choices of a row, D width. A choice is numbered n * K + k.
-`dispatch_index` [G, M] names the choice that fills a slot, `combine_index` [G, N * K] the slot that a choice got; both
-are legal indices everywhere, and `filled` [G, M] and `kept` [G, N * K], 1.0 or 0.0, say where they mean something.
+`dispatch_index` [G, M] names the choice that fills a slot, N * K where none does; `combine_index` [G, N * K] names the
+slot that a choice got, M where it got none.
 
-Where they mean nothing a row of zeros is gathered. A product with 0 would not do: 0 times NaN or Inf is NaN, so one
+The index behind the last row names a row of zeros. A product with 0 would not do: 0 times NaN or Inf is NaN, so one
 such row would spoil rows that have nothing to do with it. Gathering from a table with one more row costs two thirds of
 gathering and multiplying (forward, 2,048 rows of 256 on two CPU cores: 0.96 and 1.45 ms; with `where` 1.61 ms).
 EmbeddingLookup needs no row of zeros and takes a quarter of the time, but MindSpore 2.9's compiler ends with a
-segmentation fault where the graph of a whole training step contains it, on CPU and GPU.
+segmentation fault where the graph of a whole training step contains it, on CPU and GPU. A GPU's Gather writes zeros for
+an index beyond the table, so it needs no such row either: `GatherZeros` of nn.fused.
 """
 
 from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.ops.auto_generate import SplitWithSize
 
 from switchyard.distributed.mesh import CompiledMesh
 
@@ -27,11 +30,6 @@ def index_or_zero_row(index: Tensor, mask: Tensor, rows: int) -> Tensor:
     """Returns indices [G, I] where the mask [G, I] is above 0, else `rows`, which names a row of zeros."""
     means = mask.astype(index.dtype)
     return index * means + rows * (1 - means)
-
-
-def selected(values: Tensor, mask: Tensor) -> Tensor:
-    """`masks.keep_where` of operators alone, values and mask of one shape: functions fail in a compiled `bprop`."""
-    return ops.Select()(mask > 0, values, ops.ZerosLike()(values))
 
 
 class TakeRows(nn.Cell):
@@ -62,94 +60,122 @@ class TakeSlicedRows(nn.Cell):
         return self.gather(table, index, 1)  # [G, I, D]
 
 
-class Dispatch(nn.Cell):
-    """Copies rows into slots: [G, N, D] -> [G, M, D]. An empty slot holds zeros, and its gradient goes nowhere."""
+class Moving(nn.Cell):
+    """What Dispatch and Combine share.
 
-    def __init__(self, choices: int):
+    Args:
+        choices: K.
+        short_table: the device gathers zeros beyond a table, which then gets no row of zeros.
+    """
+
+    def __init__(self, choices: int, short_table: bool = False):
         super().__init__()
-        self.choices = choices
-        self.take = TakeRows()
-
-    def construct(
-        self, rows: Tensor, dispatch_index: Tensor, combine_index: Tensor, filled: Tensor, kept: Tensor
-    ) -> Tensor:
-        """`combine_index` and `kept` serve the gradient only."""
-        source = index_or_zero_row(dispatch_index // self.choices, filled, rows.shape[1])
-        return self.take(with_zero_row(rows), source)  # [G, M, D]
-
-    def bprop(self, rows, dispatch_index, combine_index, filled, kept, out, d_out):
-        table = with_zero_row(d_out)  # [G, M + 1, D]
-        place = index_or_zero_row(combine_index, kept, out.shape[1])  # [G, N * K]
-        d_rows = self.take(table, place[:, 0 :: self.choices])  # [G, N, D]
-        for k in range(1, self.choices):
-            d_rows = d_rows + self.take(table, place[:, k :: self.choices])
-        nothing = ops.zeros_like
-        return d_rows, nothing(dispatch_index), nothing(combine_index), nothing(filled), nothing(kept)
+        self.choices, self.short_table, self.each = choices, short_table, (1,) * choices
+        self.take, self.split = TakeRows(), SplitWithSize()
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Works on the groups of one device, whatever their number."""
         self.take = TakeSlicedRows()
 
+    def _table(self, rows):
+        """What an index may name: [G, I, D] -> [G, I + 1, D]."""
+        if self.short_table:
+            return rows
+        return with_zero_row(rows)
 
-class Combine(nn.Cell):
+    def _of_choices(self, values):
+        """Returns the values of the first choices, of the second ones...: [G, N * K] -> K times [G, N]."""
+        if self.choices == 1:
+            return (values,)
+        parts = ()
+        for part in self.split(values.reshape(-1, self.choices), self.each, 1):  # [G * N, 1]
+            parts = (*parts, part.reshape(values.shape[0], -1))
+        return parts
+
+
+class Dispatch(Moving):
+    """Copies rows into slots: [G, N, D] -> [G, M, D]. An empty slot holds zeros, and its gradient goes nowhere.
+
+    Args: as of Moving.
+    """
+
+    def construct(self, rows: Tensor, dispatch_index: Tensor, combine_index: Tensor) -> Tensor:
+        """`combine_index` serves the gradient only."""
+        source = dispatch_index if self.choices == 1 else dispatch_index // self.choices  # N where none
+        return self.take(self._table(rows), source)  # [G, M, D]
+
+    def bprop(self, rows, dispatch_index, combine_index, out, d_out):
+        table = self._table(d_out)  # [G, M + 1, D]
+        slots = self._of_choices(combine_index)
+        d_rows = self.take(table, slots[0])  # [G, N, D]
+        for slot in slots[1:]:
+            d_rows = d_rows + self.take(table, slot)
+        return d_rows, ops.zeros_like(dispatch_index), ops.zeros_like(combine_index)
+
+
+class Combine(Moving):
     """Brings the slots' outputs back, weighted: y[n] = sum over k of gates[n, k] * outputs[combine_index[n, k]].
 
     [G, M, D], gates [G, N * K] -> [G, N, D]. A choice without a slot counts nothing.
 
-    `on_gpu`: rows are weighted by a product of equal shapes, which a GPU does in a quarter of the time.
+    Args:
+        choices, short_table: as of Moving.
+        on_gpu: rows are weighted by a product of equal shapes, which a GPU does in a quarter of the time.
     """
 
-    def __init__(self, choices: int, on_gpu: bool = False):
-        super().__init__()
-        self.choices, self.on_gpu = choices, on_gpu
-        self.take = TakeRows()
-        self.take_gates = TakeRows()
+    def __init__(self, choices: int, on_gpu: bool = False, short_table: bool = False):
+        super().__init__(choices, short_table)
+        self.on_gpu, self.take_gates = on_gpu, TakeRows()
         self.sum, self.ones = ops.MatMul(), ops.Ones()  # functions fail in a compiled `bprop`
 
-    def construct(
-        self, outputs: Tensor, gates: Tensor, dispatch_index: Tensor, combine_index: Tensor, filled, kept
-    ) -> Tensor:
-        table = with_zero_row(outputs)  # [G, M + 1, D]
-        place = index_or_zero_row(combine_index, kept, outputs.shape[1])  # [G, N * K]
-        gates = selected(gates, kept)
-        rows = self._of_choice(table, gates, place, 0)
+    def construct(self, outputs: Tensor, gates: Tensor, dispatch_index: Tensor, combine_index: Tensor) -> Tensor:
+        """`dispatch_index` serves the gradient only."""
+        table, slots, gates = self._table(outputs), self._of_choices(combine_index), self._of_choices(gates)
+        rows = self._weighted(self.take(table, slots[0]), gates[0])  # [G, N, D]
         for k in range(1, self.choices):
-            rows = rows + self._of_choice(table, gates, place, k)
+            rows = rows + self._weighted(self.take(table, slots[k]), gates[k])
         return rows
 
-    def _of_choice(self, table, gates, place, k):
-        weight = ops.expand_dims(gates[:, k :: self.choices], 2).astype(table.dtype)  # [G, N, 1]
-        return self._weighted(self.take(table, place[:, k :: self.choices]), weight)  # [G, N, D]
-
     def _weighted(self, rows, weight):
-        """Rows [G, N, D] times weights [G, N, 1]."""
+        """Rows [G, I, D] times weights [G, I]."""
+        weight = ops.expand_dims(weight, 2).astype(rows.dtype)  # [G, I, 1]
         if not self.on_gpu:
             return rows * weight
-        eight = weight.reshape(-1, 1) * self.ones((1, 8), weight.dtype)  # a product wants rows of 16 bytes
-        full = self.sum(eight, self.ones((8, rows.shape[-1]), weight.dtype) * 0.125)  # [G * N, D]
+        eight = (weight * self.ones((1, 1, 8), rows.dtype)).reshape(-1, 8)  # a product wants rows of 16 bytes
+        full = self.sum(eight, self.ones((8, rows.shape[-1]), rows.dtype) * 0.125)  # [G * I, D]
         return rows * full.reshape(rows.shape)
 
-    def bprop(self, outputs, gates, dispatch_index, combine_index, filled, kept, out, d_out):
-        choice = index_or_zero_row(dispatch_index, filled, gates.shape[1])  # [G, M]
-        weight = self.take_gates(with_zero_row(ops.expand_dims(gates, 2)), choice).astype(d_out.dtype)  # [G, M, 1]
-        source = index_or_zero_row(dispatch_index // self.choices, filled, out.shape[1])  # [G, M]
-        d_outputs = self._weighted(self.take(with_zero_row(d_out), source), weight)  # [G, M, D]
-        table, parts = with_zero_row(outputs), ()  # the forward pass' rows again
-        place = index_or_zero_row(combine_index, kept, outputs.shape[1])  # [G, N * K]
-        for k in range(self.choices):
-            picked = self.take(table, place[:, k :: self.choices])  # [G, N, D]
-            parts = (*parts, self._row_sums(picked * d_out))  # [G * N, 1]
+    def bprop(self, outputs, gates, dispatch_index, combine_index, out, d_out):
+        table, parts = self._table(outputs), ()  # the forward pass' rows again
+        for slot in self._of_choices(combine_index):
+            parts = (*parts, self._row_sums(self.take(table, slot) * d_out))  # [G * N, 1]
         d_gates = parts[0] if self.choices == 1 else ops.concat(parts, 1)  # [G * N, K]
-        d_gates = d_gates.reshape(gates.shape).astype(gates.dtype) / SHRINK  # [G, N * K]
-        d_gates = selected(d_gates, kept)
-        nothing = ops.zeros_like
-        return d_outputs, d_gates, nothing(dispatch_index), nothing(combine_index), nothing(filled), nothing(kept)
+        d_gates = d_gates.reshape(gates.shape).astype(gates.dtype)  # [G, N * K]
+        if d_out.dtype != mstype.float32:
+            d_gates = d_gates / SHRINK
+        d_outputs = self._to_slots(d_out, gates, dispatch_index)
+        return d_outputs, d_gates, ops.zeros_like(dispatch_index), ops.zeros_like(combine_index)
+
+    def _to_slots(self, d_out, gates, dispatch_index):
+        """The gradient of the outputs [G, M, D]: the gradient of a slot's row, times its gate."""
+        if self.choices == 1:  # weighted by the forward pass' product, before there are more slots than rows
+            return self.take(self._table(self._weighted(d_out, gates)), dispatch_index)
+        weight = self.take_gates(with_zero_row(ops.expand_dims(gates, 2)), dispatch_index)  # [G, M, 1]
+        rows = self.take(self._table(d_out), dispatch_index // self.choices)  # [G, M, D]
+        return self._weighted(rows, weight.reshape(dispatch_index.shape))
 
     def _row_sums(self, rows):
-        """[G, N, D] -> [G * N, 1], times SHRINK: a product with ones, ten times faster than ReduceSum on CPU."""
+        """[G, N, D] -> [G * N, 1]: a product with ones, ten times faster than ReduceSum on CPU.
+
+        Times SHRINK in half precision, whose largest number is small.
+        """
         width = rows.shape[-1]
-        return self.sum(rows.reshape(-1, width), ops.ones((width, 1), rows.dtype) * SHRINK)
+        ones = self.ones((width, 1), rows.dtype)
+        if rows.dtype != mstype.float32:
+            ones = ones * SHRINK
+        return self.sum(rows.reshape(-1, width), ones)
 
     def shard(self, mesh: CompiledMesh) -> None:
-        """Works on the groups of one device, whatever their number."""
-        self.take, self.take_gates = TakeSlicedRows(), TakeSlicedRows()
+        """See Moving."""
+        super().shard(mesh)
+        self.take_gates = TakeSlicedRows()

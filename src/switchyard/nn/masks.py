@@ -3,7 +3,7 @@
 Legend: G groups, N rows of a group.
 """
 
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 
 def keep_where(values: Tensor, mask: Tensor) -> Tensor:
@@ -17,6 +17,22 @@ def keep_where(values: Tensor, mask: Tensor) -> Tensor:
     # ops.zeros_like would be a constant as large as the values, and a scalar does not compile in a pipeline on GPU
     zeros = ops.broadcast_to(ops.zeros((1,) * len(values.shape), values.dtype), values.shape)
     return ops.where(mask > 0, values, zeros)
+
+
+class Hide(nn.Cell):
+    """`keep_where` of rows with a gradient of its own, which is one operator: values [F, D], mask [F] -> [F, D]."""
+
+    def __init__(self):
+        super().__init__()
+        self.select, self.zeros = ops.Select(), ops.Zeros()  # functions fail in a compiled `bprop`
+
+    def construct(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Keeps the rows whose mask is above 0."""
+        return self.select(mask.reshape(-1, 1) > 0, values, self.zeros((1, 1), values.dtype))
+
+    def bprop(self, values, mask, out, d_out):
+        d_values = self.select(mask.reshape(-1, 1) > 0, d_out, self.zeros((1, 1), d_out.dtype))
+        return d_values, ops.zeros_like(mask)
 
 
 def learned(valid: Tensor, labels: Tensor) -> Tensor:

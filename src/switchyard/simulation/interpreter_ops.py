@@ -86,6 +86,7 @@ OPERATORS |= {
     "SoftplusGrad": lambda _, d_out, x: d_out / (1 + np.exp(-x)),
     # to whichever is larger; Minimum is differentiated by Select
     "MaximumGrad": lambda _, x, y, d_out, *rest: (d_out * (x >= y), d_out * ~(x >= y)),
+    "DivNoNan": lambda _, x, y: np.where(y == 0, np.zeros_like(x), x / np.where(y == 0, np.ones_like(y), y)),
     "MulNoNan": lambda _, x, y: np.where(y == 0, np.zeros_like(x), x * y),  # 0 where y is 0, whatever x is
     "Select": lambda _, condition, x, y: np.where(condition, x, y),
     "Cast": lambda _, x, kind: np.asarray(x).astype(TYPE_NUMBERS[int(kind)]),

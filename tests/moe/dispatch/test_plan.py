@@ -18,8 +18,10 @@ NOWHERE = 3  # with three experts, expert 3 is where padding goes
 def _read(plan: dict) -> dict[str, np.ndarray]:
     """A Plan with -1 where a slot is empty or a choice has no slot."""
     plan = {name: value.asnumpy() for name, value in plan.items()}
+    slots, choices = plan["dispatch_index"].shape[1], plan["combine_index"].shape[1]
+    np.testing.assert_array_equal(plan["kept_mask"], plan["combine_index"] < slots)
     return {
-        "slots": np.where(plan["slot_mask"] > 0, plan["dispatch_index"], -1),
+        "slots": np.where(plan["dispatch_index"] < choices, plan["dispatch_index"], -1),
         "combine_index": np.where(plan["kept_mask"] > 0, plan["combine_index"], -1),
         "block_expert": plan.get("block_expert"),
     }

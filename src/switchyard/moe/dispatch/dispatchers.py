@@ -41,19 +41,23 @@ class Crossing(nn.Cell):
         super().__init__()
         self.expert_num = experts
         self.turn_there, self.turn_back = ops.Transpose(), ops.Transpose()
-        self.exchange_there, self.exchange_back = None, None
+        self.exchange_there, self.exchange_back, self.sharded = None, None, False
 
     def there(self, slots: Tensor) -> Tensor:
         """Turns slots [G, E, C, D] into rows [E, G * C, D].
 
         Where processes shard the experts, the rows are those of all processes for the experts of this one.
         """
-        rows = self.turn_there(slots, (1, 0, 2, 3)).reshape(self.expert_num, -1, slots.shape[3])
+        if self.sharded or slots.shape[0] != 1:  # else a copy for nothing
+            slots = self.turn_there(slots, (1, 0, 2, 3))  # [E, G, C, D]
+        rows = slots.reshape(self.expert_num, -1, slots.shape[3])
         return rows if self.exchange_there is None else self.exchange_there(rows)
 
     def back(self, outputs: Tensor, groups: int) -> Tensor:
         """Turns outputs [E, G * C, D] into [G, E, C, D]."""
         rows = outputs if self.exchange_back is None else self.exchange_back(outputs)
+        if not self.sharded and groups == 1:
+            return rows.reshape(1, self.expert_num, -1, rows.shape[-1])  # [G, E, C, D]
         rows = rows.reshape(self.expert_num, groups, -1, rows.shape[-1])  # [E, G, C, D]
         return self.turn_back(rows, (1, 0, 2, 3))
 
@@ -63,6 +67,7 @@ class Crossing(nn.Cell):
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Declares the layouts: a transpose changes what is sharded, groups or experts."""
+        self.sharded = True
         groups, experts = mesh.layout("data", None, None, None), mesh.layout(None, "data", None, None)
         self.turn_there.shard((groups,), (experts,))
         self.turn_back.shard((experts,), (groups,))
@@ -170,10 +175,12 @@ class SlotDispatcher(Dispatcher):
         rules = (moe.expert_num, self.choices, factor, moe.drop_order, moe.min_capacity)
         self.plan = CapacityPlan(*rules, counts="CountedOrder" in fused)
         self.reroute = Reroute(*rules, moe.reroute) if moe.reroute and factor is not None else None
-        self.to_slots, self.to_tokens = Dispatch(self.choices), Combine(self.choices, self.dtype is not None)
+        short = "GatherZeros" in fused
+        self.to_slots = Dispatch(self.choices, short)
+        self.to_tokens = Combine(self.choices, self.dtype is not None, short)
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
-        """Returns (slots [G, E, C, D], gates [G, N * K], dispatch_index, combine_index, slot_mask, kept_mask)."""
+        """Returns (slots [G, E, C, D], gates [G, N * K], dispatch_index, combine_index, kept_mask)."""
         index, gates, priority = routing["expert_index"], routing["gates"], None
         if "priority" in routing:  # the layer puts it there
             priority = routing["priority"]
@@ -181,31 +188,31 @@ class SlotDispatcher(Dispatcher):
             index, gates = self.reroute(index, gates, routing["probabilities"], priority)
         plan = self.plan(index, gates, priority)
         groups, _, width = tokens.shape
-        parts = (plan["dispatch_index"], plan["combine_index"], plan["slot_mask"], plan["kept_mask"])
+        parts = (plan["dispatch_index"], plan["combine_index"])
         tokens = tokens if self.dtype is None else tokens.astype(self.dtype)
         slots = self.to_slots(tokens, *parts).reshape(groups, self.expert_num, -1, width)  # [G, E, C, D]
-        return (slots, gates.reshape(groups, -1), *parts)
+        return (slots, gates.reshape(groups, -1), *parts, plan["kept_mask"])
 
-    def receive(self, outputs: Tensor, gates, dispatch_index, combine_index, slot_mask, kept_mask) -> Tensor:
+    def receive(self, outputs: Tensor, gates, dispatch_index, combine_index, kept_mask) -> Tensor:
         """Returns tokens [F, D]: y = sum over k of gates * outputs [G, E, C, D]."""
         slots, width = outputs.reshape(gates.shape[0], -1, outputs.shape[-1]), outputs.shape[-1]  # [G, M, D]
-        tokens = self.to_tokens(slots, gates, dispatch_index, combine_index, slot_mask, kept_mask)
+        tokens = self.to_tokens(slots, gates, dispatch_index, combine_index)
         return tokens.reshape(-1, width).astype(gates.dtype)
 
     def num_kept(self, routing: dict, sent: tuple) -> Tensor:
         """Returns the number of choices that got a slot, [G]."""
-        return sent[5].sum(1)
+        return sent[4].sum(1)
 
     def shapes(self, groups: int, tokens: int, width: int) -> list:
         """See Dispatcher."""
         each = tokens // groups
         slots = capacity(each, self.expert_num, self.choices, self.factor, self.least)
         chosen, held = [groups, each * self.choices], [groups, self.expert_num * slots]
-        return [[groups, self.expert_num, slots, width], chosen, held, chosen, held, chosen]
+        return [[groups, self.expert_num, slots, width], chosen, held, chosen, chosen]
 
     def types(self, float_type) -> tuple:
         """See Dispatcher."""
-        return self.dtype or float_type, float_type, mstype.int32, mstype.int32, float_type, float_type
+        return self.dtype or float_type, float_type, mstype.int32, mstype.int32, float_type
 
     def received(self, outputs: list, *plan: list) -> list:
         """See Dispatcher."""
@@ -236,16 +243,16 @@ class BlockDispatcher(Dispatcher):
         gates = routing["gates"]
         plan = self.plan(routing["expert_index"], gates)
         groups, _, width = tokens.shape
-        parts = (plan["dispatch_index"], plan["combine_index"], plan["slot_mask"], plan["kept_mask"])
+        parts = (plan["dispatch_index"], plan["combine_index"])
         blocks = self.to_slots(tokens, *parts)  # [G, P * b, D]
         blocks = blocks.reshape(groups * plan["block_expert"].shape[1], -1, width)
-        return (blocks, plan["block_expert"].reshape(-1), gates.reshape(groups, -1), *parts)
+        return (blocks, plan["block_expert"].reshape(-1), gates.reshape(groups, -1), *parts, plan["kept_mask"])
 
     def apply(self, experts: nn.Cell, sent: tuple) -> Tensor:
         """See Dispatcher."""
         outputs, groups = self.through(experts, sent[0], sent[1]), sent[2].shape[0]
         width = outputs.shape[-1]
-        return self.to_tokens(outputs.reshape(groups, -1, width), *sent[2:]).reshape(-1, width).astype(sent[2].dtype)
+        return self.to_tokens(outputs.reshape(groups, -1, width), *sent[2:5]).reshape(-1, width).astype(sent[2].dtype)
 
     def through(self, experts: nn.Cell, blocks: Tensor, block_expert: Tensor) -> Tensor:
         """Runs the experts on blocks [P, b, D], of which block p belongs to expert `block_expert` [P]."""
@@ -259,7 +266,7 @@ class BlockDispatcher(Dispatcher):
 
     def num_kept(self, routing: dict, sent: tuple) -> Tensor:
         """Returns the number of all choices, [G]."""
-        return sent[6].sum(1)
+        return sent[5].sum(1)
 
 
 class AlltoAllVDispatcher(Dispatcher):

@@ -4,21 +4,23 @@ Legend: G groups, N rows of a group, E experts, C capacity, K choices of a row, 
 P blocks, b rows of a block. A choice is numbered c = n * K + k.
 
 A Plan is a dict of
-    dispatch_index [G, M] int32      the choice that fills a slot (a legal index even where `slot_mask` is 0)
-    slot_mask      [G, M] float32    1 where a slot holds a choice
-    combine_index  [G, N * K] int32  the slot of a choice (a legal index even where `kept_mask` is 0)
+    dispatch_index [G, M] int32      the choice that fills a slot, N * K where none does
+    combine_index  [G, N * K] int32  the slot of a choice, M where it has none
     kept_mask      [G, N * K] float32  1 where a choice got a slot
     block_expert   [G, P] int32      dropless only: the expert of each block of slots
-`dispatch_index` and `combine_index` are inverse of each other wherever `slot_mask` and `kept_mask` are 1, so dispatch
-and combine are gathers forward and backward. (A dict, because a NamedTuple made inside a compiled graph stops the
-gradient.)
+`dispatch_index` and `combine_index` are inverse of each other wherever they name something, so dispatch and combine
+are gathers forward and backward. The index behind the last names a row of zeros, see nn.gather. (A dict, because a
+NamedTuple made inside a compiled graph stops the gradient.)
 """
 
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
+from mindspore.ops import constexpr
 
 from switchyard.moe.dispatch.capacity import EXACT_FLOAT, capacity
 from switchyard.moe.dispatch.counted_order import CountedOrder, countable
+from switchyard.nn.gather import index_or_zero_row
 
 LAST = -1e30  # the gate of a choice that comes behind all others
 
@@ -112,21 +114,41 @@ class CapacityPlan(nn.Cell):
         self.experts, self.choices, self.factor, self.least = experts, choices, factor, least
         self.order = ChoiceOrder(experts, choices, order)
         self.counted = CountedOrder(experts, choices) if counts and order == "position" else None
+        self.write = ops.ScatterNd()
 
     def construct(self, experts: Tensor, gates: Tensor, lot: Tensor = None) -> dict:
         """Makes a Plan of experts [G, N, K] (E = nowhere), gates [G, N, K] and the lot of ChoiceOrder."""
         groups, rows, choices = experts.shape
-        slots = capacity(rows, self.experts, choices, self.factor, self.least)
-        experts = experts.reshape(groups, rows * choices)  # [G, N * K]
-        find = self.order if self.counted is None or not countable(rows * choices) else self.counted
-        order, position, count, start = find(experts, gates.reshape(groups, rows * choices), lot)
-        within = ops.expand_dims(ops.expand_dims(ops.arange(slots), 0), 0)  # [1, 1, C]
-        rank = (ops.expand_dims(start, 2) + within).reshape(groups, -1)  # [G, E * C]
-        filled = (within < ops.expand_dims(count, 2)).astype(mstype.float32).reshape(groups, -1)  # [G, E * C]
-        kept = ops.logical_and(position < slots, experts < self.experts).astype(mstype.float32)  # [G, N * K]
-        slot = ops.minimum(experts, self.experts - 1) * slots + ops.minimum(position, slots - 1)
-        dispatch_index = ops.gather_elements(order, 1, ops.minimum(rank, rows * choices - 1))  # [G, E * C]
-        return _plan(dispatch_index, filled, slot, kept)
+        total, room = rows * choices, capacity(rows, self.experts, choices, self.factor, self.least)
+        experts, slots = experts.reshape(groups, total), self.experts * room  # [G, N * K]; M
+        if self.counted is not None and countable(total):
+            position = self.counted(experts)  # [G, N * K]
+            kept = position < room
+        else:
+            position = self.order(experts, gates.reshape(groups, total), lot)[1]
+            kept = ops.logical_and(position < room, experts < self.experts)
+        slot = experts * room + position.astype(mstype.int32)
+        slot = ops.select(kept, slot, ops.full_like(slot, slots))
+        return _plan(self.fillers(slot, slots), slot, kept.astype(mstype.float32))
+
+    def fillers(self, slot: Tensor, slots: int) -> Tensor:
+        """Turns the slot of each choice [G, N * K], M for none, into the choice of each slot [G, M], N * K for none."""
+        groups, total = slot.shape
+        place = slot if groups == 1 else slot + steps(groups, slots + 1)  # of all groups' tables, one behind another
+        written = self.write(place.reshape(-1, 1), numbers(groups, total), (groups * (slots + 1),))
+        return written.reshape(groups, slots + 1)[:, :slots] + total  # the table is zeros where nothing is written
+
+
+@constexpr
+def numbers(groups: int, total: int) -> Tensor:
+    """Returns n - T for the choices n of each group: [G * T] int32."""
+    return Tensor(np.tile(np.arange(total, dtype=np.int32) - total, groups))
+
+
+@constexpr
+def steps(groups: int, size: int) -> Tensor:
+    """Returns where each group's table starts: [G, 1] int32."""
+    return Tensor(np.arange(groups, dtype=np.int32).reshape(-1, 1) * size)
 
 
 class BlockPlan(nn.Cell):
@@ -152,7 +174,8 @@ class BlockPlan(nn.Cell):
         safe = ops.minimum(experts, self.experts - 1)
         if block == 1:
             index = ops.expand_dims(ops.arange(total), 0) + ops.zeros_like(experts)
-            return _plan(index, kept, index, kept, safe)
+            index = index_or_zero_row(index, kept, total)
+            return _plan(index, index, kept, safe)
         order, position, count, start = self.order(experts, gates.reshape(groups, total))
         blocks = (count + (block - 1)) // block  # [G, E]
         last = self.prefix(blocks.astype(mstype.float32), 1).astype(mstype.int32)  # [G, E], exclusive end
@@ -166,16 +189,15 @@ class BlockPlan(nn.Cell):
         own = own.reshape(groups, -1)  # [G, P * b]
         filled = (place < ops.gather_elements(count, 1, own)).astype(mstype.float32)
         rank = ops.minimum(ops.gather_elements(start, 1, own) + place, total - 1)
-        dispatch_index = ops.gather_elements(order, 1, rank)  # [G, P * b]
+        dispatch_index = index_or_zero_row(ops.gather_elements(order, 1, rank), filled, total)  # [G, P * b]
         slot = ops.gather_elements(first, 1, safe) * block + position
-        return _plan(dispatch_index, filled, ops.where(kept > 0, slot, ops.zeros_like(slot)), kept, block_expert)
+        return _plan(dispatch_index, index_or_zero_row(slot, kept, own.shape[1]), kept, block_expert)
 
 
-def _plan(dispatch_index, filled, combine_index, kept, block_expert=None) -> dict:
+def _plan(dispatch_index, combine_index, kept, block_expert=None) -> dict:
     """Returns a Plan; no gradient flows through any part of it."""
     plan = {
         "dispatch_index": ops.stop_gradient(dispatch_index.astype(mstype.int32)),
-        "slot_mask": ops.stop_gradient(filled),
         "combine_index": ops.stop_gradient(combine_index.astype(mstype.int32)),
         "kept_mask": ops.stop_gradient(kept),
     }

@@ -83,8 +83,7 @@ class Base(LinearRouter):
         super().__init__(setting)
         self.auction = Auction(self.expert_num)
         self.choose = Choosing(self.expert_num, 1)
-        self.softmax, self.sigmoid, self.one_hot = ops.Softmax(-1), ops.Sigmoid(), ops.OneHot()
-        self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+        self.softmax, self.sigmoid = ops.Softmax(-1), ops.Sigmoid()
 
     def route(self, scores: tuple, context: dict) -> dict:
         """See Router.route."""
@@ -92,8 +91,7 @@ class Base(LinearRouter):
         affinity, probabilities = self.sigmoid(logits), self.softmax(logits)
         if self.training:
             expert = self.auction(logits, context["valid"])  # [G, N]
-            mask = self.one_hot(expert, self.expert_num, self.on, self.off)  # [G, N, E]
-            experts, gates, chosen = self.choose.weigh(ops.expand_dims(expert, -1), (mask,), affinity, context)
+            experts, gates, chosen = self.choose.weigh(ops.expand_dims(expert, -1), affinity, context)
         else:
             experts, gates, chosen = self.choose(logits, affinity, context)
         return by_rows(experts, gates, chosen, probabilities, logits)

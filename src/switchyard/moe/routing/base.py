@@ -15,7 +15,6 @@ from switchyard.config.router_options import RouterChoice, RouterOptions, typed
 from switchyard.distributed.mesh import CompiledMesh
 from switchyard.errors import UserError, shortened
 from switchyard.nn.initializers import InitialWeights
-from switchyard.nn.masks import keep_where
 from switchyard.nn.noise import NoiseSlices
 from switchyard.trust import import_class, is_own
 
@@ -474,10 +473,17 @@ def by_rows(experts: Tensor, gates: Tensor, chosen: Tensor, probabilities: Tenso
 def shares(logits: Tensor, valid: Tensor) -> Tensor:
     """Returns gates that sum to 1: the softmax of the chosen experts' logits [G, N, K]; 0 for a padded row.
 
+    `Choosing` gives a padded row finite logits.
+
     For probabilities p = exp(logits) / Z that is p / sum of the chosen p, and it stays that where all of them are too
     small for float32, which a quotient with a floor does not.
     """
-    return keep_where(ops.Softmax(-1)(logits), valid)
+    return ops.Softmax(-1)(logits) * ops.expand_dims(valid, -1)
+
+
+def scaled(gates: Tensor, factor: float) -> Tensor:
+    """Multiplies gates of any shape by a factor; by 1 no operator is made, which a GPU's host would have to issue."""
+    return gates if factor == 1.0 else gates * factor
 
 
 class TopChoices(nn.Cell):
@@ -502,7 +508,28 @@ class TopChoices(nn.Cell):
             mask = self.one_hot(expert, self.experts, self.on, self.off)  # [G, N, E]
             scores = scores - mask * 1e30
             experts, masks = (*experts, expert), (*masks, mask)
-        return ops.stack(experts, -1), masks
+        return ops.expand_dims(experts[0], -1) if self.choices == 1 else ops.stack(experts, -1), masks
+
+
+class ChosenValues(nn.Cell):
+    """Picks the values of the chosen experts by selection: [G, N, E], one-hot choices [G, N, K, E] -> [G, N, K].
+
+    0 where nothing is chosen, whatever the values. The gradient is one product, for K > 1 a product and a sum.
+    """
+
+    def __init__(self, choices: int):
+        super().__init__()
+        self.choices, self.sum, self.select = choices, ops.ReduceSum(), ops.Select()
+        self.nothing = Tensor([[[[0.0]]]], mstype.float32)
+
+    def construct(self, values: Tensor, masks: Tensor) -> Tensor:
+        """Takes values and masks as the class says."""
+        return self.sum(self.select(masks > 0, ops.expand_dims(values, 2), self.nothing), -1)
+
+    def bprop(self, values, masks, out, d_out):
+        d_values = masks * ops.expand_dims(d_out, 3)  # [G, N, K, E]
+        d_values = d_values.reshape(values.shape) if self.choices == 1 else self.sum(d_values, 2)
+        return d_values, ops.zeros_like(masks)
 
 
 class Choosing(nn.Cell):
@@ -510,8 +537,9 @@ class Choosing(nn.Cell):
 
     def __init__(self, experts: int, choices: int):
         super().__init__()
-        self.expert_num = experts
+        self.expert_num, self.choices = experts, choices
         self.top = TopChoices(experts, choices)
+        self.values = ChosenValues(choices)
         self.sum = ops.ReduceSum()
 
     def construct(self, scores: Tensor, probabilities: Tensor, context: dict):
@@ -520,30 +548,26 @@ class Choosing(nn.Cell):
         The gates are the second input's values of the chosen experts, 0 for a padded row: probabilities, or logits of
         which `shares` makes gates that sum to 1.
         """
-        experts, masks = self.top(scores)  # [G, N, K]
-        return self.weigh(experts, masks, probabilities, context)
+        return self.weigh(self.top(scores)[0], probabilities, context)
 
-    def weigh(self, experts: Tensor, masks: tuple, probabilities: Tensor, context: dict):
-        """Does the same of choices that are made: experts [G, N, K] and the one-hot of each, K x [G, N, E]."""
-        experts, masks = self.replayed(experts, masks, context)
+    def weigh(self, experts: Tensor, probabilities: Tensor, context: dict):
+        """Does the same of choices that are made: experts [G, N, K]."""
+        experts = self.replayed(experts, context)
         valid = ops.expand_dims(context["valid"], -1)  # [G, N, 1]
-        gates, chosen = (), masks[0]
-        for mask in masks:
-            gates = (*gates, self.sum(keep_where(probabilities, mask), -1))  # [G, N]
-        for mask in masks[1:]:
-            chosen = chosen + mask
         experts = ops.where(valid > 0, experts, ops.full_like(experts, self.expert_num))
-        return experts, keep_where(ops.stack(gates, -1), context["valid"]), chosen * valid
+        masks = self.marks(experts)  # [G, N, K, E]
+        chosen = masks.reshape(probabilities.shape) if self.choices == 1 else self.sum(masks, 2)
+        return experts, self.values(probabilities, masks), chosen
 
-    def replayed(self, experts: Tensor, masks: tuple, context: dict):
-        """Returns choices and the one-hot of each, those of the context's `replay` in the place of the router's own."""
+    def marks(self, experts: Tensor) -> Tensor:
+        """Returns the one-hot of experts, nothing for E: [...] -> [..., E]."""
+        return self.top.one_hot(experts, self.expert_num, self.top.on, self.top.off)
+
+    def replayed(self, experts: Tensor, context: dict) -> Tensor:
+        """Returns choices [G, N, K], those of the context's `replay` in the place of the router's own."""
         if "replay" not in context:
-            return experts, masks
-        experts, forced = replay_choices(experts, context["replay"], self.expert_num), ()
-        for k in range(len(masks)):
-            mask = self.top.one_hot(experts[..., k], self.expert_num, self.top.on, self.top.off)  # [G, N, E]
-            forced = (*forced, mask)
-        return experts, forced
+            return experts
+        return replay_choices(experts, context["replay"], self.expert_num)
 
 
 def replay_choices(experts: Tensor, replay: Tensor, expert_num: int) -> Tensor:

@@ -158,8 +158,8 @@ def add_loss(name: str) -> None:
     LOSSES[name] = OWN_LOSSES.find(name)
 
 
-class WeightedLosses(nn.Cell):
-    """Computes (balance loss, z-loss, weighted sum of the auxiliary losses) of a Routing: three times [G].
+class AuxiliaryLosses(nn.Cell):
+    """Computes the weighted sum of the auxiliary losses of a Routing: [G].
 
     Each is a sum over the real rows of a group, see `mean`.
 
@@ -175,7 +175,6 @@ class WeightedLosses(nn.Cell):
     def __init__(self, moe, router: nn.Cell, length: int):
         super().__init__()
         self.choices, self.length = moe.choices, length
-        self.switch, self.z = "switch" in router.losses, "z" in router.losses
         self.auxiliary = tuple((name, weight) for name, weight in moe.losses.items() if weight > 0)
         for name, _ in self.auxiliary:
             if name in OWN_LOSSES.known or is_own(name):
@@ -188,17 +187,12 @@ class WeightedLosses(nn.Cell):
         # those alone: a compiler reads the source of all that a table holds, and one typed into a terminal has none
         self.functions = {name: LOSSES[name] for name, _ in self.auxiliary}
 
-    def construct(self, routing: dict, valid: Tensor):
-        """Takes a Routing and valid [G, N], returns three times [G]."""
-        nothing = ops.zeros_like(valid).sum(1)
-        balance, auxiliary, router_z = nothing, nothing, z_sums(routing["logits"], valid)
-        if self.switch:
-            balance = balance_sums(routing["expert_mask"], routing["probabilities"], valid, self.choices)
-        if not self.z:  # a metric all the same
-            router_z = ops.stop_gradient(router_z)
+    def construct(self, routing: dict, valid: Tensor) -> Tensor:
+        """Takes a Routing and valid [G, N], returns [G]."""
+        auxiliary = ops.zeros((valid.shape[0],), valid.dtype)
         if self.training:
             for name, weight in self.auxiliary:
                 auxiliary = auxiliary + weight * self.functions[name](routing, valid, self.choices, self.length)
         if "own_loss" in routing:
             auxiliary = auxiliary + routing["own_loss"]
-        return balance, router_z, auxiliary
+        return auxiliary

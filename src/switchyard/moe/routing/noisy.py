@@ -56,12 +56,14 @@ class NoisyTopK(LinearRouter):
         experts, masks = self.top(scores)  # [G, N, K + 1]
         probabilities = self.softmax(scores)
         kept = self.kept(masks)
-        first, own = self.choose.replayed(experts[..., : self.choices], masks[: self.choices], context)
+        first, own = self.choose.replayed(experts[..., : self.choices], context), kept
+        if "replay" in context:
+            own = self.choose.marks(first).sum(2)  # [G, N, E]
         sparse = probabilities
         if self.choices > 1:  # softmax of the K largest alone: eq. 3 and 5
-            sparse = self.softmax(scores - (1.0 - self.kept(own)) * FAR)
-        sparse = keep_where(sparse, self.kept(own))  # [G, N, E]
-        experts, gates, chosen = self.choose.weigh(first, own, sparse, context)
+            sparse = self.softmax(scores - (1.0 - own) * FAR)
+        sparse = keep_where(sparse, own)  # [G, N, E]
+        experts, gates, chosen = self.choose.weigh(first, sparse, context)
         smooth_load = chosen
         if self.training and self.choices < self.expert_num:
             smooth_load = self.chance(clean, scores, deviation, masks, kept)

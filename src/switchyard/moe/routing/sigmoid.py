@@ -9,7 +9,16 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from switchyard.config.router_options import BestGroupOptions, SigmoidOptions
 from switchyard.moe.metrics import bias_step
-from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, TopChoices, by_rows, register, shares
+from switchyard.moe.routing.base import (
+    Choosing,
+    LinearRouter,
+    RouterSetting,
+    TopChoices,
+    by_rows,
+    register,
+    scaled,
+    shares,
+)
 from switchyard.nn.softmax import log_sigmoid
 
 FAR = 1e30  # taken from a score, it is never chosen
@@ -54,7 +63,7 @@ class Sigmoid(LinearRouter):
         if self.normalise:
             gates = shares(gates, context["valid"])  # eq. 13
         probabilities = self.softmax(logarithm)  # s' = s / sum of s, eq. 19
-        return by_rows(experts, gates * self.factor, chosen, probabilities, logits)
+        return by_rows(experts, scaled(gates, self.factor), chosen, probabilities, logits)
 
     def state(self) -> tuple:
         """See Router.state: the bias [E]."""

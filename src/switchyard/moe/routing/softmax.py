@@ -6,7 +6,7 @@ Legend: G groups, N rows of a group, E experts, K choices of a row, D width.
 from mindspore import Tensor, ops
 
 from switchyard.config.router_options import GroupedTopKOptions, Scaled, SwitchOptions, TopKOptions
-from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register, shares
+from switchyard.moe.routing.base import Choosing, LinearRouter, RouterSetting, by_rows, register, scaled, shares
 from switchyard.moe.routing.sigmoid import BestGroups
 
 
@@ -27,7 +27,7 @@ class SoftmaxRouter(LinearRouter):
         probabilities = self.softmax(logits)  # arXiv 2101.03961, eq. 1
         ranked = self.rank(logits, context["valid"])
         experts, gates, chosen = self.chosen(ranked, logits, probabilities, context)
-        return by_rows(experts, self.weigh(gates) * self.factor, chosen, probabilities, logits)
+        return by_rows(experts, scaled(self.weigh(gates), self.factor), chosen, probabilities, logits)
 
     def rank(self, logits: Tensor, valid: Tensor) -> Tensor:
         """Returns what the choice goes by: logits [G, N, E] and valid [G, N] -> [G, N, E]."""
