@@ -104,26 +104,3 @@ def test_rows_are_taken_by_their_index_and_the_one_behind_the_last_is_zeros(grou
     longer = np.concatenate([table, np.zeros((groups, 1, WIDTH), np.float32)], 1)
     wanted = np.stack([longer[g][index[g]] for g in range(groups)])
     np.testing.assert_array_equal(take()(with_zero_row(Tensor(table)), Tensor(index)).asnumpy(), wanted)
-
-
-def _squared(choices, short, plan):
-    there, back = Dispatch(choices, short), Combine(choices, short_table=short)
-    index = tuple(plan[name] for name in PLAN)
-
-    def work(rows, gates):
-        return (back(there(rows, *index), gates, *index) ** 2).sum()
-
-    return work
-
-
-@pytest.mark.parametrize("choices", [1, 2])
-def test_a_short_table_gives_the_same_where_no_row_of_zeros_is_named(choices, pynative):
-    """Every choice has a slot and every slot a choice, which is all that a CPU can say of `GatherZeros`."""
-    experts = (np.arange(2 * EXPERTS)[:, None] + np.arange(choices)) % EXPERTS
-    experts = Tensor(experts[None].astype(np.int32))  # [1, N, K]
-    plan = CapacityPlan(EXPERTS, choices, 1.0, "position")(experts, ops.ones(experts.shape))
-    rows, gates = _normal(1, 2 * EXPERTS, WIDTH), ops.ones((1, 2 * EXPERTS * choices)) * 0.3
-    (long, d_long), (short, d_short) = (
-        ms.value_and_grad(_squared(choices, short, plan), (0, 1))(rows, gates) for short in (False, True)
-    )
-    _close((long, *d_long), (short, *d_short))

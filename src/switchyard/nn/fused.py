@@ -16,7 +16,6 @@ operator where its name is among these:
         CountedOrder         moe.dispatch.counted_order.CountedOrder
         HalfLogits           models.decoder.Decoder and nn.cross_entropy.TokenLosses: float16 logits in training
         HalfRows             moe.dispatch.dispatchers.SlotDispatcher: float16 rows to the experts and back
-        GatherZeros          nn.gather.Dispatch and Combine: rows beyond a table are zeros (not taken yet, see of_gpu)
 
 GroupedMatmulV4 of moe.dispatch.alltoallv has no twin on other devices: they train without drops by blocks.
 """
@@ -53,10 +52,7 @@ def of_ascend(model: ModelConfig) -> frozenset[str]:
 
 
 def of_gpu(model: ModelConfig) -> frozenset[str]:
-    """Returns the operators that are faster on a GPU than the composition for CPU, and fit a model.
-
-    GatherZeros is not among them until it is measured.
-    """
+    """Returns the operators that are faster on a GPU than the composition for CPU, and fit a model."""
     mask = model.num_heads // model.kv_heads * model.seq_length**2
     half = model.compute_dtype == "float16"
     found = {"LayerNorm", "SiLU", "AbsGrad", "CountedOrder"} | ({"HalfRows", "HalfLogits"} if half else set())

@@ -8,8 +8,8 @@ The index behind the last row names a row of zeros. A product with 0 would not d
 such row would spoil rows that have nothing to do with it. Gathering from a table with one more row costs two thirds of
 gathering and multiplying (forward, 2,048 rows of 256 on two CPU cores: 0.96 and 1.45 ms; with `where` 1.61 ms).
 EmbeddingLookup needs no row of zeros and takes a quarter of the time, but MindSpore 2.9's compiler ends with a
-segmentation fault where the graph of a whole training step contains it, on CPU and GPU. A GPU's Gather writes zeros for
-an index beyond the table, so it needs no such row either: `GatherZeros` of nn.fused.
+segmentation fault where the graph of a whole training step contains it, on CPU and GPU. Gather on a GPU ends the process
+at an index beyond the table.
 """
 
 from mindspore import Tensor, nn, ops
@@ -65,23 +65,16 @@ class Moving(nn.Cell):
 
     Args:
         choices: K.
-        short_table: the device gathers zeros beyond a table, which then gets no row of zeros.
     """
 
-    def __init__(self, choices: int, short_table: bool = False):
+    def __init__(self, choices: int):
         super().__init__()
-        self.choices, self.short_table, self.each = choices, short_table, (1,) * choices
+        self.choices, self.each = choices, (1,) * choices
         self.take, self.split = TakeRows(), SplitWithSize()
 
     def shard(self, mesh: CompiledMesh) -> None:
         """Works on the groups of one device, whatever their number."""
         self.take = TakeSlicedRows()
-
-    def _table(self, rows):
-        """What an index may name: [G, I, D] -> [G, I + 1, D]."""
-        if self.short_table:
-            return rows
-        return with_zero_row(rows)
 
     def _of_choices(self, values):
         """Returns the values of the first choices, of the second ones...: [G, N * K] -> K times [G, N]."""
@@ -102,10 +95,10 @@ class Dispatch(Moving):
     def construct(self, rows: Tensor, dispatch_index: Tensor, combine_index: Tensor) -> Tensor:
         """`combine_index` serves the gradient only."""
         source = dispatch_index if self.choices == 1 else dispatch_index // self.choices  # N where none
-        return self.take(self._table(rows), source)  # [G, M, D]
+        return self.take(with_zero_row(rows), source)  # [G, M, D]
 
     def bprop(self, rows, dispatch_index, combine_index, out, d_out):
-        table = self._table(d_out)  # [G, M + 1, D]
+        table = with_zero_row(d_out)  # [G, M + 1, D]
         slots = self._of_choices(combine_index)
         d_rows = self.take(table, slots[0])  # [G, N, D]
         for slot in slots[1:]:
@@ -119,18 +112,18 @@ class Combine(Moving):
     [G, M, D], gates [G, N * K] -> [G, N, D]. A choice without a slot counts nothing.
 
     Args:
-        choices, short_table: as of Moving.
+        choices: K.
         on_gpu: rows are weighted by a product of equal shapes, which a GPU does in a quarter of the time.
     """
 
-    def __init__(self, choices: int, on_gpu: bool = False, short_table: bool = False):
-        super().__init__(choices, short_table)
+    def __init__(self, choices: int, on_gpu: bool = False):
+        super().__init__(choices)
         self.on_gpu, self.take_gates = on_gpu, TakeRows()
         self.sum, self.ones = ops.MatMul(), ops.Ones()  # functions fail in a compiled `bprop`
 
     def construct(self, outputs: Tensor, gates: Tensor, dispatch_index: Tensor, combine_index: Tensor) -> Tensor:
         """`dispatch_index` serves the gradient only."""
-        table, slots, gates = self._table(outputs), self._of_choices(combine_index), self._of_choices(gates)
+        table, slots, gates = with_zero_row(outputs), self._of_choices(combine_index), self._of_choices(gates)
         rows = self._weighted(self.take(table, slots[0]), gates[0])  # [G, N, D]
         for k in range(1, self.choices):
             rows = rows + self._weighted(self.take(table, slots[k]), gates[k])
@@ -146,7 +139,7 @@ class Combine(Moving):
         return rows * full.reshape(rows.shape)
 
     def bprop(self, outputs, gates, dispatch_index, combine_index, out, d_out):
-        table, parts = self._table(outputs), ()  # the forward pass' rows again
+        table, parts = with_zero_row(outputs), ()  # the forward pass' rows again
         for slot in self._of_choices(combine_index):
             parts = (*parts, self._row_sums(self.take(table, slot) * d_out))  # [G * N, 1]
         d_gates = parts[0] if self.choices == 1 else ops.concat(parts, 1)  # [G * N, K]
@@ -159,9 +152,9 @@ class Combine(Moving):
     def _to_slots(self, d_out, gates, dispatch_index):
         """The gradient of the outputs [G, M, D]: the gradient of a slot's row, times its gate."""
         if self.choices == 1:  # weighted by the forward pass' product, before there are more slots than rows
-            return self.take(self._table(self._weighted(d_out, gates)), dispatch_index)
+            return self.take(with_zero_row(self._weighted(d_out, gates)), dispatch_index)
         weight = self.take_gates(with_zero_row(ops.expand_dims(gates, 2)), dispatch_index)  # [G, M, 1]
-        rows = self.take(self._table(d_out), dispatch_index // self.choices)  # [G, M, D]
+        rows = self.take(with_zero_row(d_out), dispatch_index // self.choices)  # [G, M, D]
         return self._weighted(rows, weight.reshape(dispatch_index.shape))
 
     def _row_sums(self, rows):

@@ -175,9 +175,7 @@ class SlotDispatcher(Dispatcher):
         rules = (moe.expert_num, self.choices, factor, moe.drop_order, moe.min_capacity)
         self.plan = CapacityPlan(*rules, counts="CountedOrder" in fused)
         self.reroute = Reroute(*rules, moe.reroute) if moe.reroute and factor is not None else None
-        short = "GatherZeros" in fused
-        self.to_slots = Dispatch(self.choices, short)
-        self.to_tokens = Combine(self.choices, self.dtype is not None, short)
+        self.to_slots, self.to_tokens = Dispatch(self.choices), Combine(self.choices, self.dtype is not None)
 
     def send(self, tokens: Tensor, routing: dict) -> tuple:
         """Returns (slots [G, E, C, D], gates [G, N * K], dispatch_index, combine_index, kept_mask)."""
