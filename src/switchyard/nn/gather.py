@@ -8,8 +8,8 @@ The index behind the last row names a row of zeros. A product with 0 would not d
 such row would spoil rows that have nothing to do with it. Gathering from a table with one more row costs two thirds of
 gathering and multiplying (forward, 2,048 rows of 256 on two CPU cores: 0.96 and 1.45 ms; with `where` 1.61 ms).
 EmbeddingLookup needs no row of zeros and takes a quarter of the time, but MindSpore 2.9's compiler ends with a
-segmentation fault where the graph of a whole training step contains it, on CPU and GPU. Gather on a GPU ends the process
-at an index beyond the table.
+segmentation fault where the graph of a whole training step contains it, on CPU and GPU. Gather on a GPU ends the
+process at an index beyond the table.
 """
 
 from mindspore import Tensor, nn, ops
