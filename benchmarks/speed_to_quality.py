@@ -31,6 +31,9 @@ CASES = {
     "32 experts, 1 chosen": {"expert_num": 32, "router": "switch"},
     "128 experts, 1 chosen": {"expert_num": 128, "router": "switch"},
     "16 experts of half the width, 2 chosen": {"expert_num": 16, "num_experts_chosen": 2, "router": "top_k"},
+    "8 experts, 1 chosen, gates times 8": {"expert_num": 8, "router": {"name": "switch", "routed_scaling_factor": 8}},
+    "8 experts by hash": {"expert_num": 8, "router": "hash", "aux_loss_factor": 0.0, "z_loss_factor": 0.0},
+    "32 experts by hash": {"expert_num": 32, "router": "hash", "aux_loss_factor": 0.0, "z_loss_factor": 0.0},
 }
 SMALL = {
     "num_layers": 2,
