@@ -25,6 +25,8 @@ from pathlib import Path
 import psutil
 from workers import newest_commit, record
 
+from switchyard.json_text import to_json
+
 FILE_BYTES, SENTENCES, WORDS = 500_000_000, 2_000, 5_000  # of a file
 IN_A_DOCUMENT = 40  # sentences, about 3 kB
 EVERY = 0.5  # seconds between two readings of the memory
@@ -140,7 +142,7 @@ def main() -> None:
     parser.add_argument("--read", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.read:
-        print(json.dumps(read(args.read)))
+        print(to_json(read(args.read)))
         return
     sizes = {"byte": SHORT} if args.short else {"byte": args.gigabytes, "bpe": args.bpe_gigabytes}
     rows, commit = [], newest_commit()
