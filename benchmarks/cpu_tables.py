@@ -114,10 +114,10 @@ def rate(tokens: int, ms: float, words: dict) -> str:
 def steps(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
     """Yields a row for each size, dense and conditional."""
     for size in dict.fromkeys(row["size"] for row in rows):
+        least = {row["contender"].removeprefix(f"{size} "): row["min_ms"] for row in rows if row["size"] == size}
         for kind, text in words["kinds"].items():
-            names = {row["contender"].removeprefix(f"{size} "): row["min_ms"] for row in rows if row["size"] == size}
-            ours = names[f"switchyard {kind}"]
-            peers = {name: ms for name, ms in names.items() if name.startswith(f"torch {kind}")}
+            ours = least[f"switchyard {kind}"]
+            peers = {name: ms for name, ms in least.items() if name.startswith(f"torch {kind}")}
             best = min(peers, key=peers.get, default=None)
             cells = ("", "", "")
             if best is not None:

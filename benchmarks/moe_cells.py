@@ -1,4 +1,4 @@
-"""The cells that moe_layer.py times: a layer with its losses, its expert products alone, a dense layer."""
+"""The cells that benchmarks of the layer time: a layer with its losses, its expert products alone, a dense layer."""
 
 import mindspore as ms
 import numpy as np

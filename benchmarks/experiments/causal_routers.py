@@ -11,8 +11,13 @@ from common import arguments, end, run_cases, sections
 HALF = 128  # hidden width of an expert where two are chosen
 ONE = {"expert_num": 8, "num_experts_chosen": 1}
 TWO = {"expert_num": 16, "num_experts_chosen": 2, "moe_intermediate_size": HALF}
-SHARED = {"expert_num": 16, "moe_intermediate_size": HALF, "shared_expert_num": 1}
-SHARED |= {"aux_loss_factor": 0.001, "z_loss_factor": 0.0}  # the recipe of config/shakespeare_char_switch_cpu.yaml
+SHARED = {  # the recipe of config/shakespeare_char_switch_cpu.yaml
+    "expert_num": 16,
+    "moe_intermediate_size": HALF,
+    "shared_expert_num": 1,
+    "aux_loss_factor": 0.001,
+    "z_loss_factor": 0.0,
+}
 CASES = {
     "dense model": {},
     "switch": {**ONE, "router": "switch"},

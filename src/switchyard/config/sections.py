@@ -52,7 +52,7 @@ class Section(BaseModel):
 
 
 def messages(problems: list[dict[str, Any]], path: tuple) -> str:
-    """What pydantic's problems at `path`, or inside, say is allowed."""
+    """Returns what pydantic's problems at `path`, or inside, say is allowed."""
     here = [one["msg"].removeprefix("Value error, ") for one in problems if one["loc"][: len(path)] == tuple(path)]
     return " or ".join(dict.fromkeys(text[0].lower() + text[1:] for text in here))
 

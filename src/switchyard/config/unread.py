@@ -149,7 +149,7 @@ def _by_positions(config: Config) -> Iterator[Unread]:
 
 
 def _by_router(config: Config) -> Iterator[Unread]:
-    """What the router does not read."""
+    """Yields what the router does not read."""
     router = config.moe.router
     if router not in ROUTERS:
         return

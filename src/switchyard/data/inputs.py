@@ -119,7 +119,12 @@ def _describe(path: Path, name: str, fraction: float, whole: bool) -> SourceFile
 def kind_of(name: str) -> str:
     """Returns text, json or parquet by the end of a file's name, without that of a compression."""
     stem = Path(name.lower())
-    return KINDS.get(Path(stem.stem if stem.suffix in COMPRESSED else stem).suffix, "text")
+    return KINDS.get(Path(stem.stem if is_compressed(name) else stem).suffix, "text")
+
+
+def is_compressed(name: str) -> bool:
+    """Says whether a file of this name is compressed."""
+    return Path(name.lower()).suffix in COMPRESSED
 
 
 def units_of(file: SourceFile, fraction: float, fields: tuple[str, ...] | None) -> Iterator[Unit]:
@@ -246,7 +251,7 @@ def _without_mark(file: SourceFile, first: bytes) -> tuple[bytes, int]:
 
 def _held_out_from(file: SourceFile, fraction: float) -> int:
     """Returns the offset from which a text file validates; a compressed file is decompressed once for its size."""
-    compressed = Path(file.name.lower()).suffix in COMPRESSED
+    compressed = is_compressed(file.name)
     size = sum(map(len, chunks(file))) if compressed else file.size
     return size - round(size * fraction)
 

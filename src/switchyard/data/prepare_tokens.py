@@ -26,7 +26,7 @@ from switchyard.data import shards
 from switchyard.data.bpe import train_bpe
 from switchyard.data.document import Document
 from switchyard.data.encoding import Encoded, texts_of
-from switchyard.data.inputs import BINARY, COMPRESSED, UNIT, BadSource, SourceFile, Unit, find_files, units_of
+from switchyard.data.inputs import BINARY, UNIT, BadSource, SourceFile, Unit, find_files, is_compressed, units_of
 from switchyard.data.shards import Shard, ShardWriter, TokenManifest
 from switchyard.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, read_tokenizer
 from switchyard.data.workers import encode_in_order
@@ -297,7 +297,7 @@ class _Job:
         self._said = now
         rate = (self._tokens - self._resumed) / max(now - self._started, 1e-9)
         done, total = (sum(file.size for file in part) for part in (self._files[:number], self._files))
-        if number < len(self._files) and not self._files[number].name.lower().endswith(COMPRESSED):
+        if number < len(self._files) and not is_compressed(self._files[number].name):
             done += min(unit * UNIT, self._files[number].size)  # units count bytes that are not compressed
         print(
             f"{number:,} of {len(self._files):,} files, {done / 1e6:,.1f} of {total / 1e6:,.1f} MB; "

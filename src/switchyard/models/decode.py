@@ -19,7 +19,7 @@ from switchyard.moe.routing.softmax import Switch, TopK
 
 
 class Decode(_Half):
-    """One token a sequence: tokens [B], positions [B], 2 L caches [B, J, T, h] -> logits [B, V].
+    """Decodes one token a sequence: tokens [B], positions [B], 2 L caches [B, J, T, h] -> logits [B, V].
 
     Caches are those of the keys, layer by layer, then those of the values. The step writes its keys and values into
     them, in place: nothing is handed on, and the next step takes the same tensors. `positions` are the places of the

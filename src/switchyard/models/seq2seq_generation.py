@@ -191,8 +191,8 @@ class Begin(_Answer):
 
 
 class Continue(_Answer):
-    """One token an answer: tokens [B], positions [B], what `Encode` gave of inputs of lengths [B], and the 2 L caches
-    [B, H, T, h] of `Begin`, which are written in place -> logits [B, V].
+    """Decodes one token an answer: tokens [B], positions [B], what `Encode` gave of inputs of lengths [B], and the 2 L
+    caches [B, H, T, h] of `Begin`, which are written in place -> logits [B, V].
 
     Args:
         model, max_length, shard: see Encode.

@@ -16,7 +16,7 @@ from switchyard.nn.initializers import InitialWeights
 
 @dataclass(frozen=True)
 class ExpertSetting:
-    """What experts are built from.
+    """Holds what experts are built from.
 
     expert_num: E. hidden_size: D. intermediate_size: F. activation: model.activation. std: initial standard deviation
     of the first matrices, of the last. dtype: of matrix products. random: draws initial weights.

@@ -61,7 +61,7 @@ class TakeSlicedRows(nn.Cell):
 
 
 class Moving(nn.Cell):
-    """What Dispatch and Combine share.
+    """Holds what Dispatch and Combine share.
 
     Args:
         choices: K.

@@ -21,7 +21,7 @@ def decisions(experts: int) -> int:
 
 
 class Descent(nn.Cell):
-    """One path down the tree: rows [n, D], weight [E - 1, D], bias [E - 1] -> experts [n] int32.
+    """Follows one path down the tree: rows [n, D], weight [E - 1, D], bias [E - 1] -> experts [n] int32.
 
     Only the nodes on a row's own way are computed: log2 E products of gathered weights, not E - 1.
     """
