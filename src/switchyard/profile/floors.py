@@ -1,11 +1,13 @@
 """What a part cannot do without: the same matrix products alone, or the same bytes moved by a copy."""
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
 from switchyard.profile.parts import Part
 
 COPIED = 4_000_000  # float32 numbers of the copy that tells the bandwidth
+COPIED_BY_GPU = 64_000_000  # far more than its cache holds
 
 
 class Products(nn.Cell):
@@ -38,15 +40,20 @@ class Products(nn.Cell):
 
 
 class Copy(nn.Cell):
-    """Reads and writes COPIED numbers."""
+    """Reads and writes `copied()` numbers."""
 
     def __init__(self):
         super().__init__()
-        self.inputs = (Tensor(np.ones(COPIED, np.float32)),)
+        self.inputs = (Tensor(np.ones(copied(), np.float32)),)
         self.relu = ops.ReLU()
 
     def construct(self, numbers):
         return self.relu(numbers)
+
+
+def copied() -> int:
+    """Returns how many float32 numbers the copy moves on this device."""
+    return COPIED if ms.get_context("device_target") == "CPU" else COPIED_BY_GPU
 
 
 def floor_cells(parts: list[Part], dtype) -> dict[str, nn.Cell]:
@@ -66,4 +73,4 @@ def floor_of(part: Part, seconds: dict[str, float], backward: bool) -> float | N
     if part.products:
         return seconds.get(name, 0.0)
     moved = part.moved[backward]
-    return moved * seconds["copy"] / (2 * 4 * COPIED) if moved else None
+    return moved * seconds["copy"] / (2 * 4 * copied()) if moved else None
