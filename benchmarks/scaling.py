@@ -11,13 +11,16 @@ read backward and written as gradients. Where torch is installed, the three ways
 memory: the most that the process holds in a step, less what it held before the model was made, against parameters,
 gradients, moments and kept activations as the planner counts them; what the compiler left behind is in it. Linux only.
 compile: CPU seconds of the first step less those of a later one, by layers and by experts.
+Both once more for a second start, which takes the compiled step from context.compile_cache.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -73,20 +76,22 @@ def measure_layers(part: str, shapes: list, rounds: int) -> list[dict]:
     return rows
 
 
-def trained(layers: int, width: int, experts: int, batch: int, length: int) -> dict:
-    """Returns the bytes and seconds of three train steps in this process."""
+def trained(layers: int, width: int, experts: int, batch: int, length: int, cache: str | None = None) -> dict:
+    """Returns the bytes and seconds of three train steps in this process; `cache` keeps the compiled step."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # MindSpore's kernels have a pool of their own
     os.environ.setdefault("GLOG_v", "3")
     import mindspore as ms
 
     from switchyard.config import build
     from switchyard.planner.costs import costs
+    from switchyard.training.compile_cache import compile_cache
     from switchyard.training.step import create_step
 
     ms.set_context(mode=ms.GRAPH_MODE)
     model = {"num_layers": layers, "hidden_size": width, "num_heads": 4, "seq_length": length, "norm": "layernorm"}
     moe = {"expert_num": experts, "layers": "all"}
-    config = build({"model": model, "moe": moe, "data": {"batch_size": batch}}, [])
+    sections = {"model": model, "moe": moe, "data": {"batch_size": batch}, "context": {"compile_cache": cache}}
+    config = build(sections)
     (ms.Tensor(np.ones((64, 64), np.float32)) @ ms.Tensor(np.ones((64, 64), np.float32))).asnumpy()
     before = status("VmRSS")
     step = create_step(config, VOCABULARY)
@@ -96,7 +101,8 @@ def trained(layers: int, width: int, experts: int, batch: int, length: int) -> d
     seconds = []
     for _ in range(3):
         start = time.process_time()
-        step(tokens, tokens, valid, noise, 1e-3)
+        with nullcontext() if seconds else compile_cache(config, step.shapes, lambda line: None):
+            step(tokens, tokens, valid, noise, 1e-3)
         seconds.append(time.process_time() - start)
     planned = costs(config, VOCABULARY)
     parts = {name: getattr(planned, name) for name in ("weights", "gradients", "optimizer", "activations")}
@@ -112,22 +118,30 @@ def status(name: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def apart(*numbers: int) -> dict:
+def apart(*numbers: int, cache: str | None = None) -> dict:
     """Returns what `trained` finds in a fresh process."""
-    given = ["--train", *map(str, numbers)]
+    given = ["--train", *map(str, numbers), *(["--cache", cache] if cache else [])]
     done = subprocess.run([sys.executable, __file__, *given], capture_output=True, text=True, check=True)
     from switchyard.config.reader import parse_json
 
     return parse_json(done.stdout.splitlines()[-1])
 
 
+def twice(*numbers: int) -> tuple[dict, dict]:
+    """Returns what `trained` finds without a cache, and at the second start with one."""
+    with tempfile.TemporaryDirectory() as cache:
+        apart(*numbers, cache=cache)
+        return apart(*numbers), apart(*numbers, cache=cache)
+
+
 def measure_memory(shapes) -> list[dict]:
     """Returns a row a size, and prints it."""
     rows = []
     for size, *numbers in shapes:
-        found = apart(*numbers)
-        print(f"memory of {size}: {found['peak'] / 1e6:,.0f} MB, needed {found['planned'] / 1e6:,.0f} MB", flush=True)
-        rows.append({"part": "memory", "size": size, **found})
+        found, again = twice(*numbers)
+        peaks = f"{found['peak'] / 1e6:,.0f} MB, second start {again['peak'] / 1e6:,.0f} MB"
+        print(f"memory of {size}: {peaks}, needed {found['planned'] / 1e6:,.0f} MB", flush=True)
+        rows.append({"part": "memory", "size": size, **found, "second_peak": again["peak"]})
     return rows
 
 
@@ -135,9 +149,9 @@ def measure_compile(shapes) -> list[dict]:
     """Returns a row a size, and prints it."""
     rows = []
     for layers, experts in shapes:
-        seconds = apart(layers, 64, experts, 4, 32)["compile"]
-        print(f"compile, {layers} layers, {experts} experts: {seconds:.1f} CPU seconds", flush=True)
-        rows.append({"part": "compile", "layers": layers, "experts": experts, "seconds": seconds})
+        first, second = (found["compile"] for found in twice(layers, 64, experts, 4, 32))
+        print(f"compile, {layers} layers, {experts} experts: {first:.1f}, then {second:.1f} CPU seconds", flush=True)
+        rows.append({"part": "compile", "layers": layers, "experts": experts, "seconds": first, "second": second})
     return rows
 
 
@@ -150,13 +164,14 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--train", type=int, nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         return serve(contender(args.work), least=True)
     if args.train:
         from switchyard.json_text import to_json
 
-        return print(to_json(trained(*args.train)))
+        return print(to_json(trained(*args.train, cache=args.cache)))
     rows, parts = [], ("experts", "compile") if args.short else args.parts
     for part in parts:
         if part in PARTS:
