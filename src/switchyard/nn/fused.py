@@ -17,6 +17,10 @@ operator where its name is among these:
         HalfLogits           models.decoder.Decoder and nn.cross_entropy.TokenLosses: float16 logits in training
         HalfRows             moe.dispatch.dispatchers.SlotDispatcher: float16 rows to the experts and back
 
+    CPU
+        NormGradient         nn.norm.RMSNorm and LayerNorm, see nn.norm_gradient
+        FloatAttention       nn.float_attention.FloatAttention, float32
+
 GroupedMatmulV4 of moe.dispatch.alltoallv has no twin on other devices: they train without drops by blocks.
 """
 
@@ -24,7 +28,7 @@ from switchyard.config import Config
 from switchyard.config.schema import ModelConfig
 
 NONE: frozenset[str] = frozenset()
-OF_DECODER = {"FlashAttentionScore", "HalfAttention", "HalfLogits"}  # the encoder-decoder has a bias of positions
+OF_DECODER = {"FlashAttentionScore", "HalfAttention", "HalfLogits", "FloatAttention"}  # the encoder-decoder has a bias of positions
 HALVES = ("float16", "bfloat16")  # the only types that FlashAttentionScore computes in
 MASK_LIMIT = 2**25  # values of the mask of HalfAttention: 64 MiB in float16
 
@@ -35,9 +39,9 @@ def fused_operators(config: Config, target: str) -> frozenset[str]:
     An operator is left out where its limits do not hold: FlashAttentionScore wants half precision and heads of 16, 32,
     .. 512 columns; HalfAttention wants float16 and a mask of at most MASK_LIMIT values.
     """
-    if not config.context.fused_operators or not config.reads_text or target not in ("Ascend", "GPU"):
+    if not config.context.fused_operators or not config.reads_text:
         return NONE
-    found = of_ascend(config.model) if target == "Ascend" else of_gpu(config.model)
+    found = {"Ascend": of_ascend, "GPU": of_gpu, "CPU": of_cpu}[target](config.model)
     if config.model.type == "seq2seq":
         return found - OF_DECODER
     reads_twice = config.moe.consistency_loss_factor > 0 or config.train.distill is not None
@@ -57,3 +61,9 @@ def of_gpu(model: ModelConfig) -> frozenset[str]:
     half = model.compute_dtype == "float16"
     found = {"LayerNorm", "SiLU", "AbsGrad", "CountedOrder"} | ({"HalfRows", "HalfLogits"} if half else set())
     return frozenset(found | ({"HalfAttention"} if half and mask <= MASK_LIMIT else set()))
+
+
+def of_cpu(model: ModelConfig) -> frozenset[str]:
+    """Returns the operators and gradients that are faster on CPU than what MindSpore derives, and fit a model."""
+    whole = model.compute_dtype == "float32" and model.seq_length**2 <= MASK_LIMIT
+    return frozenset({"NormGradient"} | ({"FloatAttention"} if whole else set()))
