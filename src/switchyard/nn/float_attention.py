@@ -104,18 +104,19 @@ class FloatAttention(nn.Cell):
     The plain twin is `nn.layers.Attention.mix_heads`, whose softmax in training is less exact.
 
     Args:
-        mask: what is added to scores [S, S].
+        mask: `flat_mask` of S; the layers share it.
+        length: S.
         kv_heads: J.
         repeat: R.
         head_size: h.
         rotary: rotates queries and keys; None = nothing does.
     """
 
-    def __init__(self, mask: Tensor, kv_heads: int, repeat: int, head_size: int, rotary: Rotary | None):
+    def __init__(self, mask: Tensor, length: int, kv_heads: int, repeat: int, head_size: int, rotary: Rotary | None):
         super().__init__()
-        self.length, self.heads, self.size, self.scale = mask.shape[0], kv_heads, head_size, head_size**-0.5
+        self.length, self.heads, self.size, self.scale = length, kv_heads, head_size, head_size**-0.5
         self.split, self.join = SplitHeads(self.length, kv_heads, repeat), JoinHeads(self.length, kv_heads * repeat)
-        self.attend = MaskedAttention(mask.reshape(-1), head_size)
+        self.attend = MaskedAttention(mask, head_size)
         self.queries, self.keys = None, None
         if rotary is not None:
             tables = rotation_tables(rotary, self.length, 1, head_size, self.scale)  # [S, 3 * h], queries first

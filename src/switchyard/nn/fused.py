@@ -28,7 +28,8 @@ from switchyard.config import Config
 from switchyard.config.schema import ModelConfig
 
 NONE: frozenset[str] = frozenset()
-OF_DECODER = {"FlashAttentionScore", "HalfAttention", "HalfLogits", "FloatAttention"}  # the encoder-decoder has a bias of positions
+# the encoder-decoder has a bias of positions
+OF_DECODER = {"FlashAttentionScore", "HalfAttention", "HalfLogits", "FloatAttention"}
 HALVES = ("float16", "bfloat16")  # the only types that FlashAttentionScore computes in
 MASK_LIMIT = 2**25  # values of the mask of HalfAttention: 64 MiB in float16
 

@@ -13,8 +13,8 @@ from switchyard.config import ModelConfig
 from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.distributed.placement import axes_of
 from switchyard.nn.cast import Cast
-from switchyard.nn.fused import NONE
 from switchyard.nn.float_attention import FloatAttention
+from switchyard.nn.fused import NONE
 from switchyard.nn.half_attention import HalfAttention, flat_mask
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlice, NoiseSlices
@@ -192,9 +192,8 @@ class Attention(nn.Cell):
             tables = rotation_tables(self.rotary, self.length, self.repeat, self.head_size, self.scale)
             self.rotate = SplitAndRotate(tables, self.repeat, self.head_size, dtype, model.rotary_size)
         if "FloatAttention" in fused:
-            self.float = FloatAttention(
-                self._mask(self.length), self.kv_heads, self.repeat, self.head_size, self.rotary
-            )
+            mask = flat_mask(self.length, 1, dtype, window)
+            self.float = FloatAttention(mask, self.length, self.kv_heads, self.repeat, self.head_size, self.rotary)
 
     def construct(self, x: Tensor, batch: int, segments: Tensor = None) -> Tensor:
         """Every position sees itself and those before it, within its window and within its segment.

@@ -21,8 +21,7 @@ class RootMeanSquare(nn.Cell):
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.eps, self.share = eps, 1.0 / width
-        self.ones = Tensor(np.ones((1, width), np.float32))
+        self.eps, self.shares = eps, Tensor(np.full((1, width), 1.0 / width, np.float32))
         self.mean, self.rsqrt, self.expand = ops.ReduceMean(keep_dims=True), ops.Rsqrt(), ops.ExpandDims()
         self.product, self.t_product = ops.MatMul(), ops.MatMul(transpose_a=True)
 
@@ -37,8 +36,8 @@ class RootMeanSquare(nn.Cell):
         """Returns (dx [N, D], dgain [D])."""
         scale, both = self.scale(x), x * d_out
         d_gain = self.t_product(scale, both).reshape(-1)  # [1, D] -> [D]
-        means = self.product(both, self.expand(gain, 1)) * self.share  # [N, 1]
-        back = x * self.product(scale * scale * scale * means, self.ones)  # [N, D]
+        sums = self.product(both, self.expand(gain, 1))  # [N, 1]
+        back = x * self.product(scale * scale * scale * sums, self.shares)  # [N, D]
         return d_out * self.product(scale, self.expand(gain, 0)) - back, d_gain
 
     def bprop(self, x, gain, out, d_out):
@@ -55,6 +54,7 @@ class CentredRootMeanSquare(RootMeanSquare):
     def __init__(self, width: int, eps: float):
         super().__init__(width, eps)
         self.add, self.add_to_rows, self.sum = ops.BiasAdd(), ops.BiasAdd("NCHW"), ops.ReduceSum()
+        self.minus_shares = Tensor(np.full((width, 1), -1.0 / width, np.float32))
 
     def construct(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         centred = self.centre(x)
@@ -62,8 +62,8 @@ class CentredRootMeanSquare(RootMeanSquare):
 
     def centre(self, x: Tensor) -> Tensor:
         """Returns rows [N, D] minus their means."""
-        means = self.mean(x, -1).reshape(-1)  # [N]
-        return self.add_to_rows(self.expand(x, 0), -means).reshape(x.shape)  # [1, N, D] -> [N, D]
+        minus_means = self.product(x, self.minus_shares).reshape(-1)  # [N]
+        return self.add_to_rows(self.expand(x, 0), minus_means).reshape(x.shape)  # [1, N, D] -> [N, D]
 
     def bprop(self, x, gain, bias, out, d_out):
         d_centred, d_gain = self.gradients(self.centre(x), gain, d_out)
