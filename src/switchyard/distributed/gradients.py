@@ -16,7 +16,8 @@ class GlobalNorm(nn.Cell):
     def __init__(self):
         super().__init__()
         self.sum, self.sqrt, self.add = ops.ReduceSum(), ops.Sqrt(), ops.AddN()
-        self.multiplies, self.dot = ms.get_context("device_target") == "GPU", ops.BatchMatMul(transpose_b=True)
+        self.axes = {"GPU": (2, 3, 4, 5), "CPU": (1,)}.get(ms.get_context("device_target"), ())  # of what is multiplied
+        self.dot = ops.BatchMatMul(transpose_b=True)
 
     def construct(self, gradients: tuple) -> Tensor:
         sums = ()
@@ -26,11 +27,11 @@ class GlobalNorm(nn.Cell):
 
     def sum_of_squares(self, gradient: Tensor) -> Tensor:
         """[..., n] -> []; one axis at a time: far quicker on CPU than two."""
-        length = gradient.shape[-1]
-        if self.multiplies == (len(gradient.shape) > 1):
+        axes, length = len(gradient.shape), gradient.shape[-1]
+        if axes in self.axes:
             rows = gradient.reshape(-1, 1, length)  # [rows, 1, n]
             products = self.dot(rows, rows)  # [rows, 1, 1]
-            return products.reshape(()) if len(gradient.shape) == 1 else self.sum(products)
+            return products.reshape(()) if axes == 1 else self.sum(products)
         rows = gradient.reshape(-1, length)  # [rows, n]
         return self.sum(self.sum(rows * rows, -1))  # Square takes half as long again
 
