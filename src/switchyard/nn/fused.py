@@ -1,4 +1,4 @@
-"""Which operators a network is made of on the device, where the composition for CPU is slower.
+"""Which operators a network is made of on the device, where the plain composition is slower.
 
 No MindSpore in here: the planner asks it too. Each stands beside its composed twin in one Cell, which takes the
 operator where its name is among these:
@@ -16,7 +16,6 @@ operator where its name is among these:
         CountedOrder         moe.dispatch.counted_order.CountedOrder
         HalfLogits           models.decoder.Decoder and nn.cross_entropy.TokenLosses: float16 logits in training
         HalfRows             moe.dispatch.dispatchers.SlotDispatcher: float16 rows to the experts and back
-
     CPU
         NormGradient         nn.norm.RMSNorm and LayerNorm, see nn.norm_gradient
         FloatAttention       nn.float_attention.FloatAttention, float32
@@ -38,7 +37,7 @@ def fused_operators(config: Config, target: str) -> frozenset[str]:
     """Returns the names of the operators that the network of text takes on the device `target` (Ascend, GPU or CPU).
 
     An operator is left out where its limits do not hold: FlashAttentionScore wants half precision and heads of 16, 32,
-    .. 512 columns; HalfAttention wants float16 and a mask of at most MASK_LIMIT values.
+    .. 512 columns; HalfAttention wants float16 and FloatAttention float32, both a mask of at most MASK_LIMIT values.
     """
     if not config.context.fused_operators or not config.reads_text:
         return NONE
