@@ -272,7 +272,10 @@ def test_what_is_read_or_holds_anyway_is_neither_refused_nor_told(overrides):
             ["parallel.comm_fusion={allreduce: auto}"],
             "parallel.comm_fusion {'allreduce': 'auto'} (the job runs on one device",
         ),
-        (["context.fused_operators=false"], "context.fused_operators False (only Ascend reads it)"),
+        (
+            ["model.type=vision", "context.fused_operators=false"],
+            "context.fused_operators False (only networks of text",
+        ),
         (["model.type=vision", "model.num_heads=2"], "model.num_heads 2 (model.type 'vision' does not use it)"),
         (
             ["model.type=cascade", "moe.expert_num=1", "model.norm=layernorm"],

@@ -12,6 +12,7 @@ from oracles import fused_probe
 from oracles.fused_probe import BATCH, EPS, TWINS, Mix, Norm, arguments
 
 from switchyard.config import build
+from switchyard.inference.export import inference_config
 from switchyard.nn.activation import SwiGLU
 from switchyard.nn.fused import fused_operators
 from switchyard.simulation.compile import compile_ranks
@@ -29,7 +30,6 @@ PROBE = f"{fused_probe.__name__}:probe"
         ({}, {}, "Ascend", set()),
         ({"compute_dtype": "float32"}, {}, "Ascend", {"FlashAttentionScore"}),
         ({"num_heads": 8}, {}, "Ascend", {"FlashAttentionScore"}),  # 8 columns
-        ({}, {}, "CPU", None),
         ({}, {"fused_operators": False}, "Ascend", None),
         ({"type": "vision"}, {}, "Ascend", None),
     ],
@@ -38,6 +38,20 @@ def test_what_is_fused_follows_device_type_and_head_size(model, context, target,
     tree = {"model": MODEL | model, "context": context, "moe": {"expert_num": 1}}
     everything = {"RmsNorm", "Swiglu", "FlashAttentionScore", "MoeTokenPermute"}
     assert fused_operators(build(tree), target) == (set() if missing is None else everything - missing)
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        ({"compute_dtype": "float32"}, {"NormGradient", "FloatAttention"}),
+        ({}, {"NormGradient"}),
+        ({"type": "vision"}, set()),
+    ],
+)
+def test_a_cpu_takes_gradients_written_for_it(model, found):
+    config = build({"model": MODEL | model, "moe": {"expert_num": 1}})
+    assert fused_operators(config, "CPU") == found
+    assert not fused_operators(inference_config(config), "CPU")  # exported graphs are of plain operators
 
 
 # ---- what stands in for the operators, against the examples of MindSpore 2.9's documentation

@@ -1,4 +1,5 @@
-"""Attention of operators that are fast on a GPU, held to its plain twin on CPU in float32: values and gradients."""
+"""Attention of operators that are fast on a GPU, or on CPU, held to its plain twin on CPU in float32: values and
+gradients."""
 
 import mindspore as ms
 import numpy as np
@@ -31,11 +32,16 @@ class Weighed(nn.Cell):
         return (self.cell(x, BATCH) * weight).sum()
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("position", ["rotary", "learned"])
-def test_half_attention_equals_the_plain_one_in_values_and_gradients(kv_heads, position, graph):
+@pytest.mark.parametrize(
+    ("operator", "kv_heads", "position"),
+    [
+        *(("HalfAttention", kv_heads, position) for position in ("rotary", "learned") for kv_heads in (1, 2, 4)),
+        ("FloatAttention", 2, "rotary"),
+    ],
+)
+def test_attention_equals_the_plain_one_in_values_and_gradients(operator, kv_heads, position, graph):
     plain = attention(n_kv_heads=kv_heads, position=position, init_method_std=0.3)
-    half = attention(frozenset({"HalfAttention"}), n_kv_heads=kv_heads, position=position, init_method_std=0.3)
+    half = attention(frozenset({operator}), n_kv_heads=kv_heads, position=position, init_method_std=0.3)
     random = np.random.default_rng(1)
     x, weight = (Tensor(random.standard_normal((BATCH * LENGTH, WIDTH)).astype(np.float32)) for _ in range(2))
     results = []
@@ -47,10 +53,11 @@ def test_half_attention_equals_the_plain_one_in_values_and_gradients(kv_heads, p
         np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
-def test_half_attention_takes_the_keys_of_attention(pynative):
+@pytest.mark.parametrize("operator", ["HalfAttention", "FloatAttention"])
+def test_it_takes_the_keys_of_attention(operator, pynative):
     """A window, biases, norms, a part of a head that rotates: values and gradients of the plain twin."""
     keys = {"sliding_window": 3, "attention_bias": "all", "qk_norm": "head", "partial_rotary": 0.5, "head_size": 12}
-    cells = [attention(fused, n_kv_heads=2, **keys) for fused in (frozenset(), frozenset({"HalfAttention"}))]
+    cells = [attention(fused, n_kv_heads=2, **keys) for fused in (frozenset(), frozenset({operator}))]
     random, results = np.random.default_rng(1), []
     x, weight = (Tensor(random.standard_normal((BATCH * LENGTH, WIDTH)).astype(np.float32)) for _ in range(2))
     for cell in cells:
@@ -62,8 +69,9 @@ def test_half_attention_takes_the_keys_of_attention(pynative):
     assert np.abs(results[0][1]).max() > 0.1
 
 
-def test_other_lengths_go_the_plain_way():
-    half = attention(frozenset({"HalfAttention"}), n_kv_heads=2)
+@pytest.mark.parametrize("operator", ["HalfAttention", "FloatAttention"])
+def test_other_lengths_go_the_plain_way(operator):
+    half = attention(frozenset({operator}), n_kv_heads=2)
     x = Tensor(np.random.default_rng(1).standard_normal((2 * 4, WIDTH)).astype(np.float32))
     np.testing.assert_array_equal(half(x, 2).asnumpy(), attention(n_kv_heads=2)(x, 2).asnumpy())
 

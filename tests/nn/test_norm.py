@@ -1,5 +1,7 @@
 """Norms against their plain twins: values and gradients to 1e-5."""
 
+import itertools
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -23,9 +25,10 @@ def _plain_layer_norm(eps):
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_norm_equals_its_twin(kind, scale, pynative):
+@pytest.mark.parametrize("fused", [frozenset(), frozenset({"NormGradient"})])
+def test_norm_equals_its_twin(kind, scale, fused, pynative):
     """Value, and the gradients of the rows, the gain and the bias."""
-    norm = create_norm(kind, 16, 1e-5)
+    norm = create_norm(kind, 16, 1e-5, fused)
     random = np.random.default_rng(1)
     names, parameters = zip(*norm.parameters_and_names())
     assert names == (("gain",) if kind == "rmsnorm" else ("gain", "bias"))
@@ -51,7 +54,30 @@ def test_layer_norm_equals_the_shipped_cell(pynative):
 
 
 def test_norm_of_zeros_is_finite(pynative):
-    for kind in ("rmsnorm", "layernorm"):
-        norm, zeros = create_norm(kind, 16, 1e-5), ops.zeros((2, 16))
+    for kind, fused in itertools.product(("rmsnorm", "layernorm"), (frozenset(), frozenset({"NormGradient"}))):
+        norm, zeros = create_norm(kind, 16, 1e-5, fused), ops.zeros((2, 16))
         assert np.isfinite(norm(zeros).asnumpy()).all()
         assert np.isfinite(ms.grad(lambda x, norm=norm: norm(x).sum())(zeros).asnumpy()).all()
+
+
+class Weighed(nn.Cell):
+    """A sum of what a norm gives, weighted."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def construct(self, x, weight):
+        return (self.norm(x) * weight).sum()
+
+
+def test_a_compiled_gradient_of_its_own_equals_the_derived_one(graph):
+    random, results = np.random.default_rng(2), []
+    x, weight = (Tensor(random.standard_normal((5, 16)).astype(np.float32)) for _ in range(2))
+    for fused in (frozenset(), frozenset({"NormGradient"})):
+        norm = create_norm("layernorm", 16, 1e-5, fused)
+        gradients = ops.GradOperation(get_all=True, get_by_list=True)(Weighed(norm), norm.trainable_params())
+        (d_x, _), d_parameters = gradients(x, weight)
+        results.append([part.asnumpy() for part in (norm(x), d_x, *d_parameters)])
+    for expected, found in zip(*results):
+        np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -211,7 +211,7 @@ class ContextConfig(Section):
     device_id: NotNegative | None = Field(None, description="which device of this host; null = MindSpore's choice")
     fused_operators: bool = Field(
         True,
-        description="Ascend: fused attention, norm, SwiGLU and permutation; false = the operators of other devices",
+        description="operators and gradients that are fast on the device, see nn/fused.py; false = plain ones",
     )
     mode: Literal["graph", "pynative"] = Field("graph", description="graph compiles; pynative is for debugging")
     compile_cache: str | None = Field(

@@ -214,7 +214,9 @@ def _by_device(config: Config, target: str) -> Iterator[Unread]:
     if config.context.mode == "pynative":
         yield Unread(("context.compile_cache",), "context.mode pynative compiles no graph")
     if target in ("GPU", "CPU"):
-        yield Unread(("parallel.transformer_opt", "context.fused_operators"), "only Ascend reads it")
+        yield Unread(("parallel.transformer_opt",), "only Ascend reads it")
+    if not config.reads_text:
+        yield Unread(("context.fused_operators",), "only networks of text read it")
     if target in ("Ascend", "CPU"):
         yield Unread(("context.launch_blocking",), "only GPUs read it")
     if target == "CPU":

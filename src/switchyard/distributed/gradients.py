@@ -10,27 +10,30 @@ class GlobalNorm(nn.Cell):
     """Computes the root of the sum of squares over all gradients: tuple of float32 tensors -> [] float32.
 
     It is not finite when any gradient is not. On a GPU a product of each row with itself sums its squares, in three
-    quarters of the time.
+    quarters of the time; on CPU it does so for a vector, which is one operator in place of three.
     """
 
     def __init__(self):
         super().__init__()
-        self.square, self.sum, self.sqrt = ops.Square(), ops.ReduceSum(), ops.Sqrt()
-        self.multiplies, self.dot = ms.get_context("device_target") == "GPU", ops.BatchMatMul(transpose_b=True)
+        self.sum, self.sqrt, self.add = ops.ReduceSum(), ops.Sqrt(), ops.AddN()
+        self.axes = {"GPU": (2, 3, 4, 5), "CPU": (1,)}.get(ms.get_context("device_target"), ())  # of what is multiplied
+        self.dot = ops.BatchMatMul(transpose_b=True)
 
     def construct(self, gradients: tuple) -> Tensor:
-        total = 0.0
+        sums = ()
         for gradient in gradients:
-            total = total + self.sum(self.sums_of_squares(gradient))
-        return self.sqrt(total)
+            sums = (*sums, self.sum_of_squares(gradient))
+        return self.sqrt(self.add(sums))
 
-    def sums_of_squares(self, gradient: Tensor) -> Tensor:
-        """[..., n] -> [rows], or [rows, 1, 1]; one axis at a time: far quicker on CPU than two."""
-        length = gradient.shape[-1]
-        if self.multiplies and len(gradient.shape) > 1:
+    def sum_of_squares(self, gradient: Tensor) -> Tensor:
+        """[..., n] -> []; one axis at a time: far quicker on CPU than two."""
+        axes, length = len(gradient.shape), gradient.shape[-1]
+        if axes in self.axes:
             rows = gradient.reshape(-1, 1, length)  # [rows, 1, n]
-            return self.dot(rows, rows)
-        return self.sum(self.square(gradient.reshape(-1, length)), -1)
+            products = self.dot(rows, rows)  # [rows, 1, 1]
+            return products.reshape(()) if axes == 1 else self.sum(products)
+        rows = gradient.reshape(-1, length)  # [rows, n]
+        return self.sum(self.sum(rows * rows, -1))  # Square takes half as long again
 
 
 class ShardedNorm(nn.Cell):

@@ -342,7 +342,8 @@ class Decoder(TokenRows):
     # ---- local to one device
     def add_positions(self, x: Tensor, tokens: Tensor, table: Tensor) -> Tensor:
         """Adds to x [N, D] the entry of each token's position in the table [S, D]; tokens [B, S]."""
-        places = table[: tokens.shape[1]]
+        length = tokens.shape[1]
+        places = table if length == table.shape[0] else table[:length]  # the slice copies, at a row's pace
         return (x.reshape(-1, *places.shape) + places).reshape(x.shape)
 
     def shard(self, mesh: CompiledMesh) -> None:

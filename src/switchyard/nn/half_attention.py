@@ -32,16 +32,17 @@ class HalfAttention(nn.Cell):
     Args:
         mask: `flat_mask` of S and R; all layers share one.
         head_size: h.
+        columns: of the product that adds `- d`; on a GPU a product wants rows of 16 bytes.
     """
 
-    def __init__(self, mask: Tensor, head_size: int):
+    def __init__(self, mask: Tensor, head_size: int, columns: int = 8):
         super().__init__()
         self.mask = mask
         self.product, self.product_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
         self.t_product, self.row_sums = ops.BatchMatMul(transpose_a=True), ops.MatMul()
         self.tile, self.softmax, self.join = ops.Tile(), ops.Softmax(-1), ops.Concat(-1)
-        self.ones = Tensor(np.ones((head_size, 8)), mask.dtype)  # 8 columns: a product wants rows of 16 bytes
-        self.first, self.fill = Tensor(np.eye(1, 8), mask.dtype), ops.Ones()
+        self.ones, self.columns = Tensor(np.ones((head_size, columns)), mask.dtype), columns
+        self.first, self.fill = Tensor(np.eye(1, columns), mask.dtype), ops.Ones()
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.product(self.probabilities(query, key), value)  # [P, S * R, h]
@@ -56,8 +57,9 @@ class HalfAttention(nn.Cell):
     def bprop(self, query, key, value, out, d_out):
         weights = self.probabilities(query, key)  # [P, S * R, S]
         heads, rows, size = out.shape
-        sums = self.row_sums((d_out * out).reshape(-1, size), self.ones).reshape(heads, rows, 8)  # 8 times the same
+        sums = self.row_sums((d_out * out).reshape(-1, size), self.ones)  # in each column the same
+        sums = sums.reshape(heads, rows, self.columns)
         column = self.row_sums(self.fill((heads * key.shape[1], 1), out.dtype), self.first)  # 1, 0, 0, .. a row
-        column = column.reshape(heads, key.shape[1], 8)
+        column = column.reshape(heads, key.shape[1], self.columns)
         d_scores = weights * self.product_t(self.join((d_out, -sums)), self.join((value, column)))  # [P, S * R, S]
         return self.product(d_scores, key), self.t_product(d_scores, query), self.t_product(weights, d_out)

@@ -13,6 +13,7 @@ from switchyard.config import ModelConfig
 from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.distributed.placement import axes_of
 from switchyard.nn.cast import Cast
+from switchyard.nn.float_attention import FloatAttention
 from switchyard.nn.fused import NONE
 from switchyard.nn.half_attention import HalfAttention, flat_mask
 from switchyard.nn.initializers import InitialWeights
@@ -185,11 +186,14 @@ class Attention(nn.Cell):
         self.widen = Cast(mstype.float32)
         self.local = self.mix_heads
         self.fused = self._fused() if "FlashAttentionScore" in fused else None
-        self.half, self.length = None, model.seq_length
+        self.half, self.float, self.length = None, None, model.seq_length
         if "HalfAttention" in fused:
             self.half = HalfAttention(flat_mask(self.length, self.repeat, dtype, window), self.head_size)
             tables = rotation_tables(self.rotary, self.length, self.repeat, self.head_size, self.scale)
             self.rotate = SplitAndRotate(tables, self.repeat, self.head_size, dtype, model.rotary_size)
+        if "FloatAttention" in fused:
+            mask = flat_mask(self.length, 1, dtype, window)
+            self.float = FloatAttention(mask, self.length, self.kv_heads, self.repeat, self.head_size, self.rotary)
 
     def construct(self, x: Tensor, batch: int, segments: Tensor = None) -> Tensor:
         """Every position sees itself and those before it, within its window and within its segment.
@@ -215,6 +219,8 @@ class Attention(nn.Cell):
             qkv = self.qk_norm.work(qkv, one, other)
         if self.half is not None and segments is None and qkv.shape[0] == batch * self.length:
             return self._attend_half(qkv, batch)
+        if self.float is not None and segments is None and qkv.shape[0] == batch * self.length:
+            return self.float(qkv, batch)
         query, key, value = self._split_heads(qkv, batch)
         length = query.shape[3]
         if self.rotary is not None:

@@ -11,16 +11,22 @@ from mindspore.ops.auto_generate import RmsNorm
 from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.distributed.placement import axes_of
 from switchyard.nn.fused import NONE
+from switchyard.nn.norm_gradient import CentredRootMeanSquare, RootMeanSquare
 
 
 class RMSNorm(nn.Cell):
     """y = x / sqrt(mean(x^2) + eps) * gain (arXiv 1910.07467, eq. 4): [N, D] -> [N, D], in float32.
 
-    `fused`: by one operator of Ascend.
+    Args:
+        width: D.
+        eps: as above.
+        fused: by one operator of Ascend.
+        own_gradient: with the gradient of nn.norm_gradient.
     """
 
-    def __init__(self, width: int, eps: float, fused: bool = False):
+    def __init__(self, width: int, eps: float, fused: bool = False, own_gradient: bool = False):
         super().__init__()
+        self.own = RootMeanSquare(width, eps) if own_gradient else None
         self.eps, self.fused = eps, RmsNorm(eps) if fused else None
         self.gain = Parameter(Tensor(np.ones(width, np.float32)), name="gain")
         self.ones = Tensor(np.ones((1, width), np.float32))
@@ -37,6 +43,12 @@ class RMSNorm(nn.Cell):
         """The equation itself: x [N, D], gain [D]."""
         if self.fused is not None:
             return self.fused(x, gain)[0]
+        if self.own is not None:
+            return self.own(x, gain)
+        return self.composed(x, gain)
+
+    def composed(self, x: Tensor, gain: Tensor) -> Tensor:
+        """The equation of operators that every device has."""
         scale = self.rsqrt(self.mean(x * x, -1) + self.eps)  # [N, 1]
         gains = self.broadcast(ops.ones_like(scale), ops.expand_dims(gain, 0))  # [N, D]; no Reshape: training.pipeline
         return self.scale(x * self.broadcast(scale, self.ones), gains)
@@ -52,10 +64,12 @@ class LayerNorm(RMSNorm):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * gain + bias (arXiv 1607.06450, eq. 4): [N, D] -> [N, D], in float32.
 
     That is RMSNorm of the centred rows, and a bias. `fused`: by one operator, which is the faster one on a GPU.
+    `own_gradient`: see RMSNorm.
     """
 
-    def __init__(self, width: int, eps: float, fused: bool = False):
+    def __init__(self, width: int, eps: float, fused: bool = False, own_gradient: bool = False):
         super().__init__(width, eps)
+        self.own = CentredRootMeanSquare(width, eps) if own_gradient else None
         self.one = ops.LayerNorm(1, 1, eps) if fused else None
         self.bias = Parameter(Tensor(np.zeros(width, np.float32)), name="bias")
 
@@ -66,13 +80,15 @@ class LayerNorm(RMSNorm):
         """The equation itself: x [N, D], gain and bias [D]."""
         if self.one is not None:
             return self.one(x, gain, bias)[0]
+        if self.own is not None:
+            return self.own(x, gain, bias)
         mean = self.mean(x, -1)  # [N, 1]
-        gained = super().normalise(x - self.broadcast(mean, self.ones), gain)
+        gained = self.composed(x - self.broadcast(mean, self.ones), gain)
         return gained + self.broadcast(ops.ones_like(mean), bias.reshape(1, -1))
 
 
 def create_norm(kind: str, width: int, eps: float, fused: frozenset[str] = NONE) -> nn.Cell:
     """The norm that `model.norm` names; `fused`: see nn.fused."""
     if kind == "layernorm":
-        return LayerNorm(width, eps, "LayerNorm" in fused)
-    return RMSNorm(width, eps, "RmsNorm" in fused)
+        return LayerNorm(width, eps, "LayerNorm" in fused, "NormGradient" in fused)
+    return RMSNorm(width, eps, "RmsNorm" in fused, "NormGradient" in fused)

@@ -27,7 +27,8 @@ class HeadNorm(nn.Cell):
     def __init__(self, model: ModelConfig, fused: frozenset[str] = NONE):
         super().__init__()
         self.repeat, self.size = model.num_heads // model.kv_heads, model.size_of_head
-        self.queries, self.keys = (RMSNorm(self.size, model.norm_eps, "RmsNorm" in fused) for _ in range(2))
+        kinds = "RmsNorm" in fused, "NormGradient" in fused
+        self.queries, self.keys = (RMSNorm(self.size, model.norm_eps, *kinds) for _ in range(2))
         self.join = ops.Concat(1)
 
     def construct(self, qkv: Tensor) -> Tensor:
