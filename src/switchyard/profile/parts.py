@@ -153,7 +153,8 @@ def attention_parts(model: Decoder, x: Tensor, batch: int) -> Iterator[Part]:
         return attention(x, batch)
 
     positions = None
-    if attention.rotary is not None and attention.half is None and attention.fused is None:
+    apart = attention.half is None and attention.fused is None and attention.float is None
+    if attention.rotary is not None and apart:
         positions = "positions"
         query, key = (ops.zeros((batch, heads, *repeats, length, size), x.dtype) for repeats in ((repeat,), ()))
         moved = 2.0 * (repeat + 1) * heads * size * rows * FLOAT
