@@ -13,6 +13,8 @@ from switchyard.models.decode import Decode, has_plain_experts
 from switchyard.models.generation import Prefill, cast_products
 from switchyard.models.seq2seq_generation import Begin, Continue, Encode
 
+PARTS = 4  # of the queries of a prompt, see models.generation
+
 
 def graphs_of(
     model: nn.Cell, max_length: int, block: int, shard: ExpertShard | None = None, copies: bool = True
@@ -39,7 +41,7 @@ def graphs_of(
             DECODE: (Continue(model, max_length, shard), row, row, *memory, *caches),
         }
     graphs = {
-        PREFILL: (Prefill(model, max_length, block, shard), tokens, row),
+        PREFILL: (Prefill(model, max_length, block, shard, PARTS, copies), tokens, row),
         DECODE: (Decode(model, max_length, shard=shard, copies=copies), row, row, *caches),
     }
     if model.moe_layers and copies and shard is None and has_plain_experts(model):

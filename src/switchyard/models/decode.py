@@ -14,6 +14,7 @@ from mindspore import dtype as mstype
 from switchyard.distributed.expert_shard import ExpertShard
 from switchyard.models.decoder import Decoder
 from switchyard.models.generation import CacheWriter, _Half, chooses_tokens
+from switchyard.models.single_experts import held, numbers
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.routing.softmax import Switch, TopK
 
@@ -60,9 +61,9 @@ class Decode(_Half):
         x, turn = self.embed(tokens, position), self.turn(position)  # [B, D]
         one = self.first_row(caches[0], (0, 0, 0, 0), (1, 1, 0, 1), (1, 1, 1, 1))  # [1, 1, T, 1]
         places = self.prefix(ops.ones_like(one).astype(mstype.float32), 2).reshape(1, 1, 1, -1) - 1.0  # [1, 1, 1, T]
-        masks, here = (), position.reshape(-1, 1, 1, 1)
-        for mask in self.masks(here.astype(mstype.float32) - places):  # [B, 1, 1, T]
-            masks = (*masks, mask + self.spread_mask)  # [B, J, R, T]
+        masks, distance = (), position.reshape(-1, 1, 1, 1).astype(mstype.float32) - places  # [B, 1, 1, T]
+        for window in self.windows:
+            masks = (*masks, self.mask(distance, window) + self.spread_mask)  # [B, J, R, T]
         at = self.write.index(position)  # [B, J, 1, 3]
         valid = ops.ones_like(tokens).astype(mstype.float32).reshape(1, -1)  # [1, B]
         for index, layer in enumerate(self.decoder.layers):
@@ -140,11 +141,6 @@ class _PlainExperts(nn.Cell):
         self.expert_num, self.hidden_width, self.width = experts.w_out.shape
         self.batched, self.take = ops.BatchMatMul(), ops.Gather()
 
-    @staticmethod
-    def held(matrix: np.ndarray, like: Parameter, name: str) -> Parameter:
-        """Returns a parameter of the type of another."""
-        return Parameter(Tensor(np.ascontiguousarray(matrix), like.dtype), name=name)
-
 
 class ChosenExperts(_PlainExperts):
     """Feed-forward experts of which the chosen ones' weights are copied: the faster way for few rows."""
@@ -154,8 +150,8 @@ class ChosenExperts(_PlainExperts):
         first = numbers(experts.w_in)  # [E, D, F]
         if self.gated:
             first = np.concatenate((numbers(experts.w_gate), first), 2)  # [E, D, 2 F]
-        self.w_first = self.held(first, experts.w_in, "w_first")
-        self.w_out = self.held(numbers(experts.w_out), experts.w_out, "w_out")
+        self.w_first = held(first, experts.w_in, "w_first")
+        self.w_out = held(numbers(experts.w_out), experts.w_out, "w_out")
         self.split = ops.Split(2, 2)
 
     def construct(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -181,11 +177,11 @@ class EveryExpert(_PlainExperts):
         super().__init__(experts)
 
         def beside(weight: Parameter, name: str) -> Parameter:
-            return self.held(numbers(weight).transpose(1, 0, 2).reshape(weight.shape[1], -1), weight, name)
+            return held(numbers(weight).transpose(1, 0, 2).reshape(weight.shape[1], -1), weight, name)
 
         self.w_in = beside(experts.w_in, "w_in")  # [D, E * F]
         self.w_gate = beside(experts.w_gate, "w_gate") if self.gated else None
-        self.w_out = self.held(numbers(experts.w_out).reshape(-1, self.width), experts.w_out, "w_out")
+        self.w_out = held(numbers(experts.w_out).reshape(-1, self.width), experts.w_out, "w_out")
         self.product, self.one_hot = ops.MatMul(), ops.OneHot()
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
@@ -199,11 +195,6 @@ class EveryExpert(_PlainExperts):
         hidden = hidden.reshape(-1, self.expert_num, self.hidden_width) * gates.astype(self.dtype)  # [B, E, F]
         hidden = hidden.reshape(-1, self.expert_num * self.hidden_width)  # [B, E * F]
         return self.product(hidden, self.w_out).astype(mstype.float32)
-
-
-def numbers(parameter: Parameter) -> np.ndarray:
-    """Returns the values of a parameter of any type as float32: NumPy has no bfloat16."""
-    return parameter.astype(mstype.float32).asnumpy()
 
 
 def has_plain_choice(router: nn.Cell) -> bool:
