@@ -3,6 +3,7 @@
 The directory appears whole or not at all, and only after its files, loaded again, agreed with the training graph.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
 from switchyard.inference.classify import ClassifierManifest, is_classifier
 from switchyard.inference.export_classifier import export_classifier
-from switchyard.inference.export_graphs import write_graphs
+from switchyard.inference.export_graphs import PARTS, write_graphs
 from switchyard.inference.manifest import ENCODER, Figures, Limits, Manifest, Parity, Source
 from switchyard.inference.mindir import exported_model
 from switchyard.inference.parity import Reference, compare, reference
@@ -276,6 +277,6 @@ def limits_of(config: Config) -> Limits:
     length = longest(config)
     return Limits(
         max_length=length,
-        prompt_multiple=prefill_block(config, length),
+        prompt_multiple=math.lcm(prefill_block(config, length), 1 if config.model.type == "seq2seq" else PARTS),
         dynamic=("batch", "prompt length", "cache length"),
     )

@@ -7,9 +7,9 @@ from mindspore import nn
 
 from switchyard import files
 from switchyard.distributed.expert_shard import ExpertShard
-from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, ENCODER, PREFILL
+from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, DECODE_ONE, ENCODER, PREFILL
 from switchyard.models import Seq2Seq
-from switchyard.models.decode import Decode, has_plain_experts
+from switchyard.models.decode import Decode, has_heavy_experts, has_plain_experts
 from switchyard.models.generation import Prefill, cast_products
 from switchyard.models.seq2seq_generation import Begin, Continue, Encode
 
@@ -46,6 +46,10 @@ def graphs_of(
     }
     if model.moe_layers and copies and shard is None and has_plain_experts(model):
         graphs[DECODE_BATCH] = (Decode(model, max_length, every_expert=True), row, row, *caches)
+        if has_heavy_experts(model):
+            one = ms.Tensor([0], ms.int32)
+            cache = _anything(1, model.kv_heads, None, model.head_size, dtype=model.dtype)
+            graphs[DECODE_ONE] = (Decode(model, max_length, one_row=True), one, one, *[cache] * (2 * len(layers)))
     return graphs
 
 

@@ -5,6 +5,7 @@ DIR/
     prefill.mindir    tokens [B, S], lengths [B] -> logits [B, V], 2 L caches [B, J, S, h]: L of keys, L of values
     decode.mindir     tokens [B], positions [B], 2 L caches [B, J, T, h], written in place -> logits [B, V]
     decode_batch.mindir  the same for many rows, where every token chooses experts: see models.decode
+    decode_one.mindir    the same for one row and heavy experts; a loaded graph of it takes caches of one length T
     tokenizer.json    see switchyard.data.tokenizer
 
 An encoder-decoder has no decode_batch and one graph more, and its answers begin with padding. prefill and decode take,
@@ -39,9 +40,10 @@ from switchyard.files import (
     sha256_of,
 )
 
-FORMAT, VERSION = "switchyard export", 2
+FORMAT, VERSION = "switchyard export", 3
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
-ENCODER, PREFILL, DECODE, DECODE_BATCH = "encoder", "prefill", "decode", "decode_batch"
+ENCODER, PREFILL = "encoder", "prefill"
+DECODE, DECODE_BATCH, DECODE_ONE = "decode", "decode_batch", "decode_one"
 AES_GCM = "AES-GCM"
 KEY_BYTES = (16, 24, 32)
 LONGEST = 64 << 20  # bytes of a manifest
@@ -143,8 +145,8 @@ class Manifest(Signed):
     """Describes manifest.json of a language model."""
 
     format: Literal["switchyard export"] = FORMAT
-    version: Literal[2] = VERSION
-    graphs: dict[Literal["encoder", "prefill", "decode", "decode_batch"], str]
+    version: Literal[3] = VERSION
+    graphs: dict[Literal["encoder", "prefill", "decode", "decode_batch", "decode_one"], str]
     model: Figures
     limits: Limits
     parity: Parity | None

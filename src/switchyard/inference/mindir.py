@@ -15,7 +15,7 @@ from switchyard.errors import UserError
 from switchyard.files import present
 from switchyard.inference import manifest as manifests
 from switchyard.inference.graph_files import check_graph
-from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, ENCODER, PREFILL, Manifest
+from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, DECODE_ONE, ENCODER, PREFILL, Manifest
 
 SMALLEST_BUCKET = 16
 
@@ -55,11 +55,17 @@ class ExportedModel:
         self._key, self._graphs = key, {}
         self._graph(PREFILL)
 
-    def _graph(self, name: str):
-        """Returns a graph, loaded at its first use."""
-        if name not in self._graphs:
-            self._graphs[name] = load_graph(self.directory / self.manifest.graphs[name], self._key)
-        return self._graphs[name]
+    def _graph(self, name: str, length: int = 0):
+        """Returns a graph, loaded at its first use; `length`: of the caches that it takes.
+
+        MindSpore compiles a graph that contains a switch once: the names of its parts are taken then. So decode_one is
+        loaded again when its caches have another length.
+        """
+        length = length if name == DECODE_ONE else 0
+        if self._graphs.get(name, (None, None))[1] != length:
+            self._graphs.pop(name, None)  # before another one takes memory
+            self._graphs[name] = load_graph(self.directory / self.manifest.graphs[name], self._key), length
+        return self._graphs[name][0]
 
     def encode(self, prompt: str) -> np.ndarray:
         """Returns the ids [T] of a prompt (UserError: see Tokenizer.encode)."""
@@ -130,7 +136,7 @@ class ExportedModel:
     @property
     def decode_graphs(self) -> tuple[str, ...]:
         """Returns the names of the graphs that decode, all of which compute the same."""
-        return tuple(name for name in (DECODE, DECODE_BATCH) if name in self.manifest.graphs)
+        return tuple(name for name in (DECODE, DECODE_BATCH, DECODE_ONE) if name in self.manifest.graphs)
 
     def _step(self, graph: str, tokens, positions, keys, values, *memory) -> np.ndarray:
         """Runs a decode graph on inputs that are checked: logits [B, V]."""
@@ -138,7 +144,7 @@ class ExportedModel:
 
         self._check_step(tokens, positions, keys, values)
         given = Tensor(tokens.astype(np.int32)), Tensor(positions.astype(np.int32)), *memory, *keys, *values
-        logits = run_graph(graph, self._graph(graph), *given)
+        logits = run_graph(graph, self._graph(graph, keys[0].shape[2]), *given)
         if tuple(getattr(logits, "shape", ())) != (len(tokens), self.vocab_size):
             raise UserError(f"--model: '{graph}' does not fit {manifests.MANIFEST}; export the checkpoint again")
         return logits.asnumpy()
@@ -280,8 +286,10 @@ def open_model(directory: str | Path, key_file: str | Path | None = None, say=pr
 
 def faster_for(batch: int, choices: int, experts: int, graphs: Sequence[str]) -> str:
     """Returns which of the graphs that an export has decodes B rows: `decode` copies the weights of the chosen experts
-    (read, written, read again), `decode_batch` reads those of all once.
+    (read, written, read again), `decode_batch` reads those of all once, `decode_one` those of the chosen ones.
     """
+    if batch == 1 and DECODE_ONE in graphs:
+        return DECODE_ONE
     return DECODE_BATCH if DECODE_BATCH in graphs and 3 * batch * choices > experts else DECODE
 
 

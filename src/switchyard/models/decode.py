@@ -14,7 +14,7 @@ from mindspore import dtype as mstype
 from switchyard.distributed.expert_shard import ExpertShard
 from switchyard.models.decoder import Decoder
 from switchyard.models.generation import CacheWriter, _Half, chooses_tokens
-from switchyard.models.single_experts import held, numbers
+from switchyard.models.single_experts import EachExpert, SwitchedExpert, are_heavy, held, numbers
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.routing.softmax import Switch, TopK
 
@@ -28,12 +28,14 @@ class Decode(_Half):
 
     A row of a conditional layer reads copies of the weights of its K experts, which suits few rows. With
     `every_expert` all rows pass through all experts, and the gates of those that were not chosen are 0: no weight is
-    copied, which is the faster way from about B * K * 3 = E on.
+    copied, which is the faster way from about B * K * 3 = E on. Where experts are few and heavy, see
+    models.single_experts, each expert is given its own rows instead. With `one_row` B is 1, and the weights of its K
+    experts are read in place.
 
     Args:
         decoder: whose layers are read.
         max_length: M, the longest sequence.
-        every_expert: see above. Where `has_plain_experts` is false it changes nothing.
+        every_expert, one_row: see above. Where `has_plain_experts` is false they change nothing.
         shard: the experts that this process of a job holds; None: all. Its weights are read where they lie.
         copies: whether matrices may be put beside each other in copies; False: every weight is one of the decoder's.
     """
@@ -45,17 +47,18 @@ class Decode(_Half):
         every_expert: bool = False,
         shard: ExpertShard | None = None,
         copies: bool = True,
+        one_row: bool = False,
     ):
         super().__init__(decoder, max_length)
         self.expert_shard = shard
         self.spread_mask = Tensor(np.zeros((1, self.heads, self.repeat, 1), np.float32))
         self.first_row = ops.StridedSlice(end_mask=0b0100)
         self.write = CacheWriter(self.heads)
-        plain = [router for router in _routers(decoder)[:1] if self.by_choice and has_plain_choice(router)]
+        plain = [moe.router for moe in _conditional(decoder)[:1] if self.by_choice and has_plain_choice(moe.router)]
         self.choosers = nn.CellList([PlainChoice(router) for router in plain])
-        kind, experts = EveryExpert if every_expert else ChosenExperts, _experts(decoder)
         plain_experts = copies and shard is None and has_plain_experts(decoder)
-        self.experts = nn.CellList([kind(one) for one in experts if plain_experts])
+        layers = _conditional(decoder) if plain_experts else []
+        self.experts = nn.CellList([_way(moe, every_expert, one_row) for moe in layers])
 
     def construct(self, tokens: Tensor, position: Tensor, *caches: Tensor):
         x, turn = self.embed(tokens, position), self.turn(position)  # [B, D]
@@ -204,13 +207,23 @@ def has_plain_choice(router: nn.Cell) -> bool:
 
 def has_plain_experts(decoder: Decoder) -> bool:
     """Returns whether `EveryExpert` is a twin of all experts of a decoder, chosen plainly."""
-    plain = chooses_tokens(decoder) and all(has_plain_choice(router) for router in _routers(decoder))
-    return plain and all(type(experts) is FeedForwardExperts for experts in _experts(decoder))
+    plain = chooses_tokens(decoder) and all(has_plain_choice(moe.router) for moe in _conditional(decoder))
+    return plain and all(type(moe.experts) is FeedForwardExperts for moe in _conditional(decoder))
 
 
-def _routers(decoder: Decoder) -> list:
-    return [layer.feed_forward.router for layer in decoder.layers if layer.conditional]
+def has_heavy_experts(decoder: Decoder) -> bool:
+    """Returns whether `Decode` of one row reads experts in place faster than it copies them."""
+    return has_plain_experts(decoder) and all(are_heavy(moe.experts) for moe in _conditional(decoder))
 
 
-def _experts(decoder: Decoder) -> list:
-    return [layer.feed_forward.experts for layer in decoder.layers if layer.conditional]
+def _way(moe: nn.Cell, every_expert: bool, one_row: bool) -> nn.Cell:
+    """Returns the way of rows through the experts of a conditional layer."""
+    if one_row:
+        return SwitchedExpert(moe.experts, moe.choices)
+    if every_expert:
+        return EachExpert(moe.experts, moe.choices) if are_heavy(moe.experts) else EveryExpert(moe.experts)
+    return ChosenExperts(moe.experts)
+
+
+def _conditional(decoder: Decoder) -> list:
+    return [layer.feed_forward for layer in decoder.layers if layer.conditional]
