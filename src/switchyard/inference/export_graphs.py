@@ -10,7 +10,7 @@ from switchyard.distributed.expert_shard import ExpertShard
 from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, DECODE_ONE, ENCODER, PREFILL
 from switchyard.models import Seq2Seq
 from switchyard.models.decode import Decode, has_heavy_experts, has_plain_experts
-from switchyard.models.generation import Prefill, cast_products
+from switchyard.models.generation import Prefill, cast_products, has_separate_experts
 from switchyard.models.seq2seq_generation import Begin, Continue, Encode
 
 PARTS = 4  # of the queries of a prompt, see models.generation
@@ -51,6 +51,14 @@ def graphs_of(
             cache = _anything(1, model.kv_heads, None, model.head_size, dtype=model.dtype)
             graphs[DECODE_ONE] = (Decode(model, max_length, one_row=True), one, one, *[cache] * (2 * len(layers)))
     return graphs
+
+
+def of_one_shape(model: nn.Cell, shard: ExpertShard | None = None) -> tuple[str, ...]:
+    """Returns the graphs of which a loaded one serves one shape, see models.single_experts."""
+    if isinstance(model, Seq2Seq) or shard is not None:
+        return ()
+    found = (PREFILL,) if has_separate_experts(model) else ()
+    return (*found, DECODE_BATCH, DECODE_ONE) if has_heavy_experts(model) else found
 
 
 def _anything(*shape: int | None, dtype=ms.int32) -> ms.Tensor:

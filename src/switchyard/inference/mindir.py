@@ -18,6 +18,7 @@ from switchyard.inference.graph_files import check_graph
 from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, DECODE_ONE, ENCODER, PREFILL, Manifest
 
 SMALLEST_BUCKET = 16
+KEPT = 4  # loaded graphs that serve a single shape each
 
 
 class ExportedModel:
@@ -53,19 +54,25 @@ class ExportedModel:
                 f"{self.vocab_size}; export the checkpoint again"
             )
         self._key, self._graphs = key, {}
-        self._graph(PREFILL)
+        self._graphs[(PREFILL,)] = self._load(PREFILL)  # waits for its first shape
 
-    def _graph(self, name: str, length: int = 0):
-        """Returns a graph, loaded at its first use; `length`: of the caches that it takes.
+    def _graph(self, name: str, *shape: int):
+        """Returns a graph, loaded at its first use; one of a single shape is loaded again for another, see Limits.
 
-        MindSpore compiles a graph that contains a switch once: the names of its parts are taken then. So decode_one is
-        loaded again when its caches have another length.
+        `shape`: of the inputs. Of the graphs that serve a single shape, KEPT are held: each has weights of its own.
         """
-        length = length if name == DECODE_ONE else 0
-        if self._graphs.get(name, (None, None))[1] != length:
-            self._graphs.pop(name, None)  # before another one takes memory
-            self._graphs[name] = load_graph(self.directory / self.manifest.graphs[name], self._key), length
-        return self._graphs[name][0]
+        key = (name, *shape) if name in self.manifest.limits.one_shape else (name,)
+        graph = self._graphs.pop(key, None) or self._graphs.pop((name,), None)
+        if graph is None:
+            held = [one for one in self._graphs if len(one) > 1]
+            if len(key) > 1 and len(held) >= KEPT:
+                del self._graphs[held[0]]  # that of the oldest use
+            graph = self._load(name)
+        self._graphs[key] = graph
+        return graph
+
+    def _load(self, name: str):
+        return load_graph(self.directory / self.manifest.graphs[name], self._key)
 
     def encode(self, prompt: str) -> np.ndarray:
         """Returns the ids [T] of a prompt (UserError: see Tokenizer.encode)."""
@@ -97,7 +104,7 @@ class ExportedModel:
         from mindspore import Tensor
 
         tokens, lengths = self._padded(prompts)
-        found = run_graph(PREFILL, self._graph(PREFILL), Tensor(tokens), Tensor(lengths))
+        found = run_graph(PREFILL, self._graph(PREFILL, *tokens.shape), Tensor(tokens), Tensor(lengths))
         return self._checked(found, len(prompts), tokens.shape[1])
 
     def _padded(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +151,7 @@ class ExportedModel:
 
         self._check_step(tokens, positions, keys, values)
         given = Tensor(tokens.astype(np.int32)), Tensor(positions.astype(np.int32)), *memory, *keys, *values
-        logits = run_graph(graph, self._graph(graph, keys[0].shape[2]), *given)
+        logits = run_graph(graph, self._graph(graph, *keys[0].shape), *given)
         if tuple(getattr(logits, "shape", ())) != (len(tokens), self.vocab_size):
             raise UserError(f"--model: '{graph}' does not fit {manifests.MANIFEST}; export the checkpoint again")
         return logits.asnumpy()

@@ -13,7 +13,7 @@ from mindspore import dtype as mstype
 
 from switchyard.distributed.expert_shard import ExpertShard
 from switchyard.models.decoder import Decoder
-from switchyard.models.generation import CacheWriter, _Half, chooses_tokens
+from switchyard.models.generation import CacheWriter, _Half, chooses_tokens, conditional_layers
 from switchyard.models.single_experts import EachExpert, SwitchedExpert, are_heavy, held, numbers
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.routing.softmax import Switch, TopK
@@ -54,10 +54,12 @@ class Decode(_Half):
         self.spread_mask = Tensor(np.zeros((1, self.heads, self.repeat, 1), np.float32))
         self.first_row = ops.StridedSlice(end_mask=0b0100)
         self.write = CacheWriter(self.heads)
-        plain = [moe.router for moe in _conditional(decoder)[:1] if self.by_choice and has_plain_choice(moe.router)]
+        plain = [
+            moe.router for moe in conditional_layers(decoder)[:1] if self.by_choice and has_plain_choice(moe.router)
+        ]
         self.choosers = nn.CellList([PlainChoice(router) for router in plain])
         plain_experts = copies and shard is None and has_plain_experts(decoder)
-        layers = _conditional(decoder) if plain_experts else []
+        layers = conditional_layers(decoder) if plain_experts else []
         self.experts = nn.CellList([_way(moe, every_expert, one_row) for moe in layers])
 
     def construct(self, tokens: Tensor, position: Tensor, *caches: Tensor):
@@ -207,13 +209,13 @@ def has_plain_choice(router: nn.Cell) -> bool:
 
 def has_plain_experts(decoder: Decoder) -> bool:
     """Returns whether `EveryExpert` is a twin of all experts of a decoder, chosen plainly."""
-    plain = chooses_tokens(decoder) and all(has_plain_choice(moe.router) for moe in _conditional(decoder))
-    return plain and all(type(moe.experts) is FeedForwardExperts for moe in _conditional(decoder))
+    plain = chooses_tokens(decoder) and all(has_plain_choice(moe.router) for moe in conditional_layers(decoder))
+    return plain and all(type(moe.experts) is FeedForwardExperts for moe in conditional_layers(decoder))
 
 
 def has_heavy_experts(decoder: Decoder) -> bool:
     """Returns whether `Decode` of one row reads experts in place faster than it copies them."""
-    return has_plain_experts(decoder) and all(are_heavy(moe.experts) for moe in _conditional(decoder))
+    return has_plain_experts(decoder) and all(are_heavy(moe.experts) for moe in conditional_layers(decoder))
 
 
 def _way(moe: nn.Cell, every_expert: bool, one_row: bool) -> nn.Cell:
@@ -221,9 +223,5 @@ def _way(moe: nn.Cell, every_expert: bool, one_row: bool) -> nn.Cell:
     if one_row:
         return SwitchedExpert(moe.experts, moe.choices)
     if every_expert:
-        return EachExpert(moe.experts, moe.choices) if are_heavy(moe.experts) else EveryExpert(moe.experts)
+        return EachExpert(moe.experts) if are_heavy(moe.experts) else EveryExpert(moe.experts)
     return ChosenExperts(moe.experts)
-
-
-def _conditional(decoder: Decoder) -> list:
-    return [layer.feed_forward for layer in decoder.layers if layer.conditional]

@@ -163,9 +163,8 @@ class Prefill(_Half):
         self.count, self.cut, self.cut_row = parts, ops.Split(3, parts), ops.Split(1, parts)
         self.join_keys, self.join_scores, self.join_places = ops.Concat(3), ops.Concat(4), ops.Concat(1)
         self.spread_mask = Tensor(np.zeros((1, self.heads, self.repeat, 1, 1), np.float32))
-        layers = [layer.feed_forward for layer in decoder.layers if layer.conditional]
-        alone = copies and shard is None and self.by_choice and all(separates(moe.experts) for moe in layers)
-        self.experts = nn.CellList([EachExpert(moe.experts, moe.choices) for moe in layers if alone])
+        layers = conditional_layers(decoder) if copies and shard is None and has_separate_experts(decoder) else []
+        self.experts = nn.CellList([EachExpert(moe.experts) for moe in layers])
         self.first_row = ops.StridedSlice(end_mask=0b10)
         self.smallest, self.largest = ops.ReduceMin(), ops.ReduceMax(keep_dims=True)
         self.fill, self.zero = ops.MaskedFill(), Tensor(0.0, mstype.float32)
@@ -339,8 +338,19 @@ class PlainNorm(nn.Cell):
 
 def chooses_tokens(decoder: Decoder) -> bool:
     """Returns whether every conditional layer is the shipped one and its tokens choose experts without drops."""
-    layers = [layer.feed_forward for layer in decoder.layers if layer.conditional]
+    layers = conditional_layers(decoder)
     return all(type(one) is MoELayer and isinstance(one.eval_dispatcher, BlockDispatcher) for one in layers)
+
+
+def conditional_layers(decoder: Decoder) -> list:
+    """Returns the conditional feed-forwards in the order of the layers."""
+    return [layer.feed_forward for layer in decoder.layers if layer.conditional]
+
+
+def has_separate_experts(decoder: Decoder) -> bool:
+    """Returns whether `Prefill` gives each expert operators of its own, see models.single_experts."""
+    layers = conditional_layers(decoder)
+    return len(layers) > 0 and chooses_tokens(decoder) and all(separates(moe.experts) for moe in layers)
 
 
 def cast_products(decoder: Decoder) -> None:

@@ -2,7 +2,8 @@
 
 `EachExpert` serves any number of rows, `SwitchedExpert` one row. A graph contains every expert's operators, so both are
 for few experts. What runs, and on how many rows, is known at run time only, which was tried on CPU alone: see
-`separates`.
+`separates`. A graph loaded from MindIR that contains one of them serves the shapes of its first call alone: when
+MindSpore compiles it again it keeps shapes behind rows of unknown number, and finds the names of a switch in use.
 
 Legend: N rows, n rows of one expert, E experts, K choices of a row, D width, F hidden width.
 """
@@ -53,39 +54,26 @@ class EachExpert(nn.Cell):
 
     Args:
         experts: whose weights are copied.
-        choices: K.
     """
 
-    def __init__(self, experts: FeedForwardExperts, choices: int):
+    def __init__(self, experts: FeedForwardExperts):
         super().__init__()
-        self.expert_num, self.width, self.choices = experts.w_out.shape[0], experts.w_out.shape[2], choices
+        self.expert_num = experts.w_out.shape[0]
         self.each = nn.CellList([SingleExpert(experts, index) for index in range(self.expert_num)])
         self.numbers = Tensor(np.arange(self.expert_num, dtype=np.int32).reshape(-1, 1, 1))
-        self.prefix, self.sum, self.split = ops.CumSum(), ops.ReduceSum(), ops.Split(0, self.expert_num)
-        self.find, self.pick, self.take, self.join = ops.NonZero(), ops.GatherNd(), ops.Gather(), ops.Concat(0)
-        self.choice = ops.Split(1, choices)
-        self.nothing = Tensor(np.zeros((1, self.width), np.float32))
+        self.sum, self.split = ops.ReduceSum(), ops.Split(0, self.expert_num)
+        self.find, self.pick, self.put = ops.NonZero(), ops.GatherNd(), ops.TensorScatterAdd()
 
     def construct(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """Rows [N, D], experts [N, K] (E: none) and their gates [N, K] -> [N, D] float32."""
         mine = (ops.expand_dims(experts, 0) == self.numbers).astype(mstype.float32)  # [E, N, K]
-        reads = self.sum(mine, 2)  # [E, N]: 1 where an expert reads a row
-        last = self.prefix(self.sum(reads, 1), 0)  # [E]: rows up to those of an expert
-        place = self.prefix(reads, 1) + (last - self.sum(reads, 1)).reshape(-1, 1)  # [E, N]
-        place = self.sum(ops.expand_dims(place, 2) * mine, 0).astype(mstype.int32)  # [N, K]; 0: no expert
-        outs = (self.nothing,)
-        for expert, rows in zip(self.each, self.split(reads)):
-            outs = (*outs, expert(self.pick(x, self.find(rows.reshape(-1)))))
-        return self.total(self.join(outs), place, gates)
-
-    def total(self, outs: Tensor, place: Tensor, gates: Tensor) -> Tensor:
-        """Sums what the experts gave [.., D], at places [N, K], weighted by gates [N, K] -> [N, D]."""
-        if self.choices == 1:
-            return self.take(outs, place.reshape(-1), 0) * gates
-        total = None
-        for at, gate in zip(self.choice(place), self.choice(gates)):
-            part = self.take(outs, at.reshape(-1), 0) * gate  # [N, D]
-            total = part if total is None else total + part
+        reads = self.split(self.sum(mine, 2))  # E times [1, N]: 1 where an expert reads a row
+        weights = self.split(self.sum(mine * ops.expand_dims(gates, 0), 2))  # E times [1, N]
+        total = ops.zeros_like(x)
+        for expert, rows, weight in zip(self.each, reads, weights):
+            at = self.find(rows.reshape(-1))  # [n, 1]
+            part = expert(self.pick(x, at)) * self.pick(weight.reshape(-1, 1), at)  # [n, D]
+            total = self.put(total, at, part)
         return total
 
 
