@@ -51,13 +51,18 @@ def our_call(size: str, kind: str, batch: int, length: int):
     ms.set_context(mode=ms.GRAPH_MODE)
     decoder, graphs = loaded(our_config(size, kind == "dense"), length, batch)
     if batch == 0:  # prefill
-        prompt, lengths = ms.Tensor(np.ones((1, length), np.int32)), ms.Tensor(np.array([length], np.int32))
+        prompt, lengths = ms.Tensor(random_tokens(1, length)), ms.Tensor(np.array([length], np.int32))
         return lambda: graphs["prefill"](prompt, lengths)[0].asnumpy()
     cache = (batch, decoder.kv_heads, length, decoder.head_size)
     caches = [ms.Tensor(np.zeros(cache, np.float32)) for _ in range(2 * len(decoder.layers))]
     graph = floor(caches) if kind == "floor" else graphs["decode"]
-    ids, places = np.ones(batch, np.int32), np.full(batch, PLACE, np.int32)
+    ids, places = random_tokens(batch), np.full(batch, PLACE, np.int32)
     return lambda: graph(ms.Tensor(ids), ms.Tensor(places), *caches).asnumpy()
+
+
+def random_tokens(*shape: int) -> np.ndarray:
+    """Returns tokens of any kind, so that rows choose different experts, as those of the PyTorch models do."""
+    return np.random.default_rng(0).integers(0, VOCABULARY, shape).astype(np.int32)
 
 
 def loaded(config, length: int, batch: int):

@@ -16,7 +16,7 @@ from switchyard.inference import export_graphs, parity
 from switchyard.inference import manifest as manifests
 from switchyard.inference.export import export, prefill_block
 from switchyard.inference.mindir import open_model
-from switchyard.models import create_model
+from switchyard.models import create_model, single_experts
 
 ATTENTION = {
     **{"head_size": 8, "n_kv_heads": 2, "qk_norm": "head", "attention_bias": "all", "partial_rotary": 0.5},
@@ -88,6 +88,23 @@ def test_the_manifest(exported):
     assert json.loads((exported / "manifest.json").read_text())["parity"]["max_abs_difference"] > 0
 
 
+@pytest.mark.long
+def test_heavy_experts_have_a_graph_of_one_row(tmp_path, graph, monkeypatch):
+    """It decodes one prompt after the other with caches of two lengths, as the others do; five shapes of prompts."""
+    monkeypatch.setattr(single_experts, "HEAVY", 1)
+    model = open_model(save_export(tmp_path, model={"num_layers": 1, "activation": "swiglu"}), say=quiet)
+    assert model.decode_graphs == ("decode", "decode_batch", "decode_one")
+    assert model.manifest.limits.one_shape == ("prefill", "decode_batch", "decode_one")
+    for length, prompts in ((16, [[1, 2, 3]]), (24, [[4] * 20]), (16, [[5, 6]]), (16, [[7]] * 2), (16, [[8]] * 3)):
+        _, *state = model.prefill([np.array(prompt) for prompt in prompts])
+        given = np.full(len(prompts), 9), np.full(len(prompts), len(prompts[0]))
+        state = model.grow(*state, length)
+        wanted, *state = model.decode(*given, *state, graph="decode")
+        for name in model.decode_graphs[1 : 3 if len(prompts) == 1 else 2]:
+            found, *state = model.decode(*given, *state, graph=name)
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_every_expert_is_reached_or_named(tmp_path, graph):
     """An expert that no token can choose is named for both graphs, and the comparison holds for the others."""
     run, _ = save_run(tmp_path, moe=EXPERTS | {"num_experts_chosen": 1})
@@ -111,12 +128,12 @@ def test_a_difference_is_refused_and_leaves_nothing(name, tmp_path, graph, monke
     write = export_graphs.write_graph
 
     def write_altered(cell, path, key, *inputs):
-        own = getattr(cell, "experts", ())  # of decode: copies; of decode_batch: [E * F, D] in the place of [E, F, D]
-        parameter = own[1].w_out if own else cell.decoder.layers[1].feed_forward.experts.w_out
+        own = cell.experts[1]  # of prefill: expert by expert; of decode: copies; of decode_batch: [E * F, D]
+        parameter = own.each[2].w_out if path.name == "prefill" else own.w_out
         before = parameter.asnumpy()
         if path.name == name:
             altered = before.copy()
-            altered.reshape(4, -1)[2] *= 1.01  # one expert of the last layer, by one per cent
+            altered.reshape(1 if name == "prefill" else 4, -1)[-1] *= 1.01  # one expert of the last layer, by 1 %
             parameter.set_data(ms.Tensor(altered))
         write(cell, path, key, *inputs)
         parameter.set_data(ms.Tensor(before))

@@ -40,6 +40,18 @@ def test_prefill_and_decode_equal_the_whole_forward(name, pynative):
         np.testing.assert_allclose(logits.asnumpy(), whole[[0, 1], position], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "model", [{}, {"sliding_window": 3}, {"n_kv_heads": 2}], ids=["all", "window", "grouped-query"]
+)
+def test_queries_in_parts_see_what_queries_in_one_see(model, pynative):
+    """Four parts of two places, two prompts of different length: the same logits and caches."""
+    decoder = create_model(decoder_config(model, {"expert_num": 4}), VOCABULARY).set_train(False)
+    given = Tensor(random_tokens()), Tensor(np.array([5, 8], np.int32))
+    whole, parts = (Prefill(decoder, LENGTH, parts=count)(*given) for count in (1, 4))
+    for one, other in zip(whole, parts):
+        np.testing.assert_allclose(one.asnumpy(), other.asnumpy(), atol=1e-6)
+
+
 def _routers():
     """Every router that the decoder takes, and the settings with which a row may be left without an expert."""
     for name, router in known_routers().items():

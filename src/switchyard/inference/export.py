@@ -3,6 +3,7 @@
 The directory appears whole or not at all, and only after its files, loaded again, agreed with the training graph.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from switchyard.errors import UserError
 from switchyard.inference import manifest as manifests
 from switchyard.inference.classify import ClassifierManifest, is_classifier
 from switchyard.inference.export_classifier import export_classifier
-from switchyard.inference.export_graphs import write_graphs
+from switchyard.inference.export_graphs import PARTS, of_one_shape, write_graphs
 from switchyard.inference.manifest import ENCODER, Figures, Limits, Manifest, Parity, Source
 from switchyard.inference.mindir import exported_model
 from switchyard.inference.parity import Reference, compare, reference
@@ -153,7 +154,7 @@ def write_compared(
     length = longest(config)
     graphs = write_graphs(decoder, folder, length, prefill_block(config, length), key, shard)
     more |= {"encryption": manifests.AES_GCM if key else None, "source": source, "parity": None}
-    figures, limits = figures_of(config, decoder), limits_of(config)
+    figures, limits = figures_of(config, decoder), limits_of(config, of_one_shape(decoder, shard))
     unchecked = kind(graphs=graphs, model=figures, limits=limits, files=manifests.fingerprints(folder), **more)
     found = compare(exported_model(folder, unchecked, key), expected, config.model.compute_dtype)
     return unchecked.model_copy(update={"parity": found}).signed()
@@ -271,11 +272,12 @@ def figures_of(config: Config, decoder: nn.Cell) -> Figures:
     )
 
 
-def limits_of(config: Config) -> Limits:
-    """Returns the limits of the inputs of the graphs."""
+def limits_of(config: Config, one_shape: tuple[str, ...] = ()) -> Limits:
+    """Returns the limits of the inputs of the graphs; `one_shape`: see Limits."""
     length = longest(config)
     return Limits(
         max_length=length,
-        prompt_multiple=prefill_block(config, length),
+        prompt_multiple=math.lcm(prefill_block(config, length), 1 if config.model.type == "seq2seq" else PARTS),
         dynamic=("batch", "prompt length", "cache length"),
+        one_shape=one_shape,
     )

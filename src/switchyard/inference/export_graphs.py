@@ -7,11 +7,13 @@ from mindspore import nn
 
 from switchyard import files
 from switchyard.distributed.expert_shard import ExpertShard
-from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, ENCODER, PREFILL
+from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, DECODE_ONE, ENCODER, PREFILL
 from switchyard.models import Seq2Seq
-from switchyard.models.decode import Decode, has_plain_experts
-from switchyard.models.generation import Prefill, cast_products
+from switchyard.models.decode import Decode, has_heavy_experts, has_plain_experts
+from switchyard.models.generation import Prefill, cast_products, has_separate_experts
 from switchyard.models.seq2seq_generation import Begin, Continue, Encode
+
+PARTS = 4  # of the queries of a prompt, see models.generation
 
 
 def graphs_of(
@@ -39,12 +41,24 @@ def graphs_of(
             DECODE: (Continue(model, max_length, shard), row, row, *memory, *caches),
         }
     graphs = {
-        PREFILL: (Prefill(model, max_length, block, shard), tokens, row),
+        PREFILL: (Prefill(model, max_length, block, shard, PARTS, copies), tokens, row),
         DECODE: (Decode(model, max_length, shard=shard, copies=copies), row, row, *caches),
     }
     if model.moe_layers and copies and shard is None and has_plain_experts(model):
         graphs[DECODE_BATCH] = (Decode(model, max_length, every_expert=True), row, row, *caches)
+        if has_heavy_experts(model):
+            one = ms.Tensor([0], ms.int32)
+            cache = _anything(1, model.kv_heads, None, model.head_size, dtype=model.dtype)
+            graphs[DECODE_ONE] = (Decode(model, max_length, one_row=True), one, one, *[cache] * (2 * len(layers)))
     return graphs
+
+
+def of_one_shape(model: nn.Cell, shard: ExpertShard | None = None) -> tuple[str, ...]:
+    """Returns the graphs of which a loaded one serves one shape, see models.single_experts."""
+    if isinstance(model, Seq2Seq) or shard is not None:
+        return ()
+    found = (PREFILL,) if has_separate_experts(model) else ()
+    return (*found, DECODE_BATCH, DECODE_ONE) if has_heavy_experts(model) else found
 
 
 def _anything(*shape: int | None, dtype=ms.int32) -> ms.Tensor:

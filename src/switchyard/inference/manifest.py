@@ -5,6 +5,7 @@ DIR/
     prefill.mindir    tokens [B, S], lengths [B] -> logits [B, V], 2 L caches [B, J, S, h]: L of keys, L of values
     decode.mindir     tokens [B], positions [B], 2 L caches [B, J, T, h], written in place -> logits [B, V]
     decode_batch.mindir  the same for many rows, where every token chooses experts: see models.decode
+    decode_one.mindir    the same for one row, where few experts are heavy: see models.single_experts
     tokenizer.json    see switchyard.data.tokenizer
 
 An encoder-decoder has no decode_batch and one graph more, and its answers begin with padding. prefill and decode take,
@@ -39,9 +40,10 @@ from switchyard.files import (
     sha256_of,
 )
 
-FORMAT, VERSION = "switchyard export", 2
+FORMAT, VERSION = "switchyard export", 3
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
-ENCODER, PREFILL, DECODE, DECODE_BATCH = "encoder", "prefill", "decode", "decode_batch"
+ENCODER, PREFILL = "encoder", "prefill"
+DECODE, DECODE_BATCH, DECODE_ONE = "decode", "decode_batch", "decode_one"
 AES_GCM = "AES-GCM"
 KEY_BYTES = (16, 24, 32)
 LONGEST = 64 << 20  # bytes of a manifest
@@ -87,12 +89,14 @@ class Limits(Part):
 
     max_length: longest prompt plus answer; of an encoder-decoder the longest of each.
     prompt_multiple: prefill's S, with padding, is a multiple of it. Axes named
-    in `dynamic` may have any size, lengths up to max_length.
+    in `dynamic` may have any size, lengths up to max_length. Of a graph in `one_shape` a loaded one serves the sizes of
+    its first call: for others the file is loaded again.
     """
 
     max_length: Count
     prompt_multiple: Annotated[int, Field(ge=1, le=2**20)]
     dynamic: tuple[str, ...]
+    one_shape: tuple[str, ...] = ()
 
 
 class Parity(Part):
@@ -143,8 +147,8 @@ class Manifest(Signed):
     """Describes manifest.json of a language model."""
 
     format: Literal["switchyard export"] = FORMAT
-    version: Literal[2] = VERSION
-    graphs: dict[Literal["encoder", "prefill", "decode", "decode_batch"], str]
+    version: Literal[3] = VERSION
+    graphs: dict[Literal["encoder", "prefill", "decode", "decode_batch", "decode_one"], str]
     model: Figures
     limits: Limits
     parity: Parity | None

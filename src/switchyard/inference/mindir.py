@@ -15,9 +15,10 @@ from switchyard.errors import UserError
 from switchyard.files import present
 from switchyard.inference import manifest as manifests
 from switchyard.inference.graph_files import check_graph
-from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, ENCODER, PREFILL, Manifest
+from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, DECODE_ONE, ENCODER, PREFILL, Manifest
 
 SMALLEST_BUCKET = 16
+KEPT = 4  # loaded graphs that serve a single shape each
 
 
 class ExportedModel:
@@ -53,13 +54,25 @@ class ExportedModel:
                 f"{self.vocab_size}; export the checkpoint again"
             )
         self._key, self._graphs = key, {}
-        self._graph(PREFILL)
+        self._graphs[(PREFILL,)] = self._load(PREFILL)  # waits for its first shape
 
-    def _graph(self, name: str):
-        """Returns a graph, loaded at its first use."""
-        if name not in self._graphs:
-            self._graphs[name] = load_graph(self.directory / self.manifest.graphs[name], self._key)
-        return self._graphs[name]
+    def _graph(self, name: str, *shape: int):
+        """Returns a graph, loaded at its first use; one of a single shape is loaded again for another, see Limits.
+
+        `shape`: of the inputs. Of the graphs that serve a single shape, KEPT are held: each has weights of its own.
+        """
+        key = (name, *shape) if name in self.manifest.limits.one_shape else (name,)
+        graph = self._graphs.pop(key, None) or self._graphs.pop((name,), None)
+        if graph is None:
+            held = [one for one in self._graphs if len(one) > 1]
+            if len(key) > 1 and len(held) >= KEPT:
+                del self._graphs[held[0]]  # that of the oldest use
+            graph = self._load(name)
+        self._graphs[key] = graph
+        return graph
+
+    def _load(self, name: str):
+        return load_graph(self.directory / self.manifest.graphs[name], self._key)
 
     def encode(self, prompt: str) -> np.ndarray:
         """Returns the ids [T] of a prompt (UserError: see Tokenizer.encode)."""
@@ -91,7 +104,7 @@ class ExportedModel:
         from mindspore import Tensor
 
         tokens, lengths = self._padded(prompts)
-        found = run_graph(PREFILL, self._graph(PREFILL), Tensor(tokens), Tensor(lengths))
+        found = run_graph(PREFILL, self._graph(PREFILL, *tokens.shape), Tensor(tokens), Tensor(lengths))
         return self._checked(found, len(prompts), tokens.shape[1])
 
     def _padded(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +143,7 @@ class ExportedModel:
     @property
     def decode_graphs(self) -> tuple[str, ...]:
         """Returns the names of the graphs that decode, all of which compute the same."""
-        return tuple(name for name in (DECODE, DECODE_BATCH) if name in self.manifest.graphs)
+        return tuple(name for name in (DECODE, DECODE_BATCH, DECODE_ONE) if name in self.manifest.graphs)
 
     def _step(self, graph: str, tokens, positions, keys, values, *memory) -> np.ndarray:
         """Runs a decode graph on inputs that are checked: logits [B, V]."""
@@ -138,7 +151,7 @@ class ExportedModel:
 
         self._check_step(tokens, positions, keys, values)
         given = Tensor(tokens.astype(np.int32)), Tensor(positions.astype(np.int32)), *memory, *keys, *values
-        logits = run_graph(graph, self._graph(graph), *given)
+        logits = run_graph(graph, self._graph(graph, *keys[0].shape), *given)
         if tuple(getattr(logits, "shape", ())) != (len(tokens), self.vocab_size):
             raise UserError(f"--model: '{graph}' does not fit {manifests.MANIFEST}; export the checkpoint again")
         return logits.asnumpy()
@@ -280,8 +293,10 @@ def open_model(directory: str | Path, key_file: str | Path | None = None, say=pr
 
 def faster_for(batch: int, choices: int, experts: int, graphs: Sequence[str]) -> str:
     """Returns which of the graphs that an export has decodes B rows: `decode` copies the weights of the chosen experts
-    (read, written, read again), `decode_batch` reads those of all once.
+    (read, written, read again), `decode_batch` reads those of all once, `decode_one` those of the chosen ones.
     """
+    if batch == 1 and DECODE_ONE in graphs:
+        return DECODE_ONE
     return DECODE_BATCH if DECODE_BATCH in graphs and 3 * batch * choices > experts else DECODE
 
 

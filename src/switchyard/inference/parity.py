@@ -18,7 +18,7 @@ from mindspore import dtype as mstype
 
 from switchyard.data import EvalBatches
 from switchyard.errors import UserError
-from switchyard.inference.manifest import DECODE, PREFILL, Parity
+from switchyard.inference.manifest import DECODE, DECODE_ONE, PREFILL, Parity
 from switchyard.inference.mindir import ExportedModel
 from switchyard.models import Seq2Seq
 from switchyard.moe import metrics
@@ -27,6 +27,7 @@ STEPS = 4  # decode steps of a window
 LONG, SHORT = 2, 32  # windows of full length that are compared first, and the length of those after them
 PASSES = 8  # over the text, each cutting the windows elsewhere, before an expert counts as out of reach
 MOST_BATCHES = 100
+ROWS_ALONE = 8  # of a batch that the graph of one row decodes
 LARGEST = 2**26  # logits that the training graph makes at a time of short windows
 # A logit of a few units may differ so: rounding of float32; of 11 and 8 significant bits where products are half width
 BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
@@ -138,8 +139,19 @@ def _exported(model: ExportedModel, windows: Windows) -> Iterator[tuple[str, np.
     for step in range(1, windows.logits.shape[1]):
         places = windows.lengths + step - 1
         for graph in model.decode_graphs:  # the second writes into the caches what the first wrote
-            logits, *state = model.decode(windows.tokens[rows, places], places, *state, graph=graph)
-            yield graph, logits, windows.logits[:, step]
+            logits = _decoded(model, windows.tokens[rows, places], places, state, graph)
+            yield graph, logits, windows.logits[: len(logits), step]
+
+
+def _decoded(model: ExportedModel, tokens: np.ndarray, places: np.ndarray, state: list, graph: str) -> np.ndarray:
+    """Returns the logits [B, V] of a step of all rows; of `decode_one` those of the first rows, one after the other."""
+    if graph != DECODE_ONE:
+        return model.decode(tokens, places, *state, graph=graph)[0]
+    found = []
+    for row in range(min(ROWS_ALONE, len(tokens))):
+        alone = [tuple(cache[row : row + 1].copy() for cache in caches) for caches in state]
+        found.append(model.decode(tokens[row : row + 1], places[row : row + 1], *alone, graph=graph)[0])
+    return np.concatenate(found)
 
 
 def _pairs(validation: EvalBatches) -> Iterator[tuple[np.ndarray, np.ndarray]]:

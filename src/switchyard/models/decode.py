@@ -13,9 +13,11 @@ from mindspore import dtype as mstype
 
 from switchyard.distributed.expert_shard import ExpertShard
 from switchyard.models.decoder import Decoder
-from switchyard.models.generation import CacheWriter, _Half, chooses_tokens
+from switchyard.models.generation import CacheWriter, _Half, chooses_tokens, conditional_layers
+from switchyard.models.single_experts import EachExpert, SwitchedExpert, are_heavy, held, numbers
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.routing.softmax import Switch, TopK
+from switchyard.nn.activation import SwiGLU
 
 
 class Decode(_Half):
@@ -27,12 +29,14 @@ class Decode(_Half):
 
     A row of a conditional layer reads copies of the weights of its K experts, which suits few rows. With
     `every_expert` all rows pass through all experts, and the gates of those that were not chosen are 0: no weight is
-    copied, which is the faster way from about B * K * 3 = E on.
+    copied, which is the faster way from about B * K * 3 = E on. Where experts are few and heavy, see
+    models.single_experts, each expert is given its own rows instead. With `one_row` B is 1, and the weights of its K
+    experts are read in place.
 
     Args:
         decoder: whose layers are read.
         max_length: M, the longest sequence.
-        every_expert: see above. Where `has_plain_experts` is false it changes nothing.
+        every_expert, one_row: see above. Where `has_plain_experts` is false they change nothing.
         shard: the experts that this process of a job holds; None: all. Its weights are read where they lie.
         copies: whether matrices may be put beside each other in copies; False: every weight is one of the decoder's.
     """
@@ -44,25 +48,28 @@ class Decode(_Half):
         every_expert: bool = False,
         shard: ExpertShard | None = None,
         copies: bool = True,
+        one_row: bool = False,
     ):
         super().__init__(decoder, max_length)
         self.expert_shard = shard
         self.spread_mask = Tensor(np.zeros((1, self.heads, self.repeat, 1), np.float32))
         self.first_row = ops.StridedSlice(end_mask=0b0100)
         self.write = CacheWriter(self.heads)
-        plain = [router for router in _routers(decoder)[:1] if self.by_choice and has_plain_choice(router)]
+        plain = [
+            moe.router for moe in conditional_layers(decoder)[:1] if self.by_choice and has_plain_choice(moe.router)
+        ]
         self.choosers = nn.CellList([PlainChoice(router) for router in plain])
-        kind, experts = EveryExpert if every_expert else ChosenExperts, _experts(decoder)
         plain_experts = copies and shard is None and has_plain_experts(decoder)
-        self.experts = nn.CellList([kind(one) for one in experts if plain_experts])
+        layers = conditional_layers(decoder) if plain_experts else []
+        self.experts = nn.CellList([_way(moe, every_expert, one_row) for moe in layers])
 
     def construct(self, tokens: Tensor, position: Tensor, *caches: Tensor):
         x, turn = self.embed(tokens, position), self.turn(position)  # [B, D]
         one = self.first_row(caches[0], (0, 0, 0, 0), (1, 1, 0, 1), (1, 1, 1, 1))  # [1, 1, T, 1]
         places = self.prefix(ops.ones_like(one).astype(mstype.float32), 2).reshape(1, 1, 1, -1) - 1.0  # [1, 1, 1, T]
-        masks, here = (), position.reshape(-1, 1, 1, 1)
-        for mask in self.masks(here.astype(mstype.float32) - places):  # [B, 1, 1, T]
-            masks = (*masks, mask + self.spread_mask)  # [B, J, R, T]
+        masks, distance = (), position.reshape(-1, 1, 1, 1).astype(mstype.float32) - places  # [B, 1, 1, T]
+        for window in self.windows:
+            masks = (*masks, self.mask(distance, window) + self.spread_mask)  # [B, J, R, T]
         at = self.write.index(position)  # [B, J, 1, 3]
         valid = ops.ones_like(tokens).astype(mstype.float32).reshape(1, -1)  # [1, B]
         for index, layer in enumerate(self.decoder.layers):
@@ -136,14 +143,10 @@ class _PlainExperts(nn.Cell):
 
     def __init__(self, experts: FeedForwardExperts):
         super().__init__()
-        self.dtype, self.gated, self.bend = experts.dtype, experts.gated, experts.activation
+        self.dtype, self.gated = experts.dtype, experts.gated
+        self.bend = SwiGLU(silu=True) if self.gated else experts.activation  # the same numbers, an operator less
         self.expert_num, self.hidden_width, self.width = experts.w_out.shape
         self.batched, self.take = ops.BatchMatMul(), ops.Gather()
-
-    @staticmethod
-    def held(matrix: np.ndarray, like: Parameter, name: str) -> Parameter:
-        """Returns a parameter of the type of another."""
-        return Parameter(Tensor(np.ascontiguousarray(matrix), like.dtype), name=name)
 
 
 class ChosenExperts(_PlainExperts):
@@ -154,8 +157,8 @@ class ChosenExperts(_PlainExperts):
         first = numbers(experts.w_in)  # [E, D, F]
         if self.gated:
             first = np.concatenate((numbers(experts.w_gate), first), 2)  # [E, D, 2 F]
-        self.w_first = self.held(first, experts.w_in, "w_first")
-        self.w_out = self.held(numbers(experts.w_out), experts.w_out, "w_out")
+        self.w_first = held(first, experts.w_in, "w_first")
+        self.w_out = held(numbers(experts.w_out), experts.w_out, "w_out")
         self.split = ops.Split(2, 2)
 
     def construct(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -181,11 +184,11 @@ class EveryExpert(_PlainExperts):
         super().__init__(experts)
 
         def beside(weight: Parameter, name: str) -> Parameter:
-            return self.held(numbers(weight).transpose(1, 0, 2).reshape(weight.shape[1], -1), weight, name)
+            return held(numbers(weight).transpose(1, 0, 2).reshape(weight.shape[1], -1), weight, name)
 
         self.w_in = beside(experts.w_in, "w_in")  # [D, E * F]
         self.w_gate = beside(experts.w_gate, "w_gate") if self.gated else None
-        self.w_out = self.held(numbers(experts.w_out).reshape(-1, self.width), experts.w_out, "w_out")
+        self.w_out = held(numbers(experts.w_out).reshape(-1, self.width), experts.w_out, "w_out")
         self.product, self.one_hot = ops.MatMul(), ops.OneHot()
         self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
 
@@ -201,11 +204,6 @@ class EveryExpert(_PlainExperts):
         return self.product(hidden, self.w_out).astype(mstype.float32)
 
 
-def numbers(parameter: Parameter) -> np.ndarray:
-    """Returns the values of a parameter of any type as float32: NumPy has no bfloat16."""
-    return parameter.astype(mstype.float32).asnumpy()
-
-
 def has_plain_choice(router: nn.Cell) -> bool:
     """Returns whether `PlainChoice` is a twin of a router."""
     return type(router) in (Switch, TopK)
@@ -213,13 +211,19 @@ def has_plain_choice(router: nn.Cell) -> bool:
 
 def has_plain_experts(decoder: Decoder) -> bool:
     """Returns whether `EveryExpert` is a twin of all experts of a decoder, chosen plainly."""
-    plain = chooses_tokens(decoder) and all(has_plain_choice(router) for router in _routers(decoder))
-    return plain and all(type(experts) is FeedForwardExperts for experts in _experts(decoder))
+    plain = chooses_tokens(decoder) and all(has_plain_choice(moe.router) for moe in conditional_layers(decoder))
+    return plain and all(type(moe.experts) is FeedForwardExperts for moe in conditional_layers(decoder))
 
 
-def _routers(decoder: Decoder) -> list:
-    return [layer.feed_forward.router for layer in decoder.layers if layer.conditional]
+def has_heavy_experts(decoder: Decoder) -> bool:
+    """Returns whether `Decode` of one row reads experts in place faster than it copies them."""
+    return has_plain_experts(decoder) and all(are_heavy(moe.experts) for moe in conditional_layers(decoder))
 
 
-def _experts(decoder: Decoder) -> list:
-    return [layer.feed_forward.experts for layer in decoder.layers if layer.conditional]
+def _way(moe: nn.Cell, every_expert: bool, one_row: bool) -> nn.Cell:
+    """Returns the way of rows through the experts of a conditional layer."""
+    if one_row:
+        return SwitchedExpert(moe.experts, moe.choices)
+    if every_expert:
+        return EachExpert(moe.experts) if are_heavy(moe.experts) else EveryExpert(moe.experts)
+    return ChosenExperts(moe.experts)

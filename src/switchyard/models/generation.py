@@ -7,8 +7,8 @@ graph that was loaded from MindIR becomes wholly static so, for the shapes it is
 worked out at run time costs ten times as much a token on CPU.
 
 Legend: B batch, S prompt length, N = B * S, D width, V vocabulary, L layers, H query heads, J key/value heads,
-R = H / J, h head size, W = J * (R + 2) * h, T cache length, M longest sequence, E experts, K choices of a row, b rows
-of a block, P blocks.
+R = H / J, h head size, W = J * (R + 2) * h, T cache length or keys that a part of the queries sees, M longest
+sequence, E experts, K choices of a row, b rows of a block, P blocks.
 """
 
 import numpy as np
@@ -17,6 +17,7 @@ from mindspore import dtype as mstype
 
 from switchyard.distributed.expert_shard import ExpertShard
 from switchyard.models.decoder import Decoder
+from switchyard.models.single_experts import EachExpert, separates
 from switchyard.moe.dispatch.dispatchers import BlockDispatcher
 from switchyard.moe.experts import FeedForwardExperts
 from switchyard.moe.layer import MoELayer
@@ -75,19 +76,18 @@ class _Half(nn.Cell):
             qkv = qkv * turn[0]
         return qkv.astype(self.dtype).reshape(-1, self.heads, self.repeat + 2, self.size)
 
-    def masks(self, distance: Tensor) -> tuple:
-        """Returns what is added to scores, for each of `self.windows`: 0 where the key is seen, MASKED elsewhere.
+    @staticmethod
+    def mask(distance: Tensor, window: int) -> Tensor:
+        """Returns what is added to scores: 0 where the key is seen, MASKED elsewhere.
 
         Args:
             distance: from a key to the query; below 0 the key stands behind the query.
+            window: one of `self.windows`.
         """
-        masks, later = (), (distance < 0).astype(mstype.float32)
-        for window in self.windows:
-            unseen = later
-            if window > 0:
-                unseen = later + (distance >= window).astype(mstype.float32)
-            masks = (*masks, unseen * MASKED)
-        return masks
+        unseen = (distance < 0).astype(mstype.float32)
+        if window > 0:
+            unseen = unseen + (distance >= window).astype(mstype.float32)
+        return unseen * MASKED
 
     def parts(self, qkv: Tensor):
         """[., J, R + 2, ...] -> queries [., J, R, ...], a key and a value [., J, 1, ...]."""
@@ -134,17 +134,37 @@ class Prefill(_Half):
     those of the values, in the compute dtype. What they hold behind a prompt's end is overwritten by `Decode` before it
     is seen.
 
+    Queries are read in `parts`, each with the keys up to its last one: what is not seen is hardly computed, and scores
+    are small enough to stay in a core's cache. On one CPU core, 1,024 tokens, 4 heads of 32: 7.1 ms in 4 parts against
+    11.6 in one; a mask that is broadcast to the heads brought that to 18.3.
+
     Args:
         decoder: whose layers are read.
         max_length: M, the longest sequence.
         block: b, rows of an expert's block (see dispatch.BlockPlan); S must be a multiple of it.
         shard: the experts that this process of a job holds; None: all.
+        parts: A, of the queries of a sequence; S must be a multiple of it.
+        copies: whether the experts' weights may be copied, see models.single_experts; False: every weight is one of
+            the decoder's.
     """
 
-    def __init__(self, decoder: Decoder, max_length: int, block: int = 1, shard: ExpertShard | None = None):
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_length: int,
+        block: int = 1,
+        shard: ExpertShard | None = None,
+        parts: int = 1,
+        copies: bool = True,
+    ):
         super().__init__(decoder, max_length)
         self.plans, self.expert_shard = block_plans(decoder, block, shard), shard
         self.block, self.transpose = block, ops.Transpose()
+        self.count, self.cut, self.cut_row = parts, ops.Split(3, parts), ops.Split(1, parts)
+        self.join_keys, self.join_scores, self.join_places = ops.Concat(3), ops.Concat(4), ops.Concat(1)
+        self.spread_mask = Tensor(np.zeros((1, self.heads, self.repeat, 1, 1), np.float32))
+        layers = conditional_layers(decoder) if copies and shard is None and has_separate_experts(decoder) else []
+        self.experts = nn.CellList([EachExpert(moe.experts) for moe in layers])
         self.first_row = ops.StridedSlice(end_mask=0b10)
         self.smallest, self.largest = ops.ReduceMin(), ops.ReduceMax(keep_dims=True)
         self.fill, self.zero = ops.MaskedFill(), Tensor(0.0, mstype.float32)
@@ -155,8 +175,7 @@ class Prefill(_Half):
         number = (self.prefix(ones, 0) - 1) * (self.largest(places) + 1) + places  # [B, S]: which of the N rows
         valid = (places < ops.expand_dims(length, 1)).astype(mstype.float32).reshape(1, -1)  # [1, N]
         row = self.first_row(places, (0, 0), (1, 0), (1, 1)).astype(mstype.float32)  # [1, S]
-        distance = row.reshape(1, 1, 1, -1, 1) - row.reshape(1, 1, 1, 1, -1)  # [1, 1, 1, S, S]
-        masks = self.masks(distance)
+        masks = self.masks(row, length)
         position = ops.minimum(places, self.last_place).reshape(-1)  # [N]; padding may lie behind the last place
         x, turn = self.embed(tokens.reshape(-1), position), self.turn(position)  # [N, D]
         keys, values = (), ()
@@ -171,16 +190,55 @@ class Prefill(_Half):
         last = self.smallest(number, 1) + length - 1  # [B]
         return self.logits(self.take(x, last, 0)), *keys, *values
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """Queries [B, J, R, S, h], keys and values [B, J, 1, S, h], mask [1, 1, 1, S, S] -> [N, H * h]."""
+    def masks(self, row: Tensor, length: Tensor) -> tuple:
+        """Returns for each of `self.windows` the masks of the parts of the queries, of the shape of the scores: a sum
+        of equal shapes takes half the time of one that broadcasts.
+
+        With a window there is a mask of all keys for each part. Without one, a part sees all keys before it, and a mask
+        is that of its own keys; the parts share one.
+
+        Args:
+            row: places [1, S].
+            length: of the prompts, [B].
+        """
+        spread = ops.zeros_like(length).astype(mstype.float32).reshape(-1, 1, 1, 1, 1) + self.spread_mask
+        rows, masks = self.cut_row(row), ()  # A times [1, S / A]
+        for window in self.windows:
+            found = ()
+            for part in range(self.count if window > 0 else 1):
+                keys = rows[0] if part == 0 else self.join_places(rows[: part + 1])  # [1, T]
+                distance = rows[part].reshape(1, 1, 1, -1, 1) - keys.reshape(1, 1, 1, 1, -1)  # [1, 1, 1, S / A, T]
+                found = (*found, self.mask(distance, window) + spread)  # [B, J, R, S / A, T]
+            masks = (*masks, found)
+        return masks
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: tuple) -> Tensor:
+        """Queries [B, J, R, S, h], keys and values [B, J, 1, S, h], masks: see `masks` -> [N, H * h]."""
         if self.repeat > 1:
             key, value = (ops.tile(part, (1, 1, self.repeat, 1, 1)) for part in (key, value))  # [B, J, R, S, h]
-        scores = self.scores(query, key).astype(mstype.float32) + mask  # [B, J, R, S, S]
-        mixed = self.mix(self.softmax(scores).astype(self.dtype), value)  # [B, J, R, S, h]
+        keys, values, found = self.cut(key), self.cut(value), ()  # A times [B, J, R, S / A, h]
+        for part, rows in enumerate(self.cut(query)):
+            scores = self.scores_of(rows, keys, part, masks)  # [B, J, R, S / A, T]
+            seen = values[0] if part == 0 else self.join_keys(values[: part + 1])  # [B, J, R, T, h]
+            found = (*found, self.mix(self.softmax(scores).astype(self.dtype), seen))  # [B, J, R, S / A, h]
+        mixed = found[0] if self.count == 1 else self.join_keys(found)  # [B, J, R, S, h]
         return self.transpose(mixed, (0, 3, 1, 2, 4)).reshape(-1, self.heads * self.repeat * self.size)  # [N, H * h]
+
+    def scores_of(self, rows: Tensor, keys: tuple, part: int, masks: tuple) -> Tensor:
+        """Queries of a part [B, J, R, S / A, h], A keys of that shape -> scores up to its keys [B, J, R, S / A, T]."""
+        if len(masks) == self.count:
+            seen = keys[0] if part == 0 else self.join_keys(keys[: part + 1])  # [B, J, R, T, h]
+            return self.scores(rows, seen).astype(mstype.float32) + masks[part]
+        own = self.scores(rows, keys[part]).astype(mstype.float32) + masks[0]  # [B, J, R, S / A, S / A]
+        if part == 0:
+            return own
+        before = keys[0] if part == 1 else self.join_keys(keys[:part])  # [B, J, R, T - S / A, h]
+        return self.join_scores((self.scores(rows, before).astype(mstype.float32), own))
 
     def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """Rows [N, D], experts [N * K], gates [N, K] -> [N, D], by blocks of one expert each."""
+        if len(self.experts) > 0:
+            return self.experts[moe.place](x, experts.reshape(-1, moe.choices), gates)
         if self.expert_shard is not None:
             experts = self.expert_shard.own(experts)
         dispatch_index, combine_index, block_expert = self.plans[0](experts)
@@ -280,8 +338,19 @@ class PlainNorm(nn.Cell):
 
 def chooses_tokens(decoder: Decoder) -> bool:
     """Returns whether every conditional layer is the shipped one and its tokens choose experts without drops."""
-    layers = [layer.feed_forward for layer in decoder.layers if layer.conditional]
+    layers = conditional_layers(decoder)
     return all(type(one) is MoELayer and isinstance(one.eval_dispatcher, BlockDispatcher) for one in layers)
+
+
+def conditional_layers(decoder: Decoder) -> list:
+    """Returns the conditional feed-forwards in the order of the layers."""
+    return [layer.feed_forward for layer in decoder.layers if layer.conditional]
+
+
+def has_separate_experts(decoder: Decoder) -> bool:
+    """Returns whether `Prefill` gives each expert operators of its own, see models.single_experts."""
+    layers = conditional_layers(decoder)
+    return len(layers) > 0 and chooses_tokens(decoder) and all(separates(moe.experts) for moe in layers)
 
 
 def cast_products(decoder: Decoder) -> None:

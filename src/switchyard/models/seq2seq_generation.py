@@ -124,6 +124,7 @@ class Encode(_Part):
     def __init__(self, model: Seq2Seq, max_length: int, block: int = 1, shard: ExpertShard | None = None):
         super().__init__(model, model.encoder, max_length)
         self.plans, self.block, self.expert_shard = block_plans(model, block, shard), block, shard
+        self.experts = nn.CellList([])
 
     def construct(self, tokens: Tensor, length: Tensor):
         number, valid, bias = self.whole(tokens, length)
@@ -170,6 +171,7 @@ class Begin(_Answer):
     def __init__(self, model: Seq2Seq, max_length: int, block: int = 1, shard: ExpertShard | None = None):
         super().__init__(model, max_length)
         self.plans, self.block, self.expert_shard = block_plans(model, block, shard), block, shard
+        self.experts = nn.CellList([])
 
     def construct(self, tokens: Tensor, length: Tensor, memory_keys: Tensor, memory_values: Tensor, memory: Tensor):
         number, valid, bias = self.whole(tokens, length)
