@@ -88,3 +88,12 @@ def test_a_file_that_is_no_graph(tmp_path):
     (tmp_path / "a.mindir").write_bytes(b"no graph")
     with pytest.raises(UserError, match=r"^--model: MindSpore cannot load '.*a.mindir'"):
         load_graph(tmp_path / "a.mindir", None)
+
+
+def test_graphs_of_one_shape_share_few_places(model, monkeypatch):
+    """The oldest use goes first; of large graphs fewer are held, and one in any case."""
+    held = [("prefill", 1, size) for size in (16, 24, 32, 40)]
+    for size, kept in ((1 << 20, 3), (400 << 20, 1), (4 << 30, 0)):  # of the four, beside the new one
+        monkeypatch.setattr(model, "_graphs", {("decode",): None, **dict.fromkeys(held)})
+        model._make_room(size)
+        assert list(model._graphs) == [("decode",), *held[4 - kept :]]

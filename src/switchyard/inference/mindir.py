@@ -18,7 +18,7 @@ from switchyard.inference.graph_files import check_graph
 from switchyard.inference.manifest import AES_GCM, DECODE, DECODE_BATCH, DECODE_ONE, ENCODER, PREFILL, Manifest
 
 SMALLEST_BUCKET = 16
-KEPT = 4  # loaded graphs that serve a single shape each
+KEPT, KEPT_BYTES = 4, 1 << 30  # loaded graphs that serve a single shape each, and what they may hold; one in any case
 
 
 class ExportedModel:
@@ -59,17 +59,22 @@ class ExportedModel:
     def _graph(self, name: str, *shape: int):
         """Returns a graph, loaded at its first use; one of a single shape is loaded again for another, see Limits.
 
-        `shape`: of the inputs. Of the graphs that serve a single shape, KEPT are held: each has weights of its own.
+        `shape`: of the inputs. Of the graphs that serve a single shape, few are held: each has weights of its own.
         """
         key = (name, *shape) if name in self.manifest.limits.one_shape else (name,)
         graph = self._graphs.pop(key, None) or self._graphs.pop((name,), None)
         if graph is None:
-            held = [one for one in self._graphs if len(one) > 1]
-            if len(key) > 1 and len(held) >= KEPT:
-                del self._graphs[held[0]]  # that of the oldest use
+            if len(key) > 1:
+                self._make_room((self.directory / self.manifest.graphs[name]).stat().st_size)
             graph = self._load(name)
         self._graphs[key] = graph
         return graph
+
+    def _make_room(self, size: int) -> None:
+        """Lets go of graphs of a single shape, the oldest use first, for one more of `size` bytes."""
+        held = [key for key in self._graphs if len(key) > 1]
+        for key in held[: max(0, len(held) + 1 - max(1, min(KEPT, KEPT_BYTES // max(size, 1))))]:
+            del self._graphs[key]
 
     def _load(self, name: str):
         return load_graph(self.directory / self.manifest.graphs[name], self._key)
