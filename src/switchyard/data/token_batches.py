@@ -130,7 +130,7 @@ class TokenBatches:
         course, first = self.course.at(index)
         first += self._rank * self._batch_size
         places = range(first, first + self._batch_size)
-        read = [self._window(course, place) for place in places]
+        read = [self._window(*found) for found in self._places(course, places)]
         windows = np.stack([ids for ids, _ in read])  # [B, S+1]
         if self._collate is not None:
             return self._collate(list(windows), self._seed, course, list(places), len(windows))
@@ -140,13 +140,20 @@ class TokenBatches:
                 labels[row, mask[1:] == 0] = IGNORED
         return Batch(tokens, labels, np.ones(tokens.shape, np.float32))
 
-    def _window(self, course: int, place: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def _places(self, course: int, places: range) -> list[tuple[TokenCorpus, int]]:
+        """Returns of each window its corpus and the token that it starts at; an epoch's are permuted in one call."""
+        numbers = [int(self._pattern[place % len(self._pattern)]) for place in places]
+        visits = [divmod(self._visits(number, place), self.windows[number]) for number, place in zip(numbers, places)]
+        epochs = [(number, epoch) for number, (epoch, _) in zip(numbers, visits)]
+        starts = np.zeros(len(places), np.int64)
+        for key in dict.fromkeys(epochs):
+            rows = [row for row, one in enumerate(epochs) if one == key]
+            order, offset = self._epoch(course, *key)
+            starts[rows] = offset + order(np.array([visits[row][1] for row in rows])) * self._width
+        return [(self._corpora[number], int(start)) for number, start in zip(numbers, starts)]
+
+    def _window(self, corpus: TokenCorpus, start: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns one window [S + 1] int32, and its mask [S + 1] where its corpus has one."""
-        number = int(self._pattern[place % len(self._pattern)])
-        epoch, visit = divmod(self._visits(number, place), self.windows[number])
-        order, offset = self._epoch(course, number, epoch)
-        start = offset + int(order(np.array([visit]))[0]) * self._width
-        corpus = self._corpora[number]
         ids = corpus.stream.read(start, self._width).astype(np.int32)
         return ids, None if corpus.mask is None else corpus.mask.read(start, self._width)
 
