@@ -39,12 +39,12 @@ def test_layers_memory_and_compile_time(tables, tmp_path):
     layer = {"conditional layer": 3.0, "expert matrix products": 2.0, "traffic": 1.0, "torch sort_mm": 6.0}
     rows = [{"part": "rows", "shape": "2048,256,8,1", "contender": n, "min_ms": ms} for n, ms in layer.items()]
     rows.append({"part": "experts", "shape": "2048,256,8,1", "contender": "conditional layer", "min_ms": 4.0})
-    rows.append({"part": "memory", "size": "small", "peak": 120e6, "planned": 100e6})
-    rows.append({"part": "compile", "layers": 4, "experts": 8, "seconds": 6.0})
+    rows.append({"part": "memory", "size": "small", "peak": 120e6, "second_peak": 110e6, "planned": 100e6})
+    rows.append({"part": "compile", "layers": 4, "experts": 8, "seconds": 6.0, "second": 0.9})
     write(tmp_path, "scaling", rows)
     assert tables.render("layers").splitlines()[2:-2] == ["| 2,048 | 256 | 8 | 1 | 3.0 | 6.0 | 0.50 | 2.0 | 1.0 |"]
-    assert tables.render("memory").splitlines()[2] == "| small | 120 | 100 | 1.20 |"
-    assert tables.render("compile", "zh").splitlines()[2] == "| 4 | 8 | 6.0 | 1.50 |"
+    assert tables.render("memory").splitlines()[2] == "| small | 120 | 110 | 100 | 1.20 | 1.10 |"
+    assert tables.render("compile", "zh").splitlines()[2] == "| 4 | 8 | 6.0 | 1.50 | 0.9 |"
 
 
 def test_a_step_is_compared_with_the_fastest_peer_of_its_kind(tables, tmp_path):

@@ -13,6 +13,7 @@ from mindspore import Tensor, nn, ops
 from switchyard.models.decoder import Decoder
 from switchyard.moe.dispatch.dispatchers import BlockDispatcher, SlotDispatcher
 from switchyard.moe.experts import FeedForwardExperts
+from switchyard.nn.float_attention import FloatAttention
 from switchyard.training.step import TrainStep
 
 FLOAT = 4  # bytes of a float32
@@ -65,6 +66,17 @@ class Positions(nn.Cell):
     def construct(self, query: Tensor, key: Tensor):
         cos, sin = self.rotary.tables(ops.arange(query.shape[3]))
         return self.rotary(query, cos, sin), self.rotary(key, cos, sin)
+
+
+class Turning(nn.Cell):
+    """Turns queries [B, J, R, S, h] and keys [B, J, S, h] to their places as FloatAttention does."""
+
+    def __init__(self, attention: FloatAttention):
+        super().__init__(auto_prefix=False)
+        self.attention = attention
+
+    def construct(self, query: Tensor, key: Tensor):
+        return self.attention.queries(query), self.attention.keys(key)
 
 
 class Routing(nn.Cell):
@@ -153,12 +165,12 @@ def attention_parts(model: Decoder, x: Tensor, batch: int) -> Iterator[Part]:
         return attention(x, batch)
 
     positions = None
-    apart = attention.half is None and attention.fused is None and attention.float is None
-    if attention.rotary is not None and apart:
+    if attention.rotary is not None and attention.half is None and attention.fused is None:
         positions = "positions"
         query, key = (ops.zeros((batch, heads, *repeats, length, size), x.dtype) for repeats in ((repeat,), ()))
+        turn = Positions(attention.rotary) if attention.float is None else Turning(attention.float)
         moved = 2.0 * (repeat + 1) * heads * size * rows * FLOAT
-        yield Part(positions, Positions(attention.rotary), (query, key), layers, moved=(moved, moved))
+        yield Part(positions, turn, (query, key), layers, moved=(moved, moved))
     yield Part("attention", Function(attention, attend), (x,), layers, positions, products)
 
 
