@@ -26,7 +26,8 @@ SIZES = {
 VOCABULARY, PLACES, PLACE, PROMPT = 65, 256, 20, 1024
 OURS = ("switchyard", "switchyard dense", "switchyard floor")
 MIXTRAL = "torch mixtral"
-PLAIN = ("torch plain each", "torch plain grouped_mm", "torch plain gather_bmm", "torch plain dense")
+COPIES = "torch plain gather_bmm"  # copies weights for each token: for a prefill 60 times as slow as the others
+PLAIN = ("torch plain each", "torch plain grouped_mm", COPIES, "torch plain dense")
 
 
 def our_config(size: str, dense: bool):
@@ -137,7 +138,8 @@ def main() -> None:
     for size in ["small"] if args.short else args.sizes:
         for batch in args.batches[:1] if args.short else args.batches:
             ours = OURS if batch else OURS[:2]
-            names = [f"{size} {batch} {name}" for name in (*(ours[:1] if args.only else ours), *peers)]
+            against = [name for name in peers if batch or name != COPIES]
+            names = [f"{size} {batch} {name}" for name in (*(ours[:1] if args.only else ours), *against)]
             seconds = alternate(__file__, names, 5 if args.short else args.rounds, 20 if batch else 1)
             seconds = {name.split(" ", 2)[2]: found for name, found in seconds.items()}
             title = f"decode step of {size}, batch {batch}" if batch else f"prefill of {size}, {PROMPT} tokens"
