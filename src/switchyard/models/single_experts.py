@@ -49,9 +49,10 @@ class EachExpert(nn.Cell):
     """Applies to each row its K experts, one expert after the other: exactly the work that the choices ask for.
 
     The plain twin is the way by blocks, see dispatch.BlockDispatcher: it gathers a copy of the weights for each block,
-    and fills blocks up. On one CPU core, 1,024 rows of width 384, hidden width 1,536, 2 of 8 experts chosen: 75 ms against
-    133 (blocks of 128 rows) and 176 (of 32). Nothing but the sum takes its shape from the choices' shape: MindSpore keeps
-    the shape of a Gather between rows of unknown number when it compiles a loaded graph for a second shape.
+    and fills blocks up. On one CPU core, 1,024 rows of width 384, hidden width 1,536, 2 of 8 experts chosen: 75 ms
+    against 133 (blocks of 128 rows) and 176 (of 32). Nothing but the sum takes its shape from the choices' shape:
+    MindSpore keeps the shape of a Gather between rows of unknown number when it compiles a loaded graph for a second
+    shape.
 
     Args:
         experts: whose weights are copied.
