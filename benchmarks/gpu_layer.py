@@ -13,7 +13,7 @@ import time
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 from moe_cells import Conditional, Gradients
 from workers import record
 
@@ -25,17 +25,9 @@ from switchyard.moe.layer import MoELayer
 from switchyard.nn.fused import fused_operators
 from switchyard.nn.initializers import InitialWeights
 from switchyard.nn.noise import NoiseSlices
+from switchyard.profile.measure import resident
 
 WINDOW, WINDOWS = 20, 5  # calls that are timed together, and how often
-
-
-def on_device(array: np.ndarray) -> Tensor:
-    """Returns a tensor that an operator made: one made from NumPy is copied to the GPU again at every call."""
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    made = ops.mul(Tensor(array), Tensor(1, ms.float32))
-    ms.runtime.synchronize()
-    ms.set_context(mode=ms.GRAPH_MODE)
-    return made
 
 
 def layer(config, rows: int) -> nn.Cell:
@@ -55,7 +47,7 @@ def experts(config, count: int) -> nn.Cell:
 
 def milliseconds(cell: nn.Cell, rows: np.ndarray) -> tuple[float, float]:
     """Returns (median, least) ms of a forward and backward pass, with respect to rows and weights."""
-    call, rows, windows = Gradients(cell), on_device(rows), []
+    call, rows, windows = Gradients(cell), resident(Tensor(rows)), []
     for _ in range(4):
         call(rows)
     ms.runtime.synchronize()

@@ -135,7 +135,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, pynative):
     write_text(tmp_path)
     config = run_config(
         tmp_path,
-        schedule={"learning_rate": 1e6, "lr_end": 0.0, "warmup_steps": 0, "type": "constant"},
+        schedule={"learning_rate": 1e30, "lr_end": 0.0, "warmup_steps": 0, "type": "constant"},
         optimizer={"clip_grad": None},
         train={"steps": 50, "checkpoint_every": 1},
         context={"mode": "pynative"},

@@ -73,7 +73,8 @@ class ExportedModel:
     def _make_room(self, size: int) -> None:
         """Lets go of graphs of a single shape, the oldest use first, for one more of `size` bytes."""
         held = [key for key in self._graphs if len(key) > 1]
-        for key in held[: max(0, len(held) + 1 - max(1, min(KEPT, KEPT_BYTES // max(size, 1))))]:
+        beside = max(0, min(KEPT, KEPT_BYTES // max(size, 1)) - 1)  # of those held, that may stay
+        for key in held[: max(0, len(held) - beside)]:
             del self._graphs[key]
 
     def _load(self, name: str):

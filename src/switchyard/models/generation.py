@@ -206,7 +206,7 @@ class Prefill(_Half):
         for window in self.windows:
             found = ()
             for part in range(self.count if window > 0 else 1):
-                keys = rows[0] if part == 0 else self.join_places(rows[: part + 1])  # [1, T]
+                keys = joined(rows[: part + 1], self.join_places)  # [1, T]
                 distance = rows[part].reshape(1, 1, 1, -1, 1) - keys.reshape(1, 1, 1, 1, -1)  # [1, 1, 1, S / A, T]
                 found = (*found, self.mask(distance, window) + spread)  # [B, J, R, S / A, T]
             masks = (*masks, found)
@@ -219,20 +219,20 @@ class Prefill(_Half):
         keys, values, found = self.cut(key), self.cut(value), ()  # A times [B, J, R, S / A, h]
         for part, rows in enumerate(self.cut(query)):
             scores = self.scores_of(rows, keys, part, masks)  # [B, J, R, S / A, T]
-            seen = values[0] if part == 0 else self.join_keys(values[: part + 1])  # [B, J, R, T, h]
+            seen = joined(values[: part + 1], self.join_keys)  # [B, J, R, T, h]
             found = (*found, self.mix(self.softmax(scores).astype(self.dtype), seen))  # [B, J, R, S / A, h]
-        mixed = found[0] if self.count == 1 else self.join_keys(found)  # [B, J, R, S, h]
+        mixed = joined(found, self.join_keys)  # [B, J, R, S, h]
         return self.transpose(mixed, (0, 3, 1, 2, 4)).reshape(-1, self.heads * self.repeat * self.size)  # [N, H * h]
 
     def scores_of(self, rows: Tensor, keys: tuple, part: int, masks: tuple) -> Tensor:
         """Queries of a part [B, J, R, S / A, h], A keys of that shape -> scores up to its keys [B, J, R, S / A, T]."""
         if len(masks) == self.count:
-            seen = keys[0] if part == 0 else self.join_keys(keys[: part + 1])  # [B, J, R, T, h]
+            seen = joined(keys[: part + 1], self.join_keys)  # [B, J, R, T, h]
             return self.scores(rows, seen).astype(mstype.float32) + masks[part]
         own = self.scores(rows, keys[part]).astype(mstype.float32) + masks[0]  # [B, J, R, S / A, S / A]
         if part == 0:
             return own
-        before = keys[0] if part == 1 else self.join_keys(keys[:part])  # [B, J, R, T - S / A, h]
+        before = joined(keys[:part], self.join_keys)  # [B, J, R, T - S / A, h]
         return self.join_scores((self.scores(rows, before).astype(mstype.float32), own))
 
     def work(self, moe: nn.Cell, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -249,6 +249,11 @@ class Prefill(_Half):
         if moe.choices > 1:
             out = out.reshape(-1, moe.choices, self.width).sum(1)  # [N, D]
         return out if self.expert_shard is None else self.expert_shard.total(out)
+
+
+def joined(parts: tuple, concat) -> Tensor:
+    """Returns parts of a sequence joined by `concat`; one part alone as it is, without a copy."""
+    return parts[0] if len(parts) == 1 else concat(parts)
 
 
 class CacheWriter(nn.Cell):

@@ -25,17 +25,17 @@ class SingleExpert(nn.Cell):
     """Applies one of some feed-forward experts: rows [n, D] -> [n, D] float32, n may be 0.
 
     Args:
-        experts: of which one's weights are copied.
-        index: which one.
+        experts: what they have in common.
+        w_in, w_gate, w_out: the matrices of this one; w_gate None: it has none.
     """
 
-    def __init__(self, experts: FeedForwardExperts, index: int):
+    def __init__(self, experts: FeedForwardExperts, w_in: np.ndarray, w_gate: np.ndarray | None, w_out: np.ndarray):
         super().__init__()
         self.dtype, self.gated = experts.dtype, experts.gated
         self.bend = SwiGLU(silu=True) if self.gated else experts.activation  # the same numbers, an operator less
-        self.w_in = held(numbers(experts.w_in)[index], experts.w_in, "w_in")  # [D, F]
-        self.w_gate = held(numbers(experts.w_gate)[index], experts.w_gate, "w_gate") if self.gated else None
-        self.w_out = held(numbers(experts.w_out)[index], experts.w_out, "w_out")  # [F, D]
+        self.w_in = held(w_in, experts.w_in, "w_in")  # [D, F]
+        self.w_gate = held(w_gate, experts.w_gate, "w_gate") if self.gated else None
+        self.w_out = held(w_out, experts.w_out, "w_out")  # [F, D]
         self.product = ops.MatMul()
 
     def construct(self, rows: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class EachExpert(nn.Cell):
     def __init__(self, experts: FeedForwardExperts):
         super().__init__()
         self.expert_num = experts.w_out.shape[0]
-        self.each = nn.CellList([SingleExpert(experts, index) for index in range(self.expert_num)])
+        self.each = taken_apart(experts)
         self.numbers = Tensor(np.arange(self.expert_num, dtype=np.int32).reshape(-1, 1, 1))
         self.sum, self.split = ops.ReduceSum(), ops.Split(0, self.expert_num)
         self.find, self.pick, self.put = ops.NonZero(), ops.GatherNd(), ops.TensorScatterAdd()
@@ -93,7 +93,7 @@ class SwitchedExpert(nn.Cell):
 
     def __init__(self, experts: FeedForwardExperts, choices: int):
         super().__init__()
-        self.each = nn.CellList([SingleExpert(experts, index) for index in range(experts.w_out.shape[0])])
+        self.each = taken_apart(experts)
         self.choice = ops.Split(1, choices)
 
     def construct(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -103,6 +103,13 @@ class SwitchedExpert(nn.Cell):
             part = switch_layer(index.reshape(()), self.each)(x) * gate  # [1, D]
             total = part if total is None else total + part
         return total
+
+
+def taken_apart(experts: FeedForwardExperts) -> nn.CellList:
+    """Returns a cell for each of the experts, with a copy of the expert's weights."""
+    w_in, w_out = numbers(experts.w_in), numbers(experts.w_out)
+    w_gate = numbers(experts.w_gate) if experts.gated else [None] * len(w_in)
+    return nn.CellList([SingleExpert(experts, *matrices) for matrices in zip(w_in, w_gate, w_out)])
 
 
 def separates(experts: nn.Cell) -> bool:

@@ -17,6 +17,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 LEAST = 2.0**-100
+MOST_DECAY = 2.0**20  # 1 / (1 - decay) - 1 is -1 in float32 from 2^24 on, and the operator would divide by 0
 
 
 class AdamW(nn.Cell):
@@ -137,6 +138,7 @@ def shrink_factor(decay: Tensor) -> Tensor:
 
     The operator makes (p - alpha g) / (1 + alpha l2). With the least alpha the gradient g moves nothing.
     """
+    decay = ops.minimum(decay, MOST_DECAY)
     return decay / (1.0 - decay) * (1.0 / LEAST)
 
 
