@@ -72,7 +72,7 @@ class AdamW(nn.Cell):
         self.multiply, self.divide = ops.MulNoNan(), ops.DivNoNan()
 
     def construct(self, gradients: tuple, learning_rate, alive, factor=None, scale=None) -> Tensor:
-        """One update by `gradients` (one for each parameter, same shapes) and a float32 scalar: returns 0.
+        """Updates all parameters by `gradients`, one for each of the same shape, and a float32 scalar: returns 0.
 
         Where `alive` is false nothing changes, whatever the gradients hold.
 
@@ -152,7 +152,7 @@ def plain_adamw(parameter, moment1, moment2, gradient, step, learning_rate, beta
 
 
 def gradient_scale(norm: Tensor, clip: float | None, unscale: Tensor | None) -> Tensor | None:
-    """What gradients are multiplied by: without the loss scale, and of global norm at most `clip`; None = nothing.
+    """Returns what takes the loss scale from gradients and cuts their global norm to `clip`; None = nothing does.
 
     Args:
         norm: of the gradients without the loss scale.

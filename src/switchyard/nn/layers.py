@@ -108,7 +108,7 @@ class Dropout(nn.Cell):
         return self.local(x, noise)
 
     def drop(self, x: Tensor, noise: Tensor) -> Tensor:
-        """What is left of x."""
+        """Returns what is left of x."""
         return x * ((self.slice(noise) >= self.rate).astype(mstype.float32) * (1.0 / (1.0 - self.rate)))
 
     def shard(self, mesh: CompiledMesh) -> None:
@@ -124,12 +124,12 @@ def hidden(length: int, window: int | None = None) -> np.ndarray:
 
 
 def causal_mask(length: int, window: int | None = None) -> Tensor:
-    """What is added to scores [S, S]: 0 where a position may look, MASKED where it may not."""
+    """Returns what is added to scores [S, S]: 0 where a position may look, MASKED where it may not."""
     return Tensor(np.where(hidden(length, window), np.float32(MASKED), np.float32(0)))
 
 
 def hidden_mask(length: int, window: int | None = None) -> Tensor:
-    """The same for FlashAttentionScore, uint8 [S, S]: 0 where a position may look, 1 where it may not."""
+    """Returns the same for FlashAttentionScore, uint8 [S, S]: 0 where a position may look, 1 where it may not."""
     return Tensor(hidden(length, window).astype(np.uint8))
 
 

@@ -27,7 +27,7 @@ WARM_UP = 3  # rounds before the clock runs: MindSpore tries numbers of threads 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; all in seconds of a step.
+    """Holds one line of the table; all in seconds of a step.
 
     Attributes:
         name: of the part.
