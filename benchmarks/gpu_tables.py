@@ -88,6 +88,8 @@ def measured(found: dict) -> str:
             "",
             *layout_table(second["layouts"]),
             "",
+            *weak_table(second["weak"]),
+            "",
             f"Keys: {'; '.join(asked)}.",
         ]
     )
@@ -109,6 +111,23 @@ def layout_table(found: dict) -> list[str]:
         share = f"{row['efficiency']:.0%}" if "efficiency" in row else ""
         speeds = f"{row['step_ms']:.1f} | {row['tokens_per_second']:,.0f} | {share}"
         lines.append(f"| {NAMES.get(name, name)} | {apart[0]} | {apart[1]} | {speeds} | {', '.join(sent)}{same} |")
+    return lines
+
+
+def weak_table(found: dict) -> list[str]:
+    """What is left of twice the speed where the batch grows with the GPUs."""
+    lines = [
+        "`config/moe_1b_gpu.yaml` in float16 with 8 sequences of 1,024 tokens a GPU and a vocabulary of 8,192, on two "
+        "NVIDIA H200 of another host:",
+        "",
+        "| Layout | ms a step | tokens/s | efficiency | exchanges of a device a step |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for name, row in found.items():
+        sent = ", ".join(f"{n} {kind} {size:,}" for kind, (n, size) in sorted(row.get("exchanges", {}).items()))
+        rate, tokens = row["tokens_per_second"], 8 * 1024 * (1 if name == "one GPU" else 2)
+        share = "" if name == "one GPU" else f"{row['efficiency']:.0%}"
+        lines.append(f"| {name} | {1e3 * tokens / rate:.1f} | {rate:,.0f} | {share} | {sent} |")
     return lines
 
 

@@ -1,6 +1,7 @@
 """train.py on one and on several GPUs: the same losses and weights, how fast, what travels, and what goes wrong.
 
     python benchmarks/gpus.py --out FILE.json [--parts same layouts ...] [--rows "pp 2" ...] [--data FILE]
+                               [--tokenizer FILE]
 
 Every job is started as a user starts one, by scripts/run_distribute_train_gpu.sh. Parts, each of which adds its figures
 to FILE:
@@ -13,10 +14,12 @@ to FILE:
     resume     a checkpoint of two GPUs goes on on one, and back
     kill       one of two workers dies: how long until the job has ended, what it says, what it leaves behind
     float16    config/moe_1b_gpu.yaml, scaled, 500 steps of the default corpus: skipped steps, curve
+    weak       config/moe_1b_gpu.yaml with 8 sequences a GPU, on one GPU and on two: how much of twice the speed is left
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -80,6 +83,8 @@ LAYOUTS = {
     "tp 2": {"parallel.model_parallel": 2},
     "pp 2": PP,
 }
+WEAK_STEPS = 60
+WEAK = {"one GPU": (1, {}), "dp 2, ZeRO 1": (2, DP), "dp 2, ep 2, ZeRO 1": (2, EP)}
 GUARDED = {  # kernels are not waited for: what, keys, program
     "guard-by-compiler": ("`data_parallel: 2`, `optimizer_shard: 0`", DP | {ZERO: 0}, TRAIN),
     "guard-read": ("the same, and one more operator reads the sum of the figures", DP | {ZERO: 0}, RACE),
@@ -98,8 +103,8 @@ RESUMED = {  # what, then devices and keys of the first half, and of the second
 class Runs:
     """The folder of all runs, and how one is started in it."""
 
-    def __init__(self, folder: Path, data: str | None):
-        self.folder, self.data = folder, data
+    def __init__(self, folder: Path, data: str | None, tokenizer: str):
+        self.folder, self.data, self.tokenizer = folder, data, tokenizer
         tree = {**TREE, "data": TREE["data"] | ({"path": data} if data else {})}
         self.config = folder / "config.yaml"
         self.config.write_text(yaml.safe_dump(tree), encoding="utf-8")  # without defaults: devices have their own
@@ -337,6 +342,24 @@ def float16(runs: Runs) -> dict:
     return {"code": done["code"], "tokens_per_second": statistics.median(rates or [0]), "curve": curve, **kept}
 
 
+def weak(runs: Runs) -> dict:
+    """Tokens a second of a whole model whose batch grows with the GPUs; the final checkpoint is not waited for."""
+    found, common = {}, {"train.gradient_accumulation_steps": 1, "train.eval_every": 0, "train.checkpoint_every": 0}
+    common |= {"train.steps": WEAK_STEPS, "train.log_every": 5, "schedule.warmup_steps": 10}
+    common |= {"data.path": runs.data or "null", "data.tokenizer": runs.tokenizer}
+    for layout, (devices, keys) in WEAK.items():
+        name = "weak-" + re.sub(r"[ ,]+", "-", layout)
+        keys = common | keys | {"data.batch_size": 8 * devices}
+        done = runs.run(name, devices, keys, config=ROOT / "config" / "moe_1b_gpu.yaml", timeout=240)
+        rates = [line["tokens_per_second"] for line in runs.lines(name) if line["tokens_per_second"]]
+        found[layout] = {"code": done["code"], "tokens_per_second": statistics.median(rates or [0])}
+        for line in runs.lines(name, "exchanges"):
+            found[layout]["exchanges"] = {key: value for key, value in line.items() if key not in ("kind", "step")}
+        alone = found["one GPU"]["tokens_per_second"]
+        found[layout]["efficiency"] = found[layout]["tokens_per_second"] / (devices * alone or math.inf)
+    return found
+
+
 def gpus() -> list[str]:
     """What the driver says of this machine's GPUs."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -349,18 +372,19 @@ def gpus() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows = {layouts: LAYOUTS, guard: GUARDED, resume: RESUMED}
-    parts = {part.__name__: part for part in (cpu, same, layouts, guard, resume, kill, float16)}
+    parts = {part.__name__: part for part in (cpu, same, layouts, guard, resume, kill, float16, weak)}
     names = [name for part in rows.values() for name in part]
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--rows", nargs="+", choices=names, default=names, help="of layouts, guard and resume")
     parser.add_argument("--data", help="a text file; otherwise the default corpus")
+    parser.add_argument("--tokenizer", default="byte", help="of the part weak")
     parser.add_argument("--folder", type=Path, help="where runs are kept; otherwise a temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        runs = Runs(folder, args.data)
+        runs = Runs(folder, args.data, args.tokenizer)
         for name, part in ((name, parts[name]) for name in args.parts):
             found = json.loads(args.out.read_text()) if args.out.exists() else {"gpus": gpus()}
             try:
