@@ -15,7 +15,7 @@ from switchyard.distributed.placement import ParallelDims
 from switchyard.distributed.processes import Processes
 from switchyard.distributed.replicas import check_replicas, checksum, odd_ones, replica_groups
 from switchyard.errors import UserError
-from switchyard.training import loop
+from switchyard.training import trainer as training
 
 EXPERT, PLAIN = "layers.0.feed_forward.experts.w_in", "norm.gain"
 
@@ -69,13 +69,13 @@ def test_what_differs_is_named():
 def test_random_state_is_compared_too(monkeypatch):
     """A rank that reads another seed, say from an old copy of the configuration, draws other noise."""
     given = []
-    monkeypatch.setattr(loop, "check_replicas", lambda arrays, shapes, *_: given.append((arrays, shapes)))
+    monkeypatch.setattr(training, "check_replicas", lambda arrays, shapes, *_: given.append((arrays, shapes)))
     for seed, done in ((1, 5), (1, 5), (2, 5), (1, 6)):
         trainer = SimpleNamespace(
             processes=Processes(0, 2, ParallelDims(2)), config=build({"train": {"seed": seed}}), compared=0, done=done
         )
         trainer.step, trainer._kept = SimpleNamespace(shapes={PLAIN: (3,)}), lambda: ""
-        loop.Trainer._compare_replicas(trainer, {PLAIN: np.ones(3, np.float32)})
+        training.Trainer._compare_replicas(trainer, {PLAIN: np.ones(3, np.float32)})
     sums = [checksum(arrays["random state"]) for arrays, _ in given]
     assert sums[0] == sums[1] and len(set(sums)) == 3
     assert given[0][1]["random state"] == () and list(replica_groups("random state", (), ParallelDims(2))) == [(0, 1)]

@@ -15,7 +15,7 @@ from switchyard.config import build
 from switchyard.data import TrainBatches
 from switchyard.errors import Interrupted, UserError
 from switchyard.models import create_model
-from switchyard.training import loop
+from switchyard.training import trainer
 from switchyard.training.bad_losses import BadLosses
 from switchyard.training.loop import train
 from switchyard.training.randomness import draw_noise
@@ -135,7 +135,7 @@ def _poison(monkeypatch, *indices: int) -> None:
 
 def _stop_at(monkeypatch, stop: int) -> None:
     """Sends this process SIGTERM in the step after `stop`, once."""
-    original, sent = loop.learning_rate, []
+    original, sent = trainer.learning_rate, []
 
     def rate(config, step):
         if step == stop and not sent:
@@ -143,7 +143,7 @@ def _stop_at(monkeypatch, stop: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(config, step)
 
-    monkeypatch.setattr(loop, "learning_rate", rate)
+    monkeypatch.setattr(trainer, "learning_rate", rate)
 
 
 def _same(one, other) -> bool:

@@ -53,7 +53,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, graph):
 
 def test_gpus_that_wait_for_nothing_are_warned_once(tmp_path, monkeypatch, capsys):
     write_text(tmp_path)
-    monkeypatch.setattr("switchyard.training.loop.waits_for_nothing", lambda config, processes: processes.size == 1)
+    monkeypatch.setattr("switchyard.training.trainer.waits_for_nothing", lambda config, processes: processes.size == 1)
     train(run_config(tmp_path, train={"steps": 2, "replica_check_every": 7}))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: launch: ")]
     assert len(said) == 1 and "context.launch_blocking=true" in said[0] and "train.replica_check_every=7)" in said[0]
@@ -177,18 +177,18 @@ def test_a_signal_saves_and_a_resumed_run_repeats_the_rest(tmp_path, pynative, m
     config = run_config(tmp_path, train={"steps": 5}, context={"mode": "pynative"})
     train(config)
     other = run_config(tmp_path, train={"steps": 5, "name": "other"}, context={"mode": "pynative"})
-    from switchyard.training import loop
+    from switchyard.training import trainer
 
     def rate_and_signal(config, step):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(config, step)
 
-    original = loop.learning_rate
-    monkeypatch.setattr(loop, "learning_rate", rate_and_signal)
+    original = trainer.learning_rate
+    monkeypatch.setattr(trainer, "learning_rate", rate_and_signal)
     with pytest.raises(Interrupted, match=r"saved step 3 of .*; continue with --resume"):
         train(other)
-    monkeypatch.setattr(loop, "learning_rate", original)
+    monkeypatch.setattr(trainer, "learning_rate", original)
     runs = tmp_path / "runs"
     assert checkpoint.read(runs / "other").step == 3 and list(losses_of(runs / "other")) == [1, 2, 3]
     train(other, resume=True)

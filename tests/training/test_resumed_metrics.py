@@ -13,7 +13,7 @@ from switchyard import cli
 from switchyard.checkpoint import store as checkpoint
 from switchyard.commands import eval_main
 from switchyard.errors import UserError
-from switchyard.training import evaluate, loop
+from switchyard.training import evaluate, trainer
 from switchyard.training.evaluate import Evaluator
 from switchyard.training.loop import train
 from switchyard.training.metrics import MetricsLog
@@ -56,10 +56,10 @@ def _killing(monkeypatch, owner, name: str, call: int):
 @pytest.mark.parametrize(
     "eval_batches, owner, name, call",
     [
-        (0, loop.Trainer, "_result", 1),  # behind the last evaluation, before result.json
-        (2, loop.Trainer, "_mark_best", 1),  # behind the evaluation of step 2 and its checkpoint
-        (0, loop.Trainer, "_mark_best", 2),
-        (2, loop.Trainer, "_save", 2),  # behind the evaluation of step 4
+        (0, trainer.Trainer, "_result", 1),  # behind the last evaluation, before result.json
+        (2, trainer.Trainer, "_mark_best", 1),  # behind the evaluation of step 2 and its checkpoint
+        (0, trainer.Trainer, "_mark_best", 2),
+        (2, trainer.Trainer, "_save", 2),  # behind the evaluation of step 4
     ],
 )
 def test_a_killed_run_is_resumed_without_doubled_lines(
@@ -156,7 +156,7 @@ def test_a_run_that_ends_with_weights_that_are_not_finite_is_refused(tmp_path, p
     """A finite gradient can be applied to an infinite weight: the last step has no step behind it to see that."""
     write_text(tmp_path)
     config = run_config(tmp_path, train={"steps": 2, "checkpoint_every": 1}, context=PYNATIVE)
-    original = loop.Trainer._advance
+    original = trainer.Trainer._advance
 
     def spoilt(self):
         original(self)
@@ -164,7 +164,7 @@ def test_a_run_that_ends_with_weights_that_are_not_finite_is_refused(tmp_path, p
             parameter = next(iter(self.model.get_parameters()))
             parameter.set_data(parameter * np.inf)
 
-    monkeypatch.setattr(loop.Trainer, "_advance", spoilt)
+    monkeypatch.setattr(trainer.Trainer, "_advance", spoilt)
     with pytest.raises(
         UserError, match=r"checkpoint of step 2: '.*' holds numbers .* was not written; '.*step-00000001'"
     ):

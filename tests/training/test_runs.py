@@ -14,7 +14,7 @@ from oracles.tiny_run import TEXT, losses_of, metrics_of, run_config, write_text
 from switchyard.checkpoint import store as checkpoint
 from switchyard.errors import Interrupted, UserError
 from switchyard.moe.routing.replay import Recorder
-from switchyard.training import loop
+from switchyard.training import trainer
 from switchyard.training.lock import LOCK
 from switchyard.training.loop import train
 
@@ -103,7 +103,7 @@ def test_a_resumption_that_saved_nothing_leaves_no_line(tmp_path, pynative, monk
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(loop, "learning_rate", fail)
+        patch.setattr(trainer, "learning_rate", fail)
         train(_config(tmp_path, **faster), resume=True)
     train(_config(tmp_path, train={"steps": 3}), resume=True)
     assert not metrics_of(run, "resumed") and list(losses_of(run)) == [1, 2, 3]
@@ -176,7 +176,7 @@ def test_a_text_that_was_moved_is_no_other_text(tmp_path, pynative):
 def test_a_second_training_of_a_name_changes_nothing(tmp_path, pynative, monkeypatch):
     """Started while the first is at its second step, new or with --resume."""
     write_text(tmp_path)
-    original, seen = loop.learning_rate, []
+    original, seen = trainer.learning_rate, []
 
     def start_another(config, step):
         if step == 2:
@@ -188,7 +188,7 @@ def test_a_second_training_of_a_name_changes_nothing(tmp_path, pynative, monkeyp
             seen.append(step)
         return original(config, step)
 
-    monkeypatch.setattr(loop, "learning_rate", start_another)
+    monkeypatch.setattr(trainer, "learning_rate", start_another)
     train(_config(tmp_path, train={"steps": 3}))
     run = tmp_path / "runs" / "tiny"
     assert seen == [2] and list(losses_of(run)) == [1, 2, 3] and not (run / LOCK).exists()
@@ -228,7 +228,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(what, file, tmp_path,
     write_text(tmp_path)
     keys = {"steps": 4, "checkpoint_every": 1}
     train(_config(tmp_path, train=keys | {"name": "whole"}))
-    original = loop.learning_rate
+    original = trainer.learning_rate
     with monkeypatch.context() as patch:
 
         def fill(config, step):
@@ -236,7 +236,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(what, file, tmp_path,
                 patch.setattr(what, lambda *arguments: (_ for _ in ()).throw(FULL))
             return original(config, step)
 
-        patch.setattr(loop, "learning_rate", fill)
+        patch.setattr(trainer, "learning_rate", fill)
         with pytest.raises(UserError, match=rf"^'.*({file})': No space left on device; free some space, ") as caught:
             train(_config(tmp_path, train=keys))
     assert "\n" not in str(caught.value)
@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(what, file, tmp_path,
 def test_a_terminal_that_closes_saves_the_run(tmp_path, pynative, monkeypatch):
     """SIGHUP comes twice, from the shell and from the system; the run is saved all the same."""
     write_text(tmp_path)
-    original = loop.learning_rate
+    original = trainer.learning_rate
 
     def hang_up(config, step):
         if step == 2:
@@ -257,7 +257,7 @@ def test_a_terminal_that_closes_saves_the_run(tmp_path, pynative, monkeypatch):
             os.kill(os.getpid(), signal.SIGHUP)
         return original(config, step)
 
-    monkeypatch.setattr(loop, "learning_rate", hang_up)
+    monkeypatch.setattr(trainer, "learning_rate", hang_up)
     before = signal.getsignal(signal.SIGHUP)
     with pytest.raises(Interrupted, match="saved step 2"):
         train(_config(tmp_path))
