@@ -65,7 +65,7 @@ def train(name: str, args, runs: Path) -> None:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None and trained_seconds(runs / folder(name)) < args.seconds:
-                time.sleep(0.5)
+                time.sleep(2.0)  # a look reads the whole record of the run
         finally:
             process.send_signal(signal.SIGTERM)  # evaluates, and writes what is left
             process.wait()
