@@ -7,7 +7,7 @@ import pytest
 
 from switchyard.config import build
 from switchyard.errors import UserError
-from switchyard.profile.__main__ import main
+from switchyard.profile.__main__ import main, render
 from switchyard.profile.measure import Row, measure
 
 MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "seq_length": 8}
@@ -47,6 +47,14 @@ def test_a_row_adds_its_passes_and_its_floors():
     assert Row("norm", 1.0, 2.0, 0.5, None).total == 3.0
     assert Row("norm", 1.0, 2.0, 0.5, None).floor == 0.5
     assert Row("data", 1.0, 0.0, None, None).floor is None
+
+
+@pytest.mark.parametrize(("step", "warned"), [(2.0, False), (1.0, True)])
+def test_parts_that_take_far_longer_than_the_step_are_no_measure(step, warned):
+    rows = [Row("norm", 1.0, 1.0, 0.5, None), Row("data", 0.5, 0.0, None, None)]
+    said = render(rows, step)
+    assert said[-3 if warned else -1] == f"all parts: 2500.00 ms; whole step: {1e3 * step:.2f} ms (medians)"
+    assert any(line.startswith("The parts take 2.5 times the step") for line in said) == warned
 
 
 @pytest.mark.parametrize(

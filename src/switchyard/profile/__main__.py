@@ -16,6 +16,7 @@ from switchyard.file_errors import writing
 from switchyard.json_text import to_json
 from switchyard.text_table import table
 
+MOST_APART = 2.0  # all parts over the whole step, beyond which the host's calls are what is measured
 HEADS = ("part", "times", "forward ms", "backward ms", "share", "floor ms", "/ floor")
 
 
@@ -53,7 +54,13 @@ def render(rows: list, step: float) -> list[str]:
     """Returns the lines of the table: milliseconds, shares of all parts, and times the floor."""
     total = sum(row.total for row in rows)
     lines = [line_of(row, total) for row in rows]
-    return [*table(HEADS, lines), "", f"all parts: {1e3 * total:.2f} ms; whole step: {1e3 * step:.2f} ms (medians)"]
+    said = [f"all parts: {1e3 * total:.2f} ms; whole step: {1e3 * step:.2f} ms (medians)"]
+    if total > MOST_APART * step:
+        said.append(
+            f"The parts take {total / step:.1f} times the step: starting each costs more than the work of many."
+        )
+        said.append("So shares say little here; read the kernels of the whole step with a profiler of the device.")
+    return [*table(HEADS, lines), "", *said]
 
 
 def line_of(row, total: float) -> tuple[str, ...]:
