@@ -34,13 +34,23 @@ CASES = {
     "8 experts, 1 chosen, gates times 8": {"expert_num": 8, "router": {"name": "switch", "routed_scaling_factor": 8}},
     "8 experts by hash": {"expert_num": 8, "router": "hash", "aux_loss_factor": 0.0, "z_loss_factor": 0.0},
     "32 experts by hash": {"expert_num": 32, "router": "hash", "aux_loss_factor": 0.0, "z_loss_factor": 0.0},
+    "64 quarters in layer 0, 3 chosen, and a shared one": {  # as in config/quickstart.yaml
+        "router": {"name": "top_k", "routed_scaling_factor": 6},
+        "expert_num": 64,
+        "num_experts_chosen": 3,
+        "shared_expert_num": 1,
+        "layers": [0],
+        "aux_loss_factor": 0.001,
+        "z_loss_factor": 0.0,
+    },
 }
+WIDTH, SHORT_WIDTH = 1536, 128  # of the feed-forward of the dense model
 SMALL = {
     "num_layers": 2,
     "hidden_size": 64,
     "num_heads": 2,
     "n_kv_heads": 2,
-    "intermediate_size": 128,
+    "intermediate_size": SHORT_WIDTH,
     "seq_length": 64,
 }
 SHORT = [f"model.{key}={value}" for key, value in SMALL.items()]
@@ -55,8 +65,9 @@ SHORT += [
 def train(name: str, args, runs: Path) -> None:
     """Trains one case until its seconds of training are over."""
     moe = dict(CASES[name])
-    if moe.get("num_experts_chosen", 1) == 2:
-        moe["moe_intermediate_size"] = 64 if args.short else 768  # half of the dense model's
+    visited = moe.get("num_experts_chosen", 1) + moe.get("shared_expert_num", 0)
+    if visited > 1:
+        moe["moe_intermediate_size"] = (SHORT_WIDTH if args.short else WIDTH) // visited
     chosen = [f"moe.{key}={value}" for key, value in moe.items()]
     places = [f"data.path={args.corpus}", f"data.tokenizer={args.corpus}/tokenizer.json", f"train.output_dir={runs}"]
     command = [sys.executable, ROOT / "train.py", "--config", ROOT / "benchmarks" / "speed_to_quality.yaml"]
