@@ -7,7 +7,7 @@ Examples:
     >>> import switchyard as sw
     >>> config = sw.load_config("config/quickstart.yaml", ["moe.expert_num=4"])
     >>> config.moe.router, config.moe.expert_num
-    ('switch', 4)
+    ('top_k', 4)
 """
 
 from importlib import import_module

@@ -79,7 +79,7 @@ def by_mindformers(folder: Path, path: Path) -> list[dict]:
 
     run = folder / "theirs"
     model = {f"model.model_config.{key}": value for key, value in (MODEL | {"seed": 9}).items()}
-    moe = {f"model.model_config.moe.{key}": value for key, value in (MOE | LOSSES).items()}
+    moe = {"model.model_config.moe": json.dumps(MOE | LOSSES)}
     data = {"path": path, "seq_length": MODEL["seq_length"], "steps": STEPS, "val_fraction": 0.1, "seed": 9}
     keys = model | moe | {f"train_dataset.data_loader.{key}": value for key, value in data.items()}
     rates = {"learning_rate": RATE, "lr_end": RATE / 10, "warmup_lr_init": RATE / WARMUP}

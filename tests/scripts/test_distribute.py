@@ -256,7 +256,7 @@ def test_a_dry_run_can_be_pasted():
         ("ascend", [*TWO_STAGES, "train.eval_every=10"], "train.eval_every: 10; 0 with parallel.pipeline_stage (2)"),
         (
             "ascend",
-            ["parallel.model_parallel=2", "moe.router=tree"],
+            ["parallel.model_parallel=2", "moe.router=tree", "moe.num_experts_chosen=1"],
             "parallel.model_parallel: 2; training in processes",
         ),
         (
