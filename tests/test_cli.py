@@ -36,7 +36,11 @@ MISTAKES = [
         ["--config", QUICKSTART, "moe.expert_nun=8"],
         "moe.expert_nun: unknown key; did you mean 'expert_num'?",
     ),
-    ("train.py", ["--config", QUICKSTART, "moe.router=top_k", "moe.num_experts_chosen=65"], "moe.num_experts_chosen: 65"),
+    (
+        "train.py",
+        ["--config", QUICKSTART, "moe.router=top_k", "moe.num_experts_chosen=65"],
+        "moe.num_experts_chosen: 65",
+    ),
     ("train.py", ["--config", QUICKSTART, "model.num_heads=5"], "model.num_heads: 5; must divide model.hidden_size"),
     ("train.py", ["--config", QUICKSTART, "train.steps=many"], "train.steps: 'many'"),
     ("train.py", ["--config", QUICKSTART, "steps"], "override 'steps': write section.key=value"),
