@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from gpus import COMPARED, LAYOUTS, MODEL, TREE
+from gpus import COMPARED, LAYOUTS, MODEL, TREE, WEAK
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpus.json"
@@ -105,12 +105,12 @@ def layout_table(found: dict) -> list[str]:
         if not row.get("tokens_per_second"):
             lines.append(f"| {name} | - | - | - | - | - | {row['said']} |")
             continue
-        sent = [f"{n} {kind} {size:,}" for kind, (n, size) in sorted(row.get("exchanges", {}).items())]
+        sent = sent_by(row)
         same = " = planned" if sent and row["exchanges"] == row["planned"] else ""
         apart = [f"{row[key]:.1e}" if key in row else "" for key in ("loss_apart", "weights_apart")]
         share = f"{row['efficiency']:.0%}" if "efficiency" in row else ""
         speeds = f"{row['step_ms']:.1f} | {row['tokens_per_second']:,.0f} | {share}"
-        lines.append(f"| {NAMES.get(name, name)} | {apart[0]} | {apart[1]} | {speeds} | {', '.join(sent)}{same} |")
+        lines.append(f"| {NAMES.get(name, name)} | {apart[0]} | {apart[1]} | {speeds} | {sent}{same} |")
     return lines
 
 
@@ -124,11 +124,15 @@ def weak_table(found: dict) -> list[str]:
         "|---|---:|---:|---:|---|",
     ]
     for name, row in found.items():
-        sent = ", ".join(f"{n} {kind} {size:,}" for kind, (n, size) in sorted(row.get("exchanges", {}).items()))
-        rate, tokens = row["tokens_per_second"], 8 * 1024 * (1 if name == "one GPU" else 2)
-        share = "" if name == "one GPU" else f"{row['efficiency']:.0%}"
-        lines.append(f"| {name} | {1e3 * tokens / rate:.1f} | {rate:,.0f} | {share} | {sent} |")
+        rate, tokens, alone = row["tokens_per_second"], 8 * 1024 * WEAK[name][0], name == "one GPU"
+        share = "" if alone else f"{row['efficiency']:.0%}"
+        lines.append(f"| {name} | {1e3 * tokens / rate:.1f} | {rate:,.0f} | {share} | {sent_by(row)} |")
     return lines
+
+
+def sent_by(row: dict) -> str:
+    """What a device sends a step: number, kind and bytes."""
+    return ", ".join(f"{n} {kind} {size:,}" for kind, (n, size) in sorted(row.get("exchanges", {}).items()))
 
 
 def draw(half: dict, path: Path) -> None:

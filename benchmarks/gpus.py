@@ -167,6 +167,13 @@ class Runs:
         found = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
         return [line for line in found if line["kind"] == kind]
 
+    def exchanges(self, name: str) -> dict[str, dict]:
+        """What a device of a run exchanges, as {"exchanges": kind -> [number, bytes]}; {} where nothing is logged."""
+        found = [
+            {key: line[key] for key in line if key not in ("kind", "step")} for line in self.lines(name, "exchanges")
+        ]
+        return {"exchanges": found[-1]} if found else {}
+
     def losses(self, name: str) -> np.ndarray:
         """Loss of each step."""
         return np.array([line["loss"] for line in self.lines(name)])
@@ -223,8 +230,7 @@ def layouts(runs: Runs, names: list[str]) -> dict:
         if len(losses) >= COMPARED:
             row["loss_apart"] = float(np.abs(losses - expected[: len(losses)])[:COMPARED].max())
             row["weights_apart"] = apart(runs.weights(name, COMPARED), weights)
-            for line in runs.lines(name, "exchanges"):
-                row["exchanges"] = {key: value for key, value in line.items() if key not in ("kind", "step")}
+            row |= runs.exchanges(name)
             row["planned"] = planned(runs, name)
         if row["tokens_per_second"]:
             row["efficiency"] = row["tokens_per_second"] / alone["tokens_per_second"] / 2
@@ -352,11 +358,9 @@ def weak(runs: Runs) -> dict:
         keys = common | keys | {"data.batch_size": 8 * devices}
         done = runs.run(name, devices, keys, config=ROOT / "config" / "moe_1b_gpu.yaml", timeout=240)
         rates = [line["tokens_per_second"] for line in runs.lines(name) if line["tokens_per_second"]]
-        found[layout] = {"code": done["code"], "tokens_per_second": statistics.median(rates or [0])}
-        for line in runs.lines(name, "exchanges"):
-            found[layout]["exchanges"] = {key: value for key, value in line.items() if key not in ("kind", "step")}
-        alone = found["one GPU"]["tokens_per_second"]
-        found[layout]["efficiency"] = found[layout]["tokens_per_second"] / (devices * alone or math.inf)
+        rate = statistics.median(rates or [0])
+        found[layout] = {"code": done["code"], "tokens_per_second": rate, **runs.exchanges(name)}
+        found[layout]["efficiency"] = rate / (devices * found["one GPU"]["tokens_per_second"] or math.inf)
     return found
 
 

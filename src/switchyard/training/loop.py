@@ -55,7 +55,7 @@ def train(
         restarted: go on from the newest checkpoint where the run has one, else start as the other arguments say.
 
     Returns:
-        The object that is written to result.json, see `_result`.
+        The object that is written to result.json, see `Trainer._result`.
 
     Raises:
         UserError: a run of that name exists and `resume` is off, or none does and it is on; another process trains it;
