@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -22,6 +23,8 @@ from switchyard.training.step import TrainStep, create_step
 
 FLOATS = (mstype.float32, mstype.float16, mstype.bfloat16)
 CALLS = 3  # of a contender in its turn
+COPIES = 5  # of a cell in one graph, where starting a graph costs more than the work of many parts
+MORE = " and its copies"  # ends the name of a contender that runs them all
 WARM_UP = 3  # rounds before the clock runs: MindSpore tries numbers of threads in the first ones
 
 
@@ -75,6 +78,23 @@ class Both(nn.Cell):
         return self.differentiate(*inputs)
 
 
+class Copies(nn.Cell):
+    """Runs cells one after another in one graph, each with arguments of its own: (arguments of all) -> their results.
+
+    Arguments of its own keep the compiler from computing a result once for all cells.
+    """
+
+    def __init__(self, cells: Sequence[nn.Cell]):
+        super().__init__(auto_prefix=False)
+        self.copies = nn.CellList(list(cells), auto_prefix=False)
+
+    def construct(self, *inputs):
+        width, found = len(inputs) // len(self.copies), ()
+        for place, cell in enumerate(self.copies):
+            found = (*found, cell(*inputs[place * width : (place + 1) * width]))
+        return found
+
+
 def measure(config: Config, vocabulary: int, rounds: int) -> tuple[list[Row], float]:
     """Returns the rows of the table, the largest first, and the seconds of a whole step.
 
@@ -88,11 +108,11 @@ def measure(config: Config, vocabulary: int, rounds: int) -> tuple[list[Row], fl
     for part in tqdm(parts, desc="compiling the parts", leave=False):
         contenders |= contenders_of(part)
     for name, cell in floor_cells(parts, DTYPES[config.model.compute_dtype]).items():
-        contenders[f"floor {name}"] = bound(cell, cell.inputs)
+        contenders |= timed(f"floor {name}", [cell] * copies(), cell.inputs)
     arrays = [array[None] for array in batch(step)]
     contenders["step"] = lambda: step(*arrays, 1e-4)
     contenders["data"] = lambda: [Tensor(array) for array in data(step)]
-    seconds = in_turn(contenders, rounds)
+    seconds = without_calls(in_turn(contenders, rounds))
     rows = [row_of(part, parts, seconds) for part in parts]
     rows.append(Row("data", seconds["data"], 0.0, None, None))
     return sorted(rows, key=lambda row: -row.total), seconds["step"]
@@ -132,14 +152,51 @@ def inputs_of(config: Config, vocabulary: int) -> tuple[Callable, Callable]:
 
 def contenders_of(part: Part) -> dict[str, Callable]:
     """Compiles a part; returns what to time: "NAME forward" and, where it has a backward pass, "NAME both"."""
-    part.cell.set_train(True)
-    found = {f"{part.name} forward": bound(part.cell, part.inputs)}
+    cells = [part.cell, *(twin(part, number) for number in range(1, copies()))]
+    for cell in cells:
+        cell.set_train(True)
+    found = timed(f"{part.name} forward", cells, part.inputs)
     if part.backward:
         places = tuple(place for place, one in enumerate(part.inputs) if one.dtype in FLOATS) or None
-        parameters = part.parameters or tuple(part.cell.trainable_params())
-        found[f"{part.name} both"] = bound(Both(part.cell, places, parameters), part.inputs)
+        both = [Both(cell, places, part.parameters or tuple(cell.trainable_params())) for cell in cells]
+        found |= timed(f"{part.name} both", both, part.inputs)
     for run in found.values():
         run()
+    return found
+
+
+def copies() -> int:
+    """Returns how many cells one graph runs on this device; a CPU starts a graph in microseconds."""
+    return 1 if ms.get_context("device_target") == "CPU" else COPIES
+
+
+def twin(part: Part, number: int) -> nn.Cell:
+    """Returns a part's cell with weights of its own, since a cast of shared ones is made once for all copies.
+
+    A part that holds the whole model shares them: the model may fill the device's memory.
+    """
+    if part.whole_model:
+        return part.cell
+    made = deepcopy(part.cell)
+    for parameter in made.get_parameters():
+        parameter.name = f"{number}.{parameter.name}"
+    return made
+
+
+def timed(name: str, cells: Sequence[nn.Cell], inputs: tuple) -> dict[str, Callable]:
+    """Returns what to time of a cell and its copies: a run of the first one, and a run of all in one graph."""
+    found = {name: bound(cells[0], inputs)}
+    if len(cells) > 1:
+        found[name + MORE] = bound(Copies(cells), inputs * len(cells))
+    return found
+
+
+def without_calls(seconds: dict[str, float]) -> dict[str, float]:
+    """Returns the seconds of each contender; where copies were run, what one of them adds, without the call."""
+    found = {name: value for name, value in seconds.items() if not name.endswith(MORE)}
+    for name in found:
+        if name + MORE in seconds:
+            found[name] = (seconds[name + MORE] - found[name]) / (COPIES - 1)
     return found
 
 

@@ -32,6 +32,8 @@ class Part:
         products: (batch, rows, inner, columns) of each matrix product in it.
         moved: bytes that it reads and writes at least, forward and backward; the floor where there are no products.
         backward: whether it has a backward pass.
+        parameters: that gradients are taken of; empty: all of the cell.
+        whole_model: whether the cell holds the whole model.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Part:
     moved: tuple[float, float] = (0.0, 0.0)
     backward: bool = True
     parameters: tuple = field(default=())
+    whole_model: bool = False
 
 
 class Function(nn.Cell):
@@ -54,6 +57,17 @@ class Function(nn.Cell):
 
     def construct(self, *inputs):
         return self.function(*inputs)
+
+
+class Attending(nn.Cell):
+    """Attention in sequences: x [N, D] -> [N, D]."""
+
+    def __init__(self, attention: nn.Cell, batch: int):
+        super().__init__(auto_prefix=False)
+        self.attention, self.batch = attention, batch
+
+    def construct(self, x: Tensor):
+        return self.attention(x, self.batch)
 
 
 class Positions(nn.Cell):
@@ -134,7 +148,8 @@ def parts_of(step: TrainStep, batch: tuple[np.ndarray, ...]) -> Iterator[Part]:
     x = Tensor(np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32))
     passes = 2.0 * rows * width * FLOAT
     embed = Function(model, model.embed)
-    yield Part("embedding", embed, (tokens, valid), moved=(passes, passes), parameters=(model.embedding.table,))
+    table, moved = (model.embedding.table,), (passes, passes)
+    yield Part("embedding", embed, (tokens, valid), moved=moved, parameters=table, whole_model=True)
     norms = 2 * len(model.layers) + 1
     norm = model.layers[0].attention_norm
     yield Part("norm", norm, (x,), norms, moved=(passes, 1.5 * passes))
@@ -148,7 +163,8 @@ def parts_of(step: TrainStep, batch: tuple[np.ndarray, ...]) -> Iterator[Part]:
         arguments = (x, valid.reshape(model.groups, -1), noise, tokens.reshape(-1))
         yield from moe_parts(conditional[0], arguments, len(conditional))
     head, vocabulary = HeadLoss(model, step.graph.loss.token_losses), model.vocab_size
-    yield Part("head and loss", head, (x, labels.reshape(-1)), products=((1, rows, width, vocabulary),))
+    products = ((1, rows, width, vocabulary),)
+    yield Part("head and loss", head, (x, labels.reshape(-1)), products=products, whole_model=True)
     yield optimizer_part(step)
 
 
@@ -161,9 +177,6 @@ def attention_parts(model: Decoder, x: Tensor, batch: int) -> Iterator[Part]:
     mixed = (batch * heads, repeat * length, length, size)
     products = ((1, rows, width, joint), scores, mixed, (1, rows, heads * repeat * size, width))
 
-    def attend(x):
-        return attention(x, batch)
-
     positions = None
     if attention.rotary is not None and attention.half is None and attention.fused is None:
         positions = "positions"
@@ -171,7 +184,7 @@ def attention_parts(model: Decoder, x: Tensor, batch: int) -> Iterator[Part]:
         turn = Positions(attention.rotary) if attention.float is None else Turning(attention.float)
         moved = 2.0 * (repeat + 1) * heads * size * rows * FLOAT
         yield Part(positions, turn, (query, key), layers, moved=(moved, moved))
-    yield Part("attention", Function(attention, attend), (x,), layers, positions, products)
+    yield Part("attention", Attending(attention, batch), (x,), layers, positions, products)
 
 
 def moe_parts(layer: nn.Cell, arguments: tuple, layers: int) -> Iterator[Part]:
@@ -220,4 +233,4 @@ def optimizer_part(step: TrainStep) -> Part:
         return optimizer(gradients)
 
     moved = 8.0 * FLOAT * step.size
-    return Part("optimizer", Function(optimizer, update), gradients, moved=(moved, 0.0), backward=False)
+    return Part("optimizer", Function(optimizer, update), gradients, moved=(moved, 0.0), backward=False, whole_model=True)
