@@ -1,21 +1,29 @@
 """How long does a conditional model take to the quality of its dense twin, at equal active FLOPs a token?
 
     python benchmarks/speed_to_quality.py --corpus FOLDER [--seconds 600] [--short] [--only NAME ...]
+                                          [--devices 0 1 ... [--turn 30]]
                                           [--json FILE] [--picture FILE] [section.key=value ...]
 
-Trains the dense model of speed_to_quality.yaml and its conditional twins one after another, each for --seconds of
-training (compiling and evaluations not counted), with the learning rate of the dense one. The folder is made by
-`python -m switchyard.data.prepare`. Reports steps and seconds of training until the last validation loss of the dense
-model is reached, interpolated between two evaluations; a dash: not reached. --short: a small model on CPU, a minute
-each.
+Trains the dense model of speed_to_quality.yaml and its conditional twins, each for --seconds of training, with the
+learning rate of the dense one. The folder is made by `python -m switchyard.data.prepare`. Reports steps and seconds of
+training until the last validation loss of the dense model is reached, interpolated between two evaluations; a dash:
+not reached. Seconds are steps times the median time of a step: compiling, evaluations and pauses are not counted.
+
+The cases are dealt out to --devices. Those of a device train one after another, or in turn: with --turn 30 each has the
+device to itself for 30 seconds while the others are stopped by a signal, so that a run that ends early leaves a curve
+of each. --short: a small model on CPU, a minute each.
 """
 
 import argparse
+import math
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +39,8 @@ CASES = {
     "32 experts, 1 chosen": {"expert_num": 32, "router": "switch"},
     "128 experts, 1 chosen": {"expert_num": 128, "router": "switch"},
     "16 experts of half the width, 2 chosen": {"expert_num": 16, "num_experts_chosen": 2, "router": "top_k"},
+    "8 experts in layer 0, 1 chosen": {"expert_num": 8, "router": "switch", "layers": [0]},
+    "32 experts in layer 0, 1 chosen": {"expert_num": 32, "router": "switch", "layers": [0]},
     "8 experts, 1 chosen, gates times 8": {"expert_num": 8, "router": {"name": "switch", "routed_scaling_factor": 8}},
     "8 experts by hash": {"expert_num": 8, "router": "hash", "aux_loss_factor": 0.0, "z_loss_factor": 0.0},
     "32 experts by hash": {"expert_num": 32, "router": "hash", "aux_loss_factor": 0.0, "z_loss_factor": 0.0},
@@ -58,28 +68,107 @@ SHORT += [
     "model.compute_dtype=float32",
     "context.device_target=CPU",
     "train.eval_every=20",
+    "train.eval_batches=16",
     "data.batch_size=8",
 ]
 
 
-def train(name: str, args, runs: Path) -> None:
-    """Trains one case until its seconds of training are over."""
+@dataclass
+class Case:
+    """A case that trains in a process of its own.
+
+    Attributes:
+        name: of CASES.
+        command: that trains it.
+        runs: folder of its run folder.
+        device: number of its GPU; None: the one that MindSpore takes.
+        process: None before its first turn.
+        end: time.monotonic() at which its turn is over.
+    """
+
+    name: str
+    command: list
+    runs: Path
+    device: str | None
+    process: subprocess.Popen | None = None
+    end: float = math.inf
+
+    @property
+    def log(self) -> Path:
+        """Returns the file of its output."""
+        return self.runs / f"{folder(self.name)}.log"
+
+    def last_line(self) -> str:
+        """Returns the last line of its output, which says how it ended."""
+        lines = self.log.read_text(encoding="utf-8").split("\n")
+        return next(filter(None, reversed(lines)), "no output")
+
+    def resume(self, turn: float) -> None:
+        """Starts the case, or goes on with it, for a turn of seconds."""
+        self.end = time.monotonic() + turn
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            return
+        chosen = {} if self.device is None else {"CUDA_VISIBLE_DEVICES": self.device}
+        with open(self.log, "w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **chosen}
+            )
+
+    def is_over(self, seconds: float) -> bool:
+        """Returns whether it has trained for so many seconds, or has ended."""
+        return self.process.poll() is not None or trained_seconds(self.runs / folder(self.name)) >= seconds
+
+    def finish(self) -> None:
+        """Ends the case, which evaluates and writes what is left; without effect before its first turn."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(signal.SIGCONT)
+            self.process.wait()
+
+
+def command_of(name: str, args, runs: Path) -> list:
+    """Returns the command that trains a case."""
     moe = dict(CASES[name])
     visited = moe.get("num_experts_chosen", 1) + moe.get("shared_expert_num", 0)
     if visited > 1:
         moe["moe_intermediate_size"] = (SHORT_WIDTH if args.short else WIDTH) // visited
     chosen = [f"moe.{key}={value}" for key, value in moe.items()]
     places = [f"data.path={args.corpus}", f"data.tokenizer={args.corpus}/tokenizer.json", f"train.output_dir={runs}"]
-    command = [sys.executable, ROOT / "train.py", "--config", ROOT / "benchmarks" / "speed_to_quality.yaml"]
-    command += [*places, f"train.name={folder(name)}", *chosen, *(SHORT if args.short else []), *args.overrides]
-    with open(runs / f"{folder(name)}.log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            while process.poll() is None and trained_seconds(runs / folder(name)) < args.seconds:
-                time.sleep(2.0)  # a look reads the whole record of the run
-        finally:
-            process.send_signal(signal.SIGTERM)  # evaluates, and writes what is left
-            process.wait()
+    command = [sys.executable, ROOT / "train.py", "--config", ROOT / "benchmarks" / "speed_to_quality.yaml", *places]
+    return [*command, f"train.name={folder(name)}", *(SHORT if args.short else []), *chosen, *args.overrides]
+
+
+def train(cases: list[Case], seconds: float, turn: float) -> None:
+    """Trains cases until each has so many seconds; those of a device take turns."""
+    devices = dict.fromkeys(case.device for case in cases)
+    queues = [deque(case for case in cases if case.device == device) for device in devices]
+    try:
+        for queue in queues:
+            queue[0].resume(turn)
+        while any(queues):
+            time.sleep(min(2.0, turn))  # a look reads the whole record of the run
+            for queue in filter(None, queues):
+                next_turn(queue, seconds, turn)
+    finally:
+        for case in cases:
+            case.finish()
+
+
+def next_turn(queue: deque[Case], seconds: float, turn: float) -> None:
+    """Ends the case at the head of a device's queue, or its turn, if it is time; goes on with the next one."""
+    case = queue[0]
+    if case.is_over(seconds):
+        case.finish()
+        print(f"{case.name}: {case.last_line()}", flush=True)
+        queue.popleft()
+    elif time.monotonic() < case.end or len(queue) == 1:
+        return
+    else:
+        case.process.send_signal(signal.SIGSTOP)
+        queue.rotate(-1)
+    if queue:
+        queue[0].resume(turn)
 
 
 def folder(name: str) -> str:
@@ -87,35 +176,34 @@ def folder(name: str) -> str:
     return "-".join(name.replace(",", "").split())
 
 
-def clock(records: Records) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (steps [T], seconds of training until then [T]) of the logged steps."""
-    steps, seconds, last, total = [0], [0.0], 0, 0.0
-    for line in records.kind("train"):
-        if line["tokens_per_second"]:
-            total += (line["step"] - last) * tokens_of_step(records) / line["tokens_per_second"]
-        last = line["step"]
-        steps, seconds = [*steps, line["step"]], [*seconds, total]
-    return np.array(steps, float), np.array(seconds)
-
-
 def tokens_of_step(records: Records) -> int:
     """Returns the tokens of a step of a run."""
     return records.config.micro_batches * records.config.predictions
 
 
+def speed(records: Records) -> float | None:
+    """Returns the median tokens a second of a run; None before it has a figure."""
+    rates = [rate for rate in records.series("train", "tokens_per_second")[1] if rate]
+    return float(np.median(rates)) if rates else None
+
+
 def trained_seconds(run: Path) -> float:
     """Returns the seconds of training of a run so far."""
-    return clock(read_records(run))[1][-1] if (run / "metrics.jsonl").exists() else 0.0
+    if not (run / "metrics.jsonl").exists():
+        return 0.0
+    records = read_records(run)
+    rate = speed(records)
+    return 0.0 if rate is None else records.series("train", "loss")[0][-1] * tokens_of_step(records) / rate
 
 
 def figures(name: str, runs: Path) -> dict:
     """Returns what a case's run has measured: its curve as [step, seconds, validation loss]."""
     records = read_records(runs / folder(name))
-    steps, seconds = clock(records)
+    rate, tokens = speed(records), tokens_of_step(records)
     places, losses = records.series("evaluation", "loss")
-    curve = [[int(step), float(np.interp(step, steps, seconds)), loss] for step, loss in zip(places, losses.tolist())]
-    speed = float(np.median([rate for rate in records.series("train", "tokens_per_second")[1] if rate]))
-    return {"name": name, "tokens_of_step": tokens_of_step(records), "tokens_per_second": speed, "curve": curve}
+    curve = [[int(step), int(step) * tokens / rate, loss] for step, loss in zip(places, losses.tolist())]
+    trained = int(records.series("train", "loss")[0][-1]) * tokens / rate
+    return {"name": name, "tokens_of_step": tokens, "tokens_per_second": rate, "seconds": trained, "curve": curve}
 
 
 def reached(curve: list, loss: float, column: int) -> float | None:
@@ -155,8 +243,8 @@ def draw(found: list[dict], path: str) -> None:
         axis.axhline(found[0]["curve"][-1][2], color="grey", linewidth=0.8, linestyle="--")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    low, high = min(case["curve"][-1][2] for case in found), found[0]["curve"][0][2]
-    axes[0].set_ylim(low - 0.05, low + 0.6 * (high - low))
+    low, goal = min(case["curve"][-1][2] for case in found), found[0]["curve"][-1][2]
+    axes[0].set_ylim(low - 0.03, goal + 0.4)  # the end, where the models differ
     axes[0].set_ylabel("validation loss, nats a token")
     axes[0].legend(fontsize=8)
     plt.tight_layout()
@@ -170,6 +258,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of training of each case (600, with --short 60)")
     parser.add_argument("--short", action="store_true", help="a small model, on CPU")
     parser.add_argument("--only", nargs="+", choices=tuple(CASES), metavar="NAME", help="cases besides the dense one")
+    parser.add_argument("--devices", nargs="+", metavar="NUMBER", help="GPUs that the cases are dealt out to")
+    parser.add_argument("--turn", type=float, default=math.inf, help="seconds of a turn on a device (whole runs)")
     parser.add_argument("--runs", type=Path, help="folder of the run folders (a temporary one)")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--picture", help="draw the curves to this file")
@@ -180,16 +270,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         runs = args.runs or Path(temporary)
         runs.mkdir(parents=True, exist_ok=True)
-        found = []
-        for name in names:
-            train(name, args, runs)
-            found.append(figures(name, runs))
-            print(f"{name}: {found[-1]['curve'][-1]}, {found[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
-            if args.json:  # so far: a stop loses nothing
+        devices = args.devices or [None]
+        cases = [
+            Case(name, command_of(name, args, runs), runs, devices[place % len(devices)])
+            for place, name in enumerate(names)
+        ]
+        try:
+            train(cases, args.seconds, args.turn)
+        finally:  # a stop loses nothing
+            found = [figures(name, runs) for name in names if trained_seconds(runs / folder(name))]
+            if args.json:
                 record(args.json, "training to the quality of a dense model", "speed_to_quality.py", found)
+    if not found or found[0]["name"] != "dense":
+        sys.exit("dense: has not trained, so there is nothing to compare with")
     compare(found)
-    if args.json:
-        record(args.json, "training to the quality of a dense model", "speed_to_quality.py", found)
     if args.picture:
         draw(found, args.picture)
 

@@ -10,7 +10,7 @@ Generated parts stand between markers, `<!-- NAME: begin -->` and `<!-- NAME: en
   routers; the Chinese page keeps its translations, and a new key comes in English, for somebody to translate.
 - `cells PATH`: an example as prose and code, cell by cell, after its docstring. `cell PATH N`: its Nth cell of code, on
   a Chinese page, which has prose of its own. `ten lines`: the Python block of the README.
-- `measured NAME`: a table of results in benchmarks/results, from `benchmarks/cpu_tables.py`.
+- `measured NAME`: a table of results in benchmarks/results, from `benchmarks/measured_tables.py`.
 - `support`: the matrix of what goes with what, from `switchyard.report.support`.
 - `campaigns`: the figures of benchmarks/reliability, from their JSON files.
 - What the planner prints stands in blocks of text that begin with its command.
@@ -33,7 +33,7 @@ from switchyard.report import parameters, support
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import cpu_tables  # noqa: E402
+import measured_tables  # noqa: E402
 
 DOCS = ROOT / "docs"
 MEASURED = re.compile(r"<!-- measured (\w+): begin -->")
@@ -126,7 +126,7 @@ def renewed(name: str, text: str) -> str:
     if _markers("support")[0] in text:
         text = replaced(text, "support", support.render())
     for part in MEASURED.findall(text):
-        text = replaced(text, f"measured {part}", cpu_tables.render(part, language))
+        text = replaced(text, f"measured {part}", measured_tables.render(part, language))
     if _markers("campaigns")[0] in text:
         text = replaced(text, "campaigns", campaigns())
     if _markers("parameters")[0] in text:

@@ -4,11 +4,14 @@ import json
 import re
 
 import pytest
+from mindspore import nn
 
 from switchyard.config import build
 from switchyard.errors import UserError
+from switchyard.profile import measure as measuring
 from switchyard.profile.__main__ import main, render
-from switchyard.profile.measure import Row, measure
+from switchyard.profile.measure import COPIES, MORE, Row, measure, twin, without_calls
+from switchyard.profile.parts import Part
 
 MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "seq_length": 8}
 TREE = {"model": MODEL, "moe": {"expert_num": 2, "layers": [1]}, "data": {"batch_size": 2}}
@@ -47,6 +50,32 @@ def test_a_row_adds_its_passes_and_its_floors():
     assert Row("norm", 1.0, 2.0, 0.5, None).total == 3.0
     assert Row("norm", 1.0, 2.0, 0.5, None).floor == 0.5
     assert Row("data", 1.0, 0.0, None, None).floor is None
+
+
+def test_what_one_copy_adds_is_the_part_without_its_call():
+    """A call of 3 s with one norm, of 5 s with five: a norm takes 0.5 s, and 2.5 s were the call."""
+    seconds = {"norm forward": 3.0, "norm forward" + MORE: 3.0 + 0.5 * (COPIES - 1), "step": 7.0}
+    assert without_calls(seconds) == {"norm forward": 0.5, "step": 7.0}
+
+
+def test_a_copy_has_weights_of_its_own_unless_the_part_is_of_the_whole_model():
+    cell = nn.Dense(2, 3)
+    copy = twin(Part("experts", cell, ()), 1)
+    assert copy.weight is not cell.weight and (copy.weight.asnumpy() == cell.weight.asnumpy()).all()
+    assert {p.name for p in copy.get_parameters()}.isdisjoint(p.name for p in cell.get_parameters())
+    assert twin(Part("embedding", cell, (), of_model=True), 1) is cell
+
+
+@pytest.mark.slow
+def test_a_device_runs_copies_of_each_part_in_one_graph(pynative, monkeypatch):
+    monkeypatch.setattr(measuring, "COPIES", 2)
+    monkeypatch.setattr(measuring, "copies", lambda: 2)
+    timed = []
+    monkeypatch.setattr(measuring, "without_calls", lambda seconds: timed.extend(seconds) or without_calls(seconds))
+    rows, _ = measure(build(TREE), 11, rounds=1)
+    assert {row.name for row in rows} == PARTS
+    once = {name for name in timed if not name.endswith(MORE)}
+    assert once - {"step", "data"} == {name.removesuffix(MORE) for name in timed if name.endswith(MORE)}
 
 
 @pytest.mark.parametrize(("step", "warned"), [(2.0, False), (1.0, True)])

@@ -3,6 +3,7 @@
 Every part of the step is compiled for itself and timed, forward and backward, in turn with the whole step and with the
 part's floor: the same matrix products alone, or a copy of as many bytes as the part must move. Shares are those of all
 parts together, which take longer than the step: within it, results are still near when the next operator reads them.
+On a GPU or Ascend, where starting a graph may cost more than a part, a part takes what its copies add to a graph.
 """
 
 import sys

@@ -173,9 +173,9 @@ def copies() -> int:
 def twin(part: Part, number: int) -> nn.Cell:
     """Returns a part's cell with weights of its own, since a cast of shared ones is made once for all copies.
 
-    A part that holds the whole model shares them: the model may fill the device's memory.
+    A part of the whole model shares them: a model may fill the device's memory.
     """
-    if part.whole_model:
+    if part.of_model:
         return part.cell
     made = deepcopy(part.cell)
     for parameter in made.get_parameters():

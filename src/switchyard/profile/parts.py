@@ -33,7 +33,7 @@ class Part:
         moved: bytes that it reads and writes at least, forward and backward; the floor where there are no products.
         backward: whether it has a backward pass.
         parameters: that gradients are taken of; empty: all of the cell.
-        whole_model: whether the cell holds the whole model.
+        of_model: whether a step has it once, on weights of the whole model.
     """
 
     name: str
@@ -45,13 +45,16 @@ class Part:
     moved: tuple[float, float] = (0.0, 0.0)
     backward: bool = True
     parameters: tuple = field(default=())
-    whole_model: bool = False
+    of_model: bool = False
 
 
 class Function(nn.Cell):
-    """A function of a cell's as a cell, which has the other's parameters."""
+    """A function as a cell, which has the parameters of the function's owner.
 
-    def __init__(self, owner: nn.Cell, function: Callable):
+    Without an owner it has none, though it may compute on them: a call then visits no cells of a whole model.
+    """
+
+    def __init__(self, owner: nn.Cell | None, function: Callable):
         super().__init__(auto_prefix=False)
         self.owner, self.function = owner, function
 
@@ -129,17 +132,6 @@ class Applying(nn.Cell):
         return self.dispatcher.apply(self.experts, sent)
 
 
-class HeadLoss(nn.Cell):
-    """The logits and the mean cross-entropy: x [N, D], labels [N] -> []."""
-
-    def __init__(self, model: Decoder, losses: nn.Cell):
-        super().__init__(auto_prefix=False)
-        self.model, self.losses = model, losses
-
-    def construct(self, x: Tensor, labels: Tensor):
-        return self.losses(self.model.logits(x), labels).mean()
-
-
 def parts_of(step: TrainStep, batch: tuple[np.ndarray, ...]) -> Iterator[Part]:
     """Yields the parts of a decoder's step, for a micro-batch of tokens, labels, valid [B, S] and noise [J, N, D]."""
     model, config = step.model, step.config
@@ -147,9 +139,9 @@ def parts_of(step: TrainStep, batch: tuple[np.ndarray, ...]) -> Iterator[Part]:
     rows, width = tokens.size, config.model.hidden_size
     x = Tensor(np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32))
     passes = 2.0 * rows * width * FLOAT
-    embed = Function(model, model.embed)
     table, moved = (model.embedding.table,), (passes, passes)
-    yield Part("embedding", embed, (tokens, valid), moved=moved, parameters=table, whole_model=True)
+    embed = Function(None, model.embed)
+    yield Part("embedding", embed, (tokens, valid), moved=moved, parameters=table, of_model=True)
     norms = 2 * len(model.layers) + 1
     norm = model.layers[0].attention_norm
     yield Part("norm", norm, (x,), norms, moved=(passes, 1.5 * passes))
@@ -162,9 +154,7 @@ def parts_of(step: TrainStep, batch: tuple[np.ndarray, ...]) -> Iterator[Part]:
     if conditional:
         arguments = (x, valid.reshape(model.groups, -1), noise, tokens.reshape(-1))
         yield from moe_parts(conditional[0], arguments, len(conditional))
-    head, vocabulary = HeadLoss(model, step.graph.loss.token_losses), model.vocab_size
-    products = ((1, rows, width, vocabulary),)
-    yield Part("head and loss", head, (x, labels.reshape(-1)), products=products, whole_model=True)
+    yield head_part(model, step.graph.loss.token_losses, x, labels.reshape(-1))
     yield optimizer_part(step)
 
 
@@ -224,6 +214,19 @@ def products_of(experts: FeedForwardExperts, count: int, rows: int) -> tuple[tup
     return (first,) * (1 + experts.gated) + ((count, rows, hidden, experts.w_out.shape[2]),)
 
 
+def head_part(model: Decoder, losses: nn.Cell, x: Tensor, labels: Tensor) -> Part:
+    """Returns the logits and the mean cross-entropy: x [N, D], labels [N] -> []."""
+
+    def loss(x: Tensor, labels: Tensor):
+        return losses(model.logits(x), labels).mean()
+
+    weights = (model.embedding.table,) if model.tied else tuple(model.head.trainable_params())
+    products = ((1, *x.shape, model.vocab_size),)
+    return Part(
+        "head and loss", Function(None, loss), (x, labels), products=products, parameters=weights, of_model=True
+    )
+
+
 def optimizer_part(step: TrainStep) -> Part:
     """Returns the clip and AdamW; a float of a parameter is read for the norm, and four are read and three written."""
     optimizer = step.graph.optimizer
@@ -233,4 +236,5 @@ def optimizer_part(step: TrainStep) -> Part:
         return optimizer(gradients)
 
     moved = 8.0 * FLOAT * step.size
-    return Part("optimizer", Function(optimizer, update), gradients, moved=(moved, 0.0), backward=False, whole_model=True)
+    cell = Function(None, update)
+    return Part("optimizer", cell, gradients, moved=(moved, 0.0), backward=False, of_model=True)

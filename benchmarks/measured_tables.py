@@ -1,16 +1,24 @@
-"""Tables of docs/performance.md and docs/data.md from what benchmarks on a CPU have measured.
+"""Tables of docs/performance.md and docs/data.md from what benchmarks have measured.
 
 scripts/renew_docs.py writes them between the marks `<!-- measured NAME: begin -->` and `<!-- measured NAME: end -->`.
-Results are decode_step.json, train_step.json, scaling.json and prepare_corpus.json of benchmarks/results; a part that
-was not measured has no rows.
+Results are decode_step.json, train_step.json, scaling.json, prepare_corpus.json and speed_to_quality*.json of
+benchmarks/results; a part that was not measured has no rows.
 """
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-FILES = {"decode": "decode_step", "step": "train_step", "corpus": "prepare_corpus"}  # the others are of scaling
+FILES = {  # the others are of scaling
+    "decode": "decode_step",
+    "step": "train_step",
+    "corpus": "prepare_corpus",
+    "quality": "speed_to_quality",
+    "quality_cpu": "speed_to_quality_cpu",
+}
+PLACES = {"quality": ((1000, 3000, 6000, 10000), (200, 400)), "quality_cpu": ((2000, 3000), (60, 90))}  # steps, seconds
 OURS, EXPERTS, TRAFFIC = "conditional layer", "expert matrix products", "traffic"
 WORDS = {
     "en": {
@@ -41,6 +49,10 @@ WORDS = {
             "of the largest, MB",
             "Memory of a training's reader, MB",
         ),
+        "quality": ("Model", "A step", "Trained", "Loss after {} steps", "after {} s", "Dense model's last loss after"),
+        "reached": "{steps:,.0f} steps, {seconds:.0f} s",
+        "turns": "{machine}; {versions}; {date}. One model a device at a time.",
+        "cases": {},
         "machine": "{machine}; {versions}; {date}, commit {commit}. Smallest times of contenders in turn.",
         "once": "{machine}; {versions}; {date}, commit {commit}. Measured once; memory is the most that was resident.",
         "tokens": "{:,.0f} tokens/s",
@@ -73,6 +85,23 @@ WORDS = {
             "最大进程的内存，MB",
             "训练读取时的内存，MB",
         ),
+        "quality": ("模型", "一步", "训练", "{} 步后的损失", "{} 秒后", "达到稠密模型最后的损失"),
+        "reached": "{steps:,.0f} 步，{seconds:.0f} 秒",
+        "turns": "{machine}；{versions}；{date}。每台设备同时只训练一个模型。",
+        "cases": {
+            "dense": "稠密",
+            "2 experts, 1 chosen": "2 个专家，选 1 个",
+            "8 experts, 1 chosen": "8 个专家，选 1 个",
+            "32 experts, 1 chosen": "32 个专家，选 1 个",
+            "128 experts, 1 chosen": "128 个专家，选 1 个",
+            "16 experts of half the width, 2 chosen": "16 个一半宽度的专家，选 2 个",
+            "8 experts in layer 0, 1 chosen": "第 0 层 8 个专家，选 1 个",
+            "32 experts in layer 0, 1 chosen": "第 0 层 32 个专家，选 1 个",
+            "64 quarters in layer 0, 3 chosen, and a shared one": "第 0 层 64 个四分之一宽度，选 3 个，加一个共享专家",
+            "8 experts, 1 chosen, capacity factor 1.25": "8 个专家，选 1 个，容量系数 1.25",
+            "8 experts, 1 chosen, gates times 8": "8 个专家，选 1 个，门控乘以 8",
+            "32 experts by hash": "32 个专家，按哈希",
+        },
         "machine": "{machine}；{versions}；{date}，提交 {commit}。各方轮流运行，取最短时间。",
         "once": "{machine}；{versions}；{date}，提交 {commit}。测量一次；内存为常驻内存的最大值。",
         "tokens": "{:,.0f} 词元/s",
@@ -81,17 +110,49 @@ WORDS = {
 
 
 def render(name: str, language: str = "en") -> str:
-    """Returns a part as Markdown: decode, step, layers, memory, compile or corpus."""
+    """Returns a part as Markdown: decode, step, layers, memory, compile, corpus, quality or quality_cpu."""
     file = FILES.get(name, "scaling")
     found = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
     words = WORDS[language]
-    rows = list(PARTS[name](found["rows"], words))
-    head = words[name]
+    if name in PLACES:
+        head, rows = quality_head(*PLACES[name], words), list(quality(found["rows"], *PLACES[name], words))
+    else:
+        head, rows = words[name], list(PARTS[name](found["rows"], words))
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    origin = words["once" if name == "corpus" else "machine"]
+    origin = words["turns" if name in PLACES else "once" if name == "corpus" else "machine"]
     return "\n".join([*lines, "", origin.format(**{**found, "versions": versions})])
+
+
+def quality_head(steps: tuple, seconds: tuple, words: dict) -> tuple[str, ...]:
+    """Returns the heads of the columns: losses after so many steps, and after so many seconds of training."""
+    model, step, trained, after_steps, after_seconds, reached = words["quality"]
+    after = [after_steps.format(f"{steps[0]:,}"), *(f"{count:,}" for count in steps[1:])]
+    after += [after_seconds.format(count) for count in seconds]
+    return model, step, trained, *after, reached
+
+
+def quality(rows: list[dict], steps: tuple, seconds: tuple, words: dict) -> Iterator[tuple[str, ...]]:
+    """Yields a row for each model; a loss between two evaluations is interpolated."""
+    for row in rows:
+        pace = row["tokens_of_step"] / row["tokens_per_second"]
+        losses = [loss_at(row["curve"], 0, count) for count in steps]
+        losses += [loss_at(row["curve"], 1, count) for count in seconds]
+        reached = ""
+        if row["steps_to_dense"] is not None:
+            reached = words["reached"].format(steps=row["steps_to_dense"], seconds=row["seconds_to_dense"])
+        name = words["cases"].get(row["name"], row["name"])
+        yield name, f"{1e3 * pace:.1f} ms", f"{row['curve'][-1][1]:.0f} s", *losses, reached
+
+
+def loss_at(curve: list, column: int, place: float) -> str:
+    """Returns the loss of a curve of [step, seconds, loss] at a step (column 0) or second (1); empty: beyond it."""
+    for before, after in pairwise(curve):
+        if before[column] <= place <= after[column]:
+            share = (place - before[column]) / (after[column] - before[column])
+            return f"{before[2] + share * (after[2] - before[2]):.3f}"
+    return ""
 
 
 def decode(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
