@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -126,6 +127,16 @@ def test_bpe_of_the_first_part_of_each_file_and_the_small_type(tmp_path):
     assert (manifest.dtype, tokenizer.vocab_size) == ("uint16", 264)
     assert documents(out)[0].startswith("the cat sat on the mat.")
     assert sum(shard.tokens for shard in manifest.train) < 1900
+
+
+def test_modules_of_the_standard_library_that_are_not_text_are_left_out(tmp_path, monkeypatch):
+    """A library has a module in Latin 1, which tests encodings, one with a NUL, and what is installed beside it."""
+    for name, raw in {"a.py": b"x = 1\n", "latin.py": b"# \xe9\n", "nul.py": b"\0", "note.txt": b"no module"}.items():
+        (tmp_path / name).write_bytes(raw)
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "b.py").write_text("y = 2\n")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path))
+    assert [file.name for file in find_files("stdlib", 0.1)] == ["a.py"]
 
 
 def test_types_by_the_size_of_the_vocabulary():

@@ -114,7 +114,7 @@ def _standard_library(data: DataConfig) -> Found:
     documents.sort(key=lambda document: document.name)
     skipped = 0
     if data.tokenizer != "byte":
-        decodable = [document for document in documents if _is_utf8(document.raw)]
+        decodable = [document for document in documents if is_utf8(document.raw)]
         skipped = len(documents) - len(decodable)
         documents = decodable
     if len(documents) < 2:
@@ -170,7 +170,8 @@ def _identity(file: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _is_utf8(raw: bytes) -> bool:
+def is_utf8(raw: bytes) -> bool:
+    """Returns whether bytes are UTF-8: a few modules of the standard library, which test other encodings, are not."""
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from switchyard.data.corpus import INSTALLED_PACKAGES, files_below, matches
+from switchyard.data.corpus import INSTALLED_PACKAGES, files_below, is_utf8, matches
 from switchyard.data.split import MANY_FILES, hash_fraction
 from switchyard.data.utf8 import PROBE, is_binary, text_bytes
 from switchyard.errors import UserError
@@ -76,7 +76,7 @@ class Unit:
 
 
 def find_files(source: str, fraction: float, option: str = "--input") -> list[SourceFile]:
-    """Returns the files of a path, folder, glob or the word stdlib, sorted by name.
+    """Returns the files of a path, folder, glob or the word stdlib (its modules in UTF-8), sorted by name.
 
     Args:
         source: as the user gave it.
@@ -97,13 +97,18 @@ def find_files(source: str, fraction: float, option: str = "--input") -> list[So
     else:
         root, paths = matches(glob.escape(place) if os.path.exists(place) else source, option)
     if source == "stdlib":
-        paths = [path for path in paths if path.suffix == ".py"]
+        paths = [path for path in paths if path.suffix == ".py" and is_module(path.read_bytes())]
     named = sorted((path.relative_to(root).as_posix(), path) for path in paths)
     whole = len(named) >= MANY_FILES
     found = [_describe(path, name, fraction, whole) for name, path in named]
     if not any(file.size for file in found):
         raise UserError(f"{option}: '{source}' contains no file with content; give UTF-8 text, JSON lines or Parquet")
     return found
+
+
+def is_module(raw: bytes) -> bool:
+    """Returns whether a file of the standard library is text that trains: UTF-8 without NULs."""
+    return is_utf8(raw) and b"\0" not in raw
 
 
 def _describe(path: Path, name: str, fraction: float, whole: bool) -> SourceFile:
