@@ -7,6 +7,7 @@ import fcntl
 import gc
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,14 @@ def own_routers(monkeypatch):
     """Forgets what a test registers: tables that list every router are the same whatever ran before them."""
     if routing := sys.modules.get("switchyard.moe.routing.base"):
         monkeypatch.setattr(routing, "_ROUTERS", dict(routing._ROUTERS))
+
+
+@pytest.fixture
+def usual_hangup():
+    """SIGHUP ends a process, though nohup may have started the tests, and what is ignored stays so in children."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

@@ -229,7 +229,7 @@ def test_keys_without_effect_are_announced_once_a_job(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_removes_what_is_unfinished(tmp_path, number):
+def test_a_signal_removes_what_is_unfinished(tmp_path, number, usual_hangup):
     """SIGTERM and a closed terminal end a command as Ctrl-C does; handlers are put back."""
     before = signal.getsignal(number)
 

@@ -133,7 +133,7 @@ def test_a_traceback_is_shown(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_lets_the_workers_save(tmp_path, number):
+def test_a_signal_lets_the_workers_save(tmp_path, number, usual_hangup):
     job = watch(tmp_path, SAVE, SAVE)
     workers_of(job, 2)
     for rank in range(2):

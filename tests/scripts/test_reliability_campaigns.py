@@ -18,6 +18,8 @@ FOLDER = ROOT / "benchmarks" / "reliability"
 def campaigns(monkeypatch):
     """Modules of the folder by name; they are no package."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    for path in FOLDER.glob("*.py"):  # another folder has a module `tables`, too
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
     known = set(sys.modules)
 
     def module(name: str):

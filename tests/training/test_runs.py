@@ -246,7 +246,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(what, file, tmp_path,
     assert losses_of(run) == losses_of(tmp_path / "runs" / "whole")
 
 
-def test_a_terminal_that_closes_saves_the_run(tmp_path, pynative, monkeypatch):
+def test_a_terminal_that_closes_saves_the_run(tmp_path, pynative, monkeypatch, usual_hangup):
     """SIGHUP comes twice, from the shell and from the system; the run is saved all the same."""
     write_text(tmp_path)
     original = trainer.learning_rate
