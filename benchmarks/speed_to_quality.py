@@ -251,8 +251,8 @@ def draw(found: list[dict], path: str) -> None:
     plt.savefig(path, dpi=120)
 
 
-def main() -> None:
-    """Measures what the command line asks for."""
+def arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True, help="folder of python -m switchyard.data.prepare")
     parser.add_argument("--seconds", type=float, help="of training of each case (600, with --short 60)")
@@ -266,24 +266,36 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
     args.seconds = args.seconds or (60 if args.short else 600)
+    return args
+
+
+def measure(args: argparse.Namespace, runs: Path) -> list[dict]:
+    """Trains the cases that the arguments name, and returns their figures, which a stop does not lose."""
     names = ["dense", *(name for name in CASES if name != "dense" and name in (args.only or CASES))]
+    devices = args.devices or [None]
+    dealt = [devices[place % len(devices)] for place in range(len(names))]
+    cases = [Case(name, command_of(name, args, runs), runs, device) for name, device in zip(names, dealt)]
+    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        train(cases, args.seconds, args.turn)
+    finally:
+        found = [figures(name, runs) for name in names if trained_seconds(runs / folder(name))]
+        found = [case for case in found if case["curve"]]  # those that were evaluated
+        if args.json:
+            record(args.json, "training to the quality of a dense model", "speed_to_quality.py", found)
+    return found
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    args = arguments()
     with tempfile.TemporaryDirectory() as temporary:
-        runs = args.runs or Path(temporary)
-        runs.mkdir(parents=True, exist_ok=True)
-        devices = args.devices or [None]
-        cases = [
-            Case(name, command_of(name, args, runs), runs, devices[place % len(devices)])
-            for place, name in enumerate(names)
-        ]
-        try:
-            train(cases, args.seconds, args.turn)
-        finally:  # a stop loses nothing
-            found = [figures(name, runs) for name in names if trained_seconds(runs / folder(name))]
-            if args.json:
-                record(args.json, "training to the quality of a dense model", "speed_to_quality.py", found)
+        found = measure(args, args.runs or Path(temporary))
     if not found or found[0]["name"] != "dense":
         sys.exit("dense: has not trained, so there is nothing to compare with")
     compare(found)
+    if args.json:
+        record(args.json, "training to the quality of a dense model", "speed_to_quality.py", found)
     if args.picture:
         draw(found, args.picture)
 
