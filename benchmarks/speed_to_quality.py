@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 from workers import record
 
+from switchyard.cli import cleans_up
 from switchyard.report.records import Records, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,8 +68,8 @@ SHORT = [f"model.{key}={value}" for key, value in SMALL.items()]
 SHORT += [
     "model.compute_dtype=float32",
     "context.device_target=CPU",
-    "train.eval_every=20",
-    "train.eval_batches=16",
+    "train.eval_every=100",
+    "train.eval_batches=64",
     "data.batch_size=8",
 ]
 
@@ -144,12 +145,13 @@ def train(cases: list[Case], seconds: float, turn: float) -> None:
     devices = dict.fromkeys(case.device for case in cases)
     queues = [deque(case for case in cases if case.device == device) for device in devices]
     try:
-        for queue in queues:
-            queue[0].resume(turn)
-        while any(queues):
-            time.sleep(min(2.0, turn))  # a look reads the whole record of the run
-            for queue in filter(None, queues):
-                next_turn(queue, seconds, turn)
+        with cleans_up():  # SIGTERM would leave the cases running
+            for queue in queues:
+                queue[0].resume(turn)
+            while any(queues):
+                time.sleep(min(2.0, turn))  # a look reads the whole record of the run
+                for queue in filter(None, queues):
+                    next_turn(queue, seconds, turn)
     finally:
         for case in cases:
             case.finish()

@@ -73,28 +73,41 @@ def serve(run: Callable[[], object], warm_up: int = 3, least: bool = False) -> N
 
 def alternate(script: str, names: Sequence[str], rounds: int, steps: int) -> dict[str, list[float]]:
     """Returns the seconds of a call of each contender, in each of `rounds` rounds of `steps` calls in turn."""
+    from switchyard.cli import cleans_up  # here: PyTorch's interpreter has no switchyard
+
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = {}
-    for name in names:
-        python, environment = interpreter(name)
-        workers[name] = subprocess.Popen([python, script, "--work", name], env=environment, **pipes)
     try:
-        for name, worker in workers.items():
-            while worker.stdout.readline().strip() != "ready":
-                if worker.poll() is not None:
-                    sys.exit(f"{name}: ended before its first step")
-            worker.send_signal(signal.SIGSTOP)
-        seconds = {name: [] for name in names}
-        for _ in range(rounds):
+        with cleans_up():  # SIGTERM would leave workers that are stopped
+            for name in names:
+                python, environment = interpreter(name)
+                workers[name] = subprocess.Popen([python, script, "--work", name], env=environment, **pipes)
             for name, worker in workers.items():
-                worker.send_signal(signal.SIGCONT)
-                print(steps, file=worker.stdin, flush=True)
-                seconds[name].append(float(worker.stdout.readline()) / steps)
-                worker.send_signal(signal.SIGSTOP)
-        return seconds
+                wait_for(name, worker)
+            return take_turns(workers, rounds, steps)
     finally:
         for worker in workers.values():
             worker.kill()
+
+
+def wait_for(name: str, worker: subprocess.Popen) -> None:
+    """Waits until a worker has warmed up, and stops it."""
+    while worker.stdout.readline().strip() != "ready":
+        if worker.poll() is not None:
+            sys.exit(f"{name}: ended before its first step")
+    worker.send_signal(signal.SIGSTOP)
+
+
+def take_turns(workers: dict[str, subprocess.Popen], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Lets each worker make `steps` calls a round, while the others are stopped; returns the seconds of a call."""
+    seconds = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            worker.send_signal(signal.SIGCONT)
+            print(steps, file=worker.stdin, flush=True)
+            seconds[name].append(float(worker.stdout.readline()) / steps)
+            worker.send_signal(signal.SIGSTOP)
+    return seconds
 
 
 def summary(seconds: dict[str, list[float]], **other: object) -> list[dict]:

@@ -16,7 +16,7 @@ from switchyard.profile.parts import Part
 MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "seq_length": 8}
 TREE = {"model": MODEL, "moe": {"expert_num": 2, "layers": [1]}, "data": {"batch_size": 2}}
 PARTS = {"attention", "positions", "norm", "embedding", "dense feed-forward", "router", "dispatch", "experts"}
-PARTS |= {"combine", "head and loss", "optimizer", "data"}
+PARTS |= {"combine", "head and loss", "gradient norm", "optimizer", "data"}
 
 
 @pytest.mark.slow
@@ -30,7 +30,7 @@ def test_every_part_of_a_step_has_a_row(pynative):
         "positions": 2,
     }
     assert all(row.floor > 0 for name, row in found.items() if name not in ("dispatch", "combine", "data"))
-    assert found["optimizer"].backward == 0 and found["experts"].forward > 0
+    assert found["gradient norm"].backward == found["optimizer"].backward == 0 and found["experts"].forward > 0
 
 
 @pytest.mark.long

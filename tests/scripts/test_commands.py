@@ -94,6 +94,7 @@ RULES = {name: "--help" for name in NAMES} | {
     r"python -m switchyard\.simulation\.emulate .*": f"--steps 1 --devices 2 {TWO}",
     r"python -m switchyard\.data\.prepare .* --seq-length 1024": "--out data/corpus-1024",  # data/corpus has 512
     r"python -m switchyard\.sweep .*": "",  # the page asks for --dry-run
+    r"python -m switchyard\.profile --config config/moe_1b_gpu\.yaml .*": "--help",  # a billion parameters
     r"(python -m )?switchyard[. ].*": "",
     r"python benchmarks/moe_layer\.py": "--shapes 64,16,4,1 --rounds 1",
     r"python benchmarks/(upcycle|distill)\.py": "--help",  # many models are trained

@@ -2,6 +2,8 @@
 
 import importlib
 import math
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -61,13 +63,14 @@ def test_devices_train_at_the_same_time(quality, tmp_path):
     assert max(found[0] for found in ran.values()) < min(found[-1] for found in ran.values())
 
 
-def test_a_stop_ends_every_process(quality, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_every_process(quality, tmp_path, monkeypatch, number):
     cases = [case_of(quality, tmp_path, name, "0") for name in ("a", "b")]
     until = time.monotonic() + 1.0
 
     def interrupted(run):
         if time.monotonic() > until:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return 0.0
 
     monkeypatch.setattr(quality, "trained_seconds", interrupted)

@@ -155,7 +155,7 @@ def parts_of(step: TrainStep, batch: tuple[np.ndarray, ...]) -> Iterator[Part]:
         arguments = (x, valid.reshape(model.groups, -1), noise, tokens.reshape(-1))
         yield from moe_parts(conditional[0], arguments, len(conditional))
     yield head_part(model, step.graph.loss.token_losses, x, labels.reshape(-1))
-    yield optimizer_part(step)
+    yield from optimizer_parts(step)
 
 
 def attention_parts(model: Decoder, x: Tensor, batch: int) -> Iterator[Part]:
@@ -227,14 +227,17 @@ def head_part(model: Decoder, losses: nn.Cell, x: Tensor, labels: Tensor) -> Par
     )
 
 
-def optimizer_part(step: TrainStep) -> Part:
-    """Returns the clip and AdamW; a float of a parameter is read for the norm, and four are read and three written."""
-    optimizer = step.graph.optimizer
+def optimizer_parts(step: TrainStep) -> Iterator[Part]:
+    """Yields the norm of the gradients, which reads each, and AdamW, which reads four floats and writes three."""
+    optimizer, norm = step.graph.optimizer, Tensor(np.float32(1.0))
     gradients = tuple(ops.zeros_like(parameter) for parameter in optimizer.adamw.parameters)
 
-    def update(*gradients):
-        return optimizer(gradients)
+    def total(*gradients):
+        return optimizer.norm(gradients)
 
-    moved = 8.0 * FLOAT * step.size
-    cell = Function(None, update)
-    return Part("optimizer", cell, gradients, moved=(moved, 0.0), backward=False, of_model=True)
+    def update(*gradients):
+        return optimizer.update(gradients, norm)
+
+    for name, function, floats in (("gradient norm", total, 1), ("optimizer", update, 7)):
+        moved = (1.0 * floats * FLOAT * step.size, 0.0)
+        yield Part(name, Function(None, function), gradients, moved=moved, backward=False, of_model=True)
