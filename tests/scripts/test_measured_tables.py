@@ -72,7 +72,7 @@ def test_a_curve_has_its_losses_after_steps_and_seconds(tables, tmp_path):
     row |= {"steps_to_dense": 2500.4, "seconds_to_dense": 60.0}
     write(tmp_path, "speed_to_quality_cpu", [row, row | {"name": "32 experts by hash", "steps_to_dense": None}])
     text = tables.render("quality_cpu").splitlines()
-    assert text[0].startswith("| Model | A step | Trained | Loss after 2,000 steps | 3,000 | after 60 s | after 90 s |")
-    assert text[2] == "| dense | 100.0 ms | 70 s | 2.500 | 2.000 | 2.200 |  | 2,500 steps, 60 s |"
+    assert text[0].startswith("| Model | A step | Trained | Loss after 2,000 steps | 3,000 | 4,500 | after 60 s |")
+    assert text[2] == "| dense | 100.0 ms | 70 s | 2.500 | 2.000 |  | 2.200 |  | 2,500 steps, 60 s |"
     assert tables.render("quality_cpu", "zh").splitlines()[3].startswith("| 32 个专家，按哈希 | 100.0 ms |")
     assert text[3].endswith("|  |")
