@@ -18,7 +18,10 @@ FILES = {  # the others are of scaling
     "quality": "speed_to_quality",
     "quality_cpu": "speed_to_quality_cpu",
 }
-PLACES = {"quality": ((1000, 3000, 6000, 10000), (200, 400)), "quality_cpu": ((2000, 3000, 4500), (60, 80))}  # steps, seconds
+PLACES = {  # steps and seconds whose losses are shown
+    "quality": ((1000, 3000, 6000, 10000), (200, 400)),
+    "quality_cpu": ((2000, 3000, 4500), (60, 80)),
+}
 OURS, EXPERTS, TRAFFIC = "conditional layer", "expert matrix products", "traffic"
 WORDS = {
     "en": {
