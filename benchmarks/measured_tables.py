@@ -7,8 +7,10 @@ benchmarks/results; a part that was not measured has no rows.
 
 import json
 from collections.abc import Iterator
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 FILES = {  # the others are of scaling
@@ -22,6 +24,7 @@ PLACES = {  # steps and seconds whose losses are shown
     "quality": ((1000, 3000, 6000, 10000), (200, 400)),
     "quality_cpu": ((2000, 3000, 4500), (60, 80)),
 }
+ORIGINS = {"corpus": "once", "quality": "turns", "quality_cpu": "turns"}  # of the others "machine"
 OURS, EXPERTS, TRAFFIC = "conditional layer", "expert matrix products", "traffic"
 WORDS = {
     "en": {
@@ -117,14 +120,12 @@ def render(name: str, language: str = "en") -> str:
     file = FILES.get(name, "scaling")
     found = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
     words = WORDS[language]
-    if name in PLACES:
-        head, rows = quality_head(*PLACES[name], words), list(quality(found["rows"], *PLACES[name], words))
-    else:
-        head, rows = words[name], list(PARTS[name](found["rows"], words))
+    head = quality_head(*PLACES[name], words) if name in PLACES else words[name]
+    rows = list(PARTS[name](found["rows"], words))
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    origin = words["turns" if name in PLACES else "once" if name == "corpus" else "machine"]
+    origin = words[ORIGINS.get(name, "machine")]
     return "\n".join([*lines, "", origin.format(**{**found, "versions": versions})])
 
 
@@ -136,7 +137,7 @@ def quality_head(steps: tuple, seconds: tuple, words: dict) -> tuple[str, ...]:
     return model, step, trained, *after, reached
 
 
-def quality(rows: list[dict], steps: tuple, seconds: tuple, words: dict) -> Iterator[tuple[str, ...]]:
+def quality(steps: tuple, seconds: tuple, rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
     """Yields a row for each model; a loss between two evaluations is interpolated."""
     for row in rows:
         pace = row["tokens_of_step"] / row["tokens_per_second"]
@@ -151,11 +152,9 @@ def quality(rows: list[dict], steps: tuple, seconds: tuple, words: dict) -> Iter
 
 def loss_at(curve: list, column: int, place: float) -> str:
     """Returns the loss of a curve of [step, seconds, loss] at a step (column 0) or second (1); empty: beyond it."""
-    for before, after in pairwise(curve):
-        if before[column] <= place <= after[column]:
-            share = (place - before[column]) / (after[column] - before[column])
-            return f"{before[2] + share * (after[2] - before[2]):.3f}"
-    return ""
+    columns = list(zip(*curve))
+    loss = np.interp(place, columns[column], columns[2], left=np.nan, right=np.nan)
+    return "" if np.isnan(loss) else f"{loss:.3f}"
 
 
 def decode(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
@@ -231,3 +230,4 @@ def corpora(rows: list[dict], words: dict) -> Iterator[tuple[str, ...]]:
 
 
 PARTS = {"decode": decode, "step": steps, "layers": layers, "memory": memory, "compile": compiled, "corpus": corpora}
+PARTS |= {name: partial(quality, *places) for name, places in PLACES.items()}

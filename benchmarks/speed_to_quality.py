@@ -164,11 +164,11 @@ def next_turn(queue: deque[Case], seconds: float, turn: float) -> None:
         case.finish()
         print(f"{case.name}: {case.last_line()}", flush=True)
         queue.popleft()
-    elif time.monotonic() < case.end or len(queue) == 1:
-        return
-    else:
+    elif time.monotonic() >= case.end and len(queue) > 1:
         case.process.send_signal(signal.SIGSTOP)
         queue.rotate(-1)
+    else:
+        return
     if queue:
         queue[0].resume(turn)
 
@@ -191,9 +191,11 @@ def speed(records: Records) -> float | None:
 
 def trained_seconds(run: Path) -> float:
     """Returns the seconds of training of a run so far."""
-    if not (run / "metrics.jsonl").exists():
-        return 0.0
-    records = read_records(run)
+    return seconds_of(read_records(run)) if (run / "metrics.jsonl").exists() else 0.0
+
+
+def seconds_of(records: Records) -> float:
+    """Returns the seconds of training of a run; 0 before it has a speed."""
     rate = speed(records)
     return 0.0 if rate is None else records.series("train", "loss")[0][-1] * tokens_of_step(records) / rate
 
@@ -204,8 +206,8 @@ def figures(name: str, runs: Path) -> dict:
     rate, tokens = speed(records), tokens_of_step(records)
     places, losses = records.series("evaluation", "loss")
     curve = [[int(step), int(step) * tokens / rate, loss] for step, loss in zip(places, losses.tolist())]
-    trained = int(records.series("train", "loss")[0][-1]) * tokens / rate
-    return {"name": name, "tokens_of_step": tokens, "tokens_per_second": rate, "seconds": trained, "curve": curve}
+    found = {"name": name, "tokens_of_step": tokens, "tokens_per_second": rate}
+    return found | {"seconds": seconds_of(records), "curve": curve}
 
 
 def reached(curve: list, loss: float, column: int) -> float | None:
@@ -283,6 +285,8 @@ def measure(args: argparse.Namespace, runs: Path) -> list[dict]:
     finally:
         found = [figures(name, runs) for name in names if trained_seconds(runs / folder(name))]
         found = [case for case in found if case["curve"]]  # those that were evaluated
+        if found and found[0]["name"] == "dense":
+            compare(found)
         if args.json:
             record(args.json, "training to the quality of a dense model", "speed_to_quality.py", found)
     return found
@@ -295,9 +299,6 @@ def main() -> None:
         found = measure(args, args.runs or Path(temporary))
     if not found or found[0]["name"] != "dense":
         sys.exit("dense: has not trained, so there is nothing to compare with")
-    compare(found)
-    if args.json:
-        record(args.json, "training to the quality of a dense model", "speed_to_quality.py", found)
     if args.picture:
         draw(found, args.picture)
 

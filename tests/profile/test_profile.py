@@ -11,7 +11,7 @@ from switchyard.errors import UserError
 from switchyard.profile import measure as measuring
 from switchyard.profile.__main__ import main, render
 from switchyard.profile.measure import COPIES, MORE, Row, measure, twin, without_calls
-from switchyard.profile.parts import Part
+from switchyard.profile.parts import Function, Part
 
 MODEL = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "seq_length": 8}
 TREE = {"model": MODEL, "moe": {"expert_num": 2, "layers": [1]}, "data": {"batch_size": 2}}
@@ -63,7 +63,8 @@ def test_a_copy_has_weights_of_its_own_unless_the_part_is_of_the_whole_model():
     copy = twin(Part("experts", cell, ()), 1)
     assert copy.weight is not cell.weight and (copy.weight.asnumpy() == cell.weight.asnumpy()).all()
     assert {p.name for p in copy.get_parameters()}.isdisjoint(p.name for p in cell.get_parameters())
-    assert twin(Part("embedding", cell, (), of_model=True), 1) is cell
+    shared = Function(None, cell.construct)
+    assert twin(Part("embedding", shared, ()), 1) is shared
 
 
 @pytest.mark.slow

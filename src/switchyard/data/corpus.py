@@ -14,7 +14,7 @@ from switchyard.config import DataConfig
 from switchyard.data import split
 from switchyard.data.document import Document
 from switchyard.data.split import Split
-from switchyard.data.utf8 import is_binary, text_bytes
+from switchyard.data.utf8 import is_binary, is_utf8, text_bytes
 from switchyard.errors import UserError
 
 INSTALLED_PACKAGES = frozenset({"site-packages", "dist-packages", "__pycache__"})  # below stdlib, not part of it
@@ -107,8 +107,7 @@ def _standard_library(data: DataConfig) -> Found:
     """Returns the modules of the running Python as they are; for a tokenizer of characters, without those that are not
     UTF-8.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in files_below(root, skip=INSTALLED_PACKAGES) if path.suffix == ".py"]
+    root, paths = library_modules()
     documents = [_read(path, path.relative_to(root).as_posix(), "data.path") for path in paths]
     documents = [document for document in documents if b"\0" not in document.raw[:BINARY_PROBE]]
     documents.sort(key=lambda document: document.name)
@@ -121,6 +120,14 @@ def _standard_library(data: DataConfig) -> Found:
         raise UserError(f"data.path: null; this Python has no library sources below '{root}'; name a text file instead")
     note = f", {skipped} not UTF-8 skipped" if skipped else ""
     return Found(documents, paths, _counted("standard library", documents) + note)
+
+
+def library_modules() -> tuple[Path, list[Path]]:
+    """Returns the folder of the running Python's library, and its modules: neither installed packages nor other
+    files.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    return root, [path for path in files_below(root, skip=INSTALLED_PACKAGES) if path.suffix == ".py"]
 
 
 def _text_document(document: Document) -> Document:
@@ -168,15 +175,6 @@ def _identity(file: Path) -> tuple[int, int]:
     """Returns a key that is equal for one file under several names."""
     found = file.stat()
     return found.st_dev, found.st_ino
-
-
-def is_utf8(raw: bytes) -> bool:
-    """Returns whether bytes are UTF-8: a few modules of the standard library, which test other encodings, are not."""
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _counted(what: str, documents: list[Document]) -> str:

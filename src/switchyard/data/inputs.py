@@ -7,16 +7,15 @@ not depend on the size of a file.
 import glob
 import gzip
 import os
-import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from switchyard.data.corpus import INSTALLED_PACKAGES, files_below, is_utf8, matches
+from switchyard.data.corpus import files_below, library_modules, matches
 from switchyard.data.split import MANY_FILES, hash_fraction
-from switchyard.data.utf8 import PROBE, is_binary, text_bytes
+from switchyard.data.utf8 import PROBE, is_binary, is_utf8, text_bytes
 from switchyard.errors import UserError
 from switchyard.optional import require
 
@@ -87,17 +86,15 @@ def find_files(source: str, fraction: float, option: str = "--input") -> list[So
         UserError: nothing there.
     """
     place = os.path.expanduser(source)
-    skip = frozenset()
     if source == "stdlib":
-        place, skip = sysconfig.get_path("stdlib"), INSTALLED_PACKAGES
-    if os.path.isfile(place):
+        root, modules = library_modules()
+        paths = [path for path in modules if is_module(path.read_bytes())]
+    elif os.path.isfile(place):
         root, paths = Path(place).parent, [Path(place)]
     elif os.path.isdir(place):
-        root, paths = Path(place), files_below(Path(place), skip)
+        root, paths = Path(place), files_below(Path(place))
     else:
         root, paths = matches(glob.escape(place) if os.path.exists(place) else source, option)
-    if source == "stdlib":
-        paths = [path for path in paths if path.suffix == ".py" and is_module(path.read_bytes())]
     named = sorted((path.relative_to(root).as_posix(), path) for path in paths)
     whole = len(named) >= MANY_FILES
     found = [_describe(path, name, fraction, whole) for name, path in named]

@@ -47,6 +47,15 @@ def decoded(raw: bytes, where: str) -> str:
         ) from None
 
 
+def is_utf8(raw: bytes) -> bool:
+    """Returns whether bytes are UTF-8: a few modules of the standard library, which test other encodings, are not."""
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def is_binary(raw: bytes) -> bool:
     """Tells whether the first bytes hold a NUL and are not text of another encoding."""
     return b"\0" in raw[:PROBE] and wide_encoding(raw) is None

@@ -173,9 +173,9 @@ def copies() -> int:
 def twin(part: Part, number: int) -> nn.Cell:
     """Returns a part's cell with weights of its own, since a cast of shared ones is made once for all copies.
 
-    A part of the whole model shares them: a model may fill the device's memory.
+    A cell without parameters is shared, and with it the model that it may compute on, which may fill the memory.
     """
-    if part.of_model:
+    if not part.cell.parameters_dict():
         return part.cell
     made = deepcopy(part.cell)
     for parameter in made.get_parameters():

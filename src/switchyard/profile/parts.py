@@ -21,7 +21,7 @@ FLOAT = 4  # bytes of a float32
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the step.
+    """Holds one part of the step.
 
     Attributes:
         name: in the table.
@@ -33,7 +33,6 @@ class Part:
         moved: bytes that it reads and writes at least, forward and backward; the floor where there are no products.
         backward: whether it has a backward pass.
         parameters: that gradients are taken of; empty: all of the cell.
-        of_model: whether a step has it once, on weights of the whole model.
     """
 
     name: str
@@ -45,13 +44,13 @@ class Part:
     moved: tuple[float, float] = (0.0, 0.0)
     backward: bool = True
     parameters: tuple = field(default=())
-    of_model: bool = False
 
 
 class Function(nn.Cell):
-    """A function as a cell, which has the parameters of the function's owner.
+    """Runs a function as a cell, which has the parameters of the function's owner.
 
-    Without an owner it has none, though it may compute on them: a call then visits no cells of a whole model.
+    Without an owner the cell has none, though the function may compute on weights of the whole model: a call visits no
+    cells of the model, and copies share its weights.
     """
 
     def __init__(self, owner: nn.Cell | None, function: Callable):
@@ -63,7 +62,7 @@ class Function(nn.Cell):
 
 
 class Attending(nn.Cell):
-    """Attention in sequences: x [N, D] -> [N, D]."""
+    """Attends in sequences: x [N, D] -> [N, D]."""
 
     def __init__(self, attention: nn.Cell, batch: int):
         super().__init__(auto_prefix=False)
@@ -141,7 +140,7 @@ def parts_of(step: TrainStep, batch: tuple[np.ndarray, ...]) -> Iterator[Part]:
     passes = 2.0 * rows * width * FLOAT
     table, moved = (model.embedding.table,), (passes, passes)
     embed = Function(None, model.embed)
-    yield Part("embedding", embed, (tokens, valid), moved=moved, parameters=table, of_model=True)
+    yield Part("embedding", embed, (tokens, valid), moved=moved, parameters=table)
     norms = 2 * len(model.layers) + 1
     norm = model.layers[0].attention_norm
     yield Part("norm", norm, (x,), norms, moved=(passes, 1.5 * passes))
@@ -222,9 +221,7 @@ def head_part(model: Decoder, losses: nn.Cell, x: Tensor, labels: Tensor) -> Par
 
     weights = (model.embedding.table,) if model.tied else tuple(model.head.trainable_params())
     products = ((1, *x.shape, model.vocab_size),)
-    return Part(
-        "head and loss", Function(None, loss), (x, labels), products=products, parameters=weights, of_model=True
-    )
+    return Part("head and loss", Function(None, loss), (x, labels), products=products, parameters=weights)
 
 
 def optimizer_parts(step: TrainStep) -> Iterator[Part]:
@@ -240,4 +237,4 @@ def optimizer_parts(step: TrainStep) -> Iterator[Part]:
 
     for name, function, floats in (("gradient norm", total, 1), ("optimizer", update, 7)):
         moved = (1.0 * floats * FLOAT * step.size, 0.0)
-        yield Part(name, Function(None, function), gradients, moved=moved, backward=False, of_model=True)
+        yield Part(name, Function(None, function), gradients, moved=moved, backward=False)

@@ -13,7 +13,7 @@ NONE = -1
 
 @dataclass(frozen=True)
 class TokenUse:
-    """One token of the vocabulary at one expert.
+    """Holds one token of the vocabulary at one expert.
 
     Attributes:
         token: its id.

@@ -19,7 +19,7 @@ TICKS = 5
 
 @dataclass(frozen=True)
 class Series:
-    """One curve.
+    """Holds one curve.
 
     Attributes:
         name: in the legend.
@@ -225,7 +225,7 @@ def _curve(curve: Series, x_axis: Axis, y_axis: Axis) -> str:
 
 @dataclass(frozen=True)
 class Node:
-    """One expert of one layer in a drawing of flows: its place and how tall it is."""
+    """Holds one expert of one layer in a drawing of flows: its place and how tall it is."""
 
     x: float
     y: float
