@@ -89,6 +89,21 @@ def test_what_a_run_leaves(tmp_path, graph, capsys):
     assert train(config, resume=True) == result and (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_save_best_false_writes_no_checkpoint_at_an_evaluation(tmp_path, graph):
+    """checkpoint_every=0 alone still saves the best weights; what a run measures is the same."""
+    write_text(tmp_path)
+    names, steps = {}, {"steps": 4, "eval_every": 1, "checkpoint_every": 0, "keep_checkpoints": 9}
+    for saves in (True, False):
+        run = tmp_path / "runs" / f"best-{saves}"
+        result = train(run_config(tmp_path, train={**steps, "name": run.name, "save_best": saves}))
+        names[saves] = {path.name for path in checkpoint.listed(run)}
+        losses = [line["loss"] for line in metrics_of(run, "evaluation")]
+        assert (checkpoint.best(run) is not None) == saves == (result["best_checkpoint"] is not None)
+        names[saves, "losses"] = losses
+    assert names[False] == {"step-00000004"} and len(names[True]) > 1
+    assert names[False, "losses"] == names[True, "losses"]
+
+
 REFUSED = [
     ({"model": {"hidden_size": 32}}, "model.hidden_size: 32; the run was trained with 16"),
     ({"moe": {"expert_num": 4}}, "moe.expert_num: 4; the run was trained with 1"),

@@ -38,6 +38,7 @@ FREE_ON_RESUME = (
     "train.sample_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.save_best",
     "train.keep_every_steps",
     "train.keep_every_hours",
     "train.async_checkpoint",

@@ -339,11 +339,11 @@ class Trainer:
 
     def _evaluate_sample(self, stop: StopSignals) -> None:
         """Scores train.eval_batches batches, unless a run that was killed did; weights that are the best so far are
-        saved."""
+        saved, see train.save_best."""
         loss = self.metrics.evaluated(self.done, len(self.sample) == len(self.validation))
         if loss is None:
             loss = self._evaluate(self.sample, stop).loss
-        if loss < self.best_loss:
+        if loss < self.best_loss and self.config.train.save_best:
             before, self.best_loss = self.best_loss, loss
             self._save()
             self.saver.wait()
@@ -464,7 +464,8 @@ class Trainer:
             self._evaluate_sample(stop)  # comparable with those before it
         found = self._evaluate(evenly_spaced(len(self.validation), 0), stop)
         check_evaluation(found.to_dict(), f"step {self.done} of '{self.run}'", REMEDY)
-        if (full or not self.config.train.eval_every) and found.loss < self.best_loss:
+        comparable = full or not self.config.train.eval_every
+        if comparable and found.loss < self.best_loss and self.config.train.save_best:
             self._mark_best(found.loss)
         return found
 
