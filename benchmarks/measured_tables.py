@@ -21,7 +21,7 @@ FILES = {  # the others are of scaling
     "quality_cpu": "speed_to_quality_cpu",
 }
 PLACES = {  # steps and seconds whose losses are shown
-    "quality": ((1000, 3000, 6000, 10000), (200, 400)),
+    "quality": ((1000, 3000, 6000, 10000), (200, 400, 500)),
     "quality_cpu": ((2000, 3000, 4500), (60, 80)),
 }
 ORIGINS = {"corpus": "once", "quality": "turns", "quality_cpu": "turns"}  # of the others "machine"

@@ -264,7 +264,9 @@ class TrainConfig(Section):
     eval_every: NotNegative = Field(500, description="steps between evaluations; 0 = only at the end")
     eval_batches: NotNegative = Field(20, description="batches of an evaluation during training; 0 = the whole set")
     sample_every: NotNegative = Field(0, description="steps between two short sampled texts; 0 = none")
-    checkpoint_every: NotNegative = Field(500, description="steps between checkpoints; 0 = only at the end and at train.save_best")
+    checkpoint_every: NotNegative = Field(
+        500, description="steps between checkpoints; 0 = only at the end and at train.save_best"
+    )
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept, besides the best")
     save_best: bool = Field(
         True,
