@@ -21,6 +21,7 @@ from switchyard.errors import UserError
 COLLECTIVES = ("AllReduce", "AlltoAll", "AlltoAllV", "AlltoAllVC", "AllGather", "ReduceScatter", "Send", "Receive")
 CONSTANT, CALL = "Constant", "call "
 OWN_GROUP = re.compile(r"ranks_(\d+)_to_(\d+)_by_(\d+)")  # see CompiledMesh.group
+ZERO_BY_HAND = "-JoinedSlices/"  # in scopes, see nn.cast
 
 # TensorProto.DataType -> numpy; bfloat16 (16) has no counterpart and is read by its bits
 TENSOR_TYPES = {
@@ -221,6 +222,8 @@ def _collectives(graph: Graph, functions: dict[str, Graph]) -> Iterator[Collecti
         shape, dtype = own if own[0] is not None else ((), np.float32)
         size = int(np.prod([max(0, length) for length in shape])) * np.dtype(dtype or np.float32).itemsize
         direction, layer = place_of(node.scope)
+        if ZERO_BY_HAND in node.scope and node.kind == "ReduceScatter":
+            direction = "backward"  # a gradient of our own has the scope of its cell
         group = group_of(node)
         yield Collective(node.kind, group, direction, layer, _cause(node), node.parameter, tuple(shape), size)
 
@@ -289,6 +292,8 @@ def _cause(node: Node) -> str:
     if node.kind in ("Send", "Receive"):
         return "pipeline"
     name = node.instance
+    if ZERO_BY_HAND in node.scope:
+        return "optimizer"
     for mark, cause in (("mirror", "mirror"), ("redistribution", "redistribution"), ("parallel_optimizer", "optimizer"),
                         ("forward_op", "forward")):  # fmt: skip
         if mark in name:
