@@ -38,6 +38,7 @@ def test_every_part_of_a_step_has_a_row(pynative):
     ("moe", "names"),
     [
         ({"router": "dense"}, {"router and dispatch", "experts and combine"}),
+        ({"granularity": "slice", "slice_length": 4}, {"router", "dispatch", "experts", "combine"}),
         ({"router": "top_k", "dispatch": "dropless", "shared_expert_num": 1}, {"experts", "combine", "shared experts"}),
     ],
 )
@@ -90,7 +91,6 @@ def test_parts_that_take_far_longer_than_the_step_are_no_measure(step, warned):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"model": {"type": "vision"}}, "model.type: vision"),
         (TREE | {"train": {"gradient_accumulation_steps": 2}}, "train.gradient_accumulation_steps: 2"),
         (TREE | {"parallel": {"data_parallel": 2}}, "parallel: 2 devices"),
     ],

@@ -7,19 +7,22 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from tqdm import tqdm
 
 from switchyard.config import Config
-from switchyard.data.batches import TrainBatches
 from switchyard.errors import UserError
 from switchyard.models.decoder import DTYPES
+from switchyard.profile.decoder_parts import decoder_parts
 from switchyard.profile.floors import floor_cells, floor_of
-from switchyard.profile.parts import Part, parts_of
-from switchyard.training.randomness import draw_noise
-from switchyard.training.step import TrainStep, create_step
+from switchyard.profile.image_parts import cascade_parts, vision_parts
+from switchyard.profile.inputs import inputs_of
+from switchyard.profile.parts import Part
+from switchyard.profile.seq2seq_parts import seq2seq_parts
+from switchyard.training.step import create_step
+
+PARTS = {"decoder": decoder_parts, "seq2seq": seq2seq_parts, "vision": vision_parts, "cascade": cascade_parts}
 
 FLOATS = (mstype.float32, mstype.float16, mstype.bfloat16)
 CALLS = 3  # of a contender in its turn
@@ -99,12 +102,12 @@ def measure(config: Config, vocabulary: int, rounds: int) -> tuple[list[Row], fl
     """Returns the rows of the table, the largest first, and the seconds of a whole step.
 
     Raises:
-        UserError: a network other than the decoder, several devices, or several micro-batches.
+        UserError: several devices, or several micro-batches.
     """
     require_measurable(config)
     step, (batch, data) = create_step(config, vocabulary), inputs_of(config, vocabulary)
     step.initialise()
-    parts, contenders = list(parts_of(step, batch(step))), {}
+    parts, contenders = list(PARTS[config.model.type](step, batch(step))), {}
     for part in tqdm(parts, desc="compiling the parts", leave=False):
         contenders |= contenders_of(part)
     for name, cell in floor_cells(parts, DTYPES[config.model.compute_dtype]).items():
@@ -119,35 +122,12 @@ def measure(config: Config, vocabulary: int, rounds: int) -> tuple[list[Row], fl
 
 
 def require_measurable(config: Config) -> None:
-    """Refuses what is not a decoder on one device with one micro-batch (UserError)."""
-    if config.model.type != "decoder":
-        raise UserError(f"model.type: {config.model.type}; the profile takes a step of the decoder apart")
+    """Refuses several devices and several micro-batches (UserError)."""
     if config.devices > 1:
         raise UserError(f"parallel: {config.devices} devices; the profile measures one, set the degrees to 1")
     if config.micro_batches > 1:
         key = "train.gradient_accumulation_steps"
         raise UserError(f"{key}: {config.micro_batches}; the profile measures one micro-batch, set it to 1")
-
-
-def inputs_of(config: Config, vocabulary: int) -> tuple[Callable, Callable]:
-    """Returns two functions of a step: its batch, (tokens, labels, valid [B, S], noise [J, N, D]), and a new one."""
-    size, length, width = config.data.batch_size, config.model.seq_length, config.model.hidden_size
-    stream = np.random.default_rng(0).integers(0, vocabulary, 64 * size * (length + 1)).astype(np.int32)
-    batches, count = TrainBatches(stream, size, length, config.train.seed), iter(range(10**9))
-
-    def draw(step: TrainStep) -> tuple[np.ndarray, ...]:
-        index = next(count)
-        noise = draw_noise(config.train.seed, index, 1, step.model.noise_slices, range(size), length, width)
-        return (*batches.at(index), noise[0])
-
-    drawn = []
-
-    def first(step: TrainStep) -> tuple[np.ndarray, ...]:
-        if not drawn:
-            drawn.append(draw(step))
-        return drawn[0]
-
-    return first, draw
 
 
 def contenders_of(part: Part) -> dict[str, Callable]:

@@ -1,7 +1,9 @@
-"""The parts of a decoder's training step as cells of their own, which compute on the model's own weights.
+"""The parts of a training step as cells of their own, which compute on the model's own weights.
 
-Legend: N tokens of a micro-batch, D width, W columns of the projections, H query heads, J key/value heads,
-R = H / J, h head size, S sequence, B batch, V vocabulary, G routing groups, E experts, L layers.
+Here is what networks have in common: a conditional layer, experts, the optimizer. Their own parts are in
+`profile.decoder_parts`, `profile.seq2seq_parts` and `profile.image_parts`.
+
+Legend: F = G * N rows that are routed, D their width, G routing groups, E experts, S slots of an expert.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,13 +12,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from switchyard.models.decoder import Decoder
+from switchyard.moe.conv_experts import ConvolutionExperts, SliceExperts
 from switchyard.moe.dispatch.dispatchers import BlockDispatcher, SlotDispatcher
 from switchyard.moe.experts import FeedForwardExperts
-from switchyard.nn.float_attention import FloatAttention
 from switchyard.training.step import TrainStep
 
 FLOAT = 4  # bytes of a float32
+EXTRA = ("token_ids", "task_ids", "view")  # what a router may read besides the rows
 
 
 @dataclass(frozen=True)
@@ -61,61 +63,39 @@ class Function(nn.Cell):
         return self.function(*inputs)
 
 
-class Attending(nn.Cell):
-    """Attends in sequences: x [N, D] -> [N, D]."""
+class OfLayer(nn.Cell):
+    """A part of a conditional layer that begins with the router.
 
-    def __init__(self, attention: nn.Cell, batch: int):
-        super().__init__(auto_prefix=False)
-        self.attention, self.batch = attention, batch
+    Args:
+        layer: the conditional layer.
+        extra: names, of EXTRA, of what comes behind tokens [F, D], valid [G, N] and noise.
+    """
 
-    def construct(self, x: Tensor):
-        return self.attention(x, self.batch)
-
-
-class Positions(nn.Cell):
-    """Turns queries [B, J, R, S, h] and keys [B, J, S, h] to their places."""
-
-    def __init__(self, rotary: nn.Cell):
-        super().__init__()
-        self.rotary = rotary
-
-    def construct(self, query: Tensor, key: Tensor):
-        cos, sin = self.rotary.tables(ops.arange(query.shape[3]))
-        return self.rotary(query, cos, sin), self.rotary(key, cos, sin)
-
-
-class Turning(nn.Cell):
-    """Turns queries [B, J, R, S, h] and keys [B, J, S, h] to their places as FloatAttention does."""
-
-    def __init__(self, attention: FloatAttention):
-        super().__init__(auto_prefix=False)
-        self.attention = attention
-
-    def construct(self, query: Tensor, key: Tensor):
-        return self.attention.queries(query), self.attention.keys(key)
-
-
-class Routing(nn.Cell):
-    """Scores and chooses: tokens [N, D], valid [G, N / G], noise, ids [N] -> gates [G, N / G, K]."""
-
-    def __init__(self, layer: nn.Cell):
+    def __init__(self, layer: nn.Cell, extra: tuple[str, ...]):
         super().__init__(auto_prefix=False)
         self.layer = layer
+        self.ids, self.tasks, self.view = (extra.index(name) if name in extra else None for name in EXTRA)
 
-    def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor, ids: Tensor):
-        inputs = self.layer.router_inputs(tokens, valid, noise, ids, None, None)
-        return self.layer.route(valid, noise, None, inputs)["gates"]
+    def decided_by(self, tokens: Tensor, valid: Tensor, noise: Tensor, rest: tuple) -> tuple:
+        """Returns what the router decides by, see `MoELayer.router_inputs`."""
+        ids = None if self.ids is None else rest[self.ids]
+        tasks = None if self.tasks is None else rest[self.tasks]
+        view = None if self.view is None else rest[self.view]
+        return self.layer.router_inputs(tokens, valid, noise, ids, tasks, view)
 
 
-class Sending(nn.Cell):
+class Routing(OfLayer):
+    """Scores and chooses: tokens, valid, noise and what `extra` names -> gates [G, N, K]."""
+
+    def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor, *rest):
+        return self.layer.route(valid, noise, None, self.decided_by(tokens, valid, noise, rest))["gates"]
+
+
+class Sending(OfLayer):
     """Routes, fills what travels and counts: the arguments of `Routing` -> (slots, gates, statistics)."""
 
-    def __init__(self, layer: nn.Cell):
-        super().__init__(auto_prefix=False)
-        self.layer = layer
-
-    def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor, ids: Tensor):
-        sent = self.layer.send(tokens, valid, noise, *self.layer.router_inputs(tokens, valid, noise, ids, None, None))
+    def construct(self, tokens: Tensor, valid: Tensor, noise: Tensor, *rest):
+        sent = self.layer.send(tokens, valid, noise, *self.decided_by(tokens, valid, noise, rest))
         last = len(sent) - 1 - self.layer.records
         return sent[0], sent[1], sent[last]
 
@@ -131,97 +111,90 @@ class Applying(nn.Cell):
         return self.dispatcher.apply(self.experts, sent)
 
 
-def parts_of(step: TrainStep, batch: tuple[np.ndarray, ...]) -> Iterator[Part]:
-    """Yields the parts of a decoder's step, for a micro-batch of tokens, labels, valid [B, S] and noise [J, N, D]."""
-    model, config = step.model, step.config
-    tokens, labels, valid, noise = map(Tensor, batch)
-    rows, width = tokens.size, config.model.hidden_size
-    x = Tensor(np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32))
-    passes = 2.0 * rows * width * FLOAT
-    table, moved = (model.embedding.table,), (passes, passes)
-    embed = Function(None, model.embed)
-    yield Part("embedding", embed, (tokens, valid), moved=moved, parameters=table)
-    norms = 2 * len(model.layers) + 1
-    norm = model.layers[0].attention_norm
-    yield Part("norm", norm, (x,), norms, moved=(passes, 1.5 * passes))
-    yield from attention_parts(model, x, tokens.shape[0])
-    dense = [layer.feed_forward for layer in model.layers if not layer.conditional]
-    if dense:
-        inputs = (x.reshape(1, rows, width),)
-        yield Part("dense feed-forward", dense[0], inputs, len(dense), products=products_of(dense[0], 1, rows))
-    conditional = [layer.feed_forward for layer in model.layers if layer.conditional]
-    if conditional:
-        arguments = (x, valid.reshape(model.groups, -1), noise, tokens.reshape(-1))
-        yield from moe_parts(conditional[0], arguments, len(conditional))
-    yield head_part(model, step.graph.loss.token_losses, x, labels.reshape(-1))
-    yield from optimizer_parts(step)
+def moe_parts(layer: nn.Cell, given: dict[str, Tensor], layers: int = 1, prefix: str = "") -> Iterator[Part]:
+    """Yields the parts of a conditional layer: router, dispatch, experts, combine, shared experts.
 
-
-def attention_parts(model: Decoder, x: Tensor, batch: int) -> Iterator[Part]:
-    """Yields attention, and the turning of queries and keys in it."""
-    attention, (rows, width), layers = model.layers[0].attention, x.shape, len(model.layers)
-    heads, repeat, size, length = attention.kv_heads, attention.repeat, attention.head_size, x.shape[0] // batch
-    joint = heads * (repeat + 2) * size
-    scores = (batch * heads, repeat * length, size, length)
-    mixed = (batch * heads, repeat * length, length, size)
-    products = ((1, rows, width, joint), scores, mixed, (1, rows, heads * repeat * size, width))
-
-    positions = None
-    if attention.rotary is not None and attention.half is None and attention.fused is None:
-        positions = "positions"
-        query, key = (ops.zeros((batch, heads, *repeats, length, size), x.dtype) for repeats in ((repeat,), ()))
-        turn = Positions(attention.rotary) if attention.float is None else Turning(attention.float)
-        moved = 2.0 * (repeat + 1) * heads * size * rows * FLOAT
-        yield Part(positions, turn, (query, key), layers, moved=(moved, moved))
-    yield Part("attention", Attending(attention, batch), (x,), layers, positions, products)
-
-
-def moe_parts(layer: nn.Cell, arguments: tuple, layers: int) -> Iterator[Part]:
-    """Yields the parts of a conditional layer: router, dispatch, experts, combine."""
-    arguments, sending = (layer.local_hide(arguments[0], arguments[1]), *arguments[1:]), Sending(layer)
-    (rows, width), dispatcher, router = arguments[0].shape, layer.train_dispatcher, None
+    Args:
+        layer: a MoELayer.
+        given: its arguments by name: tokens [F, D], valid [G, N], noise, and some of EXTRA.
+        layers: how many such layers there are.
+        prefix: of the parts' names.
+    """
+    extra, seen = tuple(name for name in EXTRA if name in given), given.get("view", given["tokens"])
+    tokens = layer.local_hide(given["tokens"], given["valid"])
+    arguments = (tokens, given["valid"], given["noise"], *(given[name] for name in extra))
+    sending, dispatcher, router = Sending(layer, extra), layer.train_dispatcher, None
     if layer.router.form == "token_choice":
-        router = "router"
-        products = ((1, rows, width, layer.expert_num),) if layer.router.learnable else ()
-        yield Part(router, Routing(layer), arguments, layers, products=products)
-    yield Part("dispatch" if router else "router and dispatch", sending, arguments, layers, router)
-    sent = layer.send(*arguments[:3], *layer.router_inputs(*arguments, None, None))
+        router = f"{prefix}router"
+        products = ((1, tokens.shape[0], seen.shape[-1], layer.expert_num),) if layer.router.learnable else ()
+        yield Part(router, Routing(layer, extra), arguments, layers, products=products)
+    yield Part(prefix + ("dispatch" if router else "router and dispatch"), sending, arguments, layers, router)
+    sent = layer.send(*arguments[:3], *sending.decided_by(*arguments[:3], arguments[3:]))
     sent = sent[: len(sent) - 1 - layer.records]
     experts = None
-    if isinstance(layer.experts, FeedForwardExperts) and isinstance(dispatcher, (SlotDispatcher, BlockDispatcher)):
-        experts = "experts"
-        yield experts_part(layer, sent, layers)
-    yield Part("combine" if experts else "experts and combine", Applying(layer), sent, layers, experts)
+    if network_of(layer.experts) is not None and isinstance(dispatcher, (SlotDispatcher, BlockDispatcher)):
+        experts = f"{prefix}experts"
+        yield experts_part(experts, layer, sent, layers)
+    yield Part(prefix + ("combine" if experts else "experts and combine"), Applying(layer), sent, layers, experts)
     if layer.shared is not None:
-        yield Part("shared experts", layer.shared, (arguments[0].reshape(1, rows, width),), layers)
+        yield Part(f"{prefix}shared experts", layer.shared, (tokens.reshape(1, *tokens.shape),), layers)
 
 
-def experts_part(layer: nn.Cell, sent: tuple, layers: int) -> Part:
+def experts_part(name: str, layer: nn.Cell, sent: tuple, layers: int) -> Part:
     """Returns the experts on the slots, or blocks, that the dispatcher sent."""
     if isinstance(layer.train_dispatcher, BlockDispatcher):
         count, rows, _ = sent[0].shape
         cell = Function(layer.experts, layer.experts.blocks)
-        return Part("experts", cell, sent[:2], layers, products=products_of(layer.experts, count, rows))
-    slots = layer.train_dispatcher.crossing.there(sent[0])  # [E, G * C, D]
-    return Part("experts", layer.experts, (slots,), layers, products=products_of(layer.experts, *slots.shape[:2]))
+        return Part(name, cell, sent[:2], layers, products=products_of(layer.experts, count, rows))
+    slots = layer.train_dispatcher.crossing.there(sent[0])  # [E, S, D]
+    return Part(name, layer.experts, (slots,), layers, products=products_of(layer.experts, *slots.shape[:2]))
 
 
-def products_of(experts: FeedForwardExperts, count: int, rows: int) -> tuple[tuple[int, int, int, int], ...]:
+def network_of(experts: nn.Cell) -> tuple[FeedForwardExperts, int] | None:
+    """Returns the feed-forward networks that experts are made of, and how often a row visits them; None: of others."""
+    if isinstance(experts, ConvolutionExperts):
+        return experts.network, experts.places
+    if isinstance(experts, SliceExperts):
+        return experts.network, experts.length
+    return (experts, 1) if isinstance(experts, FeedForwardExperts) else None
+
+
+def products_of(experts: nn.Cell, count: int, rows: int) -> tuple[tuple[int, int, int, int], ...]:
     """Returns the matrix products of `count` networks on `rows` rows each."""
-    width, hidden = experts.w_in.shape[1:]
-    first = (count, rows, width, hidden)
-    return (first,) * (1 + experts.gated) + ((count, rows, hidden, experts.w_out.shape[2]),)
+    network, visits = network_of(experts)
+    width, hidden = network.w_in.shape[1:]
+    first = (count, rows * visits, width, hidden)
+    return (first,) * (1 + network.gated) + ((count, rows * visits, hidden, network.w_out.shape[2]),)
 
 
-def head_part(model: Decoder, losses: nn.Cell, x: Tensor, labels: Tensor) -> Part:
-    """Returns the logits and the mean cross-entropy: x [N, D], labels [N] -> []."""
+def loss_part(name: str, losses: nn.Cell, logits: Callable, x: Tensor, labels: Tensor, weights=(), products=()) -> Part:
+    """Returns the mean cross-entropy of what `logits` makes of x, by `weights`: x, labels [N] -> []."""
 
     def loss(x: Tensor, labels: Tensor):
-        return losses(model.logits(x), labels).mean()
+        return losses(logits(x), labels).mean()
 
-    weights = (model.embedding.table,) if model.tied else tuple(model.head.trainable_params())
-    products = ((1, *x.shape, model.vocab_size),)
-    return Part("head and loss", Function(None, loss), (x, labels), products=products, parameters=weights)
+    return Part(name, Function(None, loss), (x, labels), products=products, parameters=tuple(weights))
+
+
+def norm_part(name: str, norm: nn.Cell, x: Tensor, times: int) -> Part:
+    """Returns a norm of rows x [N, D], which reads and writes them, and once more half of it backward."""
+    passes = 2.0 * x.size * FLOAT
+    return Part(name, norm, (x,), times, moved=(passes, 1.5 * passes))
+
+
+def head_products(model: nn.Cell, x: Tensor) -> tuple[tuple[int, int, int, int], ...]:
+    """Returns the product of the head of a network of text on rows x [N, D]."""
+    return ((1, *x.shape, model.vocab_size),)
+
+
+def head_weights(model: nn.Cell) -> tuple:
+    """Returns the weights of the head of a network of text."""
+    return (model.embedding.table,) if model.tied else tuple(model.head.trainable_params())
+
+
+def random_rows(*shape: int) -> Tensor:
+    """Returns N(0, 1) float32."""
+    return Tensor(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
 
 
 def optimizer_parts(step: TrainStep) -> Iterator[Part]:
