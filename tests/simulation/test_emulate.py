@@ -335,7 +335,7 @@ def test_a_pipeline_equals_one_device(staged):
     assert not any(name.startswith("accu_grads") for name in found.differences)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_pipeline_written_out_for_gpus_equals_one_device(references):
     """Without a function that the micro-batches share, without operators of Ascend, a stage a device."""
     config = layout({"tie_word_embeddings": False}, {"layers": "all"}, pipeline_stage=2, micro_batch_num=2)

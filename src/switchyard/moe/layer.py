@@ -26,7 +26,7 @@ from switchyard.moe.shared_experts import SharedExperts
 from switchyard.moe.statistics import Statistics
 from switchyard.nn.fused import NONE
 from switchyard.nn.initializers import InitialWeights
-from switchyard.nn.masks import Hide
+from switchyard.nn.masks import Hide, Selection
 from switchyard.nn.noise import NoiseSlice, NoiseSlices, UniformRows
 
 
@@ -218,6 +218,9 @@ class MoELayer(nn.Cell):
         self._require_shards()
         require_joined(self.experts, mesh.degrees)
         self.router.shard(mesh)
+        for _, cell in self.cells_and_names():
+            if isinstance(cell, Selection):
+                cell.shard(mesh)
         if self.train_dispatcher.runs_experts or self.eval_dispatcher.runs_experts:
             self.experts.shard(mesh)
         else:

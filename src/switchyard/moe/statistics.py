@@ -5,12 +5,12 @@ Legend: G routing groups, N tokens of a group, E experts.
 
 import numpy as np
 from mindspore import Tensor, nn, ops
-from mindspore import dtype as mstype
 from mindspore.ops import constexpr
 from mindspore.ops.auto_generate import SplitWithSize
 
 from switchyard.distributed.mesh import CompiledMesh, first
 from switchyard.moe.metrics import AUXILIARY, BALANCE, ENTROPY, Z
+from switchyard.nn.masks import Selection
 
 
 class Statistics(nn.Cell):
@@ -55,8 +55,8 @@ class Summed(nn.Cell):
         self.log_softmax, self.largest = ops.LogSoftmax(-1), ops.ReduceMax(keep_dims=True)
         self.exp, self.log = ops.Exp(), ops.Log()
         self.at_least, self.divide, self.concat = ops.Maximum(), ops.DivNoNan(), ops.Concat(-1)
-        self.select, self.product, self.of_groups = ops.Select(), ops.MatMul(), ops.BatchMatMul()
-        self.ones, self.split, self.nothing = ops.Ones(), SplitWithSize(), Tensor([[[0.0]]], mstype.float32)
+        self.select, self.product, self.of_groups = Selection(), ops.MatMul(), ops.BatchMatMul()
+        self.ones, self.split = ops.Ones(), SplitWithSize()
 
     def construct(self, logits, probabilities, chosen, mass, valid, num_kept, auxiliary) -> tuple:
         """Sums up a Routing.
@@ -76,7 +76,7 @@ class Summed(nn.Cell):
         entropy = self.product(information.reshape(-1, experts), self.ones((experts, 1), logits.dtype) * -1.0)
         real = valid.reshape(groups, count, 1)
         columns = (probabilities, partition * partition, entropy.reshape(real.shape), real, chosen, mass)
-        rows = self.select(real > 0, self.concat(columns), self.nothing)  # [G, N, 3 E + 3]
+        rows = self.select(self.concat(columns), real, (groups, count, 3 * experts + 3))
         sums = self.of_groups(valid.reshape(groups, 1, count), rows).reshape(groups, -1)  # [G, 3 E + 3]
         mean, z, entropy, tokens, load, mass = self.split(sums, (experts, 1, 1, 1, experts, experts), 1)
         share = self.divide(load, tokens) * (experts / self.choices)  # E * f, [G, E]
@@ -102,7 +102,7 @@ class Summed(nn.Cell):
             d_probabilities = real * of_expert.reshape(groups, 1, experts)
         if self.z:
             scale = (2.0 * d_stats[:, Z : Z + 1]).reshape(groups, 1, 1)
-            d_logits = self.select(real > 0, self.exp(log_shares) * (partition * scale), self.nothing)
+            d_logits = self.select(self.exp(log_shares) * (partition * scale), real, logits.shape)
         rest = (nothing(chosen), nothing(mass), nothing(valid), nothing(num_kept))
         return (d_logits, d_probabilities, *rest, d_stats[:, AUXILIARY])
 

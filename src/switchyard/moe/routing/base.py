@@ -15,6 +15,7 @@ from switchyard.config.router_options import RouterChoice, RouterOptions, typed
 from switchyard.distributed.mesh import CompiledMesh
 from switchyard.errors import UserError, shortened
 from switchyard.nn.initializers import InitialWeights
+from switchyard.nn.masks import Selection
 from switchyard.nn.noise import NoiseSlices
 from switchyard.trust import import_class, is_own
 
@@ -519,12 +520,11 @@ class ChosenValues(nn.Cell):
 
     def __init__(self, choices: int):
         super().__init__()
-        self.choices, self.sum, self.select = choices, ops.ReduceSum(), ops.Select()
-        self.nothing = Tensor([[[[0.0]]]], mstype.float32)
+        self.choices, self.sum, self.select = choices, ops.ReduceSum(), Selection()
 
     def construct(self, values: Tensor, masks: Tensor) -> Tensor:
         """Takes values and masks as the class says."""
-        return self.sum(self.select(masks > 0, ops.expand_dims(values, 2), self.nothing), -1)
+        return self.sum(self.select(ops.expand_dims(values, 2), masks, masks.shape), -1)
 
     def bprop(self, values, masks, out, d_out):
         d_values = masks * ops.expand_dims(d_out, 3)  # [G, N, K, E]
