@@ -172,7 +172,7 @@ class Disturbed:
 
     def _full(self) -> None:
         filler, before = self.disk / "filler", self._met()
-        with filler.open("wb") as file:
+        with contextlib.suppress(OSError), filler.open("wb") as file:  # a save at this moment may take the rest
             left = shutil.disk_usage(self.disk).free - LEFT
             file.write(b"\0" * left)
         while self.job.poll() is None and self._met() == before:

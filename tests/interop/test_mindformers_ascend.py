@@ -47,13 +47,13 @@ def test_experts_are_exchanged_and_nothing_is_gathered(tmp_path):
     assert kinds == {"AlltoAll forward (2, 3)": 2, "AlltoAll backward (2, 3)": 2}
     assert found["collectives"]["AllReduce backward (1, 3)"] == 2  # the gradients of the experts
     parameters = found["parameters"]
-    assert parameters["layers.1.feed_forward.experts.w_in"] == [4, 32, 128]  # of 8 experts
-    assert parameters["adam_m.layers.1.feed_forward.experts.w_in"] == [4, 32, 128]
+    assert parameters["layers.0.feed_forward.experts.w_in"] == [32, 32, 128]  # of 64 experts
+    assert parameters["adam_m.layers.0.feed_forward.experts.w_in"] == [32, 32, 128]
     assert parameters["layers.0.attention.qkv.weight"][0] == 32
-    assert parameters["figures"] == [24]  # of all devices, on each
+    assert parameters["figures"] == [2 + 6 + 2 * 64]  # of all devices, on each
 
 
 def test_heads_and_hidden_widths_are_divided_by_model_parallel(tmp_path):
     found = compile_rank(tmp_path, 0, "parallel_config.data_parallel=2", "parallel_config.model_parallel=2")
     assert not any(name.startswith("AllGather") for name in found["collectives"])
-    assert found["parameters"]["layers.1.feed_forward.experts.w_in"] == [8, 32, 64]
+    assert found["parameters"]["layers.0.feed_forward.experts.w_in"] == [64, 32, 64]

@@ -71,6 +71,18 @@ def test_what_is_held_is_what_the_graph_holds(both):
     assert {"weights": cost.weights, "optimizer state": cost.optimizer} | summed == report.held_bytes
 
 
+@pytest.mark.parametrize(("shard", "numbers"), [(0, 8), (1, 1), (3, 1)])
+def test_a_routers_bias_is_held_and_has_no_moments(shard, numbers):
+    """Two conditional layers of 8 experts on 8 devices: a bias of 8 numbers each, or with ZeRO one of them."""
+    parallel, found = {"data_parallel": 8, "optimizer_shard": shard}, {}
+    for router in ("sigmoid", "top_k"):
+        moe = {"expert_num": 8, "router": router, "layers": [0, 1], "aux_loss_factor": 0.0, "z_loss_factor": 0.0}
+        model = DENSE["model"] | {"num_layers": 2}
+        found[router] = costs(build({"model": model, "moe": moe, "data": {"batch_size": 8}, "parallel": parallel}), 16)
+    assert found["sigmoid"].weights - found["top_k"].weights == 2 * 4 * numbers
+    assert found["sigmoid"].optimizer == found["top_k"].optimizer
+
+
 def test_the_work_of_a_dense_block_by_hand():
     """16 rows, D 8: qkv 8 x 24, out 8 x 8, scores and mix 2 x 4 x 8, feed-forward 2 x 8 x 16, head 8 x 10."""
     config = build(DENSE | {"data": {"batch_size": 4}})

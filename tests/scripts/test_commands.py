@@ -37,7 +37,8 @@ LONGEST = 600  # seconds of a command
 SMALL = {"model.num_layers": 1, "model.hidden_size": 16, "train.steps": 2, "train.eval_batches": 1}
 CUTS = {
     "config/quickstart.yaml": SMALL | {"moe.layers": "all", "data.path": "corpus.txt"},  # not the standard library
-    "config/shakespeare_char_*.yaml": SMALL,
+    "config/shakespeare_char_dense_*.yaml": SMALL,
+    "config/shakespeare_char_switch_*.yaml": SMALL | {"moe.moe_intermediate_size": 16},  # a quarter of the dense width
     "config/digits_*.yaml": {"train.steps": 2},
 }
 

@@ -25,6 +25,7 @@ from switchyard.planner.sizes import (
     product_bytes,
     projection,
     reads_again,
+    router_state,
     seen_tokens,
     shard_sizes,
     worked_rows,
@@ -130,8 +131,9 @@ def _costs(config, vocab, stage):
     # numbers of the optimizer that are no moments, see training.optimizer.OptimizerStep
     scalars = SCALARS + half + (freezes and bool(config.moe_layers)) + 2 * several
     summed = weights * several  # gradients of the calls before
+    state = sum(shard_sizes(name, shape, degrees)[1] for name, shape in router_state(config, shapes).items())
     return Costs(
-        weights=weights,
+        weights=weights + FLOAT * state,
         gradients=summed + (weights if degrees.pipeline_stage == 1 else at_once),
         optimizer=2 * weights + scalars * FLOAT,
         gathered=gathered_bytes(config, sizes),

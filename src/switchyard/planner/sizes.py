@@ -114,6 +114,14 @@ def _feed_forward(config, index, prefix):
     return found
 
 
+def router_state(config: Config, shapes: dict[str, Shape]) -> dict[str, Shape]:
+    """Returns name -> full shape of the routers' parameters without gradient; shapes: of `parameters`."""
+    if config.moe.router != "sigmoid":
+        return {}
+    weights = (name for name in shapes if name.endswith(".router.weight"))
+    return {f"{name.removesuffix('weight')}bias": (config.moe.expert_num,) for name in weights}
+
+
 def shard_sizes(name, shape, degrees):
     """Returns (numbers of a rank's shard, numbers of it that the rank keeps between steps)."""
     axes = placement(name, shape, degrees)
