@@ -1,7 +1,7 @@
 """How long does a conditional model take to the quality of its dense twin, at equal active FLOPs a token?
 
     python benchmarks/speed_to_quality.py --corpus FOLDER [--seconds 600] [--short] [--only NAME ...]
-                                          [--devices 0 1 ... [--turn 30]]
+                                          [--devices 0 1 ... [--turn 30]] [--runs FOLDER [--compare]]
                                           [--json FILE] [--picture FILE] [section.key=value ...]
 
 Trains the dense model of speed_to_quality.yaml and its conditional twins, each for --seconds of training, with the
@@ -11,7 +11,8 @@ not reached. Seconds are steps times the median time of a step: compiling, evalu
 
 The cases are dealt out to --devices. Those of a device train one after another, or in turn: with --turn 30 each has the
 device to itself for 30 seconds while the others are stopped by a signal, so that a run that ends early leaves a curve
-of each. --short: a small model on CPU, a minute each.
+of each. --compare trains nothing and reads what such a run has left in --runs. --short: a small model on CPU, a minute
+each.
 """
 
 import argparse
@@ -267,10 +268,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--devices", nargs="+", metavar="NUMBER", help="GPUs that the cases are dealt out to")
     parser.add_argument("--turn", type=float, default=math.inf, help="seconds of a turn on a device (whole runs)")
     parser.add_argument("--runs", type=Path, help="folder of the run folders (a temporary one)")
+    parser.add_argument("--compare", action="store_true", help="train nothing, read what is in --runs")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--picture", help="draw the curves to this file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
+    if args.compare and args.runs is None:
+        parser.error("--compare: needs --runs, the folder of the runs that are there")
     args.seconds = args.seconds or (60 if args.short else 600)
     return args
 
@@ -283,7 +287,8 @@ def measure(args: argparse.Namespace, runs: Path) -> list[dict]:
     cases = [Case(name, command_of(name, args, runs), runs, device) for name, device in zip(names, dealt)]
     runs.mkdir(parents=True, exist_ok=True)
     try:
-        train(cases, args.seconds, args.turn)
+        if not args.compare:
+            train(cases, args.seconds, args.turn)
     finally:
         found = [figures(name, runs) for name in names if trained_seconds(runs / folder(name))]
         found = [case for case in found if case["curve"]]  # those that were evaluated

@@ -1,6 +1,7 @@
 """Cases of a device train in turn: hand-made processes that count while they run."""
 
 import importlib
+import json
 import math
 import os
 import signal
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from switchyard.config import build
 
 COUNT = """
 import sys, time
@@ -84,3 +87,20 @@ def test_a_curve_reaches_a_loss_between_two_evaluations(quality):
     curve = [[100, 10.0, 2.0], [200, 20.0, 1.0]]
     assert quality.reached(curve, 1.25, 0) == 175 and quality.reached(curve, 1.25, 1) == 17.5
     assert quality.reached(curve, 0.5, 0) is None
+
+
+def test_runs_that_are_there_are_compared_without_training(quality, tmp_path, monkeypatch, capsys):
+    """A step of 0.1 s: the experts reach the dense model's last loss, 3.0, half way between steps 10 and 20."""
+    config = build({"model": {"hidden_size": 8, "num_heads": 2, "seq_length": 8}, "data": {"batch_size": 4}}).to_yaml()
+    for name, losses in {"dense": (3.5, 3.0), "8-experts-1-chosen": (3.2, 2.8)}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(config)
+        lines = [{"kind": "train", "step": step, "loss": 3.0, "tokens_per_second": 320.0} for step in (10, 20)]
+        lines += [{"kind": "evaluation", "step": step, "loss": loss} for step, loss in zip((10, 20), losses)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(quality, "trained_seconds", lambda run: float(run.exists()))
+    monkeypatch.setattr(quality, "train", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(sys, "argv", ["quality", "--corpus", "none", "--runs", str(tmp_path), "--compare"])
+    quality.main()
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("8 experts, 1 chosen "))
+    assert row.split()[4:] == ["15", "1.5", "2.8000", "320"]
