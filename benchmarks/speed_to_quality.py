@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 from workers import record
 
 from switchyard.cli import cleans_up
@@ -58,13 +59,13 @@ CASES = {
         "z_loss_factor": 0.0,
     },
 }
-WIDTH, SHORT_WIDTH = 1536, 128  # of the feed-forward of the dense model
+CONFIG = ROOT / "benchmarks" / "speed_to_quality.yaml"
 SMALL = {
     "num_layers": 2,
     "hidden_size": 64,
     "num_heads": 2,
     "n_kv_heads": 2,
-    "intermediate_size": SHORT_WIDTH,
+    "intermediate_size": 128,
     "seq_length": 64,
 }
 SHORT = [f"model.{key}={value}" for key, value in SMALL.items()]
@@ -136,11 +137,17 @@ def command_of(name: str, args, runs: Path) -> list:
     moe = dict(CASES[name])
     visited = moe.get("num_experts_chosen", 1) + moe.get("shared_expert_num", 0)
     if visited > 1:
-        moe["moe_intermediate_size"] = (SHORT_WIDTH if args.short else WIDTH) // visited
+        moe["moe_intermediate_size"] = dense_width(args.short) // visited
     chosen = [f"moe.{key}={value}" for key, value in moe.items()]
     places = [f"data.path={args.corpus}", f"data.tokenizer={args.corpus}/tokenizer.json", f"train.output_dir={runs}"]
-    command = [sys.executable, ROOT / "train.py", "--config", ROOT / "benchmarks" / "speed_to_quality.yaml", *places]
+    command = [sys.executable, ROOT / "train.py", "--config", CONFIG, *places]
     return [*command, f"train.name={folder(name)}", *(SHORT if args.short else []), *chosen, *args.overrides]
+
+
+def dense_width(short: bool) -> int:
+    """Returns the hidden width of the feed-forward of the dense model."""
+    model = SMALL if short else yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["model"]
+    return model["intermediate_size"]
 
 
 def train(cases: list[Case], seconds: float, turn: float) -> None:
