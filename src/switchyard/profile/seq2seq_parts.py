@@ -14,7 +14,6 @@ from switchyard.models.seq2seq import Seq2Seq, Stack
 from switchyard.nn.relative import RelativeAttention
 from switchyard.profile.parts import (
     FLOAT,
-    Function,
     Part,
     head_products,
     head_weights,
@@ -100,14 +99,10 @@ def stack_parts(name: str, stack: Stack, given: StackInputs) -> Iterator[Part]:
 
 def cross_parts(model: Seq2Seq, encoder: StackInputs, decoder: StackInputs) -> Iterator[Part]:
     """Yields the attention of the decoder to the encoder."""
-    attention, table = model.decoder.layers[0].cross_attention, model.decoder.relative_bias
-
-    def look(x: Tensor, memory: Tensor, keep: Tensor):
-        return attention(x, memory, keep, table)
-
+    attention, table = model.decoder.layers[0].cross_attention, model.decoder.relative_bias  # which it does not read
     products = attention_products(attention, decoder.keep.shape, encoder.keep.shape)
-    inputs, cell = (decoder.x, encoder.x, encoder.keep), Function(attention, look)
-    yield Part("cross-attention", cell, inputs, len(model.decoder.layers), products=products)
+    inputs = (decoder.x, encoder.x, encoder.keep, table)
+    yield Part("cross-attention", attention, inputs, len(model.decoder.layers), products=products)
 
 
 def attention_products(attention: RelativeAttention, queries: tuple, keys: tuple) -> tuple:
