@@ -43,6 +43,12 @@ CASES = {
     "128 experts, 1 chosen": {"expert_num": 128, "router": "switch"},
     "4 experts of half the width, 2 chosen": {"expert_num": 4, "num_experts_chosen": 2, "router": "top_k"},
     "16 experts of half the width, 2 chosen": {"expert_num": 16, "num_experts_chosen": 2, "router": "top_k"},
+    "16 experts of half the width, 2 chosen, capacity factor 1.25": {
+        "expert_num": 16,
+        "num_experts_chosen": 2,
+        "router": "top_k",
+        "capacity_factor": 1.25,
+    },
     "64 experts of half the width, 2 chosen": {"expert_num": 64, "num_experts_chosen": 2, "router": "top_k"},
     "8 experts in layer 0, 1 chosen": {"expert_num": 8, "router": "switch", "layers": [0]},
     "32 experts in layer 0, 1 chosen": {"expert_num": 32, "router": "switch", "layers": [0]},
