@@ -102,7 +102,7 @@ WORDS = {
             "128 experts, 1 chosen": "128 个专家，选 1 个",
             "4 experts of half the width, 2 chosen": "4 个一半宽度的专家，选 2 个",
             "16 experts of half the width, 2 chosen": "16 个一半宽度的专家，选 2 个",
-            "16 experts of half the width, 2 chosen, capacity factor 1.25": "16 个一半宽度的专家，选 2 个，容量系数 1.25",
+            "16 halves, 2 chosen, capacity factor 1.25": "16 个一半宽度的专家，选 2 个，容量系数 1.25",
             "64 experts of half the width, 2 chosen": "64 个一半宽度的专家，选 2 个",
             "8 experts in layer 0, 1 chosen": "第 0 层 8 个专家，选 1 个",
             "32 experts in layer 0, 1 chosen": "第 0 层 32 个专家，选 1 个",

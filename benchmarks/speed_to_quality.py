@@ -43,7 +43,7 @@ CASES = {
     "128 experts, 1 chosen": {"expert_num": 128, "router": "switch"},
     "4 experts of half the width, 2 chosen": {"expert_num": 4, "num_experts_chosen": 2, "router": "top_k"},
     "16 experts of half the width, 2 chosen": {"expert_num": 16, "num_experts_chosen": 2, "router": "top_k"},
-    "16 experts of half the width, 2 chosen, capacity factor 1.25": {
+    "16 halves, 2 chosen, capacity factor 1.25": {
         "expert_num": 16,
         "num_experts_chosen": 2,
         "router": "top_k",
