@@ -346,6 +346,16 @@ def test_a_pipeline_written_out_for_gpus_equals_one_device(references):
     assert found.met["Send", (0, 1)] == found.met["Send", (1, 0)] == 2 * 2  # rows and tallies of each micro-batch
 
 
+@pytest.mark.slow
+def test_a_pipeline_for_gpus_compiles_with_the_operators_that_are_fast_there():
+    """Half precision, two experts chosen: nothing runs here, for NumPy does not know these operators."""
+    model = {"tie_word_embeddings": False, "compute_dtype": "float16", "activation": "swiglu", "norm": "layernorm"}
+    moe = {"layers": "all", "router": "top_k", "num_experts_chosen": 2}
+    config = layout(model, moe, pipeline_stage=2, micro_batch_num=2)
+    (report,) = simulate.compile_ranks(config, 2, [1], VOCABULARY, step="oracles.written_out:fast_step")
+    assert report.operators["SiLU"] and report.operators["LayerNorm"] and report.operators["Softmax"]
+
+
 def lost_gradients_of_tallies(attributes, held):
     """What comes back to the first stage for its balance loss is lost."""
     return [np.zeros_like(part) if part.ndim == 2 and len(part) == 1 else part for part in held]
