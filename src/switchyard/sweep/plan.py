@@ -22,7 +22,7 @@ LONGEST_NAME = 100
 PRACTICAL = {
     "train": {
         *("name", "output_dir", "steps", "log_every", "loggers", "eval_every", "eval_batches", "checkpoint_every"),
-        *("keep_checkpoints", "replica_check_every", "sample_every"),
+        *("keep_checkpoints", "save_best", "replica_check_every", "sample_every"),
     },
     "context": {"device_target", "device_id", "mode", "launch_blocking"},
     "export": {"max_length", "key_file"},
