@@ -12,6 +12,7 @@ the composition that MindSpore's GPU backend fuses to one operator, in which 1 -
 import argparse
 import statistics
 import time
+from functools import partial
 
 import mindspore as ms
 import numpy as np
@@ -39,21 +40,22 @@ def tables(shapes: list[tuple[int, ...]]) -> dict[str, ParameterTuple]:
 
 
 class Update(nn.Cell):
-    """Updates all weights, each gradient prepared by `prepare`; where `branch`, in a branch that a finite number takes.
+    """Updates all weights by AdamWeightDecay.
 
     Args:
         held: of `tables`.
         scale: [] of the gradients.
+        operator: prepares a gradient; None: nothing does.
+        by: its second factor: the "scale", a tensor "filled" with it, or the gradient "itself".
+        branch: whether the update stands in a branch that a finite scale takes.
     """
 
-    branch = False
-
-    def __init__(self, held: dict[str, ParameterTuple], scale: Parameter):
+    def __init__(self, held: dict[str, ParameterTuple], scale: Parameter, operator=None, by="scale", branch=False):
         super().__init__(auto_prefix=False)
         self.p, self.m, self.v, self.g, self.scale = held["p"], held["m"], held["v"], held["g"], scale
-        self.adam, self.finite = ops.AdamWeightDecay(), ops.IsFinite()
-        self.fill, self.divide, self.multiply = ops.FillV2(), ops.DivNoNan(), ops.Mul()
-        self.no_nan, self.zero = ops.MulNoNan(), Tensor(0.0, ms.float32)
+        self.operator, self.by, self.branch = operator, by, branch
+        self.adam, self.finite, self.fill = ops.AdamWeightDecay(), ops.IsFinite(), ops.FillV2()
+        self.zero = Tensor(0.0, ms.float32)
         constants = (RATE, BETA1, BETA2, EPS, DECAY)
         self.rate, self.beta1, self.beta2, self.eps, self.decay = (Tensor(x, ms.float32) for x in constants)
 
@@ -72,41 +74,11 @@ class Update(nn.Cell):
         return scale
 
     def prepare(self, g, scale):
-        return g
-
-
-class FilledDivNoNan(Update):
-    def prepare(self, g, scale):
-        return self.divide(g, self.fill(g.shape, scale))
-
-
-class DivNoNan(Update):
-    def prepare(self, g, scale):
-        return self.divide(g, scale)
-
-
-class FilledMul(Update):
-    def prepare(self, g, scale):
-        return self.multiply(g, self.fill(g.shape, scale))
-
-
-class Mul(Update):
-    def prepare(self, g, scale):
-        return self.multiply(g, scale)
-
-
-class FilledMulNoNan(Update):
-    def prepare(self, g, scale):
-        return self.no_nan(g, self.fill(g.shape, scale))
-
-
-class Square(Update):
-    def prepare(self, g, scale):
-        return self.multiply(g, g)
-
-
-class BranchedMul(FilledMul):
-    branch = True
+        if self.operator is None:
+            return g
+        if self.by == "itself":
+            return self.operator(g, g)
+        return self.operator(g, self.fill(g.shape, scale) if self.by == "filled" else scale)
 
 
 class Composed(Update):
@@ -125,20 +97,17 @@ class Composed(Update):
         return done
 
 
-class BranchedComposed(Composed):
-    branch = True
-
-
 class Norm(nn.Cell):
     """Sums squares of all gradients: rows of `length` values times themselves; 0: rows of the tensor's last axis.
 
     Args:
         held: of `tables`.
+        scale: not read.
         length: of a row.
         squares: sums products of equal shapes in the place of that.
     """
 
-    def __init__(self, held: dict[str, ParameterTuple], length: int = 0, squares: bool = False):
+    def __init__(self, held: dict[str, ParameterTuple], scale: Parameter, length: int = 0, squares: bool = False):
         super().__init__(auto_prefix=False)
         self.g, self.length, self.squares = held["g"], length, squares
         self.product, self.sum, self.add = ops.BatchMatMul(transpose_b=True), ops.ReduceSum(), ops.AddN()
@@ -159,21 +128,19 @@ class Norm(nn.Cell):
 
 WAYS = {
     "AdamWeightDecay alone": Update,
-    "a filled tensor, DivNoNan": FilledDivNoNan,
-    "DivNoNan by a scalar": DivNoNan,
-    "a filled tensor, MulNoNan": FilledMulNoNan,
-    "a filled tensor, Mul": FilledMul,
-    "Mul by a scalar": Mul,
-    "Mul of equal shapes": Square,
-    "branch, a filled tensor, Mul": BranchedMul,
+    "a filled tensor, DivNoNan": partial(Update, operator=ops.DivNoNan(), by="filled"),
+    "DivNoNan by a scalar": partial(Update, operator=ops.DivNoNan()),
+    "a filled tensor, MulNoNan": partial(Update, operator=ops.MulNoNan(), by="filled"),
+    "a filled tensor, Mul": partial(Update, operator=ops.Mul(), by="filled"),
+    "Mul by a scalar": partial(Update, operator=ops.Mul()),
+    "Mul of equal shapes": partial(Update, operator=ops.Mul(), by="itself"),
+    "branch, a filled tensor, Mul": partial(Update, operator=ops.Mul(), by="filled", branch=True),
     "composed": Composed,
-    "branch, composed": BranchedComposed,
-}
-NORMS = {
-    "norm: rows of the tensor": {},
-    "norm: rows of 4,096": {"length": 4096},
-    "norm: rows of 32,768": {"length": 32768},
-    "norm: squares, then their sum": {"squares": True},
+    "branch, composed": partial(Composed, branch=True),
+    "norm: rows of the tensor": Norm,
+    "norm: rows of 4,096": partial(Norm, length=4096),
+    "norm: rows of 32,768": partial(Norm, length=32768),
+    "norm: squares, then their sum": partial(Norm, squares=True),
 }
 
 
@@ -193,7 +160,7 @@ def main() -> None:
     parser.add_argument("--config", default="config/moe_1b_gpu.yaml")
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--only", nargs="+", choices=(*WAYS, *NORMS), metavar="WAY", help="ways to time")
+    parser.add_argument("--only", nargs="+", choices=tuple(WAYS), metavar="WAY", help="ways to time")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     chosen = parser.parse_intermixed_args()
     config = configuration.load(chosen.config, chosen.overrides)
@@ -201,9 +168,8 @@ def main() -> None:
     shapes = list(parameters(config, chosen.vocab).values())
     held, scale, rows = tables(shapes), Parameter(Tensor(0.999, ms.float32), name="scale"), []
     print(f"{len(shapes)} tensors, {sum(map(np.prod, shapes)) / 1e6:,.1f} million numbers")
-    for name in chosen.only or (*WAYS, *NORMS):
-        cell = WAYS[name](held, scale) if name in WAYS else Norm(held, **NORMS[name])
-        rows.append({"way": name, **milliseconds(cell)})
+    for name in chosen.only or WAYS:
+        rows.append({"way": name, **milliseconds(WAYS[name](held, scale))})
         print(f"{name:32}{rows[-1]['median_ms']:10.3f}{rows[-1]['min_ms']:10.3f}", flush=True)
     if chosen.json:
         record(chosen.json, "an optimizer step on a GPU", "python benchmarks/gpu_optimizer.py", rows)

@@ -222,8 +222,6 @@ def _collectives(graph: Graph, functions: dict[str, Graph]) -> Iterator[Collecti
         shape, dtype = own if own[0] is not None else ((), np.float32)
         size = int(np.prod([max(0, length) for length in shape])) * np.dtype(dtype or np.float32).itemsize
         direction, layer = place_of(node.scope)
-        if ZERO_BY_HAND in node.scope and node.kind == "ReduceScatter":
-            direction = "backward"  # a gradient of our own has the scope of its cell
         group = group_of(node)
         yield Collective(node.kind, group, direction, layer, _cause(node), node.parameter, tuple(shape), size)
 
@@ -308,8 +306,8 @@ def place_of(scope: str) -> tuple[str, str]:
     In scopes each part is `name-Class`; the class is left out, and so is what stands around the model.
     """
     direction = "forward"
-    if scope.startswith("Gradients"):
-        direction = "backward"
+    if scope.startswith("Gradients") or f"{ZERO_BY_HAND}ReduceScatter" in scope:
+        direction = "backward"  # a gradient of our own has the scope of its cell
     elif "recompute" in scope.split("/")[0].lower():
         direction = "recompute"
     parts = [re.sub(r"-[A-Za-z_]\w*$", "", part) for part in scope.split("/")[:-1]]

@@ -15,14 +15,12 @@ from switchyard.profile.parts import (
     FLOAT,
     Function,
     Part,
-    head_products,
-    head_weights,
-    loss_part,
     moe_parts,
+    network_part,
     norm_part,
     optimizer_parts,
-    products_of,
     random_rows,
+    text_head_part,
 )
 from switchyard.training.step import TrainStep
 
@@ -63,7 +61,7 @@ class Turning(nn.Cell):
 
 def decoder_parts(step: TrainStep, batch: tuple[np.ndarray, ...]) -> Iterator[Part]:
     """Yields the parts of a decoder's step, for a micro-batch of tokens, labels, valid [B, S] and noise [J, N, D]."""
-    model, losses = step.model, step.graph.loss.token_losses
+    model = step.model
     tokens, labels, valid, noise = map(Tensor, batch)
     x = random_rows(tokens.size, step.config.model.hidden_size)
     passes = 2.0 * x.size * FLOAT
@@ -73,16 +71,13 @@ def decoder_parts(step: TrainStep, batch: tuple[np.ndarray, ...]) -> Iterator[Pa
     yield from attention_parts(model, x, tokens.shape[0])
     dense = [layer.feed_forward for layer in model.layers if not layer.conditional]
     if dense:
-        inputs, products = (x.reshape(1, *x.shape),), products_of(dense[0], 1, x.shape[0])
-        yield Part("dense feed-forward", dense[0], inputs, len(dense), products=products)
+        yield network_part("dense feed-forward", dense[0], x, len(dense))
     conditional = [layer for layer in model.layers if layer.conditional]
     if conditional:
         given = {"tokens": x, "valid": valid.reshape(model.groups, -1), "noise": noise, "token_ids": tokens.reshape(-1)}
         given = in_windows(conditional[0], given) if conditional[0].window > 1 else given
         yield from moe_parts(conditional[0].feed_forward, given, len(conditional))
-    yield loss_part(
-        "head and loss", losses, model.logits, x, labels.reshape(-1), head_weights(model), head_products(model, x)
-    )
+    yield text_head_part(step, x, labels)
     yield from optimizer_parts(step)
 
 

@@ -16,9 +16,9 @@ from switchyard.profile.parts import (
     Part,
     loss_part,
     moe_parts,
+    network_part,
     norm_part,
     optimizer_parts,
-    products_of,
     random_rows,
 )
 from switchyard.training.step import TrainStep
@@ -60,8 +60,7 @@ def layer_parts(prefix: str, layer: ConvolutionLayer, valid: Tensor, noise: Tens
     size = valid.shape[0]
     maps = random_rows(size, layer.side, layer.side, layer.channels)
     if not layer.conditional:
-        rows, products = maps.reshape(1, size, -1), products_of(layer.feed_forward, 1, size)
-        yield Part(f"{prefix}convolutions", layer.feed_forward, (rows,), products=products)
+        yield network_part(f"{prefix}convolutions", layer.feed_forward, maps.reshape(size, -1))
         return
     groups = max(1, size // group)
     yield Part(f"{prefix}view", Viewing(layer), (maps,), moved=(float(FLOAT * maps.size),) * 2)
@@ -81,9 +80,8 @@ def cascade_parts(step: TrainStep, batch: tuple[np.ndarray, ...]) -> Iterator[Pa
     """Yields the parts of a step, for a micro-batch of images [B, C, H, W] and labels [B, 1]."""
     model, size, labels = step.model, len(batch[0]), Tensor(batch[1]).reshape(-1)
     for index, stage in enumerate(model.stages):
-        rows = random_rows(1, size, stage.side**2 * stage.before)
-        products = products_of(stage.convolutions, 1, size)
-        yield Part(f"stage {index} convolutions", stage.convolutions, (rows,), products=products)
+        rows = random_rows(size, stage.side**2 * stage.before)
+        yield network_part(f"stage {index} convolutions", stage.convolutions, rows)
         maps = random_rows(size, stage.side, stage.side, stage.channels)
         yield Part(f"exit {index}", stage.exit, (maps,), products=((1, size, *stage.exit.weight.shape),))
     logits = random_rows(model.exits * size, model.vocab_size)

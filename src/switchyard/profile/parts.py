@@ -182,14 +182,18 @@ def norm_part(name: str, norm: nn.Cell, x: Tensor, times: int) -> Part:
     return Part(name, norm, (x,), times, moved=(passes, 1.5 * passes))
 
 
-def head_products(model: nn.Cell, x: Tensor) -> tuple[tuple[int, int, int, int], ...]:
-    """Returns the product of the head of a network of text on rows x [N, D]."""
-    return ((1, *x.shape, model.vocab_size),)
+def text_head_part(step: TrainStep, x: Tensor, labels: Tensor) -> Part:
+    """Returns the head of a network of text on rows x [N, D], and its loss by labels of N tokens."""
+    model, losses = step.model, step.graph.loss.token_losses
+    weights = (model.embedding.table,) if model.tied else model.head.trainable_params()
+    products = ((1, *x.shape, model.vocab_size),)
+    return loss_part("head and loss", losses, model.logits, x, labels.reshape(-1), weights, products)
 
 
-def head_weights(model: nn.Cell) -> tuple:
-    """Returns the weights of the head of a network of text."""
-    return (model.embedding.table,) if model.tied else tuple(model.head.trainable_params())
+def network_part(name: str, network: nn.Cell, x: Tensor, times: int = 1) -> Part:
+    """Returns one network, dense or of convolutions, on all rows x [N, D]."""
+    products = products_of(network, 1, x.shape[0])
+    return Part(name, network, (x.reshape(1, *x.shape),), times, products=products)
 
 
 def random_rows(*shape: int) -> Tensor:

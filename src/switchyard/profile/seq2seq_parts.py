@@ -15,14 +15,12 @@ from switchyard.nn.relative import RelativeAttention
 from switchyard.profile.parts import (
     FLOAT,
     Part,
-    head_products,
-    head_weights,
-    loss_part,
     moe_parts,
+    network_part,
     norm_part,
     optimizer_parts,
-    products_of,
     random_rows,
+    text_head_part,
 )
 from switchyard.training.step import TrainStep
 
@@ -60,14 +58,12 @@ def seq2seq_parts(step: TrainStep, batch: tuple[np.ndarray, ...]) -> Iterator[Pa
     tokens, labels, valid, noise = map(Tensor, batch)
     width = step.config.model.hidden_size
     encoder, decoder = inputs_of_stacks(model, tokens, valid, noise, width)
-    for name, given in (("encoder", encoder), ("decoder", decoder)):
+    for name, stack, given in (("encoder", model.encoder, encoder), ("decoder", model.decoder, decoder)):
         passes = 2.0 * given.x.size * FLOAT
         yield Part(f"{name} embedding", model.embedding, (given.tokens,), moved=(passes, passes))
-    yield from stack_parts("encoder", model.encoder, encoder)
-    yield from stack_parts("decoder", model.decoder, decoder)
+        yield from stack_parts(name, stack, given)
     yield from cross_parts(model, encoder, decoder)
-    losses, products = step.graph.loss.token_losses, head_products(model, decoder.x)
-    yield loss_part("head and loss", losses, model.logits, decoder.x, labels.reshape(-1), head_weights(model), products)
+    yield text_head_part(step, decoder.x, labels)
     yield from optimizer_parts(step)
 
 
@@ -88,8 +84,7 @@ def stack_parts(name: str, stack: Stack, given: StackInputs) -> Iterator[Part]:
     yield Part(f"{name} attention", SelfAttending(attention), inputs, len(layers), products=products)
     dense = [layer.feed_forward for layer in layers if not layer.conditional]
     if dense:
-        rows, products = x.reshape(1, *x.shape), products_of(dense[0], 1, x.shape[0])
-        yield Part(f"{name} feed-forward", dense[0], (rows,), len(dense), products=products)
+        yield network_part(f"{name} feed-forward", dense[0], x, len(dense))
     conditional = [layer.feed_forward for layer in layers if layer.conditional]
     if conditional:
         ids, groups = given.tokens.reshape(-1), given.keep.reshape(stack.groups, -1)

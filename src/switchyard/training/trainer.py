@@ -343,7 +343,7 @@ class Trainer:
         loss = self.metrics.evaluated(self.done, len(self.sample) == len(self.validation))
         if loss is None:
             loss = self._evaluate(self.sample, stop).loss
-        if loss < self.best_loss and self.config.train.save_best:
+        if self._is_best(loss):
             before, self.best_loss = self.best_loss, loss
             self._save()
             self.saver.wait()
@@ -452,6 +452,10 @@ class Trainer:
         """Names the newest good checkpoint, for a message."""
         return self.healthy.kept(self.run)
 
+    def _is_best(self, loss: float) -> bool:
+        """Returns whether the weights of a loss are to be kept as the best so far."""
+        return self.config.train.save_best and loss < self.best_loss
+
     def _mark_best(self, loss: float) -> None:
         """Names the checkpoint of this step as the best."""
         if self.processes.is_first:
@@ -464,8 +468,7 @@ class Trainer:
             self._evaluate_sample(stop)  # comparable with those before it
         found = self._evaluate(evenly_spaced(len(self.validation), 0), stop)
         check_evaluation(found.to_dict(), f"step {self.done} of '{self.run}'", REMEDY)
-        comparable = full or not self.config.train.eval_every
-        if comparable and found.loss < self.best_loss and self.config.train.save_best:
+        if (full or not self.config.train.eval_every) and self._is_best(found.loss):
             self._mark_best(found.loss)
         return found
 
