@@ -21,7 +21,7 @@ FILES = {  # the others are of scaling
     "quality_cpu": "speed_to_quality_cpu",
 }
 PLACES = {  # steps and seconds whose losses are shown
-    "quality": ((1000, 3000, 6000, 10000), (200, 400, 500)),
+    "quality": ((1000, 3000, 6000, 10000), (200, 400, 500, 600)),
     "quality_cpu": ((2000, 3000, 4500), (60, 80)),
 }
 ORIGINS = {"corpus": "once", "quality": "turns", "quality_cpu": "turns"}  # of the others "machine"
@@ -111,9 +111,11 @@ WORDS = {
             "8 experts, 1 chosen, gates times 8": "8 个专家，选 1 个，门控乘以 8",
             "32 experts by hash": "32 个专家，按哈希",
             "dense, second run": "稠密，第二次运行",
+            "dense, third run": "稠密，第三次运行",
             "2 experts, second run": "2 个专家，第二次运行",
             "8 experts, second run": "8 个专家，第二次运行",
             "16 halves, second run": "16 个一半宽度的专家，第二次运行",
+            "16 halves, third run": "16 个一半宽度的专家，第三次运行",
         },
         "machine": "{machine}；{versions}；{date}，提交 {commit}。各方轮流运行，取最短时间。",
         "once": "{machine}；{versions}；{date}，提交 {commit}。测量一次；内存为常驻内存的最大值。",
@@ -154,7 +156,7 @@ def quality(steps: tuple, seconds: tuple, rows: list[dict], words: dict) -> Iter
         if row["steps_to_dense"] is not None:
             reached = words["reached"].format(steps=row["steps_to_dense"], seconds=row["seconds_to_dense"])
         name = words["cases"].get(row["name"], row["name"])
-        yield name, f"{1e3 * pace:.1f} ms", f"{row['curve'][-1][1]:.0f} s", *losses, reached
+        yield name, f"{1e3 * pace:.1f} ms", f"{row['seconds']:.0f} s", *losses, reached
 
 
 def loss_at(curve: list, column: int, place: float) -> str:

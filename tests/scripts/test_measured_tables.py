@@ -69,10 +69,10 @@ def test_a_corpus_that_was_prepared_has_a_row(tables, tmp_path):
 def test_a_curve_has_its_losses_after_steps_and_seconds(tables, tmp_path):
     """100 tokens at 1,000 tokens/s are a step of 100 ms; step 2,000 lies half way from 3.0 to 2.0."""
     row = {"name": "dense", "tokens_of_step": 100, "tokens_per_second": 1000.0, "curve": [[1000, 20, 3], [3000, 70, 2]]}
-    row |= {"steps_to_dense": 2500.4, "seconds_to_dense": 60.0}
+    row |= {"seconds": 72.0, "steps_to_dense": 2500.4, "seconds_to_dense": 60.0}
     write(tmp_path, "speed_to_quality_cpu", [row, row | {"name": "32 experts by hash", "steps_to_dense": None}])
     text = tables.render("quality_cpu").splitlines()
     assert text[0].startswith("| Model | A step | Trained | Loss after 2,000 steps | 3,000 | 4,500 | after 60 s |")
-    assert text[2] == "| dense | 100.0 ms | 70 s | 2.500 | 2.000 |  | 2.200 |  | 2,500 steps, 60 s |"
+    assert text[2] == "| dense | 100.0 ms | 72 s | 2.500 | 2.000 |  | 2.200 |  | 2,500 steps, 60 s |"
     assert tables.render("quality_cpu", "zh").splitlines()[3].startswith("| 32 个专家，按哈希 | 100.0 ms |")
     assert text[3].endswith("|  |")
