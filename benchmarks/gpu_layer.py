@@ -1,10 +1,10 @@
 """Times the conditional layer and the dense feed-forward on one GPU, float16, forward and backward.
 
-    python benchmarks/gpu_layer.py [--rows 16384] [--width 1024] [--hidden 4096] [--json FILE] [E,K ...]
+    python benchmarks/gpu_layer.py [--rows 16384] [--width 1024] [--hidden 4096] [--short] [--json FILE] [E,K ...]
 
 Prints a line for each: the dense feed-forward, the two batched products of the experts alone on as many slots (the
 floor), and the layer with E experts of which K are chosen, as the decoder calls it: rows and result in float32, the
-products in float16, capacity factor 1.25.
+products in float16, capacity factor 1.25. --short: a window of calls for each in place of five.
 """
 
 import argparse
@@ -45,13 +45,13 @@ def experts(config, count: int) -> nn.Cell:
     )
 
 
-def milliseconds(cell: nn.Cell, rows: np.ndarray) -> tuple[float, float]:
-    """Returns (median, least) ms of a forward and backward pass, with respect to rows and weights."""
+def milliseconds(cell: nn.Cell, rows: np.ndarray, count: int) -> tuple[float, float]:
+    """Returns (median, least) ms of a forward and backward pass, by rows and weights, over `count` windows."""
     call, rows, windows = Gradients(cell), resident(Tensor(rows)), []
     for _ in range(4):
         call(rows)
     ms.runtime.synchronize()
-    for _ in range(WINDOWS):
+    for _ in range(count):
         start = time.perf_counter()
         for _ in range(WINDOW):
             call(rows)
@@ -66,13 +66,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16384)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--short", action="store_true", help="one window of calls each")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("shapes", nargs="*", default=["8,1", "8,2", "32,2"], metavar="E,K")
     args = parser.parse_args()
     found = []
 
     def measure(name: str, cell: nn.Cell, shape: tuple[int, ...]) -> None:
-        median, least = milliseconds(cell, np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+        rows = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        median, least = milliseconds(cell, rows, 1 if args.short else WINDOWS)
         print(f"{name:40} {median:8.3f} ms (least {least:.3f})", flush=True)
         found.append({"work": name, "median_ms": median, "min_ms": least})
 

@@ -1,10 +1,11 @@
 """Times whole training steps of a configuration on one GPU, at a batch of random tokens.
 
-    python benchmarks/gpu_step.py [--config config/moe_1b_gpu.yaml] [--vocab 32000] [--steps 20] [section.key=value ...]
+    python benchmarks/gpu_step.py [--config config/moe_1b_gpu.yaml] [--vocab 32000] [--steps 20] [--short]
+                                  [section.key=value ...]
 
 Prints one line of JSON: milliseconds of a step (median and minimum of windows of 4 steps), tokens a second, seconds of
 the first step with compiling, and the losses of the first and the last step. `context.fused_operators=false` takes the
-compositions for CPU instead of the operators that are fast on a GPU (see nn.fused).
+compositions for CPU instead of the operators that are fast on a GPU (see nn.fused). --short: 4 steps, of two layers.
 """
 
 import argparse
@@ -50,8 +51,11 @@ def main() -> None:
     parser.add_argument("--config", default="config/moe_1b_gpu.yaml")
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--short", action="store_true", help="4 steps of the model's first two layers")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     chosen = parser.parse_intermixed_args()
+    if chosen.short:
+        chosen.steps, chosen.overrides = WINDOW, ["model.num_layers=2", *chosen.overrides]
     config = configuration.load(chosen.config, chosen.overrides)
     set_context(config.context, config.train.seed, config.model.compute_dtype)
     print(to_json({name: round(value, 4) for name, value in measure(config, chosen.vocab, chosen.steps).items()}))
