@@ -2,7 +2,7 @@
 
 scripts/renew_docs.py writes them between the marks `<!-- measured NAME: begin -->` and `<!-- measured NAME: end -->`.
 Results are decode_step.json, train_step.json, scaling.json, prepare_corpus.json and speed_to_quality*.json of
-benchmarks/results; a part that was not measured has no rows.
+benchmarks/results, and NAME_amd.json of a second processor; a part that was not measured has no rows.
 """
 
 import json
@@ -25,6 +25,7 @@ PLACES = {  # steps and seconds whose losses are shown
     "quality_cpu": ((2000, 3000, 4500), (60, 80)),
 }
 ORIGINS = {"corpus": "once", "quality": "turns", "quality_cpu": "turns"}  # of the others "machine"
+OTHER = "_amd"  # ends the names of what was measured on the other processor
 OURS, EXPERTS, TRAFFIC = "conditional layer", "expert matrix products", "traffic"
 WORDS = {
     "en": {
@@ -125,16 +126,19 @@ WORDS = {
 
 
 def render(name: str, language: str = "en") -> str:
-    """Returns a part as Markdown: decode, step, layers, memory, compile, corpus, quality or quality_cpu."""
-    file = FILES.get(name, "scaling")
+    """Returns a part as Markdown: decode, step, layers, memory, compile, corpus, quality or quality_cpu.
+
+    `step_amd` and the like are the same on another processor, whose results lie beside the first ones.
+    """
+    part = name.removesuffix(OTHER)
+    file, words = FILES.get(part, "scaling") + name[len(part) :], WORDS[language]
     found = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
-    words = WORDS[language]
-    head = quality_head(*PLACES[name], words) if name in PLACES else words[name]
-    rows = list(PARTS[name](found["rows"], words))
+    head = quality_head(*PLACES[part], words) if part in PLACES else words[part]
+    rows = list(PARTS[part](found["rows"], words))
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    origin = words[ORIGINS.get(name, "machine")]
+    origin = words[ORIGINS.get(part, "machine")]
     return "\n".join([*lines, "", origin.format(**{**found, "versions": versions})])
 
 

@@ -34,6 +34,15 @@ def test_decode_is_compared_with_the_fastest_loop(tables, tmp_path):
     assert text[-1].startswith("2 cores, X; python 3; 2026-11-29, commit abc.")
 
 
+def test_another_processor_has_tables_of_its_own(tables, tmp_path):
+    least = {"switchyard dense": 30.0, "switchyard moe": 50.0}
+    for name, slower in (("train_step", 1), ("train_step_amd", 2)):
+        rows = [{"size": "small", "contender": f"small {key}", "min_ms": slower * ms} for key, ms in least.items()]
+        write(tmp_path, name, rows)
+    assert tables.render("step").splitlines()[2].startswith("| small, dense | 30.0 |")
+    assert tables.render("step_amd").splitlines()[2].startswith("| small, dense | 60.0 |")
+
+
 def test_layers_memory_and_compile_time(tables, tmp_path):
     """A shape that two parts measure has one row, with the smaller time."""
     layer = {"conditional layer": 3.0, "expert matrix products": 2.0, "traffic": 1.0, "torch sort_mm": 6.0}
